@@ -1,0 +1,44 @@
+"""qlens: see and design the target distribution behind any supervised fine-tuning loss."""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+from qlens.errors import InputError, ParameterError, UnknownName
+from qlens.explain import Explanation, explain
+from qlens.lens import implied_target
+from qlens.probes import probes
+from qlens.registry import Variant, get, names, register
+from qlens.target import Target
+from qlens.tokens import Tokens
+
+__all__ = [
+    "Explanation",
+    "InputError",
+    "ParameterError",
+    "QTrainer",
+    "Target",
+    "Tokens",
+    "UnknownName",
+    "Variant",
+    "compare",
+    "explain",
+    "get",
+    "implied_target",
+    "names",
+    "probes",
+    "register",
+]
+
+_LAZY = {"QTrainer": "qlens.training", "compare": "qlens.analysis.compare"}  # these import transformers and matplotlib
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'qlens' has no attribute {name!r}")
+
+
+from qlens import variants as variants  # noqa: E402  last: every method registers itself, so the registry is never empty

@@ -1,0 +1,108 @@
+"""From padded batches to supervised tokens: the only place that shifts, masks, pads or knows -100."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int, Shaped
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from qlens.errors import InputError
+
+IGNORE = -100
+"""The label of a token that nothing is learned from."""
+
+
+def collate(examples: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
+    """A right-padded batch of ``{"input_ids", "labels"}``: input_ids, attention_mask and labels, each (B, T).
+
+    Padding is neither attended to nor supervised, so any ``pad_id`` will do for a tokenizer that has none.
+
+    Raises:
+        InputError: an example lacks input_ids or labels, or they differ in length.
+
+    Example:
+        >>> collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [-100]}])["labels"]
+        tensor([[-100,    6,    7],
+                [-100, -100, -100]])
+    """
+    for number, example in enumerate(examples):
+        sizes = {name: len(example[name]) if name in example else None for name in ("input_ids", "labels")}
+        if None in sizes.values() or len(set(sizes.values())) > 1:
+            raise InputError(f"example {number} of the batch needs input_ids and labels of one length, got {sizes}")
+
+    def padded(rows: list, fill: int) -> Tensor:
+        tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+        return pad_sequence(tensors, batch_first=True, padding_value=fill)
+
+    ids = [example["input_ids"] for example in examples]
+    seen = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
+    labels = [example["labels"] for example in examples]
+    return {"input_ids": padded(ids, pad_id), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORE)}
+
+
+def positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
+    """Position ids that count real tokens only, so that padding on the left moves nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+class Supervised:
+    """The positions of a batch that predict a supervised label: position t - 1 for every label at t that counts.
+
+    A label is supervised unless it is -100, begins its row or its packed sequence (``position_ids`` restart at 0), or
+    follows padding: nothing predicts those.
+
+    Args:
+        labels: unshifted, (B, T), -100 where nothing is learned.
+        attention_mask: (B, T), 0 at padding; right padding works without it.
+        position_ids: (B, T), for packed rows.
+
+    Attributes:
+        labels: the supervised labels, (N,).
+        sequence: which sequence each belongs to, (N,), numbered from 0.
+
+    Raises:
+        InputError: shapes that do not fit.
+
+    Example:
+        >>> Supervised(torch.tensor([[7, -100, 8, 9]])).labels
+        tensor([8, 9])
+    """
+
+    def __init__(self, labels: Tensor, attention_mask: Tensor | None = None, position_ids: Tensor | None = None):
+        for name, value in (("labels", labels), ("attention_mask", attention_mask), ("position_ids", position_ids)):
+            if value is not None and (value.ndim != 2 or value.shape != labels.shape):
+                shapes = f"{tuple(value.shape)} and {tuple(labels.shape)}"
+                raise InputError(f"{name} and labels must both be (B, T), got {shapes}")
+        starts = torch.zeros_like(labels, dtype=torch.bool)
+        starts[:, 0] = True
+        if attention_mask is not None:
+            starts[:, 1:] |= attention_mask[:, :-1] == 0
+        if position_ids is not None:
+            starts |= position_ids == 0
+        # Every row begins with a start, so that shifting the flat batch never carries a label across rows.
+        next_labels = F.pad(labels.masked_fill(starts, IGNORE).flatten()[1:], (0, 1), value=IGNORE)
+        self.shape = labels.shape
+        self.index = (next_labels != IGNORE).nonzero()[:, 0]
+        self.labels = next_labels[self.index]
+        self.sequence = starts.flatten().cumsum(0)[self.index].unique(return_inverse=True)[1]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> "Supervised":
+        """The supervised positions of a model's inputs: labels, with attention_mask and position_ids where given."""
+        return cls(batch["labels"], batch.get("attention_mask"), batch.get("position_ids"))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, values: Shaped[Tensor, "B T *D"]) -> Shaped[Tensor, " N *D"]:
+        """The rows of ``values`` that predict a supervised label, differentiable.
+
+        Raises:
+            InputError: values do not begin with the labels' (B, T).
+        """
+        if values.shape[:2] != self.shape:
+            raise InputError(f"values have shape {tuple(values.shape)}, but the labels are {tuple(self.shape)}")
+        return values.flatten(0, 1).index_select(0, self.index)

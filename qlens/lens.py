@@ -1,0 +1,50 @@
+"""The lens: the target that any loss implies, Q = p - g, read from its gradient."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.errors import InputError
+from qlens.registry import Variant, resolve
+from qlens.target import Target
+from qlens.tokens import Tokens, precision
+
+
+def implied_target(
+    loss: Variant | str | Callable, tokens: Tokens, scale: Literal["unit", "natural"] = "unit"
+) -> Target:
+    r"""The target that a loss drives the model toward, from its logit gradient: Q = p - g / s.
+
+    Args:
+        loss: a Variant, a spec, or a callable f(tokens), f(logits, labels) or f(outputs, labels, num_items_in_batch);
+            its reduction is found and undone, so g is the gradient of the unreduced loss.
+        tokens: N supervised positions, (N, V).
+        scale: "unit" (s = 1) or "natural" (the smallest s that leaves Q no negative entry).
+
+    A loss that also sees raw logits gives rows whose ``target.total`` is not 1; they are reported, not projected.
+
+    Raises:
+        InputError: the loss cannot be called, has no gradient, or divides in a way that cannot be found.
+
+    Source: Xie et al. 2026 (arXiv 2606.11189), from any loss to Q.
+
+    Example:
+        >>> import torch, torch.nn.functional as F
+        >>> tokens = Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0]))
+        >>> implied_target(lambda logits, labels: 2 * F.cross_entropy(logits, labels), tokens).q
+        tensor([[ 1.5000, -0.5000]])
+    """
+    if scale not in ("unit", "natural"):
+        raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
+    return Target.from_grad(tokens, gradient(resolve(loss).loss, tokens)).at(scale)
+
+
+def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
+    """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
+    with torch.enable_grad():
+        leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).clone().requires_grad_()
+        (grad,) = torch.autograd.grad(rows(tokens.replace(logits=leaf)).sum(), leaf)
+    return grad

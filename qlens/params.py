@@ -1,0 +1,132 @@
+"""Parameters of methods: declared by a function's keyword-only arguments, checked in one place."""
+
+import ast
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from qlens import adapters
+from qlens.errors import InputError, ParameterError
+
+
+@dataclass(frozen=True)
+class Between:
+    """A range for a number, ends included unless ``open_low``; the marker inside ``Annotated``."""
+
+    low: float = float("-inf")
+    high: float = float("inf")
+    open_low: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        return above and value <= self.high
+
+    def __str__(self) -> str:
+        return f"{'(' if self.open_low else '['}{self.low:g}, {self.high:g}]"
+
+
+Share = Annotated[float, Between(0, 1)]  # in [0, 1]
+Weight = Annotated[float, Between(0)]  # at least 0
+Positive = Annotated[float, Between(0, open_low=True)]  # above 0
+
+
+def defaults(fn: Callable) -> dict[str, Any]:
+    """Name -> default of every parameter a user may set: the arguments of ``fn`` that have a default."""
+    given = adapters.signature(fn).values()
+    return {p.name: p.default for p in given if p.default is not p.empty and p.name != "num_items_in_batch"}
+
+
+def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The full set of parameters: ``given`` over the defaults, names, types and ranges checked.
+
+    Raises:
+        ParameterError: naming the method, the parameter, its value and what would be right.
+    """
+    bound, hints = defaults(fn), _hints(fn)
+    for name, value in given.items():
+        if name not in bound:
+            known = ", ".join(bound) or "it has none"
+            raise ParameterError(f"{method} has no parameter {name!r} (parameters: {known})")
+        hint = hints.get(name, type(bound[name]) if bound[name] is not None else Any)
+        if (wanted := _misfit(value, hint)) is not None:
+            raise ParameterError(f"{method}: {name} = {value!r}, but it must be {wanted}")
+        bound[name] = float(value) if _is_float(hint) else value
+    return bound
+
+
+def parse(spec: str) -> tuple[str, dict[str, Any]]:
+    """'name(a=1, b="x")' -> ('name', {'a': 1, 'b': 'x'}); literals only, nothing is evaluated.
+
+    Raises:
+        InputError: the spec is malformed.
+
+    Example:
+        >>> parse("beyond_log(alpha=0.5)")
+        ('beyond_log', {'alpha': 0.5})
+    """
+    head, bracket, tail = spec.strip().partition("(")
+    if not bracket:
+        return head, {}
+    try:
+        call = ast.parse(f"f({tail}", mode="eval").body
+        if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
+            raise ValueError("only name=value arguments are allowed")
+        return head.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+    except (ValueError, SyntaxError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise InputError(f"spec {spec!r} does not read as name(parameter=value, ...): {reason}") from error
+
+
+def split_specs(text: str) -> list[str]:
+    """'a,b(x=1,y=2)' -> ['a', 'b(x=1,y=2)']: commas inside brackets stay."""
+    specs, depth, start = [], 0, 0
+    for at, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            specs.append(text[start:at])
+            start = at + 1
+    return [spec.strip() for spec in [*specs, text[start:]] if spec.strip()]
+
+
+def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
+    """The spec of a point: the name, and the parameters that differ from their defaults."""
+    changed = {key: value for key, value in params.items() if value != default[key]}
+    return f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else name
+
+
+def _hints(fn: Callable) -> dict[str, Any]:
+    """The annotations of a function's arguments; a callable object has none that can be read this way."""
+    return typing.get_type_hints(fn, include_extras=True) if inspect.isroutine(fn) else {}
+
+
+def _is_float(hint: Any) -> bool:
+    return (typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint) is float
+
+
+def _misfit(value: Any, hint: Any) -> str | None:
+    """What ``value`` should have been, or None where it fits."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        base, *marks = inner
+        if (wrong := _misfit(value, base)) is not None:
+            return f"{wrong} in {marks[0]}"
+        return next((f"in {mark}" for mark in marks if isinstance(mark, Between) and value not in mark), None)
+    if origin is Literal:
+        return None if value in inner else "one of " + ", ".join(map(repr, inner))
+    if origin is tuple:
+        fits = isinstance(value, tuple | list) and len(value) == len(inner)
+        fits = fits and all(_misfit(v, h) is None for v, h in zip(value, inner, strict=True))
+        return None if fits else f"({', '.join(h.__name__ for h in inner)})"
+    if origin is not None:  # a union: any side will do
+        wanted = [_misfit(value, side) for side in inner]
+        return None if None in wanted else " or ".join(w for w in wanted if w)
+    if hint is float:
+        finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+        return None if finite else "a finite number"
+    if hint is int:
+        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
+    if hint in (Any, inspect.Parameter.empty) or isinstance(value, hint):
+        return None
+    return "None" if hint is type(None) else f"a {hint.__name__}"

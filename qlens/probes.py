@@ -1,0 +1,67 @@
+"""Probes: built-in tokens on which any loss can be read, p_y swept from 1e-6 to 1 - 1e-6."""
+
+import torch
+
+from qlens.tokens import Tokens
+
+VOCABULARY = 32
+SWEEP = (
+    1e-6,
+    1e-4,
+    1e-3,
+    0.01,
+    0.03,
+    0.1,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.6,
+    0.7,
+    0.8,
+    0.9,
+    0.97,
+    0.99,
+    0.999,
+    1 - 1e-4,
+    1 - 1e-6,
+)
+SHAPES = ("peaked", "flat")  # one alternative holds nine tenths of what the label leaves, or all share it alike
+
+
+def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tokens:
+    """Tokens that tell losses apart: every p_y of the sweep with peaked and with flat alternatives, V = 32.
+
+    Teacher, reference, old policy and second pass differ from the student and from each other; each shape is a sequence.
+
+    Example:
+        >>> probes().logits.shape
+        torch.Size([38, 32])
+    """
+    p_y = torch.tensor(SWEEP, dtype=torch.float64).repeat(len(SHAPES))
+    rows = torch.arange(len(p_y))
+    labels = (rows * 7) % VOCABULARY
+    probs = ((1 - p_y) / (VOCABULARY - 1))[:, None].repeat(1, VOCABULARY)
+    peaked = rows < len(SWEEP)
+    rival = (labels + 1) % VOCABULARY
+    probs[peaked] = ((1 - p_y) * 0.1 / (VOCABULARY - 2))[:, None].repeat(1, VOCABULARY)[peaked]
+    probs[rows[peaked], rival[peaked]] = 0.9 * (1 - p_y)[peaked]
+    probs[rows, labels] = p_y
+    draw = torch.Generator().manual_seed(0)
+    level = 3 * torch.randn(len(rows), 1, generator=draw, dtype=torch.float64)
+    logits = probs.log() + level  # so that a loss which sees raw logits shows it
+
+    def noise(size: float) -> torch.Tensor:
+        return size * torch.randn(logits.shape, generator=draw, dtype=torch.float64)
+
+    teacher = 0.5 * logits + noise(1.5)
+    teacher[rows[rows % 3 > 0], labels[rows % 3 > 0]] += 3.0  # a teacher that backs two labels in three
+    fields = dict(logits=logits, teacher=teacher, reference=logits + noise(0.7), old=logits + noise(0.2))
+    fields["second"] = logits + noise(0.1)
+    fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
+    return Tokens(labels=labels.to(device), sequence=(~peaked).long().to(device), **fields)
+
+
+def shapes() -> list[str]:
+    """The shape of the alternatives at every probe, in order."""
+    return [shape for shape in SHAPES for _ in SWEEP]

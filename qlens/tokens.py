@@ -1,0 +1,180 @@
+"""Tokens: everything a loss may look at, at N supervised positions."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from qlens.errors import InputError
+
+MODELS = ("reference", "teacher", "old", "second")
+PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "pair")
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    r"""Logits and labels at N supervised positions, with whatever else a method asks for.
+
+    Args:
+        logits: the student's logits z, (N, V). No NaN, no +inf; -inf marks an impossible token.
+        labels: the observed tokens y, (N,). -100 is refused: ``qlens.batching`` removes it.
+        reference, teacher, old, second: other passes' logits, (N, V); constants to every method.
+        sequence: the id of the sequence each position belongs to, (N,).
+        weight: multiplies loss and scale, (N,).
+        critical, hint, chosen: masks, (N,); ``advantage``: (N,); ``pair``: ids of pairs, (N,).
+        negatives: candidate tokens to push down, (N, V).
+
+    Raises:
+        InputError: shapes, dtypes, labels or values that do not fit.
+
+    Example:
+        >>> import torch
+        >>> tokens = Tokens(logits=torch.zeros(2, 3), labels=torch.tensor([0, 2]))
+        >>> tokens.label_probs
+        tensor([0.3333, 0.3333])
+    """
+
+    logits: Float[Tensor, "N V"]
+    labels: Int[Tensor, " N"]
+    reference: Float[Tensor, "N V"] | None = None
+    teacher: Float[Tensor, "N V"] | None = None
+    old: Float[Tensor, "N V"] | None = None
+    second: Float[Tensor, "N V"] | None = None
+    sequence: Int[Tensor, " N"] | None = None
+    weight: Float[Tensor, " N"] | None = None
+    critical: Bool[Tensor, " N"] | None = None
+    advantage: Float[Tensor, " N"] | None = None
+    hint: Bool[Tensor, " N"] | None = None
+    chosen: Bool[Tensor, " N"] | None = None
+    pair: Int[Tensor, " N"] | None = None
+    negatives: Bool[Tensor, "N V"] | None = None
+
+    def __post_init__(self):
+        _check_logits("logits", self.logits)
+        shape = tuple(self.logits.shape)
+        _check_labels(self.labels, shape)
+        for name in MODELS:
+            logits = getattr(self, name)
+            if logits is not None:
+                _check_logits(name, logits)
+                _check_shape(name, logits, shape)
+        for name in PER_TOKEN:
+            if getattr(self, name) is not None:
+                _check_shape(name, getattr(self, name), shape[:1])
+        if self.negatives is not None:
+            _check_shape("negatives", self.negatives, shape)
+
+    def __len__(self) -> int:
+        return self.logits.shape[0]
+
+    def __getitem__(self, index: Any) -> "Tokens":
+        """The chosen rows of every field: ``tokens[mask]``, ``tokens[2:5]``, ``tokens[[0, 0, 1]]``."""
+        given = {name: value[index] for name, value in self.fields().items()}
+        return Tokens(**given)
+
+    def fields(self) -> dict[str, Tensor]:
+        """The fields that are there, by name."""
+        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def replace(self, **changes: Any) -> "Tokens":
+        """A copy with the given fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def require(self, name: str) -> Tensor:
+        """The field ``name``, or an error that says who lacks it."""
+        value = getattr(self, name)
+        if value is None:
+            raise InputError(f"{name} is missing: this method needs Tokens({name}=...)")
+        return value
+
+    @property
+    def log_probs(self) -> Float[Tensor, "N V"]:
+        """log p, differentiable, in float32 at least."""
+        return log_softmax(self.logits)
+
+    @property
+    def probs(self) -> Float[Tensor, "N V"]:
+        """p = softmax(z), differentiable."""
+        return self.log_probs.exp()
+
+    @property
+    def label_log_probs(self) -> Float[Tensor, " N"]:
+        """log p_y, differentiable."""
+        return self.gather(self.log_probs)
+
+    @property
+    def label_probs(self) -> Float[Tensor, " N"]:
+        """p_y, differentiable."""
+        return self.label_log_probs.exp()
+
+    @property
+    def one_hot(self) -> Float[Tensor, "N V"]:
+        """d, the one-hot of the label."""
+        return one_hot(self.labels, self.logits.shape[-1], precision(self.logits.dtype))
+
+    def gather(self, values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """The label's entry in every row."""
+        return values.gather(-1, self.labels[:, None].long())[:, 0]
+
+    def log_probs_of(self, model: str) -> Float[Tensor, "N V"]:
+        """Another model's log-probabilities (``reference``, ``teacher``, ``old``, ``second``), without gradient."""
+        return log_softmax(self.require(model).detach()).to(precision(self.logits.dtype))
+
+
+def precision(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that probabilities are computed in: float64 stays, everything else becomes float32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
+    """log p = z - logsumexp(z), in float32 at least: the house's only normalisation."""
+    return torch.log_softmax(logits.to(precision(logits.dtype)), -1)
+
+
+def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:
+    """One-hot rows of the given width."""
+    zeros = torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device)
+    return zeros.scatter(-1, labels[..., None].long(), 1.0)
+
+
+def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """sum_k probs_k values_k, where an exact zero ignores even an infinite value (0 log 0 = 0)."""
+    return torch.where(probs == 0, 0.0, probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
+
+
+def _check_logits(name: str, logits: Any) -> None:
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
+        shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
+    if logits.shape[1] < 2:
+        raise InputError(f"{name} has a vocabulary of {logits.shape[1]}: at least 2 entries are needed")
+    if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax hands NaN on
+        rows = (~top.isfinite()).nonzero()[:, 0].tolist()
+        raise InputError(f"{name} holds NaN, +inf or nothing but -inf in row {rows[0]} ({len(rows)} such rows)")
+
+
+def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(value.shape) != shape:
+        raise InputError(f"{name} has shape {tuple(value.shape)}, but logits and labels ask for {shape}")
+
+
+def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise InputError(
+            f"labels must be an integer tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
+    _check_shape("labels", labels, shape[:1])
+    if not len(labels):
+        return
+    low, high = int(labels.min()), int(labels.max())
+    if low == -100:
+        raise InputError(
+            "labels hold -100: Tokens takes supervised positions only (qlens.batching.Supervised removes it)"
+        )
+    if low < 0 or high >= shape[1]:
+        wrong = low if low < 0 else high
+        raise InputError(f"labels hold {wrong}, outside the vocabulary 0..{shape[1] - 1}")

@@ -1,0 +1,69 @@
+"""Target-SFT: trust the label as far as the student does, and let a teacher guide what is left."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.params import Share
+from qlens.registry import register
+from qlens.target import Target
+from qlens.tokens import Tokens
+
+
+@register(
+    "target_sft",
+    title="Target-SFT",
+    paper="Xie et al. 2026, arXiv 2606.11189",
+    family="designed target",
+    needs=("teacher",),
+    trusted="p_y",
+    residual="guided: p^(1-eta) teacher^eta, normalised",
+    simplex=True,
+    limits="eta = 0 is dft; p_y -> 1 gives sft; p_y -> 0 gives the guided distribution",
+    bibtex="""@misc{xie2026targetsft,
+  title = {A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design},
+  author = {Xie, Tong and Ban, Yuanhao and Hong, Yunqi and An, Sohyun and Chen, Yihang and Hsieh, Cho-Jui},
+  year = {2026}, eprint = {2606.11189}, archivePrefix = {arXiv},
+}""",
+)
+def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
+    r"""Cross-entropy toward a designed, detached target: the label by p_y, the rest to a geometric student-teacher mix.
+
+    .. math:: \ell = CE(\mathrm{sg}\,Q, p), \qquad Q = p_y d + (1 - p_y)\,\tilde\pi, \qquad
+              \tilde\pi \propto p^{1 - \eta}\, \pi_T^{\eta}
+
+    ``eta`` is the teacher's intensity; the paper's value is not known, sweep it and report it. Takes ``tokens.teacher``
+    (N, V); gives (N,) losses in nats and Q (N, V) at s = 1.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: Xie et al. 2026 (arXiv 2606.11189), Target-SFT.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> target_sft(Tokens(logits=z, labels=torch.tensor([0]), teacher=torch.tensor([[0.1, 0.9]]).log()), eta=1.0).q
+        tensor([[0.5500, 0.4500]])
+    """
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    mixed = {0.0: log_p, 1.0: log_t}.get(eta)  # 0 times -inf is not 0
+    guided = torch.softmax((1 - eta) * log_p + eta * log_t if mixed is None else mixed, -1)
+    return Target.mix(tokens, trust=tokens.label_probs.detach(), residual=guided)
+
+
+@target_sft.loss
+def target_sft_loss(tokens: Tokens, *, eta: Share = 0.5) -> Float[Tensor, " N"]:
+    """-sum_k sg(Q_k) log p_k."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    with torch.no_grad():
+        log_t = F.log_softmax(tokens.require("teacher"), -1)
+        # weights of exactly 0 drop their factor, so that 0 * -inf never arises
+        factors = [share * log_f for share, log_f in ((1 - eta, log_p), (eta, log_t)) if share > 0]
+        log_guided = sum(factors[1:], factors[0])
+        log_guided = log_guided - log_guided.logsumexp(-1, keepdim=True)
+        label = F.one_hot(tokens.labels.long(), log_p.shape[-1])
+        p_y = (log_p.exp() * label).sum(-1, keepdim=True)
+        q = p_y * label + (1 - p_y) * log_guided.exp()
+    return -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
