@@ -29,7 +29,7 @@ class Explanation:
         target: the implied target, unit scale.
         losses: the unreduced values in nats, (N,).
         nearest: registered methods, nearest first.
-        pieces: every label's and every strongest alternative's text, or ids where no tokenizer was given.
+        pieces: turns a token id into its text; None on the probes.
     """
 
     spec: str
@@ -73,7 +73,10 @@ class Explanation:
     @cached_property
     def findings(self) -> list[str]:
         """What a reader should know, in words."""
-        return [*_trust(self.table), *_rest(self.table, self.target), *_simplex(self.target, self.table)]
+        broken = int((~self.target.grad.isfinite().all(-1)).sum())
+        if broken:
+            return [f"WARNING: the gradient is not finite on {broken} of {len(self.table)} tokens."]
+        return [*_trust(self.table), *_rest(self.table), *_simplex(self.target, self.table)]
 
     @property
     def telling(self) -> pd.DataFrame:
@@ -110,8 +113,9 @@ class Explanation:
             shown = shown.drop(columns=["label", "rival"])
         lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
-        lines += [f"{finding}" for finding in self.findings]
-        lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
+        lines += self.findings
+        if self.nearest:
+            lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
         return "\n".join(lines)
 
 
@@ -158,13 +162,12 @@ def _read(variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None)
         raise
     except Exception as error:  # anything at all may go wrong inside a user's loss
         raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
-    near = matching.nearest(target.grad, tokens, skip=variant.name)
+    finite = bool(target.grad.isfinite().all())
+    near = matching.nearest(target.grad, tokens, skip=variant.name) if finite else []
     return Explanation(variant.spec, tokens, target, losses, near, pieces)
 
 
 def _trust(table: pd.DataFrame) -> list[str]:
-    if not table["label_grad"].map(pd.notna).all():
-        return [f"The gradient is NaN on {int(table['label_grad'].isna().sum())} of {len(table)} tokens."]
     trust, p_y = table["trust"].dropna(), table["p_y"]
     if trust.empty:
         return ["Every p_y is 1 here: nothing is left to trust."]
@@ -173,19 +176,16 @@ def _trust(table: pd.DataFrame) -> list[str]:
     if trust[high] - trust[low] < 1e-6:
         said.append(f"Trust: the label is trusted by {trust[high]:.4g} on every token.")
     else:
-        said.append(
-            f"Trust: the label is trusted by {trust[low]:.4g} (p_y = {p_y[low]:.6g}) to {trust[high]:.4g} (p_y = {p_y[high]:.6g})."
-        )
+        ends = [f"{trust[row]:.4g} (p_y = {p_y[row]:.6g})" for row in (low, high)]
+        said.append(f"Trust: the label is trusted by {' to '.join(ends)}.")
     down = trust < -1e-6
     if down.any():
-        at = p_y[trust[down].index]
-        said.append(
-            f"WARNING: it pushes the label DOWN on {int(down.sum())} of {len(table)} tokens (p_y from {at.min():.3g} to {at.max():.3g})."
-        )
+        at, count = p_y[trust[down].index], f"{int(down.sum())} of {len(table)} tokens"
+        said.append(f"WARNING: it pushes the label DOWN on {count} (p_y from {at.min():.3g} to {at.max():.3g}).")
     return said
 
 
-def _rest(table: pd.DataFrame, target: Target) -> list[str]:
+def _rest(table: pd.DataFrame) -> list[str]:
     worst = table["reshape"].max()
     if worst < 1e-6:
         return ["Rest: what the label does not get follows the student's own distribution."]
@@ -202,7 +202,7 @@ def _simplex(target: Target, table: pd.DataFrame) -> list[str]:
             f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): the loss sees raw logits, "
             "not only their softmax."
         )
-    signed = table["negative_mass"] > 1e-9 if target.q.dtype == torch.float64 else table["negative_mass"] > 1e-5
+    signed = table["negative_mass"] > target.tolerance
     if signed.any():
         at = table["p_y"][signed]
         said.append(

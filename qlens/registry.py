@@ -26,8 +26,8 @@ _METHODS: dict[str, "Method"] = {}
 class Method:
     """A registered name: its target or loss as a function of tokens, and the fields of its card.
 
-    ``trusted`` and ``residual`` say in words what the label is trusted by and where the rest goes; ``simplex`` is
-    True, False, a function of the parameters, or None where nobody has declared it.
+    ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
+    ``simplex`` is True, False, a function of the parameters, or None where nobody has declared it.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Method:
     needs: tuple[str, ...] = ()
     trusted: str = ""
     residual: str = ""
+    scale: str = "1"
     simplex: bool | None | Callable[..., bool] = None
     denominator: str = "valid"
     limits: str = ""

@@ -147,7 +147,7 @@ class Target:
     @property
     def shift_invariant(self) -> Bool[Tensor, " N"]:
         """Whether adding a constant to the logits changes nothing, sum_k g_k = 0; where it does, the loss sees raw logits."""
-        return self.grad.sum(-1).abs() <= self._tolerance * self.grad.abs().amax(-1).clamp(min=1)
+        return self.grad.sum(-1).abs() <= self.tolerance * self.grad.abs().amax(-1).clamp(min=1)
 
     @property
     def negative_mass(self) -> Float[Tensor, " N"]:
@@ -157,10 +157,10 @@ class Target:
     @property
     def in_simplex(self) -> Bool[Tensor, " N"]:
         """Whether Q is a distribution, to rounding."""
-        return (self.negative_mass <= self._tolerance) & ((self.total - 1).abs() <= self._tolerance)
+        return (self.negative_mass <= self.tolerance) & ((self.total - 1).abs() <= self.tolerance)
 
     @property
-    def _tolerance(self) -> float:
+    def tolerance(self) -> float:
         """What counts as rounding."""
         return 1e-9 if self.q.dtype == torch.float64 else 1e-5
 

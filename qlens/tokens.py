@@ -67,6 +67,17 @@ class Tokens:
         if self.negatives is not None:
             _check_shape("negatives", self.negatives, shape)
 
+    @classmethod
+    def from_text(cls, model: Any, tokenizer: Any, rows: Any, teacher: Any = None, reference: Any = None) -> "Tokens":
+        """Tokens at every supervised position of texts, or of prompt/completion pairs; see ``qlens.data.tokens_from_text``.
+
+        Example:
+            >>> Tokens.from_text(model, tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
+        """
+        from qlens.data import tokens_from_text
+
+        return tokens_from_text(model, tokenizer, rows, teacher=teacher, reference=reference)
+
     def __len__(self) -> int:
         return self.logits.shape[0]
 

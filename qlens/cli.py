@@ -1,0 +1,167 @@
+"""The command line: one verb per thing a user does, each a few lines over the library."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import qlens
+from qlens import cards, params
+from qlens.errors import InputError
+
+app = typer.Typer(
+    help="See and design the target distribution behind any supervised fine-tuning loss.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Folder = Annotated[Path | None, typer.Option(help="A Hugging Face model folder.", show_default="none")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="JSON Lines: question/answer, prompt/completion, messages or text.", show_default="none"),
+]
+Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, ...")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="as saved")]
+Loss = Annotated[str, typer.Argument(help="A method's spec, like dft or kd(temperature=2.0), or FILE.py:FUNCTION.")]
+
+
+@app.command("list")
+def list_methods(as_json: Json = False) -> None:
+    """List the registered methods: trust, residual, scale, needs, paper."""
+    if as_json:
+        return print(json.dumps(cards.summaries(), indent=2))
+    table = Table(*cards.COLUMNS, box=None, header_style="bold", pad_edge=False)
+    for row in cards.summaries():
+        table.add_row(*(", ".join(v) if isinstance(v := row[name], list) else str(v) for name in cards.COLUMNS))
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
+
+
+@app.command()
+def show(
+    name: Loss,
+    bibtex: Annotated[bool, typer.Option("--bibtex", help="Print the citation only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show one method's card."""
+    variant = qlens.get(name)
+    if bibtex:
+        if not variant.method.bibtex:
+            raise InputError(f"{variant.name} has no citation ({variant.paper or 'no paper is named'})")
+        return print(variant.method.bibtex)
+    print(json.dumps(cards.summary(variant), indent=2) if as_json else cards.card(variant))
+
+
+@app.command()
+def explain(
+    loss: Loss,
+    model: Folder = None,
+    teacher: Folder = None,
+    reference: Folder = None,
+    data: Data = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many rows of the data to read.")] = 32,
+    figure: Annotated[Path | None, typer.Option(help="Where the figure goes.", show_default="explain-NAME.png")] = None,
+    as_json: Json = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Show the target a loss trains toward, on built-in probes or on your own model and text."""
+    variant, where = qlens.get(loss), {}
+    if model or data or teacher or reference:
+        where = _own_tokens(model, teacher, reference, data, rows, device, dtype)
+    read = qlens.explain(variant, **where)
+    print(json.dumps(read.to_dict(), indent=2) if as_json else read)
+    if figure or not as_json:
+        path = figure or Path(f"explain-{_slug(loss)}.png")
+        _save(read.plot(), path)
+        typer.echo(f"Figure: {path}", err=as_json)
+
+
+@app.command()
+def compare(
+    variants: Annotated[
+        str | None,
+        typer.Option(help="Specs and FILE.py:FUNCTIONs, comma-separated.", show_default="base and six methods"),
+    ] = None,
+    settings: Annotated[str, typer.Option(help="Lab settings, comma-separated.")] = "strong-prior,weak-prior",
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="the setting's")] = None,
+    model: Folder = None,
+    teacher: Folder = None,
+    data: Data = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/<configuration>")] = None,
+    save: Annotated[bool, typer.Option("--save", help="Keep the trained models.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train methods side by side, in the embedded lab or on your own model, and write a run folder."""
+    study = qlens.compare(
+        params.split_specs(variants) if variants else None,
+        settings=params.split_specs(settings),
+        seeds=seeds,
+        steps=steps,
+        model=model,
+        teacher=teacher,
+        data=data,
+        out=out,
+        save=save,
+        jobs=jobs,
+    )
+    print(study.table().to_json(orient="records", indent=2) if as_json else study)
+
+
+def _own_tokens(
+    model: Path | None,
+    teacher: Path | None,
+    reference: Path | None,
+    data: Path | None,
+    rows: int,
+    device: str,
+    dtype: Any,
+) -> dict[str, Any]:
+    """Tokens of the user's model on the user's text, and how to print them."""
+    if model is None or data is None:
+        raise InputError("--model and --data go together: a model folder and a JSON Lines file")
+    from qlens import data as texts
+    from qlens import sources
+
+    read = texts.read_rows(data)
+    tokenizer = sources.load_tokenizer(model)
+    loaded = {"model": sources.load_model(model, device, dtype)}
+    for name, folder in (("teacher", teacher), ("reference", reference)):
+        if folder is not None:
+            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
+            loaded[name] = sources.load_model(folder, device, dtype)
+    fits, dropped = texts.fitting(read, tokenizer, *loaded.values())
+    used = fits[:rows]
+    typer.echo(f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {dropped} exceed the context", err=True)
+    tokens = qlens.Tokens.from_text(tokenizer=tokenizer, rows=used, **loaded)
+    return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Write a figure under a temporary name and rename it, so that no half of it is ever seen."""
+    if not path.parent.is_dir():
+        raise InputError(f"--figure {path}: there is no folder {path.parent}")
+    partial = path.with_name(f".{path.name}.partial")
+    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
+    partial.replace(path)
+
+
+def _slug(spec: str) -> str:
+    name = Path(spec.partition("(")[0]).name.replace(".py:", "-")
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        print(f"qlens: {error}", file=sys.stderr)
+        sys.exit(2)

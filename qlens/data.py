@@ -1,0 +1,290 @@
+"""From rows of text to supervised examples: JSON Lines in, token ids and labels out."""
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qlens.batching import IGNORE, Supervised, collate
+from qlens.errors import InputError
+from qlens.sources import check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
+from qlens.tokens import Tokens
+
+KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples ``{"input_ids", "labels"}`` ready for ``batching.collate``, and how many rows were too long."""
+
+    examples: list[dict[str, list[int]]]
+    dropped: int
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file, all of one kind: question/answer, prompt/completion, messages, or text.
+
+    ``messages`` is a list of ``{"role", "content"}`` with at least one assistant turn. Blank lines are skipped.
+
+    Raises:
+        InputError: no such file, nothing in it, or a line that is malformed, of the wrong types, has other keys, or is
+            of another kind than the first; the message names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"data file {str(path)!r} is not there, or is no file")
+    rows, kind = [], None
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:  # malformed or too deep JSON, or not UTF-8
+            raise InputError(f"{where}: not JSON: {error}") from None
+        found = check_row(row, where)
+        if kind not in (None, found):
+            raise InputError(f"{where}: a row of {_named(found)}, but the rows before are of {_named(kind)}")
+        rows.append(row)
+        kind = found
+    if not rows:
+        raise InputError(f"data file {str(path)!r} is empty: it needs a JSON object per line")
+    return rows
+
+
+def check_row(row: Any, where: str) -> tuple[str, ...]:
+    """The kind of a row, by its keys, once its types have been checked.
+
+    Raises:
+        InputError: it is of no kind; ``where`` begins the message.
+    """
+    if not isinstance(row, Mapping):
+        raise InputError(f"{where}: a row must be an object, got {type(row).__name__}")
+    kind = next((kind for kind in KINDS if set(kind) == set(row)), None)
+    if kind is None:
+        known = "; ".join(map(_named, KINDS))
+        raise InputError(f"{where}: keys {sorted(map(str, row))} are of no known kind ({known})")
+    for key in kind:
+        if key != "messages" and not isinstance(row[key], str):
+            raise InputError(f"{where}: {key} must be a string, got {type(row[key]).__name__}")
+    if kind == ("messages",):
+        _check_messages(row["messages"], where)
+    return kind
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{where}: messages must be a list of turns with role and content, got {messages!r:.60}")
+    for number, turn in enumerate(messages, 1):
+        if not isinstance(turn, Mapping) or set(turn) != {"role", "content"}:
+            raise InputError(f"{where}: turn {number} must have exactly role and content, got {turn!r:.60}")
+        if turn["role"] not in ROLES or not isinstance(turn["content"], str):
+            raise InputError(f"{where}: turn {number} needs a role of {ROLES} and a content string, got {turn!r:.60}")
+    if not any(turn["role"] == "assistant" for turn in messages):
+        raise InputError(f"{where}: messages have no assistant turn, so nothing to learn")
+
+
+def _named(kind: tuple[str, ...]) -> str:
+    return "/".join(kind)
+
+
+def split(rows: Sequence[Any], held_out: int | float, seed: int) -> tuple[list, list]:
+    """Rows for training and rows held out, each in their old order; the same for the same seed.
+
+    Args:
+        rows: at least two.
+        held_out: how many rows (an int), or which part of them (a float between 0 and 1).
+        seed: of the choice.
+
+    Raises:
+        InputError: nothing would be left on one side.
+    """
+    count = round(held_out * len(rows)) if isinstance(held_out, float) else held_out
+    if not 0 < count < len(rows):
+        raise InputError(f"held_out={held_out} of {len(rows)} rows leaves nothing to train on or nothing to hold out")
+    held = set(random.Random(seed).sample(range(len(rows)), count))
+    return [row for i, row in enumerate(rows) if i not in held], [row for i, row in enumerate(rows) if i in held]
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Encoded:
+    """Token ids and labels of rows; labels are -100 except on completions and assistant turns.
+
+    With a chat template (question/answer and prompt/completion are a user and an assistant turn): exactly what the
+    template writes; every assistant turn is supervised from where its generation prompt ends up to its end token.
+    Without one: ``BOS prompt \\n completion EOS``; of messages, ``turn \\n`` for others and ``turn EOS`` for the
+    assistant, one after the other, no role names. BOS and EOS only where the tokenizer has them. A text row is
+    ``BOS text``, every token but the first supervised. Turns after the last assistant's are left out. Pieces are
+    tokenized so that a prompt has the same tokens as when it stands alone.
+
+    Rows longer than ``max_length`` tokens are dropped and counted, never truncated.
+
+    Raises:
+        InputError: a malformed row, a row without supervised tokens, every row dropped, or a chat template that writes
+            the beginning of a conversation differently once it goes on.
+    """
+    if max_length is not None and max_length < 2:
+        raise InputError(f"max_length must be at least 2, got {max_length}")
+    if not rows:
+        raise InputError("rows is empty: nothing to encode")
+    examples = [_example(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
+    kept = [example for example in examples if max_length is None or len(example["input_ids"]) <= max_length]
+    if not kept:
+        shortest = min(len(example["input_ids"]) for example in examples)
+        raise InputError(f"max_length={max_length} drops all {len(rows)} rows: the shortest has {shortest} tokens")
+    return Encoded(kept, len(examples) - len(kept))
+
+
+def _example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
+    kind = check_row(row, where)
+    if kind == ("text",):
+        pieces = iter([(_ids(tokenizer, row["text"]), True)])
+    elif tokenizer.chat_template:
+        pieces = _templated(_turns(row, kind), tokenizer, where)
+    else:
+        pieces = _joined(_turns(row, kind), tokenizer)
+    ids: list[int] = []
+    labels: list[int] = []
+    if kind == ("text",) or not tokenizer.chat_template:
+        ids, labels = _optional(tokenizer.bos_token_id), [IGNORE] * len(_optional(tokenizer.bos_token_id))
+    for piece, supervised in pieces:
+        ids = ids + piece
+        labels = labels + (piece if supervised else [IGNORE] * len(piece))
+    labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
+    if all(label == IGNORE for label in labels):
+        raise InputError(f"{where}: no token of it would be supervised")
+    return {"input_ids": ids, "labels": labels}
+
+
+def _turns(row: Row, kind: tuple[str, ...]) -> list[dict[str, str]]:
+    if kind == ("messages",):
+        last = max(number for number, turn in enumerate(row["messages"]) if turn["role"] == "assistant")
+        return row["messages"][: last + 1]
+    return [{"role": role, "content": row[key]} for role, key in zip(("user", "assistant"), kind, strict=True)]
+
+
+def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
+    """Turns one after the other, for tokenizers without a chat template: ids, and whether they are supervised."""
+    before = ""
+    for turn in turns:
+        supervised = turn["role"] == "assistant"
+        text = turn["content"] if supervised else turn["content"] + "\n"
+        known, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        # Together where that leaves the earlier tokens alone (no spurious space before the text), else by itself.
+        ids = both[len(known) :] if both[: len(known)] == known else _ids(tokenizer, text)
+        yield ids + (_optional(tokenizer.eos_token_id) if supervised else []), supervised
+        before = text
+
+
+def _templated(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> Iterator[tuple[list[int], bool]]:
+    """What the chat template writes: ids, and whether they are supervised."""
+
+    def written(upto: int, prompt: bool) -> list[int]:
+        try:
+            ids = tokenizer.apply_chat_template(turns[:upto], return_dict=False, add_generation_prompt=prompt)
+        except TemplateError as error:
+            raise InputError(f"{where}: the chat template refuses these turns: {error}") from None
+        if ids[: len(seen)] != seen:
+            raise InputError(
+                f"{where}: the chat template writes what comes before turn {upto + prompt} differently once that turn "
+                "is there, so its tokens cannot be told apart"
+            )
+        return ids
+
+    seen: list[int] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant":
+            continue
+        prompt = written(number, prompt=True)
+        yield prompt[len(seen) :], False
+        seen = prompt
+        turn_ids = written(number + 1, prompt=False)
+        answer, seen = turn_ids[len(seen) :], turn_ids
+        stops = [at for at, token in enumerate(answer) if token == tokenizer.eos_token_id]
+        end = stops[-1] + 1 if stops else len(answer)  # what a template writes after the end token is not learned
+        yield answer[:end], True
+        yield answer[end:], False
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _optional(token: int | None) -> list[int]:
+    return [] if token is None else [token]
+
+
+def tokens_from_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[str | tuple[str, str] | Row],
+    teacher: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 8,
+) -> Tokens:
+    """Tokens at every supervised position of some rows: what the model, and others, predict there; no gradient.
+
+    Args:
+        model: a causal language model; it is run in evaluation mode, on its own device.
+        tokenizer: that model's.
+        rows: texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
+        teacher, reference: other models over the same vocabulary.
+        batch_size: rows per forward pass.
+
+    Raises:
+        InputError: rows that ``encode`` refuses, a row beyond a model's context or vocabulary, or models whose
+            vocabularies differ.
+    """
+    if isinstance(rows, str) or not len(rows):
+        raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
+    others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
+    for name, other in others.items():
+        check_same_vocabulary(model, other, name)
+    examples = encode([_row(row) for row in rows], tokenizer, None).examples
+    for name, each in {"model": model, **others}.items():
+        _check_fits(examples, each, name)
+    parts, sequences = [], 0
+    with evaluating(model):
+        for start in range(0, len(examples), batch_size):
+            batch = _on(model.device, collate(examples[start : start + batch_size]))
+            supervised = Supervised(batch.pop("labels"))
+            fields = {"logits": supervised.take(model_logits(model, batch))}
+            for name, other in others.items():
+                with evaluating(other):
+                    fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
+            parts.append({**fields, "labels": supervised.labels, "sequence": supervised.sequence + sequences})
+            sequences += len(batch["input_ids"])
+    return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _row(row: Any) -> Any:
+    if isinstance(row, str):
+        return {"text": row}
+    if isinstance(row, (tuple, list)) and len(row) == 2:
+        return {"prompt": row[0], "completion": row[1]}
+    return row
+
+
+def _check_fits(examples: list[dict[str, list[int]]], model: nn.Module, name: str) -> None:
+    limit, size = context_length(model), vocabulary_size(model)
+    for number, example in enumerate(examples, 1):
+        ids = example["input_ids"]
+        if limit is not None and len(ids) > limit:
+            raise InputError(f"row {number} has {len(ids)} tokens, but the {name}'s context is {limit}")
+        if max(ids) >= size:
+            raise InputError(f"row {number} has a token {max(ids)}, but the {name}'s vocabulary is {size}")

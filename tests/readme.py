@@ -1,0 +1,49 @@
+"""The README's generated blocks: ``python tests/readme.py`` writes them anew; a test compares."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from qlens import cards
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def block(text: str, name: str) -> str:
+    """What stands between the markers of a block."""
+    found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.S)
+    if found is None:
+        raise LookupError(f"README.md has no block {name!r}")
+    return found.group(1)
+
+
+def python_blocks(text: str) -> list[str]:
+    """The README's Python examples, in order."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def explained(text: str) -> str:
+    """The first screen: what the command prints for the README's first example."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "my_loss.py").write_text(python_blocks(text)[0])
+        command = [sys.executable, "-m", "qlens", "explain", "my_loss.py:f"]
+        path = os.pathsep.join(filter(None, [str(README.parent), os.environ.get("PYTHONPATH")]))
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
+        )
+    return f"```console\n$ qlens explain my_loss.py:f\n{done.stdout.strip()}\n```\n"
+
+
+def generated(text: str) -> dict[str, str]:
+    """Every generated block, as it should be."""
+    return {"explain": explained(text), "methods": cards.markdown() + "\n"}
+
+
+if __name__ == "__main__":
+    text = README.read_text()
+    for name, made in generated(text).items():
+        text = text.replace(block(text, name), made)
+    README.write_text(text)

@@ -1,0 +1,106 @@
+"""The command line as a user meets it: output, JSON, and one line with exit code 2 for a mistake."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import qlens
+from qlens import cli
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data: two tiny checkpoints and GSM8K")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder: (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["qlens", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code, said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def my_loss(tmp_path):
+    file = tmp_path / "my_loss.py"
+    file.write_text(
+        "def f(logits, labels, factor=2.0):\n    return -factor * logits.log_softmax(-1).gather(1, labels[:, None]).mean()\n"
+    )
+    return file
+
+
+def test_list_names_every_method(run):
+    code, out, _ = run("list")
+    assert code == 0 and all(name in out for name in qlens.names())
+    code, out, _ = run("list", "--json")
+    assert code == 0 and [row["name"] for row in json.loads(out)] == list(qlens.names())
+
+
+def test_show_and_bibtex(run):
+    code, out, _ = run("show", "label_smoothing(epsilon=0.2)")
+    assert code == 0 and "epsilon = 0.2 (default 0.1)" in out and "uniform" in out
+    code, out, _ = run("show", "target_sft", "--bibtex")
+    assert code == 0 and out.startswith("@misc{xie2026targetsft")
+    code, _, err = run("show", "sft", "--bibtex")
+    assert code == 2 and "sft has no citation" in err
+
+
+def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
+    code, out, err = run("explain", "my_loss.py:f")
+    assert code == 0, err
+    assert "sft x 2: the same gradient up to this factor" in out
+    assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_explain_as_json_writes_no_figure_unasked(run, my_loss, tmp_path):
+    code, out, _ = run("explain", "my_loss.py:f(factor=1.0)", "--json")
+    assert code == 0 and json.loads(out)["nearest"][0]["relation"] == "identical"
+    assert not list(tmp_path.glob("*.png"))
+    code, out, _ = run("explain", "dft", "--json", "--figure", "here.pdf")
+    assert code == 0 and json.loads(out)["loss"] == "dft" and (tmp_path / "here.pdf").is_file()
+
+
+@needs_data
+def test_explain_on_a_real_model_and_text(run, tmp_path):
+    models = DATA / "models"
+    code, out, err = run(
+        "explain", "target_sft", "--model", models / "llama2xs-279k", "--teacher", models / "stories260k",
+        "--data", DATA / "gsm8k" / "train.jsonl", "--rows", 4,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "4 of 7473 rows read" in err and "exceed the context" in err
+    assert "V = 512" in out and "Nearest methods" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["show", "sftt"], "Did you mean sft"),
+        (["explain", "kd(temperature=0)"], "temperature = 0"),
+        (["explain", "missing.py:f"], "there is no file missing.py"),
+        (["explain", "my_loss.py:g"], "unknown function in my_loss.py 'g'"),
+        (["explain", "dft", "--model", "nowhere"], "--model and --data go together"),
+        (["explain", "dft", "--model", "./nowhere", "--data", "my_loss.py"], "my_loss.py, line 1: not JSON"),
+        (["explain", "dft", "--figure", "no/such/folder.png"], "there is no folder"),
+        (["compare", "--settings", "strong"], "strong-prior"),
+        (["compare", "--variants", "sft,dftt"], "Did you mean dft"),
+        (["compare", "--variants", "label_smoothing(epsilon=3)"], "epsilon = 3"),
+        (["compare", "--seeds", "0"], "seeds"),
+        (["compare", "--frobnicate"], "frobnicate"),
+        (["frobnicate"], "frobnicate"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path, words, says):
+    before = sorted(tmp_path.rglob("*"))
+    code, out, err = run(*words)
+    assert code == 2 and says in err and "Traceback" not in err and out == ""
+    assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before  # nothing half-written

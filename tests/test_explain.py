@@ -1,0 +1,142 @@
+"""Explanations: what they find in losses nobody registered, among them wrong ones."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qlens
+from qlens import matching
+from qlens.probes import SWEEP, probes
+from qlens.testing import random_tokens
+
+
+def label_log_probs(logits, labels):
+    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def root_weighted(logits, labels):
+    log_p = label_log_probs(logits, labels)
+    return -(log_p.detach() / 2).exp() @ log_p / len(labels)
+
+
+def forgot_detach(logits, labels):
+    log_p = label_log_probs(logits, labels)
+    return -(log_p.exp() * log_p).mean()
+
+
+def test_probes_are_what_they_say():
+    tokens = probes()
+    torch.testing.assert_close(tokens.label_probs, torch.tensor(SWEEP * 2, dtype=torch.float64))
+    peaked = tokens.probs[9].sort(descending=True).values  # p_y = 0.5
+    torch.testing.assert_close(peaked[:2], torch.tensor([0.5, 0.45], dtype=torch.float64))
+    others = [tokens.log_probs] + [tokens.log_probs_of(name) for name in ("teacher", "reference", "old", "second")]
+    gaps = [float((a - b).abs().max()) for i, a in enumerate(others) for b in others[:i]]
+    assert min(gaps) > 0.1
+
+
+def test_trust_of_a_root_weighted_loss_is_the_root():
+    read = qlens.explain(root_weighted)
+    torch.testing.assert_close(torch.tensor(read.table["trust"]), torch.tensor(read.table["p_y"]).sqrt())
+    assert float(read.table["reshape"].max()) < 1e-12
+    assert read.nearest[0].relation == "same targets at another scale"
+    assert "Simplex: Q is a distribution on all 38 tokens." in read.findings
+
+
+def test_a_forgotten_detach_is_found():
+    read = qlens.explain(forgot_detach)
+    p = torch.tensor(read.table["p_y"])
+    torch.testing.assert_close(torch.tensor(read.table["trust"]), p * (1 + p.log()))
+    assert any("pushes the label DOWN on 16 of 38 tokens" in finding for finding in read.findings)
+    assert any("negative entries" in finding for finding in read.findings)
+
+
+def test_raw_logits_are_found():
+    read = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.square().sum(-1).mean())
+    assert any("sum(Q) is not 1 on 38 tokens" in f or "sum(Q) is not 1 on 38 of 38" in f for f in read.findings)
+    assert not any("Q is a distribution on all" in finding for finding in read.findings)
+
+
+def test_reshaped_alternatives_are_found():
+    read = qlens.explain("label_smoothing")
+    assert any("alternatives are reshaped" in finding for finding in read.findings)
+    assert any("trusted by" in finding for finding in read.findings)
+
+
+@pytest.mark.parametrize("name", qlens.names())
+def test_every_method_written_by_hand_finds_itself(name):
+    variant = qlens.get(name)
+    read = qlens.explain(lambda tokens: variant.loss(tokens))
+    assert (read.nearest[0].spec, read.nearest[0].relation) == (name, "identical")
+
+
+def test_a_factor_is_found_and_a_registered_loss_is_not_its_own_neighbour():
+    tokens = probes()
+    grad = qlens.get("dft").target(tokens).grad
+    match = matching.nearest(2.5 * grad, tokens)[0]
+    assert (match.spec, match.relation) == ("dft", "up to a factor")
+    assert match.factor == pytest.approx(2.5) and match.misfit < 1e-12
+    assert "dft" not in [m.spec for m in qlens.explain("dft").nearest]
+
+
+def test_random_gradients_match_nothing():
+    tokens = random_tokens(40, 12)
+    noise = torch.randn(40, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert {m.relation for m in matching.nearest(noise - noise.mean(-1, keepdim=True), tokens)} == {"near"}
+
+
+def test_methods_whose_models_are_missing_are_left_out():
+    tokens = random_tokens(10, 5).replace(teacher=None)
+    assert not {"kd", "target_sft"} & {m.spec for m in matching.nearest(qlens.get("sft").target(tokens).grad, tokens)}
+
+
+def test_float32_losses_are_read_in_float32():
+    def typed(logits, labels):
+        return -(logits.log_softmax(-1) @ torch.eye(logits.shape[-1]))[torch.arange(len(labels)), labels].mean()
+
+    read = qlens.explain(typed)
+    assert read.target.q.dtype == torch.float32 and "float32" in str(read)
+    assert read.nearest[0].spec == "sft" and read.nearest[0].relation == "identical"
+
+
+def test_own_tokens_and_their_pieces():
+    tokens = random_tokens(50, 9)
+    read = qlens.explain("dft", tokens, pieces="abcdefghi".__getitem__)
+    assert set(read.table["shape"]) == {"text"} and len(read.table) == 50
+    assert read.table["label"].tolist() == ["abcdefghi"[int(y)] for y in tokens.labels]
+    assert (read.telling["p_y"].diff().dropna() > 0).all()
+    with pytest.raises(qlens.InputError, match="no rows"):
+        qlens.explain("dft", tokens[:0])
+
+
+def test_a_loss_that_breaks_is_named():
+    with pytest.raises(qlens.InputError, match="broken raised ZeroDivisionError: division by zero"):
+
+        def broken(logits, labels):
+            return logits.sum() / 0 if len(labels) < 0 else 1 / 0
+
+        qlens.explain(broken)
+
+
+def test_nan_gradients_are_reported():
+    def nan(logits, labels):
+        p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
+        return (p - p.detach()).abs().sqrt() - label_log_probs(logits, labels)
+
+    assert qlens.explain(nan).findings == ["WARNING: the gradient is not finite on 38 of 38 tokens."]
+
+
+def test_everything_prints_and_serialises():
+    read = qlens.explain("kd")
+    text = str(read)
+    assert text.startswith("kd: the target it trains toward") and "Nearest methods:" in text
+    again = json.loads(json.dumps(read.to_dict()))
+    assert len(again["table"]) == 38 and again["nearest"][0]["spec"] in qlens.names()
+
+
+def test_the_figure_shows_the_table():
+    read = qlens.explain("dft")
+    figure = read.plot()
+    drawn = [line for ax in figure.axes for line in ax.get_lines() if len(line.get_xdata()) == len(SWEEP)]
+    assert len(figure.axes) >= 3 and drawn
