@@ -223,7 +223,13 @@ def register(name: str, **card: Any) -> Callable[[Callable], Method]:
 
 
 def names() -> tuple[str, ...]:
-    """All registered names, sorted."""
+    """All registered names, sorted.
+
+    Example:
+        >>> import qlens
+        >>> "target_sft" in qlens.names()
+        True
+    """
     return tuple(sorted(_METHODS))
 
 

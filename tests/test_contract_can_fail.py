@@ -1,0 +1,117 @@
+"""Every check of the contract, broken once on purpose: a check that cannot fail proves nothing."""
+
+import pytest
+import torch
+
+import qlens
+from qlens.registry import Method
+from qlens.target import Target
+from qlens.testing import CONTRACT, check_variant
+
+
+def nll(tokens):
+    return -tokens.label_log_probs
+
+
+def one_hot(tokens):
+    return Target.mix(tokens, trust=1.0, residual="student")
+
+
+def method(target, loss=None, **card):
+    made = Method(name="broken", fn=target, **card)
+    made.printed = loss
+    return made.variant()
+
+
+def twice_the_loss(tokens):
+    return 2 * nll(tokens)
+
+
+def more_than_one(tokens):
+    return Target.dense(tokens, 1.1 * tokens.one_hot)
+
+
+def over_trusting(tokens):
+    return Target.mix(tokens, trust=1.5, residual="student")
+
+
+def log_of_softmax(tokens):
+    return -torch.softmax(tokens.logits, -1).gather(1, tokens.labels[:, None])[:, 0].log()
+
+
+def z_loss(tokens):
+    return nll(tokens) + 0.1 * tokens.logits.logsumexp(-1).square()
+
+
+def favours_the_first(tokens):
+    return nll(tokens) * (1 + (tokens.labels == 0))
+
+
+def batch_weighted(tokens):
+    p = tokens.label_probs.detach()
+    return nll(tokens) * p / p.sum()
+
+
+def teacher_with_gradient(tokens):
+    return -(torch.softmax(tokens.teacher, -1) * tokens.log_probs).sum(-1)
+
+
+def leaking_target(tokens):
+    made = one_hot(tokens)
+    return Target(made.log_probs, made.labels, made.q, made.grad, tokens.label_probs, made.trust, made.structural)
+
+
+BROKEN = {
+    "identity": method(one_hot, twice_the_loss),
+    "sums_to_one": method(more_than_one),
+    "simplex_as_declared": method(over_trusting, simplex=True),
+    "finite": method(log_of_softmax),
+    "invariant_to_a_constant": method(z_loss),
+    "equivariant_under_permutation": method(favours_the_first),
+    "scope_is_kept": method(batch_weighted),
+    "constants_carry_no_gradient": method(teacher_with_gradient),
+}
+
+
+@pytest.mark.parametrize("check", BROKEN)
+def test_a_broken_method_is_caught(check):
+    with pytest.raises(AssertionError):
+        CONTRACT[check](BROKEN[check])
+    with pytest.raises(AssertionError, match=check):
+        check_variant(BROKEN[check])
+
+
+def test_declaring_too_little_is_caught_too():
+    with pytest.raises(AssertionError, match="declared off the simplex"):
+        CONTRACT["simplex_as_declared"](method(one_hot, nll, simplex=False))
+    with pytest.raises(AssertionError, match="carries a gradient"):
+        CONTRACT["constants_carry_no_gradient"](method(leaking_target))
+
+
+def test_a_broken_conversion_is_caught(monkeypatch):
+    right = Target.at
+
+    def wrong(self, scale):
+        made = right(self, scale)
+        return Target(made.log_probs, made.labels, made.q, made.grad, 2 * made.scale, made.trust, made.structural)
+
+    monkeypatch.setattr(Target, "at", wrong)
+    with pytest.raises(AssertionError, match="at unit scale"):
+        CONTRACT["scales_keep_the_gradient"](qlens.get("dft"))
+
+
+def test_weights_that_are_ignored_are_caught(monkeypatch):
+    monkeypatch.setattr(Target, "weighted", lambda self, weight: self)
+    with pytest.raises(AssertionError, match="under weights"):
+        CONTRACT["weight_multiplies"](qlens.get("dft"))
+
+
+def test_a_spec_that_does_not_read_back_is_caught(monkeypatch):
+    monkeypatch.setattr(qlens.registry.params, "show", lambda name, params, default: name)
+    with pytest.raises(AssertionError):
+        CONTRACT["spec_round_trips"](qlens.get("label_smoothing(epsilon=0.3)"))
+
+
+def test_none_is_left_out():
+    others = {"scales_keep_the_gradient", "weight_multiplies", "spec_round_trips"}
+    assert set(BROKEN) | others == set(CONTRACT)
