@@ -92,6 +92,8 @@ class Supervised:
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> "Supervised":
         """The supervised positions of a model's inputs: labels, with attention_mask and position_ids where given."""
+        if "labels" not in batch:
+            raise InputError(f"the batch has no labels, only {sorted(batch)}: nothing in it is supervised")
         return cls(batch["labels"], batch.get("attention_mask"), batch.get("position_ids"))
 
     def __len__(self) -> int:

@@ -12,6 +12,7 @@ from rich.table import Table
 import qlens
 from qlens import cards, params
 from qlens.errors import InputError
+from qlens.files import written
 
 app = typer.Typer(
     help="See and design the target distribution behind any supervised fine-tuning loss.",
@@ -137,20 +138,19 @@ def _own_tokens(
         if folder is not None:
             sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
             loaded[name] = sources.load_model(folder, device, dtype)
-    fits, dropped = texts.fitting(read, tokenizer, *loaded.values())
-    used = fits[:rows]
-    typer.echo(f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {dropped} exceed the context", err=True)
-    tokens = qlens.Tokens.from_text(tokenizer=tokenizer, rows=used, **loaded)
+    encoded = texts.encode(read, tokenizer, sources.shortest_context(*loaded.values()))
+    used = encoded.examples[:rows]
+    said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
+    typer.echo(said, err=True)
+    tokens = texts.tokens_from_examples(examples=used, **loaded)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a figure under a temporary name and rename it, so that no half of it is ever seen."""
     if not path.parent.is_dir():
         raise InputError(f"--figure {path}: there is no folder {path.parent}")
-    partial = path.with_name(f".{path.name}.partial")
-    figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
-    partial.replace(path)
+    with written(path) as partial:
+        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
 
 
 def _slug(spec: str) -> str:

@@ -21,6 +21,7 @@ KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Row = Mapping[str, Any]
+Piece = tuple[list[int], bool]  # token ids, and whether they are supervised
 
 
 @dataclass(frozen=True)
@@ -147,18 +148,13 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
 def _example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
     kind = check_row(row, where)
     if kind == ("text",):
-        pieces = iter([(_ids(tokenizer, row["text"]), True)])
+        pieces = [(_optional(tokenizer.bos_token_id), False), (_ids(tokenizer, row["text"]), True)]
     elif tokenizer.chat_template:
-        pieces = _templated(_turns(row, kind), tokenizer, where)
+        pieces = list(_templated(_turns(row, kind), tokenizer, where))
     else:
-        pieces = _joined(_turns(row, kind), tokenizer)
-    ids: list[int] = []
-    labels: list[int] = []
-    if kind == ("text",) or not tokenizer.chat_template:
-        ids, labels = _optional(tokenizer.bos_token_id), [IGNORE] * len(_optional(tokenizer.bos_token_id))
-    for piece, supervised in pieces:
-        ids = ids + piece
-        labels = labels + (piece if supervised else [IGNORE] * len(piece))
+        pieces = list(_joined(_turns(row, kind), tokenizer))
+    ids = [token for piece, _ in pieces for token in piece]
+    labels = [token if supervised else IGNORE for piece, supervised in pieces for token in piece]
     labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
     if all(label == IGNORE for label in labels):
         raise InputError(f"{where}: no token of it would be supervised")
@@ -172,8 +168,9 @@ def _turns(row: Row, kind: tuple[str, ...]) -> list[dict[str, str]]:
     return [{"role": role, "content": row[key]} for role, key in zip(("user", "assistant"), kind, strict=True)]
 
 
-def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[list[int], bool]]:
-    """Turns one after the other, for tokenizers without a chat template: ids, and whether they are supervised."""
+def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:
+    """Turns one after the other, for tokenizers without a chat template."""
+    yield _optional(tokenizer.bos_token_id), False
     before = ""
     for turn in turns:
         supervised = turn["role"] == "assistant"
@@ -185,10 +182,8 @@ def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
         before = text
 
 
-def _templated(
-    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> Iterator[tuple[list[int], bool]]:
-    """What the chat template writes: ids, and whether they are supervised."""
+def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str) -> Iterator[Piece]:
+    """What the chat template writes."""
 
     def written(upto: int, prompt: bool) -> list[int]:
         try:
@@ -233,25 +228,40 @@ def tokens_from_text(
     reference: nn.Module | None = None,
     batch_size: int = 8,
 ) -> Tokens:
-    """Tokens at every supervised position of some rows: what the model, and others, predict there; no gradient.
+    """Tokens at every supervised position of texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
+
+    The other arguments are those of ``tokens_from_examples``; ``tokenizer`` is the model's.
+
+    Raises:
+        InputError: rows that ``encode`` or ``tokens_from_examples`` refuse.
+    """
+    if isinstance(rows, str) or not len(rows):
+        raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
+    examples = encode([_row(row) for row in rows], tokenizer, None).examples
+    return tokens_from_examples(model, examples, teacher=teacher, reference=reference, batch_size=batch_size)
+
+
+def tokens_from_examples(
+    model: nn.Module,
+    examples: Sequence[dict[str, list[int]]],
+    teacher: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 8,
+) -> Tokens:
+    """Tokens at every supervised position of encoded rows: what the model, and others, predict there; no gradient.
 
     Args:
         model: a causal language model; it is run in evaluation mode, on its own device.
-        tokenizer: that model's.
-        rows: texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
+        examples: as ``encode`` makes them.
         teacher, reference: other models over the same vocabulary.
         batch_size: rows per forward pass.
 
     Raises:
-        InputError: rows that ``encode`` refuses, a row beyond a model's context or vocabulary, or models whose
-            vocabularies differ.
+        InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
     """
-    if isinstance(rows, str) or not len(rows):
-        raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
     others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
     for name, other in others.items():
         check_same_vocabulary(model, other, name)
-    examples = encode([_row(row) for row in rows], tokenizer, None).examples
     for name, each in {"model": model, **others}.items():
         _check_fits(examples, each, name)
     parts, sequences = [], 0

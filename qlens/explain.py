@@ -13,7 +13,7 @@ from qlens.errors import InputError
 from qlens.lens import gradient
 from qlens.probes import probes, shapes
 from qlens.registry import Variant, resolve
-from qlens.target import Target
+from qlens.target import Target, tolerance
 from qlens.tokens import Tokens
 
 TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
@@ -202,7 +202,7 @@ def _simplex(target: Target, table: pd.DataFrame) -> list[str]:
             f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): the loss sees raw logits, "
             "not only their softmax."
         )
-    signed = table["negative_mass"] > target.tolerance
+    signed = table["negative_mass"] > tolerance(target.q)
     if signed.any():
         at = table["p_y"][signed]
         said.append(

@@ -119,6 +119,12 @@ def context_length(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def shortest_context(*models: PreTrainedModel | None) -> int | None:
+    """The longest sequence that all the models (None apart) were made for; None where no configuration names one."""
+    known = [context_length(model) for model in models if model is not None]
+    return min((length for length in known if length is not None), default=None)
+
+
 def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: str) -> None:
     """Whether another model's logits have the width of the model's.
 

@@ -147,7 +147,7 @@ class Target:
     @property
     def shift_invariant(self) -> Bool[Tensor, " N"]:
         """Whether adding a constant to the logits changes nothing, sum_k g_k = 0; where it does, the loss sees raw logits."""
-        return self.grad.sum(-1).abs() <= self.tolerance * self.grad.abs().amax(-1).clamp(min=1)
+        return balanced(self.grad)
 
     @property
     def negative_mass(self) -> Float[Tensor, " N"]:
@@ -157,16 +157,12 @@ class Target:
     @property
     def in_simplex(self) -> Bool[Tensor, " N"]:
         """Whether Q is a distribution, to rounding."""
-        return (self.negative_mass <= self.tolerance) & ((self.total - 1).abs() <= self.tolerance)
-
-    @property
-    def tolerance(self) -> float:
-        """What counts as rounding."""
-        return 1e-9 if self.q.dtype == torch.float64 else 1e-5
+        rounding = tolerance(self.q)
+        return (self.negative_mass <= rounding) & ((self.total - 1).abs() <= rounding)
 
     @property
     def effective_trust(self) -> Float[Tensor, " N"]:
-        """-g_y / (1 - p_y): the pull toward the label, in unit scale, whatever the construction; NaN where p_y = 1."""
+        """-g_y / (1 - p_y): the pull toward the label, in unit scale, whatever the construction; NaN where 1 - p_y = 0."""
         return effective_trust(self.log_probs, self.labels, self.grad)
 
     @property
@@ -198,10 +194,24 @@ class Target:
 def effective_trust(
     log_probs: Float[Tensor, "N V"], labels: Int[Tensor, " N"], grad: Float[Tensor, "N V"]
 ) -> Float[Tensor, " N"]:
-    """-g_y / (1 - p_y) in unit scale, (N,); NaN where p_y rounds to 1 (nothing is left to pull)."""
+    """-g_y / (1 - p_y) in unit scale, (N,); NaN where nothing is left to pull, 1 - p_y = 0.
+
+    Where sum(g) = 0 that is the others' share, sum_{k != y} g_k / sum_{k != y} p_k, which keeps its digits as p_y -> 1.
+    """
     index = labels[:, None].long()
-    rest = 1 - log_probs.gather(-1, index)[:, 0].exp()  # rounded as g_y is, so that SFT's trust is 1 to the last digit
-    return torch.where(rest > 0, -grad.gather(-1, index)[:, 0] / rest, torch.nan)
+    rest = log_probs.exp().scatter(1, index, 0.0).sum(-1)
+    pull = torch.where(balanced(grad), grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
+    return torch.where(rest > 0, pull / rest, torch.nan)
+
+
+def balanced(grad: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
+    """Whether sum_k g_k = 0, to rounding."""
+    return grad.sum(-1).abs() <= tolerance(grad) * grad.abs().amax(-1).clamp(min=1)
+
+
+def tolerance(values: Tensor) -> float:
+    """What counts as rounding in this dtype."""
+    return 1e-9 if values.dtype == torch.float64 else 1e-5
 
 
 def natural_scale(log_probs: Float[Tensor, "N V"], grad: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

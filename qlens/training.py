@@ -14,7 +14,7 @@ from qlens.batching import Supervised, collate, positions
 from qlens.errors import InputError
 from qlens.registry import Variant, resolve
 from qlens.sources import check_same_vocabulary, freeze, model_logits
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
 COMPARABLES = ("loss", "nll", "negative_mass", "trust", "trust_squared", "target_entropy", "kl_target")
@@ -72,7 +72,7 @@ class QLossMixin(Trainer):
                 raise InputError(f"{need} is the model being trained, which would freeze it: give a copy")
             check_same_vocabulary(self.model, others[need], need)
             self.others[need] = freeze(others[need]).to(self.args.device)
-        self._tally = Tally()
+        self._tally, self._evaluating = Tally(), False
         self._update = UpdateNorm(self)
         self.add_callback(self._update)
 
@@ -92,7 +92,8 @@ class QLossMixin(Trainer):
             others = {name: supervised.take(model_logits(other, features)) for name, other in self.others.items()}
             tokens = Tokens(logits=rows, labels=supervised.labels, sequence=supervised.sequence, **others)
             losses = self.variant.loss(tokens)
-            if not model.training or self.logs_this_step():
+            losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+            if self._evaluating or (self.is_in_train and self.logs_this_step()):
                 self._tally.add(self.variant, tokens, losses)
             total = losses.sum()
         else:
@@ -143,12 +144,12 @@ class QLossMixin(Trainer):
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set."""
-        training, self._tally = self._tally, Tally()
+        training, self._tally, self._evaluating = self._tally, Tally(), True
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             means = self._tally.means(self.accelerator)
         finally:
-            self._tally = training
+            self._tally, self._evaluating = training, False
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 

@@ -1,0 +1,160 @@
+"""The lab's language: chains of digit arithmetic, worked out step by step in one of many wordings, and their verifier.
+
+A problem is a chain on the digit clock (everything modulo 10), read from left to right; a solution says every step in
+words of its author's liking and ends in an answer:
+
+    problem     7 plus 5 minus 3 times 3 ?
+    solution    first 7 plus 5 gives 2 , then 2 minus 3 is 9 , now 9 times 3 comes to 7 , so the answer 7
+"""
+
+import hashlib
+import itertools
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
+
+from qlens.lab.setting import Author
+
+OPERATIONS = ("plus", "minus", "times")
+WORDINGS = {
+    "opening": ("first", "start :", "to begin", "we have"),
+    "linking": ("then", "next", "now", "after that"),
+    "result": ("is", "gives", "makes", "equals"),
+    "closing": ("so", "hence", "thus the", "in all the"),
+}
+LONGEST_STEP, LONGEST_ENDING = 8, 6  # in tokens: a step with its comma; closing, answer and end token
+ANSWER = re.compile(r".*\banswer ([0-9])", re.DOTALL)
+SPLITS = {"corpus": 0.5, "tutor": 0.3, "demonstrations": 0.1, "validation": 0.05, "test": 0.05}
+
+
+def compute(operation: str, a: int, b: int, modulus: int) -> int:
+    """a op b on a clock of ``modulus`` hours."""
+    return {"plus": a + b, "minus": a - b, "times": a * b}[operation] % modulus
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A chain: the first digit, then operations with their digits, on a clock of ``modulus`` hours."""
+
+    start: int
+    links: tuple[tuple[str, int], ...]
+    modulus: int = 10
+
+    @property
+    def prompt(self) -> str:
+        """The question in words; its tokens are 2 + 2 x depth."""
+        return " ".join([str(self.start), *(f"{operation} {digit}" for operation, digit in self.links), "?"])
+
+    @property
+    def answer(self) -> int:
+        """The right answer."""
+        value = self.start
+        for operation, digit in self.links:
+            value = compute(operation, value, digit, self.modulus)
+        return value
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A worked solution to learn from; ``clean`` says whether every step and the answer are right."""
+
+    problem: Problem
+    completion: str
+    clean: bool
+
+    @property
+    def prompt(self) -> str:
+        """The question in words."""
+        return self.problem.prompt
+
+
+def verify(problem: Problem, completion: str) -> bool:
+    """Whether the completion ends in the right answer and gives no other: exact, and only the answer counts.
+
+    Example:
+        >>> verify(Problem(7, (("plus", 5),)), "first 7 plus 5 is 2 , so answer 2")
+        True
+    """
+    found = ANSWER.fullmatch(completion.strip())
+    return bool(found) and completion.split().count("answer") == 1 and int(found[1]) == problem.answer
+
+
+def split_of(prompt: str) -> str:
+    """The part of the world a prompt belongs to, by its hash: parts can never share a prompt."""
+    point = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8]) / 2**64
+    for split, share in SPLITS.items():
+        point -= share
+        if point < 0:
+            return split
+    return split
+
+
+def problems(split: str, depth: int, modulus: int, rng: random.Random) -> Iterator[Problem]:
+    """Problems of one part of the world, drawn evenly and without end; they may repeat."""
+    while True:
+        start, *digits = rng.choices(range(modulus), k=depth + 1)
+        problem = Problem(start, tuple(zip(rng.choices(OPERATIONS, k=depth), digits, strict=True)), modulus)
+        if split_of(problem.prompt) == split:
+            yield problem
+
+
+class Writer:
+    """An author at work: solutions in the author's words, with the author's beliefs and slips."""
+
+    def __init__(self, author: Author, modulus: int, rng: random.Random):
+        self.author, self.modulus, self.rng = author, modulus, rng
+        self.habits = {part: [rng.gammavariate(author.wording, 1) for _ in words] for part, words in WORDINGS.items()}
+        self.table = {}
+        for number, operation in enumerate(OPERATIONS):
+            mistaken = OPERATIONS[(number + 1) % len(OPERATIONS)]
+            pairs = list(itertools.product(range(modulus), repeat=2))
+            false = set(rng.sample(pairs, round(len(pairs) * author.false[number])))
+            for a, b in pairs:
+                self.table[operation, a, b] = compute(mistaken if (a, b) in false else operation, a, b, modulus)
+
+    def write(self, problem: Problem, error: int | None = None) -> tuple[str, bool]:
+        """A worked solution, and whether all of it is right.
+
+        Args:
+            problem: what to solve.
+            error: the step (depth: the answer) that gets a random wrong digit, whatever the author believes.
+        """
+        value, parts, right = problem.start, [], True
+        for number, (operation, digit) in enumerate(problem.links):
+            told = self.table[operation, value, digit]
+            if number == error or self.rng.random() < self.author.slip:
+                told = self._other(told)
+            right = right and told == compute(operation, value, digit, self.modulus)
+            link = self._say("linking" if number else "opening")
+            parts.append(f"{link} {value} {operation} {digit} {self._say('result')} {told}")
+            value = told
+        answer = self._other(value) if error == len(problem.links) else value
+        return " , ".join([*parts, f"{self._say('closing')} answer {answer}"]), right and answer == value
+
+    def _say(self, part: str) -> str:
+        return self.rng.choices(WORDINGS[part], self.habits[part])[0]
+
+    def _other(self, digit: int) -> int:
+        return (digit + self.rng.randrange(1, self.modulus)) % self.modulus
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of the whole language, padding on the left as generation needs it."""
+    said = " ".join(phrase for phrases in WORDINGS.values() for phrase in phrases).split()
+    words = ["<pad>", "<eos>", "<unk>", *"0123456789", *OPERATIONS, "?", ",", "answer", *dict.fromkeys(said)]
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )

@@ -1,0 +1,192 @@
+"""World: the language, models, demonstrations and problems of one setting, built on first use."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlens.data import encode, tokens_from_text
+from qlens.errors import UnknownName
+from qlens.fitting import fit, isolated
+from qlens.lab import cache
+from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
+from qlens.lab.models import longest, new_model, quiet, sample
+from qlens.lab.setting import SETTINGS, Setting
+from qlens.sources import load_model
+from qlens.tokens import expectation
+
+VERSION = 1  # of the lab: raised whenever the same numbers would give another world
+MEASURED_ROWS = 400
+
+
+class World:
+    """A small world in which every training can be checked exactly; get one from ``qlens.lab.world``.
+
+    Attributes:
+        setting: the numbers it comes from.
+        folder: where its models lie, as ordinary Hugging Face folders ``base`` and ``teacher``.
+        tokenizer: of all its models.
+        demonstrations: worked solutions to train on; ``clean`` tells the right ones.
+        validation, test: problems with their answers; no prompt is shared between any two parts, corpora included.
+        measured: what the base, the teacher and the demonstrations are like, in numbers.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.folder = cache.root() / "lab" / f"{setting.name}-v{VERSION}-{setting.key}"
+        self.tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+        self.demonstrations = self._demonstrations()
+        self.validation = self._distinct("validation", setting.validation)
+        self.test = self._distinct("test", setting.test)
+
+    def base(self) -> LlamaForCausalLM:
+        """A fresh copy of the base model: float32, evaluation mode."""
+        return self._load("base")
+
+    def teacher(self) -> LlamaForCausalLM:
+        """A fresh copy of the teacher: float32, evaluation mode."""
+        return self._load("teacher")
+
+    @cached_property
+    def measured(self) -> dict[str, float]:
+        """Accuracies of ``base`` and ``teacher`` (avg@k on the test problems); ``noise``: the share of the demonstrations
+        with any error, ``wrong_answers`` with a wrong answer; ``base_right``: the share that the base answers right;
+        ``kl_base_teacher``: mean KL(base || teacher) per token of the demonstrations, in nats."""
+        return json.loads((self.folder / "measured" / "measured.json").read_text(encoding="utf-8"))
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Whether the completion ends in the right answer and gives no other."""
+        return verify(problem, completion)
+
+    def score(self, model: LlamaForCausalLM, problems: Sequence[Problem], k: int, seed: int) -> np.ndarray:
+        """avg@k of every problem, (len(problems),): the share right among k completions at temperature 1."""
+        completions = sample(model, self.tokenizer, problems, k, seed, longest(self.setting))
+        return np.array(
+            [
+                np.mean([verify(problem, text) for text in texts])
+                for problem, texts in zip(problems, completions, strict=True)
+            ]
+        )
+
+    def build(self, progress: bool = True) -> None:
+        """Make whatever is missing in the cache, after a look at what is there; one process at a time."""
+        parts: dict[str, Callable[[Path, Callable[[], None]], None]] = {
+            "base": self._make_base,
+            "teacher": self._make_teacher,
+            "measured": self._make_measured,
+        }
+        if all(cache.whole(self.folder / name) for name in parts):
+            return
+        steps = {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
+        with cache.locked(self.folder), Progress(console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task(f"building {self.setting.name}", total=sum(steps.values()))
+            for number, (name, make) in enumerate(parts.items()):
+                if cache.whole(self.folder / name):
+                    bar.advance(task, steps[name])
+                    continue
+                for stale in list(parts)[number:]:  # what came of a part goes with it
+                    cache.discard(self.folder / stale)
+                with cache.sealed(self.folder / name) as folder:
+                    make(folder, lambda: bar.advance(task))
+
+    def _make_base(self, folder: Path, tick: Callable[[], None]) -> None:
+        with isolated(seed := self._random("base").randrange(2**31)):
+            model = new_model(self.setting, self.tokenizer)
+        budget = {"steps": self.setting.pretrain_steps, "learning_rate": self.setting.pretrain_rate, "seed": seed}
+        self._save(self._fit(model, "corpus", tick, **budget), folder)
+
+    def _make_teacher(self, folder: Path, tick: Callable[[], None]) -> None:
+        seed = self._random("teacher").randrange(2**31)
+        budget = {"steps": self.setting.teach_steps, "learning_rate": self.setting.teach_rate, "seed": seed}
+        self._save(self._fit(self.base(), "tutor", tick, **budget), folder)
+
+    def _make_measured(self, folder: Path, tick: Callable[[], None]) -> None:
+        base, teacher, shown = self.base(), self.teacher(), self.demonstrations[:MEASURED_ROWS]
+        pairs = [(each.prompt, each.completion) for each in shown]
+        tokens = tokens_from_text(base, self.tokenizer, pairs, teacher=teacher, batch_size=len(pairs))
+        gap = expectation(tokens.probs, tokens.log_probs - tokens.log_probs_of("teacher"))
+        wrong = [not verify(each.problem, each.completion) for each in self.demonstrations]
+        measured = {
+            "base": self.score(base, self.test, self.setting.k, 0).mean(),
+            "teacher": self.score(teacher, self.test, self.setting.k, 0).mean(),
+            "noise": np.mean([not each.clean for each in self.demonstrations]),
+            "wrong_answers": np.mean(wrong),
+            "base_right": self.score(base, [each.problem for each in shown], 1, 0).mean(),
+            "kl_base_teacher": gap.mean().item(),
+        }
+        text = json.dumps({name: float(value) for name, value in measured.items()}, indent=1)
+        (folder / "measured.json").write_text(text, encoding="utf-8")
+        tick()
+
+    def _fit(self, model: LlamaForCausalLM, author: str, tick: Callable[[], None], **budget: Any) -> LlamaForCausalLM:
+        examples = encode(self._rows(author), self.tokenizer, None).examples
+        return fit(model, examples, batch_size=self.setting.pretrain_batch, tick=tick, **budget)
+
+    def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
+        with quiet():
+            model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _load(self, name: str) -> LlamaForCausalLM:
+        with quiet():
+            return load_model(self.folder / name, dtype="float32")
+
+    def _random(self, purpose: str) -> random.Random:
+        return random.Random(f"{self.setting.seed} {purpose}")
+
+    def _problems(self, split: str) -> Iterator[Problem]:
+        return problems(split, self.setting.depth, self.setting.modulus, self._random(f"{split} problems"))
+
+    def _distinct(self, split: str, count: int) -> list[Problem]:
+        drawn, found = self._problems(split), dict[Problem, None]()
+        while len(found) < count:
+            found.setdefault(next(drawn))
+        return list(found)
+
+    def _rows(self, role: str) -> list[dict[str, str]]:
+        writer = Writer(getattr(self.setting, role), self.setting.modulus, self._random(role))
+        drawn = islice(self._problems(role), self.setting.corpus_rows)
+        return [{"prompt": problem.prompt, "completion": writer.write(problem)[0]} for problem in drawn]
+
+    def _demonstrations(self) -> list[Demonstration]:
+        setting, rng = self.setting, self._random("noise")
+        writer = Writer(setting.scribe, setting.modulus, self._random("scribe"))
+        made = []
+        for problem in self._distinct("demonstrations", setting.demonstrations):
+            error = rng.randrange(setting.depth + 1) if rng.random() < setting.noise else None
+            made.append(Demonstration(problem, *writer.write(problem, error)))
+        return made
+
+
+def world(setting: str | Setting, progress: bool = True) -> World:
+    """The world of a setting, built on first use (half a minute) and from then on taken from the cache.
+
+    The cache is ``$QLENS_CACHE`` or ``~/.cache/qlens``. An interrupted build goes on where a part (base, teacher) was
+    finished; several processes may ask at once, one builds; files that were changed or cut short are made again.
+
+    Args:
+        setting: a name in ``qlens.lab.SETTINGS``, or a Setting of your own.
+        progress: whether to show a bar while building.
+
+    Raises:
+        UnknownName: no setting has this name.
+
+    Example:
+        >>> world = qlens.lab.world("strong-prior")                                        # doctest: +SKIP
+        >>> world.score(world.base(), world.test, k=8, seed=0).mean()                      # doctest: +SKIP
+    """
+    if isinstance(setting, str):
+        if setting not in SETTINGS:
+            raise UnknownName.among("setting", setting, SETTINGS)
+        setting = SETTINGS[setting]
+    found = World(setting)
+    found.build(progress)
+    return found
