@@ -1,0 +1,203 @@
+"""Grounds: what a comparison trains and scores on, a world of the lab or a user's own model and data."""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlens import sources
+from qlens.analysis.held import row_nll
+from qlens.data import encode, read_rows, split
+from qlens.errors import InputError
+from qlens.lab import Setting, world
+from qlens.lab.models import quiet
+from qlens.lab.worlds import VERSION
+
+HELD_OUT = 64  # demonstrations or rows that nothing is trained on; never more than a fifth of them
+STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3  # on a user's own model; RATE from SMALL parameters up
+
+Example = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Ground:
+    """One setting, ready: what to train on, from which start, and how to score.
+
+    Args:
+        train, held: encoded examples; ``held`` are never trained on.
+        start, teacher: give a fresh model; ``teacher`` is None where there is none.
+        score: of a model at a seed, one number per item, (I,).
+        tokenizer: of all models.
+        steps, batch_size, learning_rate: of every training, whatever the method.
+        noted: what a reader should know of it, in numbers and words.
+    """
+
+    train: Sequence[Example]
+    held: Sequence[Example]
+    start: Callable[[], PreTrainedModel]
+    teacher: Callable[[], PreTrainedModel] | None
+    score: Callable[[PreTrainedModel, int], np.ndarray]
+    tokenizer: PreTrainedTokenizerBase
+    steps: int
+    batch_size: int
+    learning_rate: float
+    noted: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A world of the lab, with other steps or another learning rate where given; small enough to send to a worker."""
+
+    setting: Setting
+    steps: int | None = None
+    learning_rate: float | None = None
+
+    has_teacher = True
+
+    @property
+    def name(self) -> str:
+        """The setting's."""
+        return self.setting.name
+
+    @property
+    def metric(self) -> dict[str, str]:
+        """What is scored, and which way is up."""
+        return {"name": f"avg@{self.setting.k}", "better": "higher", "note": ""}
+
+    def identity(self) -> dict[str, Any]:
+        """Everything the results follow from, the code apart."""
+        given = {"steps": self.steps, "learning_rate": self.learning_rate}
+        changed = {name: value for name, value in given.items() if value is not None}
+        return {"lab": VERSION, **asdict(self.setting), **changed}
+
+    def open(self, progress: bool = False) -> Ground:
+        """The world, built on first use."""
+        here, setting = world(self.setting, progress), self.setting
+        rows = [{"prompt": d.prompt, "completion": d.completion} for d in here.demonstrations]
+        held = min(HELD_OUT, len(rows) // 5)
+        examples = encode(rows, here.tokenizer, None).examples
+
+        def score(model: PreTrainedModel, seed: int) -> np.ndarray:
+            return here.score(model, here.test, setting.k, seed)
+
+        return Ground(
+            train=examples[: len(rows) - held],
+            held=examples[len(rows) - held :],
+            start=here.base,
+            teacher=here.teacher,
+            score=score,
+            tokenizer=here.tokenizer,
+            steps=self.steps or setting.steps,
+            batch_size=setting.batch_size,
+            learning_rate=self.learning_rate or setting.learning_rate,
+            noted={name: round(value, 4) for name, value in here.measured.items()},
+        )
+
+
+@dataclass(frozen=True)
+class Real:
+    """A user's own model, teacher and data; small enough to send to a worker."""
+
+    model: str
+    data: str
+    teacher: str | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    device: str = "cpu"
+    dtype: str = "float32"
+    digest: str = ""
+
+    @classmethod
+    def of(cls, model: str, data: str, teacher: str | None, **given: Any) -> "Real":
+        """With the digest of the files as they are now, so that no process mistakes new ones for those it has read."""
+        return cls(model, data, teacher, digest=" ".join(_digest(path) for path in (model, data, teacher) if path), **given)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether one was given."""
+        return self.teacher is not None
+
+    @property
+    def name(self) -> str:
+        """The data file's."""
+        return Path(self.data).stem
+
+    @property
+    def metric(self) -> dict[str, str]:
+        """What is scored, and which way is up."""
+        note = "held-out NLL is a diagnostic, not a ranking: it is SFT's own objective"
+        return {"name": "held-out NLL", "better": "lower", "note": note}
+
+    def identity(self) -> dict[str, Any]:
+        """Everything the results follow from, the code apart."""
+        ground = open_ground(self)
+        resolved = {"steps": ground.steps, "batch_size": ground.batch_size, "learning_rate": ground.learning_rate}
+        return {**asdict(self), **resolved, "held_out": len(ground.held)}
+
+    def open(self, progress: bool = False) -> Ground:
+        """Models checked against each other, rows encoded and split; ``progress`` is not needed here.
+
+        Raises:
+            InputError: anything that cannot be read, does not fit together, or leaves too few rows.
+        """
+        rows, tokenizer = read_rows(self.data), sources.load_tokenizer(self.model)
+        models = {"model": self._load(self.model)}
+        if self.teacher is not None:
+            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(self.teacher))
+            models["teacher"] = self._load(self.teacher)
+            sources.check_same_vocabulary(models["model"], models["teacher"], "teacher")
+        limit = min((n for n in map(sources.context_length, models.values()) if n is not None), default=None)
+        encoded = encode(rows, tokenizer, limit)
+        size = sources.vocabulary_size(models["model"])
+        if (top := max(max(example["input_ids"]) for example in encoded.examples)) >= size:
+            raise InputError(f"{self.data} has a token {top}, but the vocabulary of {self.model} is {size}")
+        if len(encoded.examples) < 2:
+            raise InputError(f"{self.data}: only one row fits into {limit} tokens; at least two are needed, one is held out")
+        train, held = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
+        parameters = models["model"].num_parameters()
+        noted = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
+        return Ground(
+            train=train,
+            held=held,
+            start=functools.partial(self._load, self.model),
+            teacher=functools.partial(self._load, self.teacher) if self.teacher is not None else None,
+            score=lambda model, seed: row_nll(model, held),
+            tokenizer=tokenizer,
+            steps=self.steps or STEPS,
+            batch_size=BATCH,
+            learning_rate=self.learning_rate or (SMALL_RATE if parameters < SMALL else RATE),
+            noted=noted | {"held out": len(held), "parameters": parameters},
+        )
+
+    def _load(self, path: str) -> PreTrainedModel:
+        with quiet():
+            return sources.load_model(path, self.device, self.dtype)
+
+
+Source = Lab | Real
+
+
+@functools.lru_cache(maxsize=4)
+def open_ground(source: Source) -> Ground:
+    """A source's ground, opened once per process."""
+    return source.open()
+
+
+def _digest(path: str) -> str:
+    """Of a file, or of the models in a folder: what tells one version from another without reading gigabytes."""
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(1 << 24))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16] if files else ""

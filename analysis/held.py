@@ -1,0 +1,125 @@
+"""What a method and a trained model are like on held-out tokens: diagnostics, trust against p_y, targets at one token."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlens.batching import Supervised, collate
+from qlens.registry import Variant
+from qlens.sources import evaluating, model_logits, vocabulary_size
+from qlens.tokens import Tokens, expectation
+
+ENTRIES = 20_000_000  # logits held at a time
+GRID = 60  # tokens of the figure of trust
+DOUBTED = 0.1  # the p_y of the token whose targets are shown
+CANDIDATES = 6
+
+Examples = Sequence[Mapping[str, Sequence[int]]]
+
+
+def held_tokens(model: PreTrainedModel, examples: Examples, **others: PreTrainedModel) -> Iterator[Tokens]:
+    """Tokens at all supervised positions, some whole examples at a time; ``others`` fill the fields of those names."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    rows = max(1, ENTRIES // (longest * vocabulary_size(model)))
+    with evaluating(model):
+        for start in range(0, len(examples), rows):
+            batch = {name: value.to(model.device) for name, value in collate(examples[start : start + rows]).items()}
+            supervised = Supervised.of(batch)
+            inputs = {name: value for name, value in batch.items() if name != "labels"}
+            fields = {name: supervised.take(model_logits(each.eval(), inputs)) for name, each in others.items()}
+            logits = supervised.take(model_logits(model, inputs))
+            yield Tokens(logits=logits, labels=supervised.labels, sequence=supervised.sequence, **fields)
+
+
+def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I"]:
+    """The mean NLL per supervised token of every example, in nats."""
+    means = []
+    for tokens in held_tokens(model, examples):
+        assert tokens.sequence is not None
+        sums = torch.zeros(int(tokens.sequence.max()) + 1, device=tokens.logits.device)
+        counts = torch.zeros_like(sums).index_add(0, tokens.sequence, torch.ones_like(tokens.label_log_probs))
+        means.append(sums.index_add(0, tokens.sequence, -tokens.label_log_probs) / counts)
+    return torch.cat(means).double().cpu().numpy()
+
+
+def diagnostics(
+    model: PreTrainedModel,
+    start: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    variant: Variant | None,
+    examples: Examples,
+) -> dict[str, float | None]:
+    """Means over held-out tokens of a trained model, in nats; the last two are None without a variant.
+
+    ``nll``: -log p_y. ``entropy``: H(p). ``kl_start``: KL(start || p). ``negative_mass``: what Q has below zero.
+    ``trust``: the effective trust, each token with the weight 1 - p_y, sum(-g_y) / sum(1 - p_y): how hard the labels
+    are pulled as a share of SFT's pull. (Its plain mean says little: where a target does not end at the label, the
+    trust of a token whose p_y is nearly 1 is as large as you like.)
+    """
+    sums: dict[str, list[Tensor]] = {name: [] for name in ("nll", "entropy", "kl_start", "pull", "negative_mass")}
+    room: list[Tensor] = []  # what SFT would pull by
+    others = {"reference": start} | ({"teacher": teacher} if teacher is not None else {})
+    for tokens in held_tokens(model, examples, **others):
+        started = tokens.log_probs_of("reference")
+        sums["nll"].append(-tokens.label_log_probs)
+        sums["entropy"].append(-expectation(tokens.probs, tokens.log_probs))
+        sums["kl_start"].append(expectation(started.exp(), started - tokens.log_probs))
+        if variant is not None:
+            target = variant.target(tokens).at("unit")
+            sums["pull"].append(-tokens.gather(target.grad))
+            room.append(1 - tokens.label_probs)
+            sums["negative_mass"].append(target.negative_mass)
+    means = {name: torch.cat(rows).double().mean().item() if rows else None for name, rows in sums.items()}
+    pull = means.pop("pull")
+    return means | {"trust": None if pull is None else pull / torch.cat(room).double().mean().item()}
+
+
+def reading(
+    start: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    variant: Variant,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """A method's trust and targets on the starting model's held-out tokens, the same tokens for every method.
+
+    ``trust``: p_y and effective trust at the tokens nearest to an even grid of p_y. ``target``: p and Q of the candidates
+    at one token: the label, what model and teacher hold most likely, and the rest together. That token is chosen before
+    any result is known: of those where the label is not the model's favourite, the one with p_y nearest to 0.1.
+    """
+    others = {"reference": start} | ({"teacher": teacher} if teacher is not None else {})
+    tokens = next(held_tokens(start, examples, **others))
+    target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
+    grid = torch.linspace(0, 1, GRID, device=p_y.device)
+    shown = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()
+    trust = target.effective_trust[shown]
+    kept = trust.isfinite()
+    doubted = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
+    among = doubted if len(doubted) else torch.arange(len(tokens), device=p_y.device)
+    at = among[(p_y[among] - DOUBTED).abs().argmin()]
+    return {
+        "trust": {"p_y": p_y[shown][kept].tolist(), "trust": trust[kept].tolist()},
+        "target": _candidates(tokens[at[None]], target.q[at], tokenizer),
+    }
+
+
+def _candidates(token: Tokens, q: Float[Tensor, " V"], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    p, label = token.probs[0], int(token.labels[0])
+    teacher = token.log_probs_of("teacher")[0].exp() if token.teacher is not None else p
+    likely = torch.maximum(p, teacher).topk(min(CANDIDATES, len(p))).indices.tolist()
+    likely = [token_id for token_id in likely if max(p[token_id], teacher[token_id]) >= 0.01]
+    ids = sorted({label, *likely}, key=lambda token_id: -p[token_id].item())
+    names = [repr(tokenizer.convert_ids_to_tokens(token_id))[1:-1] for token_id in ids]
+    rest = torch.ones_like(p, dtype=torch.bool)
+    rest[ids] = False
+    return {
+        "token": [*names, "(rest)"],
+        "label": [token_id == label for token_id in ids] + [False],
+        "p": [*p[ids].tolist(), p[rest].sum().item()],
+        "q": [*q[ids].tolist(), q[rest].sum().item()],
+    }

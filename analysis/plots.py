@@ -1,0 +1,136 @@
+"""Plots: those on one Axes (from ``axes``), and figures of several panels: a study, and what one loss teaches."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from qlens.analysis.axes import FAINT, INK, SPARE, STYLES, Style, clean, plot_scores, plot_target, plot_trust, styles
+
+__all__ = [
+    "PANELS",
+    "SPARE",
+    "STYLES",
+    "Style",
+    "figure_explain",
+    "figure_study",
+    "plot_scores",
+    "plot_target",
+    "plot_trust",
+    "styles",
+]
+
+PANELS = ("scores", "trust", "target")
+TITLES = {"scores": "result ({better} is better)", "trust": "trust in the label, at the start", "target": "targets at one token, at the start"}
+WIDTHS = {"scores": 4.8, "trust": 4.2, "target": 5.6}
+GREY = "#9a9a9a"
+TICKS = {1e-6: "$10^{-6}$", 1e-3: "$10^{-3}$", 0.1: "0.1", 0.5: "0.5", 0.9: "0.9", 1 - 1e-3: "0.999", 1 - 1e-6: "$1-10^{-6}$"}
+LINES = {  # of the shapes of the alternatives; a wide pale line stays visible where a thin dark one covers it
+    "flat": {"color": "#E69F00", "marker": "s", "lw": 3.2, "markersize": 6.0, "alpha": 0.75, "zorder": 2},
+    "peaked": {"color": "#0072B2", "marker": "o", "lw": 1.4, "markersize": 3.6, "zorder": 3},
+    "text": {"color": "#0072B2", "marker": "o", "lw": 0.0, "markersize": 3.6, "zorder": 3},
+}
+SHAPES = {"flat": "alternatives alike", "peaked": "one strong rival", "text": "the text's tokens"}
+
+
+def figure_study(study: Any, panels: Sequence[str] = PANELS) -> Figure:
+    """A study at a glance: scores, trust against p_y, and the targets at one token; a row per setting.
+
+    A single panel is drawn for all settings side by side.
+
+    Args:
+        study: has ``table()``, ``trust``, ``target`` and ``config``.
+        panels: which of ``PANELS``.
+    """
+    table = study.table()
+    settings, methods = list(dict.fromkeys(table["setting"])), list(dict.fromkeys(table["method"]))
+    single = len(panels) == 1
+    rows, columns = (1, len(settings)) if single else (len(settings), len(panels))
+    widths = [WIDTHS[panels[0]]] * columns if single else [WIDTHS[panel] for panel in panels]
+    figure = _figure(sum(widths), 0.55 + rows * (1.9 + 0.22 * len(methods)))
+    grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"width_ratios": widths})
+    for at, setting in enumerate(settings):
+        for column, panel in enumerate(panels):
+            ax = grid[0][at] if single else grid[at][column]
+            _panel(study, table, panel, setting, methods, ax)
+            title = f"{setting}: {TITLES[panel]}".format(**study.config["metric"])
+            ax.set_title(title, fontsize=10, loc="left", color=INK)
+    if tuple(panels) != ("scores",):
+        keys = [Line2D([], [], ls="", marker=m, color=c, markersize=6, label=name) for name, (c, m) in styles(methods).items()]
+        pale = [Patch(color=FAINT, label="starting model, p")] if "target" in panels else []
+        figure.legend(handles=keys + pale, loc="outside lower center", ncols=min(len(keys + pale), int(sum(widths) / 1.4)), frameon=False, fontsize=9)
+    return figure
+
+
+def _panel(study: Any, table: pd.DataFrame, panel: str, setting: str, methods: list[str], ax: Axes) -> None:
+    if panel == "scores":
+        plot_scores(table[table["setting"] == setting], ax=ax, label=study.config["metric"]["name"], methods=methods)
+    elif panel == "trust":
+        plot_trust(study.trust[study.trust["setting"] == setting], ax=ax, methods=methods)
+    else:
+        rows = study.target[study.target["setting"] == setting]
+        label = next(iter(rows.loc[rows["label"], "token"]), None)
+        plot_target(rows, ax=ax, methods=methods, label=label)
+
+
+def figure_explain(explanation: Any) -> Figure:
+    """What one loss teaches, against p_y: the pull on label and strongest rival, the target, the trust in the label.
+
+    Args:
+        explanation: has ``spec`` and ``table`` with p_y, shape, label_grad, other_grad, q_label, q_rest and trust.
+    """
+    table, figure = explanation.table, _figure(11.5, 3.7)
+    pull, target, trust = figure.subplots(1, 3)
+    kinds = [kind for kind in LINES if (table["shape"] == kind).any()]
+    for kind in kinds:
+        rows, solid = table[table["shape"] == kind].sort_values("p_y"), LINES[kind]
+        dashed = solid | {"ls": "--", "markerfacecolor": "white"}
+        for ax, of_label, of_rival in ((pull, "label_grad", "other_grad"), (target, "q_label", "q_rest")):
+            ax.plot(rows["p_y"], rows[of_rival], **dashed)
+            ax.plot(rows["p_y"], rows[of_label], **solid)
+        trust.plot(rows["p_y"], rows["trust"], **solid)
+    _references(target, trust, sorted(table["p_y"]))
+    titles = {pull: r"pull  $\partial L/\partial z = p - Q$", target: r"target  $Q$", trust: "effective trust in the label"}
+    for ax, title in titles.items():
+        ax.axhline(0, color=INK, lw=0.8, zorder=1)
+        ax.set_title(title, fontsize=10, loc="left", color=INK)
+        ax.set_xlabel(r"label probability $p_y$")
+        _sweep(ax, table["p_y"])
+        clean(ax)
+    keys = [Line2D([], [], **LINES[kind], label=SHAPES[kind]) for kind in kinds]
+    keys += [Line2D([], [], color=INK, lw=1.4, marker="o", markersize=3.6, label="label")]
+    keys += [Line2D([], [], color=INK, lw=1.4, ls="--", marker="o", markersize=3.6, markerfacecolor="white", label="strongest rival")]
+    keys += [handle for ax in (target, trust) for handle in ax.get_legend_handles_labels()[0]]
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    figure.suptitle(explanation.spec, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    return figure
+
+
+def _references(target: Axes, trust: Axes, p_y: list[float]) -> None:
+    """What everybody knows, in grey: full trust, and trust by p_y."""
+    target.plot(p_y, p_y, color=GREY, lw=0.9, ls=":", zorder=1, label=r"$Q_y = p_y$")
+    trust.plot(p_y, [1.0] * len(p_y), color=GREY, lw=0.9, zorder=1, label="trust 1 (sft)")
+    trust.plot(p_y, p_y, color=GREY, lw=0.9, ls="--", zorder=1, label=r"trust $p_y$ (dft)")
+
+
+def _sweep(ax: Axes, p_y: pd.Series) -> None:
+    """A logit axis where p_y comes near 0 and 1: both ends matter, and both are crowded on a linear one."""
+    if p_y.min() < 1e-3 and 0 < p_y.min() and p_y.max() < 1:
+        ax.set_xscale("logit")
+        ax.xaxis.set_major_locator(FixedLocator(list(TICKS)))
+        ax.xaxis.set_major_formatter(FixedFormatter(list(TICKS.values())))
+        ax.xaxis.set_minor_locator(NullLocator())
+        ax.tick_params(axis="x", labelsize=8)
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure that no window knows of: nothing is shown, nothing stays open."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,125 @@
+"""The run folder and its report: tables, figures with their data, and one HTML page that needs nothing else."""
+
+import base64
+import io
+import json
+from collections.abc import Iterable
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from qlens.analysis.plots import PANELS, figure_study
+from qlens.analysis.study import FILES, Study
+from qlens.files import write_json, write_text, written
+
+DPI = 200
+CAPTIONS = {
+    "scores": "Means with 95 % intervals over seeds and items (two-way random effects, t, Satterthwaite). The dashed line is the start.",
+    "trust": "How far each method pulls toward the label (1: plain SFT, the grey line; p_y: the dashed line), on held-out tokens of "
+    "the starting model, the same tokens for every method.",
+    "target": "What each method wants one token to become. Pale: the starting model. Bold: the observed label. The token is chosen "
+    "without a look at results: of those whose label is not the model's favourite, the one with p_y nearest to 0.1.",
+}
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --line: #dcdce0; --paper: #ffffff; --card: #f6f6f8; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #ececf0; --soft: #a0a0a8; --line: #3a3a40; --paper: #17171a; --card: #212126; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 60rem; background: var(--paper); color: var(--ink);
+  font: 16px/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+p, li, figcaption { color: var(--soft); font-size: .92rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; min-width: 34rem; width: 100%; }
+th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { color: var(--soft); font-weight: 600; }
+figure { margin: 1.2rem 0; } img { width: 100%; height: auto; background: #fff; border-radius: 6px; padding: .4rem; }
+pre { background: var(--card); padding: .8rem; border-radius: 6px; overflow-x: auto; font-size: .8rem; }
+summary { cursor: pointer; margin-top: 1rem; }
+"""
+
+
+def save(study: Study, folder: Path) -> None:
+    """Write config.json, the frames as CSV, table.md, figures/*.png with a CSV beside each, and report.html."""
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for name, file in FILES.items():
+        write_text(folder / file, getattr(study, name).to_csv(index=False))
+    write_text(folder / "figures/scores.csv", study.table().to_csv(index=False))
+    write_text(folder / "table.md", study.to_markdown())
+    figures = {name: png(figure_study(study, (name,))) for name in panels(study)}
+    for name, image in figures.items():
+        with written(folder / f"figures/{name}.png") as partial:
+            partial.write_bytes(image)
+    write_text(folder / "report.html", html(study, figures))
+    write_json(folder / "config.json", study.config)
+
+
+def panels(study: Study) -> list[str]:
+    """The figures there is something to draw in: without a variant, there are no targets."""
+    return [name for name in PANELS if name == "scores" or len(getattr(study, name))]
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file; the same bytes for the same figure."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
+    return stream.getvalue()
+
+
+def html(study: Study, figures: dict[str, bytes]) -> str:
+    """The report as one self-contained page; everything from model, data or user is escaped."""
+    settings = list(study.config["settings"])
+    title = f"qlens compare: {', '.join(settings)}"
+    noted = study.config.get("noted", {})
+    body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_summary(study))}</p>"]
+    for setting in settings:
+        body += [f"<h2>{escape(setting)}: {escape(study.label)}</h2>", _table(study.shown(setting)), _list(study.notes(setting))]
+    for name, image in figures.items():
+        data = base64.b64encode(image).decode()
+        picture = f'<img alt="{name}: {escape(CAPTIONS[name])}" src="data:image/png;base64,{data}">'
+        body.append(f"<figure>{picture}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>")
+    body += [
+        "<h2>How to read it</h2>",
+        _list(
+            [
+                "trust: how hard labels are pulled as a share of SFT's pull, sum(-g_y) / sum(1 - p_y); off simplex: mean mass that Q "
+                "has below zero; KL from start: mean KL(start || trained) per token, in nats. All on held-out tokens, at the "
+                "trained model.",
+                "Every method starts from the same model and sees the same batches in the same order at one seed, with the same "
+                "learning rate; samples are drawn with the same seed.",
+                "n is seeds x items. Intervals hold for new seeds and new items; they are not corrected for the number of methods.",
+            ]
+        ),
+        "<h2>Configuration</h2>",
+        _details("settings, seeds and methods", {k: v for k, v in study.config.items() if k != "noted"}),
+        _details("versions", noted.get("versions", {})),
+    ]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+    lines = "\n".join(body)
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{lines}\n</body></html>\n'
+
+
+def _summary(study: Study) -> str:
+    methods, seeds = study.config["methods"], study.config["seeds"]
+    return f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}, qlens {study.config['qlens']}."
+
+
+def _table(frame: pd.DataFrame) -> str:
+    head = "".join(f'<th scope="col">{escape(str(name))}</th>' for name in frame.columns)
+    rows = "".join(f"<tr>{_cells(row)}</tr>" for row in frame.itertuples(index=False))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _cells(row: Iterable[Any]) -> str:
+    return "".join(f"<td>{escape(str(cell))}</td>" for cell in row)
+
+
+def _list(lines: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+
+
+def _details(summary: str, content: Any) -> str:
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(json.dumps(content, indent=1))}</pre></details>"

@@ -1,0 +1,353 @@
+"""The lab: an exact verifier, disjoint and reproducible data, and a cache that is whole or not used."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlens.lab
+from qlens.data import encode
+from qlens.errors import InputError, UnknownName
+from qlens.lab import SETTINGS, Author, Problem, Setting, World, cache
+from qlens.lab.language import SPLITS, compute, split_of
+from qlens.lab.models import longest
+
+MINI = Setting(
+    name="mini",
+    corpus=Author(slip=0.2, false=(0.2, 0.2, 1.0)),
+    tutor=Author(slip=0.05),
+    scribe=Author(slip=0.1),
+    noise=0.4,
+    depth=2,
+    modulus=6,
+    demonstrations=60,
+    validation=8,
+    test=12,
+    width=16,
+    layers=1,
+    heads=2,
+    corpus_rows=80,
+    pretrain_steps=6,
+    teach_steps=4,
+    pretrain_batch=8,
+)
+PARTS = ("base", "teacher", "measured")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The cache folder of a miniature world, built once."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLENS_CACHE", str(folder))
+        qlens.lab.world(MINI, progress=False)
+    return folder
+
+
+@pytest.fixture
+def cached(built, tmp_path, monkeypatch):
+    """A copy of that cache, in use, to be spoiled at will."""
+    shutil.copytree(built, tmp_path / "cache")
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The parts that are built from now on, in order."""
+    names = []
+    for part in PARTS:
+        original = getattr(World, f"_make_{part}")
+
+        def noted(self, *args, part=part, original=original):
+            names.append(part)
+            original(self, *args)
+
+        monkeypatch.setattr(World, f"_make_{part}", noted)
+    return names
+
+
+def seals(world):
+    return {part: (world.folder / part / cache.SEAL).read_text() for part in PARTS}
+
+
+PROBLEM = Problem(7, (("plus", 5), ("minus", 3), ("times", 3)))  # 7 + 5 = 2, 2 - 3 = 9, 9 * 3 = 7
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 7", True),
+        ("first 7 plus 5 is 4 , hence answer 7", True),  # only the answer counts
+        ("thus the answer 7 ", True),
+        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 8", False),
+        ("", False),
+        ("7", False),
+        ("so answer", False),
+        ("so answer answer 7", False),
+        ("so answer 7 7", False),
+        ("so answer 77", False),
+        ("so answer 7 , then", False),
+        ("so answer 2 , so answer 7", False),
+        ("so answer 7 , so answer 7", False),
+        ("so unanswer 7", False),
+        ("so answer is 7", False),
+        ("so answer \u0667", False),
+    ],
+)
+def test_the_verifier_is_exact(completion, right, built):
+    assert World(MINI).verify(PROBLEM, completion) is right
+
+
+def test_problems_read_from_left_to_right_on_the_clock():
+    assert PROBLEM.prompt == "7 plus 5 minus 3 times 3 ?"
+    assert PROBLEM.answer == 7
+    assert [compute(operation, 3, 5, 6) for operation in ("plus", "minus", "times")] == [2, 4, 3]
+
+
+@pytest.mark.parametrize("setting", [MINI, *SETTINGS.values()], ids=lambda setting: setting.name)
+def test_no_two_parts_share_a_prompt(setting):
+    world = World(setting)
+    parts = {role: {row["prompt"] for row in world._rows(role)} for role in ("corpus", "tutor")}
+    parts |= {name: {each.prompt for each in getattr(world, name)} for name in ("demonstrations", "validation", "test")}
+    assert len(set().union(*parts.values())) == sum(map(len, parts.values()))
+    assert {name: {split_of(prompt) for prompt in prompts} for name, prompts in parts.items()} == {
+        n: {n} for n in SPLITS
+    }
+    for name in ("demonstrations", "validation", "test"):
+        assert len(parts[name]) == len(getattr(world, name)) == getattr(setting, name)
+
+
+def test_equal_numbers_give_equal_worlds_and_other_seeds_others():
+    first, again, other = World(MINI), World(MINI), World(dataclasses.replace(MINI, seed=5))
+    assert first.demonstrations == again.demonstrations and first.test == again.test
+    assert first.demonstrations != other.demonstrations and first.test != other.test
+    assert first.folder == again.folder != other.folder
+
+
+def test_base_and_teacher_come_out_bit_for_bit_and_leave_the_random_state_alone(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(built))
+    before = seals(World(MINI))
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
+    torch.manual_seed(3), np.random.seed(3)
+    expected = torch.rand(3), np.random.rand(3)
+    torch.manual_seed(3), np.random.seed(3)
+    assert seals(qlens.lab.world(MINI, progress=False)) == before
+    torch.testing.assert_close(torch.rand(3), expected[0], rtol=0, atol=0)
+    np.testing.assert_array_equal(np.random.rand(3), expected[1])
+
+
+def test_clean_rows_are_right_and_the_noise_is_what_was_asked():
+    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Author(), noise=0.4))
+    dirty = [each for each in noisy.demonstrations if not each.clean]
+    assert len(dirty) / len(noisy.demonstrations) == pytest.approx(0.4, abs=0.03)
+    right = [noisy.verify(each.problem, each.completion) for each in noisy.demonstrations if each.clean]
+    assert all(right)
+    lucky = [noisy.verify(each.problem, each.completion) for each in dirty]  # a wrong step may still end right
+    assert 0 < np.mean(lucky) < 0.2
+    spotless = World(dataclasses.replace(MINI, scribe=Author(), noise=0.0))
+    assert all(each.clean for each in spotless.demonstrations)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_wording_is_not_unique(name):
+    demonstrations = World(SETTINGS[name]).demonstrations
+    assert len({each.completion.split()[0] for each in demonstrations}) > 2
+    assert len({each.completion.split()[-3] for each in demonstrations}) > 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_word_has_a_token_and_comes_back(name):
+    world = World(SETTINGS[name])
+    texts = [each.completion for each in world.demonstrations[:200]] + [each.prompt for each in world.test]
+    ids = world.tokenizer(texts)["input_ids"]
+    assert not any(world.tokenizer.unk_token_id in row for row in ids)
+    assert world.tokenizer.batch_decode(ids) == texts
+    assert max(len(row) for row in ids) < longest(world.setting)
+    row = {"prompt": texts[-1], "completion": texts[0]}
+    assert encode([row], world.tokenizer, None).examples[0]["input_ids"] == [
+        *ids[-1],
+        *ids[0],
+        world.tokenizer.eos_token_id,
+    ]
+
+
+def test_a_second_call_builds_nothing(cached, made):
+    world = qlens.lab.world(MINI, progress=False)
+    assert made == []
+    assert set(world.measured) == {"base", "teacher", "noise", "wrong_answers", "base_right", "kl_base_teacher"}
+    assert world.measured["noise"] == np.mean([not each.clean for each in world.demonstrations])
+    assert world.measured["kl_base_teacher"] > 0
+
+
+def test_an_interrupted_build_goes_on_at_the_finished_parts(cached, made, monkeypatch):
+    folder = World(MINI).folder
+    expected = seals(World(MINI))
+    shutil.rmtree(folder / "teacher"), shutil.rmtree(folder / "measured")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("qlens.lab.worlds.fit", interrupted)
+        qlens.lab.world(MINI, progress=False)
+    assert (folder / "teacher.partial").is_dir() and not (folder / "teacher").exists()
+    made.clear()
+    assert seals(qlens.lab.world(MINI, progress=False)) == expected
+    assert made == ["teacher", "measured"]
+    assert not list(folder.glob("*.partial"))
+
+
+def spoil_weights(folder):
+    path = folder / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def spoil_seal(folder):
+    (folder / "base" / cache.SEAL).write_text("{")
+
+
+def spoil_files(folder):
+    (folder / "base" / "config.json").unlink()
+
+
+def unseal(folder):
+    (folder / "base" / cache.SEAL).unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_weights, spoil_seal, spoil_files, unseal])
+def test_a_spoilt_part_is_not_whole(spoil, cached):
+    assert cache.whole(World(MINI).folder / "base")
+    spoil(World(MINI).folder)
+    assert not cache.whole(World(MINI).folder / "base")
+
+
+def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
+    folder, expected = World(MINI).folder, seals(World(MINI))
+    spoil_weights(folder)
+    assert seals(qlens.lab.world(MINI, progress=False)) == expected
+    assert made == list(PARTS)
+
+
+@pytest.mark.parametrize("change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Author(slip=0.06)}], ids=str)
+def test_other_numbers_never_meet_an_old_cache(change, cached):
+    other = World(dataclasses.replace(MINI, **change))
+    assert not any(cache.whole(other.folder / part) for part in PARTS)
+    assert all(cache.whole(World(MINI).folder / part) for part in PARTS)
+
+
+def test_another_version_of_the_lab_never_meets_an_old_cache(cached, monkeypatch):
+    monkeypatch.setattr("qlens.lab.worlds.VERSION", 0)
+    assert not World(MINI).folder.exists()
+
+
+def test_of_two_who_ask_at_once_one_builds(tmp_path, made, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
+    threads = [threading.Thread(target=qlens.lab.world, args=(MINI, False)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert made == list(PARTS)
+
+
+def test_the_lock_holds_between_processes_and_dies_with_its_owner(tmp_path):
+    take = f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'lock')!r}); lock.acquire()"
+    code = f"{take}; print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        owner.stdout.readline()
+        entered = threading.Event()
+
+        def enter():
+            with cache.locked(tmp_path):
+                entered.set()
+
+        waiting = threading.Thread(target=enter)
+        waiting.start()
+        assert not entered.wait(0.3)
+        owner.kill()
+        assert entered.wait(10)
+        waiting.join()
+
+
+def test_the_models_are_ordinary_folders(cached):
+    world = qlens.lab.world(MINI, progress=False)
+    for name, fresh in (("base", world.base()), ("teacher", world.teacher())):
+        model = AutoModelForCausalLM.from_pretrained(world.folder / name)
+        tokenizer = AutoTokenizer.from_pretrained(world.folder / name)
+        assert tokenizer.get_vocab() == world.tokenizer.get_vocab()
+        ids = tokenizer(world.test[0].prompt, return_tensors="pt")["input_ids"]
+        torch.testing.assert_close(model(ids)["logits"], fresh(ids)["logits"])
+        assert fresh.dtype == torch.float32 and not fresh.training
+    assert world.base() is not world.base()
+
+
+def test_scores_are_shares_of_k_and_the_same_for_the_same_seed(cached):
+    world = qlens.lab.world(MINI, progress=False)
+    model = world.base().train()
+    scores = world.score(model, world.test, k=4, seed=0)
+    assert scores.shape == (12,) and set(scores) <= {0, 0.25, 0.5, 0.75, 1}
+    assert model.training
+    np.testing.assert_array_equal(scores, world.score(model, world.test, k=4, seed=0))
+
+
+def test_scores_count_right_completions(cached, monkeypatch):
+    world = qlens.lab.world(MINI, progress=False)
+    right = [f"so answer {problem.answer}" for problem in world.test]
+    monkeypatch.setattr("qlens.lab.worlds.sample", lambda *args: [[text, "so answer"] for text in right])
+    np.testing.assert_array_equal(world.score(world.base(), world.test, k=2, seed=0), np.full(12, 0.5))
+
+
+def test_padding_does_not_change_greedy_answers(cached):
+    world = qlens.lab.world(MINI, progress=False)
+    model, short, long = world.teacher(), world.test[0], PROBLEM
+    options = {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0}
+    alone = model.generate(**world.tokenizer(short.prompt, return_tensors="pt", return_token_type_ids=False), **options)
+    both = world.tokenizer([short.prompt, long.prompt], padding=True, return_tensors="pt", return_token_type_ids=False)
+    assert both["attention_mask"][0, 0] == 0
+    torch.testing.assert_close(model.generate(**both, **options)[0, -8:], alone[0, -8:])
+
+
+@pytest.mark.parametrize("k, count", [(0, 2), (2, 0)])
+def test_nothing_to_sample_is_refused(k, count, cached):
+    world = qlens.lab.world(MINI, progress=False)
+    with pytest.raises(InputError, match="k"):
+        world.score(world.base(), world.test[:count], k=k, seed=0)
+
+
+def test_an_unknown_setting_names_near_ones():
+    with pytest.raises(UnknownName, match="strong-pior.*Did you mean.*strong-prior"):
+        qlens.lab.world("strong-pior")
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise": 1.5}, {"modulus": 12}, {"depth": 1}, {"test": 10**6}, {"name": "../a"}], ids=str
+)
+def test_a_setting_that_makes_no_world_is_refused(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        dataclasses.replace(MINI, **change)
+
+
+@pytest.mark.parametrize("change", [{"slip": -0.1}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
+def test_an_author_who_cannot_be_is_refused(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        Author(**change)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="QLENS_CACHE"):
+        qlens.lab.world(MINI, progress=False)
+
+
+def test_the_cache_is_under_home_by_default(monkeypatch):
+    monkeypatch.delenv("QLENS_CACHE", raising=False)
+    assert cache.root() == Path.home() / ".cache" / "qlens"
