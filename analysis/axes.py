@@ -1,5 +1,6 @@
 """Plots on one Axes each, from the tables that ``compare`` and ``explain`` return; nothing is computed, shown or saved here."""
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -50,8 +51,19 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
     return {name: chosen[name] for name in methods}
 
 
+def short(method: str, letters: int = 28) -> str:
+    """A method's name as it fits into a figure: a file without its folders, the middle of a long spec left out."""
+    name = re.sub(r"^[^(]*/", "", method)
+    return name if len(name) <= letters else f"{name[: letters - 8]}...{name[-5:]}"
+
+
 def plot_scores(
-    table: pd.DataFrame, *, ax: Axes | None = None, label: str = "score", methods: Iterable[str] | None = None, **errorbar: Any
+    table: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    label: str = "score",
+    methods: Iterable[str] | None = None,
+    **errorbar: Any,
 ) -> Axes:
     """Means with their intervals, a row per method; the start, ``base``, also as a line across.
 
@@ -74,10 +86,16 @@ def plot_scores(
         style, ends = look[line["method"]], [[line["mean"] - line["low"]], [line["high"] - line["mean"]]]
         if line["method"] == "base":
             ax.axvline(line["mean"], color=style.color, lw=0.8, ls=(0, (4, 3)), zorder=1)
-        options = {"capsize": 0, "elinewidth": 1.8, "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
+        options = {
+            "capsize": 0,
+            "elinewidth": 1.8,
+            "markersize": 6.5,
+            "markeredgecolor": "white",
+            "markeredgewidth": 0.6,
+        }
         options |= {"color": style.color, "fmt": style.marker, "zorder": 3} | errorbar
         ax.errorbar(line["mean"], row, xerr=None if np.isnan(ends).any() else ends, label=line["method"], **options)
-    ax.set_yticks(range(len(table)), list(table["method"]))
+    ax.set_yticks(range(len(table)), [short(method) for method in table["method"]])
     ax.set_ylim(len(table) - 0.5, -0.5)
     n = table["n"].unique() if "n" in table else []
     ax.set_xlabel(f"{label}, 95 % interval" + (f" (n = {n[0]})" if len(n) == 1 else ""))
@@ -123,7 +141,12 @@ def plot_trust(
         options = {"ls": "", "marker": style.marker, "color": style.color, "markersize": 4.6, "markeredgewidth": 0.4}
         options |= {"markeredgecolor": "white", "alpha": 0.85, "zorder": 3, "label": method} | line
         ax.plot(rows["p_y"], rows["trust"], **options)
-        hollow = options | {"markerfacecolor": "white", "markeredgecolor": style.color, "markeredgewidth": 0.9, "label": "_"}
+        hollow = options | {
+            "markerfacecolor": "white",
+            "markeredgecolor": style.color,
+            "markeredgewidth": 0.9,
+            "label": "_",
+        }
         ax.plot(beyond["p_y"], beyond["trust"].clip(low + edge, high - edge), **hollow)
     if outside.any():
         note = f"hollow: {int(outside.sum())} beyond the axis"
@@ -133,7 +156,12 @@ def plot_trust(
 
 
 def plot_target(
-    data: pd.DataFrame, *, ax: Axes | None = None, methods: Iterable[str] | None = None, label: str | None = None, **bar: Any
+    data: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    methods: Iterable[str] | None = None,
+    label: str | None = None,
+    **bar: Any,
 ) -> Axes:
     """Targets at one token: what the model gives each candidate (pale), and what every method wants it to have.
 

@@ -13,11 +13,11 @@ import cloudpickle
 from rich.console import Console
 
 import qlens
+from qlens.analysis.folder import claim, default_folder
 from qlens.analysis.grounds import Lab, Real, Source, open_ground
 from qlens.analysis.jobs import Job, run_all, slug
 from qlens.analysis.study import Study
 from qlens.errors import InputError, UnknownName
-from qlens.files import write_json
 from qlens.lab import SETTINGS, Setting
 from qlens.registry import Variant, resolve
 
@@ -92,18 +92,23 @@ def compare(
         sources = [Real.of(*own, **given, device=device, dtype=dtype)]
     _check_needs(methods, sources)
     config = _config(methods, sources, runs)
-    folder = Path(out) if out is not None else _default_folder(config, sources)
+    kind = "lab" if model is None else sources[0].name
+    folder = Path(out) if out is not None else default_folder(kind, config)
     say = Console(stderr=True, quiet=not progress, highlight=False)
-    _claim(folder, config)
+    claim(folder, config)
     for source in sources:
         if isinstance(source, Lab):
             source.open(progress)  # builds the world, once for all workers
-        if dropped := (noted := open_ground(source).noted).get("dropped"):
-            say.print(f"{source.name}: {dropped} of {noted['rows']} rows exceed the context of {noted['context']} tokens: dropped")
+        noted = open_ground(source).noted
+        if dropped := noted.get("dropped"):
+            of = f"{noted['rows']} rows exceed the context of {noted['context']} tokens"
+            say.print(f"{source.name}: {dropped} of {of}: dropped")
     todo = _jobs(methods, sources, runs, folder, save)
     left = [job for job in todo if job.finished() is None]
     already = f", {len(todo) - len(left)} of them finished before" if len(left) < len(todo) else ""
-    say.print(f"{len(todo)} jobs ({len(sources)} x {len(methods)} methods x {len(runs)} seeds){already}; run folder {folder}")
+    say.print(
+        f"{len(todo)} jobs ({len(sources)} x {len(methods)} methods x {len(runs)} seeds){already}; run folder {folder}"
+    )
     try:
         run_all(left, 1 if device != "cpu" else jobs, progress)
     except KeyboardInterrupt:
@@ -159,7 +164,9 @@ def _check_needs(methods: Mapping[str, Variant | None], sources: Iterable[Source
             raise InputError(f"{name} needs {unknown[0]!r}, which a comparison cannot provide")
     lacking = [name for name, wanted in needs.items() if "teacher" in wanted]
     if lacking and not all(source.has_teacher for source in sources):
-        raise InputError(f"{', '.join(lacking)} need a teacher: give teacher=DIR (--teacher), or leave them out of variants")
+        raise InputError(
+            f"{', '.join(lacking)} need a teacher: give teacher=DIR (--teacher), or leave them out of variants"
+        )
 
 
 def _config(methods: Mapping[str, Variant | None], sources: Sequence[Source], seeds: list[int]) -> dict[str, Any]:
@@ -208,48 +215,6 @@ def _jobs(
                 keep = folder / "models" / kept if save and variant is not None else None
                 made.append(Job(source, name, variant, seed, seed == seeds[0], folder, keep))
     return made
-
-
-def _default_folder(config: Mapping[str, Any], sources: Sequence[Source]) -> Path:
-    kind = "lab" if isinstance(sources[0], Lab) else sources[0].name
-    return Path("runs") / f"{kind}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:10]}"
-
-
-def _claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Take a run folder for this configuration, or refuse."""
-    path = folder / "config.json"
-    if folder.is_file():
-        raise InputError(f"out: {folder} is a file, not a folder")
-    if path.is_file():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"out: {path} is not readable JSON; give another folder") from None
-        before.pop("noted", None)
-        if difference := _difference(before, config):
-            raise InputError(f"out: {folder} is of another configuration: {difference}; give another folder")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"out: {folder} holds files but no config.json, so it is no run folder; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
-
-
-def _difference(before: Any, now: Any, key: str = "") -> str:
-    """The first key at which two configurations differ, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in dict.fromkeys([*now, *before]):
-            inner = f"{key}.{name}" if key else name
-            absent = "not there"
-            if found := _difference(before.get(name, absent), now.get(name, absent), inner):
-                return found
-        return ""
-    return "" if before == now else f"{key} was {_brief(before)}, now {_brief(now)}"
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _versions() -> dict[str, str]:

@@ -19,7 +19,13 @@ from qlens.lab.models import quiet
 from qlens.lab.worlds import VERSION
 
 HELD_OUT = 64  # demonstrations or rows that nothing is trained on; never more than a fifth of them
-STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3  # on a user's own model; RATE from SMALL parameters up
+STEPS, BATCH, RATE, SMALL, SMALL_RATE = (
+    100,
+    16,
+    5e-5,
+    10_000_000,
+    1e-3,
+)  # on a user's own model; RATE from SMALL parameters up
 
 Example = dict[str, list[int]]
 
@@ -115,7 +121,9 @@ class Real:
     @classmethod
     def of(cls, model: str, data: str, teacher: str | None, **given: Any) -> "Real":
         """With the digest of the files as they are now, so that no process mistakes new ones for those it has read."""
-        return cls(model, data, teacher, digest=" ".join(_digest(path) for path in (model, data, teacher) if path), **given)
+        return cls(
+            model, data, teacher, digest=" ".join(_digest(path) for path in (model, data, teacher) if path), **given
+        )
 
     @property
     def has_teacher(self) -> bool:
@@ -157,7 +165,9 @@ class Real:
         if (top := max(max(example["input_ids"]) for example in encoded.examples)) >= size:
             raise InputError(f"{self.data} has a token {top}, but the vocabulary of {self.model} is {size}")
         if len(encoded.examples) < 2:
-            raise InputError(f"{self.data}: only one row fits into {limit} tokens; at least two are needed, one is held out")
+            raise InputError(
+                f"{self.data}: only one row fits into {limit} tokens; at least two are needed, one is held out"
+            )
         train, held = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
         parameters = models["model"].num_parameters()
         noted = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}

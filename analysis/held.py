@@ -71,8 +71,8 @@ def diagnostics(
         sums["kl_start"].append(expectation(started.exp(), started - tokens.log_probs))
         if variant is not None:
             target = variant.target(tokens).at("unit")
-            sums["pull"].append(-tokens.gather(target.grad))
-            room.append(1 - tokens.label_probs)
+            sums["pull"].append(target.pull)
+            room.append(target.room)
             sums["negative_mass"].append(target.negative_mass)
     means = {name: torch.cat(rows).double().mean().item() if rows else None for name, rows in sums.items()}
     pull = means.pop("pull")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -113,8 +114,8 @@ def train(model: PreTrainedModel, variant: Variant, ground: Ground, seed: int) -
 
 def slug(method: str) -> str:
     """A file name for a method: the name itself where it can be one, else with a digest, so that no two are alike."""
-    plain = "".join(letter if letter.isalnum() or letter in "_." else "-" for letter in method).strip("-.")
-    return method if plain == method else f"{plain[-60:]}-{hashlib.sha256(method.encode()).hexdigest()[:6]}"
+    plain = re.sub(r"[^A-Za-z0-9_.]+", "-", method).strip("-.")[-60:]
+    return method if plain == method else f"{plain}-{hashlib.sha256(method.encode()).hexdigest()[:6]}"
 
 
 def _keep(model: PreTrainedModel, ground: Ground, folder: Path) -> None:

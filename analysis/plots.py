@@ -1,9 +1,11 @@
 """Plots: those on one Axes (from ``axes``), and figures of several panels: a study, and what one loss teaches."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -11,7 +13,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from qlens.analysis.axes import FAINT, INK, SPARE, STYLES, Style, clean, plot_scores, plot_target, plot_trust, styles
+from qlens.analysis.axes import (
+    FAINT,
+    INK,
+    SPARE,
+    STYLES,
+    Style,
+    clean,
+    plot_scores,
+    plot_target,
+    plot_trust,
+    short,
+    styles,
+)
 
 __all__ = [
     "PANELS",
@@ -27,10 +41,22 @@ __all__ = [
 ]
 
 PANELS = ("scores", "trust", "target")
-TITLES = {"scores": "result ({better} is better)", "trust": "trust in the label, at the start", "target": "targets at one token, at the start"}
+TITLES = {
+    "scores": "result ({better} is better)",
+    "trust": "trust in the label, at the start",
+    "target": "targets at one token, at the start",
+}
 WIDTHS = {"scores": 4.8, "trust": 4.2, "target": 5.6}
 GREY = "#9a9a9a"
-TICKS = {1e-6: "$10^{-6}$", 1e-3: "$10^{-3}$", 0.1: "0.1", 0.5: "0.5", 0.9: "0.9", 1 - 1e-3: "0.999", 1 - 1e-6: "$1-10^{-6}$"}
+TICKS = {
+    1e-6: "$10^{-6}$",
+    1e-3: "$10^{-3}$",
+    0.1: "0.1",
+    0.5: "0.5",
+    0.9: "0.9",
+    1 - 1e-3: "0.999",
+    1 - 1e-6: "$1-10^{-6}$",
+}
 LINES = {  # of the shapes of the alternatives; a wide pale line stays visible where a thin dark one covers it
     "flat": {"color": "#E69F00", "marker": "s", "lw": 3.2, "markersize": 6.0, "alpha": 0.75, "zorder": 2},
     "peaked": {"color": "#0072B2", "marker": "o", "lw": 1.4, "markersize": 3.6, "zorder": 3},
@@ -61,11 +87,21 @@ def figure_study(study: Any, panels: Sequence[str] = PANELS) -> Figure:
             _panel(study, table, panel, setting, methods, ax)
             title = f"{setting}: {TITLES[panel]}".format(**study.config["metric"])
             ax.set_title(title, fontsize=10, loc="left", color=INK)
-    if tuple(panels) != ("scores",):
-        keys = [Line2D([], [], ls="", marker=m, color=c, markersize=6, label=name) for name, (c, m) in styles(methods).items()]
-        pale = [Patch(color=FAINT, label="starting model, p")] if "target" in panels else []
-        figure.legend(handles=keys + pale, loc="outside lower center", ncols=min(len(keys + pale), int(sum(widths) / 1.4)), frameon=False, fontsize=9)
+    if tuple(panels) != ("scores",):  # there, the methods stand on the axis
+        drawn = methods if "scores" in panels else [name for name in methods if name != "base"]  # which has no target
+        _legend(figure, styles(methods), drawn, pale="target" in panels)
     return figure
+
+
+def _legend(figure: Figure, look: dict[str, Style], methods: Sequence[str], pale: bool) -> None:
+    keys: list[Artist] = [
+        Line2D([], [], ls="", markersize=6, label=short(name), color=look[name].color, marker=look[name].marker)
+        for name in methods
+    ]
+    keys += [Patch(color=FAINT, label="starting model, p")] if pale else []
+    inches = sum(0.5 + 0.075 * len(str(key.get_label())) for key in keys)
+    rows = ceil(inches / figure.get_figwidth())
+    figure.legend(handles=keys, loc="outside lower center", ncols=ceil(len(keys) / rows), frameon=False, fontsize=9)
 
 
 def _panel(study: Any, table: pd.DataFrame, panel: str, setting: str, methods: list[str], ax: Axes) -> None:
@@ -96,7 +132,11 @@ def figure_explain(explanation: Any) -> Figure:
             ax.plot(rows["p_y"], rows[of_label], **solid)
         trust.plot(rows["p_y"], rows["trust"], **solid)
     _references(target, trust, sorted(table["p_y"]))
-    titles = {pull: r"pull  $\partial L/\partial z = p - Q$", target: r"target  $Q$", trust: "effective trust in the label"}
+    titles = {
+        pull: r"pull  $\partial L/\partial z = p - Q$",
+        target: r"target  $Q$",
+        trust: "effective trust in the label",
+    }
     for ax, title in titles.items():
         ax.axhline(0, color=INK, lw=0.8, zorder=1)
         ax.set_title(title, fontsize=10, loc="left", color=INK)
@@ -104,11 +144,12 @@ def figure_explain(explanation: Any) -> Figure:
         _sweep(ax, table["p_y"])
         clean(ax)
     keys = [Line2D([], [], **LINES[kind], label=SHAPES[kind]) for kind in kinds]
-    keys += [Line2D([], [], color=INK, lw=1.4, marker="o", markersize=3.6, label="label")]
-    keys += [Line2D([], [], color=INK, lw=1.4, ls="--", marker="o", markersize=3.6, markerfacecolor="white", label="strongest rival")]
+    ink = {"color": INK, "lw": 1.4, "marker": "o", "markersize": 3.6}
+    keys += [Line2D([], [], **ink, label="label")]
+    keys += [Line2D([], [], **ink, ls="--", markerfacecolor="white", label="strongest rival")]
     keys += [handle for ax in (target, trust) for handle in ax.get_legend_handles_labels()[0]]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
-    figure.suptitle(explanation.spec, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
+    figure.suptitle(short(explanation.spec, 80), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 
 

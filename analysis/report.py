@@ -17,12 +17,29 @@ from qlens.files import write_json, write_text, written
 
 DPI = 200
 CAPTIONS = {
-    "scores": "Means with 95 % intervals over seeds and items (two-way random effects, t, Satterthwaite). The dashed line is the start.",
-    "trust": "How far each method pulls toward the label (1: plain SFT, the grey line; p_y: the dashed line), on held-out tokens of "
-    "the starting model, the same tokens for every method.",
-    "target": "What each method wants one token to become. Pale: the starting model. Bold: the observed label. The token is chosen "
-    "without a look at results: of those whose label is not the model's favourite, the one with p_y nearest to 0.1.",
+    "scores": "Means with 95 % intervals over seeds and items (two-way random effects, t, Satterthwaite). The dashed "
+    "line is the start.",
+    "trust": "How far each method pulls toward the label (1: plain SFT, the grey line; p_y: the dashed line), on "
+    "held-out tokens of the starting model, the same tokens for every method.",
+    "target": "What each method wants one token to become. Pale: the starting model. Bold: the observed label. The "
+    "token is chosen without a look at results: of those whose label is not the model's favourite, the one with p_y "
+    "nearest to 0.1.",
 }
+READING = (
+    "trust: how hard labels are pulled as a share of SFT's pull, sum(-g_y) / sum(1 - p_y); off simplex: mean mass that Q "
+    "has below zero; KL from start: mean KL(start || trained) per token, in nats. All on held-out tokens, at the trained "
+    "model.",
+    "Every method starts from the same model and sees the same batches in the same order at one seed, with the same "
+    "learning rate; samples are drawn with the same seed.",
+    "n is seeds x items. Intervals hold for new seeds and new items; they are not corrected for the number of methods.",
+)
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body>
+{body}
+</body></html>
+"""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --soft: #6b6b70; --line: #dcdce0; --paper: #ffffff; --card: #f6f6f8; }
 @media (prefers-color-scheme: dark) {
@@ -76,30 +93,23 @@ def html(study: Study, figures: dict[str, bytes]) -> str:
     noted = study.config.get("noted", {})
     body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_summary(study))}</p>"]
     for setting in settings:
-        body += [f"<h2>{escape(setting)}: {escape(study.label)}</h2>", _table(study.shown(setting)), _list(study.notes(setting))]
+        body += [
+            f"<h2>{escape(setting)}: {escape(study.label)}</h2>",
+            _table(study.shown(setting)),
+            _list(study.notes(setting)),
+        ]
     for name, image in figures.items():
         data = base64.b64encode(image).decode()
         picture = f'<img alt="{name}: {escape(CAPTIONS[name])}" src="data:image/png;base64,{data}">'
         body.append(f"<figure>{picture}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>")
     body += [
         "<h2>How to read it</h2>",
-        _list(
-            [
-                "trust: how hard labels are pulled as a share of SFT's pull, sum(-g_y) / sum(1 - p_y); off simplex: mean mass that Q "
-                "has below zero; KL from start: mean KL(start || trained) per token, in nats. All on held-out tokens, at the "
-                "trained model.",
-                "Every method starts from the same model and sees the same batches in the same order at one seed, with the same "
-                "learning rate; samples are drawn with the same seed.",
-                "n is seeds x items. Intervals hold for new seeds and new items; they are not corrected for the number of methods.",
-            ]
-        ),
+        _list(READING),
         "<h2>Configuration</h2>",
         _details("settings, seeds and methods", {k: v for k, v in study.config.items() if k != "noted"}),
         _details("versions", noted.get("versions", {})),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-    lines = "\n".join(body)
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{lines}\n</body></html>\n'
+    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
 
 
 def _summary(study: Study) -> str:

@@ -121,7 +121,8 @@ class Study:
     def notes(self, setting: str) -> list[str]:
         """What a reader of a setting's table should know, a line each."""
         measured = self.config.get("noted", {}).get("settings", {}).get(setting, {})
-        said = ["measured: " + "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in measured.items())] if measured else []
+        told = "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in measured.items())
+        said = [f"measured: {told}"] if told else []
         given = self.config["settings"][setting]
         said.append(
             f"every method: {given['steps']} steps, batch {given['batch_size']}, learning rate {given['learning_rate']:g}"
@@ -135,7 +136,8 @@ class Study:
         blocks = []
         for setting in self.config["settings"]:
             lines = _columns(self.shown(setting))
-            blocks.append("\n".join([f"{setting}: {self.label}", *lines, *(f"  {note}" for note in self.notes(setting))]))
+            notes = [f"  {note}" for note in self.notes(setting)]
+            blocks.append("\n".join([f"{setting}: {self.label}", *lines, *notes]))
         return "\n\n".join(blocks)
 
     def to_markdown(self) -> str:
@@ -181,10 +183,8 @@ class Study:
             raise InputError(f"{folder} holds no finished study: {', '.join(missing)} missing")
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         text = {"setting": str, "method": str, "token": str}
-        frames = {
-            name: pd.read_csv(folder / file, dtype=text, keep_default_na=False, na_values={"trust": [""], "negative_mass": [""]})
-            for name, file in FILES.items()
-        }
+        read = {"dtype": text, "keep_default_na": False, "na_values": {"trust": [""], "negative_mass": [""]}}
+        frames = {name: pd.read_csv(folder / file, **read) for name, file in FILES.items()}
         return cls(config, **frames)
 
 
@@ -196,8 +196,8 @@ def _columns(frame: pd.DataFrame) -> list[str]:
     """Lines of text with the first column to the left and the rest to the right."""
     rows = [list(frame.columns), *frame.itertuples(index=False)]
     widths = [max(len(row[at]) for row in rows) for at in range(len(frame.columns))]
-    text = [[row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)] for row in rows]
-    return ["  ".join(cells).rstrip() for cells in text]
+    padded = [[str.rjust(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
 
 
 def _row(cells: Iterable[str]) -> str:

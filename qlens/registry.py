@@ -167,13 +167,13 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare = _without_weight(tokens)
+        bare = _without_weight(tokens).upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
             rows = self.method.printed(bare, **self.params)
         else:
             rows = self._rows(bare)
             if isinstance(rows, Target):
-                rows = -rows.scale * expectation(rows.q, tokens.log_probs)
+                rows = -rows.scale * expectation(rows.q, bare.log_probs)
         return rows if tokens.weight is None else rows * tokens.weight
 
     def penalty(self, model: nn.Module) -> Tensor:

@@ -166,6 +166,17 @@ class Target:
         return effective_trust(self.log_probs, self.labels, self.grad)
 
     @property
+    def pull(self) -> Float[Tensor, " N"]:
+        """-g_y, how hard the label is pulled, and ``room``, how hard SFT would: averaged over tokens, their ratio is the
+        trust of a whole text. (A mean of effective trusts says little: near p_y = 1 they grow without bound.)"""
+        return -self.grad.gather(1, self.labels[:, None].long())[:, 0]
+
+    @property
+    def room(self) -> Float[Tensor, " N"]:
+        """1 - p_y."""
+        return 1 - self.probs.gather(1, self.labels[:, None].long())[:, 0]
+
+    @property
     def reshape(self) -> Float[Tensor, " N"]:
         """1/2 sum_{k != y} |Q_k - p_k (1 - Q_y)/(1 - p_y)|, in unit scale: how far the alternatives leave the student's own."""
         p, d = self.probs, one_hot(self.labels, self.q.shape[-1], self.q.dtype)

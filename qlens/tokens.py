@@ -95,6 +95,12 @@ class Tokens:
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
 
+    def upcast(self) -> "Tokens":
+        """The same tokens with every model's logits in float32 at least, differentiable."""
+        models = {name: value for name, value in self.fields().items() if name in ("logits", *MODELS)}
+        changed = {name: value.to(precision(value.dtype)) for name, value in models.items()}
+        return self if all(changed[name] is models[name] for name in models) else self.replace(**changed)
+
     def require(self, name: str) -> Tensor:
         """The field ``name``, or an error that says who lacks it."""
         value = getattr(self, name)

@@ -17,7 +17,7 @@ from qlens.sources import check_same_vocabulary, freeze, model_logits
 from qlens.tokens import Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
-COMPARABLES = ("loss", "nll", "negative_mass", "trust", "trust_squared", "target_entropy", "kl_target")
+COMPARABLES = ("loss", "nll", "negative_mass", "pull", "room", "weight", "weight_squared", "target_entropy", "kl_target")
 
 
 class QLossMixin(Trainer):
@@ -181,17 +181,18 @@ class Tally:
         """Count these tokens in."""
         tokens = tokens.replace(logits=tokens.logits.detach())
         target = variant.target(tokens).at("unit")
-        trust, entropy, kl = (v[~v.isnan()] for v in (target.effective_trust, target.entropy, target.kl))
-        values = (losses, -tokens.label_log_probs, target.negative_mass, trust, trust.square(), entropy, kl)
+        weight, entropy, kl = (v[v.isfinite()] for v in (target.trust, target.entropy, target.kl))
+        values = (losses, -tokens.label_log_probs, target.negative_mass, target.pull, target.room)
+        values += (weight, weight.square(), entropy, kl)
         self.sums += torch.tensor([[value.sum().item(), len(value)] for value in values], dtype=torch.float64)
 
     def means(self, accelerator: Any) -> dict[str, float]:
         """Means over all tokens so far, on all processes; empty if there were none. Nats, Q in unit scale.
 
-        ``loss``: the variant's own. ``nll``: -log p_y. ``negative_mass``: sum_k max(0, -Q_k). ``trust``: the effective
-        trust a = -g_y/(1 - p_y), over the N tokens where p_y < 1. ``ess``: the effective sample size of the weights a,
-        (sum a)^2 / sum a^2, divided by that N; 1 when all tokens pull alike. ``target_entropy``: H(Q) and
-        ``kl_target``: KL(Q || p), over the tokens whose Q is a distribution; NaN if none is.
+        ``loss``: the variant's own. ``nll``: -log p_y. ``negative_mass``: sum_k max(0, -Q_k). ``trust``: the pull on the
+        labels as a share of SFT's, sum(-g_y) / sum(1 - p_y). ``ess``: the effective sample size of the tokens' trusts t,
+        (sum t)^2 / sum t^2 as a share of their number; 1 when all count alike, absent when none is trusted.
+        ``target_entropy``: H(Q) and ``kl_target``: KL(Q || p), over the tokens whose Q is a distribution; NaN if none is.
         """
         sums = self.sums
         if accelerator.num_processes > 1:
@@ -200,8 +201,9 @@ class Tally:
         if not total["loss"][1]:
             return {}
         means = {name: (value[0] / value[1]).item() for name, value in total.items()}
-        means["ess"] = means["trust"] ** 2 / squared if (squared := means.pop("trust_squared")) else math.nan
-        return means
+        pull, room, weight, squared = (means.pop(name) for name in ("pull", "room", "weight", "weight_squared"))
+        means["trust"] = pull / room if room else math.nan
+        return means | ({"ess": weight**2 / squared} if squared else {})
 
 
 class UpdateNorm(TrainerCallback):

@@ -23,7 +23,7 @@ def make(tmp_path):
 
 def comparables_by_hand(model, batches) -> dict[str, float]:
     """What must be logged for dft, Q = p_y d + (1 - p_y) p, from float64 loops."""
-    trust, entropy, kl, nll, loss = [], [], [], [], []
+    pull, room, trust, entropy, kl, nll, loss = [], [], [], [], [], [], []
     for batch in batches:
         for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True):
             logits = model(input_ids=ids[: int(mask.sum())][None]).logits[0].detach().double().numpy()
@@ -33,14 +33,16 @@ def comparables_by_hand(model, batches) -> dict[str, float]:
                 p = np.exp(logits[t - 1]) / np.exp(logits[t - 1]).sum()
                 q = (1 - p[y]) * p
                 q[y] += p[y]
-                trust.append((q - p)[y] / (1 - p[y]))
+                pull.append((q - p)[y])
+                room.append(1 - p[y])
+                trust.append(p[y])
                 entropy.append(-(q * np.log(q)).sum())
                 kl.append((q * np.log(q / p)).sum())
                 nll.append(-np.log(p[y]))
                 loss.append(-p[y] * np.log(p[y]))
-    means = {"loss": loss, "nll": nll, "trust": trust, "target_entropy": entropy, "kl_target": kl, "negative_mass": [0]}
+    means = {"loss": loss, "nll": nll, "target_entropy": entropy, "kl_target": kl, "negative_mass": [0]}
     ess = sum(trust) ** 2 / sum(a * a for a in trust) / len(trust)
-    return {**{name: float(np.mean(values)) for name, values in means.items()}, "ess": ess}
+    return {**{name: float(np.mean(values)) for name, values in means.items()}, "ess": ess, "trust": sum(pull) / sum(room)}
 
 
 def test_comparables_cover_the_whole_logged_step(make):

@@ -131,3 +131,15 @@ def test_half_precision_is_computed_in_float32():
     exact = qlens.get("dft").target(qlens.Tokens(logits=half.logits.double(), labels=tokens.labels))
     assert_close(qlens.get("dft").target(half).q.double(), exact.q, rtol=0, atol=1e-6)
     assert_close(qlens.implied_target("dft", half).q.double(), exact.q, rtol=0, atol=1e-6)
+
+
+def test_losses_of_half_precision_logits_are_float32_losses_of_them():
+    tokens = random_tokens(7, 6)
+    names = ("logits", "teacher", "reference")
+    tokens = tokens.replace(old=None, second=None)
+    half = tokens.replace(**{name: getattr(tokens, name).bfloat16() for name in names})
+    full = tokens.replace(**{name: getattr(half, name).float() for name in names})
+    for name in ("sft", "dft", "kd", "asft_anchored", "target_sft", "label_smoothing"):
+        loss = qlens.get(name).loss(half)
+        assert loss.dtype == torch.float32, name
+        assert_close(loss, qlens.get(name).loss(full), rtol=0, atol=0)

@@ -1,0 +1,279 @@
+"""Comparisons on miniature models: equal conditions, resuming, refusals, and what the run folder holds."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from tiny import VOCAB, letters, llama
+
+import qlens
+from qlens import InputError
+from qlens.analysis.grounds import Lab, Real, open_ground
+from qlens.analysis.held import held_tokens
+from qlens.analysis.jobs import Job, slug
+from qlens.analysis.study import FILES, Study
+from qlens.lab import Setting
+from qlens.lab.setting import Author
+from qlens.sources import load_model
+
+OWN_LOSS = """
+import torch.nn.functional as F
+def mild(logits, labels, *, factor=0.5):
+    return factor * F.cross_entropy(logits, labels)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A model, a teacher and data of one's own, as folders and a file."""
+    folder = tmp_path_factory.mktemp("own")
+    for seed, name in enumerate(("model", "teacher")):
+        llama(seed).save_pretrained(folder / name)
+        letters().save_pretrained(folder / name)
+    words = [a + b + c for a in "bdfgk" for b in "ae" for c in ("n", "rs", "ll", "m")]
+    rows = [{"question": f"what is {word}", "answer": word[::-1]} for word in words]
+    rows.append({"question": "a" * 40, "answer": "too long for the context"})
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"model": folder / "model", "teacher": folder / "teacher", "data": folder / "words.jsonl"}
+
+
+@pytest.fixture
+def compare(own, tmp_path):
+    """Two methods, two seeds, three steps, in one process."""
+
+    def run(variants=("dft", "target_sft"), **given):
+        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | own | given
+        return qlens.compare(variants, **options)
+
+    return run
+
+
+def same(one, other):
+    """Whether two studies found the same, to the last digit."""
+    pd.testing.assert_frame_equal(one.results, other.results)
+    pd.testing.assert_frame_equal(one.table(), other.table())
+    return True
+
+
+def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
+    study = compare(save=True)
+    folder = tmp_path / "run"
+    files = ["config.json", "table.md", "report.html", *FILES.values(), "figures/scores.csv"]
+    files += [f"figures/{name}.png" for name in ("scores", "trust", "target")]
+    assert all((folder / file).stat().st_size for file in files)
+    assert not list(folder.rglob("*.partial"))
+    assert study.results.columns.tolist() == ["setting", "method", "seed", "item", "score"]
+    assert len(study.results) == 3 * 2 * 8 and study.results["setting"].unique() == ["words"]
+    assert study.table()["method"].tolist() == ["base", "dft", "target_sft"]
+    loaded = Study.load(folder)
+    for name in ("results", "diagnostics", "trust", "target"):
+        pd.testing.assert_frame_equal(getattr(loaded, name), getattr(study, name))
+    assert str(loaded) == str(study) and loaded.to_markdown() == study.to_markdown()
+    kept = load_model(folder / "models" / "dft-1")
+    (nll,) = study.diagnostics.query("method == 'dft' and seed == 1")["nll"]
+    held = open_ground(Real.of(*(str(p) for p in own_paths(study)), steps=3)).held
+    (tokens,) = held_tokens(kept, held)
+    assert_allclose(-tokens.label_log_probs.mean(), nll, rtol=1e-5)
+
+
+def own_paths(study):
+    """model, data and teacher as the study was given them."""
+    given = study.config["settings"]["words"]
+    return given["model"], given["data"], given["teacher"]
+
+
+def test_the_base_is_the_start_and_training_moves_away_from_it(compare):
+    study = compare()
+    found = study.diagnostics.set_index(["method", "seed"])
+    assert_allclose(found.loc["base", "kl_start"], 0, atol=1e-7)
+    assert found.loc["base", "trust"].isna().all() and (found.loc["base", "steps"] == 0).all()
+    assert (found.drop("base")["kl_start"] > 1e-5).all() and (found.drop("base")["steps"] == 3).all()
+    base = study.results.query("method == 'base'").pivot(index="seed", columns="item", values="score")
+    assert_allclose(base.loc[0], base.loc[1])
+    other = study.results.query("method == 'dft'").pivot(index="seed", columns="item", values="score")
+    assert not np.allclose(other.loc[0], other.loc[1]), "seeds must change the batches"
+
+
+def test_a_method_that_draws_random_numbers_still_sees_the_same_batches(compare):
+    def calm(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def drawing(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels) + 0 * torch.rand(7).sum()
+
+    scores = compare([calm, drawing], steps=5).results.pivot(index=["seed", "item"], columns="method", values="score")
+    assert_allclose(scores["calm"], scores["drawing"], rtol=1e-6)
+
+
+def test_a_stopped_comparison_goes_on_and_ends_with_the_same_table(compare, tmp_path):
+    whole = compare()
+    jobs = tmp_path / "run" / "jobs"
+    lost, cut = jobs / "words--dft--1.json", jobs / "words--target_sft--0.json"
+    untouched = jobs / "words--dft--0.json"
+    before = untouched.stat().st_mtime_ns
+    lost.unlink()
+    cut.write_text(cut.read_text(encoding="utf-8")[:50], encoding="utf-8")
+    assert same(compare(), whole)
+    assert untouched.stat().st_mtime_ns == before, "what had finished must not run again"
+
+
+def test_an_interrupt_keeps_what_has_finished(compare, tmp_path, monkeypatch):
+    whole = compare(out=tmp_path / "whole")
+    run, count = Job.run, []
+
+    def stopped(job):
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        count.append(job)
+        run(job)
+
+    monkeypatch.setattr(Job, "run", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compare()
+    assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 3
+    assert not (tmp_path / "run" / "report.html").exists()
+    with pytest.raises(InputError, match="no finished study"):
+        Study.load(tmp_path / "run")
+    monkeypatch.setattr(Job, "run", run)
+    assert same(compare(), whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"steps": 4}, r"settings.words.steps was 3, now 4"),
+        ({"seeds": [0, 5]}, r"seeds was \[0, 1\], now \[0, 5\]"),
+        ({"variants": ["dft"]}, r"methods.target_sft was .*now .not there"),
+        ({"learning_rate": 0.5}, r"learning_rate was 0.001, now 0.5"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_another_configuration_is_refused_naming_the_key(compare, tmp_path, change, named):
+    compare(seeds=2)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(InputError, match=named):
+        compare(**change)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
+def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(compare, own, tmp_path, monkeypatch):
+    data = tmp_path / "words.jsonl"
+    data.write_bytes(own["data"].read_bytes())
+    compare("dft", data=data, seeds=1)
+    data.write_text(data.read_text(encoding="utf-8").replace("ban", "pan"), encoding="utf-8")
+    with pytest.raises(InputError, match="digest was"):
+        compare("dft", data=data, seeds=1)
+    monkeypatch.setattr(qlens, "__version__", "9.9.9")
+    with pytest.raises(InputError, match=r"qlens was .*9\.9\.9"):
+        compare("dft", data=data, seeds=1)
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.txt").write_text("precious", encoding="utf-8")
+    with pytest.raises(InputError, match="no run folder"):
+        compare(out=strange)
+    assert [path.name for path in strange.iterdir()] == ["thesis.txt"]
+
+
+def test_what_cannot_work_is_refused_before_anything_is_written(compare, tmp_path):
+    for given, named in (
+        ({"teacher": None}, "target_sft need a teacher"),
+        ({"data": None}, "both model and data"),
+        ({"model": None}, "both model and data"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"jobs": 0}, "jobs"),
+        ({"seeds": 0}, "seeds"),
+        ({"seeds": [1, 1]}, "distinct"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"variants": ["dft", "dft()"]}, "'dft' twice"),
+        ({"variants": ["dtf"]}, "Did you mean dft"),
+        ({"variants": [lambda tokens, old: tokens.label_log_probs]}, "needs 'old'"),
+        ({"model": tmp_path / "nowhere"}, "nowhere"),
+        ({"model": None, "data": None, "teacher": None, "settings": "strong-piror"}, "Did you mean strong-prior"),
+    ):
+        with pytest.raises(InputError, match=named):
+            compare(**given)
+        assert not (tmp_path / "run").exists(), named
+
+
+def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN_LOSS, encoding="utf-8")
+    strength = 0.5
+
+    def mine(logits, labels):
+        return strength * torch.nn.functional.cross_entropy(logits, labels)
+
+    spec = f"{file}:mild"
+    alone, pair = (compare([spec, mine], seeds=1, jobs=jobs, out=tmp_path / f"{jobs}") for jobs in (1, 2))
+    assert same(alone, pair)
+    scores = pair.results.pivot(index="item", columns="method", values="score")
+    assert_allclose(scores[spec], scores["mine"], rtol=1e-5, err_msg="they are one loss")
+    strength = 0.25
+    with pytest.raises(InputError, match="methods.mine was"):
+        compare([spec, mine], seeds=1, out=tmp_path / "1")
+    file.write_text(OWN_LOSS.replace("0.5", "0.7"), encoding="utf-8")
+    with pytest.raises(InputError, match="own.py:mild was"):
+        compare([spec, mine], seeds=1, out=tmp_path / "1")
+
+
+def test_without_out_the_folder_goes_by_the_configuration(compare, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        compare("sft", seeds=1, out=None)
+    compare("sft", seeds=1, out=None, steps=1)
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, own, tmp_path, capsys):
+    study = compare("sft", seeds=1, progress=True)
+    said = capsys.readouterr()
+    assert "1 of 41 rows exceed the context of 32" in said.err.replace("\n", " ") and not said.out
+    assert study.config["noted"]["settings"]["words"]["dropped"] == 1
+    llama(1, context=17).save_pretrained(tmp_path / "short")
+    letters().save_pretrained(tmp_path / "short")
+    ground = open_ground(Real.of(str(own["model"]), str(own["data"]), str(tmp_path / "short")))
+    assert ground.noted["context"] == 17 and ground.noted["dropped"] > 1
+
+
+def test_held_out_rows_are_the_same_whatever_else_and_never_trained_on(own):
+    grounds = [open_ground(Real.of(str(own["model"]), str(own["data"]), None, steps=steps)) for steps in (1, 2)]
+    assert grounds[0].held == grounds[1].held and len(grounds[0].held) == 8
+    assert not any(example in grounds[0].train for example in grounds[0].held)
+    assert len(grounds[0].train) + len(grounds[0].held) == 40
+
+
+def test_a_lab_of_ones_own_is_compared_too(tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    tiny = dict(depth=2, demonstrations=60, validation=4, test=6, width=16, layers=1, heads=2, k=2)
+    quick = dict(pretrain_steps=4, teach_steps=2, pretrain_batch=8, steps=2, batch_size=4)
+    mini = Setting(name="mini", corpus=Author(), tutor=Author(), **tiny, **quick)
+    study = qlens.compare(["sft", "kd"], settings=mini, seeds=2, jobs=1, progress=False, out=tmp_path / "run")
+    assert study.config["metric"]["name"] == "avg@2" and study.config["noted"]["settings"]["mini"]["base"] <= 1
+    table = study.table()
+    assert table["method"].tolist() == ["base", "sft", "kd"] and set(table["n"]) == {"2 x 6"}
+    assert study.results["score"].isin([0, 0.5, 1]).all()
+    ground = open_ground(Lab(mini))
+    assert len(ground.held) == 12 and len(ground.train) == 48
+    assert "mini" in study.to_latex() and study.plot().axes
+
+
+def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(compare, tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(OWN_LOSS.replace("factor=0.5", 'factor=0.5, name="x"'), encoding="utf-8")
+    study = compare([f'{file}:mild(name="<script>alert(1)</script>")'], seeds=1)
+    page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "&lt;script&gt;" in page
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and page.count("data:image/png;base64,") == 3
+    assert "viewport" in page and "prefers-color-scheme: dark" in page
+    assert f"{study.table()['mean'][0]:.3f}" in page and "transformers" in page
+
+
+def test_file_names_of_methods_never_meet():
+    names = ["dft", "kd(temperature=2.0)", "kd(temperature=2)", "a/b.py:f", "a-b.py:f", "..", "x" * 200, "x" * 201]
+    assert len({slug(name) for name in names}) == len(names)
+    assert slug("dft") == "dft" and all(re.fullmatch(r"[\w.-]{1,80}", slug(name)) for name in names)
+    assert VOCAB == len(letters())
