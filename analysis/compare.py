@@ -18,7 +18,7 @@ from qlens.analysis.grounds import Lab, Real, Source, open_ground
 from qlens.analysis.jobs import Job, run_all, slug
 from qlens.analysis.study import Study
 from qlens.errors import InputError, UnknownName
-from qlens.lab import SETTINGS, Setting
+from qlens.lab import SETTINGS, Setting, build
 from qlens.registry import Variant, resolve
 
 BASE = "base"
@@ -96,9 +96,8 @@ def compare(
     folder = Path(out) if out is not None else default_folder(kind, config)
     say = Console(stderr=True, quiet=not progress, highlight=False)
     claim(folder, config)
+    build([source.setting for source in sources if isinstance(source, Lab)], progress)
     for source in sources:
-        if isinstance(source, Lab):
-            source.open(progress)  # builds the world, once for all workers
         noted = open_ground(source).noted
         if dropped := noted.get("dropped"):
             of = f"{noted['rows']} rows exceed the context of {noted['context']} tokens"

@@ -15,17 +15,11 @@ from qlens.analysis.held import row_nll
 from qlens.data import encode, read_rows, split
 from qlens.errors import InputError
 from qlens.lab import Setting, world
-from qlens.lab.models import quiet
 from qlens.lab.worlds import VERSION
 
 HELD_OUT = 64  # demonstrations or rows that nothing is trained on; never more than a fifth of them
-STEPS, BATCH, RATE, SMALL, SMALL_RATE = (
-    100,
-    16,
-    5e-5,
-    10_000_000,
-    1e-3,
-)  # on a user's own model; RATE from SMALL parameters up
+# On a user's own model; RATE from SMALL parameters up.
+STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3
 
 Example = dict[str, list[int]]
 
@@ -159,7 +153,7 @@ class Real:
             sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(self.teacher))
             models["teacher"] = self._load(self.teacher)
             sources.check_same_vocabulary(models["model"], models["teacher"], "teacher")
-        limit = min((n for n in map(sources.context_length, models.values()) if n is not None), default=None)
+        limit = sources.shortest_context(*models.values())
         encoded = encode(rows, tokenizer, limit)
         size = sources.vocabulary_size(models["model"])
         if (top := max(max(example["input_ids"]) for example in encoded.examples)) >= size:
@@ -185,8 +179,7 @@ class Real:
         )
 
     def _load(self, path: str) -> PreTrainedModel:
-        with quiet():
-            return sources.load_model(path, self.device, self.dtype)
+        return sources.load_model(path, self.device, self.dtype)
 
 
 Source = Lab | Real

@@ -9,9 +9,9 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlens.batching import Supervised, collate
+from qlens.data import token_batches
 from qlens.registry import Variant
-from qlens.sources import evaluating, model_logits, vocabulary_size
+from qlens.sources import vocabulary_size
 from qlens.tokens import Tokens, expectation
 
 ENTRIES = 20_000_000  # logits held at a time
@@ -25,15 +25,7 @@ Examples = Sequence[Mapping[str, Sequence[int]]]
 def held_tokens(model: PreTrainedModel, examples: Examples, **others: PreTrainedModel) -> Iterator[Tokens]:
     """Tokens at all supervised positions, some whole examples at a time; ``others`` fill the fields of those names."""
     longest = max(len(example["input_ids"]) for example in examples)
-    rows = max(1, ENTRIES // (longest * vocabulary_size(model)))
-    with evaluating(model):
-        for start in range(0, len(examples), rows):
-            batch = {name: value.to(model.device) for name, value in collate(examples[start : start + rows]).items()}
-            supervised = Supervised.of(batch)
-            inputs = {name: value for name, value in batch.items() if name != "labels"}
-            fields = {name: supervised.take(model_logits(each.eval(), inputs)) for name, each in others.items()}
-            logits = supervised.take(model_logits(model, inputs))
-            yield Tokens(logits=logits, labels=supervised.labels, sequence=supervised.sequence, **fields)
+    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), **others)
 
 
 def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I"]:

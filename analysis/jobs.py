@@ -20,8 +20,8 @@ from qlens.analysis.grounds import Ground, Source, open_ground
 from qlens.analysis.held import diagnostics, reading
 from qlens.files import write_text
 from qlens.fitting import fit, isolated
-from qlens.lab.models import quiet
 from qlens.registry import Variant, resolve
+from qlens.sources import quiet
 
 
 @dataclass(frozen=True)

@@ -73,13 +73,16 @@ def explain(
 ) -> None:
     """Show the target a loss trains toward, on built-in probes or on your own model and text."""
     variant, where = qlens.get(loss), {}
+    path = figure or (None if as_json else Path(f"explain-{_slug(loss)}.png"))
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"--figure {path}: there is no folder {path.parent}")
     if model or data or teacher or reference:
         where = _own_tokens(model, teacher, reference, data, rows, device, dtype)
     read = qlens.explain(variant, **where)
     print(json.dumps(read.to_dict(), indent=2) if as_json else read)
-    if figure or not as_json:
-        path = figure or Path(f"explain-{_slug(loss)}.png")
-        _save(read.plot(), path)
+    if path is not None:
+        with written(path) as partial:
+            read.plot().savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
         typer.echo(f"Figure: {path}", err=as_json)
 
 
@@ -97,6 +100,14 @@ def compare(
     data: Data = None,
     out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/<configuration>")] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the trained models.")] = False,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="One for all methods.", show_default="the setting's; own model: 5e-5, 1e-3 under 10 M parameters"
+        ),
+    ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
     as_json: Json = False,
 ) -> None:
@@ -111,6 +122,9 @@ def compare(
         data=data,
         out=out,
         save=save,
+        learning_rate=learning_rate,
+        device=device,
+        dtype=dtype,
         jobs=jobs,
     )
     print(study.table().to_json(orient="records", indent=2) if as_json else study)
@@ -144,13 +158,6 @@ def _own_tokens(
     typer.echo(said, err=True)
     tokens = texts.tokens_from_examples(examples=used, **loaded)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
-
-
-def _save(figure: Any, path: Path) -> None:
-    if not path.parent.is_dir():
-        raise InputError(f"--figure {path}: there is no folder {path.parent}")
-    with written(path) as partial:
-        figure.savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
 
 
 def _slug(spec: str) -> str:

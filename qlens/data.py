@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,17 +266,27 @@ def tokens_from_examples(
     for name, each in {"model": model, **others}.items():
         _check_fits(examples, each, name)
     parts, sequences = [], 0
-    with evaluating(model):
+    for tokens in token_batches(model, examples, batch_size, **others):
+        part = tokens.fields()
+        parts.append(part | {"sequence": part["sequence"] + sequences})
+        sequences += batch_size
+    return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def token_batches(
+    model: nn.Module, examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int, **others: nn.Module
+) -> Iterator[Tokens]:
+    """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch."""
+    with ExitStack() as frozen:
+        for each in (model, *others.values()):
+            frozen.enter_context(evaluating(each))
         for start in range(0, len(examples), batch_size):
             batch = _on(model.device, collate(examples[start : start + batch_size]))
             supervised = Supervised(batch.pop("labels"))
             fields = {"logits": supervised.take(model_logits(model, batch))}
             for name, other in others.items():
-                with evaluating(other):
-                    fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
-            parts.append({**fields, "labels": supervised.labels, "sequence": supervised.sequence + sequences})
-            sequences += len(batch["input_ids"])
-    return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+                fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
+            yield Tokens(labels=supervised.labels, sequence=supervised.sequence, **fields)
 
 
 def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

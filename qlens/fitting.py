@@ -27,9 +27,9 @@ def fit(
     reference: PreTrainedModel | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
-    """Train a model in place with QTrainer: AdamW, 5 % warm-up, linear decay; ``tick`` is called after every step.
+    """Train a model in place, on its own device, with QTrainer: AdamW, 5 % warm-up, linear decay.
 
-    At one seed every method sees the same batches in the same order.
+    At one seed every method sees the same batches in the same order; ``tick`` is called after every step.
 
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
@@ -43,7 +43,7 @@ def fit(
             warmup_steps=max(1, steps // 20),
             adam_beta2=0.98,
             seed=seed,
-            use_cpu=True,
+            use_cpu=model.device.type == "cpu",
             logging_strategy="no",
             save_strategy="no",
             report_to="none",

@@ -1,6 +1,6 @@
 """Where models come from: local folders or the hub, frozen teachers, and whether two of them fit together."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from qlens.errors import InputError
 
@@ -61,7 +62,8 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{shown} is not there, or is no folder")
     try:
-        return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
+        with quiet():
+            return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
     except Exception as error:  # tokenizers raises bare ones, safetensors its own: all mean unreadable
         hint = "" if local else " (there is no such folder, so it was looked for on the hub)"
         raise InputError(f"{kind} {str(path)!r} cannot be read{hint}: {_short(error)}") from None
@@ -84,6 +86,18 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars for reading and writing weights, which would tear our own apart."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -17,7 +17,17 @@ from qlens.sources import check_same_vocabulary, freeze, model_logits
 from qlens.tokens import Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
-COMPARABLES = ("loss", "nll", "negative_mass", "pull", "room", "weight", "weight_squared", "target_entropy", "kl_target")
+COMPARABLES = (
+    "loss",
+    "nll",
+    "negative_mass",
+    "pull",
+    "room",
+    "weight",
+    "weight_squared",
+    "target_entropy",
+    "kl_target",
+)
 
 
 class QLossMixin(Trainer):

@@ -42,7 +42,11 @@ def comparables_by_hand(model, batches) -> dict[str, float]:
                 loss.append(-p[y] * np.log(p[y]))
     means = {"loss": loss, "nll": nll, "target_entropy": entropy, "kl_target": kl, "negative_mass": [0]}
     ess = sum(trust) ** 2 / sum(a * a for a in trust) / len(trust)
-    return {**{name: float(np.mean(values)) for name, values in means.items()}, "ess": ess, "trust": sum(pull) / sum(room)}
+    return {
+        **{name: float(np.mean(values)) for name, values in means.items()},
+        "ess": ess,
+        "trust": sum(pull) / sum(room),
+    }
 
 
 def test_comparables_cover_the_whole_logged_step(make):

@@ -43,7 +43,9 @@ def rows(count: int, seed: int = 0) -> list[dict]:
     return examples
 
 
-def trainer_in(folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **given):
+def trainer_in(
+    folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **given
+):
     """A QTrainer (or another kind) on the CPU, quiet, by SGD at a constant rate unless told otherwise."""
     names = ("teacher", "reference", "eval_dataset", "compute_metrics", "compute_loss_func", "data_collator")
     trainer_options = {name: given.pop(name) for name in names if name in given}

@@ -7,6 +7,6 @@ the final answer (``worlds``). Everything follows from the numbers of a ``Settin
 
 from qlens.lab.language import Demonstration, Problem
 from qlens.lab.setting import SETTINGS, Author, Setting
-from qlens.lab.worlds import World, world
+from qlens.lab.worlds import World, build, world
 
-__all__ = ["SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "world"]
+__all__ = ["SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "build", "world"]

@@ -1,28 +1,14 @@
 """The lab's models: tiny Llamas, and how they answer."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from qlens.errors import InputError
 from qlens.fitting import isolated
 from qlens.lab.language import LONGEST_ENDING, LONGEST_STEP, Problem
 from qlens.lab.setting import Setting
 from qlens.sources import evaluating
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars, which would tear the lab's apart for files of a few kilobytes."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def longest(setting: Setting) -> int:

@@ -2,13 +2,17 @@
 
 import json
 import random
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from joblib import cpu_count
+from joblib.externals.loky import get_reusable_executor
 from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -18,9 +22,9 @@ from qlens.errors import UnknownName
 from qlens.fitting import fit, isolated
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
-from qlens.lab.models import longest, new_model, quiet, sample
+from qlens.lab.models import longest, new_model, sample
 from qlens.lab.setting import SETTINGS, Setting
-from qlens.sources import load_model
+from qlens.sources import load_model, quiet
 from qlens.tokens import expectation
 
 VERSION = 1  # of the lab: raised whenever the same numbers would give another world
@@ -76,26 +80,34 @@ class World:
             ]
         )
 
-    def build(self, progress: bool = True) -> None:
-        """Make whatever is missing in the cache, after a look at what is there; one process at a time."""
+    @property
+    def steps(self) -> dict[str, int]:
+        """The parts that are built, in order, and how many steps each takes."""
+        return {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
+
+    def whole(self) -> bool:
+        """Whether everything is in the cache."""
+        return all(cache.whole(self.folder / name) for name in self.steps)
+
+    def build(self, tick: Callable[[int], None] = lambda steps: None) -> None:
+        """Make whatever is missing in the cache, after a look at what is there; one process at a time.
+
+        ``tick`` is told of every step done; of the parts that were there, all at once.
+        """
         parts: dict[str, Callable[[Path, Callable[[], None]], None]] = {
             "base": self._make_base,
             "teacher": self._make_teacher,
             "measured": self._make_measured,
         }
-        if all(cache.whole(self.folder / name) for name in parts):
-            return
-        steps = {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
-        with cache.locked(self.folder), Progress(console=Console(stderr=True), disable=not progress) as bar:
-            task = bar.add_task(f"building {self.setting.name}", total=sum(steps.values()))
+        with cache.locked(self.folder):
             for number, (name, make) in enumerate(parts.items()):
                 if cache.whole(self.folder / name):
-                    bar.advance(task, steps[name])
+                    tick(self.steps[name])
                     continue
                 for stale in list(parts)[number:]:  # what came of a part goes with it
                     cache.discard(self.folder / stale)
                 with cache.sealed(self.folder / name) as folder:
-                    make(folder, lambda: bar.advance(task))
+                    make(folder, lambda: tick(1))
 
     def _make_base(self, folder: Path, tick: Callable[[], None]) -> None:
         with isolated(seed := self._random("base").randrange(2**31)):
@@ -136,8 +148,7 @@ class World:
         self.tokenizer.save_pretrained(folder)
 
     def _load(self, name: str) -> LlamaForCausalLM:
-        with quiet():
-            return load_model(self.folder / name, dtype="float32")
+        return load_model(self.folder / name, dtype="float32")
 
     def _random(self, purpose: str) -> random.Random:
         return random.Random(f"{self.setting.seed} {purpose}")
@@ -187,6 +198,37 @@ def world(setting: str | Setting, progress: bool = True) -> World:
         if setting not in SETTINGS:
             raise UnknownName.among("setting", setting, SETTINGS)
         setting = SETTINGS[setting]
-    found = World(setting)
-    found.build(progress)
-    return found
+    build([setting], progress)
+    return World(setting)
+
+
+def build(settings: Sequence[Setting], progress: bool = True) -> None:
+    """Build the worlds that are not in the cache, each in a process of its own where there are several."""
+    missing = [found for setting in settings if not (found := World(setting)).whole()]
+    if not missing:
+        return
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        tasks = [bar.add_task(f"building {each.setting.name}", total=sum(each.steps.values())) for each in missing]
+        if len(missing) == 1:
+            missing[0].build(lambda steps: bar.advance(tasks[0], steps))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            counts = [Path(folder, str(number)) for number in range(len(missing))]
+            workers = get_reusable_executor(max_workers=min(len(missing), cpu_count()))
+            running = [
+                workers.submit(_build_and_count, each.setting, count)
+                for each, count in zip(missing, counts, strict=True)
+            ]
+            while wait(running, timeout=0.5, return_when=FIRST_EXCEPTION).not_done:
+                for task, count in zip(tasks, counts, strict=True):
+                    bar.update(task, completed=count.stat().st_size if count.is_file() else 0)
+                if any(each.done() and each.exception() for each in running):
+                    break
+            for each in running:
+                each.result()
+
+
+def _build_and_count(setting: Setting, count: Path) -> None:
+    """Build a world; the size of the file ``count`` is the number of steps done."""
+    with count.open("ab", buffering=0) as file:
+        World(setting).build(lambda steps: file.write(b"." * steps))
