@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlens.data import token_batches
+from qlens.reading import token_batches
 from qlens.registry import Variant
 from qlens.sources import vocabulary_size
 from qlens.tokens import Tokens, expectation

@@ -144,6 +144,7 @@ def _own_tokens(
         raise InputError("--model and --data go together: a model folder and a JSON Lines file")
     from qlens import data as texts
     from qlens import sources
+    from qlens.reading import tokens_from_examples
 
     read = texts.read_rows(data)
     tokenizer = sources.load_tokenizer(model)
@@ -156,7 +157,7 @@ def _own_tokens(
     used = encoded.examples[:rows]
     said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
     typer.echo(said, err=True)
-    tokens = texts.tokens_from_examples(examples=used, **loaded)
+    tokens = tokens_from_examples(examples=used, **loaded)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
 
 

@@ -1,20 +1,16 @@
 """The registry: a name, what it trains toward, the loss its paper prints, and its card."""
 
-import importlib.util
 import inspect
-import sys
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, params
+from qlens import adapters, params, userfiles
 from qlens.errors import InputError, UnknownName
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
@@ -151,7 +147,7 @@ class Variant:
         """
         self._check(tokens)
         if adapters.kind(self.method.fn) == "tokens":
-            made = self.method.fn(_without_weight(tokens), **self.params)
+            made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
                 return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
         from qlens.lens import gradient
@@ -167,7 +163,7 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare = _without_weight(tokens).upcast()  # printed losses softmax for themselves, in the logits' own dtype
+        bare = tokens.unweighted().upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
             rows = self.method.printed(bare, **self.params)
         else:
@@ -250,7 +246,7 @@ def get(spec: str, **given: Any) -> Variant:
     name, parsed = params.parse(spec)
     given = {**parsed, **given}
     if ".py:" in name:
-        return _from_file(name, spec).variant(**given)
+        return _from_file(name).variant(**given)
     if name not in _METHODS:
         raise UnknownName.among("method", name, names())
     return _METHODS[name].variant(**given)
@@ -291,42 +287,10 @@ def _redefined(old: Callable, new: Callable) -> bool:
     return place[0] == place[1] and place[0][0].startswith(("__main__", "qlens_user_"))
 
 
-def _from_file(name: str, spec: str) -> Method:
-    file, _, function = name.rpartition(":")
-    path = Path(file).expanduser()
-    if not path.is_file():
-        raise UnknownName(f"{spec}: there is no file {file}")
-    functions = vars(_load(path.resolve()))
-    if not callable(functions.get(function)):
-        own = [
-            k for k, v in functions.items() if callable(v) and getattr(v, "__module__", None) == functions["__name__"]
-        ]
-        raise UnknownName.among(f"function in {file}", function, own)
-    found = functions[function]
-    if not isinstance(found, Method):
-        found = _method(name, found)
-    return found
-
-
-def _load(path: Path) -> Any:
-    """The module of a user's file, run once per version of the file."""
-    name, version = f"qlens_user_{zlib.crc32(str(path).encode()):08x}", path.stat().st_mtime_ns
-    if getattr(sys.modules.get(name), "__version_read__", None) != version:
-        module_spec = importlib.util.spec_from_file_location(name, path)
-        assert module_spec is not None and module_spec.loader is not None
-        module = importlib.util.module_from_spec(module_spec)
-        sys.modules[name] = module
-        try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise InputError(f"{path.name} could not be run: {type(error).__name__}: {error}") from error
-        module.__dict__["__version_read__"] = version
-    return sys.modules[name]
-
-
-def _without_weight(tokens: Tokens) -> Tokens:
-    return tokens if tokens.weight is None else tokens.replace(weight=None)
+def _from_file(name: str) -> Method:
+    """The method that FILE.py:FUNCTION names: registered there, or a plain loss."""
+    found = userfiles.function(name)
+    return found if isinstance(found, Method) else _method(name, found)
 
 
 def methods() -> Mapping[str, Method]:

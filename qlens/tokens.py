@@ -69,12 +69,12 @@ class Tokens:
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, rows: Any, teacher: Any = None, reference: Any = None) -> "Tokens":
-        """Tokens at every supervised position of texts, or of prompt/completion pairs; see ``qlens.data.tokens_from_text``.
+        """Tokens at every supervised position of texts, or of prompt/completion pairs; see ``qlens.reading.tokens_from_text``.
 
         Example:
             >>> Tokens.from_text(model, tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
         """
-        from qlens.data import tokens_from_text
+        from qlens.reading import tokens_from_text
 
         return tokens_from_text(model, tokenizer, rows, teacher=teacher, reference=reference)
 
@@ -94,6 +94,10 @@ class Tokens:
     def replace(self, **changes: Any) -> "Tokens":
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def unweighted(self) -> "Tokens":
+        """The same tokens without weights."""
+        return self if self.weight is None else self.replace(weight=None)
 
     def upcast(self) -> "Tokens":
         """The same tokens with every model's logits in float32 at least, differentiable."""

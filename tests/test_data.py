@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny import CHARACTERS, letters, llama
 
 from qlens.batching import IGNORE
-from qlens.data import encode, read_rows, split, tokens_from_text
+from qlens.data import encode, read_rows, split
 from qlens.errors import InputError
+from qlens.reading import tokens_from_text
 from qlens.sources import check_same_tokenizer, load_model, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"

@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlens.data import encode, tokens_from_text
+from qlens.data import encode
 from qlens.errors import UnknownName
 from qlens.fitting import fit, isolated
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
 from qlens.lab.models import longest, new_model, sample
 from qlens.lab.setting import SETTINGS, Setting
+from qlens.reading import tokens_from_text
 from qlens.sources import load_model, quiet
 from qlens.tokens import expectation
 

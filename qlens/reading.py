@@ -1,0 +1,105 @@
+"""Reading: what models predict at the supervised positions of texts, as Tokens."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qlens.batching import Supervised, collate
+from qlens.data import Row, encode
+from qlens.errors import InputError
+from qlens.sources import check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
+from qlens.tokens import Tokens
+
+
+def tokens_from_text(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[str | tuple[str, str] | Row],
+    teacher: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 8,
+) -> Tokens:
+    """Tokens at every supervised position of texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
+
+    The other arguments are those of ``tokens_from_examples``; ``tokenizer`` is the model's.
+
+    Raises:
+        InputError: rows that ``encode`` or ``tokens_from_examples`` refuse.
+    """
+    if isinstance(rows, str) or not len(rows):
+        raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
+    examples = encode([_row(row) for row in rows], tokenizer, None).examples
+    return tokens_from_examples(model, examples, teacher=teacher, reference=reference, batch_size=batch_size)
+
+
+def tokens_from_examples(
+    model: nn.Module,
+    examples: Sequence[dict[str, list[int]]],
+    teacher: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    batch_size: int = 8,
+) -> Tokens:
+    """Tokens at every supervised position of encoded rows: what the model, and others, predict there; no gradient.
+
+    Args:
+        model: a causal language model; it is run in evaluation mode, on its own device.
+        examples: as ``encode`` makes them.
+        teacher, reference: other models over the same vocabulary.
+        batch_size: rows per forward pass.
+
+    Raises:
+        InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
+    """
+    others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
+    for name, other in others.items():
+        check_same_vocabulary(model, other, name)
+    for name, each in {"model": model, **others}.items():
+        _check_fits(examples, each, name)
+    parts, sequences = [], 0
+    for tokens in token_batches(model, examples, batch_size, **others):
+        part = tokens.fields()
+        parts.append(part | {"sequence": part["sequence"] + sequences})
+        sequences += batch_size
+    return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def token_batches(
+    model: nn.Module, examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int, **others: nn.Module
+) -> Iterator[Tokens]:
+    """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch."""
+    with ExitStack() as frozen:
+        for each in (model, *others.values()):
+            frozen.enter_context(evaluating(each))
+        for start in range(0, len(examples), batch_size):
+            batch = _on(model.device, collate(examples[start : start + batch_size]))
+            supervised = Supervised(batch.pop("labels"))
+            fields = {"logits": supervised.take(model_logits(model, batch))}
+            for name, other in others.items():
+                fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
+            yield Tokens(labels=supervised.labels, sequence=supervised.sequence, **fields)
+
+
+def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def _row(row: Any) -> Any:
+    if isinstance(row, str):
+        return {"text": row}
+    if isinstance(row, (tuple, list)) and len(row) == 2:
+        return {"prompt": row[0], "completion": row[1]}
+    return row
+
+
+def _check_fits(examples: list[dict[str, list[int]]], model: nn.Module, name: str) -> None:
+    limit, size = context_length(model), vocabulary_size(model)
+    for number, example in enumerate(examples, 1):
+        ids = example["input_ids"]
+        if limit is not None and len(ids) > limit:
+            raise InputError(f"row {number} has {len(ids)} tokens, but the {name}'s context is {limit}")
+        if max(ids) >= size:
+            raise InputError(f"row {number} has a token {max(ids)}, but the {name}'s vocabulary is {size}")

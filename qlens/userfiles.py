@@ -1,0 +1,45 @@
+"""Functions in a user's own file: FILE.py:FUNCTION."""
+
+import importlib.util
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qlens.errors import InputError, UnknownName
+
+
+def function(name: str) -> Callable:
+    """What FUNCTION is in FILE.py, for ``name`` = "FILE.py:FUNCTION".
+
+    Raises:
+        UnknownName: no such file, or no such function in it (near names are suggested).
+        InputError: the file cannot be run; what it raised is named.
+    """
+    file, _, wanted = name.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UnknownName(f"{name}: there is no file {file}")
+    module = vars(_load(path.resolve()))
+    if not callable(module.get(wanted)):
+        own = [k for k, v in module.items() if callable(v) and getattr(v, "__module__", None) == module["__name__"]]
+        raise UnknownName.among(f"function in {file}", wanted, own)
+    return module[wanted]
+
+
+def _load(path: Path) -> Any:
+    """The module of a user's file, run once per version of the file."""
+    name, version = f"qlens_user_{zlib.crc32(str(path).encode()):08x}", path.stat().st_mtime_ns
+    if getattr(sys.modules.get(name), "__version_read__", None) != version:
+        module_spec = importlib.util.spec_from_file_location(name, path)
+        assert module_spec is not None and module_spec.loader is not None
+        module = importlib.util.module_from_spec(module_spec)
+        sys.modules[name] = module
+        try:
+            module_spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[name]
+            raise InputError(f"{path.name} could not be run: {type(error).__name__}: {error}") from error
+        module.__dict__["__version_read__"] = version
+    return sys.modules[name]
