@@ -10,6 +10,7 @@ from pathlib import Path
 from qlens import cards
 
 README = Path(__file__).parent.parent / "README.md"
+RESULTS = README.parent / "analysis" / "results" / "compare-default"
 
 
 def block(text: str, name: str) -> str:
@@ -39,11 +40,16 @@ def explained(text: str) -> str:
 
 def generated(text: str) -> dict[str, str]:
     """Every generated block, as it should be."""
-    return {"explain": explained(text), "methods": cards.markdown() + "\n"}
+    return {
+        "explain": explained(text),
+        "methods": cards.markdown() + "\n",
+        "results": (RESULTS / "table.md").read_text().replace("## ", "**").replace("better)", "better)**"),
+    }
 
 
 if __name__ == "__main__":
     text = README.read_text()
     for name, made in generated(text).items():
-        text = text.replace(block(text, name), made)
+        head, tail = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        text = text.replace(head + block(text, name) + tail, head + made + tail)
     README.write_text(text)

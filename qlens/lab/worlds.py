@@ -4,7 +4,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import wait
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from joblib import cpu_count
-from joblib.externals.loky import get_reusable_executor
+from joblib.externals.loky import ProcessPoolExecutor
 from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -213,18 +213,14 @@ def build(settings: Sequence[Setting], progress: bool = True) -> None:
         if len(missing) == 1:
             missing[0].build(lambda steps: bar.advance(tasks[0], steps))
             return
-        with tempfile.TemporaryDirectory() as folder:
+        workers = ProcessPoolExecutor(min(len(missing), cpu_count()))
+        with tempfile.TemporaryDirectory() as folder, workers:
             counts = [Path(folder, str(number)) for number in range(len(missing))]
-            workers = get_reusable_executor(max_workers=min(len(missing), cpu_count()))
-            running = [
-                workers.submit(_build_and_count, each.setting, count)
-                for each, count in zip(missing, counts, strict=True)
-            ]
-            while wait(running, timeout=0.5, return_when=FIRST_EXCEPTION).not_done:
+            pairs = zip(missing, counts, strict=True)
+            running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
+            while wait(running, timeout=0.5).not_done:
                 for task, count in zip(tasks, counts, strict=True):
                     bar.update(task, completed=count.stat().st_size if count.is_file() else 0)
-                if any(each.done() and each.exception() for each in running):
-                    break
             for each in running:
                 each.result()
 
