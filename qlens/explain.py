@@ -16,6 +16,7 @@ from qlens.registry import Variant, resolve
 from qlens.target import Target, tolerance
 from qlens.tokens import Tokens
 
+COARSE = (torch.bfloat16, torch.float16)
 TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
 
 
@@ -76,7 +77,11 @@ class Explanation:
         broken = int((~self.target.grad.isfinite().all(-1)).sum())
         if broken:
             return [f"WARNING: the gradient is not finite on {broken} of {len(self.table)} tokens."]
-        return [*_trust(self.table), *_rest(self.table), *_simplex(self.target, self.table)]
+        if not bool(self.target.grad.any()):
+            return ["WARNING: the gradient is zero on every token: Q = p, nothing is taught."]
+        digits = str(carried(self.target.grad)).removeprefix("torch.")
+        coarse = [f"Precision: the gradient holds {digits} digits only."] * (carried(self.target.grad) in COARSE)
+        return [*coarse, *_trust(self.table), *_rest(self.table), *_simplex(self.target, self.table)]
 
     @property
     def telling(self) -> pd.DataFrame:
@@ -143,14 +148,23 @@ def explain(
     variant = resolve(loss)
     if tokens is None:
         try:
-            return _read(variant, probes(), pieces)
-        except InputError as error:  # a loss with float32 inside cannot be read in float64
+            read = _read(variant, probes(), pieces)
+        except InputError as error:  # a loss with float32 inside may refuse float64
             if not isinstance(error.__cause__, RuntimeError):
                 raise
-            tokens = probes(torch.float32)
+            read = None
+        if read is not None and carried(read.target.grad) == torch.float64:
+            return read
+        tokens = probes(torch.float32)
     if not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
     return _read(variant, tokens, pieces)
+
+
+def carried(grad: torch.Tensor) -> torch.dtype:
+    """The least precise type that holds every digit of a gradient: what the loss computed in, whatever it returned."""
+    narrower = (*COARSE, torch.float32)
+    return next((dtype for dtype in narrower if bool((grad.to(dtype).to(grad.dtype) == grad).all())), grad.dtype)
 
 
 def _read(variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None) -> Explanation:
@@ -180,8 +194,10 @@ def _trust(table: pd.DataFrame) -> list[str]:
         said.append(f"Trust: the label is trusted by {' to '.join(ends)}.")
     down = trust < -1e-6
     if down.any():
-        at, count = p_y[trust[down].index], f"{int(down.sum())} of {len(table)} tokens"
-        said.append(f"WARNING: it pushes the label DOWN on {count} (p_y from {at.min():.3g} to {at.max():.3g}).")
+        rows = table.loc[trust[down].index]
+        at, count = rows["p_y"], f"{int(down.sum())} of {len(table)} tokens"
+        alarm = "WARNING: the" if (rows["q_label"] < 0).any() else "The"  # below p_y is a choice, below 0 hardly
+        said.append(f"{alarm} label is pushed DOWN on {count} (p_y from {at.min():.6g} to {at.max():.6g}).")
     return said
 
 
@@ -196,7 +212,8 @@ def _rest(table: pd.DataFrame) -> list[str]:
 def _simplex(target: Target, table: pd.DataFrame) -> list[str]:
     said, n = [], len(table)
     off = (table["total"] - 1).abs()
-    shifted = int((~target.shift_invariant).sum())
+    coarse = carried(target.grad) in COARSE  # then sums are 1 to two digits only
+    shifted = int(((target.total - 1).abs() > 0.05).sum() if coarse else (~target.shift_invariant).sum())
     if shifted:
         said.append(
             f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): the loss sees raw logits, "

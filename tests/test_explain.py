@@ -48,7 +48,7 @@ def test_a_forgotten_detach_is_found():
     read = qlens.explain(forgot_detach)
     p = torch.tensor(read.table["p_y"])
     torch.testing.assert_close(torch.tensor(read.table["trust"]), p * (1 + p.log()))
-    assert any("pushes the label DOWN on 16 of 38 tokens" in finding for finding in read.findings)
+    assert any("WARNING: the label is pushed DOWN on 16 of 38 tokens" in finding for finding in read.findings)
     assert any("negative entries" in finding for finding in read.findings)
 
 
@@ -140,3 +140,37 @@ def test_the_figure_shows_the_table():
     figure = read.plot()
     drawn = [line for ax in figure.axes for line in ax.get_lines() if len(line.get_xdata()) == len(SWEEP)]
     assert len(figure.axes) >= 3 and drawn
+
+
+def test_losses_that_cast_inside_are_read_at_their_own_precision():
+    def casts(outputs, labels, num_items_in_batch=None):
+        logits = outputs["logits"][..., :-1, :].float()
+        return F.cross_entropy(logits.flatten(0, 1), labels[..., 1:].flatten())
+
+    read = qlens.explain(casts)
+    assert read.target.q.dtype == torch.float32
+    assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")
+    assert not any("WARNING" in finding for finding in read.findings)
+    coarse = qlens.explain(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
+    assert coarse.findings[0] == "Precision: the gradient holds bfloat16 digits only."
+    assert coarse.nearest[0].spec == "sft"
+
+
+def test_a_gradient_of_zero_and_a_target_below_the_label_are_said():
+    assert "zero on every token" in qlens.explain(lambda logits, labels: (0 * logits).sum()).findings[0]
+    smoothed = qlens.explain("label_smoothing").findings
+    assert any(finding.startswith("The label is pushed DOWN on 10 of 38 tokens") for finding in smoothed)
+
+
+def test_losses_may_write_on_what_they_are_given():
+    def writes(logits, labels):
+        logits -= logits.max(-1, keepdim=True).values
+        labels[labels == 3] = 4
+        return F.cross_entropy(logits, labels)
+
+    tokens = probes()
+    before = tokens.logits.clone(), tokens.labels.clone()
+    read = qlens.explain(writes, tokens)
+    assert torch.equal(tokens.logits, before[0]) and torch.equal(tokens.labels, before[1])
+    kept = tokens.labels != 3
+    torch.testing.assert_close(read.target.q[kept], tokens.one_hot[kept])
