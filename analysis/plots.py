@@ -40,6 +40,7 @@ __all__ = [
     "styles",
 ]
 
+CROWD = 200  # more tokens than this are drawn as fine dust
 PANELS = ("scores", "trust", "target")
 TITLES = {
     "scores": "result ({better} is better)",
@@ -126,7 +127,9 @@ def figure_explain(explanation: Any) -> Figure:
     kinds = [kind for kind in LINES if (table["shape"] == kind).any()]
     for kind in kinds:
         rows, solid = table[table["shape"] == kind].sort_values("p_y"), LINES[kind]
-        dashed = solid | {"ls": "--", "markerfacecolor": "white"}
+        crowded = len(rows) > CROWD
+        solid = solid | {"markersize": 1.8, "alpha": 0.4, "markeredgewidth": 0.4} if crowded else solid
+        dashed = solid | {"ls": "--", "markerfacecolor": "none" if crowded else "white"}
         for ax, of_label, of_rival in ((pull, "label_grad", "other_grad"), (target, "q_label", "q_rest")):
             ax.plot(rows["p_y"], rows[of_rival], **dashed)
             ax.plot(rows["p_y"], rows[of_label], **solid)
