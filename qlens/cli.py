@@ -21,8 +21,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+FIGURES = (".png", ".pdf", ".svg")
+
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Folder = Annotated[Path | None, typer.Option(help="A Hugging Face model folder.", show_default="none")]
+Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face model folder.", show_default="none")]
 Data = Annotated[
     Path | None,
     typer.Option(help="JSON Lines: question/answer, prompt/completion, messages or text.", show_default="none"),
@@ -76,13 +78,15 @@ def explain(
     path = figure or (None if as_json else Path(f"explain-{_slug(loss)}.png"))
     if path is not None and not path.parent.is_dir():
         raise InputError(f"--figure {path}: there is no folder {path.parent}")
+    if path is not None and path.suffix not in FIGURES:
+        raise InputError(f"--figure {path}: a figure ends in one of {', '.join(FIGURES)}")
     if model or data or teacher or reference:
         where = _own_tokens(model, teacher, reference, data, rows, device, dtype)
     read = qlens.explain(variant, **where)
     print(json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
         with written(path) as partial:
-            read.plot().savefig(partial, format=path.suffix.lstrip(".") or "png", dpi=200)
+            read.plot().savefig(partial, format=path.suffix[1:], dpi=200)
         typer.echo(f"Figure: {path}", err=as_json)
 
 
@@ -131,9 +135,9 @@ def compare(
 
 
 def _own_tokens(
-    model: Path | None,
-    teacher: Path | None,
-    reference: Path | None,
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
     data: Path | None,
     rows: int,
     device: str,

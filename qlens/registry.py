@@ -181,7 +181,7 @@ class Variant:
     def _check(self, tokens: Tokens) -> None:
         for name in self.needs:
             if getattr(tokens, name) is None:
-                raise InputError(f"{self.name} needs a {name}: give Tokens({name}=...)")
+                raise InputError(f"{self.name} needs a {name}: give Tokens({name}=...), on the command line --{name}")
 
     def __repr__(self) -> str:
         return f"<Variant {self.spec}>"

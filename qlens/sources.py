@@ -60,7 +60,7 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
         what = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(NEEDED[kind])}"
         raise InputError(f"{shown} {what}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
-        raise InputError(f"{shown} is not there, or is no folder")
+        raise InputError(f"{shown} is not there, or is no folder (a name on the hub is owner/name)")
     try:
         with quiet():
             return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
@@ -70,9 +70,9 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
 
 
 def _is_a_path(given: str, folder: Path) -> bool:
-    """Whether this can only be meant as a folder, not as a name on the hub (``name`` or ``owner/name``)."""
-    beside = folder.parent != Path() and folder.parent.is_dir()
-    return given.startswith((".", "~")) or folder.is_absolute() or len(folder.parts) > 2 or beside
+    """Whether this is meant as a folder, not as a name on the hub, which is ``owner/name``."""
+    beside = folder.parent.is_dir()  # of a bare name, that is here: a typo never goes out to the network
+    return given.startswith((".", "~")) or folder.is_absolute() or len(folder.parts) != 2 or beside
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:

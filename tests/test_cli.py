@@ -91,7 +91,15 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
         (["explain", "dft", "--model", "nowhere"], "--model and --data go together"),
         (["explain", "dft", "--model", "./nowhere", "--data", "my_loss.py"], "my_loss.py, line 1: not JSON"),
         (["explain", "dft", "--figure", "no/such/folder.png"], "there is no folder"),
+        (["explain", "dft", "--figure", "figure.xyz"], "ends in one of .png, .pdf, .svg"),
         (["compare", "--settings", "strong"], "strong-prior"),
+        (
+            ["compare", "--model", "nowhere", "--data", "my_loss.py", "--variants", "sft"],
+            "my_loss.py, line 1: not JSON",
+        ),
+        (["compare", "--model", "nowhere", "--data", "ok.jsonl", "--variants", "sft"], "'nowhere' is not there"),
+        (["compare", "--model", "./nowhere", "--data", "ok.jsonl", "--variants", "sft"], "'./nowhere' is not there"),
+        (["compare", "--model", "nowhere", "--data", "ok.jsonl"], "need a teacher"),
         (["compare", "--variants", "sft,dftt"], "Did you mean dft"),
         (["compare", "--variants", "label_smoothing(epsilon=3)"], "epsilon = 3"),
         (["compare", "--seeds", "0"], "seeds"),
@@ -100,6 +108,7 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path, words, says):
+    (tmp_path / "ok.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = run(*words)
     assert code == 2 and says in err and "Traceback" not in err and out == ""
