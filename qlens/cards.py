@@ -22,8 +22,8 @@ def summary(variant: Variant) -> dict[str, Any]:
         "name": variant.name,
         "title": variant.title,
         "family": variant.family,
-        "trust": method.trusted or "read from the loss",
-        "residual": method.residual or "read from the loss",
+        "trust": method.trusted or ("read from the loss" if variant.derived else "not said"),
+        "residual": method.residual or ("read from the loss" if variant.derived else "not said"),
         "scale": method.scale,
         "needs": list(variant.needs),
         "scope": variant.scope,
@@ -66,7 +66,7 @@ def card(variant: Variant) -> str:
         f"  needs                {', '.join(variant.needs) or 'logits and labels only'}",
         f"  scope                {variant.scope}",
         f"  mean over            {variant.denominator} tokens",
-        f"  identity             {'holds by construction: the target is read from the loss' if variant.derived else 'tested'}",
+        f"  identity             {'by construction: the target is read from the loss' if variant.derived else 'a real test'}",
     ]
     if fields["limits"]:
         lines.append(f"  limits               {fields['limits']}")

@@ -81,6 +81,9 @@ class Explanation:
             return ["WARNING: the gradient is zero on every token: Q = p, nothing is taught."]
         digits = str(carried(self.target.grad)).removeprefix("torch.")
         coarse = [f"Precision: the gradient holds {digits} digits only."] * (carried(self.target.grad) in COARSE)
+        undefined = int((~self.losses.isfinite()).sum())
+        if undefined:
+            coarse.append(f"WARNING: the loss is not finite on {undefined} of {len(self.table)} tokens.")
         return [*coarse, *_trust(self.table), *_rest(self.table), *_simplex(self.target, self.table)]
 
     @property

@@ -79,7 +79,7 @@ def _compare(spec: str, grad: Tensor, other: Tensor) -> Match:
     factor = dot / other_size**2
     misfit = float((g - factor * m).norm()) / size
     relation = "near"
-    if misfit <= tolerance and factor > 0:
+    if misfit <= tolerance:  # a negative factor is a sign error, worth saying
         relation = "identical" if abs(factor - 1) <= tolerance else "up to a factor"
     elif _parallel(g, m, tolerance):
         relation = "same targets at another scale"

@@ -247,17 +247,15 @@ def get(spec: str, **given: Any) -> Variant:
     given = {**parsed, **given}
     if ".py:" in name:
         return _from_file(name).variant(**given)
+    if name.endswith(".py"):
+        raise InputError(f"{spec} is a file: name the function in it, {name}:FUNCTION")
     if name not in _METHODS:
         raise UnknownName.among("method", name, names())
     return _METHODS[name].variant(**given)
 
 
 def resolve(thing: "Variant | str | Callable") -> Variant:
-    """A Variant from anything that names or is a loss: a Variant, a spec, a registered method, or a callable.
-
-    Raises:
-        InputError: it is none of these.
-    """
+    """A Variant from a Variant, a spec, a registered method or a callable; anything else raises InputError."""
     if isinstance(thing, Variant):
         return thing
     if isinstance(thing, str):
@@ -274,6 +272,8 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
     if unknown:
         raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card")
     asked = adapters.extra_inputs(fn)
+    if strange := [need for need in card.get("needs", ()) if need not in Tokens.__dataclass_fields__]:
+        raise UnknownName.among("field of Tokens in needs", strange[0], Tokens.__dataclass_fields__)
     code = getattr(inspect.unwrap(fn), "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
     card.setdefault("title", (inspect.getdoc(fn) or "").partition("\n")[0])

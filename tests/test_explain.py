@@ -174,3 +174,10 @@ def test_losses_may_write_on_what_they_are_given():
     assert torch.equal(tokens.logits, before[0]) and torch.equal(tokens.labels, before[1])
     kept = tokens.labels != 3
     torch.testing.assert_close(read.target.q[kept], tokens.one_hot[kept])
+
+
+def test_a_wrong_sign_and_an_undefined_value_are_said():
+    read = qlens.explain(lambda logits, labels: -F.cross_entropy(logits, labels))
+    assert str(read.nearest[0]) == "sft x -1: the same gradient up to this factor"
+    undefined = qlens.explain(lambda logits, labels: (label_log_probs(logits, labels).exp() - 1).log().mean())
+    assert "the loss is not finite on 38 of 38 tokens" in undefined.findings[0]

@@ -82,6 +82,7 @@ def test_specs_round_trip():
         ("kd(temperature=2.0", "does not read as"),
         ("kd(temperature=__import__('os'))", "does not read as"),
         ("nowhere.py:f", "there is no file nowhere.py"),
+        ("nowhere.py", "name the function in it, nowhere.py:FUNCTION"),
     ],
 )
 def test_bad_specs_are_refused(spec, says):
@@ -107,6 +108,9 @@ def test_register_refuses_what_it_must():
         qlens.register("my loss")
     with pytest.raises(qlens.InputError, match="unknown field 'tilte'"):
         qlens.register("x", tilte="")(lambda tokens: tokens)
+
+    with pytest.raises(qlens.UnknownName, match="'techer'. Did you mean teacher"):
+        qlens.register("x", needs=("techer",))(lambda tokens: tokens)
 
     @qlens.register("halves")
     def halves(tokens, *, a=1.0):
