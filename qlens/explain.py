@@ -79,8 +79,9 @@ class Explanation:
             return [f"WARNING: the gradient is not finite on {broken} of {len(self.table)} tokens."]
         if not bool(self.target.grad.any()):
             return ["WARNING: the gradient is zero on every token: Q = p, nothing is taught."]
-        digits = str(carried(self.target.grad)).removeprefix("torch.")
-        coarse = [f"Precision: the gradient holds {digits} digits only."] * (carried(self.target.grad) in COARSE)
+        digits, coarse = carried(self.target.grad), []
+        if digits in COARSE:
+            coarse.append(f"Precision: the gradient holds {str(digits).removeprefix('torch.')} digits only.")
         undefined = int((~self.losses.isfinite()).sum())
         if undefined:
             coarse.append(f"WARNING: the loss is not finite on {undefined} of {len(self.table)} tokens.")
