@@ -30,8 +30,14 @@ STYLES = {
     "label_smoothing": Style("#56B4E9", "v"),
     "asft_anchored": Style("#CC79A7", "P"),
     "target_sft": Style("#D55E00", "D"),
+    # the controls: near their parent in colour
+    "target_sft_base_teacher": Style("#A0522D", ">"),
+    "target_sft_shuffled_teacher": Style("#882255", "d"),
+    "target_sft_constant_trust": Style("#CC6677", "p"),
+    "kd_hybrid_tuned": Style("#117733", "h"),
+    "sft_equal_compute": Style("#332288", "8"),
 }
-SPARE = [Style(c, m) for m in "ph>*d8" for c in ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#6699CC")]
+SPARE = [Style(c, m) for m in "*1234H" for c in ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#6699CC")]
 INK, FAINT = "#222222", "#d9d9d9"
 
 
@@ -77,8 +83,8 @@ def plot_scores(
     Raises:
         InputError: columns are missing, or there is more than one setting.
     """
-    ax = _axes(ax)
-    _need(table, "method", "mean", "low", "high")
+    ax = current(ax)
+    need(table, "method", "mean", "low", "high")
     if "setting" in table and table["setting"].nunique() > 1:
         raise InputError(f"plot_scores draws one setting, got {sorted(table['setting'].unique())}: select one")
     look = styles(methods or table["method"])
@@ -126,8 +132,8 @@ def plot_trust(
     Raises:
         InputError: columns are missing.
     """
-    ax = _axes(ax)
-    _need(data, "method", "p_y", "trust")
+    ax = current(ax)
+    need(data, "method", "p_y", "trust")
     ax.plot([0, 1], [1, 1], color="#9a9a9a", lw=0.9, ls="-", zorder=1)
     ax.plot([0, 1], [0, 1], color="#9a9a9a", lw=0.9, ls="--", zorder=1)
     low, high = window
@@ -177,8 +183,8 @@ def plot_target(
     Raises:
         InputError: columns are missing.
     """
-    ax = _axes(ax)
-    _need(data, "token", "p", "q", "method")
+    ax = current(ax)
+    need(data, "token", "p", "q", "method")
     look = {name: style for name, style in styles(methods or data["method"]).items() if name in set(data["method"])}
     tokens = list(dict.fromkeys(data["token"]))
     place = {token: at for at, token in enumerate(tokens)}
@@ -202,7 +208,8 @@ def plot_target(
     return clean(ax, grid="y")
 
 
-def _axes(ax: Axes | None) -> Axes:
+def current(ax: Axes | None) -> Axes:
+    """The Axes given, or pyplot's current ones."""
     if ax is None:
         from matplotlib import pyplot  # only here: with ``ax`` given, no backend is chosen and no window can open
 
@@ -221,7 +228,8 @@ def clean(ax: Axes, grid: str = "both") -> Axes:
     return ax
 
 
-def _need(data: pd.DataFrame, *columns: str) -> None:
+def need(data: pd.DataFrame, *columns: str) -> None:
+    """Raise InputError if data lacks one of the columns."""
     missing = [name for name in columns if name not in data]
     if missing:
         raise InputError(f"data lacks {', '.join(missing)}; it has {', '.join(map(str, data.columns))}")

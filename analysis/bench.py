@@ -1,4 +1,4 @@
-"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``."""
+"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``, or ``jobs``."""
 
 import argparse
 import logging
@@ -6,9 +6,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from joblib import cpu_count
+from joblib.externals.loky import get_reusable_executor
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -21,9 +24,17 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlens.analysis.grounds import Lab
+from qlens.analysis.jobs import Job, run_all
+from qlens.analysis.recipes import Recipe
 from qlens.batching import collate
+from qlens.lab import SETTINGS, build
+from qlens.registry import get
 from qlens.training import QTrainer
 
+JOBS = 16
+THROUGHPUT = 1.6
+"""Parallel jobs on two cores have at least this many times the throughput of one process."""
 BAR = 1.1
 """A step of QTrainer with ``sft`` may cost this many times the same step of the plain Trainer."""
 
@@ -103,21 +114,60 @@ def show_step(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-BENCHMARKS: dict[str, tuple[Callable, Callable]] = {"step": (step, show_step)}
-"""What can be measured, by name: a function that measures and one that prints its rows."""
+def jobs(repeats: int) -> list[dict[str, Any]]:
+    """Seconds for the same jobs of a comparison, one after the other in this process and in parallel ones.
+
+    Every repeat runs both, one after the other; the workers' start counts. One row: processes, each side's median over
+    the repeats, and the median of the repeats' ratios, which is how many times the throughput of one process it is.
+    """
+    setting, processes = SETTINGS["strong-prior"], cpu_count()
+    build([setting])
+    rates: dict[str, Any] = {"source": Lab(setting), "learning_rate": 3e-3, "reads": False}
+    seconds: dict[int, list[float]] = {1: [], processes: []}
+    for repeat in range(repeats):
+        for number in sorted(seconds, reverse=repeat % 2 == 1):
+            with tempfile.TemporaryDirectory() as folder:
+                todo = [
+                    Job(folder=Path(folder), method=name, recipe=Recipe(get(name)), seed=seed, **rates)
+                    for seed in range(JOBS // 2)
+                    for name in ("sft", "target_sft")
+                ]
+                began = time.perf_counter()
+                run_all(todo, number, True, f"{number} process{'es' * (number > 1)}")
+                seconds[number].append(time.perf_counter() - began)
+                if missing := [job.name for job in todo if job.finished() is None]:
+                    raise RuntimeError(f"{len(missing)} jobs failed, {missing[0]} among them")
+            get_reusable_executor().shutdown(wait=True)
+    ratios = [alone / together for alone, together in zip(seconds[1], seconds[processes], strict=True)]
+    medians = {"alone": statistics.median(seconds[1]), "together": statistics.median(seconds[processes])}
+    return [{"processes": processes, **medians, "ratio": statistics.median(ratios)}]
+
+
+def show_jobs(rows: list[dict[str, Any]]) -> None:
+    """Print the jobs benchmark as a table."""
+    table = Table(title=f"seconds for {JOBS} jobs (medians)", caption=f"bar on 2 cores: ratio at least {THROUGHPUT}")
+    for column in ("processes", "one", "all", "ratio"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(str(row["processes"]), f"{row['alone']:.1f}", f"{row['together']:.1f}", f"{row['ratio']:.2f}")
+    Console().print(table)
+
+
+BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {"step": (step, show_step, 9), "jobs": (jobs, show_jobs, 3)}
+"""What can be measured, by name: a function that measures, one that prints its rows, and its usual repeats."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.bench", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--repeats", type=int, default=9, help="interleaved repeats (9)")
+    parser.add_argument("--repeats", type=int, help="interleaved repeats (step: 9, jobs: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    measure, show = BENCHMARKS[options.benchmark]
-    show(measure(repeats=options.repeats))
+    measure, show, usual = BENCHMARKS[options.benchmark]
+    show(measure(repeats=options.repeats or usual))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""The run folder belongs to one configuration: found again by the same call, refused to any other."""
+"""The run folder belongs to one configuration, and to one process at a time: to all others it is refused."""
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from qlens.errors import InputError
 from qlens.files import write_json
+
+LOCK = ".lock"
 
 
 def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
@@ -15,8 +20,35 @@ def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
     return Path("runs") / f"{kind}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:10]}"
 
 
-def claim(folder: Path, config: Mapping[str, Any]) -> None:
-    """Take a run folder for this configuration.
+@contextmanager
+def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+    """Alone in a run folder of this configuration; a process that dies lets go.
+
+    Raises:
+        InputError: it belongs to another configuration or version (the first differing key is named), is none, or
+            another process is at work in it.
+    """
+    check(folder, config)  # before anything is written into a stranger's folder
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"out: another process is at work in {folder}; wait for it, or give another folder") from None
+    try:
+        check(folder, config)  # again: another process may have claimed it in between
+        if not (folder / "config.json").is_file():
+            write_json(folder / "config.json", config)
+        for leftover in folder.rglob(".*.partial"):  # of a process that was killed while writing
+            if leftover.is_file():
+                leftover.unlink()
+        yield
+    finally:
+        lock.release()
+
+
+def check(folder: Path, config: Mapping[str, Any]) -> None:
+    """Whether a folder may be used for this configuration.
 
     Raises:
         InputError: it belongs to another configuration or version (the first differing key is named), or is none.
@@ -32,11 +64,8 @@ def claim(folder: Path, config: Mapping[str, Any]) -> None:
         before.pop("noted", None)
         if difference := _difference(before, config):
             raise InputError(f"out: {folder} is of another configuration: {difference}; give another folder")
-        return
-    if folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(each.name != LOCK and not each.name.endswith(".partial") for each in folder.iterdir()):
         raise InputError(f"out: {folder} holds files but no config.json, so it is no run folder; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, config)
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:

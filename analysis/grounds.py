@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens import sources
 from qlens.analysis.held import row_nll
+from qlens.analysis.recipes import Recipe
 from qlens.data import encode, read_rows, split
 from qlens.errors import InputError
-from qlens.lab import Setting, world
+from qlens.lab import Problem, Setting, world
 from qlens.lab.worlds import VERSION
 
-HELD_OUT = 64  # demonstrations or rows that nothing is trained on; never more than a fifth of them
+HELD_OUT, LAB_HELD_OUT = 64, 256  # rows that nothing is trained on; never more than a fifth of them
 # On a user's own model; RATE from SMALL parameters up.
 STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3
 
@@ -31,9 +32,11 @@ class Ground:
     Args:
         train, held: encoded examples; ``held`` are never trained on.
         start, teacher: give a fresh model; ``teacher`` is None where there is none.
-        score: of a model at a seed, one number per item, (I,).
+        score, validate: of a model at a seed, one number per item, (I,); nothing is chosen by ``score``.
         tokenizer: of all models.
-        steps, batch_size, learning_rate: of every training, whatever the method.
+        steps, batch_size: of every training, whatever the method.
+        learning_rate: where nobody has searched for a better one.
+        truth: of every held-out supervised token, whether its label is right, NaN where that is no question; or None.
         noted: what a reader should know of it, in numbers and words.
     """
 
@@ -42,20 +45,40 @@ class Ground:
     start: Callable[[], PreTrainedModel]
     teacher: Callable[[], PreTrainedModel] | None
     score: Callable[[PreTrainedModel, int], np.ndarray]
+    validate: Callable[[PreTrainedModel, int], np.ndarray]
     tokenizer: PreTrainedTokenizerBase
     steps: int
     batch_size: int
     learning_rate: float
+    truth: np.ndarray | None
     noted: dict[str, Any]
+
+    def others(self, recipe: Recipe, needs: Collection[str]) -> dict[str, PreTrainedModel]:
+        """Fresh models for those of ``needs`` that there are, as the recipe wants them."""
+        makers = {"teacher": self.start if recipe.guide == "base" else self.teacher, "reference": self.start}
+        return {name: make() for name, make in makers.items() if name in needs and make is not None}
+
+    def steps_of(self, recipe: Recipe) -> int:
+        """How many steps a recipe takes; none if there is nothing to train with.
+
+        With equal compute, as many as pay for the teacher's forward passes too, a step of the student being worth three
+        forward passes of a model of its size, and a model's pass being in proportion to its parameters.
+        """
+        if recipe.variant is None:
+            return 0
+        if not recipe.equal_compute:
+            return self.steps
+        if self.teacher is None:
+            raise InputError("equal compute is that of a method with a teacher, and there is none here")
+        return round(self.steps * (1 + self.teacher().num_parameters() / (3 * self.start().num_parameters())))
 
 
 @dataclass(frozen=True)
 class Lab:
-    """A world of the lab, with other steps or another learning rate where given; small enough to send to a worker."""
+    """A world of the lab, with other steps where given; small enough to send to a worker."""
 
     setting: Setting
     steps: int | None = None
-    learning_rate: float | None = None
 
     has_teacher = True
 
@@ -71,30 +94,35 @@ class Lab:
 
     def identity(self) -> dict[str, Any]:
         """Everything the results follow from, the code apart."""
-        given = {"steps": self.steps, "learning_rate": self.learning_rate}
-        changed = {name: value for name, value in given.items() if value is not None}
-        return {"lab": VERSION, **asdict(self.setting), **changed}
+        return {"lab": VERSION, **asdict(self.setting)} | ({"steps": self.steps} if self.steps else {})
 
     def open(self, progress: bool = False) -> Ground:
         """The world, built on first use."""
         here, setting = world(self.setting, progress), self.setting
         rows = [{"prompt": d.prompt, "completion": d.completion} for d in here.demonstrations]
-        held = min(HELD_OUT, len(rows) // 5)
+        held = min(LAB_HELD_OUT, len(rows) // 5)
         examples = encode(rows, here.tokenizer, None).examples
 
-        def score(model: PreTrainedModel, seed: int) -> np.ndarray:
-            return here.score(model, here.test, setting.k, seed)
+        judged = [each.truth for each in here.demonstrations[len(rows) - held :]]
+        truth = [
+            np.nan if right is None else float(right) for each in judged for right in (*each, None)
+        ]  # None: the end
+
+        def scored(problems: Sequence[Problem]) -> Callable[[PreTrainedModel, int], np.ndarray]:
+            return lambda model, seed: here.score(model, problems, setting.k, seed)
 
         return Ground(
             train=examples[: len(rows) - held],
             held=examples[len(rows) - held :],
             start=here.base,
             teacher=here.teacher,
-            score=score,
+            score=scored(here.test),
+            validate=scored(here.validation),
             tokenizer=here.tokenizer,
             steps=self.steps or setting.steps,
             batch_size=setting.batch_size,
-            learning_rate=self.learning_rate or setting.learning_rate,
+            learning_rate=setting.learning_rate,
+            truth=np.array(truth),
             noted={name: round(value, 4) for name, value in here.measured.items()},
         )
 
@@ -107,7 +135,6 @@ class Real:
     data: str
     teacher: str | None = None
     steps: int | None = None
-    learning_rate: float | None = None
     device: str = "cpu"
     dtype: str = "float32"
     digest: str = ""
@@ -138,7 +165,7 @@ class Real:
     def identity(self) -> dict[str, Any]:
         """Everything the results follow from, the code apart."""
         ground = open_ground(self)
-        resolved = {"steps": ground.steps, "batch_size": ground.batch_size, "learning_rate": ground.learning_rate}
+        resolved = {"steps": ground.steps, "batch_size": ground.batch_size}
         return {**asdict(self), **resolved, "held_out": len(ground.held)}
 
     def open(self, progress: bool = False) -> Ground:
@@ -171,10 +198,12 @@ class Real:
             start=functools.partial(self._load, self.model),
             teacher=functools.partial(self._load, self.teacher) if self.teacher is not None else None,
             score=lambda model, seed: row_nll(model, held),
+            validate=lambda model, seed: row_nll(model, held),
             tokenizer=tokenizer,
             steps=self.steps or STEPS,
             batch_size=BATCH,
-            learning_rate=self.learning_rate or (SMALL_RATE if parameters < SMALL else RATE),
+            learning_rate=SMALL_RATE if parameters < SMALL else RATE,
+            truth=None,
             noted=noted | {"held out": len(held), "parameters": parameters},
         )
 

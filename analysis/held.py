@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qlens.analysis.truth import auroc, calibration
 from qlens.reading import token_batches
 from qlens.registry import Variant
 from qlens.sources import vocabulary_size
@@ -40,22 +41,17 @@ def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I
 
 
 def diagnostics(
-    model: PreTrainedModel,
-    start: PreTrainedModel,
-    teacher: PreTrainedModel | None,
-    variant: Variant | None,
-    examples: Examples,
+    model: PreTrainedModel, variant: Variant | None, examples: Examples, **others: PreTrainedModel
 ) -> dict[str, float | None]:
     """Means over held-out tokens of a trained model, in nats; the last two are None without a variant.
 
-    ``nll``: -log p_y. ``entropy``: H(p). ``kl_start``: KL(start || p). ``negative_mass``: what Q has below zero.
-    ``trust``: the effective trust, each token with the weight 1 - p_y, sum(-g_y) / sum(1 - p_y): how hard the labels
-    are pulled as a share of SFT's pull. (Its plain mean says little: where a target does not end at the label, the
-    trust of a token whose p_y is nearly 1 is as large as you like.)
+    ``nll``: -log p_y. ``entropy``: H(p). ``kl_start``: KL(start || p), where the start is the ``reference`` among the
+    others. ``negative_mass``: what Q has below zero. ``trust``: the effective trust, each token with the weight 1 - p_y,
+    sum(-g_y) / sum(1 - p_y): how hard the labels are pulled as a share of SFT's pull. (Its plain mean says little: where
+    a target does not end at the label, the trust of a token whose p_y is nearly 1 is as large as you like.)
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in ("nll", "entropy", "kl_start", "pull", "negative_mass")}
     room: list[Tensor] = []  # what SFT would pull by
-    others = {"reference": start} | ({"teacher": teacher} if teacher is not None else {})
     for tokens in held_tokens(model, examples, **others):
         started = tokens.log_probs_of("reference")
         sums["nll"].append(-tokens.label_log_probs)
@@ -71,20 +67,61 @@ def diagnostics(
     return means | {"trust": None if pull is None else pull / torch.cat(room).double().mean().item()}
 
 
-def reading(
-    start: PreTrainedModel,
-    teacher: PreTrainedModel | None,
+def beliefs(
+    model: PreTrainedModel, variant: Variant, examples: Examples, **others: PreTrainedModel
+) -> dict[str, Float[np.ndarray, " N"]]:
+    """Of every supervised token: ``p``, what the model gives the label; ``Q``, what the target gives it; ``trust``.
+
+    Q and trust are the method's own: at its own scale, the label's coefficient in its construction.
+    """
+    found: dict[str, list[Tensor]] = {"p": [], "Q": [], "trust": []}
+    for tokens in held_tokens(model, examples, **others):
+        target = variant.target(tokens)
+        for name, values in (("p", tokens.label_probs), ("Q", tokens.gather(target.q)), ("trust", target.trust)):
+            found[name].append(values)
+    return {name: torch.cat(values).double().cpu().numpy() for name, values in found.items()}
+
+
+def separation(
+    model: PreTrainedModel,
     variant: Variant,
     examples: Examples,
+    truth: Float[np.ndarray, " N"],
+    when: str,
+    **others: PreTrainedModel,
+) -> list[dict[str, Any]]:
+    """How well beliefs tell good labels from noisy ones: an AUROC per belief, over judged labels and over all.
+
+    Judged are the labels whose truth is known to be one or the other; among ``all``, the rest counts as good. A belief
+    that is not finite at some token leaves it out.
+    """
+    rows = []
+    for belief, values in beliefs(model, variant, examples, **others).items():
+        for labels, kept in (("judged", ~np.isnan(truth)), ("all", np.ones_like(truth, dtype=bool))):
+            kept &= np.isfinite(values)
+            good = truth[kept] != 0
+            row = {"when": when, "belief": belief, "labels": labels, "auroc": auroc(values[kept], good)}
+            rows.append(row | {"good": int(good.sum()), "noisy": int((~good).sum())})
+    return rows
+
+
+def reading(
+    start: PreTrainedModel,
+    variant: Variant,
+    examples: Examples,
+    truth: Float[np.ndarray, " N"] | None,
     tokenizer: PreTrainedTokenizerBase,
+    teacher: PreTrainedModel | None,
+    others: Mapping[str, PreTrainedModel],
 ) -> dict[str, Any]:
     """A method's trust and targets on the starting model's held-out tokens, the same tokens for every method.
 
     ``trust``: p_y and effective trust at the tokens nearest to an even grid of p_y. ``target``: p and Q of the candidates
-    at one token: the label, what model and teacher hold most likely, and the rest together. That token is chosen before
+    at one token: the label, what model and ``teacher`` hold most likely, and the rest together (``others`` are the models
+    that the method itself is given: a control may be given another teacher). That token is chosen before
     any result is known: of those where the label is not the model's favourite, the one with p_y nearest to 0.1.
+    ``calibration``: the method's own trust against the truth of the judged labels, where there is one.
     """
-    others = {"reference": start} | ({"teacher": teacher} if teacher is not None else {})
     tokens = next(held_tokens(start, examples, **others))
     target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
     grid = torch.linspace(0, 1, GRID, device=p_y.device)
@@ -94,10 +131,19 @@ def reading(
     doubted = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
     among = doubted if len(doubted) else torch.arange(len(tokens), device=p_y.device)
     at = among[(p_y[among] - DOUBTED).abs().argmin()]
-    return {
+    read = {
         "trust": {"p_y": p_y[shown][kept].tolist(), "trust": trust[kept].tolist()},
-        "target": _candidates(tokens[at[None]], target.q[at], tokenizer),
+        "target": _candidates(_seen(start, examples, teacher)[at[None]], target.q[at], tokenizer),
     }
+    if truth is not None:
+        own = beliefs(start, variant, examples, **others)["trust"]
+        judged = ~np.isnan(truth) & np.isfinite(own)
+        read["calibration"] = calibration(own[judged], truth[judged])
+    return read
+
+
+def _seen(start: PreTrainedModel, examples: Examples, teacher: PreTrainedModel | None) -> Tokens:
+    return next(held_tokens(start, examples, **({} if teacher is None else {"teacher": teacher})))
 
 
 def _candidates(token: Tokens, q: Float[Tensor, " V"], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:

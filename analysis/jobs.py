@@ -5,10 +5,12 @@ import json
 import re
 import shutil
 import time
+import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import joblib
 import numpy as np
@@ -17,99 +19,171 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel
 
 from qlens.analysis.grounds import Ground, Source, open_ground
-from qlens.analysis.held import diagnostics, reading
+from qlens.analysis.held import diagnostics, reading, separation
+from qlens.analysis.recipes import Recipe
 from qlens.files import write_text
 from qlens.fitting import fit, isolated
-from qlens.registry import Variant, resolve
 from qlens.sources import quiet
 
+MARKS = (0.25, 0.5, 0.75, 1.0)  # of the training, where the learning curve is measured
+FAILED = "failed"
 
-@dataclass(frozen=True)
-class Job:
-    """A method at a seed in a setting; without a variant the start is scored as it is.
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """A recipe at a learning rate and a seed in a setting, and the file that says how it went.
 
     Args:
+        folder: the run folder.
         source: the setting.
         method: the name in all tables.
-        variant: what to train with, a spec where the worker can make it anew; None for ``base``.
+        recipe: what to train with.
+        learning_rate: 0 where nothing is trained.
         seed: of the batches and of the sampling in the score.
-        reads: whether to read trust and targets at the start too (once per setting and method).
-        folder: the run folder.
-        keep: where the trained model goes; None to drop it.
     """
 
+    folder: Path
     source: Source
     method: str
-    variant: Variant | str | None
+    recipe: Recipe
+    learning_rate: float
     seed: int
-    reads: bool
-    folder: Path
-    keep: Path | None = None
+
+    part: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The name of its files."""
+        return f"{self.source.name}--{slug(self.method)}--{self.seed}"
 
     @property
     def path(self) -> Path:
-        """The job's file."""
-        return self.folder / "jobs" / f"{self.source.name}--{slug(self.method)}--{self.seed}.json"
+        """The record's file."""
+        return self.folder / self.part / f"{self.name}.json"
+
+    @property
+    def trace(self) -> Path:
+        """Where the traceback goes if it fails."""
+        return self.folder / FAILED / f"{self.part}--{self.name}.txt"
 
     def finished(self) -> dict[str, Any] | None:
-        """What the job's file holds; None if it is not there, not readable, or the model to be kept is not."""
-        if self.keep is not None and not self.keep.is_dir():
-            return None
+        """What the file holds; None if it is not there or not readable."""
         try:
             return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
 
+    @abstractmethod
+    def work(self) -> dict[str, Any]:
+        """Do it; the record."""
+
     def run(self) -> None:
-        """Train, score, look, and write it all down."""
-        began, ground = time.perf_counter(), open_ground(self.source)
-        variant = None if self.variant is None else resolve(self.variant)
+        """Do it and write the record down; what it raises is written down instead, for the others to go on."""
+        self.trace.unlink(missing_ok=True)
+        try:
+            record = self.work()
+        except Exception:
+            self.trace.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.trace, traceback.format_exc())
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, json.dumps(record))
+
+    def train(self, ground: Ground, model: PreTrainedModel, marks: Sequence[int] = ()) -> list[list[float]]:
+        """Train a model in place; [step, validation score] at the start and after each of the steps in ``marks``."""
+
+        def measure() -> None:
+            curve.append([done, round(float(ground.validate(model, self.seed).mean()), 6)])
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            if done in marks:
+                measure()
+
+        done, curve = 0, []
+        if marks:
+            measure()
+        if self.recipe.variant is not None:
+            fit(
+                model,
+                ground.train,
+                steps=ground.steps_of(self.recipe),
+                batch_size=ground.batch_size,
+                learning_rate=self.learning_rate,
+                seed=self.seed,
+                variant=self.recipe.variant,
+                tick=tick,
+                **ground.others(self.recipe, self.recipe.variant.needs),
+            )
+        return curve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Task):
+    """A row of the table at one seed; without a variant the start is scored as it is.
+
+    Args:
+        reads: whether to read trust and targets at the start too (once per setting and method).
+        keep: where the trained model goes; None to drop it.
+    """
+
+    reads: bool
+    keep: Path | None = None
+
+    part: ClassVar[str] = "jobs"
+
+    def finished(self) -> dict[str, Any] | None:
+        """What the job's file holds; None if it is not there, not readable, or the model to be kept is not."""
+        return None if self.keep is not None and not self.keep.is_dir() else super().finished()
+
+    def work(self) -> dict[str, Any]:
+        """Train, score and look."""
+        began, ground, variant = time.perf_counter(), open_ground(self.source), self.recipe.variant
+        steps = ground.steps_of(self.recipe)
         with isolated(self.seed):
             model = ground.start()
-            if variant is not None:
-                train(model, variant, ground, self.seed)
+            curve = self.train(ground, model, [round(mark * steps) for mark in MARKS])
             if self.keep is not None:
                 _keep(model, ground, self.keep)
-            start, teacher = ground.start(), ground.teacher() if ground.teacher else None
-            record = {
+            others = ground.others(self.recipe, ("teacher", "reference"))
+            record: dict[str, Any] = {
                 "setting": self.source.name,
                 "method": self.method,
                 "seed": self.seed,
                 "scores": np.round(ground.score(model, self.seed), 6).tolist(),
-                "diagnostics": diagnostics(model, start, teacher, variant, ground.held),
+                "curve": curve,
+                "diagnostics": diagnostics(model, variant, ground.held, **others),
+                "truth": [],
             }
+            if variant is not None and ground.truth is not None:
+                record["truth"] += separation(model, variant, ground.held, ground.truth, "end", **others)
             if self.reads and variant is not None:
-                record["reading"] = reading(start, teacher, variant, ground.held, ground.tokenizer)
-        record["diagnostics"]["steps"] = ground.steps if variant is not None else 0
+                start, known = ground.start(), (ground.truth, ground.tokenizer)
+                teacher = ground.teacher() if ground.teacher else None
+                record["reading"] = reading(start, variant, ground.held, *known, teacher, others)
+                if ground.truth is not None:
+                    record["truth"] += separation(start, variant, ground.held, ground.truth, "start", **others)
+        record["diagnostics"]["steps"] = steps
         record["diagnostics"]["seconds"] = round(time.perf_counter() - began, 2)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.path, json.dumps(record))
+        return record
 
 
-def run_all(jobs: Sequence[Job], processes: int | None, progress: bool) -> None:
-    """Run jobs in parallel processes (joblib: loky unless ``joblib.parallel_config`` says otherwise), one thread each."""
+def run_all(tasks: Sequence[Task], processes: int | None, progress: bool, says: str = "training") -> None:
+    """Run tasks in parallel processes (joblib: loky unless ``joblib.parallel_config`` says otherwise), one thread each."""
+    if not tasks:
+        return
     run = joblib.Parallel(
         n_jobs=processes or joblib.cpu_count(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
     )
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:
-        for _ in bar.track(run(joblib.delayed(Job.run)(job) for job in jobs), len(jobs), description="training"):
+        for _ in bar.track(run(joblib.delayed(_run)(task) for task in tasks), len(tasks), description=says):
             pass
 
 
-def train(model: PreTrainedModel, variant: Variant, ground: Ground, seed: int) -> None:
-    """Train a model in place: the ground's steps, batch size and learning rate, whatever the method."""
-    others = {"teacher": ground.teacher, "reference": ground.start}
-    fit(
-        model,
-        ground.train,
-        steps=ground.steps,
-        batch_size=ground.batch_size,
-        learning_rate=ground.learning_rate,
-        seed=seed,
-        variant=variant,
-        **{need: make() for need, make in others.items() if need in variant.needs and make is not None},
-    )
+def _run(task: Task) -> None:
+    task.run()
 
 
 def slug(method: str) -> str:

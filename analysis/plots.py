@@ -26,28 +26,41 @@ from qlens.analysis.axes import (
     short,
     styles,
 )
+from qlens.analysis.outcomes import plot_curves, plot_differences, plot_frontier, plot_truth
 
 __all__ = [
+    "GLANCE",
     "PANELS",
     "SPARE",
     "STYLES",
     "Style",
     "figure_explain",
     "figure_study",
+    "panel_data",
+    "plot_curves",
+    "plot_differences",
+    "plot_frontier",
     "plot_scores",
     "plot_target",
     "plot_trust",
+    "plot_truth",
     "styles",
 ]
 
 CROWD = 200  # more tokens than this are drawn as fine dust
-PANELS = ("scores", "trust", "target")
-TITLES = {
+PANELS = {
     "scores": "result ({better} is better)",
+    "differences": "paired differences",
+    "frontier": "result against distance from the start",
+    "curves": "learning curves, on {validated}",
+    "truth": "trust against truth, at the start",
     "trust": "trust in the label, at the start",
     "target": "targets at one token, at the start",
 }
-WIDTHS = {"scores": 4.8, "trust": 4.2, "target": 5.6}
+"""The panels of a study's figures, with their titles."""
+GLANCE = ("scores", "trust", "target")
+WIDTHS = {"scores": 4.8, "differences": 4.8, "frontier": 5.2, "curves": 4.8, "truth": 5.0, "trust": 4.2, "target": 5.6}
+OWN_LABELS = ("scores", "differences", "truth")  # panels on which the methods' names stand
 GREY = "#9a9a9a"
 TICKS = {
     1e-6: "$10^{-6}$",
@@ -66,32 +79,56 @@ LINES = {  # of the shapes of the alternatives; a wide pale line stays visible w
 SHAPES = {"flat": "alternatives alike", "peaked": "one strong rival", "text": "the text's tokens"}
 
 
-def figure_study(study: Any, panels: Sequence[str] = PANELS) -> Figure:
+def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
     """A study at a glance: scores, trust against p_y, and the targets at one token; a row per setting.
 
-    A single panel is drawn for all settings side by side.
+    A single panel is drawn for all settings, up to three side by side.
 
     Args:
         study: has ``table()``, ``trust``, ``target`` and ``config``.
         panels: which of ``PANELS``.
     """
-    table = study.table()
-    settings, methods = list(dict.fromkeys(table["setting"])), list(dict.fromkeys(table["method"]))
-    single = len(panels) == 1
-    rows, columns = (1, len(settings)) if single else (len(settings), len(panels))
-    widths = [WIDTHS[panels[0]]] * columns if single else [WIDTHS[panel] for panel in panels]
+    data = {panel: panel_data(study, panel) for panel in panels}
+    settings = [name for name in study.settings if any((frame["setting"] == name).any() for frame in data.values())]
+    single, methods = len(panels) == 1, study.methods
+    places = [(setting, panel) for setting in settings for panel in panels]
+    columns = min(len(settings), 2 + (len(settings) == 3)) if single else len(panels)
+    rows = ceil(len(places) / columns)
+    widths = [WIDTHS[panel] for panel in (list(panels) * columns if single else panels)]
     figure = _figure(sum(widths), 0.55 + rows * (1.9 + 0.22 * len(methods)))
     grid = figure.subplots(rows, columns, squeeze=False, gridspec_kw={"width_ratios": widths})
-    for at, setting in enumerate(settings):
-        for column, panel in enumerate(panels):
-            ax = grid[0][at] if single else grid[at][column]
-            _panel(study, table, panel, setting, methods, ax)
-            title = f"{setting}: {TITLES[panel]}".format(**study.config["metric"])
-            ax.set_title(title, fontsize=10, loc="left", color=INK)
-    if tuple(panels) != ("scores",):  # there, the methods stand on the axis
-        drawn = methods if "scores" in panels else [name for name in methods if name != "base"]  # which has no target
+    for spare in grid.flat[len(places) :]:
+        spare.set_visible(False)
+    words = study.config["metric"] | {
+        "validated": "held-out rows" if "data" in _first(study) else "validation problems"
+    }
+    for ax, (setting, panel) in zip(grid.flat, places, strict=False):
+        _panel(study, data[panel][data[panel]["setting"] == setting], panel, methods, ax)
+        ax.set_title(f"{setting}: {PANELS[panel]}".format(**words), fontsize=10, loc="left", color=INK)
+    if not set(panels) <= set(OWN_LABELS):
+        drawn = (
+            methods if set(panels) & {"scores", "frontier", "curves"} else [name for name in methods if name != "base"]
+        )
         _legend(figure, styles(methods), drawn, pale="target" in panels)
     return figure
+
+
+def panel_data(study: Any, panel: str) -> pd.DataFrame:
+    """What a panel shows, as a frame with a column ``setting``; empty where there is nothing to draw."""
+    if panel in ("scores", "frontier"):
+        return study.table()
+    if panel == "differences":
+        return study.differences()
+    if panel == "curves":
+        return study.curve()
+    if panel == "truth":
+        noisy = study.truths().query("noisy > 0")[["setting", "method", "trust"]].rename(columns={"trust": "auroc"})
+        return study.calibration.merge(noisy, on=["setting", "method"])
+    return getattr(study, panel)
+
+
+def _first(study: Any) -> dict[str, Any]:
+    return next(iter(study.config["settings"].values()))
 
 
 def _legend(figure: Figure, look: dict[str, Style], methods: Sequence[str], pale: bool) -> None:
@@ -105,15 +142,21 @@ def _legend(figure: Figure, look: dict[str, Style], methods: Sequence[str], pale
     figure.legend(handles=keys, loc="outside lower center", ncols=ceil(len(keys) / rows), frameon=False, fontsize=9)
 
 
-def _panel(study: Any, table: pd.DataFrame, panel: str, setting: str, methods: list[str], ax: Axes) -> None:
-    if panel == "scores":
-        plot_scores(table[table["setting"] == setting], ax=ax, label=study.config["metric"]["name"], methods=methods)
-    elif panel == "trust":
-        plot_trust(study.trust[study.trust["setting"] == setting], ax=ax, methods=methods)
+def _panel(study: Any, data: pd.DataFrame, panel: str, methods: list[str], ax: Axes) -> None:
+    label = study.config["metric"]["name"]
+    if panel == "target":
+        observed = next(iter(data.loc[data["label"].astype(bool), "token"]), None)
+        plot_target(data, ax=ax, methods=methods, label=observed)
+    elif panel in ("trust", "truth"):
+        {"trust": plot_trust, "truth": plot_truth}[panel](data, ax=ax, methods=methods)
     else:
-        rows = study.target[study.target["setting"] == setting]
-        label = next(iter(rows.loc[rows["label"], "token"]), None)
-        plot_target(rows, ax=ax, methods=methods, label=label)
+        draw = {
+            "scores": plot_scores,
+            "differences": plot_differences,
+            "frontier": plot_frontier,
+            "curves": plot_curves,
+        }
+        draw[panel](data, ax=ax, label=label, methods=methods)
 
 
 def figure_explain(explanation: Any) -> Figure:

@@ -3,7 +3,7 @@
 import base64
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,25 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from qlens.analysis.plots import PANELS, figure_study
+from qlens.analysis.plots import PANELS, figure_study, panel_data
+from qlens.analysis.recipes import CONTROLS
+from qlens.analysis.search import RULE
 from qlens.analysis.study import FILES, Study
+from qlens.analysis.tables import MEASURED, blocks
 from qlens.files import write_json, write_text, written
 
 DPI = 200
 CAPTIONS = {
     "scores": "Means with 95 % intervals over seeds and items (two-way random effects, t, Satterthwaite). The dashed "
     "line is the start.",
+    "differences": "Differences against one method, paired by seed and item, with their single 95 % intervals. Filled: p "
+    "below .05 after Holm's correction over all methods and settings.",
+    "frontier": "Score against KL(start || trained) per held-out token, in nats: what a method's result costs in distance.",
+    "curves": "Scores in the course of training, on problems that the table's scores do not come from (on your own data: "
+    "the held-out rows); bands: 95 % intervals over seeds.",
+    "truth": "For tokens whose label is known to be right or wrong: the share of right labels among those trusted alike, "
+    "at the starting model. On the diagonal, trust is the chance that a label is right. AUROC: the chance that a right "
+    "label is trusted more than a wrong one.",
     "trust": "How far each method pulls toward the label (1: plain SFT, the grey line; p_y: the dashed line), on "
     "held-out tokens of the starting model, the same tokens for every method.",
     "target": "What each method wants one token to become. Pale: the starting model. Bold: the observed label. The "
@@ -26,12 +37,16 @@ CAPTIONS = {
     "nearest to 0.1.",
 }
 READING = (
+    "n is seeds x items. The interval of a score holds for new seeds and new items, and is not corrected for the number of "
+    "methods; p (Holm) is, over all methods and settings. rank: of the mean, with the ranks that cannot be excluded, all "
+    "methods of a setting at once at the 95 % level.",
+    "Every method starts from the same model and sees the same batches in the same order at one seed; samples are drawn "
+    f"with the same seed. rate: from one grid for all, by one rule on validation problems: {RULE}.",
     "trust: how hard labels are pulled as a share of SFT's pull, sum(-g_y) / sum(1 - p_y); off simplex: mean mass that Q "
     "has below zero; KL from start: mean KL(start || trained) per token, in nats. All on held-out tokens, at the trained "
     "model.",
-    "Every method starts from the same model and sees the same batches in the same order at one seed, with the same "
-    "learning rate; samples are drawn with the same seed.",
-    "n is seeds x items. Intervals hold for new seeds and new items; they are not corrected for the number of methods.",
+    "Trust against truth: trust is the label's coefficient in the method's own construction, Q(label) and p(label) what "
+    "target and model give it. start, end: at the starting and at the trained model.",
 )
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -64,19 +79,20 @@ def save(study: Study, folder: Path) -> None:
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     for name, file in FILES.items():
         write_text(folder / file, getattr(study, name).to_csv(index=False))
-    write_text(folder / "figures/scores.csv", study.table().to_csv(index=False))
     write_text(folder / "table.md", study.to_markdown())
-    figures = {name: png(figure_study(study, (name,))) for name in panels(study)}
-    for name, image in figures.items():
+    figures = {}
+    for name in panels(study):
+        figures[name] = png(figure_study(study, (name,)))
+        write_text(folder / f"figures/{name}.csv", panel_data(study, name).to_csv(index=False))
         with written(folder / f"figures/{name}.png") as partial:
-            partial.write_bytes(image)
+            partial.write_bytes(figures[name])
     write_text(folder / "report.html", html(study, figures))
     write_json(folder / "config.json", study.config)
 
 
 def panels(study: Study) -> list[str]:
     """The figures there is something to draw in: without a variant, there are no targets."""
-    return [name for name in PANELS if name == "scores" or len(getattr(study, name))]
+    return [name for name in PANELS if len(panel_data(study, name))]
 
 
 def png(figure: Figure) -> bytes:
@@ -88,28 +104,32 @@ def png(figure: Figure) -> bytes:
 
 def html(study: Study, figures: dict[str, bytes]) -> str:
     """The report as one self-contained page; everything from model, data or user is escaped."""
-    settings = list(study.config["settings"])
-    title = f"qlens compare: {', '.join(settings)}"
-    noted = study.config.get("noted", {})
+    title, noted = f"qlens compare: {', '.join(study.settings)}", study.config.get("noted", {})
     body = [f"<h1>{escape(title)}</h1>", f"<p>{escape(_summary(study))}</p>"]
-    for setting in settings:
-        body += [
-            f"<h2>{escape(setting)}: {escape(study.label)}</h2>",
-            _table(study.shown(setting)),
-            _list(study.notes(setting)),
-        ]
+    if failed := noted.get("failed"):
+        body += ["<h2>Failed</h2>", _list(failed)]
+    for heading, cells, said in blocks(study):
+        body += [f"<h2>{escape(heading)}</h2>", _table(cells), _list(said)]
     for name, image in figures.items():
         data = base64.b64encode(image).decode()
         picture = f'<img alt="{name}: {escape(CAPTIONS[name])}" src="data:image/png;base64,{data}">'
         body.append(f"<figure>{picture}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>")
+    if controls := [name for name in study.methods if name in CONTROLS]:
+        body += ["<h2>Controls</h2>", _list(f"{name}: {CONTROLS[name].says}" for name in controls)]
+    body += ["<h2>How to read it</h2>", _list(READING), "<h2>Settings as measured</h2>", _table(_measured(noted))]
     body += [
-        "<h2>How to read it</h2>",
-        _list(READING),
         "<h2>Configuration</h2>",
-        _details("settings, seeds and methods", {k: v for k, v in study.config.items() if k != "noted"}),
+        _details("settings, rates, seeds and methods", {k: v for k, v in study.config.items() if k != "noted"}),
         _details("versions", noted.get("versions", {})),
     ]
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
+
+
+def _measured(noted: Mapping[str, Any]) -> pd.DataFrame:
+    """A row per setting, a column per figure."""
+    frame = pd.DataFrame(noted.get("settings", {})).T
+    words = {name: told for sense in MEASURED.values() for name, told in sense.items()}
+    return frame.rename(columns=words).rename_axis("setting").reset_index().fillna("-")
 
 
 def _summary(study: Study) -> str:

@@ -94,9 +94,12 @@ def explain(
 def compare(
     variants: Annotated[
         str | None,
-        typer.Option(help="Specs and FILE.py:FUNCTIONs, comma-separated.", show_default="base and six methods"),
+        typer.Option(
+            help="Specs, FILE.py:FUNCTIONs, controls, and the groups default and controls; comma-separated.",
+            show_default="default: base and six methods",
+        ),
     ] = None,
-    settings: Annotated[str, typer.Option(help="Lab settings, comma-separated.")] = "strong-prior,weak-prior",
+    settings: Annotated[str, typer.Option(help="Lab settings, comma-separated, or all.")] = "strong-prior,weak-prior",
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="the setting's")] = None,
     model: Folder = None,
@@ -107,15 +110,22 @@ def compare(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="One for all methods.", show_default="the setting's; own model: 5e-5, 1e-3 under 10 M parameters"
+            help="One for all methods.", show_default="the recorded ones; own model: 5e-5, 1e-3 under 10 M parameters"
         ),
     ] = None,
+    lr_grid: Annotated[
+        bool,
+        typer.Option("--lr-grid", help="Search the learning rate of what is not recorded, on validation problems."),
+    ] = False,
     device: Device = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train methods side by side, in the embedded lab or on your own model, and write a run folder."""
+    """Train methods side by side, in the embedded lab or on your own model, and write a run folder.
+
+    The same command goes on where it was stopped. Exit code 1 if a job failed: its traceback is in the run folder.
+    """
     study = qlens.compare(
         params.split_specs(variants) if variants else None,
         settings=params.split_specs(settings),
@@ -127,11 +137,14 @@ def compare(
         out=out,
         save=save,
         learning_rate=learning_rate,
+        lr_grid=lr_grid,
         device=device,
         dtype=dtype,
         jobs=jobs,
     )
     print(study.table().to_json(orient="records", indent=2) if as_json else study)
+    if study.config["noted"]["failed"]:
+        raise typer.Exit(1)
 
 
 def _own_tokens(

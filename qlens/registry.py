@@ -1,190 +1,15 @@
-"""The registry: a name, what it trains toward, the loss its paper prints, and its card."""
+"""The registry: methods by name, and variants from names, specs, files and functions."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from qlens import adapters, params, userfiles
 from qlens.errors import InputError, UnknownName
-from qlens.target import Target
-from qlens.tokens import Tokens, expectation
+from qlens.tokens import Tokens
+from qlens.variant import Method, Variant
 
-_METHODS: dict[str, "Method"] = {}
-
-
-@dataclass(eq=False, kw_only=True)
-class Method:
-    """A registered name: its target or loss as a function of tokens, and the fields of its card.
-
-    ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
-    ``simplex`` is True, False, a function of the parameters, or None where nobody has declared it.
-    """
-
-    name: str
-    fn: Callable
-    title: str = ""
-    paper: str = ""
-    family: str = "user"
-    scope: str = "token"
-    needs: tuple[str, ...] = ()
-    trusted: str = ""
-    residual: str = ""
-    scale: str = "1"
-    simplex: bool | None | Callable[..., bool] = None
-    denominator: str = "valid"
-    limits: str = ""
-    bibtex: str = ""
-    where: str = ""
-    printed: Callable | None = None
-    on_model: Callable | None = None
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.fn(*args, **kwargs)
-
-    def loss(self, fn: Callable) -> Callable:
-        """Decorator: the loss as the paper prints it, ``fn(tokens, *, ...) -> (N,)``, written independently of the target."""
-        if params.defaults(fn) != params.defaults(self.fn):
-            raise InputError(f"{self.name}: target and loss declare different parameters or defaults")
-        self.printed = fn
-        return fn
-
-    def penalty(self, fn: Callable) -> Callable:
-        """Decorator: a term on the model's parameters, ``fn(model, *, ...) -> scalar``."""
-        self.on_model = fn
-        return fn
-
-    def variant(self, **given: Any) -> "Variant":
-        """The method at a point of its parameters, checked."""
-        return Variant(self, params.bind(self.name, self.fn, given))
-
-
-@dataclass(frozen=True, eq=False)
-class Variant:
-    """A method at chosen parameters: its target and its loss, as functions of tokens.
-
-    Example:
-        >>> import torch, qlens
-        >>> tokens = qlens.Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0]))
-        >>> qlens.get("dft").target(tokens).q
-        tensor([[0.7500, 0.2500]])
-    """
-
-    method: Method
-    params: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        """The registered name."""
-        return self.method.name
-
-    @property
-    def spec(self) -> str:
-        """The string that ``get`` turns into this variant again."""
-        return params.show(self.name, self.params, params.defaults(self.method.fn))
-
-    @property
-    def title(self) -> str:
-        """One line for people."""
-        return self.method.title
-
-    @property
-    def paper(self) -> str:
-        """Where the method comes from."""
-        return self.method.paper
-
-    @property
-    def family(self) -> str:
-        """The group it is listed under."""
-        return self.method.family
-
-    @property
-    def scope(self) -> str:
-        """What one token's gradient depends on: token, sequence, batch, pair or parameters."""
-        return self.method.scope
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The fields of Tokens it cannot do without, beside logits and labels."""
-        return self.method.needs
-
-    @property
-    def denominator(self) -> str:
-        """What a mean divides by: 'valid' tokens, or only the 'selected' ones."""
-        return self.method.denominator
-
-    @property
-    def simplex(self) -> bool | None:
-        """Whether Q, at the method's own scale, is always a distribution; None where nobody has said."""
-        declared = self.method.simplex
-        return declared(**self.params) if callable(declared) else declared
-
-    @cached_property
-    def derived(self) -> bool:
-        """Whether the target is read out of the loss by the lens, so that the identity holds by construction."""
-        if self.method.printed is not None:
-            return False
-        if adapters.kind(self.method.fn) != "tokens":
-            return True
-        from qlens.probes import probes
-
-        return not isinstance(self.method.fn(probes()[:4], **self.params), Target)
-
-    @cached_property
-    def _rows(self) -> Callable[[Tokens], Tensor]:
-        return adapters.rows(self.method.fn, self.params, self.spec)
-
-    def target(self, tokens: Tokens) -> Target:
-        """Q and s at every token, detached; ``tokens.weight`` multiplies the scale.
-
-        Raises:
-            InputError: a field that the method needs is missing.
-        """
-        self._check(tokens)
-        if adapters.kind(self.method.fn) == "tokens":
-            made = self.method.fn(tokens.unweighted(), **self.params)
-            if isinstance(made, Target):
-                return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
-        from qlens.lens import gradient
-
-        return Target.from_grad(tokens, gradient(self.loss, tokens))
-
-    def loss(self, tokens: Tokens) -> Float[Tensor, " N"]:
-        """The printed loss of every token in nats, (N,), differentiable in ``tokens.logits``.
-
-        A method registered by its target alone has the loss s CE(sg Q, p), whose gradient is s (p - Q).
-
-        Raises:
-            InputError: a field that the method needs is missing.
-        """
-        self._check(tokens)
-        bare = tokens.unweighted().upcast()  # printed losses softmax for themselves, in the logits' own dtype
-        if self.method.printed is not None:
-            rows = self.method.printed(bare, **self.params)
-        else:
-            rows = self._rows(bare)
-            if isinstance(rows, Target):
-                rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if tokens.weight is None else rows * tokens.weight
-
-    def penalty(self, model: nn.Module) -> Tensor:
-        """The term on the model's parameters, a scalar; zero for methods that have none."""
-        if self.method.on_model is None:
-            return torch.zeros((), device=next(model.parameters()).device)
-        return self.method.on_model(model, **self.params)
-
-    def _check(self, tokens: Tokens) -> None:
-        for name in self.needs:
-            if getattr(tokens, name) is None:
-                raise InputError(f"{self.name} needs a {name}: give Tokens({name}=...), on the command line --{name}")
-
-    def __repr__(self) -> str:
-        return f"<Variant {self.spec}>"
+_METHODS: dict[str, Method] = {}
 
 
 def register(name: str, **card: Any) -> Callable[[Callable], Method]:
@@ -254,7 +79,7 @@ def get(spec: str, **given: Any) -> Variant:
     return _METHODS[name].variant(**given)
 
 
-def resolve(thing: "Variant | str | Callable") -> Variant:
+def resolve(thing: Variant | str | Callable) -> Variant:
     """A Variant from a Variant, a spec, a registered method or a callable; anything else raises InputError."""
     if isinstance(thing, Variant):
         return thing

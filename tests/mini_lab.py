@@ -4,9 +4,9 @@ from qlens.lab import Author, Problem, Setting
 
 MINI = Setting(
     name="mini",
-    corpus=Author(slip=0.2, false=(0.2, 0.2, 1.0)),
-    tutor=Author(slip=0.05),
-    scribe=Author(slip=0.1),
+    corpus=Author(slip=(0.2, 0.2, 0.2), false=(0.2, 0.2, 1.0)),
+    tutor=Author(slip=(0.05, 0.05, 0.05)),
+    scribe=Author(slip=(0.1, 0.1, 0.1)),
     noise=0.4,
     depth=2,
     modulus=6,

@@ -38,12 +38,18 @@ def explained(text: str) -> str:
     return f"```console\n$ qlens explain my_loss.py:f\n{done.stdout.strip()}\n```\n"
 
 
+def scores(tables: str) -> str:
+    """The tables of scores among all tables of a run, their headings in bold."""
+    kept = [block for block in tables.split("## ") if "is better)" in block.partition("\n")[0]]
+    return "".join("**" + block.replace("better)", "better)**", 1) for block in kept)
+
+
 def generated(text: str) -> dict[str, str]:
     """Every generated block, as it should be."""
     return {
         "explain": explained(text),
         "methods": cards.markdown() + "\n",
-        "results": (RESULTS / "table.md").read_text().replace("## ", "**").replace("better)", "better)**"),
+        "results": scores((RESULTS / "table.md").read_text()),
     }
 
 

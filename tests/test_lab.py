@@ -126,7 +126,9 @@ def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
     assert made == list(PARTS)
 
 
-@pytest.mark.parametrize("change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Author(slip=0.06)}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Author(slip=(0.06, 0.06, 0.06))}], ids=str
+)
 def test_other_numbers_never_meet_an_old_cache(change, cached):
     other = World(dataclasses.replace(MINI, **change))
     assert not any(cache.whole(other.folder / part) for part in PARTS)

@@ -113,7 +113,7 @@ def test_a_setting_that_makes_no_world_is_refused(change):
         dataclasses.replace(MINI, **change)
 
 
-@pytest.mark.parametrize("change", [{"slip": -0.1}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
+@pytest.mark.parametrize("change", [{"slip": (0.0, -0.1, 0.0)}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
 def test_an_author_who_cannot_be_is_refused(change):
     with pytest.raises(InputError, match=next(iter(change))):
         Author(**change)

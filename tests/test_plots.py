@@ -33,7 +33,10 @@ def one_study(settings=("one", "two")):
     frames = {"trust": TRUST, "target": TARGET}
     many = {name: pd.concat([frame.assign(setting=s) for s in settings]) for name, frame in frames.items()}
     table = pd.concat([SCORES.assign(setting=s) for s in settings])
-    return SimpleNamespace(table=lambda: table, config={"metric": {"name": "avg@8", "better": "higher"}}, **many)
+    config = {"metric": {"name": "avg@8", "better": "higher"}, "settings": {name: {} for name in settings}}
+    return SimpleNamespace(
+        table=lambda: table, config=config, settings=list(settings), methods=list(SCORES["method"]), **many
+    )
 
 
 @pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)

@@ -11,6 +11,13 @@ from qlens.target import Target
 from qlens.tokens import Tokens
 
 
+def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
+    r"""The geometric student-teacher mix, detached: :math:`\tilde\pi \propto p^{1 - \eta}\, \pi_T^{\eta}`, (N, V)."""
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    mixed = {0.0: log_p, 1.0: log_t}.get(eta)  # 0 times -inf is not 0
+    return torch.softmax((1 - eta) * log_p + eta * log_t if mixed is None else mixed, -1)
+
+
 @register(
     "target_sft",
     title="Target-SFT",
@@ -47,10 +54,7 @@ def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
         >>> target_sft(Tokens(logits=z, labels=torch.tensor([0]), teacher=torch.tensor([[0.1, 0.9]]).log()), eta=1.0).q
         tensor([[0.5500, 0.4500]])
     """
-    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
-    mixed = {0.0: log_p, 1.0: log_t}.get(eta)  # 0 times -inf is not 0
-    guided = torch.softmax((1 - eta) * log_p + eta * log_t if mixed is None else mixed, -1)
-    return Target.mix(tokens, trust=tokens.label_probs.detach(), residual=guided)
+    return Target.mix(tokens, trust=tokens.label_probs.detach(), residual=guided(tokens, eta))
 
 
 @target_sft.loss

@@ -4,7 +4,7 @@ A problem is a chain on the digit clock (everything modulo 10), read from left t
 words of its author's liking and ends in an answer:
 
     problem     7 plus 5 minus 3 times 3 ?
-    solution    first 7 plus 5 gives 2 , then 2 minus 3 is 9 , now 9 times 3 comes to 7 , so the answer 7
+    solution    first 7 plus 5 gives 2 , then 2 minus 3 is 9 , now 9 times 3 makes 7 , so answer 7
 """
 
 import hashlib
@@ -14,6 +14,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from scipy import stats
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -73,6 +75,23 @@ class Demonstration:
         """The question in words."""
         return self.problem.prompt
 
+    @property
+    def truth(self) -> list[bool | None]:
+        """Of every word of the completion: whether it is right given the words before; None where many would do.
+
+        Judged are the results of steps and the answer. A step that carries an error on and is computed rightly is right.
+        """
+        words = self.completion.split()
+        judged: list[bool | None] = [None] * len(words)
+        told = ""
+        for at in range(4, len(words)):
+            a, operation, b, _, result = words[at - 4 : at + 1]
+            if operation in OPERATIONS and all(word.isdigit() for word in (a, b, result)):
+                told = str(compute(operation, int(a), int(b), self.problem.modulus))
+                judged[at], told = result == told, result
+        judged[-1] = words[-1] == told
+        return judged
+
 
 def verify(problem: Problem, completion: str) -> bool:
     """Whether the completion ends in the right answer and gives no other: exact, and only the answer counts.
@@ -118,6 +137,11 @@ class Writer:
             for a, b in pairs:
                 self.table[operation, a, b] = compute(mistaken if (a, b) in false else operation, a, b, modulus)
 
+    @property
+    def entropy(self) -> float:
+        """The mean entropy of a choice of words, in nats."""
+        return float(np.mean([stats.entropy(habits) for habits in self.habits.values()]))
+
     def write(self, problem: Problem, error: int | None = None) -> tuple[str, bool]:
         """A worked solution, and whether all of it is right.
 
@@ -128,7 +152,7 @@ class Writer:
         value, parts, right = problem.start, [], True
         for number, (operation, digit) in enumerate(problem.links):
             told = self.table[operation, value, digit]
-            if number == error or self.rng.random() < self.author.slip:
+            if number == error or self.rng.random() < self.author.slip[OPERATIONS.index(operation)]:
                 told = self._other(told)
             right = right and told == compute(operation, value, digit, self.modulus)
             link = self._say("linking" if number else "opening")

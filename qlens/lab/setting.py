@@ -1,16 +1,20 @@
 """Setting: the plain numbers from which a world is derived, and the settings there are.
 
-How the numbers were chosen. Only three accuracies were looked at: the base's, the teacher's and plain SFT's; no other
-method was run. Slips, false facts and noise were set so that all three lie between .1 and .9, and so that neither the
-demonstrations nor the teacher hold the whole truth: both have false facts of their own, so that learning the most
-frequent digit perfectly is not enough. Pretraining is long enough for the arithmetic to be learned at each of the three
-seeds tried on the weak corpus. ``steps`` was 150 for both; weak-prior was cut to 100 because at 150 SFT stood at the share
-of right answers among its demonstrations (.77 of .77 on the test problems; .73 at 100).
+How the numbers were chosen. Only three accuracies were looked at, the base's, the teacher's and plain SFT's on the
+validation problems at the rates 1e-3, 3e-3 and 1e-2; no other method was run before the numbers stood. All three lie
+between .1 and .9 in every setting, and neither the demonstrations nor the teacher hold the whole truth: both have false
+facts of their own, so that learning the most frequent digit perfectly is not enough. What was tried and dropped:
 
-``learning_rate`` is the value of the grid 3e-4, 1e-3, 3e-3, 1e-2 at which plain SFT, trained by ``qlens.fitting.fit``, has
-the highest mean avg@8 on the validation problems over the seeds 100, 101 and 102; of rates within .01 of it, the smallest
-(a tie-break added after the first ties were seen). Every method uses it. What the rule saw, in the order of the grid:
-strong-prior .54 .62 .65 .65; weak-prior at 150 steps .29 .58 .75 .74, at 100 steps (the two upper rates) .70 .70.
+- weak-prior with ``times`` at slip .9, never learned at all: SFT stood at .36, too little to tell methods apart; at .7
+  SFT (.76) stood above the teacher (.75). The first version of this setting, whose base takes ``times`` for ``plus``, is
+  wrong-prior now: that base is not unsure, it is sure of what is false.
+- poor-teacher with a tutor that slips at .25: a teacher at .25, hardly a teacher. What stands differs from strong-prior
+  in the tutor alone.
+- clean-labels with strong-prior's base: SFT stood at .98.
+
+``steps`` was 150; wrong-prior was cut to 100 because at 150 SFT stood at the share of right answers among its
+demonstrations, and clean-labels with it. ``learning_rate`` is what a setting of one's own uses where nothing was searched;
+the rates of the settings here were searched for every method alike (``qlens.analysis.search``) and lie in ``rates.json``.
 """
 
 import dataclasses
@@ -27,18 +31,19 @@ class Author:
     """Who writes worked solutions: how careless, with which false beliefs, in which words.
 
     Args:
-        slip: probability that a step gets a random wrong digit; the rest is worked out from that digit.
+        slip: for plus, minus and times, the probability that a step gets a random wrong digit; the rest is worked out
+            from that digit. At (modulus - 1) / modulus every digit is as likely: nothing can be learned of it.
         false: for plus, minus and times, the share of the facts "a op b" that the author has wrong, always in the same
             way: worked out as if by the next of the three operations.
         wording: how evenly the author uses the wordings: the concentration of a Dirichlet distribution.
     """
 
-    slip: float = 0.0
+    slip: tuple[float, float, float] = (0.0, 0.0, 0.0)
     false: tuple[float, float, float] = (0.0, 0.0, 0.0)
     wording: float = 2.0
 
     def __post_init__(self):
-        if not all(0 <= share <= 1 for share in (self.slip, *self.false)):
+        if not all(0 <= share <= 1 for share in (*self.slip, *self.false)):
             raise InputError(f"slip and false are shares between 0 and 1, got slip={self.slip}, false={self.false}")
         if self.wording <= 0:
             raise InputError(f"wording must be positive, got {self.wording}")
@@ -113,18 +118,38 @@ class Setting:
 
 STRONG = Setting(
     name="strong-prior",  # the base mostly knows; two demonstrations in five are wrong somewhere
-    corpus=Author(slip=0.09, false=(0.1, 0.1, 0.1)),
-    tutor=Author(slip=0.03, false=(0.04, 0.04, 0.04)),
+    corpus=Author(slip=(0.09, 0.09, 0.09), false=(0.1, 0.1, 0.1)),
+    tutor=Author(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
     scribe=Author(false=(0.08, 0.08, 0.08)),
     noise=0.25,
 )
 WEAK = Setting(
-    name="weak-prior",  # the base takes times for plus; the demonstrations know better, one in four is wrong somewhere
-    corpus=Author(slip=0.08, false=(0.05, 0.05, 1.0)),
-    tutor=Author(slip=0.04, false=(0.05, 0.05, 0.15)),
+    name="weak-prior",  # the base has hardly seen times done right, and knows that it does not know
+    corpus=Author(slip=(0.1, 0.1, 0.8), false=(0.05, 0.05, 0.05)),
+    tutor=Author(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.1)),
+    scribe=Author(false=(0.04, 0.04, 0.04)),
+    noise=0.15,
+    seed=1,
+)
+WRONG = Setting(
+    name="wrong-prior",  # the base takes times for plus, and is sure of it; one demonstration in four is wrong somewhere
+    corpus=Author(slip=(0.08, 0.08, 0.08), false=(0.05, 0.05, 1.0)),
+    tutor=Author(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.15)),
     scribe=Author(false=(0.04, 0.04, 0.04)),
     noise=0.15,
     steps=100,
     seed=1,
 )
-SETTINGS = {setting.name: setting for setting in (STRONG, WEAK)}
+POOR = dataclasses.replace(
+    STRONG,  # but for the teacher, who knows less than the base
+    name="poor-teacher",
+    tutor=Author(slip=(0.15, 0.15, 0.15), false=(0.2, 0.2, 0.2)),
+)
+CLEAN = Setting(
+    name="clean-labels",  # every demonstration is right, and the base has never seen times done right
+    corpus=Author(slip=(0.09, 0.09, 0.9), false=(0.1, 0.1, 0.1)),
+    tutor=Author(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
+    steps=100,
+    seed=3,
+)
+SETTINGS = {setting.name: setting for setting in (STRONG, WEAK, WRONG, POOR, CLEAN)}

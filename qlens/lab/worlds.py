@@ -28,7 +28,7 @@ from qlens.reading import tokens_from_text
 from qlens.sources import load_model, quiet
 from qlens.tokens import expectation
 
-VERSION = 1  # of the lab: raised whenever the same numbers would give another world
+VERSION = 2  # of the lab: raised whenever the same numbers would give another world
 MEASURED_ROWS = 400
 
 
@@ -62,8 +62,13 @@ class World:
 
     @cached_property
     def measured(self) -> dict[str, float]:
-        """Accuracies of ``base`` and ``teacher`` (avg@k on the test problems); ``noise``: the share of the demonstrations
-        with any error, ``wrong_answers`` with a wrong answer; ``base_right``: the share that the base answers right;
+        """What is known, noisy, not unique and missing, in numbers.
+
+        ``base``, ``teacher``: accuracies, avg@k on the test problems. Of the demonstrations, ``noise_asked``: the share
+        that the setting's ``noise`` puts an error into; ``noise``: the share with any error (the scribe's false facts
+        count), ``wrong_answers``: with a wrong answer; ``wrong_digits``: the share of their results and answers that are
+        wrong given what stands before; ``base_right``, ``base_agrees``: how often the base answers their problems
+        right, and as they do. ``wordings``: the effective number of wordings, exp of the mean entropy of a choice.
         ``kl_base_teacher``: mean KL(base || teacher) per token of the demonstrations, in nats."""
         return json.loads((self.folder / "measured" / "measured.json").read_text(encoding="utf-8"))
 
@@ -127,12 +132,21 @@ class World:
         tokens = tokens_from_text(base, self.tokenizer, pairs, teacher=teacher, batch_size=len(pairs))
         gap = expectation(tokens.probs, tokens.log_probs - tokens.log_probs_of("teacher"))
         wrong = [not verify(each.problem, each.completion) for each in self.demonstrations]
+        digits = [right for each in self.demonstrations for right in each.truth if right is not None]
+        told = [
+            text for (text,) in sample(base, self.tokenizer, [d.problem for d in shown], 1, 0, longest(self.setting))
+        ]
+        answers = [(text.split()[-1:], each.completion.split()[-1:]) for text, each in zip(told, shown, strict=True)]
         measured = {
             "base": self.score(base, self.test, self.setting.k, 0).mean(),
             "teacher": self.score(teacher, self.test, self.setting.k, 0).mean(),
+            "noise_asked": self.setting.noise,
             "noise": np.mean([not each.clean for each in self.demonstrations]),
             "wrong_answers": np.mean(wrong),
-            "base_right": self.score(base, [each.problem for each in shown], 1, 0).mean(),
+            "wrong_digits": 1 - np.mean(digits),
+            "base_right": np.mean([verify(each.problem, text) for each, text in zip(shown, told, strict=True)]),
+            "base_agrees": np.mean([mine == theirs for mine, theirs in answers]),
+            "wordings": np.exp(self._writer("scribe").entropy),
             "kl_base_teacher": gap.mean().item(),
         }
         text = json.dumps({name: float(value) for name, value in measured.items()}, indent=1)
@@ -154,6 +168,9 @@ class World:
     def _random(self, purpose: str) -> random.Random:
         return random.Random(f"{self.setting.seed} {purpose}")
 
+    def _writer(self, role: str) -> Writer:
+        return Writer(getattr(self.setting, role), self.setting.modulus, self._random(role))
+
     def _problems(self, split: str) -> Iterator[Problem]:
         return problems(split, self.setting.depth, self.setting.modulus, self._random(f"{split} problems"))
 
@@ -164,13 +181,13 @@ class World:
         return list(found)
 
     def _rows(self, role: str) -> list[dict[str, str]]:
-        writer = Writer(getattr(self.setting, role), self.setting.modulus, self._random(role))
+        writer = self._writer(role)
         drawn = islice(self._problems(role), self.setting.corpus_rows)
         return [{"prompt": problem.prompt, "completion": writer.write(problem)[0]} for problem in drawn]
 
     def _demonstrations(self) -> list[Demonstration]:
         setting, rng = self.setting, self._random("noise")
-        writer = Writer(setting.scribe, setting.modulus, self._random("scribe"))
+        writer = self._writer("scribe")
         made = []
         for problem in self._distinct("demonstrations", setting.demonstrations):
             error = rng.randrange(setting.depth + 1) if rng.random() < setting.noise else None

@@ -1,0 +1,149 @@
+"""What a comparison is going to do, settled and checked before anything runs, and written down as its configuration."""
+
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+
+import qlens
+from qlens.analysis.grounds import Lab, Real, Source
+from qlens.analysis.recipes import Recipe
+from qlens.analysis.search import RULE, SEEDS, Choice, settle
+from qlens.errors import InputError, UnknownName
+from qlens.lab import SETTINGS, Setting
+from qlens.registry import Variant
+
+SOURCES = ("teacher", "reference")  # what a comparison can offer to methods
+ALL = "all"
+
+Rows = Mapping[str, Sequence[Recipe]]
+Settled = dict[tuple[str, str], Choice | tuple[float, ...]]
+"""By setting and method: the choice, or the rates to be tried before it."""
+
+
+def seeds_of(seeds: int | Sequence[int]) -> list[int]:
+    """A number n as 0 .. n - 1; or the seeds themselves.
+
+    Raises:
+        InputError: none, doubles, or something that is no seed.
+    """
+    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(s, int) and s >= 0 for s in chosen):
+        raise InputError(f"seeds must be a number of at least 1, or distinct seeds of 0 and above, got {seeds!r}")
+    return chosen
+
+
+def lab_sources(settings: str | Setting | Sequence[str | Setting], steps: int | None) -> list[Source]:
+    """The lab's settings, by name or one's own; "all" is all that have a name.
+
+    Raises:
+        InputError: none, doubles, or an unknown name.
+    """
+    listed = [settings] if isinstance(settings, str | Setting) else list(settings)
+    found: list[Source] = []
+    for each in [name for given in listed for name in (SETTINGS if given == ALL else (given,))]:
+        if isinstance(each, str) and each not in SETTINGS:
+            raise UnknownName.among("setting", each, [*SETTINGS, ALL])
+        found.append(Lab(SETTINGS[each] if isinstance(each, str) else each, steps))
+    names = [source.name for source in found]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"settings must be at least one, each with a name of its own, got {names}")
+    return found
+
+
+def own_source(
+    model: str | Path | None, data: str | Path | None, teacher: str | Path | None, **given: Any
+) -> list[Source]:
+    """The user's own model, teacher and data.
+
+    Raises:
+        InputError: model or data is missing.
+    """
+    if model is None or data is None:
+        raise InputError("a comparison on your own model needs both model and data (a folder and a JSON Lines file)")
+    return [Real.of(str(model), str(data), None if teacher is None else str(teacher), **given)]
+
+
+def check_needs(rows: Rows, sources: Iterable[Source]) -> None:
+    """Whether every recipe can be given what it needs.
+
+    Raises:
+        InputError: a field that a comparison cannot provide, or a teacher where there is none.
+    """
+    lacking = []
+    for name, among in rows.items():
+        needs = {need for recipe in among if recipe.variant is not None for need in recipe.variant.needs}
+        if unknown := sorted(needs - set(SOURCES)):
+            raise InputError(f"{name} needs {unknown[0]!r}, which a comparison cannot provide")
+        own = any(recipe.guide == "teacher" and "teacher" in needs or recipe.equal_compute for recipe in among)
+        lacking += [name] * own
+    if lacking and not all(source.has_teacher for source in sources):
+        raise InputError(
+            f"{', '.join(lacking)} need a teacher: give teacher=DIR (--teacher), or leave them out of variants"
+        )
+
+
+def settle_all(rows: Rows, sources: Iterable[Source], learning_rate: float | None, lr_grid: bool) -> Settled:
+    """Every method's recipe and rate in every setting, as far as they can be known before a search.
+
+    Raises:
+        InputError: ``lr_grid`` on one's own model, or a control that nothing is recorded for without it.
+    """
+    if lr_grid and any(isinstance(source, Real) for source in sources):
+        raise InputError(
+            "lr_grid works in the lab only: on your own data the one score there is, held-out NLL, is SFT's own "
+            "objective, so that searching by it would favour SFT; give learning_rate"
+        )
+    return {
+        (source.name, name): settle(source, name, among, learning_rate, lr_grid)
+        for source in sources
+        for name, among in rows.items()
+    }
+
+
+def configuration(
+    rows: Rows, sources: Sequence[Source], settled: Mapping[tuple[str, str], Any], seeds: Sequence[int]
+) -> dict[str, Any]:
+    """Everything that the results follow from, as JSON."""
+    metrics = [source.metric for source in sources]
+    metric = metrics[0] if all(each == metrics[0] for each in metrics) else metrics[0] | {"name": "avg@k"}
+    rates: dict[str, dict[str, Any]] = {source.name: {} for source in sources}
+    for (setting, method), found in settled.items():
+        search = {"origin": "search", "rates": found, "seeds": SEEDS, "rule": RULE}
+        rates[setting][method] = found.told() if isinstance(found, Choice) else search
+    config = {
+        "qlens": qlens.__version__,
+        "methods": {name: _code(among) for name, among in rows.items()},
+        "settings": {source.name: source.identity() for source in sources},
+        "rates": rates,
+        "seeds": list(seeds),
+        "metric": metric,
+    }
+    return json.loads(json.dumps(config))
+
+
+def portable(rows: Rows) -> None:
+    """See to it that losses of a FILE.py travel to other processes with their code: those cannot import it."""
+    for variant in [recipe.variant for among in rows.values() for recipe in among if recipe.variant is not None]:
+        module = sys.modules.get(variant.method.fn.__module__)
+        if module is not None and module.__name__.startswith("qlens_user_"):
+            cloudpickle.register_pickle_by_value(module)
+
+
+def _code(among: Sequence[Recipe]) -> list[str]:
+    """What tells one version of a row from another: its recipes, each with a digest of its code."""
+    return [f"{each.spec}, code {_digest(each.variant)}" for each in among if each.variant is not None]
+
+
+def _digest(variant: Variant) -> str:
+    module = variant.method.fn.__module__
+    if module.startswith("qlens."):
+        code = inspect.getsource(sys.modules[module]).encode()
+    else:
+        code = cloudpickle.dumps(variant)
+    return hashlib.sha256(code).hexdigest()[:12]

@@ -1,0 +1,78 @@
+"""Recipes: what each control changes against its parent, and nothing else."""
+
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from tiny import letters, llama
+
+import qlens
+from qlens import InputError
+from qlens.analysis.grounds import Ground
+from qlens.analysis.recipes import BASE, CONTROLS, DEFAULT, WEIGHTS, Recipe, recipes
+from qlens.testing import CONTRACT, check_variant, random_tokens
+
+RECIPES = [(name, recipe) for name, control in CONTROLS.items() for recipe in control.recipes]
+
+
+@pytest.mark.parametrize(("name", "recipe"), RECIPES, ids=[f"{name}: {recipe.spec}" for name, recipe in RECIPES])
+def test_every_control_keeps_the_contract(name, recipe):
+    assert len(check_variant(recipe.variant)) == len(CONTRACT)
+    assert CONTROLS[name].says
+
+
+def test_a_shuffled_teacher_is_the_same_teacher_at_other_tokens():
+    tokens = random_tokens(64, 24)
+    (recipe,) = CONTROLS["target_sft_shuffled_teacher"].recipes
+    found, plain = recipe.variant.target(tokens), qlens.get("target_sft").target(tokens)
+    assert_allclose(found.trust, plain.trust)
+    # guided ~ sqrt(p teacher), so guided^2 / p is the teacher again, up to a factor
+    teacher = torch.softmax(2 * found.residual.log() - tokens.log_probs, -1)
+    dealt = {tuple(row) for row in teacher.mul(1e6).round().long().tolist()}
+    own = {tuple(row) for row in tokens.log_probs_of("teacher").exp().mul(1e6).round().long().tolist()}
+    assert len(dealt & own) > 60, "every distribution must be one of the teacher's"
+    assert ((found.q - plain.q).abs().sum(-1) > 1e-3).float().mean() > 0.9, "and hardly any where it was"
+
+
+def test_constant_trust_changes_the_trust_alone():
+    tokens = random_tokens(64, 24)
+    plain = qlens.get("target_sft").target(tokens)
+    for weight, recipe in zip(WEIGHTS, CONTROLS["target_sft_constant_trust"].recipes, strict=True):
+        found = recipe.variant.target(tokens)
+        assert_allclose(found.trust, weight)
+        assert_allclose(found.residual, plain.residual, atol=1e-8)
+
+
+def ground(student, teacher):
+    return Ground(
+        train=[], held=[], start=lambda: student, teacher=None if teacher is None else lambda: teacher,
+        score=lambda m, s: None, validate=lambda m, s: None, tokenizer=letters(), steps=150, batch_size=1,
+        learning_rate=1e-3, truth=None, noted={},
+    )  # fmt: skip
+
+
+def test_who_guides_and_how_long():
+    student, teacher = llama(0), llama(1)
+    here = ground(student, teacher)
+    guided, alone = Recipe(qlens.get("target_sft")), Recipe(qlens.get("target_sft"), guide="base")
+    assert here.others(guided, ("teacher",)) == {"teacher": teacher}
+    assert here.others(alone, ("teacher", "reference")) == {"teacher": student, "reference": student}
+    assert here.others(guided, ()) == {}
+    longer = Recipe(qlens.get("sft"), equal_compute=True)
+    assert (here.steps_of(guided), here.steps_of(longer), here.steps_of(Recipe(None))) == (150, 200, 0)
+    with pytest.raises(InputError, match="equal compute"):
+        ground(student, None).steps_of(longer)
+
+
+def test_names_groups_and_doubles():
+    assert tuple(recipes(["default", "controls"])) == (*DEFAULT, *CONTROLS)
+    assert tuple(recipes("dft")) == (BASE, "dft")
+    assert [recipe.spec for recipe in recipes("kd_hybrid_tuned")["kd_hybrid_tuned"]] == [
+        "kd_hybrid(weight=0.25)",
+        "kd_hybrid",
+        "kd_hybrid(weight=0.75)",
+    ]
+    specs = {(name, r.spec) for name, among in recipes(["default", "controls"]).items() for r in among}
+    assert ("target_sft_base_teacher", "target_sft guided by the base") in specs
+    assert ("sft_equal_compute", "sft at equal compute") in specs
+    with pytest.raises(InputError, match="'dft' twice"):
+        recipes(["default", "dft"])

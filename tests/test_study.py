@@ -1,0 +1,184 @@
+"""Studies from made-up scores: ranks, paired differences, corrections, controls and what a reader is told."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+from scipy import stats
+
+import qlens
+from qlens import InputError
+from qlens.analysis.recipes import CONTROLS, Recipe
+from qlens.analysis.search import GRID, Choice
+from qlens.analysis.stats import crossed_interval
+from qlens.analysis.study import Study
+
+MEANS = {"base": 0.4, "sft": 0.5, "dft": 0.51, "target_sft": 0.8, "target_sft_base_teacher": 0.6}
+SETTINGS = ("one", "two")
+SHARED = {"k": 8, "steps": 10, "batch_size": 4}
+
+
+def record(setting, method, seed, scores):
+    truth = [
+        {"when": when, "belief": belief, "labels": labels, "auroc": auroc, "good": 30, "noisy": 10 * (setting == "one")}
+        for (when, belief, labels), auroc in {
+            ("start", "trust", "judged"): 0.5,
+            ("start", "Q", "judged"): 0.6,
+            ("end", "p", "judged"): 0.7 + seed / 10,
+        }.items()
+    ]
+    means = {
+        "nll": 1.0,
+        "entropy": 1.0,
+        "kl_start": 0.1,
+        "trust": None,
+        "negative_mass": None,
+        "steps": 1,
+        "seconds": 1,
+    }
+    return {
+        "setting": setting, "method": method, "seed": seed, "scores": scores, "diagnostics": means, "truth": truth,
+        "curve": [[0, 0.1], [10, 0.2 + seed / 10]],
+    }  # fmt: skip
+
+
+def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=()):
+    """A study of scores in eighths around the means."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 0.1, 40)
+    records = []
+    for setting in SETTINGS:
+        for method, mean in means.items():
+            for seed in seeds:
+                scores = np.clip(np.rint(8 * (mean + hard + rng.normal(0, 0.05, 40))) / 8, 0, 1)
+                if (setting, method, seed) not in lost:
+                    records.append(record(setting, method, seed, scores.tolist()))
+    config = {
+        "qlens": "0", "methods": dict.fromkeys(means), "settings": dict.fromkeys(SETTINGS, SHARED), "seeds": list(seeds),
+        "metric": {"name": "avg@8", "better": better, "note": ""},
+        "noted": {"settings": {"one": {"base": 0.4, "odd_thing": 1}}, "versions": {}, "failed": list(failed)},
+    }  # fmt: skip
+    scores = {"sft": {str(rate): [0.1] for rate in GRID}}
+    sft = Recipe(qlens.get("sft"))
+    choices = {
+        (setting, method): Choice(recipe=sft, learning_rate=GRID[0], origin="record", scores=scores)
+        if method == "sft"
+        else Choice(recipe=sft, learning_rate=0.5, origin="as sft", scores={})
+        for setting in SETTINGS
+        for method in means
+    }
+    return Study.from_records(config, records, choices)
+
+
+def test_the_table_is_the_statistics_of_the_scores():
+    study = made()
+    table = study.table().set_index(["setting", "method"])
+    scores = study.scores("two")["dft"].to_numpy()
+    wanted = crossed_interval(scores)
+    found = table.loc[("two", "dft")]
+    assert_allclose([found["mean"], found["low"], found["high"]], [wanted.mean, wanted.low, wanted.high])
+    assert_allclose(found["pass_at_k"], (scores > 0).mean())
+    assert found["n"] == "3 x 40"
+    ranks = table.loc["one"]
+    assert ranks.loc["target_sft", ["rank", "best", "worst"]].tolist() == [1, 1, 1]
+    assert ranks.loc["base", ["rank", "best", "worst"]].tolist() == [5, 5, 5]
+    assert ranks.loc[["sft", "dft"], "best"].tolist() == [3, 3] and ranks.loc[["sft", "dft"], "worst"].tolist() == [
+        4,
+        4,
+    ]
+
+
+def test_differences_are_paired_and_corrected_over_methods_and_settings():
+    study = made()
+    found = study.differences()
+    assert set(found["against"]) == {"sft"} and len(found) == 8
+    x = study.scores("one")
+    gap = (x["dft"] - x["sft"]).to_numpy()
+    (row,) = found.query("setting == 'one' and method == 'dft'").itertuples()
+    assert_allclose(row.mean, gap.mean())
+    assert row.high - row.low < 2 * stats.norm.ppf(0.975) * np.hypot(x["dft"].std().mean(), x["sft"].std().mean())
+    order = found.sort_values("p")
+    by_hand = np.maximum.accumulate(np.minimum(1, order["p"].to_numpy() * np.arange(len(order), 0, -1)))
+    assert_allclose(order["p_holm"], by_hand)
+    assert study.differences("base", ["dft"])["method"].tolist() == ["dft", "dft"]
+    with pytest.raises(InputError, match="no results of 'kd'; there are base, sft"):
+        study.differences("kd")
+
+
+def test_without_sft_the_base_is_what_everything_is_compared_with():
+    study = made({"base": 0.4, "dft": 0.6})
+    assert set(study.differences()["against"]) == {"base"}
+    assert len(made({"base": 0.4}).differences()) == 0
+    assert "avg@8" in str(made({"base": 0.4}))
+
+
+def test_controls_stand_on_the_other_side():
+    study = made()
+    found = study.controlled()
+    assert set(found["method"]) == {"target_sft"} and set(found["against"]) == {"target_sft_base_teacher"}
+    assert (
+        (found["mean"] > 0.1).all() and (found["low"] < found["mean"]).all() and (found["high"] > found["mean"]).all()
+    )
+    assert set(found["against"]) <= set(CONTROLS)
+    assert "target_sft against its controls" in str(study)
+    assert made({"base": 0.4, "target_sft": 0.8}).controlled().empty
+
+
+def test_a_lost_job_leaves_the_others_and_is_said():
+    line = "dft in one at seed 1: RuntimeError: no luck (failed/x.txt)"
+    study = made(lost=[("one", "dft", 1)], failed=[line])
+    table = study.table().set_index(["setting", "method"])
+    assert table.loc[("one", "dft"), "n"] == "2 x 40" and table.loc[("one", "sft"), "n"] == "3 x 40"
+    assert study.differences().set_index(["setting", "method"]).loc[("one", "dft"), "n"] == "2 x 40"
+    said = str(study)
+    assert "dft: n = 2 x 40" in said and f"failed: {line}" in said and "n = 3 x 40 (seeds x items)" in said
+    gone = made(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
+    assert ("one", "dft") not in gone.table().set_index(["setting", "method"]).index
+    assert ("two", "dft") in gone.table().set_index(["setting", "method"]).index
+    apart = made(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
+    assert apart.table().query("setting == 'one'")["rank"].isna().all(), "no seed that all have"
+    assert str(apart)
+
+
+def test_rates_are_printed_with_what_is_wrong_with_them():
+    study = made()
+    said = str(study)
+    assert "0.001*" in said and "* sft: best at the edge of the grid" in said
+    assert "dft, target_sft, target_sft_base_teacher: sft's rate, not searched" in said
+    assert "known: base right 0.4\n" in said and "measured: odd thing 1\n" in said
+    seen = study.rates.query("setting == 'one' and method == 'sft'")
+    assert seen["chosen"].tolist() == [True, False, False, False]
+    assert_allclose(seen["validation"], 0.1)
+
+
+def test_truths_are_means_over_seeds_where_there_is_noise():
+    study = made()
+    found = study.truths().set_index(["setting", "method"])
+    assert_allclose(found.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
+    assert found.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
+    assert found["Q_end"].isna().all()
+    assert "one: trust against truth" in str(study) and "two: trust against truth" not in str(study)
+
+
+def test_curves_have_intervals_over_seeds():
+    found = made().curve().query("setting == 'one' and method == 'dft'").set_index("step")
+    assert_allclose(found.loc[10, "mean"], 0.3)
+    half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    assert_allclose([found.loc[10, "low"], found.loc[10, "high"]], [0.3 - half, 0.3 + half])
+
+
+@pytest.mark.parametrize("form", ["to_markdown", "to_latex", "__str__"])
+def test_every_form_has_every_method_and_number(form):
+    study = made()
+    said = getattr(study, form)().replace("\\", "")
+    assert all(name in said for name in MEANS) and all(name in said for name in SETTINGS)
+    assert all(f"{mean:.3f}" in said for mean in study.table()["mean"])
+
+
+def test_a_study_comes_back_from_its_folder(tmp_path):
+    study = made(lost=[("one", "dft", 1)])
+    study.save(tmp_path)
+    loaded = Study.load(tmp_path)
+    for name in ("results", "diagnostics", "rates", "curves", "truth"):
+        pd.testing.assert_frame_equal(getattr(loaded, name), getattr(study, name), check_dtype=False)
+    assert str(loaded) == str(study)
