@@ -31,13 +31,14 @@ STYLES = {
     "asft_anchored": Style("#CC79A7", "P"),
     "target_sft": Style("#D55E00", "D"),
     # the controls: near their parent in colour
-    "target_sft_base_teacher": Style("#A0522D", ">"),
+    "target_sft_base_teacher": Style("#8C4A1B", ">"),
     "target_sft_shuffled_teacher": Style("#882255", "d"),
-    "target_sft_constant_trust": Style("#CC6677", "p"),
+    "target_sft_constant_trust": Style("#F0806A", "p"),
     "kd_hybrid_tuned": Style("#117733", "h"),
-    "sft_equal_compute": Style("#332288", "8"),
+    "sft_equal_compute": Style("#004488", "*"),
 }
-SPARE = [Style(c, m) for m in "*1234H" for c in ("#332288", "#882255", "#999933", "#44AA99", "#AA4499", "#6699CC")]
+# filled markers alone: their edge is white
+SPARE = [Style(c, m) for m in "ph>*d8" for c in ("#332288", "#225555", "#999933", "#44AA99", "#AA4499", "#6699CC")]
 INK, FAINT = "#222222", "#d9d9d9"
 
 

@@ -147,11 +147,14 @@ class Job(Task):
             if self.keep is not None:
                 _keep(model, ground, self.keep)
             others = ground.others(self.recipe, ("teacher", "reference"))
+            scores = ground.score(model, self.seed)
+            if not np.isfinite(scores).all():
+                raise FloatingPointError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
             record: dict[str, Any] = {
                 "setting": self.source.name,
                 "method": self.method,
                 "seed": self.seed,
-                "scores": np.round(ground.score(model, self.seed), 6).tolist(),
+                "scores": np.round(scores, 6).tolist(),
                 "curve": curve,
                 "diagnostics": diagnostics(model, variant, ground.held, **others),
                 "truth": [],

@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 
-from qlens.analysis.axes import clean, current, need, short, styles
+from qlens.analysis.axes import INK, Style, clean, current, need, short, styles
 from qlens.errors import InputError
 
-QUIET = "#6b6b70"
-SPREAD = 50  # from here on, distances are drawn on a symlog axis
 ALPHA = 0.05
+WINDOW = (-0.05, 1.05)  # of trust
+DASHES = {"lw": 0.8, "ls": (0, (4, 3)), "zorder": 1}
 POINTS = {"capsize": 0, "elinewidth": 1.5, "markersize": 6.5, "markeredgecolor": "white", "markeredgewidth": 0.6}
 
 
@@ -24,7 +25,7 @@ def plot_frontier(
     methods: Iterable[str] | None = None,
     **errorbar: Any,
 ) -> Axes:
-    """Scores against KL(start || trained): what a result costs in distance; the start as a line across.
+    """Scores against KL(start || trained), what a result costs in distance; the start as a line.
 
     Args:
         table: of one setting, as ``Study.table()`` gives it: method, mean, low, high, kl_start (nats).
@@ -36,20 +37,17 @@ def plot_frontier(
     Raises:
         InputError: columns are missing, or there is more than one setting.
     """
-    ax = current(ax)
-    need(table, "method", "mean", "low", "high", "kl_start")
-    _one(table, "setting")
-    look = styles(methods or table["method"])
+    ax, look = _begin(ax, table, methods, "mean", "low", "high", "kl_start")
     for _, row in table.iterrows():
         style = look[row["method"]]
         if row["method"] == "base":
-            ax.axhline(row["mean"], color=style.color, lw=0.8, ls=(0, (4, 3)), zorder=1)
+            ax.axhline(row["mean"], color=style.color, **DASHES)
         options = POINTS | {"color": style.color, "fmt": style.marker, "zorder": 3} | errorbar
         ax.errorbar(row["kl_start"], row["mean"], yerr=_ends(row), label=row["method"], **options)
     distances = table.loc[table["kl_start"] > 0, "kl_start"]
-    if len(distances) and distances.max() > SPREAD * distances.min():
+    if len(distances) and distances.max() > 50 * distances.min():  # with the start at 0 still in sight
         ax.set_xscale("symlog", linthresh=distances.min())
-    ax.margins(x=0.08)
+    ax.margins(x=0.08, y=0.1)
     ax.set(xlabel="KL(start || trained) per token, nats", ylabel=label)
     return clean(ax)
 
@@ -74,23 +72,18 @@ def plot_differences(
     Raises:
         InputError: columns are missing, or there is more than one setting or reference.
     """
-    ax = current(ax)
-    need(table, "method", "against", "mean", "low", "high", "p_holm")
-    _one(table, "setting")
-    _one(table, "against")
-    look = styles(methods or table["method"])
-    ax.axvline(0, color="#222222", lw=0.8, zorder=1)
+    ax, look = _begin(ax, table, methods, "against", "mean", "low", "high", "p_holm")
+    ax.axvline(0, color=INK, lw=0.8, zorder=1)
     for at, (_, row) in enumerate(table.iterrows()):
         style, sure = look[row["method"]], row["p_holm"] < ALPHA
         options = POINTS | {"color": style.color, "fmt": style.marker, "zorder": 3, "markeredgecolor": style.color}
         options |= {"markerfacecolor": style.color if sure else "white", "markeredgewidth": 1.2} | errorbar
         ax.errorbar(row["mean"], at, xerr=_ends(row), label=row["method"], **options)
     ax.set_yticks(range(len(table)), [short(method) for method in table["method"]])
-    ax.set_ylim(len(table) - 0.5, -0.5)
+    ax.set_ylim(len(table) + 0.2, -0.5)  # the last row is the note's
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel(
-        f"{label} minus that of {short(table['against'].iloc[0])}, 95 % interval\nfilled: corrected p < {ALPHA:g}"
-    )
+    _note(ax, f"filled: p < {ALPHA:g} (Holm), hollow: not")
+    ax.set_xlabel(f"difference in {label}\nagainst {short(next(iter(table['against']), ''))}, 95 % interval")
     return clean(ax, grid="x")
 
 
@@ -114,35 +107,34 @@ def plot_curves(
     Raises:
         InputError: columns are missing, or there is more than one setting.
     """
-    ax = current(ax)
-    need(data, "method", "step", "mean", "low", "high")
-    _one(data, "setting")
-    look = styles(methods or data["method"])
-    low, high = data["mean"].min(), data["mean"].max()
+    ax, look = _begin(ax, data, methods, "step", "mean", "low", "high")
     for method, rows in data.groupby("method", sort=False):
         style, rows = look[str(method)], rows.sort_values("step")
         if method == "base":
-            ax.axhline(rows["mean"].iloc[0], color=style.color, lw=0.8, ls=(0, (4, 3)), zorder=1, label=method)
+            ax.axhline(rows["mean"].iloc[0], color=style.color, label=method, **DASHES)
             continue
         ax.fill_between(rows["step"], rows["low"], rows["high"], color=style.color, alpha=0.1, lw=0, zorder=2)
-        options = {"color": style.color, "marker": style.marker, "markersize": 4.5, "lw": 1.3, "zorder": 3}
+        options = {"color": style.color, "marker": style.marker, "markersize": 5.5, "lw": 1.3, "zorder": 3}
         options |= {"markeredgecolor": "white", "markeredgewidth": 0.5, "label": method} | line
         ax.plot(rows["step"], rows["mean"], **options)
-    room = 0.12 * max(high - low, 1e-9)  # bands may reach beyond: the means decide what is seen
-    ax.set(xlabel="training step", ylabel=label, ylim=(low - room, high + room))
+    low, high = data["mean"].min(), data["mean"].max()
+    if (span := high - low) > 0:  # a few seeds' bands can be many times as wide as all that happens
+        bottom, top = np.fmin(data["low"].min(), low), np.fmax(data["high"].max(), high)
+        ax.set_ylim(max(bottom, low - span / 2) - span / 20, min(top, high + span / 2) + span / 20)
+    ax.set(xlabel="training step", ylabel=label)
     return clean(ax)
 
 
 def plot_truth(
     data: pd.DataFrame, *, ax: Axes | None = None, methods: Iterable[str] | None = None, **line: Any
 ) -> Axes:
-    """The share of right labels among those trusted alike; on the diagonal, trust is the chance that a label is right.
+    """The share of good labels among those trusted alike; on the diagonal, trust is the chance that a label is good.
 
-    Points grow with the number of labels behind them; methods that trust all labels alike are single points. Trust beyond
-    the axis is counted, not drawn.
+    Points grow with the number of labels behind them; a method that trusts all labels alike is a single point. Trust
+    beyond the axis is counted, not drawn.
 
     Args:
-        data: method, trust, good, n and auroc, which stands in the legend.
+        data: of one setting: method, trust, good, n and auroc, which stands in the legend.
         ax: where to draw; the current Axes by default.
         methods: which share the colours, if more than in the data.
         line: to ``Axes.plot``.
@@ -150,38 +142,44 @@ def plot_truth(
     Raises:
         InputError: columns are missing, or there is more than one setting.
     """
-    ax = current(ax)
-    need(data, "method", "trust", "good", "n", "auroc")
-    _one(data, "setting")
-    look = styles(methods or data["method"])
+    ax, look = _begin(ax, data, methods, "trust", "good", "n", "auroc")
     ax.plot([0, 1], [0, 1], color="#9a9a9a", lw=0.9, zorder=1)
-    seen = data["trust"].between(-0.05, 1.05)
+    most, keys = data["n"].max(), []
     for method, rows in data.groupby("method", sort=False):
-        style, rows = look[str(method)], rows[seen.loc[rows.index]].sort_values("trust")
-        auroc = data.loc[data["method"] == method, "auroc"].iloc[0]
-        name = short(str(method), 24) + ("" if np.isnan(auroc) else f", {auroc:.2f}")
-        options = {"color": style.color, "lw": 1.0, "zorder": 2} | line
-        ax.plot(rows["trust"], rows["good"], **options)
-        size = 18 + 90 * np.sqrt(rows["n"] / data["n"].max())
-        ax.scatter(
-            rows["trust"], rows["good"], s=size, color=style.color, marker=style.marker, alpha=0.85, label=name, zorder=3,
-            edgecolors="white", linewidths=0.5,
-        )  # fmt: skip
-    if beyond := int(data.loc[~seen, "n"].sum()):
-        ax.annotate(f"{beyond} labels beyond the axis", (0.02, 0.02), xycoords="axes fraction", fontsize=8, color=QUIET)
-    ax.set(xlim=(-0.05, 1.05), ylim=(-0.03, 1.05), xlabel="trust in the label", ylabel="share of right labels")
-    legend = {"fontsize": 7, "frameon": False, "title": "method, AUROC", "title_fontsize": 7, "loc": "center left"}
-    handles, names = ax.get_legend_handles_labels()
-    ax.legend(handles, names, bbox_to_anchor=(1.0, 0.5), labelspacing=0.8, **legend)
+        style, auroc = look[str(method)], rows["auroc"].iloc[0]
+        pale = (style.color, 0.3)  # what lies below is seen
+        name = short(str(method)) + ("" if np.isnan(auroc) else f", {auroc:.2f}".replace(" 0.", " ."))
+        rows = rows[rows["trust"].between(*WINDOW)].sort_values("trust")
+        ax.plot(rows["trust"], rows["good"], **{"color": style.color, "lw": 1.0, "zorder": 2} | line)
+        dots = {"s": 12 + 90 * rows["n"] / most, "marker": style.marker, "label": name, "zorder": 3, "linewidths": 1.1}
+        ax.scatter(rows["trust"], rows["good"], facecolors=[pale], edgecolors=[style.color], **dots)
+        keys.append(Line2D([], [], ls="", marker=style.marker, label=name, ms=6, mew=1.1, mec=style.color, mfc=pale))
+    if beyond := int(data.loc[~data["trust"].between(*WINDOW), "n"].sum()):
+        _note(ax, f"{beyond} labels beyond the axis", 0.98, ha="right")
+    ax.set(xlim=WINDOW, ylim=WINDOW, xlabel="trust in the label", ylabel="share of good labels")
+    if keys:
+        beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False, "handletextpad": 0.2}
+        ax.legend(handles=keys, title="method, AUROC", alignment="left", fontsize=7.5, title_fontsize=7.5, **beside)
     return clean(ax)
+
+
+def _begin(
+    ax: Axes | None, data: pd.DataFrame, methods: Iterable[str] | None, *columns: str
+) -> tuple[Axes, dict[str, Style]]:
+    """Where to draw and how the methods look, once the data are as they must be."""
+    need(data, "method", *columns)
+    for column in ("setting", "against"):
+        if column in data and data[column].nunique() > 1:
+            raise InputError(f"one {column} can be drawn at a time, got {sorted(data[column].unique())}: select one")
+    return current(ax), styles([*(() if methods is None else methods), *data["method"]])
+
+
+def _note(ax: Axes, text: str, x: float = 0.02, **options: Any) -> None:
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+    ax.annotate(text, (x, 0.02), xycoords="axes fraction", fontsize=8, color="#6b6b70", zorder=4, bbox=paper, **options)
 
 
 def _ends(row: pd.Series) -> list[list[float]] | None:
     """Error bars as matplotlib wants them; none where there is no interval."""
     ends = [[row["mean"] - row["low"]], [row["high"] - row["mean"]]]
     return None if np.isnan(ends).any() else ends
-
-
-def _one(data: pd.DataFrame, column: str) -> None:
-    if column in data and data[column].nunique() > 1:
-        raise InputError(f"one {column} can be drawn at a time, got {sorted(data[column].unique())}: select one")

@@ -46,7 +46,7 @@ def shown(study: Any, setting: str) -> pd.DataFrame:
         reference = against["against"].iloc[0]
         cells[f"minus {reference}"] = [_of(paired, name, "mean", "{:+.3f}") for name in table["method"]]
         cells["p (Holm)"] = [_p(paired["p_holm"].get(name)) for name in table["method"]]
-    if "rank" in table:
+    if "rank" in table and not study.config["metric"]["note"]:  # what is no ranking gets no ranks
         cells["rank"] = [_rank(*row) for row in zip(table["rank"], table["best"], table["worst"], strict=True)]
     cells["rate"] = [_rate(row) for _, row in table.iterrows()]
     for name, head in (("trust", "trust"), ("negative_mass", "off simplex"), ("kl_start", "KL from start")):

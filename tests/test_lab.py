@@ -14,6 +14,7 @@ from mini_lab import MINI, PROBLEM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlens.lab
+from qlens.analysis import tables
 from qlens.errors import InputError
 from qlens.lab import Author, World, cache
 
@@ -72,9 +73,16 @@ def test_base_and_teacher_come_out_bit_for_bit_and_leave_the_random_state_alone(
 def test_a_second_call_builds_nothing(cached, made):
     world = qlens.lab.world(MINI, progress=False)
     assert made == []
-    assert set(world.measured) == {"base", "teacher", "noise", "wrong_answers", "base_right", "kl_base_teacher"}
-    assert world.measured["noise"] == np.mean([not each.clean for each in world.demonstrations])
-    assert world.measured["kl_base_teacher"] > 0
+    found = world.measured
+    assert set(found) == {name for words in tables.MEASURED.values() for name in words}, (
+        "each has a place in the tables"
+    )
+    assert found["noise"] == np.mean([not each.clean for each in world.demonstrations])
+    assert found["noise_asked"] == MINI.noise and found["kl_base_teacher"] > 0
+    judged = [right for each in world.demonstrations for right in each.truth if right is not None]
+    np.testing.assert_allclose(found["wrong_digits"], np.mean(np.logical_not(judged)))
+    assert len(judged) == (MINI.depth + 1) * MINI.demonstrations
+    assert 1 < found["wordings"] <= 4 and 0 <= found["base_agrees"] <= 1
 
 
 def test_an_interrupted_build_goes_on_at_the_finished_parts(cached, made, monkeypatch):

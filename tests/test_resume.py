@@ -1,5 +1,6 @@
 """What happens to a comparison that is killed, that fails in part, or that meets another one in its folder."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pandas as pd
 import pytest
 from filelock import FileLock
@@ -97,6 +99,19 @@ def test_a_failing_job_is_written_down_the_others_finish_and_the_next_call_tries
     mended = compare(["sft", spec])
     assert mended.methods == ["base", "sft", spec] and not list((folder / "failed").iterdir())
     assert mended.config["noted"]["failed"] == []
+
+
+def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
+    from qlens.analysis.grounds import Lab, open_ground
+
+    ground = open_ground(Lab(MINI, 4))
+    scores = iter([ground.score(ground.start(), 0), np.full(12, np.nan)])
+    monkeypatch.setattr(
+        "qlens.analysis.jobs.open_ground", lambda source: dataclasses.replace(ground, score=lambda *_: next(scores))
+    )
+    study = compare("sft", seeds=1)
+    assert study.methods == ["base"]
+    assert "FloatingPointError: 12 of 12 scores are not finite" in str(study)
 
 
 def test_if_everything_fails_that_is_an_error(compare, tmp_path, monkeypatch):

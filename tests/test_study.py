@@ -42,7 +42,7 @@ def record(setting, method, seed, scores):
     }  # fmt: skip
 
 
-def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=()):
+def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=(), note=""):
     """A study of scores in eighths around the means."""
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 0.1, 40)
@@ -55,7 +55,7 @@ def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=()):
                     records.append(record(setting, method, seed, scores.tolist()))
     config = {
         "qlens": "0", "methods": dict.fromkeys(means), "settings": dict.fromkeys(SETTINGS, SHARED), "seeds": list(seeds),
-        "metric": {"name": "avg@8", "better": better, "note": ""},
+        "metric": {"name": "avg@8", "better": better, "note": note},
         "noted": {"settings": {"one": {"base": 0.4, "odd_thing": 1}}, "versions": {}, "failed": list(failed)},
     }  # fmt: skip
     scores = {"sft": {str(rate): [0.1] for rate in GRID}}
@@ -143,12 +143,18 @@ def test_a_lost_job_leaves_the_others_and_is_said():
 def test_rates_are_printed_with_what_is_wrong_with_them():
     study = made()
     said = str(study)
-    assert "0.001*" in said and "* sft: best at the edge of the grid" in said
+    assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the grid" in said
     assert "dft, target_sft, target_sft_base_teacher: sft's rate, not searched" in said
     assert "known: base right 0.4\n" in said and "measured: odd thing 1\n" in said
     seen = study.rates.query("setting == 'one' and method == 'sft'")
-    assert seen["chosen"].tolist() == [True, False, False, False]
+    assert seen["chosen"].tolist() == [True] + [False] * (len(GRID) - 1)
     assert_allclose(seen["validation"], 0.1)
+
+
+def test_what_is_no_ranking_gets_no_ranks():
+    assert " rank " in str(made()) and " rank " not in str(made(better="lower", note="a diagnostic"))
+    lower = made(better="lower").table().set_index(["setting", "method"])
+    assert lower.loc[("one", "base"), "rank"] == 1 and lower.loc[("one", "target_sft"), "rank"] == 5
 
 
 def test_truths_are_means_over_seeds_where_there_is_noise():
