@@ -111,12 +111,6 @@ def test_distances_far_apart_are_drawn_with_the_start_still_in_sight(ax, far, sc
     assert ax.get_xlim()[0] < 0
 
 
-SPOTS = np.random.default_rng(2).random((2, len(ALL))) * [[0.4], [0.2]]
-CROWD = pd.DataFrame({"method": ALL, "mean": SPOTS[0], "low": SPOTS[0] - 0.01, "high": SPOTS[0] + 0.01})
-CROWD["kl_start"] = SPOTS[1]
-LONELY = pd.DataFrame({"method": "far", "mean": [0], "low": [0], "high": [1], "kl_start": [1]})
-
-
 def test_names_stand_off_bars_and_the_line_of_the_start(ax):
     plots.plot_frontier(TABLE.assign(low=[0.4, 0, 0.8], high=[0.6, 2, 1], kl_start=[0, 0.05, 1]), ax=ax)
     ax.figure.draw_without_rendering()
