@@ -1,8 +1,6 @@
 """The main job: train methods side by side under equal conditions, and keep what came out as a study."""
 
-import platform
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,6 @@ from qlens.analysis.search import Choice, chosen, gathered, trials
 from qlens.analysis.study import Study
 from qlens.errors import InputError
 from qlens.lab import Setting, build
-
-PACKAGES = ("qlens-sft", "torch", "transformers", "numpy", "scipy")
 
 
 def compare(
@@ -90,8 +86,8 @@ def compare(
     for name, value in (("steps", steps), ("jobs", jobs)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}")
-    if learning_rate is not None and not learning_rate > 0:
-        raise InputError(f"learning_rate must be positive, got {learning_rate}")
+    if learning_rate is not None and not 0 < learning_rate < float("inf"):
+        raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
     rows, runs = recipes(DEFAULT if variants is None else variants), seeds_of(seeds)
     if model is None and data is None and teacher is None:
         sources = lab_sources(settings, steps)
@@ -121,8 +117,7 @@ def compare(
         failed = _failures([*tried, *todo])
         for line in failed:
             say.print(f"failed: {line}")
-        noted: dict[str, Any] = {"versions": {"python": platform.python_version()} | {n: version(n) for n in PACKAGES}}
-        noted |= {"settings": {source.name: open_ground(source).noted for source in sources}, "failed": failed}
+        noted = {"settings": {source.name: open_ground(source).noted for source in sources}, "failed": failed}
         records = [record for job in todo if (record := job.finished())]
         if not records:
             raise InputError(f"every job failed; the first: {failed[0]}; tracebacks are in {folder / FAILED}")

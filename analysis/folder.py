@@ -2,17 +2,37 @@
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+import qlens
+from qlens import analysis, variants
 from qlens.errors import InputError
 from qlens.files import write_json
 
 LOCK = ".lock"
+PACKAGES = ("qlens-sft", "torch", "transformers", "numpy", "scipy")
+
+
+def code() -> str:
+    """A digest of all of qlens' own code: results of one state of it never mix with those of another."""
+    roots = {Path(place) for package in (qlens, variants, analysis) for place in package.__path__}
+    files = {file.resolve() for root in roots for file in root.rglob("*.py")}
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: (file.parent.name, file.name)):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that results depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def default_folder(kind: str, config: Mapping[str, Any]) -> Path:

@@ -214,7 +214,7 @@ class Real:
 Source = Lab | Real
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=8)  # more than there are settings, which jobs take in turns
 def open_ground(source: Source) -> Ground:
     """A source's ground, opened once per process."""
     return source.open()

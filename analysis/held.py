@@ -70,16 +70,19 @@ def diagnostics(
 def beliefs(
     model: PreTrainedModel, variant: Variant, examples: Examples, **others: PreTrainedModel
 ) -> dict[str, Float[np.ndarray, " N"]]:
-    """Of every supervised token: ``p``, what the model gives the label; ``Q``, what the target gives it; ``trust``.
+    """Of every supervised token: ``p``, what the model gives the label; ``Q``, what the target (at unit scale) gives it.
 
-    Q and trust are the method's own: at its own scale, the label's coefficient in its construction.
+    ``trust``: the label's coefficient in the method's own construction; NaN for a loss whose construction is not known.
+    All to six significant digits: what differs by rounding alone is the same belief.
     """
     found: dict[str, list[Tensor]] = {"p": [], "Q": [], "trust": []}
     for tokens in held_tokens(model, examples, **others):
         target = variant.target(tokens)
-        for name, values in (("p", tokens.label_probs), ("Q", tokens.gather(target.q)), ("trust", target.trust)):
+        trust = torch.full_like(target.trust, torch.nan) if variant.derived else target.trust
+        for name, values in (("p", tokens.label_probs), ("Q", tokens.gather(target.at("unit").q)), ("trust", trust)):
             found[name].append(values)
-    return {name: torch.cat(values).double().cpu().numpy() for name, values in found.items()}
+    parts = {name: np.frexp(torch.cat(values).double().cpu().numpy()) for name, values in found.items()}
+    return {name: np.ldexp(mantissa.round(6), exponent) for name, (mantissa, exponent) in parts.items()}
 
 
 def separation(

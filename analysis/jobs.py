@@ -134,8 +134,16 @@ class Job(Task):
     part: ClassVar[str] = "jobs"
 
     def finished(self) -> dict[str, Any] | None:
-        """What the job's file holds; None if it is not there, not readable, or the model to be kept is not."""
-        return None if self.keep is not None and not self.keep.is_dir() else super().finished()
+        """What the job's file holds; None if it is not there, not readable, of another recipe or rate (a search may
+        choose anew), or if the model to be kept is not there."""
+        record = super().finished()
+        there = self.keep is None or self.keep.is_dir()
+        return record if record is not None and there and record.get("made_with") == self.made_with else None
+
+    @property
+    def made_with(self) -> dict[str, Any]:
+        """What a record must have been made with to be this job's."""
+        return {"recipe": self.recipe.spec, "learning_rate": self.learning_rate, "reads": self.reads}
 
     def work(self) -> dict[str, Any]:
         """Train, score and look."""
@@ -154,6 +162,7 @@ class Job(Task):
                 "setting": self.source.name,
                 "method": self.method,
                 "seed": self.seed,
+                "made_with": self.made_with,
                 "scores": np.round(scores, 6).tolist(),
                 "curve": curve,
                 "diagnostics": diagnostics(model, variant, ground.held, **others),

@@ -1,16 +1,16 @@
 """What a comparison is going to do, settled and checked before anything runs, and written down as its configuration."""
 
 import hashlib
-import inspect
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
 
-import qlens
+from qlens.analysis.folder import code, versions
 from qlens.analysis.grounds import Lab, Real, Source
 from qlens.analysis.recipes import Recipe
 from qlens.analysis.search import RULE, SEEDS, Choice, settle
@@ -32,10 +32,10 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         InputError: none, doubles, or something that is no seed.
     """
-    chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(s, int) and s >= 0 for s in chosen):
+    chosen: list[Any] = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(s, Integral) and int(s) >= 0 for s in chosen):
         raise InputError(f"seeds must be a number of at least 1, or distinct seeds of 0 and above, got {seeds!r}")
-    return chosen
+    return [int(seed) for seed in chosen]
 
 
 def lab_sources(settings: str | Setting | Sequence[str | Setting], steps: int | None) -> list[Source]:
@@ -117,7 +117,8 @@ def configuration(
         search = {"origin": "search", "rates": found, "seeds": SEEDS, "rule": RULE}
         rates[setting][method] = found.told() if isinstance(found, Choice) else search
     config = {
-        "qlens": qlens.__version__,
+        "versions": versions(),
+        "code": code(),
         "methods": {name: _code(among) for name, among in rows.items()},
         "settings": {source.name: source.identity() for source in sources},
         "rates": rates,
@@ -137,13 +138,15 @@ def portable(rows: Rows) -> None:
 
 def _code(among: Sequence[Recipe]) -> list[str]:
     """What tells one version of a row from another: its recipes, each with a digest of its code."""
-    return [f"{each.spec}, code {_digest(each.variant)}" for each in among if each.variant is not None]
+    return [f"{each.spec}, {_origin(each.variant)}" for each in among if each.variant is not None]
 
 
-def _digest(variant: Variant) -> str:
-    module = variant.method.fn.__module__
-    if module.startswith("qlens."):
-        code = inspect.getsource(sys.modules[module]).encode()
+def _origin(variant: Variant) -> str:
+    module = sys.modules[variant.method.fn.__module__]
+    if module.__name__.startswith("qlens."):
+        return "built in"  # and so in the digest of qlens' code
+    if module.__name__.startswith("qlens_user_"):
+        source = Path(str(module.__file__)).read_bytes()
     else:
-        code = cloudpickle.dumps(variant)
-    return hashlib.sha256(code).hexdigest()[:12]
+        source = cloudpickle.dumps(variant)  # of a notebook: with what the function has closed over
+    return f"code {hashlib.sha256(source).hexdigest()[:12]}"

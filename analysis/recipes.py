@@ -20,7 +20,7 @@ from qlens.variants.target_sft import guided
 
 BASE = "base"
 DEFAULT = (BASE, "sft", "dft", "kd", "label_smoothing", "asft_anchored", "target_sft")
-WEIGHTS = (0.25, 0.5, 0.75)  # what a tuned control may choose from
+WEIGHTS = (0.1, 0.25, 0.5, 0.75, 0.9)  # what a tuned control may choose from
 
 Method = Variant | str | Callable
 
@@ -55,11 +55,17 @@ class Control:
 
 
 def shuffled_teacher(tokens: Tokens, *, eta: Share = 0.5) -> Target:
-    """target_sft whose teacher's distributions are dealt out among the tokens at random: as sharp as ever, about nothing.
+    """target_sft whose teacher's distributions are dealt out among the tokens where the student expects the same word.
 
-    The order is fixed by the number of tokens.
+    The teacher stays as soft, as grammatical and as often at odds with the student as it is, but knows nothing of the
+    token at hand. The order is fixed by the number of tokens; a word expected only once keeps its own.
     """
-    order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens)))
+    expected = tokens.log_probs.argmax(-1).cpu()
+    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens)))
+    order = torch.empty_like(drawn)
+    order[expected.argsort(stable=True)] = drawn[
+        expected[drawn].argsort(stable=True)
+    ]  # the same words, in another order
     dealt = tokens.require("teacher")[order.to(tokens.labels.device)]
     return get("target_sft", eta=eta).target(tokens.replace(teacher=dealt))
 
@@ -82,7 +88,8 @@ CONTROLS = {
     ),
     "target_sft_shuffled_teacher": Control(
         (Recipe(_unlisted(shuffled_teacher)),),
-        "target_sft with the teacher's distributions dealt out at random among the tokens: softness without knowledge",
+        "target_sft with the teacher's distributions dealt out at random among the tokens where the student expects the "
+        "same word: softness without knowledge of the token",
     ),
     "target_sft_constant_trust": Control(
         tuple(Recipe(_unlisted(constant_trust, trust=trust)) for trust in WEIGHTS),
@@ -103,6 +110,13 @@ GROUPS = {"default": DEFAULT, "controls": tuple(CONTROLS)}
 """Names that stand for several."""
 
 
+def _check_name(variant: Variant) -> None:
+    """A function of one's own must not pass for what already has its name."""
+    taken = registry.methods().get(variant.name, variant.method) is not variant.method
+    if taken or variant.name in (BASE, *CONTROLS, *GROUPS):
+        raise InputError(f"{variant.name!r} is the name of a built-in row: give your function another name")
+
+
 def recipes(variants: Method | Sequence[Method]) -> dict[str, tuple[Recipe, ...]]:
     """The recipes of all rows by the rows' names: ``base`` first, then as given; groups are spelled out.
 
@@ -120,6 +134,8 @@ def recipes(variants: Method | Sequence[Method]) -> dict[str, tuple[Recipe, ...]
             name, found = each, CONTROLS[each].recipes
         else:
             variant = resolve(each)
+            if not isinstance(each, str):
+                _check_name(variant)
             name = each.strip() if isinstance(each, str) and ".py:" in each else variant.spec
             found = (Recipe(variant),)
         if name in rows:

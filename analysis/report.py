@@ -45,8 +45,11 @@ READING = (
     "trust: how hard labels are pulled as a share of SFT's pull, sum(-g_y) / sum(1 - p_y); off simplex: mean mass that Q "
     "has below zero; KL from start: mean KL(start || trained) per token, in nats. All on held-out tokens, at the trained "
     "model.",
-    "Trust against truth: trust is the label's coefficient in the method's own construction, Q(label) and p(label) what "
-    "target and model give it. start, end: at the starting and at the trained model.",
+    "Trust against truth: trust is the label's coefficient in the method's own construction (- for a loss whose "
+    "construction is not known), Q(label) and p(label) what target (at unit scale) and model give it. start, end: at the "
+    "starting and at the trained model.",
+    "poor-teacher has strong-prior's base, demonstrations and problems, wrong-prior has weak-prior's demonstrations and "
+    "problems: methods without a teacher give the same numbers in strong-prior and poor-teacher.",
 )
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -119,8 +122,11 @@ def html(study: Study, figures: dict[str, bytes]) -> str:
     body += ["<h2>How to read it</h2>", _list(READING), "<h2>Settings as measured</h2>", _table(_measured(noted))]
     body += [
         "<h2>Configuration</h2>",
-        _details("settings, rates, seeds and methods", {k: v for k, v in study.config.items() if k != "noted"}),
-        _details("versions", noted.get("versions", {})),
+        _details(
+            "settings, rates, seeds and methods",
+            {k: v for k, v in study.config.items() if k not in ("noted", "versions")},
+        ),
+        _details("versions", study.config["versions"]),
     ]
     return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
 
@@ -133,8 +139,9 @@ def _measured(noted: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _summary(study: Study) -> str:
-    methods, seeds = study.config["methods"], study.config["seeds"]
-    return f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}, qlens {study.config['qlens']}."
+    methods, seeds, version = study.config["methods"], study.config["seeds"], study.config["versions"]["qlens-sft"]
+    counted = f"{len(methods)} methods, {len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return f"{counted}, qlens {version}, code {study.config['code']}."
 
 
 def _table(frame: pd.DataFrame) -> str:

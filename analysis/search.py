@@ -13,13 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 import qlens.lab
+from qlens.analysis.folder import claimed, code, versions
 from qlens.analysis.grounds import Lab, Source, open_ground
 from qlens.analysis.jobs import Task, run_all, slug
 from qlens.analysis.recipes import BASE, GROUPS, Recipe, recipes
 from qlens.errors import InputError
 from qlens.files import write_json
 from qlens.fitting import isolated
-from qlens.lab import SETTINGS, build
+from qlens.lab import SETTINGS, Setting, build
 from qlens.lab.worlds import VERSION
 
 GRID = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
@@ -126,6 +127,8 @@ def settle(
         return chosen(among, known, OTHER_STEPS if _other_steps(source) else "record")
     if lr_grid:
         return rates
+    if len(among) > 1 and not isinstance(source, Lab):
+        raise InputError(f"{method} is chosen on validation problems, which only the lab has: leave it out of variants")
     if len(among) > 1:
         raise InputError(f"{method} is chosen on validation problems, and nothing is recorded for it: give lr_grid")
     if record := recorded(source, "sft"):
@@ -179,17 +182,24 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     build(list(SETTINGS.values()))
     rows = {name: among for name, among in recipes([*GROUPS["default"], *GROUPS["controls"]]).items() if name != BASE}
-    found: dict[str, Any] = {}
-    for setting in SETTINGS.values():
-        folder = options.out / f"{setting.name}-v{VERSION}-{setting.key}"
-        tried = {name: trials(Lab(setting), name, among, GRID, folder) for name, among in rows.items()}
-        left = [trial for of_method in tried.values() for trial in of_method if trial.finished() is None]
-        run_all(left, options.jobs, True, f"searching {setting.name}")
-        if failed := [trial for trial in left if trial.finished() is None]:
-            raise SystemExit(f"{len(failed)} trials failed, see {failed[0].trace}")
-        scores = {name: gathered(of_method) for name, of_method in tried.items()}
-        found[setting.name] = {"key": setting.key, "lab": VERSION, "scores": scores}
+    state = {"code": code(), "versions": versions(), "grid": GRID, "seeds": SEEDS, "lab": VERSION}
+    with claimed(options.out, json.loads(json.dumps(state))):
+        found = {each.name: _searched(each, rows, options.out, options.jobs) for each in SETTINGS.values()}
     write_json(options.record, {"rule": RULE, "grid": GRID, "seeds": SEEDS, "settings": found})
+
+
+def _searched(
+    setting: Setting, rows: Mapping[str, Sequence[Recipe]], out: Path, processes: int | None
+) -> dict[str, Any]:
+    """A setting's part of the record."""
+    folder = out / f"{setting.name}-{setting.key}"
+    tried = {name: trials(Lab(setting), name, among, GRID, folder) for name, among in rows.items()}
+    left = [trial for of_method in tried.values() for trial in of_method if trial.finished() is None]
+    run_all(left, processes, True, f"searching {setting.name}")
+    if failed := [trial for trial in left if trial.finished() is None]:
+        raise SystemExit(f"{len(failed)} trials failed, see {failed[0].trace}")
+    scores = {name: gathered(of_method) for name, of_method in tried.items()}
+    return {"key": setting.key, "lab": VERSION, "scores": scores}
 
 
 if __name__ == "__main__":

@@ -94,8 +94,8 @@ class Study:
         """A row per setting and method: mean score with 95 % interval over seeds x items, rank, rate, diagnostics.
 
         Columns: setting, method, mean, low, high, seeds, items, n, note (``stats.crossed_interval``); pass_at_k, in the
-        lab, with k the samples per problem; rank, best, worst (``stats.rank_sets``, per setting, over the seeds that all
-        methods have); learning_rate, recipe, origin, at_edge; and trust, negative_mass, kl_start, nll, means over seeds.
+        lab, with k the samples per problem; rank, best, worst (``stats.rank_sets``, per setting, of the methods that have all
+        seeds); learning_rate, recipe, origin, at_edge; and trust, negative_mass, kl_start, nll, means over seeds.
         """
         return self._table.copy()
 
@@ -106,8 +106,8 @@ class Study:
         rates = self.rates[self.rates["chosen"]].set_index(["setting", "method"])
         for setting in self.settings:
             scores, k = self.scores(setting), self.config["settings"][setting].get("k")
-            shared = _shared(scores.values())
-            aligned = {name: cells.loc[shared].to_numpy() for name, cells in scores.items()} if shared else {}
+            most = max(len(cells) for cells in scores.values()) if scores else 0
+            aligned = {name: cells.to_numpy() for name, cells in scores.items() if len(cells) == most}
             better = self.config["metric"]["better"]
             ranks = {each.name: each for each in rank_sets(aligned, better=better)} if aligned else {}
             for method, cells in scores.items():

@@ -23,7 +23,7 @@ MEASURED = {
     "missing": {"teacher": "teacher right", "kl_base_teacher": "KL(base || teacher) per token"},
 }
 """What is measured of a setting, and in which sense it makes the setting hard."""
-FEW = 5  # seeds, below which corrected p-values are not to be relied on: see the simulations in stats.holm
+FEW = 10  # seeds, below which corrected p-values can be too small: see the simulations in stats.holm
 ORIGINS = {
     "as sft": "sft's rate, not searched (--lr-grid searches)",
     "default": "the default rate, not searched",
@@ -89,17 +89,19 @@ def notes(study: Any, setting: str) -> list[str]:
     usual = table["n"].mode().iloc[0]
     said = [f"n = {usual} (seeds x items), {given['steps']} steps of {given['batch_size']}"]
     said += [f"{sense}: {told}" for sense, told in told_of(measured).items()]
-    if int(usual.split()[0]) < FEW:
-        said.append(
-            f"fewer than {FEW} seeds: where methods vary much between seeds, p (Holm) is too small (stats.holm)"
-        )
+    if tests := int(study.differences()["p"].notna().sum()):
+        few = f"; with fewer than {FEW} seeds it can be too small, see results/coverage.md"
+        said.append(f"p (Holm): over {tests} tests" + few * (int(usual.split()[0]) < FEW))
     if at_edge := list(table.loc[table["at_edge"].astype(bool), "method"]):
         said.append(f"* {', '.join(at_edge)}: best at the edge of the grid of rates; a better one may lie beyond")
     for origin, words in ORIGINS.items():
         if mine := [name for name in table.loc[table["origin"] == origin, "method"]]:
             said.append(f"{', '.join(mine)}: {words}")
     chosen = table[table["method"].map(lambda name: study.rates.query("method == @name")["recipe"].nunique() > 1)]
-    said += [f"{row['method']}: {row['recipe']} was chosen on validation" for _, row in chosen.iterrows()]
+    for _, row in chosen.iterrows():
+        among = study.rates[(study.rates["setting"] == setting) & (study.rates["method"] == row["method"])]["recipe"]
+        at_end = ", at the end of what it was chosen from" * (row["recipe"] in (among.iloc[0], among.iloc[-1]))
+        said.append(f"{row['method']}: {row['recipe']} was chosen on validation{at_end}")
     said += [f"{row['method']}: n = {row['n']}" for _, row in table[table["n"] != usual].iterrows()]
     for note, rows in table[table["note"] != ""].groupby("note"):
         said.append(f"{', '.join(rows['method'])}: {note}")
@@ -194,6 +196,7 @@ def _row(cells: Iterable[str]) -> str:
 
 
 TEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
+TEX |= {"<": "$<$", ">": "$>$"}
 
 
 def _tex(text: str) -> str:

@@ -1,21 +1,30 @@
 """Comparisons on miniature models: equal conditions, resuming, refusals, and what the run folder holds."""
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from mini_lab import MINI
 from numpy.testing import assert_allclose
 from tiny import VOCAB, letters, llama
 
 import qlens
 from qlens import InputError
+from qlens.analysis.folder import code, versions
 from qlens.analysis.grounds import Lab, Real, open_ground
 from qlens.analysis.held import held_tokens
 from qlens.analysis.jobs import Job, slug
+from qlens.analysis.search import Choice
 from qlens.analysis.study import FILES, Study
+from qlens.fitting import fit
 from qlens.lab import Setting
 from qlens.lab.setting import Author
 from qlens.sources import load_model
@@ -169,8 +178,11 @@ def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(
     data.write_text(data.read_text(encoding="utf-8").replace("ban", "pan"), encoding="utf-8")
     with pytest.raises(InputError, match="digest was"):
         compare("dft", data=data, seeds=1)
-    monkeypatch.setattr(qlens, "__version__", "9.9.9")
-    with pytest.raises(InputError, match=r"qlens was .*9\.9\.9"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"versions\.torch was .*9\.9\.9"):
+        patch.setattr("qlens.analysis.plan.versions", lambda: versions() | {"torch": "9.9.9"})
+        compare("dft", data=data, seeds=1)
+    with monkeypatch.context() as patch, pytest.raises(InputError, match=r"code was .*, now .edited"):
+        patch.setattr("qlens.analysis.plan.code", lambda: "edited")
         compare("dft", data=data, seeds=1)
     strange = tmp_path / "strange"
     strange.mkdir()
@@ -190,6 +202,8 @@ def test_what_cannot_work_is_refused_before_anything_is_written(compare, tmp_pat
         ({"seeds": 0}, "seeds"),
         ({"seeds": [1, 1]}, "distinct"),
         ({"learning_rate": -1.0}, "learning_rate"),
+        ({"learning_rate": float("inf")}, "finite, got inf"),
+        ({"variants": ["kd_hybrid_tuned"]}, "only the lab has"),
         ({"variants": ["dft", "dft()"]}, "'dft' twice"),
         ({"variants": ["dtf"]}, "Did you mean dft"),
         ({"variants": [lambda tokens, old: tokens.label_log_probs]}, "needs 'old'"),
@@ -220,6 +234,98 @@ def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_p
     file.write_text(OWN_LOSS.replace("0.5", "0.7"), encoding="utf-8")
     with pytest.raises(InputError, match="own.py:mild was"):
         compare([spec, mine], seeds=1, out=tmp_path / "1")
+
+
+def test_any_edited_file_makes_other_code(tmp_path, monkeypatch):
+    before, package = code(), tmp_path / "variants"
+    shutil.copytree(Path(qlens.variants.__path__[0]).resolve(), package)
+    monkeypatch.setattr(qlens.variants, "__path__", [str(package)])
+    assert code() == before
+    with (package / "dft.py").open("a") as file:
+        file.write("#")
+    assert code() != before
+
+
+def test_the_code_of_a_file_is_its_text_whatever_the_hash_seed(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def f(logits, labels):\n    return -logits[:, 0] if labels in {'a', 'b'} else 0\n"
+    )
+    look = "from qlens.analysis import plan, recipes; print(plan._code(recipes.recipes('own.py:f')['own.py:f']))"
+    told = {
+        subprocess.run(
+            [sys.executable, "-c", look], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
+            text=True, check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(told) == 1 and "code " in told.pop()
+
+
+def test_jobs_train_with_what_was_chosen(tmp_path_factory, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    seen = {}
+
+    def spied(model, examples, **given):
+        seen[given["variant"].spec, given["steps"]] = given["learning_rate"]
+        return fit(model, examples, **given)
+
+    monkeypatch.setattr("qlens.analysis.jobs.fit", spied)
+    monkeypatch.setattr("qlens.analysis.compare.settle_all", chosen_by_hand)
+    study = qlens.compare(
+        ["sft", "dft", "sft_equal_compute"],
+        settings=MINI,
+        seeds=1,
+        steps=3,
+        jobs=1,
+        progress=False,
+        out=tmp_path / "run",
+    )
+    rates = study.rates[study.rates["chosen"]].set_index("method")["learning_rate"]
+    assert seen == {("sft", 3): 0.01, ("dft", 3): 0.02, ("sft", 4): 0.03}
+    assert rates[["sft", "dft", "sft_equal_compute"]].tolist() == [0.01, 0.02, 0.03]
+    record = tmp_path / "run" / "jobs" / "mini--dft--0.json"
+    assert json.loads(record.read_text())["made_with"] == {"recipe": "dft", "learning_rate": 0.02, "reads": True}
+    seen.clear()
+    record.write_text(record.read_text().replace("0.02", "0.5", 1))  # as if a search had chosen otherwise
+    qlens.compare(
+        ["sft", "dft", "sft_equal_compute"],
+        settings=MINI,
+        seeds=1,
+        steps=3,
+        jobs=1,
+        progress=False,
+        out=tmp_path / "run",
+    )
+    assert seen == {("dft", 3): 0.02}, "what was made at another rate is made again"
+
+
+def chosen_by_hand(rows, sources, learning_rate, lr_grid):
+    """Every method another rate."""
+    rates = {"base": 0.0, "sft": 0.01, "dft": 0.02, "sft_equal_compute": 0.03}
+    return {
+        ("mini", name): Choice(recipe=among[0], learning_rate=rates[name], origin="given", scores={})
+        for name, among in rows.items()
+    }
+
+
+def test_truth_stands_at_the_digits_it_judges(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    ground = open_ground(Lab(MINI))
+    tokens = list(held_tokens(ground.start(), ground.held))
+    labels = torch.cat([each.labels for each in tokens])
+    assert len(labels) == len(ground.truth)
+    words = np.array(ground.tokenizer.convert_ids_to_tokens(labels.tolist()))
+    assert all(word.isdigit() for word in words[~np.isnan(ground.truth)])
+    world = qlens.lab.World(MINI)
+    shown = [each.completion for each in world.demonstrations[-len(ground.held) :]]
+    assert " ".join(words) == " ".join(f"{text} <eos>" for text in shown)
+    known = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
+    for at in np.flatnonzero(~np.isnan(ground.truth)):
+        a, operation, b = words[at - 4 : at - 1]
+        if operation in known:
+            assert ground.truth[at] == (known[operation](int(a), int(b)) % MINI.modulus == int(words[at]))
+        else:
+            assert words[at - 1] == "answer"
 
 
 def test_without_out_the_folder_goes_by_the_configuration(compare, tmp_path, monkeypatch):

@@ -64,6 +64,12 @@ def test_beliefs_are_those_of_the_method_and_of_the_model():
     kd = beliefs(start, qlens.get("kd"), examples, teacher=teacher)
     assert_allclose(kd["Q"], next(held_tokens(teacher, examples)).label_probs, rtol=1e-5)
     assert_allclose(kd["trust"], 0)
+    smoothed = qlens.registry.resolve(
+        lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
+    )
+    derived, known = (beliefs(start, v, examples) for v in (smoothed, qlens.get("label_smoothing")))
+    assert np.isnan(derived["trust"]).all(), "whose construction is not known"
+    assert len(set(known["Q"])) == 1 and set(known["Q"]) == set(derived["Q"]), "rounding makes no order"
 
 
 def test_separation_counts_the_judged_labels_and_takes_the_rest_for_good():

@@ -21,7 +21,7 @@ def test_every_control_keeps_the_contract(name, recipe):
 
 
 def test_a_shuffled_teacher_is_the_same_teacher_at_other_tokens():
-    tokens = random_tokens(64, 24)
+    tokens = random_tokens(64, 6)
     (recipe,) = CONTROLS["target_sft_shuffled_teacher"].recipes
     found, plain = recipe.variant.target(tokens), qlens.get("target_sft").target(tokens)
     assert_allclose(found.trust, plain.trust)
@@ -30,7 +30,14 @@ def test_a_shuffled_teacher_is_the_same_teacher_at_other_tokens():
     dealt = {tuple(row) for row in teacher.mul(1e6).round().long().tolist()}
     own = {tuple(row) for row in tokens.log_probs_of("teacher").exp().mul(1e6).round().long().tolist()}
     assert len(dealt & own) > 60, "every distribution must be one of the teacher's"
-    assert ((found.q - plain.q).abs().sum(-1) > 1e-3).float().mean() > 0.9, "and hardly any where it was"
+    assert ((found.q - plain.q).abs().sum(-1) > 1e-3).float().mean() > 0.5, "and most elsewhere than they were"
+
+
+def test_a_shuffled_teacher_stays_where_the_student_expects_the_same_word():
+    tokens = random_tokens(200, 5)
+    marked = torch.eye(5)[tokens.log_probs.argmax(-1)].mul(20)  # a teacher who tells what the student expects
+    found = CONTROLS["target_sft_shuffled_teacher"].recipes[0].variant.target(tokens.replace(teacher=marked))
+    assert_allclose(found.q, qlens.get("target_sft").target(tokens.replace(teacher=marked)).q)
 
 
 def test_constant_trust_changes_the_trust_alone():
@@ -63,14 +70,23 @@ def test_who_guides_and_how_long():
         ground(student, None).steps_of(longer)
 
 
+def test_a_function_cannot_pass_for_a_built_in_row():
+    def dft(logits, labels):
+        return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+    for name in ("dft", "base", "kd_hybrid_tuned", "controls"):
+        dft.__name__ = name
+        with pytest.raises(InputError, match=f"'{name}' is the name of a built-in row"):
+            recipes([dft])
+    dft.__name__ = "mine"
+    assert list(recipes([dft, qlens.get("dft")])) == [BASE, "mine", "dft"]
+
+
 def test_names_groups_and_doubles():
     assert tuple(recipes(["default", "controls"])) == (*DEFAULT, *CONTROLS)
     assert tuple(recipes("dft")) == (BASE, "dft")
-    assert [recipe.spec for recipe in recipes("kd_hybrid_tuned")["kd_hybrid_tuned"]] == [
-        "kd_hybrid(weight=0.25)",
-        "kd_hybrid",
-        "kd_hybrid(weight=0.75)",
-    ]
+    tuned = [recipe.spec for recipe in recipes("kd_hybrid_tuned")["kd_hybrid_tuned"]]
+    assert tuned == ["kd_hybrid" if weight == 0.5 else f"kd_hybrid(weight={weight})" for weight in WEIGHTS]
     specs = {(name, r.spec) for name, among in recipes(["default", "controls"]).items() for r in among}
     assert ("target_sft_base_teacher", "target_sft guided by the base") in specs
     assert ("sft_equal_compute", "sft at equal compute") in specs

@@ -119,10 +119,10 @@ def test_a_search_is_part_of_the_comparison_and_resumes(tmp_path, monkeypatch, r
 
     study = compare(lr_grid=True)
     seen = study.rates[study.rates["origin"] == "search"]
-    assert seen.groupby("method").size().to_dict() == {"dft": 2, "kd_hybrid_tuned": 6}
+    assert seen.groupby("method").size().to_dict() == {"dft": 2, "kd_hybrid_tuned": 2 * len(TUNED)}
     assert seen.groupby("method")["chosen"].sum().to_dict() == {"dft": 1, "kd_hybrid_tuned": 1}
     done = sorted((tmp_path / "run" / "search").iterdir())
-    assert len(done) == 2 * (2 + 6)
+    assert len(done) == 2 * 2 * (1 + len(TUNED))
     for method, rows in seen.groupby("method"):
         best = choose(
             {

@@ -54,9 +54,9 @@ def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=(), note
                 if (setting, method, seed) not in lost:
                     records.append(record(setting, method, seed, scores.tolist()))
     config = {
-        "qlens": "0", "methods": dict.fromkeys(means), "settings": dict.fromkeys(SETTINGS, SHARED), "seeds": list(seeds),
-        "metric": {"name": "avg@8", "better": better, "note": note},
-        "noted": {"settings": {"one": {"base": 0.4, "odd_thing": 1}}, "versions": {}, "failed": list(failed)},
+        "versions": {"qlens-sft": "0"}, "code": "0", "methods": dict.fromkeys(means), "seeds": list(seeds),
+        "settings": dict.fromkeys(SETTINGS, SHARED), "metric": {"name": "avg@8", "better": better, "note": note},
+        "noted": {"settings": {"one": {"base": 0.4, "odd_thing": 1}}, "failed": list(failed)},
     }  # fmt: skip
     scores = {"sft": {str(rate): [0.1] for rate in GRID}}
     sft = Recipe(qlens.get("sft"))
@@ -136,7 +136,10 @@ def test_a_lost_job_leaves_the_others_and_is_said():
     assert ("one", "dft") not in gone.table().set_index(["setting", "method"]).index
     assert ("two", "dft") in gone.table().set_index(["setting", "method"]).index
     apart = made(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
-    assert apart.table().query("setting == 'one'")["rank"].isna().all(), "no seed that all have"
+    ranks = apart.table().query("setting == 'one'").set_index("method")["rank"]
+    assert ranks[["dft", "sft"]].isna().all() and ranks.drop(["dft", "sft"]).tolist() == [3, 1, 2], (
+        "of those with all seeds"
+    )
     assert str(apart)
 
 
