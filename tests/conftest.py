@@ -1,5 +1,36 @@
-"""For every test: one thread, which is fastest for tiny models and the same on every machine."""
+"""For every test: one thread, which is fastest for tiny models and the same on every machine; and a comparison to try."""
 
+import json
+
+import pytest
 import torch
+from tiny import letters, llama
+
+import qlens
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A model, a teacher and data of one's own, as folders and a file."""
+    folder = tmp_path_factory.mktemp("own")
+    for seed, name in enumerate(("model", "teacher")):
+        llama(seed).save_pretrained(folder / name)
+        letters().save_pretrained(folder / name)
+    words = [a + b + c for a in "bdfgk" for b in "ae" for c in ("n", "rs", "ll", "m")]
+    rows = [{"question": f"what is {word}", "answer": word[::-1]} for word in words]
+    rows.append({"question": "a" * 40, "answer": "too long for the context"})
+    (folder / "words.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return {"model": folder / "model", "teacher": folder / "teacher", "data": folder / "words.jsonl"}
+
+
+@pytest.fixture
+def compare(own, tmp_path):
+    """Two methods, two seeds, three steps, in one process."""
+
+    def run(variants=("dft", "target_sft"), **given):
+        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | own | given
+        return qlens.compare(variants, **options)
+
+    return run
