@@ -2,7 +2,7 @@
 
 import torch
 
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, one_hot
 
 VOCABULARY = 32
 SWEEP = (
@@ -32,7 +32,8 @@ SHAPES = ("peaked", "flat")  # one alternative holds nine tenths of what the lab
 def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tokens:
     """Tokens that tell losses apart: every p_y of the sweep with peaked and with flat alternatives, V = 32.
 
-    Teacher, reference, old policy and second pass differ from the student and from each other; each shape is a sequence.
+    Teacher, reference, old policy and second pass differ from the student and from each other; each shape is a sequence,
+    and the two are a pair. Masks, advantages and negatives are dealt out so that every one of them tells.
 
     Example:
         >>> probes().logits.shape
@@ -58,8 +59,13 @@ def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     teacher[rows[rows % 3 > 0], labels[rows % 3 > 0]] += 3.0  # a teacher that backs two labels in three
     fields = dict(logits=logits, teacher=teacher, reference=logits + noise(0.7), old=logits + noise(0.2))
     fields["second"] = logits + noise(0.1)
+    fields["advantage"] = torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]
     fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
-    return Tokens(labels=labels.to(device), sequence=(~peaked).long().to(device), **fields)
+    marks = dict(sequence=(~peaked).long(), pair=torch.zeros_like(rows), chosen=peaked)
+    marks |= dict(critical=rows % 2 == 0, hint=rows % 4 == 1)
+    marks["negatives"] = one_hot((labels + 2) % VOCABULARY, VOCABULARY, torch.float64).bool()
+    marks["negatives"][rows, rival] = rows % 2 == 1
+    return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)
 
 
 def shapes() -> list[str]:

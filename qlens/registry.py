@@ -55,16 +55,18 @@ def names() -> tuple[str, ...]:
 
 
 def get(spec: str, **given: Any) -> Variant:
-    """A variant by name, by spec string, or by FILE.py:FUNCTION, with parameters.
+    """A variant by name, by spec string, by NAME@MODE, or by FILE.py:FUNCTION, with parameters.
 
     Raises:
-        UnknownName: no such method (near names are suggested), file or function.
+        UnknownName: no such method or mode (near names are suggested), file or function.
         ParameterError: a parameter is unknown, of the wrong type or out of range.
 
     Example:
         >>> import qlens
         >>> qlens.get("label_smoothing(epsilon=0.2)").params
         {'epsilon': 0.2}
+        >>> qlens.get("asft_anchored@v1").params["direction"]
+        'reverse'
     """
     if not isinstance(spec, str):
         raise InputError(f"a spec is a string like 'dft' or 'kd(temperature=2.0)', got {type(spec).__name__}")
@@ -74,9 +76,13 @@ def get(spec: str, **given: Any) -> Variant:
         return _from_file(name).variant(**given)
     if name.endswith(".py"):
         raise InputError(f"{spec} is a file: name the function in it, {name}:FUNCTION")
+    name, at, mode = name.partition("@")
     if name not in _METHODS:
         raise UnknownName.among("method", name, names())
-    return _METHODS[name].variant(**given)
+    modes = _METHODS[name].modes
+    if at and mode not in modes:
+        raise UnknownName.among(f"mode of {name}", mode, tuple(modes))
+    return _METHODS[name].variant(**(dict(modes[mode]) if at else {}) | given)
 
 
 def resolve(thing: Variant | str | Callable) -> Variant:
@@ -96,13 +102,19 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
     unknown = sorted(set(card) - set(Method.__dataclass_fields__))
     if unknown:
         raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card")
-    asked = adapters.extra_inputs(fn)
-    if strange := [need for need in card.get("needs", ()) if need not in Tokens.__dataclass_fields__]:
+    asked, needs = adapters.extra_inputs(fn), card.get("needs", ())
+    if callable(needs) and asked:
+        raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
+    if not callable(needs):
+        card["needs"] = (*needs, *(n for n in asked if n not in needs))
+    for mode, point in card.get("modes", {}).items():
+        params.bind(f"{name}@{mode}", fn, point)
+    declared = needs(**params.defaults(fn)) if callable(needs) else needs
+    if strange := [need for need in declared if need not in Tokens.__dataclass_fields__]:
         raise UnknownName.among("field of Tokens in needs", strange[0], Tokens.__dataclass_fields__)
     code = getattr(inspect.unwrap(fn), "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
     card.setdefault("title", (inspect.getdoc(fn) or "").partition("\n")[0])
-    card["needs"] = tuple(card.get("needs", ())) + tuple(n for n in asked if n not in card.get("needs", ()))
     return Method(name=name, fn=fn, where=where, **card)
 
 

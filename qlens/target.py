@@ -88,6 +88,31 @@ class Target:
         return cls._free(log_probs, tokens.labels, log_probs.exp() - grad, grad, torch.ones_like(log_probs[:, 0]))
 
     @classmethod
+    def push(cls, tokens: Tokens, push: Tensor) -> "Target":
+        """The target of a loss that sees the label's probability only, a = -dl / dlog p_y: Q = a d + (1 - a) p.
+
+        As ``mix`` with the student as residual, but keeps its digits where a grows as 1 / (1 - p_y).
+        """
+        log_probs = tokens.log_probs.detach()
+        push = _per_token("push", push, tokens)
+        rest = tokens.rest_log_probs.detach().exp()
+        grad = (push * rest)[:, None] * (tokens.others - tokens.one_hot)  # p - d = (1 - p_y)(p_{-y} - d)
+        structural = "a pull has negative weight" if bool((push < 0).any()) else push
+        return cls(log_probs, tokens.labels, log_probs.exp() - grad, grad, torch.ones_like(push), push, structural)
+
+    @classmethod
+    def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], push: Tensor | float = 0.0) -> "Target":
+        """The target of a loss on all of p, A_k = dl / dp_k, beside a push on the label, in unit scale.
+
+        Q = p + push (d - p) - p (A - sum_j p_j A_j); an entry with p_k = 0 has no slope that counts.
+        """
+        p = tokens.log_probs.detach().exp()
+        slope = slope.detach().masked_fill(p == 0, 0.0)
+        grad = p * (slope - expectation(p, slope)[:, None])
+        push = _per_token("push", push, tokens)[:, None]
+        return cls.from_grad(tokens, grad + push * (p - tokens.one_hot))
+
+    @classmethod
     def _free(cls, log_probs: Tensor, labels: Tensor, q: Tensor, pull: Tensor, scale: Tensor) -> "Target":
         """A target that is no mixture of known parts; ``pull`` is p - Q."""
         trust = effective_trust(log_probs, labels, pull)

@@ -133,6 +133,17 @@ class Tokens:
         return self.label_log_probs.exp()
 
     @property
+    def rest_log_probs(self) -> Float[Tensor, " N"]:
+        """log(1 - p_y), differentiable: added up over the other tokens, so that it keeps its digits as p_y -> 1."""
+        return self.log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).logsumexp(-1)
+
+    @property
+    def others(self) -> Float[Tensor, "N V"]:
+        """p_{-y}: p with the label removed and renormalised, 0 at the label and where nothing is left; without gradient."""
+        rest = self.log_probs.detach().scatter(-1, self.labels[:, None].long(), -torch.inf)
+        return torch.where(rest.amax(-1, keepdim=True) > -torch.inf, torch.softmax(rest, -1), 0.0)
+
+    @property
     def one_hot(self) -> Float[Tensor, "N V"]:
         """d, the one-hot of the label."""
         return one_hot(self.labels, self.logits.shape[-1], precision(self.logits.dtype))

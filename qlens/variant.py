@@ -1,6 +1,6 @@
 """Method and Variant: a name with its target, its printed loss and its card; and the same at chosen parameters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,10 @@ class Method:
     """A registered name: its target or loss as a function of tokens, and the fields of its card.
 
     ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
-    ``simplex`` is True, False, a function of the parameters, or None where nobody has declared it.
+    ``simplex`` is True, False, or None where nobody has declared it; ``invariant`` is False where the loss also sees raw
+    logits, so that sum(Q) is not 1. ``modes`` names points of the parameters, above all those of released code
+    (``get("eaft@axolotl")``); ``differences`` says where paper, code and the authors' table disagree, a sentence each.
+    ``scope``, ``needs``, ``simplex``, ``invariant`` and ``denominator`` may be functions of the parameters.
     """
 
     name: str
@@ -28,14 +31,18 @@ class Method:
     title: str = ""
     paper: str = ""
     family: str = "user"
-    scope: str = "token"
-    needs: tuple[str, ...] = ()
+    scope: str | Callable[..., str] = "token"
+    needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     trusted: str = ""
     residual: str = ""
     scale: str = "1"
     simplex: bool | None | Callable[..., bool] = None
-    denominator: str = "valid"
+    invariant: bool | Callable[..., bool] = True
+    denominator: str | Callable[..., str] = "valid"
     limits: str = ""
+    modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    differences: tuple[str, ...] = ()
+    code: str = ""
     bibtex: str = ""
     where: str = ""
     printed: Callable | None = None
@@ -103,23 +110,27 @@ class Variant:
     @property
     def scope(self) -> str:
         """What one token's gradient depends on: token, sequence, batch, pair or parameters."""
-        return self.method.scope
+        return self._declared("scope")
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The fields of Tokens it cannot do without, beside logits and labels."""
-        return self.method.needs
+        return self._declared("needs")
 
     @property
     def denominator(self) -> str:
         """What a mean divides by: 'valid' tokens, or only the 'selected' ones."""
-        return self.method.denominator
+        return self._declared("denominator")
 
     @property
     def simplex(self) -> bool | None:
         """Whether Q, at the method's own scale, is always a distribution; None where nobody has said."""
-        declared = self.method.simplex
-        return declared(**self.params) if callable(declared) else declared
+        return self._declared("simplex")
+
+    @property
+    def invariant(self) -> bool:
+        """Whether adding a constant to the logits changes nothing, so that sum(Q) = 1."""
+        return self._declared("invariant")
 
     @cached_property
     def derived(self) -> bool:
@@ -181,6 +192,11 @@ class Variant:
 
         built_in = methods().get(self.name) is self.method and self.method.fn.__module__.startswith("qlens.")
         return (get, (self.spec,)) if built_in else (Variant, (self.method, self.params))
+
+    def _declared(self, name: str) -> Any:
+        """A field of the card, at these parameters."""
+        declared = getattr(self.method, name)
+        return declared(**self.params) if callable(declared) else declared
 
     def _check(self, tokens: Tokens) -> None:
         for name in self.needs:
