@@ -4,7 +4,6 @@ import ast
 import runpy
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -55,8 +54,7 @@ def test_wheel_gives_a_full_registry_outside_the_checkout(built, tmp_path):
 
 def test_sdist_gives_a_full_registry_outside_the_checkout(built, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xzf", sdist, "-C", tmp_path], check=True)  # tarfile's filter came with Python 3.11.4
     (folder,) = tmp_path.iterdir()
     assert installed_names(sdist, folder) == built_in()
     assert {"README.md", "LICENSE", "CITATION.cff", "constraints.txt", "tests"} <= {p.name for p in folder.iterdir()}

@@ -3,32 +3,64 @@
 import numpy as np
 import pytest
 import torch
+from draws import variants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
 import qlens
+from qlens.lens import gradient
 from qlens.testing import CONTRACT, check_variant, random_tokens
+from qlens.tokens import MODELS
 
-# Points off the defaults; a method not named here is tested at its defaults.
-POINTS = {
-    "label_smoothing": ["epsilon=0", "epsilon=1.0", "epsilon=0.3"],
-    "asft_anchored": ["weight=0", "weight=2.0", "direction='reverse'", "weight=0.5, direction='reverse'"],
-    "kd": ["temperature=2.0", "temperature=2.0, square=True", "temperature=0.5"],
-    "kd_hybrid": ["weight=0", "weight=1", "weight=0.2"],
-    "target_sft": ["eta=0", "eta=1", "eta=0.2"],
+BUILT_IN = {
+    name: method
+    for name, method in qlens.registry.methods().items()
+    if method.fn.__module__.startswith("qlens.variants")
 }
-BUILT_IN = [
-    name for name, method in qlens.registry.methods().items() if method.fn.__module__.startswith("qlens.variants")
-]
-SPECS = [spec for name in BUILT_IN for spec in (name, *(f"{name}({point})" for point in POINTS.get(name, [])))]
+SPECS = [spec for name, method in BUILT_IN.items() for spec in (name, *(f"{name}@{mode}" for mode in method.modes))]
+# The largest error of a gradient, as a share of max(1, largest |g|), in each dtype of the logits.
+PRECISION = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
 @pytest.mark.parametrize("check", CONTRACT)
 @pytest.mark.parametrize("spec", SPECS)
 def test_contract(spec, check):
     assert CONTRACT[check](qlens.get(spec)) is None  # each check raises where it fails
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_identity_at_any_parameters(name, data):
+    variant = data.draw(variants(BUILT_IN[name]))
+    n, v = data.draw(st.integers(2, 12)), data.draw(st.integers(2, 12))
+    tokens = random_tokens(n, v, data.draw(st.floats(0.05, 6)), data.draw(st.integers(0, 10**6)))
+    target = variant.target(tokens)
+    explicit = target.scale[:, None] * (tokens.probs - target.q)
+    close(gradient(variant.loss, tokens), explicit, torch.float64)
+    close(target.grad, explicit, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spec", SPECS)
+def test_precision_is_as_stated(spec, dtype):
+    variant, exact = qlens.get(spec), random_tokens(64, 24)
+    coarse = exact.replace(**{name: getattr(exact, name).to(dtype) for name in ("logits", *MODELS)})
+    exact = exact.replace(**{name: getattr(coarse, name).double() for name in ("logits", *MODELS)})
+    wanted = variant.target(exact).grad
+    close(variant.target(coarse).grad, wanted, dtype)
+    leaf = coarse.logits.clone().requires_grad_()
+    variant.loss(coarse.replace(logits=leaf)).sum().backward()
+    assert leaf.grad.dtype == dtype
+    close(leaf.grad, wanted, dtype)
+
+
+def close(actual, expected, dtype):
+    """Equal, to the stated share of the largest gradient."""
+    size = max(1.0, float(expected.abs().max()))
+    assert_close(actual.double(), expected, rtol=0.0, atol=PRECISION[dtype] * size)
 
 
 def test_every_identity_here_is_a_real_one():
