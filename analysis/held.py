@@ -23,10 +23,13 @@ CANDIDATES = 6
 Examples = Sequence[Mapping[str, Sequence[int]]]
 
 
-def held_tokens(model: PreTrainedModel, examples: Examples, **others: PreTrainedModel) -> Iterator[Tokens]:
+def held_tokens(
+    model: PreTrainedModel, examples: Examples, variant: Variant | None = None, **others: PreTrainedModel
+) -> Iterator[Tokens]:
     """Tokens at all supervised positions, some whole examples at a time; ``others`` fill the fields of those names."""
+    needs = () if variant is None else variant.needs
     longest = max(len(example["input_ids"]) for example in examples)
-    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), **others)
+    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), needs, **others)
 
 
 def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I"]:
@@ -52,7 +55,7 @@ def diagnostics(
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in ("nll", "entropy", "kl_start", "pull", "negative_mass")}
     room: list[Tensor] = []  # what SFT would pull by
-    for tokens in held_tokens(model, examples, **others):
+    for tokens in held_tokens(model, examples, variant, **others):
         started = tokens.log_probs_of("reference")
         sums["nll"].append(-tokens.label_log_probs)
         sums["entropy"].append(-expectation(tokens.probs, tokens.log_probs))
@@ -76,7 +79,7 @@ def beliefs(
     All to six significant digits: what differs by rounding alone is the same belief.
     """
     found: dict[str, list[Tensor]] = {"p": [], "Q": [], "trust": []}
-    for tokens in held_tokens(model, examples, **others):
+    for tokens in held_tokens(model, examples, variant, **others):
         target = variant.target(tokens)
         trust = torch.full_like(target.trust, torch.nan) if variant.derived else target.trust
         for name, values in (("p", tokens.label_probs), ("Q", tokens.gather(target.at("unit").q)), ("trust", trust)):
@@ -125,7 +128,7 @@ def reading(
     any result is known: of those where the label is not the model's favourite, the one with p_y nearest to 0.1.
     ``calibration``: the method's own trust against the truth of the judged labels, where there is one.
     """
-    tokens = next(held_tokens(start, examples, **others))
+    tokens = next(held_tokens(start, examples, variant, **others))
     target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
     grid = torch.linspace(0, 1, GRID, device=p_y.device)
     shown = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()

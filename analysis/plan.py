@@ -18,7 +18,7 @@ from qlens.errors import InputError, UnknownName
 from qlens.lab import SETTINGS, Setting
 from qlens.registry import Variant
 
-SOURCES = ("teacher", "reference")  # what a comparison can offer to methods
+SOURCES = ("teacher", "reference", "old", "second", "sequence", "negatives")  # what a comparison can offer to methods
 ALL = "all"
 
 Rows = Mapping[str, Sequence[Recipe]]

@@ -5,11 +5,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from qlens.errors import InputError
+
+COLUMNS = {
+    "critical": torch.bool,
+    "hint": torch.bool,
+    "chosen": torch.bool,
+    "pair": torch.long,
+    "advantage": torch.float32,
+    "weight": torch.float32,
+}
+"""Fields of Tokens that data may carry beside input_ids and labels: a list as long as these, or one value per example."""
 
 IGNORE = -100
 """The label of a token that nothing is learned from."""
@@ -18,10 +28,11 @@ IGNORE = -100
 def collate(examples: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
     """A right-padded batch of ``{"input_ids", "labels"}``: input_ids, attention_mask and labels, each (B, T).
 
-    Padding is neither attended to nor supervised, so any ``pad_id`` will do for a tokenizer that has none.
+    Padding is neither attended to nor supervised, so any ``pad_id`` will do for a tokenizer that has none. Columns named
+    as in ``COLUMNS`` (critical, advantage, weight, ...) come along as (B, T), a value per example being every token's.
 
     Raises:
-        InputError: an example lacks input_ids or labels, or they differ in length.
+        InputError: an example lacks input_ids or labels, they differ in length, or a column is not in every example.
 
     Example:
         >>> collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [-100]}])["labels"]
@@ -33,14 +44,28 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str,
         if None in sizes.values() or len(set(sizes.values())) > 1:
             raise InputError(f"example {number} of the batch needs input_ids and labels of one length, got {sizes}")
 
-    def padded(rows: list, fill: int) -> Tensor:
-        tensors = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    def padded(rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
+        tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     ids = [example["input_ids"] for example in examples]
     seen = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
     labels = [example["labels"] for example in examples]
-    return {"input_ids": padded(ids, pad_id), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORE)}
+    batch = {"input_ids": padded(ids, pad_id), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORE)}
+    for name, dtype in COLUMNS.items():
+        if any(name in example for example in examples):
+            batch[name] = padded([_column(example, name) for example in examples], 0, dtype)
+    return batch
+
+
+def _column(example: Mapping[str, Any], name: str) -> list:
+    """An example's values of a column, one per token."""
+    size, value = len(example["input_ids"]), example.get(name)
+    row = list(value) if isinstance(value, Sequence | Tensor) else [value] * size
+    if value is None or len(row) != size:
+        found = "lacks it" if value is None else f"has {len(row)} values for {size} tokens"
+        raise InputError(f"column {name!r} must hold one value, or one per token, in every example: one {found}")
+    return row
 
 
 def positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
@@ -87,7 +112,8 @@ class Supervised:
         self.shape = labels.shape
         self.index = (next_labels != IGNORE).nonzero()[:, 0]
         self.labels = next_labels[self.index]
-        self.sequence = starts.flatten().cumsum(0)[self.index].unique(return_inverse=True)[1]
+        self.segment = starts.flatten().cumsum(0)
+        self.sequence = self.segment[self.index].unique(return_inverse=True)[1]
 
     @classmethod
     def of(cls, batch: Mapping[str, Tensor]) -> "Supervised":
@@ -108,3 +134,24 @@ class Supervised:
         if values.shape[:2] != self.shape:
             raise InputError(f"values have shape {tuple(values.shape)}, but the labels are {tuple(self.shape)}")
         return values.flatten(0, 1).index_select(0, self.index)
+
+    def at_labels(self, values: Shaped[Tensor, "B T"]) -> Shaped[Tensor, " N"]:
+        """What ``values``, laid out as the labels are, say of every supervised label itself."""
+        return values.flatten()[self.index + 1]
+
+    def context(self, input_ids: Int[Tensor, "B T"], vocabulary: int) -> Bool[Tensor, "N vocabulary"]:
+        """Which tokens stand before each supervised label in its own sequence, the label itself left out.
+
+        Example:
+            >>> ids = torch.tensor([[2, 0, 2, 1]])
+            >>> Supervised(torch.tensor([[-100, -100, 2, 1]])).context(ids, 3)
+            tensor([[ True, False, False],
+                    [ True, False,  True]])
+        """
+        width = self.shape[1]
+        row, at = self.index // width, self.index % width
+        before = torch.arange(width, device=at.device) <= at[:, None]
+        own = self.segment.view(self.shape)[row] == self.segment[self.index][:, None]
+        ids = input_ids[row].masked_fill(~(before & own), vocabulary)
+        seen = torch.zeros(len(self), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(1, ids, True)
+        return seen[:, :vocabulary].scatter(1, self.labels[:, None].long(), False)

@@ -7,6 +7,18 @@ from typing import Any
 from qlens import params
 from qlens.registry import Variant, get, names
 
+FAMILIES = (
+    "label trust",
+    "fixed mixture",
+    "anchored",
+    "designed target",
+    "distillation",
+    "entropy",
+    "robust",
+    "parameter space",
+    "preference",
+    "policy gradient",
+)
 COLUMNS = ("name", "trust", "residual", "scale", "needs", "paper")
 
 
@@ -28,11 +40,15 @@ def summary(variant: Variant) -> dict[str, Any]:
         "needs": list(variant.needs),
         "scope": variant.scope,
         "simplex": variant.simplex,
+        "invariant": variant.invariant,
         "denominator": variant.denominator,
         "derived": variant.derived,
         "parameters": variant.params,
+        "modes": {mode: dict(point) for mode, point in method.modes.items()},
         "limits": method.limits,
+        "differences": list(method.differences),
         "paper": variant.paper,
+        "code": method.code,
     }
 
 
@@ -41,15 +57,32 @@ def summaries() -> list[dict[str, Any]]:
     return [summary(get(name)) for name in names()]
 
 
+def families() -> dict[str, list[dict[str, Any]]]:
+    """The cards by family: the families that have most to do with labels first, the user's own last."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for each in summaries():
+        found.setdefault(each["family"], []).append(each)
+    known = [family for family in FAMILIES if family in found]
+    return {family: found[family] for family in (*known, *sorted(set(found) - set(FAMILIES)))}
+
+
 def markdown() -> str:
     """The table of methods as the README shows it."""
-    head = "| method | trust in the label | where the rest goes | scale | needs | source |"
-    rows = [head, "|---|---|---|---|---|---|"]
-    for card in summaries():
-        given = ", ".join(f"{name}={value!r}" for name, value in card["parameters"].items())
-        cells = (f"`{card['name']}({given})`", card["trust"], card["residual"], card["scale"])
-        rows.append(f"| {' | '.join(cells)} | {', '.join(card['needs']) or '-'} | {card['paper']} |")
+    rows = [
+        "| method | trust in the label | where the rest goes | scale | needs | source |",
+        "|---|---|---|---|---|---|",
+    ]
+    for family, cards in families().items():
+        rows.append(f"| **{family}** | | | | | |")
+        for each in cards:
+            cells = (f"`{each['name']}`", each["trust"], each["residual"], each["scale"])
+            needs = ", ".join(each["needs"]) or "-"
+            rows.append(f"| {' | '.join(map(_cell, cells))} | {needs} | {each['paper']} |")
     return "\n".join(rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def card(variant: Variant) -> str:
@@ -68,16 +101,34 @@ def card(variant: Variant) -> str:
         f"  mean over            {variant.denominator} tokens",
         f"  identity             {'by construction: the target is read from the loss' if variant.derived else 'a real test'}",
     ]
+    if not variant.invariant:
+        lines.append("  sum(Q)               not 1 everywhere: the loss sees raw logits")
     if fields["limits"]:
-        lines.append(f"  limits               {fields['limits']}")
+        lines += _hanging("limits", fields["limits"])
     lines += [f"  source               {fields['paper'] or '-'}", f"  family               {variant.family}"]
+    if fields["code"]:
+        lines += _hanging("released code", fields["code"])
     default = params.defaults(variant.method.fn)
     if variant.params:
         lines += ["", "Parameters"]
         for name, value in variant.params.items():
             changed = "" if value == default[name] else f" (default {default[name]!r})"
             lines.append(f"  {name} = {value!r}{changed}")
+    if fields["modes"]:
+        lines += ["", f"Modes, as {variant.name}@MODE"]
+        for mode, point in fields["modes"].items():
+            lines.append(f"  {mode:<20} {', '.join(f'{k}={v!r}' for k, v in point.items()) or 'the defaults'}")
+    if fields["differences"]:
+        lines += ["", "Where paper, released code and the authors' table differ"]
+        lines += [
+            textwrap.fill(each, 118, initial_indent="  - ", subsequent_indent="    ") for each in fields["differences"]
+        ]
     described = inspect.getdoc(variant.method.fn)
     if described:
         lines += ["", textwrap.indent(described.partition("\nExample:")[0].strip(), "  ")]
     return "\n".join(lines)
+
+
+def _hanging(name: str, text: str) -> list[str]:
+    """A field of the card whose text may take several lines."""
+    return textwrap.wrap(text, 118, initial_indent=f"  {name:<20} ", subsequent_indent=" " * 23)

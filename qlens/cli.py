@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import qlens
@@ -31,18 +32,58 @@ Data = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, ...")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="as saved")]
+Rows = Annotated[int, typer.Option(min=1, help="How many rows of the data to read.")]
 Loss = Annotated[str, typer.Argument(help="A method's spec, like dft or kd(temperature=2.0), or FILE.py:FUNCTION.")]
 
 
 @app.command("list")
-def list_methods(as_json: Json = False) -> None:
-    """List the registered methods: trust, residual, scale, needs, paper."""
+def list_methods(
+    near: Annotated[
+        bool, typer.Option("--distances", help="Which methods are one, and how far apart the others are.")
+    ] = False,
+    model: Folder = None,
+    teacher: Folder = None,
+    reference: Folder = None,
+    data: Data = None,
+    rows: Rows = 32,
+    as_json: Json = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """List the registered methods: trust, residual, scale, needs, paper; or how they relate, on probes or on your own text."""
+    if near:
+        return _list_distances(model, teacher, reference, data, rows, as_json, device, dtype)
+    if model or teacher or reference or data:
+        raise InputError("--model, --teacher, --reference and --data go with --distances")
     if as_json:
         return print(json.dumps(cards.summaries(), indent=2))
     table = Table(*cards.COLUMNS, box=None, header_style="bold", pad_edge=False)
-    for row in cards.summaries():
-        table.add_row(*(", ".join(v) if isinstance(v := row[name], list) else str(v) for name in cards.COLUMNS))
-    Console(width=None if sys.stdout.isatty() else 150).print(table)
+    for family, members in cards.families().items():
+        table.add_row(f"[bold]{family}[/bold]")
+        for row in members:
+            cells = (", ".join(v) if isinstance(v := row[name], list) else str(v) for name in cards.COLUMNS)
+            table.add_row(*map(escape, cells))
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
+def _list_distances(
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
+    data: Path | None,
+    rows: int,
+    as_json: bool,
+    device: str,
+    dtype: Any,
+) -> None:
+    from qlens.distances import distances
+
+    tokens = None
+    if model or teacher or reference or data:
+        needs = ("old", "second", "negatives")
+        tokens = _own_tokens(model, teacher, reference, data, rows, device, dtype, needs)["tokens"]
+    found = distances(tokens)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
 
 @app.command()
@@ -67,7 +108,7 @@ def explain(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
-    rows: Annotated[int, typer.Option(min=1, help="How many rows of the data to read.")] = 32,
+    rows: Rows = 32,
     figure: Annotated[Path | None, typer.Option(help="Where the figure goes.", show_default="explain-NAME.png")] = None,
     as_json: Json = False,
     device: Device = "cpu",
@@ -81,7 +122,7 @@ def explain(
     if path is not None and path.suffix not in FIGURES:
         raise InputError(f"--figure {path}: a figure ends in one of {', '.join(FIGURES)}")
     if model or data or teacher or reference:
-        where = _own_tokens(model, teacher, reference, data, rows, device, dtype)
+        where = _own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
     read = qlens.explain(variant, **where)
     print(json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
@@ -155,6 +196,7 @@ def _own_tokens(
     rows: int,
     device: str,
     dtype: Any,
+    needs: tuple[str, ...],
 ) -> dict[str, Any]:
     """Tokens of the user's model on the user's text, and how to print them."""
     if model is None or data is None:
@@ -174,7 +216,7 @@ def _own_tokens(
     used = encoded.examples[:rows]
     said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
     typer.echo(said, err=True)
-    tokens = tokens_from_examples(examples=used, **loaded)
+    tokens = tokens_from_examples(examples=used, needs=needs, **loaded)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
 
 

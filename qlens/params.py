@@ -52,7 +52,7 @@ def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
         hint = hints.get(name, type(bound[name]) if bound[name] is not None else Any)
         if (wanted := _misfit(value, hint)) is not None:
             raise ParameterError(f"{method}: {name} = {value!r}, but it must be {wanted}")
-        bound[name] = float(value) if _is_float(hint) else value
+        bound[name] = float(value) if _is_float(hint) else tuple(value) if isinstance(value, list) else value
     return bound
 
 
@@ -96,6 +96,31 @@ def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> st
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else name
 
 
+def ends(fn: Callable) -> list[dict[str, Any]]:
+    """Points that matter, one parameter at a time: the finite ends of a range, 0 and 1 within it, every choice.
+
+    Example:
+        >>> def f(tokens, *, eta: Share = 0.5, square: bool = False): ...
+        >>> ends(f)
+        [{'eta': 0.0}, {'eta': 1.0}, {'square': True}]
+    """
+    hints = _hints(fn)
+    points = [{name: value} for name in defaults(fn) for value in _telling(hints.get(name, Any))]
+    return [point for point in points if point.items() - defaults(fn).items()]
+
+
+def _telling(hint: Any) -> list[Any]:
+    """The values of an annotation that a limit or an identity may stand at."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        return [v for v in (0.0, 1.0) if inner[0] is float and v in inner[1]]
+    if origin is Literal:
+        return list(inner)
+    if origin is not None and origin is not tuple:
+        return [value for side in inner for value in _telling(side)]
+    return {bool: [False, True], float: [0.0, 1.0], type(None): [None]}.get(hint, [])
+
+
 def _hints(fn: Callable) -> dict[str, Any]:
     """The annotations of a function's arguments; a callable object has none that can be read this way."""
     return typing.get_type_hints(fn, include_extras=True) if inspect.isroutine(fn) else {}
@@ -115,6 +140,9 @@ def _misfit(value: Any, hint: Any) -> str | None:
         return next((f"in {mark}" for mark in marks if isinstance(mark, Between) and value not in mark), None)
     if origin is Literal:
         return None if value in inner else "one of " + ", ".join(map(repr, inner))
+    if origin is tuple and inner[-1] is Ellipsis:
+        fits = isinstance(value, tuple | list) and len(value) and all(_misfit(v, inner[0]) is None for v in value)
+        return None if fits else f"({inner[0].__name__}, ...)"
     if origin is tuple:
         fits = isinstance(value, tuple | list) and len(value) == len(inner)
         fits = fits and all(_misfit(v, h) is None for v, h in zip(value, inner, strict=True))

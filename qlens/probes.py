@@ -32,8 +32,8 @@ SHAPES = ("peaked", "flat")  # one alternative holds nine tenths of what the lab
 def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tokens:
     """Tokens that tell losses apart: every p_y of the sweep with peaked and with flat alternatives, V = 32.
 
-    Teacher, reference, old policy and second pass differ from the student and from each other; each shape is a sequence,
-    and the two are a pair. Masks, advantages and negatives are dealt out so that every one of them tells.
+    Teacher, reference, old policy and second pass differ from the student and from each other. The tokens are dealt to eight
+    sequences in four pairs; masks, advantages and negatives so that every one of them tells.
 
     Example:
         >>> probes().logits.shape
@@ -61,7 +61,8 @@ def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     fields["second"] = logits + noise(0.1)
     fields["advantage"] = torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]
     fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
-    marks = dict(sequence=(~peaked).long(), pair=torch.zeros_like(rows), chosen=peaked)
+    sequence = rows % 8
+    marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
     marks |= dict(critical=rows % 2 == 0, hint=rows % 4 == 1)
     marks["negatives"] = one_hot((labels + 2) % VOCABULARY, VOCABULARY, torch.float64).bool()
     marks["negatives"][rows, rival] = rows % 2 == 1

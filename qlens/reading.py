@@ -1,6 +1,6 @@
 """Reading: what models predict at the supervised positions of texts, as Tokens."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,6 +22,7 @@ def tokens_from_text(
     teacher: nn.Module | None = None,
     reference: nn.Module | None = None,
     batch_size: int = 8,
+    needs: Collection[str] = (),
 ) -> Tokens:
     """Tokens at every supervised position of texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
 
@@ -33,7 +34,9 @@ def tokens_from_text(
     if isinstance(rows, str) or not len(rows):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
     examples = encode([_row(row) for row in rows], tokenizer, None).examples
-    return tokens_from_examples(model, examples, teacher=teacher, reference=reference, batch_size=batch_size)
+    return tokens_from_examples(
+        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
+    )
 
 
 def tokens_from_examples(
@@ -42,6 +45,7 @@ def tokens_from_examples(
     teacher: nn.Module | None = None,
     reference: nn.Module | None = None,
     batch_size: int = 8,
+    needs: Collection[str] = (),
 ) -> Tokens:
     """Tokens at every supervised position of encoded rows: what the model, and others, predict there; no gradient.
 
@@ -50,6 +54,8 @@ def tokens_from_examples(
         examples: as ``encode`` makes them.
         teacher, reference: other models over the same vocabulary.
         batch_size: rows per forward pass.
+        needs: what a method asks for beside (``variant.needs``): ``negatives`` are the tokens before a label in its own text,
+            ``old`` and ``second`` the model's own pass, as right after a refresh and without dropout.
 
     Raises:
         InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
@@ -60,7 +66,7 @@ def tokens_from_examples(
     for name, each in {"model": model, **others}.items():
         _check_fits(examples, each, name)
     parts, sequences = [], 0
-    for tokens in token_batches(model, examples, batch_size, **others):
+    for tokens in token_batches(model, examples, batch_size, needs, **others):
         part = tokens.fields()
         parts.append(part | {"sequence": part["sequence"] + sequences})
         sequences += batch_size
@@ -68,7 +74,11 @@ def tokens_from_examples(
 
 
 def token_batches(
-    model: nn.Module, examples: Sequence[Mapping[str, Sequence[int]]], batch_size: int, **others: nn.Module
+    model: nn.Module,
+    examples: Sequence[Mapping[str, Sequence[int]]],
+    batch_size: int,
+    needs: Collection[str] = (),
+    **others: nn.Module,
 ) -> Iterator[Tokens]:
     """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch."""
     with ExitStack() as frozen:
@@ -80,6 +90,9 @@ def token_batches(
             fields = {"logits": supervised.take(model_logits(model, batch))}
             for name, other in others.items():
                 fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
+            fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
+            if "negatives" in needs:
+                fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1])
             yield Tokens(labels=supervised.labels, sequence=supervised.sequence, **fields)
 
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from qlens.batching import Supervised, collate, positions
+from qlens.batching import COLUMNS, Supervised, collate, positions
 from qlens.errors import InputError
+from qlens.feeding import Feed
 from qlens.registry import Variant, resolve
-from qlens.sources import check_same_vocabulary, freeze, model_logits
 from qlens.tokens import Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
@@ -35,8 +35,9 @@ class QLossMixin(Trainer):
 
     The loss of an optimizer step is the sum of the variant's per-token losses over all its supervised tokens, divided
     by their number, plus the variant's penalty once: the same however the step is cut into micro-batches, padded or
-    packed, and on however many devices (methods of scope "batch" excepted, which see one micro-batch at a time). The
-    number is that of all supervised tokens for every method, those with ``denominator`` "selected" included.
+    packed, and on however many devices (methods of scope "batch" or "pair" excepted, which see one micro-batch at a
+    time). The number is that of all supervised tokens; for a method with ``denominator`` "selected" the sum of every
+    micro-batch is first raised by its supervised over its selected tokens, those with a trust other than 0.
 
     Beside ``loss``, every log holds the comparables of ``Tally.means`` over all supervised tokens of the logged step,
     and ``update_norm``, the norm of that step's change of the parameters; they are computed for logged steps only.
@@ -46,6 +47,11 @@ class QLossMixin(Trainer):
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
         teacher, reference: other causal language models, frozen here and moved to the device; run only if needed.
+        old_every: optimizer steps between refreshes of the old policy, for methods that need one: a copy of the model.
+
+    What else a method needs is found here: the second pass is the model's own, without gradient; negatives are the
+    tokens before a label in its own text; critical, hint, advantage, chosen, pair and weight are columns of the data,
+    one value per example, or one per token in line with the labels (see ``qlens.batching.collate``).
 
     Raises:
         InputError: a model that the method needs is missing, has another vocabulary, or is the trained model itself; or
@@ -61,27 +67,19 @@ class QLossMixin(Trainer):
         variant: Variant | str | Callable,
         teacher: nn.Module | None = None,
         reference: nn.Module | None = None,
+        old_every: int = 8,
         **kwargs: Any,
     ):
         self.variant = resolve(variant)
-        others = {"teacher": teacher, "reference": reference}
-        for need in self.variant.needs:
-            if need not in others:
-                raise InputError(f"{self.variant.name} needs {need!r}, which QTrainer has no source for")
-            if others[need] is None:
-                raise InputError(f"{self.variant.name} needs a {need}: give QTrainer({need}=...)")
+        self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference}, old_every)
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
         self.model_accepts_loss_kwargs = True
-        self.others = {}
-        for need in self.variant.needs:
-            if others[need] is self.model:
-                raise InputError(f"{need} is the model being trained, which would freeze it: give a copy")
-            check_same_vocabulary(self.model, others[need], need)
-            self.others[need] = freeze(others[need]).to(self.args.device)
+        self.add_callback(self._feed.follow(self.model, self.args.device))
+        self.variant.penalty(self.model)  # a penalty measures from here, whatever checkpoint is resumed later
         self._tally, self._evaluating = Tally(), False
         self._update = UpdateNorm(self)
         self.add_callback(self._update)
@@ -99,13 +97,13 @@ class QLossMixin(Trainer):
         supervised = Supervised.of({k: v.to(logits.device) for k, v in inputs.items() if k in LAYOUT})
         rows = supervised.take(logits)
         if len(supervised):
-            others = {name: supervised.take(model_logits(other, features)) for name, other in self.others.items()}
-            tokens = Tokens(logits=rows, labels=supervised.labels, sequence=supervised.sequence, **others)
+            fields = self._feed.fields(supervised, rows, features, inputs)
+            tokens = Tokens(logits=rows, labels=supervised.labels, **fields)
             losses = self.variant.loss(tokens)
             losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
             if self._evaluating or (self.is_in_train and self.logs_this_step()):
                 self._tally.add(self.variant, tokens, losses)
-            total = losses.sum()
+            total = losses.sum() * self._selected(tokens)
         else:
             total = rows.sum()  # zero, and backward still runs
         if num_items_in_batch is None:
@@ -118,9 +116,21 @@ class QLossMixin(Trainer):
             loss = loss + self.variant.penalty(self.model) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
 
+    def _selected(self, tokens: Tokens) -> float:
+        """What raises a sum over all supervised tokens to one that counts the selected only."""
+        if self.variant.denominator != "selected":
+            return 1.0
+        kept = self.variant.target(tokens.replace(logits=tokens.logits.detach())).trust != 0
+        return len(tokens) / max(int(kept.sum()), 1)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """The model's inputs, and what data may say of tokens beside: none of it is to be dropped."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *COLUMNS]))
+
     def _features(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the models see: no labels, and positions that ignore padding on the left."""
-        features = {name: value for name, value in inputs.items() if name != "labels"}
+        features = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
         mask = features.get("attention_mask")
         if mask is not None and "position_ids" not in features and not mask[:, 0].all():
             if "position_ids" in inspect.signature(self.model.forward).parameters:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qlens import adapters, params
 from qlens.errors import InputError
+from qlens.groups import Groups
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
 
@@ -23,7 +24,8 @@ class Method:
     ``simplex`` is True, False, or None where nobody has declared it; ``invariant`` is False where the loss also sees raw
     logits, so that sum(Q) is not 1. ``modes`` names points of the parameters, above all those of released code
     (``get("eaft@axolotl")``); ``differences`` says where paper, code and the authors' table disagree, a sentence each.
-    ``scope``, ``needs``, ``simplex``, ``invariant`` and ``denominator`` may be functions of the parameters.
+    ``coupled`` is "sequence" or "pair" where the rows of such a group have one gradient between them, so that they must weigh
+    alike. ``scope``, ``needs``, ``simplex``, ``invariant``, ``coupled`` and ``denominator`` may be functions of the parameters.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Method:
     scale: str = "1"
     simplex: bool | None | Callable[..., bool] = None
     invariant: bool | Callable[..., bool] = True
+    coupled: str | Callable[..., str] = ""
     denominator: str | Callable[..., str] = "valid"
     limits: str = ""
     modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -202,6 +205,11 @@ class Variant:
         for name in self.needs:
             if getattr(tokens, name) is None:
                 raise InputError(f"{self.name} needs a {name}: give Tokens({name}=...), on the command line --{name}")
+        group = self._declared("coupled")
+        if group and tokens.weight is not None:
+            groups = Groups(tokens.require(group))
+            if not torch.allclose(groups.mean(tokens.weight)[groups.index], tokens.weight):
+                raise InputError(f"weight: {self.spec} has one loss per {group}, so that its tokens must weigh alike")
 
     def __repr__(self) -> str:
         return f"<Variant {self.spec}>"

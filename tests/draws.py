@@ -26,18 +26,19 @@ def values(hint: Any, name: str) -> st.SearchStrategy:
         low, high = max(between.low, -3.0), min(between.high, 5.0)
         if inner[0] is int:
             return st.integers(int(max(low, between.low)), int(min(between.high, 40)))
-        return st.floats(low + 0.05 if between.open_low else low, high)
+        return st.floats(low + 0.05 if between.open_low else low, high).map(lambda x: round(x, 6))
     if origin is Literal:
         return st.sampled_from(inner)
     if origin is tuple:
-        low, high = st.floats(0.0, 0.9), st.floats(1.0, 3.0)
-        return st.tuples(low, high) if len(inner) == 2 and inner[1] is not Ellipsis else st.tuples(low)
+        if inner[-1] is Ellipsis:
+            return st.lists(values(inner[0], name), min_size=1, max_size=3).map(tuple)
+        return st.tuples(st.floats(0.05, 0.9), st.floats(1.0, 3.0))  # a clamp (low, high), or two temperatures
     if hint is bool:
         return st.booleans()
     if hint is type(None):
         return st.none()
     if hint is float:
-        return st.floats(-2.0, 3.0)
+        return st.floats(-2.0, 3.0).map(lambda x: round(x, 6))
     if hint is int:
         return st.integers(1, 40)
     if origin is not None:

@@ -200,7 +200,7 @@ def test_a_teacher_that_is_not_needed_is_not_run(make):
     [
         (dict(variant="kd"), r"kd needs a teacher: give QTrainer\(teacher=...\)"),
         (dict(variant="asft_anchored"), r"asft_anchored needs a reference: give QTrainer\(reference=...\)"),
-        (dict(variant=lambda tokens, old: tokens.label_log_probs), "'old', which QTrainer has no source for"),
+        (dict(old_every=0), "old_every must be at least 1, got 0"),
         (dict(variant="kd", teacher=llama(1, vocab=33)), "teacher has a vocabulary of 33, but the model's has 32"),
         (dict(variant="nope"), "unknown method 'nope'"),
         (dict(compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func and variant"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from draws import variants
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
@@ -37,7 +37,10 @@ def test_identity_at_any_parameters(name, data):
     variant = data.draw(variants(BUILT_IN[name]))
     n, v = data.draw(st.integers(2, 12)), data.draw(st.integers(2, 12))
     tokens = random_tokens(n, v, data.draw(st.floats(0.05, 6)), data.draw(st.integers(0, 10**6)))
-    target = variant.target(tokens)
+    try:
+        target = variant.target(tokens)
+    except qlens.InputError:  # parameters that do not go together
+        assume(False)
     explicit = target.scale[:, None] * (tokens.probs - target.q)
     close(gradient(variant.loss, tokens), explicit, torch.float64)
     close(target.grad, explicit, torch.float64)

@@ -47,7 +47,15 @@ def trainer_in(
     folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **given
 ):
     """A QTrainer (or another kind) on the CPU, quiet, by SGD at a constant rate unless told otherwise."""
-    names = ("teacher", "reference", "eval_dataset", "compute_metrics", "compute_loss_func", "data_collator")
+    names = (
+        "teacher",
+        "reference",
+        "eval_dataset",
+        "compute_metrics",
+        "compute_loss_func",
+        "data_collator",
+        "old_every",
+    )
     trainer_options = {name: given.pop(name) for name in names if name in given}
     options = dict(
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=steps, optim="sgd",

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.citations import bibtex
 from qlens.registry import register
 from qlens.target import Target
 from qlens.tokens import Tokens
@@ -18,11 +19,19 @@ from qlens.tokens import Tokens
     residual="student",
     simplex=True,
     limits="p_y -> 1 gives sft; p_y -> 0 gives Q = p (no update)",
-    bibtex="""@misc{wu2025dft,
-  title = {On the Generalization of {SFT}: A Reinforcement Learning Perspective with Reward Rectification},
-  author = {Wu, Yongliang and others},
-  year = {2025}, eprint = {2508.05629}, archivePrefix = {arXiv},
-}""",
+    differences=(
+        "The paper sums over a sequence; the official code takes the token mean of every micro-batch.",
+        "TRL computes the probability in the logits' own dtype, Liger in the model's: in bfloat16 the weight has three digits.",
+        "In the official code the sequence-parallel branch is plain cross-entropy.",
+    ),
+    code="yongliang-wu/DFT verl/verl/trainer/fsdp_dft_trainer.py; huggingface/trl trl/trainer/sft_trainer.py::dft_loss",
+    bibtex=bibtex(
+        "wu2025dft",
+        "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
+        2025,
+        arxiv="2508.05629",
+        author="Wu, Yongliang and others",
+    ),
 )
 def dft(tokens: Tokens) -> Target:
     r"""The log-likelihood weighted by the label's own probability, which carries no gradient.

@@ -5,16 +5,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens.params import Positive, Share
+from qlens.citations import bibtex
+from qlens.params import Positive, Share, Weight
 from qlens.registry import register
 from qlens.target import Target
 from qlens.tokens import Tokens, log_softmax
 
-BIBTEX = """@misc{hinton2015distilling,
-  title = {Distilling the Knowledge in a Neural Network},
-  author = {Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff},
-  year = {2015}, eprint = {1503.02531}, archivePrefix = {arXiv},
-}"""
+BIBTEX = bibtex(
+    "hinton2015distilling",
+    "Distilling the Knowledge in a Neural Network",
+    2015,
+    arxiv="1503.02531",
+    author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+)
 
 
 @register(
@@ -27,6 +30,12 @@ BIBTEX = """@misc{hinton2015distilling,
     residual="teacher",
     simplex=lambda temperature, square: temperature == 1,
     limits="kd_hybrid(weight=1); the label is never looked at",
+    modes={"hinton": {"temperature": 2.0, "square": True}, "soft": {"temperature": 2.0}},
+    differences=(
+        "The authors' table is the case T = 1; at other temperatures the target is no mixture and may be signed.",
+        "A draft of the authors' page called this row a fixed mixture; what their plots show is not settled.",
+    ),
+    code="microsoft/LMOps minillm/finetune.py::get_distil_loss (T = 1, without the teacher's entropy)",
     bibtex=BIBTEX,
 )
 def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Target:
@@ -35,8 +44,9 @@ def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> 
     .. math:: \ell = KL(\pi_T^{(T)} \| p^{(T)}), \qquad Q = \pi_T \text{ at } T = 1, \quad
               Q = p - c\,(p^{(T)} - \pi_T^{(T)}) \text{ else}
 
-    with c = 1/T, or T where ``square`` multiplies the loss by T squared, as the paper does beside hard labels. At T != 1
-    Q is no mixture and may be signed. Takes ``tokens.teacher`` (N, V); gives losses in nats (the KL, not the cross-entropy).
+    with c = 1/T, or T where ``square`` multiplies the loss by T squared, as the paper does beside hard labels. At T
+    != 1 Q is no mixture and may be signed. Takes ``tokens.teacher`` (N, V); gives losses in nats (the KL, not the
+    cross-entropy).
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -71,19 +81,41 @@ def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False
     needs=("teacher",),
     trusted="1 - weight",
     residual="teacher",
-    simplex=True,
+    scale="1 (hard + weight where hard is given)",
+    simplex=lambda weight, temperature, square, hard: True if temperature == 1 else None,
     limits="weight = 0 is sft; weight = 1 is kd",
+    modes={
+        "liger": {"temperature": 2.0, "square": False},
+        "ms-swift": {"hard": 1.0, "weight": 1.0},
+    },
+    differences=(
+        "The authors' table is exact at T = 1 only.",
+        "Liger and axolotl leave out the factor T squared; Liger's labels stay at T = 1, and its mean is over valid tokens.",
+        "ms-swift adds the label's loss to a whole distillation loss: the weights do not add up to 1 (hard).",
+    ),
+    code="linkedin/Liger-Kernel src/liger_kernel/chunked_loss/fused_linear_distillation.py",
     bibtex=BIBTEX,
 )
-def kd_hybrid(tokens: Tokens, *, weight: Share = 0.5) -> Target:
+def kd_hybrid(
+    tokens: Tokens,
+    *,
+    weight: Share = 0.5,
+    temperature: Positive = 1.0,
+    square: bool = True,
+    hard: Weight | None = None,
+) -> Target:
     r"""The label and the teacher in fixed shares.
 
     .. math:: \ell = -(1 - \lambda) \log p_y + \lambda\, KL(\pi_T \| p), \qquad Q = (1 - \lambda) d + \lambda \pi_T
 
-    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1.
+    With a ``temperature`` T the divergence is between softened distributions, times T squared unless ``square`` is
+    off; the residual is then no longer the teacher. ``hard`` is the weight of the label's loss where it is not 1 -
+    weight. Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V), at s = 1, or s = hard + weight.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531).
 
     Example:
         >>> import torch
@@ -91,15 +123,29 @@ def kd_hybrid(tokens: Tokens, *, weight: Share = 0.5) -> Target:
         >>> kd_hybrid(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
         tensor([[0.7500, 0.2500]])
     """
-    return Target.mix(tokens, trust=1 - weight, residual=tokens.log_probs_of("teacher").exp())
+    label = 1 - weight if hard is None else hard
+    if temperature == 1:
+        scale = 1.0 if hard is None else hard + weight
+        trust = label / scale if scale else 1.0
+        return Target.mix(tokens, trust=trust, residual=tokens.log_probs_of("teacher").exp(), scale=scale)
+    soft = kd(tokens, temperature=temperature, square=square).grad
+    return Target.from_grad(tokens, label * (tokens.probs.detach() - tokens.one_hot) + weight * soft)
 
 
 @kd_hybrid.loss
-def kd_hybrid_loss(tokens: Tokens, *, weight: Share = 0.5) -> Float[Tensor, " N"]:
-    """-(1 - weight) log p_y + weight KL(teacher || student)."""
-    log_p = F.log_softmax(tokens.logits, -1)
-    nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
-    return (1 - weight) * nll + weight * _kl(F.log_softmax(tokens.require("teacher"), -1).detach(), log_p)
+def kd_hybrid_loss(
+    tokens: Tokens,
+    *,
+    weight: Share = 0.5,
+    temperature: Positive = 1.0,
+    square: bool = True,
+    hard: Weight | None = None,
+) -> Float[Tensor, " N"]:
+    """-(1 - weight) log p_y + weight KL(teacher || student), the second at the temperature."""
+    nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
+    log_t = F.log_softmax(tokens.require("teacher") / temperature, -1).detach()
+    soft = _kl(log_t, F.log_softmax(tokens.logits / temperature, -1)) * (temperature**2 if square else 1)
+    return (1 - weight if hard is None else hard) * nll + weight * soft
 
 
 def _kl(log_t: Float[Tensor, "N V"], log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:

@@ -18,6 +18,7 @@ from qlens.tokens import Tokens
     residual="none",
     simplex=True,
     limits="every weighted method at weight 1",
+    differences=("Frameworks differ in what the mean divides by, and in nothing else.",),
 )
 def sft(tokens: Tokens) -> Target:
     r"""Cross-entropy on the observed token.

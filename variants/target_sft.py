@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
 from qlens.target import Target
@@ -28,11 +29,17 @@ def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
     residual="guided: p^(1-eta) teacher^eta, normalised",
     simplex=True,
     limits="eta = 0 is dft; p_y -> 1 gives sft; p_y -> 0 gives the guided distribution",
-    bibtex="""@misc{xie2026targetsft,
-  title = {A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design},
-  author = {Xie, Tong and Ban, Yuanhao and Hong, Yunqi and An, Sohyun and Chen, Yihang and Hsieh, Cho-Jui},
-  year = {2026}, eprint = {2606.11189}, archivePrefix = {arXiv},
-}""",
+    differences=(
+        "No code is public, and the value of eta in the paper's experiments is not known.",
+        "The authors' page prints no stop-gradient on this row; only with all of Q detached is p - Q the gradient.",
+    ),
+    bibtex=bibtex(
+        "xie2026targetsft",
+        "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design",
+        2026,
+        arxiv="2606.11189",
+        author="Xie, Tong and Ban, Yuanhao and Hong, Yunqi and An, Sohyun and Chen, Yihang and Hsieh, Cho-Jui",
+    ),
 )
 def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
     r"""Cross-entropy toward a designed, detached target: the label by p_y, the rest to a geometric student-teacher mix.
@@ -40,8 +47,8 @@ def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
     .. math:: \ell = CE(\mathrm{sg}\,Q, p), \qquad Q = p_y d + (1 - p_y)\,\tilde\pi, \qquad
               \tilde\pi \propto p^{1 - \eta}\, \pi_T^{\eta}
 
-    ``eta`` is the teacher's intensity; the paper's value is not known, sweep it and report it. Takes ``tokens.teacher``
-    (N, V); gives (N,) losses in nats and Q (N, V) at s = 1.
+    ``eta`` is the teacher's intensity; the paper's value is not known, sweep it and report it. Takes
+    ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.

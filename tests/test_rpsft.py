@@ -1,0 +1,129 @@
+"""The penalty of rpsft against its formula, and in training."""
+
+import copy
+
+import pytest
+import torch
+from mini_lab import MINI
+from tiny import llama, parameters, trainer_in
+from torch import nn
+from torch.testing import assert_close
+
+import qlens
+
+
+class Two(nn.Module):
+    """Two matrices, one of which released code leaves free, and a vector."""
+
+    def __init__(self):
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.seen = nn.Parameter(torch.randn(6, 4, generator=draw, dtype=torch.float64))
+        self.vision = nn.Parameter(torch.randn(5, 5, generator=draw, dtype=torch.float64))
+        self.bias = nn.Parameter(torch.randn(4, generator=draw, dtype=torch.float64))
+
+
+def moved(model, by=0.1):
+    """The same model after a step in a fixed direction."""
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += by * torch.randn(parameter.shape, generator=draw, dtype=parameter.dtype)
+    return model
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_value_and_gradient_are_the_papers(normalize):
+    model = Two()
+    start = model.seen.detach().clone()
+    variant = qlens.get("rpsft", weight=0.7, k=2, normalize=normalize)
+    assert float(variant.penalty(model).detach()) < 1e-20
+    moved(model)
+    u, s, vh = torch.linalg.svd(start)
+    u, v = u[:, :2], vh[:2].T
+    block = u.T @ (model.seen - start).detach() @ v
+    size = s[:2].square().sum() if normalize else 1.0
+    assert_close(variant.penalty(model).detach(), 0.7 * block.square().sum() / size)
+    variant.penalty(model).backward()
+    assert_close(model.seen.grad, 2 * 0.7 * u @ block @ v.T / size)
+    assert model.vision.grad is None and model.bias.grad is None
+
+
+def test_a_rank_that_spans_the_matrix_holds_all_of_it():
+    model = Two()
+    start, variant = model.seen.detach().clone(), qlens.get("rpsft", k=4)
+    variant.penalty(model)
+    moved(model)
+    assert_close(variant.penalty(model).detach(), (model.seen - start).detach().square().sum())
+
+
+def test_half_precision_is_near_and_not_equal():
+    model = Two()
+    variants = [qlens.get("rpsft", k=2, half=half) for half in (False, True)]
+    for variant in variants:
+        variant.penalty(model)
+    moved(model)
+    exact, half = (variant.penalty(model).item() for variant in variants)
+    assert 0 < abs(exact - half) < 0.05 * exact
+
+
+def test_what_is_not_trained_is_not_penalised():
+    model = Two()
+    variant = qlens.get("rpsft", k=2)
+    variant.penalty(model)
+    moved(model).seen.requires_grad_(False)
+    assert float(variant.penalty(model).detach()) == 0.0
+
+
+def test_adapters_are_refused():
+    model = nn.Module()
+    model.lora_A = nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(qlens.InputError, match="rpsft holds full weights.*lora_A"):
+        qlens.get("rpsft").penalty(model)
+
+
+def distance(model, start):
+    """How far the leading directions of all matrices moved."""
+    total = 0.0
+    for (name, now), then in zip(model.named_parameters(), start.parameters(), strict=True):
+        if now.ndim == 2 and "vision" not in name:
+            u, _, vh = torch.linalg.svd(then.detach(), full_matrices=False)
+            total += float((u[:, :4].T @ (now - then).detach() @ vh[:4].T).square().sum())
+    return total
+
+
+def test_training_stays_nearer_in_the_leading_directions(tmp_path):
+    start, ends = llama(), {}
+    for spec in ("sft", "rpsft(weight=0.5, k=4)"):
+        trainer = trainer_in(tmp_path, spec, model=copy.deepcopy(start), steps=8)
+        trainer.train()
+        ends[spec] = trainer.model
+    free, held = (distance(model, start) for model in ends.values())
+    assert held < 0.7 * free
+    assert float((parameters(ends["sft"]) - parameters(start)).abs().max()) > 1e-3
+
+
+def test_a_resumed_run_measures_from_the_first_start(tmp_path):
+    start = llama()
+    spec = "rpsft(weight=0.5, k=4)"
+    trainer_in(tmp_path, spec, model=copy.deepcopy(start), steps=2, save_strategy="steps", save_steps=2).train()
+    resumed = trainer_in(tmp_path, spec, model=copy.deepcopy(start), steps=2)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    expected = 0.5 * distance(resumed.model, start)
+    assert expected > 1e-6
+    assert_close(float(resumed.variant.penalty(resumed.model).detach()), expected, rtol=1e-3, atol=0.0)
+
+
+def test_it_trains_the_labs_student(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
+    study = qlens.compare(
+        ["sft", "rpsft(weight=10.0, k=4)"],
+        settings=MINI,
+        seeds=1,
+        steps=6,
+        jobs=1,
+        progress=False,
+        out=tmp_path / "run",
+    )
+    moved = study.diagnostics.set_index("method")["kl_start"]
+    assert 0 < moved["rpsft(weight=10.0, k=4)"] < moved["sft"]

@@ -1,0 +1,180 @@
+"""Anchored methods: the label, plain or weighted by p_y, held near the model it started from."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.citations import bibtex
+from qlens.params import Weight
+from qlens.registry import register
+from qlens.target import Target
+from qlens.tokens import Tokens, expectation
+
+Direction = Literal["forward", "reverse"]
+
+
+@register(
+    "asft_anchored",
+    title="Anchored SFT",
+    paper="Zhu et al. 2025, arXiv 2509.23753",
+    family="anchored",
+    needs=("reference",),
+    trusted="p_y / (p_y + weight)",
+    residual="reference",
+    scale="p_y + weight",
+    simplex=lambda weight, direction: direction == "forward",
+    limits="weight = 0 is dft; in unit scale Q = p_y d + weight r + (1 - p_y - weight) p",
+    modes={"code": {"weight": 0.1}, "bf16": {"weight": 0.03}, "v1": {"direction": "reverse"}},
+    differences=(
+        "The paper's first version prints KL(p || r); its third, the code and the authors' table have KL(r || p).",
+        "The authors' table leaves out the scale p_y + weight.",
+        "Defaults: .05 in the paper and the README's command, .1 in the code, .03 advised for bfloat16.",
+        "The released arguments clip_min, clip_max and alpha are stored and never used.",
+        "The official trainer and LLaMA-Factory ignore num_items_in_batch: under accumulation the gradient is the sum of "
+        "the micro-batches' means.",
+        "Ports that see label log-probabilities only have no reference residual at all: label_kl(base='dft').",
+    ),
+    code="zhuchichi56/ASFT train_v2.py::EnhancedTrainer.compute_loss",
+    bibtex=bibtex("zhu2025asft", "Anchored Supervised Fine-Tuning", 2025, arxiv="2509.23753"),
+)
+def asft_anchored(tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward") -> Target:
+    r"""The p-loss plus a Kullback-Leibler anchor to the frozen reference r, over the whole vocabulary.
+
+    .. math:: \ell = -\mathrm{sg}(p_y) \log p_y + \lambda\, KL(r \| p), \qquad
+              Q = \frac{p_y d + \lambda r}{p_y + \lambda}, \quad s = p_y + \lambda
+
+    ``direction="reverse"`` (the paper's first version) anchors by KL(p || r) instead; its Q, in unit scale, is no
+    mixture: p_y d + (1 - p_y) p - weight p (log(p/r) - KL(p || r)). Takes ``tokens.reference`` (N, V); gives losses
+    in nats.
+
+    Raises:
+        InputError: ``tokens.reference`` is missing.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> asft_anchored(Tokens(logits=z, labels=torch.tensor([0]), reference=z), weight=0.5).q
+        tensor([[0.7500, 0.2500]])
+    """
+    p_y, log_r = tokens.label_probs.detach(), tokens.log_probs_of("reference")
+    if direction == "forward":
+        scale = p_y + weight
+        trust = torch.where(scale > 0, p_y / scale, 1.0)  # p_y may underflow with weight = 0
+        return Target.mix(tokens, trust=trust, residual=log_r.exp(), scale=scale)
+    log_p = tokens.log_probs.detach()
+    p, log_ratio = log_p.exp(), torch.where(log_p > -torch.inf, log_p - log_r, 0.0)
+    pull = log_ratio - expectation(p, log_ratio)[:, None]
+    return Target.dense(tokens, p + p_y[:, None] * (tokens.one_hot - p) - weight * p * pull)
+
+
+@asft_anchored.loss
+def asft_anchored_loss(
+    tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward"
+) -> Float[Tensor, " N"]:
+    """-sg(p_y) log p_y + weight KL."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    log_r = F.log_softmax(tokens.require("reference"), -1).detach()
+    nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
+    near, far = (log_p, log_r) if direction == "forward" else (log_r, log_p)
+    return (-nll).exp().detach() * nll + weight * F.kl_div(near, far, reduction="none", log_target=True).sum(-1)
+
+
+RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forgets Less", 2025, arxiv="2509.04259")
+
+
+@register(
+    "sft_kl",
+    title="SFT with a forward KL anchor",
+    paper="2025, arXiv 2509.04259 (as the authors' table links it)",
+    family="anchored",
+    needs=("reference",),
+    trusted="1 / (1 + weight)",
+    residual="reference",
+    scale="1 + weight",
+    simplex=True,
+    limits="weight = 0 is sft; (1 + weight) times kd_hybrid(weight / (1 + weight)) with the reference as teacher",
+    differences=(
+        "The linked paper analyses forgetting and defines no such loss; the row has no official code.",
+        "The authors' table leaves out the scale 1 + weight; in unit scale Q = d + weight r - weight p is signed.",
+    ),
+    code="zhuchichi56/ASFT train_v2.py, mode sft+kl (weight 0.1)",
+    bibtex=RAZOR,
+)
+def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
+    r"""The log-likelihood plus the divergence from the frozen reference r to the student.
+
+    .. math:: \ell = -\log p_y + \lambda\, KL(r \| p), \qquad Q = \frac{d + \lambda r}{1 + \lambda}, \quad s = 1 + \lambda
+
+    Takes ``tokens.reference`` (N, V); gives (N,) losses in nats and Q (N, V).
+
+    Raises:
+        InputError: ``tokens.reference`` is missing.
+
+    Source: the SFT + KL row of Xie et al. 2026 (arXiv 2606.11189).
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> sft_kl(Tokens(logits=z, labels=torch.tensor([0]), reference=z), weight=1.0).q
+        tensor([[0.7500, 0.2500]])
+    """
+    reference = tokens.log_probs_of("reference").exp()
+    return Target.mix(tokens, trust=1 / (1 + weight), residual=reference, scale=1 + weight)
+
+
+@sft_kl.loss
+def sft_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+    """-log p_y + weight KL(reference || student)."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    log_r = F.log_softmax(tokens.require("reference"), -1).detach()
+    nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
+    return nll + weight * F.kl_div(log_p, log_r, reduction="none", log_target=True).sum(-1)
+
+
+@register(
+    "sft_reverse_kl",
+    title="SFT with a reverse KL anchor",
+    paper="common practice; the baseline of arXiv 2605.10973's code",
+    family="anchored",
+    needs=("reference",),
+    trusted="1 + weight p_y (...), in all",
+    residual="d - weight p (log(p / r) - KL), signed",
+    simplex=False,
+    limits="weight = 0 is sft; near p = r as sft_kl, to first order",
+    differences=("Its target is no mixture of fixed parts, unlike that of the forward direction.",),
+    code="jinhangzhan/RPSFT sft/src/training/trainer.py::_KLLossMixin",
+    bibtex=bibtex("rpsft2026", "Rotation-Preserving Supervised Fine-Tuning", 2026, arxiv="2605.10973"),
+)
+def sft_reverse_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
+    r"""The log-likelihood plus the divergence from the student to the frozen reference r.
+
+    .. math:: \ell = -\log p_y + \lambda\, KL(p \| r), \qquad Q = d - \lambda\, p\, (\log (p / r) - KL(p \| r))
+
+    Takes ``tokens.reference`` (N, V); gives (N,) losses in nats and a signed Q (N, V) at s = 1.
+
+    Raises:
+        InputError: ``tokens.reference`` is missing.
+
+    Source: released code; Xie et al. 2026 (arXiv 2606.11189) for Q = p - g.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> sft_reverse_kl(Tokens(logits=z, labels=torch.tensor([0]), reference=z)).q
+        tensor([[1., 0.]])
+    """
+    log_p = tokens.log_probs.detach()
+    log_ratio = torch.where(log_p > -torch.inf, log_p - tokens.log_probs_of("reference"), 0.0)
+    return Target.slope(tokens, weight * log_ratio, push=1.0)
+
+
+@sft_reverse_kl.loss
+def sft_reverse_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+    """-log p_y + weight KL(student || reference)."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    log_r = F.log_softmax(tokens.require("reference"), -1).detach()
+    nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
+    return nll + weight * F.kl_div(log_r, log_p, reduction="none", log_target=True).sum(-1)

@@ -1,0 +1,247 @@
+"""Divergences from a teacher other than the forward one: what each makes of the teacher's distribution."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.citations import bibtex
+from qlens.params import Share
+from qlens.registry import register
+from qlens.target import Target
+from qlens.tokens import Tokens
+
+GKD = bibtex(
+    "agarwal2023gkd",
+    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+    2023,
+    arxiv="2306.13649",
+)
+DISTILLM = bibtex(
+    "ko2024distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024, arxiv="2402.03898"
+)
+DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
+
+
+@register(
+    "reverse_kl",
+    title="Reverse KL to a teacher",
+    paper="Gu et al. 2023, arXiv 2306.08543 (MiniLLM's exact per-step term)",
+    family="distillation",
+    needs=("teacher",),
+    trusted="p_y (log(teacher_y / p_y) + KL) / (1 - p_y)",
+    residual="p (1 + log(teacher / p) + KL), signed",
+    simplex=False,
+    limits="jsd(beta=1); tokens with p near 0 get no push, whatever the teacher says",
+    differences=(
+        "MiniLLM trains by policy gradient with this as one part; TRL's port never masks padding.",
+        "Infinite where the teacher excludes a token that the student does not.",
+    ),
+    code="microsoft/LMOps minillm/minillm/losses.py",
+    bibtex=bibtex(
+        "gu2023minillm", "MiniLLM: Knowledge Distillation of Large Language Models", 2023, arxiv="2306.08543"
+    ),
+)
+def reverse_kl(tokens: Tokens) -> Target:
+    r"""Divergence from the student to the teacher, over the whole vocabulary.
+
+    .. math:: \ell = KL(p \| \pi_T), \qquad Q = p \odot (1 + \log (\pi_T / p) + KL(p \| \pi_T))
+
+    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, below zero where the student far
+    exceeds the teacher.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: arXiv 2306.08543.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> reverse_kl(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
+        tensor([[0.5000, 0.5000]])
+    """
+    return Target.slope(tokens, tokens.log_probs.detach() - tokens.log_probs_of("teacher"))
+
+
+@reverse_kl.loss
+def reverse_kl_loss(tokens: Tokens) -> Float[Tensor, " N"]:
+    """KL(student || teacher)."""
+    log_p, log_t = _both(tokens)
+    return _kl(log_p, log_t)
+
+
+@register(
+    "jsd",
+    title="Generalised Jensen-Shannon divergence",
+    paper="Agarwal et al. 2023, arXiv 2306.13649",
+    family="distillation",
+    needs=("teacher",),
+    trusted="(1 - beta) p_y (KL(p || m) - log(p_y / m_y)) / (1 - p_y)",
+    residual="p (1 - (1 - beta) (log(p / m) - KL(p || m)))",
+    simplex=lambda beta: beta < 1,
+    limits="beta = 0 is kd, beta = 1 is reverse_kl, as TRL has it; near the ends the loss is smaller by beta, or 1 - beta",
+    modes={"distillation-trainer": {"beta": 1.0}},
+    differences=(
+        "TRL takes beta 0 and 1 as the two divergences themselves, where the formula gives 0: the loss jumps there.",
+        "TRL's GKD samples at temperature .9 and computes the loss at 1; its distillation trainer's beta is 1.",
+        "DistiLLM's weight is 1 - beta.",
+    ),
+    code="huggingface/trl trl/experimental/gkd/gkd_trainer.py::GKDTrainer.generalized_jsd_loss",
+    bibtex=GKD,
+)
+def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
+    r"""Divergences of teacher and student from their mixture m.
+
+    .. math:: \ell = \beta KL(\pi_T \| m) + (1 - \beta) KL(p \| m), \quad m = \beta \pi_T + (1 - \beta) p, \qquad
+              Q = p \odot (1 - (1 - \beta)(\log (p / m) - KL(p \| m)))
+
+    Q is always a distribution for beta < 1. Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V)
+    at s = 1.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: Agarwal et al. 2023 (arXiv 2306.13649); the ends from released code.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> jsd(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
+        tensor([[0.5000, 0.5000]])
+    """
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    if beta == 0:
+        return Target.mix(tokens, trust=0.0, residual=log_t.exp())
+    if beta == 1:
+        return Target.slope(tokens, log_p - log_t)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_p + math.log1p(-beta))
+    return Target.slope(tokens, (1 - beta) * (log_p - log_m))
+
+
+@jsd.loss
+def jsd_loss(tokens: Tokens, *, beta: Share = 0.5) -> Float[Tensor, " N"]:
+    """beta KL(teacher || m) + (1 - beta) KL(student || m)."""
+    log_p, log_t = _both(tokens)
+    if beta in (0, 1):
+        return _kl(log_p, log_t) if beta else _kl(log_t, log_p)
+    shares = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
+    log_m = torch.logsumexp(torch.stack([log_t + shares[0], log_p + shares[1]]), 0)
+    return beta * _kl(log_t, log_m) + (1 - beta) * _kl(log_p, log_m)
+
+
+@register(
+    "skew_fkl",
+    title="Skew forward KL",
+    paper="Ko et al. 2024, arXiv 2402.03898",
+    family="distillation",
+    needs=("teacher",),
+    trusted="the teacher's, less where the student exceeds it",
+    residual="p (1 - A + (1 - alpha) teacher / m), A = (1 - alpha) E_p[teacher / m]",
+    simplex=True,
+    limits="alpha = 0 is kd; alpha = 1 teaches nothing",
+    differences=(
+        "The released value leaves out the teacher's entropy, so that it is no divergence; the gradient is right.",
+    ),
+    code=DISTILLM_CODE,
+    bibtex=DISTILLM,
+)
+def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
+    r"""Divergence from the teacher to a mixture that holds some of the teacher already.
+
+    .. math:: \ell = KL(\pi_T \| m), \quad m = \alpha \pi_T + (1 - \alpha) p, \qquad
+              Q = p \odot \big(1 - A + (1 - \alpha) \pi_T / m\big), \quad A = (1 - \alpha) \mathbb{E}_p[\pi_T / m]
+
+    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, always a distribution.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: Ko et al. 2024 (arXiv 2402.03898).
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> skew_fkl(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
+        tensor([[0.5000, 0.5000]])
+    """
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    if alpha == 0:
+        return Target.mix(tokens, trust=0.0, residual=log_t.exp())
+    if alpha == 1:
+        return Target.slope(tokens, torch.zeros_like(log_p))
+    log_m = torch.logaddexp(log_t + math.log(alpha), log_p + math.log1p(-alpha))
+    return Target.slope(tokens, -(1 - alpha) * (log_t - log_m).exp())
+
+
+@skew_fkl.loss
+def skew_fkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+    """KL(teacher || alpha teacher + (1 - alpha) student)."""
+    log_p, log_t = _both(tokens)
+    return _kl(log_t, _mixed(log_t, log_p, alpha))
+
+
+@register(
+    "skew_rkl",
+    title="Skew reverse KL",
+    paper="Ko et al. 2024, arXiv 2402.03898",
+    family="distillation",
+    needs=("teacher",),
+    trusted="p_y (E_p[c] - c_y) / (1 - p_y), c = log(p / m) - alpha p / m",
+    residual="p (1 - c + E_p[c]), signed",
+    simplex=lambda alpha: None if alpha > 0.05 else False,
+    limits="alpha = 0 is reverse_kl; alpha = 1 teaches nothing",
+    code=DISTILLM_CODE,
+    bibtex=DISTILLM,
+)
+def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
+    r"""Divergence from the student to a mixture that holds some of the student already.
+
+    .. math:: \ell = KL(p \| m), \quad m = (1 - \alpha) \pi_T + \alpha p, \qquad
+              Q = p \odot (1 - c + \mathbb{E}_p c), \quad c = \log (p / m) - \alpha p / m
+
+    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, which may be signed.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: Ko et al. 2024 (arXiv 2402.03898).
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> skew_rkl(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
+        tensor([[0.5000, 0.5000]])
+    """
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    if alpha in (0, 1):
+        return Target.slope(tokens, (1 - alpha) * (log_p - log_t))
+    log_m = torch.logaddexp(log_t + math.log1p(-alpha), log_p + math.log(alpha))
+    return Target.slope(tokens, log_p - log_m - alpha * (log_p - log_m).exp())
+
+
+@skew_rkl.loss
+def skew_rkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+    """KL(student || alpha student + (1 - alpha) teacher)."""
+    log_p, log_t = _both(tokens)
+    return _kl(log_p, _mixed(log_p, log_t, alpha))
+
+
+def _both(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """log p, differentiable, and the teacher's, a constant."""
+    return F.log_softmax(tokens.logits, -1), F.log_softmax(tokens.require("teacher"), -1).detach()
+
+
+def _mixed(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
+    """log(share a + (1 - share) b)."""
+    if share in (0, 1):
+        return log_a if share else log_b
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log(1 - share))
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Float[Tensor, " N"]:
+    """sum_k a (log a - log b), where a = 0 adds nothing."""
+    gap = (log_a - log_b).masked_fill(log_a.detach() == -torch.inf, 0.0)
+    return (log_a.exp() * gap).sum(-1)
