@@ -139,11 +139,10 @@ def distances(tokens: Tokens | None = None) -> Distances:
     for where, change in CIRCUMSTANCES.items():
         if where != "always" and any(getattr(tokens, name) is None for name in ("teacher", "reference", "old")):
             continue
-        found = _relations(_gradients(variants, change(tokens)), where)
+        found, same = _relations(_gradients(variants, change(tokens)), where)
         relations += [r for r in found if not any(_covers(known, r) for known in relations)]
         if where == "always":  # what is one always is one here too
-            spoken_for = {spec for r in found if r.kind == KINDS[0] for spec in r.specs[1:]}
-            variants = [variant for variant in variants if variant.spec not in spoken_for]
+            variants = [variant for variant in variants if variant.spec not in same]
     defaults = _gradients([method.variant() for method in methods().values()], tokens)
     left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
     relations.sort(key=lambda r: (list(CIRCUMSTANCES).index(r.where), KINDS.index(r.kind)))
@@ -174,8 +173,11 @@ def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tenso
     return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}
 
 
-def _relations(grads: dict[str, Tensor], where: str) -> list[Relation]:
-    """Which gradients are one, one up to a factor, or parallel token by token; each method once, at its simplest."""
+def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], set[str]]:
+    """Which gradients are one, one up to a factor, or parallel token by token; each method once, at its simplest.
+
+    And the specs whose gradient is that of a simpler one.
+    """
     specs, g = list(grads), torch.stack(list(grads.values()))
     flat = g.flatten(1)
     size = flat.norm(dim=1)
@@ -187,18 +189,19 @@ def _relations(grads: dict[str, Tensor], where: str) -> list[Relation]:
     together = there[:, :, None] & there[:, None]
     aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~together
     target = aligned.all(0) & together.any(0)
-    found, left = [], set(specs)
+    found, left, repeated = [], set(specs), set()
     for kind, related in zip(KINDS, (same, parallel, target), strict=True):
         for group in _classes(related):
             sizes = {specs[i]: float(size[i]) for i in group if specs[i] in left}
             kept = _simplest(sizes, apart=kind == KINDS[1])
-            if len(kept) > 1:
+            if len({params.parse(spec)[0] for spec in kept}) > 1 or (len(kept) > 1 and kind == KINDS[1]):
                 found.append(Relation(kind, kept, tuple(round(sizes[s] / sizes[kept[0]], 6) for s in kept), where))
-                if kind == KINDS[0]:
-                    left -= set(kept[1:])  # said once
+            if kind == KINDS[0] and kept:
+                repeated |= set(sizes) - {kept[0]}
+        left -= repeated  # said once
         if kind == KINDS[1]:
             left = {spec for spec in specs if "(" not in spec}  # parameters that change a scale say nothing more
-    return found
+    return found, repeated
 
 
 def _classes(related: Bool[Tensor, "M M"]) -> list[list[int]]:

@@ -43,7 +43,7 @@ class Match:
 
 
 def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[Match]:
-    """Every registered method that these tokens can feed, nearest first: by relation, then by angle.
+    """Every registered method that these tokens can feed, nearest first: by relation, angle and factor.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
@@ -53,7 +53,7 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[
     Example:
         >>> import qlens
         >>> tokens = qlens.probes()
-        >>> nearest(2 * qlens.get("dft").target(tokens).grad, tokens)[0].relation
+        >>> nearest(2.5 * qlens.get("kd").target(tokens).grad, tokens)[0].relation
         'up to a factor'
     """
     found = []
@@ -65,7 +65,14 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[
             except InputError:  # a user's method may fit no tokens but its own
                 continue
             found.append(_compare(variant.spec, grad, other))
-    return sorted(found, key=lambda match: (RELATIONS.index(match.relation), match.angle))
+    return sorted(found, key=_order)
+
+
+def _order(match: Match) -> tuple:
+    """By relation, then by angle; among the equally near the least factor, then the method with the fewest needs."""
+    needs = len(get(match.spec).needs)
+    factor = abs(math.log(abs(match.factor))) if match.factor else math.inf
+    return RELATIONS.index(match.relation), round(match.angle, 3), round(factor, 6), needs, len(match.spec)
 
 
 def _compare(spec: str, grad: Tensor, other: Tensor) -> Match:

@@ -63,8 +63,8 @@ def get(spec: str, **given: Any) -> Variant:
 
     Example:
         >>> import qlens
-        >>> qlens.get("label_smoothing(epsilon=0.2)").params
-        {'epsilon': 0.2}
+        >>> qlens.get("label_smoothing(epsilon=0.2)").params["epsilon"]
+        0.2
         >>> qlens.get("asft_anchored@v1").params["direction"]
         'reverse'
     """

@@ -34,8 +34,9 @@ def together(found, kind, where="always"):
         ("one up to a factor", 0, {"dft", "mae"}),
         ("one up to a factor", 1, {"kd_hybrid", "sft_kl(weight=1.0)"}),
         ("one gradient", 2, {"sft", "psft", "iw_sft"}),
+        ("one gradient", 2, {"reinforce", "grpo"}),
         ("one gradient", 3, {"sft", "reinforce"}),
-        ("one gradient", 3, {"psft(eps_high=1.0)", "ppo_clip(eps_high=1.0)"}),
+        ("one gradient", 3, {"psft(eps_high=1.0)", "grpo(eps_high=1.0)"}),
         ("one target", 0, {"sft", "dft", "eaft", "beyond_log", "profit", "mae", "sce"}),
     ],
 )  # fmt: skip
@@ -55,7 +56,7 @@ def test_factors_are_measured(found):
                 factor |= {(spec, other): size[spec] / size[other] for other in size}
     assert_allclose(factor["mae", "dft"], 2.0, rtol=1e-6)
     assert_allclose(factor["gem", "cross-entropy at temperature 0.7"], 0.7, rtol=1e-6)
-    (axolotl,) = [spec for spec, other in factor if spec.startswith("eaft(normalizer=None") and other == "eaft"]
+    (axolotl,) = [spec for spec, other in factor if spec.startswith("eaft(normalizer=1.0") and other == "eaft"]
     assert_allclose(factor[axolotl, "eaft"], np.log(20), rtol=1e-6)
 
 

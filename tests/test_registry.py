@@ -62,7 +62,7 @@ def test_specs_round_trip():
     ):
         assert qlens.get(spec).spec == spec
     assert qlens.get("label_smoothing", epsilon=0.1).spec == "label_smoothing"
-    assert qlens.get("label_smoothing(epsilon=0.3)", epsilon=0.2).params == {"epsilon": 0.2}
+    assert qlens.get("label_smoothing(epsilon=0.3)", epsilon=0.2).params["epsilon"] == 0.2
     assert params.split_specs("a, b(x=1, y=(2, 3)),f.py:g(z='q,r')") == ["a", "b(x=1, y=(2, 3))", "f.py:g(z='q,r')"]
 
 
@@ -70,7 +70,7 @@ def test_specs_round_trip():
     ("spec", "says"),
     [
         ("sftt", "Did you mean sft"),
-        ("label_smoothing(eps=0.1)", r"no parameter 'eps' \(parameters: epsilon\)"),
+        ("label_smoothing(eps=0.1)", r"no parameter 'eps' \(parameters: epsilon, over\)"),
         ("sft(x=1)", "it has none"),
         ("label_smoothing(epsilon=1.5)", r"epsilon = 1.5, but it must be in \[0, 1\]"),
         ("label_smoothing(epsilon=True)", "must be a finite number"),

@@ -20,7 +20,7 @@ TIES = 1e3  # differences within this many roundings of the dtype are none
     family="distillation",
     needs=("teacher",),
     trusted="half the student's mass above the teacher, or below it",
-    residual="p (1 - s + E_p[s]), s = sign(p - teacher) / 2",
+    residual="none: Q = p (1 - s + E_p[s]), s = sign(p - teacher) / 2",
     simplex=True,
     limits="teaches nothing where the student is above the teacher nowhere",
     differences=("Where student and teacher agree to rounding, a token counts as neither above nor below.",),
