@@ -61,7 +61,7 @@ def gift(tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Wei
     """
     log_r = tokens.log_probs_of("reference")
     if smooth or floor:
-        added = (smooth / log_r.shape[-1] + floor) * (tokens.logits > -torch.inf)
+        added = (smooth / log_r.shape[-1] + floor) * (tokens.logits > -torch.inf).to(log_r)
         log_r = log_softmax(((1 - smooth) * log_r.exp() + added).log())
     # 1 - 1/Z = (e^beta - 1) r_y / (1 + (e^beta - 1) r_y), in logs: beta = 100 does not overflow
     odds = beta + math.log(-math.expm1(-beta)) if beta else -math.inf
