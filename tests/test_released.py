@@ -271,7 +271,7 @@ def test_gifts_floor_decides_for_impossible_labels():
 
 
 @pytest.mark.parametrize(
-    ("label", "old", "active"), [(1.0, 0.8, True), (1.0, 0.6, False), (-9, 9, True), (-15, 15, False)]
+    ("label", "old", "active"), [(1.0, 0.8, True), (1.0, 0.6, False), (-9, 9, True), (-22, 22, False)]
 )
 def test_psft_ends_above_the_clip_and_below_the_log_ratio_of_20(label, old, active):
     tokens = extreme(label).replace(old=extreme(old).logits)
@@ -283,7 +283,7 @@ def test_psft_ends_above_the_clip_and_below_the_log_ratio_of_20(label, old, acti
 
 def test_clamped_penalties_and_sure_negatives_have_no_gradient():
     tokens = extreme(0.0)
-    far = tokens.replace(reference=extreme(30.0).logits)
+    far = tokens.replace(reference=extreme(-30.0).logits)
     assert_allclose(unit("label_kl@skyrl(weight=1.0)", far), unit("dft", far), atol=1e-12)
     sure = extreme(20.0).replace(negatives=torch.tensor([[True] + [False] * 5]), labels=torch.tensor([1]))
     assert_allclose(unit("unlikelihood", sure), unit("sft", sure), atol=1e-12)
