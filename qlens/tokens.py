@@ -178,6 +178,12 @@ def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Fl
     return torch.where(probs == 0, 0.0, probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
+def kl(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """KL(a || b) = sum_k a_k (log a_k - log b_k) of log-distributions, differentiable in both; a_k = 0 adds nothing."""
+    gap = (log_a - log_b.masked_fill(log_a.detach() == -torch.inf, 0.0)).masked_fill(log_a.detach() == -torch.inf, 0.0)
+    return (log_a.exp() * gap).sum(-1)
+
+
 def _check_logits(name: str, logits: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
         shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__

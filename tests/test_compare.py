@@ -129,7 +129,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(compare, tmp_pat
         ({"variants": ["kd_hybrid_tuned"]}, "only the lab has"),
         ({"variants": ["dft", "dft()"]}, "'dft' twice"),
         ({"variants": ["dtf"]}, "Did you mean dft"),
-        ({"variants": [lambda tokens, old: tokens.label_log_probs]}, "needs 'old'"),
+        ({"variants": [lambda tokens, advantage: tokens.label_log_probs]}, "needs 'advantage'"),
         ({"model": tmp_path / "nowhere"}, "nowhere"),
         ({"model": None, "data": None, "teacher": None, "settings": "strong-piror"}, "Did you mean strong-prior"),
     ):

@@ -1,6 +1,5 @@
 """Distillation: the teacher's distribution as the target, alone or beside the label."""
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +8,7 @@ from qlens.citations import bibtex
 from qlens.params import Positive, Share, Weight
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens, log_softmax
+from qlens.tokens import Tokens, kl, log_softmax
 
 BIBTEX = bibtex(
     "hinton2015distilling",
@@ -69,8 +68,8 @@ def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> 
 def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Float[Tensor, " N"]:
     """KL(teacher || student), both at the temperature."""
     log_p = F.log_softmax(tokens.logits / temperature, -1)
-    kl = _kl(F.log_softmax(tokens.require("teacher") / temperature, -1).detach(), log_p)
-    return temperature**2 * kl if square else kl
+    value = kl(F.log_softmax(tokens.require("teacher") / temperature, -1).detach(), log_p)
+    return temperature**2 * value if square else value
 
 
 @register(
@@ -144,11 +143,5 @@ def kd_hybrid_loss(
     """-(1 - weight) log p_y + weight KL(teacher || student), the second at the temperature."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     log_t = F.log_softmax(tokens.require("teacher") / temperature, -1).detach()
-    soft = _kl(log_t, F.log_softmax(tokens.logits / temperature, -1)) * (temperature**2 if square else 1)
+    soft = kl(log_t, F.log_softmax(tokens.logits / temperature, -1)) * (temperature**2 if square else 1)
     return (1 - weight if hard is None else hard) * nll + weight * soft
-
-
-def _kl(log_t: Float[Tensor, "N V"], log_p: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """KL of two log-distributions; where the first is zero it adds nothing, whatever the second."""
-    terms = log_t.exp() * (log_t - log_p.masked_fill(log_t == -torch.inf, 0.0))
-    return torch.where(log_t > -torch.inf, terms, 0.0).sum(-1)

@@ -12,7 +12,7 @@ from qlens.errors import InputError
 from qlens.params import Between, Positive, Share
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens, log_softmax
+from qlens.tokens import Tokens, kl, log_softmax
 
 Rank = Annotated[int, Between(1)]
 Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
@@ -86,22 +86,22 @@ def topk_kd(
     _check(tail, reverse)
     top = Top.of(tokens.log_probs.detach(), tokens.log_probs_of("teacher"), k)
     p, q = top.log_p.exp(), top.log_q.exp()
-    inside = torch.zeros_like(p).scatter(1, top.index, 1.0)
+    inside = torch.zeros_like(p).scatter(1, top.ids, 1.0)
     rest = top.log_q_rest.exp()[:, None]
-    on = torch.zeros_like(p).scatter(1, top.index, q)
-    sharp = torch.zeros_like(p).scatter(1, top.index, log_softmax(top.log_q).exp())
+    on = torch.zeros_like(p).scatter(1, top.ids, q)
+    sharp = torch.zeros_like(p).scatter(1, top.ids, log_softmax(top.log_q).exp())
     if tail == "student":
         grad = q.sum(-1, keepdim=True) * p - on
     elif tail == "renorm":
         grad = p - sharp
     elif tail == "renorm_both":
-        log_own = log_softmax(top.log_p.gather(1, top.index))
+        log_own = log_softmax(top.log_p.gather(1, top.ids))
         gap = log_own - log_softmax(top.log_q)
         back = log_own.exp() * (gap - (log_own.exp() * gap).sum(-1, keepdim=True))
         forward = log_own.exp() - log_softmax(top.log_q).exp()
-        grad = torch.zeros_like(p).scatter(1, top.index, (1 - reverse) * forward + reverse * back)
+        grad = torch.zeros_like(p).scatter(1, top.ids, (1 - reverse) * forward + reverse * back)
     else:
-        outside = p.shape[1] - top.index.shape[1]
+        outside = p.shape[1] - top.ids.shape[1]
         spread = (
             torch.full_like(p, 1 / max(outside, 1))
             if tail == "uniform"
@@ -137,7 +137,7 @@ def topk_kd_loss(
 class Top(NamedTuple):
     """The teacher's top k: ids, log-probabilities there, and what is left under teacher and student."""
 
-    index: Int[Tensor, "N K"]
+    ids: Int[Tensor, "N K"]
     log_q: Float[Tensor, "N K"]
     log_q_rest: Float[Tensor, " N"]
     log_p: Float[Tensor, "N V"]
@@ -154,26 +154,21 @@ class Top(NamedTuple):
 def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> Float[Tensor, " N"]:
     """The divergence before clamping, differentiable in log_p."""
     top = Top.of(log_p, log_t, k)
-    own, log_q = log_p.gather(1, top.index), top.log_q
+    own, log_q = log_p.gather(1, top.ids), top.log_q
     if tail == "renorm":
         log_q = F.log_softmax(log_q, -1)
     if tail == "renorm_both":
         log_q, own = F.log_softmax(log_q, -1), F.log_softmax(own, -1)
-        return (1 - reverse) * _sum(log_q, own) + (reverse * _sum(own, log_q) if reverse else 0.0)
-    value = _sum(log_q, own)
+        return (1 - reverse) * kl(log_q, own) + (reverse * kl(own, log_q) if reverse else 0.0)
+    value = kl(log_q, own)
     if tail == "bucket":
         left = top.log_q_rest > -torch.inf
-        value = value + _sum(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
-    if tail == "uniform" and top.index.shape[1] < log_p.shape[1]:
-        outside = log_p.shape[1] - top.index.shape[1]
+        value = value + kl(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
+    if tail == "uniform" and top.ids.shape[1] < log_p.shape[1]:
+        outside = log_p.shape[1] - top.ids.shape[1]
         each = (top.log_q_rest - torch.tensor(float(outside)).log())[:, None].expand_as(log_p)
-        value = value + _sum(each.scatter(1, top.index, -torch.inf), log_p)
+        value = value + kl(each.scatter(1, top.ids, -torch.inf), log_p)
     return value
-
-
-def _sum(log_a: Tensor, log_b: Tensor) -> Float[Tensor, " N"]:
-    """sum_k a (log a - log b), where a = 0 adds nothing."""
-    return (log_a.exp() * (log_a - log_b).masked_fill(log_a.detach() == -torch.inf, 0.0)).sum(-1)
 
 
 def _check(tail: Tail, reverse: float) -> None:

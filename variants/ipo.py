@@ -1,0 +1,129 @@
+"""IPO and APO-zero: preference losses whose push ends, at a margin or by itself."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.citations import bibtex
+from qlens.pairs import Pairs
+from qlens.params import Positive
+from qlens.registry import register
+from qlens.target import Target
+from qlens.tokens import Tokens
+from qlens.variants.dpo import PAIR, label_log_probs, log_ratio, sides_of
+
+
+@register(
+    "ipo",
+    title="Identity Preference Optimization",
+    paper="Azar et al. 2023, arXiv 2310.12036",
+    family="preference",
+    scope="pair",
+    coupled="pair",
+    needs=(*PAIR, "reference"),
+    trusted="-2 e / length on chosen tokens, 2 e / length on rejected ones",
+    residual="student",
+    simplex=None,
+    limits="no push where the margin is 1 / (2 beta); beyond it the chosen sequence is pushed down",
+    differences=("This is TRL's form, with log-ratios averaged over a sequence.",),
+    code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
+    bibtex=bibtex(
+        "azar2023ipo",
+        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
+        2023,
+        arxiv="2310.12036",
+    ),
+)
+def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
+    r"""The squared distance of the pair's mean log-ratio margin from its aim.
+
+    .. math:: L = e^2, \quad e = \bar\Delta_w - \bar\Delta_l - \tfrac{1}{2 \beta}, \qquad Q = a d + (1 - a) p, \quad
+              a_w = -2 e / |y_w|, \quad a_l = 2 e / |y_l|
+
+    Takes ``tokens.pair``, ``tokens.chosen`` (N,) and ``tokens.reference`` (N, V); gives (N,) losses in squared nats,
+    equal shares of their pair's, and Q (N, V) at s = 1.
+
+    Raises:
+        InputError: a field is missing, or a pair lacks a side.
+
+    Source: Azar et al. 2023 (arXiv 2310.12036), as TRL averages it.
+
+    Example:
+        >>> import torch
+        >>> z, sides = torch.zeros(2, 2), torch.tensor([True, False])
+        >>> pair = torch.tensor([0, 0])
+        >>> ipo(Tokens(logits=z, labels=1 - pair, reference=z, chosen=sides, pair=pair), beta=2.0).trust
+        tensor([ 0.5000, -0.5000])
+    """
+    pairs = Pairs.of(tokens)
+    chosen, rejected = pairs.means(log_ratio(tokens))
+    push = -2 * (chosen - rejected - 1 / (2 * beta))
+    return Target.push(tokens, pairs.signed(push, -push) / pairs.size)
+
+
+@ipo.loss
+def ipo_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+    """(mean margin - 1 / (2 beta))^2, shared by the pair's tokens."""
+    sides, share = sides_of(tokens, True)
+    now, before = (
+        label_log_probs(tokens.logits, tokens),
+        label_log_probs(tokens.require("reference"), tokens).detach(),
+    )
+    return share @ (sides @ (now - before) - 0.5 / beta).square()
+
+
+@register(
+    "apo_zero",
+    title="Anchored Preference Optimization, zero",
+    paper="D'Oosterlinck et al. 2024, arXiv 2408.06266",
+    family="preference",
+    scope="pair",
+    coupled="pair",
+    needs=(*PAIR, "reference"),
+    trusted="beta sigma (1 - sigma) on chosen tokens, minus that on rejected ones",
+    residual="student",
+    simplex=None,
+    limits="each sequence is pushed by its own log-ratio: the two do not meet",
+    code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
+    bibtex=bibtex(
+        "doosterlinck2024apo",
+        "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
+        2024,
+        arxiv="2408.06266",
+    ),
+)
+def apo_zero(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
+    r"""The chosen sequence raised and the rejected one lowered, each against the reference alone.
+
+    .. math:: L = 1 - \sigma(\beta \Delta_w) + \sigma(\beta \Delta_l), \qquad Q = a d + (1 - a) p, \quad
+              a = \pm \beta\, \sigma(\beta \Delta) (1 - \sigma(\beta \Delta))
+
+    Takes ``tokens.pair``, ``tokens.chosen`` (N,) and ``tokens.reference`` (N, V); gives (N,) losses without a unit,
+    equal shares of their pair's, and Q (N, V) at s = 1.
+
+    Raises:
+        InputError: a field is missing, or a pair lacks a side.
+
+    Source: arXiv 2408.06266.
+
+    Example:
+        >>> import torch
+        >>> z, sides = torch.zeros(2, 2), torch.tensor([True, False])
+        >>> apo_zero(Tokens(logits=z, labels=torch.tensor([0, 1]), reference=z, chosen=sides, pair=torch.tensor([0, 0]))).trust
+        tensor([ 0.0250, -0.0250])
+    """
+    pairs = Pairs.of(tokens)
+    chosen, rejected = (torch.sigmoid(beta * side) for side in pairs.totals(log_ratio(tokens)))
+    return Target.push(tokens, beta * pairs.signed(chosen * (1 - chosen), -rejected * (1 - rejected)))
+
+
+@apo_zero.loss
+def apo_zero_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+    """1 - sigma(beta Delta_w) + sigma(beta Delta_l), shared by the pair's tokens."""
+    sides, share = sides_of(tokens, False)
+    now, before = (
+        label_log_probs(tokens.logits, tokens),
+        label_log_probs(tokens.require("reference"), tokens).detach(),
+    )
+    gain = beta * (now - before)
+    return share @ (torch.sigmoid(-(sides.clamp(min=0) @ gain)) + torch.sigmoid(-sides.clamp(max=0) @ gain))
