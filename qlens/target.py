@@ -139,11 +139,11 @@ class Target:
             wanted = natural_scale(self.log_probs, self.grad)
         else:
             raise InputError(f"scale must be 'unit', 'structural' or 'natural', got {scale!r}")
-        inverse = torch.where(wanted > 0, 1 / wanted, 0.0)
-        q = self.probs - self.grad * inverse[:, None].to(self.grad)
+        some = wanted > 0
+        q = self.probs - torch.where(some[:, None], self.grad / wanted[:, None].to(self.grad), 0.0)
         same = wanted == self.scale
         q = torch.where(same[:, None], self.q, q)  # nothing is lost on the way to the scale it already has
-        trust = torch.where(same, self.trust, self.trust * self.scale * inverse)
+        trust = torch.where(same, self.trust, torch.where(some, self.trust * self.scale / wanted, 0.0))
         return Target(self.log_probs, self.labels, q, self.grad, wanted, trust, self.structural)
 
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":

@@ -13,7 +13,9 @@ from qlens.probes import probes
 from qlens.registry import Variant, get, names, resolve
 from qlens.tokens import MODELS, Tokens
 
-TOLERANCE = 1e-9  # of max(1, largest |g|)
+PRECISION = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2}
+"""How far a gradient may be from the exact one of the same logits, as a share of max(1, largest |g|), by their dtype."""
+TOLERANCE = PRECISION[torch.float64]
 
 CONTRACT: dict[str, Callable[[Variant], None]] = {}
 

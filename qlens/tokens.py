@@ -1,6 +1,7 @@
 """Tokens: everything a loss may look at, at N supervised positions."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,8 +135,11 @@ class Tokens:
 
     @property
     def rest_log_probs(self) -> Float[Tensor, " N"]:
-        """log(1 - p_y), differentiable: added up over the other tokens, so that it keeps its digits as p_y -> 1."""
-        return self.log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).logsumexp(-1)
+        """log(1 - p_y), differentiable: added up over the other tokens, so that it keeps its digits as p_y -> 1.
+
+        Finite (-1e30) where the label is the only possible token.
+        """
+        return self.log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).clamp(min=-1e30).logsumexp(-1)
 
     @property
     def others(self) -> Float[Tensor, "N V"]:
@@ -182,6 +186,15 @@ def kl(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"]) -> Float[Tensor
     """KL(a || b) = sum_k a_k (log a_k - log b_k) of log-distributions, differentiable in both; a_k = 0 adds nothing."""
     gap = (log_a - log_b.masked_fill(log_a.detach() == -torch.inf, 0.0)).masked_fill(log_a.detach() == -torch.inf, 0.0)
     return (log_a.exp() * gap).sum(-1)
+
+
+def log_mix(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"], share: float) -> Float[Tensor, "N V"]:
+    """log(share a + (1 - share) b) of log-distributions, differentiable in both; -inf where both are."""
+    first, second = (math.log(part) if part else -math.inf for part in (share, 1 - share))
+    one, two = log_a + first, log_b + second
+    neither = (one == -torch.inf) & (two == -torch.inf)
+    mixed = torch.logaddexp(one.masked_fill(neither, 0.0), two.masked_fill(neither, 0.0))
+    return mixed.masked_fill(neither, -torch.inf)
 
 
 def _check_logits(name: str, logits: Any) -> None:

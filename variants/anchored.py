@@ -11,7 +11,7 @@ from qlens.citations import bibtex
 from qlens.params import Weight
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation
+from qlens.tokens import Tokens, expectation, kl
 
 Direction = Literal["forward", "reverse"]
 
@@ -78,8 +78,8 @@ def asft_anchored_loss(
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
-    near, far = (log_p, log_r) if direction == "forward" else (log_r, log_p)
-    return (-nll).exp().detach() * nll + weight * F.kl_div(near, far, reduction="none", log_target=True).sum(-1)
+    anchor = kl(log_r, log_p) if direction == "forward" else kl(log_p, log_r)
+    return (-nll).exp().detach() * nll + weight * anchor
 
 
 RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forgets Less", 2025, arxiv="2509.04259")
@@ -131,7 +131,7 @@ def sft_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
-    return nll + weight * F.kl_div(log_p, log_r, reduction="none", log_target=True).sum(-1)
+    return nll + weight * kl(log_r, log_p)
 
 
 @register(
@@ -177,4 +177,4 @@ def sft_reverse_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
-    return nll + weight * F.kl_div(log_r, log_p, reduction="none", log_target=True).sum(-1)
+    return nll + weight * kl(log_p, log_r)

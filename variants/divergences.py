@@ -11,7 +11,7 @@ from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens, kl
+from qlens.tokens import Tokens, kl, log_mix
 
 GKD = bibtex(
     "agarwal2023gkd",
@@ -123,8 +123,7 @@ def jsd_loss(tokens: Tokens, *, beta: Share = 0.5) -> Float[Tensor, " N"]:
     log_p, log_t = both(tokens)
     if beta in (0, 1):
         return kl(log_p, log_t) if beta else kl(log_t, log_p)
-    shares = torch.tensor([beta, 1 - beta], dtype=log_p.dtype, device=log_p.device).log()
-    log_m = torch.logsumexp(torch.stack([log_t + shares[0], log_p + shares[1]]), 0)
+    log_m = log_mix(log_t, log_p, beta)
     return beta * kl(log_t, log_m) + (1 - beta) * kl(log_p, log_m)
 
 

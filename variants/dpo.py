@@ -90,6 +90,7 @@ def log_ratio(tokens: Tokens) -> Float[Tensor, " N"]:
 
 
 def label_log_probs(logits: Float[Tensor, "N V"], tokens: Tokens) -> Float[Tensor, " N"]:
+    """log p_y under these logits, differentiable."""
     return -F.cross_entropy(logits, tokens.labels.long(), reduction="none")
 
 

@@ -10,7 +10,7 @@ from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens, kl
+from qlens.tokens import Tokens, kl, log_mix
 from qlens.variants.divergences import both
 
 DISTILLM = bibtex(
@@ -25,7 +25,7 @@ DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
     paper="Ko et al. 2024, arXiv 2402.03898",
     family="distillation",
     needs=("teacher",),
-    trusted="the teacher's, less where the student exceeds it",
+    trusted="p_y ((1 - alpha) teacher_y / m_y - A) / (1 - p_y)",
     residual="none: Q = p (1 - A + (1 - alpha) teacher / m), A = (1 - alpha) E_p[teacher / m]",
     simplex=True,
     limits="alpha = 0 is kd; alpha = 1 teaches nothing",
@@ -67,7 +67,7 @@ def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 def skew_fkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
     """KL(teacher || alpha teacher + (1 - alpha) student)."""
     log_p, log_t = both(tokens)
-    return kl(log_t, _mixed(log_t, log_p, alpha))
+    return kl(log_t, log_mix(log_t, log_p, alpha))
 
 
 @register(
@@ -113,11 +113,4 @@ def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 def skew_rkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
     """KL(student || alpha student + (1 - alpha) teacher)."""
     log_p, log_t = both(tokens)
-    return kl(log_p, _mixed(log_p, log_t, alpha))
-
-
-def _mixed(log_a: Tensor, log_b: Tensor, share: float) -> Tensor:
-    """log(share a + (1 - share) b)."""
-    if share in (0, 1):
-        return log_a if share else log_b
-    return torch.logaddexp(log_a + math.log(share), log_b + math.log(1 - share))
+    return kl(log_p, log_mix(log_p, log_t, alpha))

@@ -1,5 +1,6 @@
 """Distillation from a teacher's k most probable tokens: the rule for the tail decides what is taught."""
 
+import math
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -96,7 +97,7 @@ def topk_kd(
         grad = p - sharp
     elif tail == "renorm_both":
         log_own = log_softmax(top.log_p.gather(1, top.ids))
-        gap = log_own - log_softmax(top.log_q)
+        gap = (log_own - log_softmax(top.log_q)).masked_fill(log_own == -torch.inf, 0.0)
         back = log_own.exp() * (gap - (log_own.exp() * gap).sum(-1, keepdim=True))
         forward = log_own.exp() - log_softmax(top.log_q).exp()
         grad = torch.zeros_like(p).scatter(1, top.ids, (1 - reverse) * forward + reverse * back)
@@ -166,7 +167,7 @@ def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> 
         value = value + kl(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
     if tail == "uniform" and top.ids.shape[1] < log_p.shape[1]:
         outside = log_p.shape[1] - top.ids.shape[1]
-        each = (top.log_q_rest - torch.tensor(float(outside)).log())[:, None].expand_as(log_p)
+        each = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)
         value = value + kl(each.scatter(1, top.ids, -torch.inf), log_p)
     return value
 

@@ -19,7 +19,7 @@ TIES = 1e3  # differences within this many roundings of the dtype are none
     paper="Wen et al. 2023, arXiv 2307.15190 (f-divergence distillation)",
     family="distillation",
     needs=("teacher",),
-    trusted="half the student's mass above the teacher, or below it",
+    trusted="p_y (E_p[s] - s_y) / (1 - p_y)",
     residual="none: Q = p (1 - s + E_p[s]), s = sign(p - teacher) / 2",
     simplex=True,
     limits="teaches nothing where the student is above the teacher nowhere",
