@@ -181,7 +181,7 @@ def _read(variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None)
     except Exception as error:  # anything at all may go wrong inside a user's loss
         raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
     finite = bool(target.grad.isfinite().all())
-    near = matching.nearest(target.grad, tokens, skip=variant.name) if finite else []
+    near = matching.nearest(target.grad, tokens, skip=variant.spec) if finite else []
     return Explanation(variant.spec, tokens, target, losses, near, pieces)
 
 

@@ -48,7 +48,7 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken; methods that need a field that is missing are left out.
-        skip: a name to leave out (the loss itself, if it is registered).
+        skip: a spec to leave out (the loss itself, if it is registered and at its defaults).
 
     Example:
         >>> import qlens
@@ -59,7 +59,7 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[
     found = []
     for name in names():
         variant = get(name)
-        if name != skip and all(getattr(tokens, field) is not None for field in variant.needs):
+        if variant.spec != skip and all(getattr(tokens, field) is not None for field in variant.needs):
             try:
                 other = variant.target(tokens).grad
             except InputError:  # a user's method may fit no tokens but its own
