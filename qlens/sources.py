@@ -143,8 +143,12 @@ def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: 
     """Whether another model's logits have the width of the model's.
 
     Raises:
-        InputError: they do not; both sizes are named.
+        InputError: they do not; both sizes are named. Or the other is no model but, say, the path of one.
     """
+    if not isinstance(other, nn.Module):
+        raise InputError(
+            f"{name} must be a loaded model, got {other!r}: load it by AutoModelForCausalLM.from_pretrained"
+        )
     mine, its = vocabulary_size(model), vocabulary_size(other)
     if mine != its:
         raise InputError(f"{name} has a vocabulary of {its}, but the model's has {mine}: they must share one tokenizer")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from qlens import adapters, params
 from qlens.errors import InputError
 from qlens.groups import Groups
+from qlens.pairs import Pairs
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
 
@@ -210,6 +211,8 @@ class Variant:
             groups = Groups(tokens.require(group))
             if not torch.allclose(groups.mean(tokens.weight)[groups.index], tokens.weight):
                 raise InputError(f"weight: {self.spec} has one loss per {group}, so that its tokens must weigh alike")
+        if "pair" in self.needs and "chosen" in self.needs:
+            Pairs.of(tokens)  # half a pair is refused here, for the loss as for the target
 
     def __repr__(self) -> str:
         return f"<Variant {self.spec}>"

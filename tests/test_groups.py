@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from qlens import InputError
+from qlens import InputError, get
 from qlens.groups import Groups
 from qlens.pairs import Pairs
 from qlens.testing import random_tokens
@@ -44,5 +44,6 @@ def test_pairs_add_up_each_side():
 def test_half_a_pair_is_refused(side):
     pair, chosen = torch.tensor([3, 3, 5]), torch.tensor([True, False, side != "chosen"])
     tokens = Tokens(logits=torch.zeros(3, 4), labels=torch.zeros(3, dtype=torch.long), pair=pair, chosen=chosen)
-    with pytest.raises(InputError, match=f"pair 5 has no token of its {side} sequence"):
-        Pairs.of(tokens)
+    for refusing in (Pairs.of, get("simpo").loss, get("orpo").loss, get("simpo").target):
+        with pytest.raises(InputError, match=f"pair 5 has no token of its {side} sequence"):
+            refusing(tokens)

@@ -201,12 +201,13 @@ def test_a_teacher_that_is_not_needed_is_not_run(make):
         (dict(variant="kd"), r"kd needs a teacher: give QTrainer\(teacher=...\)"),
         (dict(variant="asft_anchored"), r"asft_anchored needs a reference: give QTrainer\(reference=...\)"),
         (dict(old_every=0), "old_every must be at least 1, got 0"),
+        (dict(variant="kd", teacher="path/of/one"), "teacher must be a loaded model, got .path/of/one."),
         (dict(variant="kd", teacher=llama(1, vocab=33)), "teacher has a vocabulary of 33, but the model's has 32"),
         (dict(variant="nope"), "unknown method 'nope'"),
         (dict(compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func and variant"),
         (dict(label_smoothing_factor=0.1), "label_smoothing_factor competes with variant"),
     ],
-    ids=["teacher", "reference", "old", "vocabulary", "unknown", "loss func", "smoothing"],
+    ids=["teacher", "reference", "old", "path", "vocabulary", "unknown", "loss func", "smoothing"],
 )
 def test_what_does_not_fit_is_refused_at_construction(make, options, message):
     with pytest.raises(InputError, match=message):
