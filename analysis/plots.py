@@ -26,6 +26,7 @@ from qlens.analysis.axes import (
     short,
     styles,
 )
+from qlens.analysis.flow import plot_destination
 from qlens.analysis.outcomes import plot_curves, plot_differences, plot_frontier, plot_truth
 
 __all__ = [
@@ -73,10 +74,16 @@ TICKS = {
 }
 LINES = {  # of the shapes of the alternatives; a wide pale line stays visible where a thin dark one covers it
     "flat": {"color": "#E69F00", "marker": "s", "lw": 3.2, "markersize": 6.0, "alpha": 0.75, "zorder": 2},
+    "graded": {"color": "#009E73", "marker": "D", "lw": 2.2, "markersize": 4.4, "alpha": 0.85, "zorder": 2.5},
     "peaked": {"color": "#0072B2", "marker": "o", "lw": 1.4, "markersize": 3.6, "zorder": 3},
     "text": {"color": "#0072B2", "marker": "o", "lw": 0.0, "markersize": 3.6, "zorder": 3},
 }
-SHAPES = {"flat": "alternatives alike", "peaked": "one strong rival", "text": "the text's tokens"}
+SHAPES = {
+    "flat": "alternatives alike",
+    "graded": "rivals falling by .8",
+    "peaked": "one strong rival",
+    "text": "the text's tokens",
+}
 
 
 def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
@@ -160,13 +167,15 @@ def _panel(study: Any, data: pd.DataFrame, panel: str, methods: list[str], ax: A
 
 
 def figure_explain(explanation: Any) -> Figure:
-    """What one loss teaches, against p_y: the pull on label and strongest rival, the target, the trust in the label.
+    """What one loss teaches, against p_y: the pull on label and strongest rival, the target, the trust; and where it ends.
 
     Args:
-        explanation: has ``spec`` and ``table`` with p_y, shape, label_grad, other_grad, q_label, q_rest and trust.
+        explanation: has ``spec``, ``law``, ``destination`` and ``table`` with p_y, shape, label_grad, other_grad, q_label,
+            q_rest and trust.
     """
-    table, figure = explanation.table, _figure(11.5, 3.7)
-    pull, target, trust = figure.subplots(1, 3)
+    ends = None if isinstance(explanation.destination, str) else explanation.destination
+    table, figure = explanation.table, _figure(11.5 if ends is None else 15.2, 3.9)
+    pull, target, trust, *last = figure.subplots(1, 3 if ends is None else 4)
     kinds = [kind for kind in LINES if (table["shape"] == kind).any()]
     for kind in kinds:
         rows, solid = table[table["shape"] == kind].sort_values("p_y"), LINES[kind]
@@ -178,10 +187,13 @@ def figure_explain(explanation: Any) -> Figure:
             ax.plot(rows["p_y"], rows[of_label], **solid)
         trust.plot(rows["p_y"], rows["trust"], **solid)
     _references(target, trust, sorted(table["p_y"]))
+    if table["trust"].abs().max() > 20:  # a few tokens with p_y near 1 would flatten all others
+        trust.set_yscale("symlog", linthresh=1.0)
+    law = f": {explanation.law.formula}" if explanation.law and explanation.residual == "the student" else ""
     titles = {
         pull: r"pull  $\partial L/\partial z = p - Q$",
         target: r"target  $Q$",
-        trust: "effective trust in the label",
+        trust: short("effective trust in the label" + law, 52),
     }
     for ax, title in titles.items():
         ax.axhline(0, color=INK, lw=0.8, zorder=1)
@@ -194,7 +206,11 @@ def figure_explain(explanation: Any) -> Figure:
     keys += [Line2D([], [], **ink, label="label")]
     keys += [Line2D([], [], **ink, ls="--", markerfacecolor="white", label="strongest rival")]
     keys += [handle for ax in (target, trust) for handle in ax.get_legend_handles_labels()[0]]
-    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9)
+    for ax in last:
+        keys += plot_destination(ends, ax=ax)
+        ax.set_title("where training on labels 55/45 ends", fontsize=10, loc="left", color=INK)
+    columns = len(keys) if not last else (len(keys) + 1) // 2
+    figure.legend(handles=keys, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
     figure.suptitle(short(explanation.spec, 80), x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
 

@@ -4,8 +4,11 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+from qlens.checks import CheckReport, check
+from qlens.destination import Destination, destination
 from qlens.errors import InputError, ParameterError, UnknownName
-from qlens.explain import Explanation, explain
+from qlens.explain import explain
+from qlens.explanation import Explanation
 from qlens.lens import implied_target
 from qlens.probes import probes
 from qlens.registry import Variant, get, names, register
@@ -13,6 +16,8 @@ from qlens.target import Target
 from qlens.tokens import Tokens
 
 __all__ = [
+    "CheckReport",
+    "Destination",
     "Explanation",
     "InputError",
     "ParameterError",
@@ -21,7 +26,9 @@ __all__ = [
     "Tokens",
     "UnknownName",
     "Variant",
+    "check",
     "compare",
+    "destination",
     "explain",
     "get",
     "implied_target",

@@ -110,13 +110,14 @@ def explain(
     data: Data = None,
     rows: Rows = 32,
     figure: Annotated[Path | None, typer.Option(help="Where the figure goes.", show_default="explain-NAME.png")] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Print the table as LaTeX.")] = False,
     as_json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = None,
 ) -> None:
     """Show the target a loss trains toward, on built-in probes or on your own model and text."""
     variant, where = qlens.get(loss), {}
-    path = figure or (None if as_json else Path(f"explain-{_slug(loss)}.png"))
+    path = figure or (None if as_json or latex else Path(f"explain-{_slug(loss)}.png"))
     if path is not None and not path.parent.is_dir():
         raise InputError(f"--figure {path}: there is no folder {path.parent}")
     if path is not None and path.suffix not in FIGURES:
@@ -124,11 +125,23 @@ def explain(
     if model or data or teacher or reference:
         where = _own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
     read = qlens.explain(variant, **where)
-    print(json.dumps(read.to_dict(), indent=2) if as_json else read)
+    print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
         with written(path) as partial:
             read.plot().savefig(partial, format=path.suffix[1:], dpi=200)
         typer.echo(f"Figure: {path}", err=as_json)
+
+
+@app.command()
+def check(loss: Loss, as_json: Json = False) -> None:
+    """Check how a loss is implemented: accumulation, evaluation, padding, packing, masks, shift, precision, limits.
+
+    Exit code 1 if something fails.
+    """
+    report = qlens.check(loss)
+    print(json.dumps(report.to_dict(), indent=2) if as_json else report)
+    if not report.ok:
+        raise typer.Exit(1)
 
 
 @app.command()

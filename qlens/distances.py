@@ -14,6 +14,7 @@ from torch import Tensor
 from qlens import params
 from qlens.errors import InputError
 from qlens.lens import implied_target
+from qlens.matching import points
 from qlens.probes import probes
 from qlens.registry import Variant, methods
 from qlens.tokens import MODELS, Tokens
@@ -135,7 +136,7 @@ def distances(tokens: Tokens | None = None) -> Distances:
     """
     tokens = probes() if tokens is None else tokens
     relations: list[Relation] = []
-    variants = _points()
+    variants = [variant for method in methods().values() for variant in points(method)]
     for where, change in CIRCUMSTANCES.items():
         if where != "always" and any(getattr(tokens, name) is None for name in ("teacher", "reference", "old")):
             continue
@@ -147,16 +148,6 @@ def distances(tokens: Tokens | None = None) -> Distances:
     left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
     relations.sort(key=lambda r: (list(CIRCUMSTANCES).index(r.where), KINDS.index(r.kind)))
     return Distances(relations, _table(defaults), left_out)
-
-
-def _points() -> list[Variant]:
-    """Every method at its defaults, its modes, and the ends and choices of each parameter."""
-    found: dict[str, Variant] = {}
-    for method in methods().values():
-        for given in ({}, *method.modes.values(), *params.ends(method.fn)):
-            variant = method.variant(**given)
-            found.setdefault(variant.spec, variant)
-    return list(found.values())
 
 
 def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tensor, "N V"]]:

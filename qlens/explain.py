@@ -1,135 +1,40 @@
-"""Explain: what a loss teaches, token by token and in words."""
+"""Explain: everything that can be read off the gradient of a loss."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
-import pandas as pd
 import torch
+from torch import Tensor
 
-from qlens import matching
+from qlens import calling, matching, params
 from qlens.errors import InputError
-from qlens.lens import gradient
-from qlens.probes import probes, shapes
-from qlens.registry import Variant, resolve
-from qlens.target import Target, tolerance
+from qlens.explanation import Explanation
+from qlens.findings import identify
+from qlens.findings.laws import Law, law
+from qlens.findings.leaks import leak
+from qlens.findings.mixtures import Mixture, decompose
+from qlens.findings.scope import scope
+from qlens.lens import carried, gradient
+from qlens.probes import probes
+from qlens.registry import Variant, methods, resolve
+from qlens.target import Target
 from qlens.tokens import Tokens
 
-COARSE = (torch.bfloat16, torch.float16)
-TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
-
-
-@dataclass(frozen=True, eq=False)
-class Explanation:
-    """What a loss teaches on some tokens: print it, or read ``table``, ``nearest``, ``findings`` and ``plot()``.
-
-    Args:
-        spec: the loss.
-        tokens: where it was read.
-        target: the implied target, unit scale.
-        losses: the unreduced values in nats, (N,).
-        nearest: registered methods, nearest first.
-        pieces: turns a token id into its text; None on the probes.
-    """
-
-    spec: str
-    tokens: Tokens
-    target: Target
-    losses: torch.Tensor
-    nearest: list[matching.Match]
-    pieces: Callable[[int], str] | None = None
-
-    @cached_property
-    def table(self) -> pd.DataFrame:
-        """A row per token: p_y, loss, trust, reshape, Q of the label and of its strongest rival, off-simplex mass, gradients."""
-        t, y = self.target, self.tokens.labels[:, None].long()
-        p = t.probs
-        rival = p.scatter(1, y, -1).argmax(-1, keepdim=True)
-        columns = {
-            "p_y": p.gather(1, y)[:, 0],
-            "p_rival": p.gather(1, rival)[:, 0],
-            "loss": self.losses,
-            "trust": t.effective_trust,
-            "reshape": t.reshape,
-            "q_label": t.q.gather(1, y)[:, 0],
-            "q_rest": t.q.gather(1, rival)[:, 0],
-            "negative_mass": t.negative_mass,
-            "total": t.total,
-            "label_grad": t.grad.gather(1, y)[:, 0],
-            "other_grad": t.grad.gather(1, rival)[:, 0],
-        }
-        frame = pd.DataFrame({name: value.detach().double().cpu().numpy() for name, value in columns.items()})
-        name = self.pieces or str
-        frame.insert(0, "label", [name(int(i)) for i in y[:, 0]])
-        frame.insert(1, "rival", [name(int(i)) for i in rival[:, 0]])
-        frame.insert(2, "shape", shapes() if self.on_probes else "text")
-        return frame
-
-    @property
-    def on_probes(self) -> bool:
-        """Whether it was read on the built-in probes."""
-        return self.pieces is None and len(self.tokens) == len(shapes())
-
-    @cached_property
-    def findings(self) -> list[str]:
-        """What a reader should know, in words."""
-        broken = int((~self.target.grad.isfinite().all(-1)).sum())
-        if broken:
-            return [f"WARNING: the gradient is not finite on {broken} of {len(self.table)} tokens."]
-        if not bool(self.target.grad.any()):
-            return ["WARNING: the gradient is zero on every token: Q = p, nothing is taught."]
-        digits, coarse = carried(self.target.grad), []
-        if digits in COARSE:
-            coarse.append(f"Precision: the gradient holds {str(digits).removeprefix('torch.')} digits only.")
-        undefined = int((~self.losses.isfinite()).sum())
-        if undefined:
-            coarse.append(f"WARNING: the loss is not finite on {undefined} of {len(self.table)} tokens.")
-        return [*coarse, *_trust(self.table), *_rest(self.table), *_simplex(self.target, self.table)]
-
-    @property
-    def telling(self) -> pd.DataFrame:
-        """The rows of ``table`` nearest to telling label probabilities."""
-        frame = self.table[self.table["shape"] != "flat"]
-        rows = [(frame["p_y"] - wanted).abs().idxmin() for wanted in TELLING]
-        return frame.loc[list(dict.fromkeys(rows))]
-
-    def plot(self) -> Any:
-        """The figure: gradients, targets and trust against p_y (matplotlib)."""
-        from qlens.analysis.plots import figure_explain
-
-        return figure_explain(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything printable, for JSON."""
-        return {
-            "loss": self.spec,
-            "tokens": len(self.tokens),
-            "vocabulary": self.tokens.logits.shape[1],
-            "findings": self.findings,
-            "nearest": [vars(match) for match in self.nearest],
-            "table": self.table.to_dict("records"),
-        }
-
-    def __str__(self) -> str:
-        n, v = self.tokens.logits.shape
-        where = "built-in probes" if self.on_probes else "tokens"
-        dtype = str(self.target.q.dtype).removeprefix("torch.")
-        shown = self.telling[["label", "p_y", "trust", "q_label", "rival", "p_rival", "q_rest", "negative_mass"]]
-        shown = shown.rename(columns={"q_label": "Q(label)", "p_rival": "p(rival)", "q_rest": "Q(rival)"})
-        shown = shown.rename(columns={"negative_mass": "off simplex"})
-        if self.pieces is None:
-            shown = shown.drop(columns=["label", "rival"])
-        lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
-        lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
-        lines += self.findings
-        if self.nearest:
-            lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
-        return "\n".join(lines)
+ELSEWHERE = 101  # another vocabulary, on which what was found is tried again
+MATCHED = 400_000  # entries of the logits on which all methods are compared: more tokens are thinned out
+SEARCHED = 40_000  # entries on which parameters of methods are fitted
+# By the digits of a gradient: the relative misfit and the absolute noise that count as rounding.
+ROUNDING = {
+    torch.float64: (1e-6, 1e-15), torch.float32: (1e-3, 1e-6), torch.float16: (2e-2, 1e-3), torch.bfloat16: (5e-2, 1e-2)
+}  # fmt: skip
 
 
 def explain(
-    loss: Variant | str | Callable, tokens: Tokens | None = None, *, pieces: Callable[[int], str] | None = None
+    loss: Variant | str | Callable,
+    tokens: Tokens | None = None,
+    *,
+    pieces: Callable[[int], str] | None = None,
+    residuals: Mapping[str, Tensor] | None = None,
 ) -> Explanation:
     r"""What any loss teaches: its implied Q = p - g, its trust in the label, and the method it comes nearest to.
 
@@ -137,9 +42,10 @@ def explain(
         loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
         tokens: where to read it; by default the built-in probes, on which p_y runs from 1e-6 to 1 - 1e-6.
         pieces: turns a token id into its text, for printing (a tokenizer's ``convert_ids_to_tokens``, say).
+        residuals: distributions of your own that it may send probability to, (N, V) by name; with ``tokens`` only.
 
     Raises:
-        InputError: the loss cannot be called, has no gradient, or there are no tokens; what it raised is named.
+        InputError: the loss cannot be called, has no gradient or is random, or there are no tokens; what it raised is named.
 
     Source: Xie et al. 2026 (arXiv 2606.11189).
 
@@ -149,10 +55,12 @@ def explain(
         >>> e.nearest[0].spec, e.nearest[0].relation
         ('label_smoothing', 'identical')
     """
-    variant = resolve(loss)
+    variant, own = resolve(loss), residuals or {}
+    if own and tokens is None:
+        raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is None:
         try:
-            read = _read(variant, probes(), pieces)
+            read = _read(variant, probes(), pieces, own)
         except InputError as error:  # a loss with float32 inside may refuse float64
             if not isinstance(error.__cause__, RuntimeError):
                 raise
@@ -162,74 +70,88 @@ def explain(
         tokens = probes(torch.float32)
     if not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
-    return _read(variant, tokens, pieces)
+    return _read(variant, tokens, pieces, own)
 
 
-def carried(grad: torch.Tensor) -> torch.dtype:
-    """The least precise type that holds every digit of a gradient: what the loss computed in, whatever it returned."""
-    narrower = (*COARSE, torch.float32)
-    return next((dtype for dtype in narrower if bool((grad.to(dtype).to(grad.dtype) == grad).all())), grad.dtype)
-
-
-def _read(variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None) -> Explanation:
+def _read(
+    variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None, own: Mapping[str, Tensor]
+) -> Explanation:
     try:
         with torch.no_grad():
             losses = variant.loss(tokens)
-        target = Target.from_grad(tokens, gradient(variant.loss, tokens))
+        grad = gradient(variant.loss, tokens)
+        again = gradient(variant.loss, tokens)
+        written = calling.written(variant.method.fn, variant.params, tokens)
     except InputError:
         raise
     except Exception as error:  # anything at all may go wrong inside a user's loss
         raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
-    finite = bool(target.grad.isfinite().all())
-    near = matching.nearest(target.grad, tokens, skip=variant.spec) if finite else []
-    return Explanation(variant.spec, tokens, target, losses, near, pieces)
-
-
-def _trust(table: pd.DataFrame) -> list[str]:
-    trust, p_y = table["trust"].dropna(), table["p_y"]
-    if trust.empty:
-        return ["Every p_y is 1 here: nothing is left to trust."]
-    said = []
-    low, high = trust.idxmin(), trust.idxmax()
-    if trust[high] - trust[low] < 1e-6:
-        said.append(f"Trust: the label is trusted by {trust[high]:.4g} on every token.")
-    else:
-        ends = [f"{trust[row]:.4g} (p_y = {p_y[row]:.6g})" for row in (low, high)]
-        said.append(f"Trust: the label is trusted by {' to '.join(ends)}.")
-    down = trust < -1e-6
-    if down.any():
-        rows = table.loc[trust[down].index]
-        at, count = rows["p_y"], f"{int(down.sum())} of {len(table)} tokens"
-        alarm = "WARNING: the" if (rows["q_label"] < 0).any() else "The"  # below p_y is a choice, below 0 hardly
-        said.append(f"{alarm} label is pushed DOWN on {count} (p_y from {at.min():.6g} to {at.max():.6g}).")
-    return said
-
-
-def _rest(table: pd.DataFrame) -> list[str]:
-    worst = table["reshape"].max()
-    if worst < 1e-6:
-        return ["Rest: what the label does not get follows the student's own distribution."]
-    at = table.loc[table["reshape"].idxmax(), "p_y"]
-    return [f"Rest: the alternatives are reshaped, by up to {worst:.3g} of the mass (p_y = {at:.3g})."]
-
-
-def _simplex(target: Target, table: pd.DataFrame) -> list[str]:
-    said, n = [], len(table)
-    off = (table["total"] - 1).abs()
-    coarse = carried(target.grad) in COARSE  # then sums are 1 to two digits only
-    shifted = int(((target.total - 1).abs() > 0.05).sum() if coarse else (~target.shift_invariant).sum())
-    if shifted:
-        said.append(
-            f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): the loss sees raw logits, "
-            "not only their softmax."
+    target = Target.from_grad(tokens, grad)
+    if not bool(grad.isfinite().all() and grad.any()):
+        near = matching.nearest(target.grad, tokens, skip=_own_spec(variant)) if bool(grad.isfinite().all()) else []
+        return Explanation(variant, tokens, target, losses, near, pieces, written=written)
+    off = float((grad - again).norm() / grad.norm())
+    if off > ROUNDING[carried(grad)][0]:
+        raise InputError(
+            f"{variant.spec} is random: two calls on the same tokens differ by {off:.0%}. Seed it, or switch dropout off"
         )
-    signed = table["negative_mass"] > tolerance(target.q)
-    if signed.any():
-        at = table["p_y"][signed]
-        said.append(
-            f"Simplex: Q has negative entries on {int(signed.sum())} of {n} tokens (p_y from {at.min():.3g} to {at.max():.3g}; "
-            f"negative mass up to {table['negative_mass'].max():.3g})."
+    return _understood(Explanation(variant, tokens, target, losses, [], pieces, written=written), own)
+
+
+def _understood(e: Explanation, own: Mapping[str, Tensor]) -> Explanation:
+    """With everything that can be read off its gradient, in the digits that it has."""
+    rows, grad = e.variant.loss, e.target.grad
+    tolerance, noise = ROUNDING[carried(grad)]
+    found = leak(grad, e.tokens, tolerance)
+    seen, tokens = (found.grad, found.tokens) if found is not None and found.cause else (grad, e.tokens)
+    mixture = decompose(seen, tokens, own, tolerance, noise)
+    laws = _laws(mixture, tokens, tolerance, noise)
+    if found is not None:
+        mixture = replace(mixture, index=found.rows[mixture.index])
+    reach = scope(rows, e.tokens, tolerance)
+    some, its = tokens, seen
+    if tokens.logits.numel() > MATCHED and found is None:  # all methods on all tokens would take minutes
+        some = tokens[torch.linspace(0, len(tokens) - 1, max(8, MATCHED // tokens.logits.shape[1])).long().unique()]
+        its = gradient(rows, some)
+    near = matching.nearest(its, some, _own_spec(e.variant), tolerance)
+    if not near or near[0].relation not in ("identical", "up to a factor"):
+        near = (
+            [*identify.search(its, some, skip=params.parse(_own_spec(e.variant))[0]), *near]
+            if some.logits.numel() <= SEARCHED
+            else near
         )
-    elif not shifted:
-        said.append(f"Simplex: Q is a distribution on all {n} tokens.")
-    return said
+    made = replace(e, nearest=near, mixture=mixture, laws=laws, scope=reach, leak=found)
+    return replace(made, elsewhere=_elsewhere(made, tolerance, noise)) if e.on_probes and found is None else made
+
+
+def _own_spec(variant: Variant) -> str:
+    """The spec of a registered loss, not to be compared with itself; a function of the same name is somebody else's."""
+    return variant.spec if methods().get(variant.name) is variant.method else ""
+
+
+def _laws(mixture: Mixture, tokens: Tokens, tolerance: float, noise: float) -> dict[str, Law | None]:
+    if not mixture.explains:
+        return {}
+    some = tokens[mixture.index.to(tokens.logits.device)]
+    known = {name: torch.where(mixture.unique, pull, torch.nan) for name, pull in mixture.parts.items()}
+    return {name: law(pull, some, tolerance, noise) for name, pull in known.items()}
+
+
+def _elsewhere(e: Explanation, tolerance: float, noise: float) -> str:
+    """Whether another vocabulary reads the same: what was found is then no accident of the first."""
+    assert e.mixture is not None
+    other = probes(e.tokens.logits.dtype, vocabulary=ELSEWHERE)
+    try:
+        grad = gradient(e.variant.loss, other)
+    except Exception as error:  # a loss may be written for one vocabulary
+        return f"at V = {ELSEWHERE} the loss raises {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"
+    mixture = decompose(grad, other, None, tolerance, noise)
+    said = [_in_short(e.mixture, e.laws), _in_short(mixture, _laws(mixture, other, tolerance, noise))]
+    return f"the same at V = {ELSEWHERE}." if said[0] == said[1] else f"at V = {ELSEWHERE} it reads {said[1]}."
+
+
+def _in_short(mixture: Mixture, laws: Mapping[str, Law | None]) -> str:
+    if not mixture.explains:
+        return "as no mixture"
+    formulas = {name: law.formula if law else "(...)" for name, law in laws.items()}
+    return " + ".join(f"{formulas[name]} of {name}" for name in mixture.parts)

@@ -12,6 +12,8 @@ from qlens.registry import Variant, resolve
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
 
+COARSE = (torch.bfloat16, torch.float16)
+
 
 def implied_target(
     loss: Variant | str | Callable, tokens: Tokens, scale: Literal["unit", "natural"] = "unit"
@@ -48,3 +50,9 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).clone().requires_grad_()
         (grad,) = torch.autograd.grad(rows(tokens.replace(logits=leaf)).sum(), leaf)
     return grad
+
+
+def carried(grad: torch.Tensor) -> torch.dtype:
+    """The least precise type that holds every digit of a gradient: what the loss computed in, whatever it returned."""
+    narrower = (*COARSE, torch.float32)
+    return next((dtype for dtype in narrower if bool((grad.to(dtype).to(grad.dtype) == grad).all())), grad.dtype)

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, float64
 
+from qlens import params
 from qlens.errors import InputError
-from qlens.registry import get, names
+from qlens.registry import get, methods
 from qlens.tokens import Tokens
+from qlens.variant import Method, Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
 
@@ -42,13 +44,22 @@ class Match:
         return f"{self.spec} x {self.factor:.3g}: {self.angle:.1f} degrees away"
 
 
-def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[Match]:
-    """Every registered method that these tokens can feed, nearest first: by relation, angle and factor.
+def points(method: Method) -> list[Variant]:
+    """A method at its defaults, its modes, and the ends and choices of each parameter."""
+    variants = [method.variant(**given) for given in ({}, *method.modes.values(), *params.ends(method.fn))]
+    return list({variant.spec: variant for variant in variants}.values())
+
+
+def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", tolerance: float | None = None) -> list[Match]:
+    """Every registered method that these tokens can feed, at the point nearest: by relation, angle, factor and simplicity.
+
+    Each is tried at its defaults, its modes and the ends of its parameters; ``identify.search`` goes between these.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken; methods that need a field that is missing are left out.
-        skip: a spec to leave out (the loss itself, if it is registered and at its defaults).
+        skip: a spec to leave out (the loss itself, if it is registered).
+        tolerance: the relative misfit that counts as rounding; by default that of the gradient's dtype.
 
     Example:
         >>> import qlens
@@ -57,26 +68,44 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "") -> list[
         'up to a factor'
     """
     found = []
-    for name in names():
-        variant = get(name)
-        if variant.spec != skip and all(getattr(tokens, field) is not None for field in variant.needs):
-            try:
-                other = variant.target(tokens).grad
-            except InputError:  # a user's method may fit no tokens but its own
-                continue
-            found.append(_compare(variant.spec, grad, other))
-    return sorted(found, key=_order)
+    for method in methods().values():
+        matches = [
+            match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, tolerance))
+        ]
+        if method.name == params.parse(skip)[0]:  # a parameter that changes nothing makes no other method
+            matches = [match for match in matches if match.relation != "identical"]
+        if matches:
+            best = min(matches, key=order)
+            default = [m for m in matches if m.spec == method.name and m is not best and m.relation == RELATIONS[1]]
+            found += [
+                best,
+                *default,
+            ]  # "eaft(normalizer=1.0)" says which released mode it is, "eaft x 2.9957" by how much
+    return sorted(found, key=order)
 
 
-def _order(match: Match) -> tuple:
-    """By relation, then by angle; among the equally near the least factor, then the method with the fewest needs."""
-    needs = len(get(match.spec).needs)
+def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float | None = None) -> Match | None:
+    """A gradient beside one variant's; None where the tokens cannot feed it."""
+    if any(getattr(tokens, field) is None for field in variant.needs):
+        return None
+    try:
+        other = variant.target(tokens).grad
+    except InputError:  # these parameters do not go together, or a user's method fits no tokens but its own
+        return None
+    return _compare(variant.spec, grad, other, tolerance) if bool(other.isfinite().all()) else None
+
+
+def order(match: Match) -> tuple:
+    """By relation; what is one, by simplicity: the least factor, parameters and needs; what is not, by angle."""
+    needs, given = len(get(match.spec).needs), match.spec.count("=")
     factor = abs(math.log(abs(match.factor))) if match.factor else math.inf
-    return RELATIONS.index(match.relation), round(match.angle, 3), round(factor, 6), needs, len(match.spec)
+    simple = round(factor, 2), given, needs, len(match.spec)
+    relation, angle = RELATIONS.index(match.relation), round(match.angle, 3)
+    return (relation, *simple, angle) if relation < 2 else (relation, angle, *simple)
 
 
-def _compare(spec: str, grad: Tensor, other: Tensor) -> Match:
-    tolerance = 1e-6 if grad.dtype == float64 else 1e-3
+def _compare(spec: str, grad: Tensor, other: Tensor, tolerance: float | None) -> Match:
+    tolerance = tolerance or (1e-6 if grad.dtype == float64 else 1e-3)
     g, m = grad.double(), other.double()
     size, other_size = float(g.norm()), float(m.norm())
     if size == 0 or other_size == 0:

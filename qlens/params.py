@@ -5,9 +5,10 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
-from qlens import adapters
+from qlens import calling
 from qlens.errors import InputError, ParameterError
 
 
@@ -34,8 +35,8 @@ Positive = Annotated[float, Between(0, open_low=True)]  # above 0
 
 def defaults(fn: Callable) -> dict[str, Any]:
     """Name -> default of every parameter a user may set: the arguments of ``fn`` that have a default."""
-    given = adapters.signature(fn).values()
-    return {p.name: p.default for p in given if p.default is not p.empty and p.name != "num_items_in_batch"}
+    given = calling.signature(fn).values()
+    return {p.name: p.default for p in given if p.default is not p.empty and p.name not in calling.CALLERS}
 
 
 def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,12 +45,12 @@ def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ParameterError: naming the method, the parameter, its value and what would be right.
     """
-    bound, hints = defaults(fn), _hints(fn)
+    bound, types = defaults(fn), hints(fn)
     for name, value in given.items():
         if name not in bound:
             known = ", ".join(bound) or "it has none"
             raise ParameterError(f"{method} has no parameter {name!r} (parameters: {known})")
-        hint = hints.get(name, type(bound[name]) if bound[name] is not None else Any)
+        hint = types.get(name, type(bound[name]) if bound[name] is not None else Any)
         if (wanted := _misfit(value, hint)) is not None:
             raise ParameterError(f"{method}: {name} = {value!r}, but it must be {wanted}")
         bound[name] = float(value) if _is_float(hint) else tuple(value) if isinstance(value, list) else value
@@ -104,12 +105,12 @@ def ends(fn: Callable) -> list[dict[str, Any]]:
         >>> ends(f)
         [{'eta': 0.0}, {'eta': 1.0}, {'square': True}]
     """
-    hints = _hints(fn)
-    points = [{name: value} for name in defaults(fn) for value in _telling(hints.get(name, Any))]
+    types = hints(fn)
+    points = [{name: value} for name in defaults(fn) for value in telling(types.get(name, Any))]
     return [point for point in points if point.items() - defaults(fn).items()]
 
 
-def _telling(hint: Any) -> list[Any]:
+def telling(hint: Any) -> list[Any]:
     """The values of an annotation that a limit or an identity may stand at."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
@@ -117,13 +118,19 @@ def _telling(hint: Any) -> list[Any]:
     if origin is Literal:
         return list(inner)
     if origin is not None and origin is not tuple:
-        return [value for side in inner for value in _telling(side)]
+        return [value for side in inner for value in telling(side)]
     return {bool: [False, True], float: [0.0, 1.0], type(None): [None]}.get(hint, [])
 
 
-def _hints(fn: Callable) -> dict[str, Any]:
+@lru_cache(maxsize=1024)
+def hints(fn: Callable) -> Mapping[str, Any]:
     """The annotations of a function's arguments; a callable object has none that can be read this way."""
-    return typing.get_type_hints(fn, include_extras=True) if inspect.isroutine(fn) else {}
+    if not inspect.isroutine(fn):
+        return {}
+    try:
+        return typing.get_type_hints(fn, include_extras=True)
+    except NameError:  # a name imported for type checkers only: the defaults' types are what is left to go by
+        return {}
 
 
 def _is_float(hint: Any) -> bool:

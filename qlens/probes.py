@@ -26,27 +26,33 @@ SWEEP = (
     1 - 1e-4,
     1 - 1e-6,
 )
-SHAPES = ("peaked", "flat")  # one alternative holds nine tenths of what the label leaves, or all share it alike
+# What the alternatives do with what the label leaves: one holds nine tenths, each holds .8 of the one before, all alike.
+SHAPES = ("peaked", "graded", "flat")
 
 
-def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tokens:
-    """Tokens that tell losses apart: every p_y of the sweep with peaked and with flat alternatives, V = 32.
+def probes(
+    dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", vocabulary: int = VOCABULARY
+) -> Tokens:
+    """Tokens that tell losses apart: every p_y of the sweep with alternatives of low, middle and high entropy, V = 32.
 
     Teacher, reference, old policy and second pass differ from the student and from each other. The tokens are dealt to eight
     sequences in four pairs; masks, advantages and negatives so that every one of them tells.
 
     Example:
         >>> probes().logits.shape
-        torch.Size([38, 32])
+        torch.Size([57, 32])
     """
     p_y = torch.tensor(SWEEP, dtype=torch.float64).repeat(len(SHAPES))
     rows = torch.arange(len(p_y))
-    labels = (rows * 7) % VOCABULARY
-    probs = ((1 - p_y) / (VOCABULARY - 1))[:, None].repeat(1, VOCABULARY)
-    peaked = rows < len(SWEEP)
-    rival = (labels + 1) % VOCABULARY
-    probs[peaked] = ((1 - p_y) * 0.1 / (VOCABULARY - 2))[:, None].repeat(1, VOCABULARY)[peaked]
-    probs[rows[peaked], rival[peaked]] = 0.9 * (1 - p_y)[peaked]
+    labels = (rows * 7) % vocabulary
+    rival = (labels + 1) % vocabulary
+    rank = (torch.arange(vocabulary) - rival[:, None]) % vocabulary  # the rival first, the label last
+    first = (rank == 0).double()
+    peaked = 0.9 * first + 0.1 * (1 - first) / (vocabulary - 2)
+    kinds = [peaked, 0.8 ** rank.double(), torch.ones_like(peaked)]
+    rest = torch.stack([kinds[int(row) // len(SWEEP)][row] for row in rows])
+    rest[rows, labels] = 0.0
+    probs = (1 - p_y)[:, None] * rest / rest.sum(-1, keepdim=True)
     probs[rows, labels] = p_y
     draw = torch.Generator().manual_seed(0)
     level = 3 * torch.randn(len(rows), 1, generator=draw, dtype=torch.float64)
@@ -64,7 +70,7 @@ def probes(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     sequence = rows % 8
     marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
     marks |= dict(critical=rows % 2 == 0, hint=rows % 4 == 1)
-    marks["negatives"] = one_hot((labels + 2) % VOCABULARY, VOCABULARY, torch.float64).bool()
+    marks["negatives"] = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
     marks["negatives"][rows, rival] = rows % 2 == 1
     return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)
 

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qlens import adapters, params, userfiles
+from qlens import calling, params, userfiles
 from qlens.errors import InputError, UnknownName
 from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
@@ -102,7 +102,8 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
     unknown = sorted(set(card) - set(Method.__dataclass_fields__))
     if unknown:
         raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card")
-    asked, needs = adapters.extra_inputs(fn), card.get("needs", ())
+    fn = calling.opened(fn)
+    asked, needs = calling.extra_inputs(fn), card.get("needs", ())
     if callable(needs) and asked:
         raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
     if not callable(needs):

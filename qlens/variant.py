@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, params
+from qlens import adapters, calling, params
 from qlens.errors import InputError
 from qlens.groups import Groups
 from qlens.pairs import Pairs
@@ -141,7 +141,7 @@ class Variant:
         """Whether the target is read out of the loss by the lens, so that the identity holds by construction."""
         if self.method.printed is not None:
             return False
-        if adapters.kind(self.method.fn) != "tokens":
+        if calling.kind(self.method.fn) != "tokens":
             return True
         from qlens.probes import probes
 
@@ -158,7 +158,7 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        if adapters.kind(self.method.fn) == "tokens":
+        if calling.kind(self.method.fn) == "tokens":
             made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
                 return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))

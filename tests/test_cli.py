@@ -69,6 +69,23 @@ def test_explain_as_json_writes_no_figure_unasked(run, my_loss, tmp_path):
     assert code == 0 and json.loads(out)["loss"] == "dft" and (tmp_path / "here.pdf").is_file()
 
 
+def test_check_exits_with_what_it_finds(run, my_loss):
+    code, out, _ = run("check", "my_loss.py:f")
+    assert code == 0 and out.endswith("8 passed, 0 failed, 8 not applicable\n")
+    code, out, _ = run("check", "dft", "--json")
+    assert code == 0 and json.loads(out)["ok"] is True
+    my_loss.write_text(
+        "def f(logits, labels):\n    return -logits.softmax(-1).gather(1, labels[:, None]).log().mean()\n"
+    )
+    code, out, _ = run("check", "my_loss.py:f", "--json")
+    assert code == 1 and {row["state"] for row in json.loads(out)["items"] if row["id"] == "extremes"} == {"failed"}
+    code, out, _ = run("check", "my_loss.py:f")
+    assert code == 1 and "so: one sure or hopeless token turns the weights NaN" in out
+    my_loss.write_text("def f(logits, labels):\n    return logits.detach().sum()\n")
+    code, out, err = run("check", "my_loss.py:f")
+    assert code == 2 and out == "" and "without a graph" in err
+
+
 @needs_data
 def test_explain_on_a_real_model_and_text(run, tmp_path):
     models = DATA / "models"
@@ -86,6 +103,8 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
     [
         (["show", "sftt"], "Did you mean sft"),
         (["explain", "kd(temperature=0)"], "temperature = 0"),
+        (["check", "sftt"], "Did you mean sft"),
+        (["check", "dft", "--model", "nowhere"], "--model"),
         (["explain", "missing.py:f"], "there is no file missing.py"),
         (["explain", "my_loss.py:g"], "unknown function in my_loss.py 'g'"),
         (["explain", "dft", "--model", "nowhere"], "--model and --data go together"),

@@ -28,7 +28,7 @@ def forgot_detach(logits, labels):
 
 def test_probes_are_what_they_say():
     tokens = probes()
-    torch.testing.assert_close(tokens.label_probs, torch.tensor(SWEEP * 2, dtype=torch.float64))
+    torch.testing.assert_close(tokens.label_probs, torch.tensor(SWEEP * 3, dtype=torch.float64))
     peaked = tokens.probs[9].sort(descending=True).values  # p_y = 0.5
     torch.testing.assert_close(peaked[:2], torch.tensor([0.5, 0.45], dtype=torch.float64))
     others = [tokens.log_probs] + [tokens.log_probs_of(name) for name in ("teacher", "reference", "old", "second")]
@@ -40,21 +40,21 @@ def test_trust_of_a_root_weighted_loss_is_the_root():
     read = qlens.explain(root_weighted)
     torch.testing.assert_close(torch.tensor(read.table["trust"]), torch.tensor(read.table["p_y"]).sqrt())
     assert float(read.table["reshape"].max()) < 1e-12
-    assert read.nearest[0].relation == "same targets at another scale"
-    assert "Simplex: Q is a distribution on all 38 tokens." in read.findings
+    assert str(read.nearest[0]) == "gce(q=0.5): the same gradient" and read.law.formula == "p_y^0.5"
+    assert "Simplex: Q is a distribution on all 57 tokens." in read.findings
 
 
 def test_a_forgotten_detach_is_found():
     read = qlens.explain(forgot_detach)
     p = torch.tensor(read.table["p_y"])
     torch.testing.assert_close(torch.tensor(read.table["trust"]), p * (1 + p.log()))
-    assert any("WARNING: the label is pushed DOWN on 16 of 38 tokens" in finding for finding in read.findings)
+    assert any("WARNING: the label is pushed DOWN on 24 of 57 tokens" in finding for finding in read.findings)
     assert any("negative entries" in finding for finding in read.findings)
 
 
 def test_raw_logits_are_found():
     read = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.square().sum(-1).mean())
-    assert any("sum(Q) is not 1 on 38 tokens" in f or "sum(Q) is not 1 on 38 of 38" in f for f in read.findings)
+    assert any("sum(Q) is not 1 on 57 tokens" in f or "sum(Q) is not 1 on 57 of 57" in f for f in read.findings)
     assert not any("Q is a distribution on all" in finding for finding in read.findings)
 
 
@@ -125,7 +125,7 @@ def test_nan_gradients_are_reported():
         p = logits.softmax(-1).gather(-1, labels[:, None])[:, 0]
         return (p - p.detach()).abs().sqrt() - label_log_probs(logits, labels)
 
-    assert qlens.explain(nan).findings == ["WARNING: the gradient is not finite on 38 of 38 tokens."]
+    assert qlens.explain(nan).findings == ["WARNING: the gradient is not finite on 57 of 57 tokens."]
 
 
 def test_everything_prints_and_serialises():
@@ -133,7 +133,7 @@ def test_everything_prints_and_serialises():
     text = str(read)
     assert text.startswith("kd: the target it trains toward") and "Nearest methods:" in text
     again = json.loads(json.dumps(read.to_dict()))
-    assert len(again["table"]) == 38 and again["nearest"][0]["spec"] in qlens.names()
+    assert len(again["table"]) == 57 and again["nearest"][0]["spec"] in qlens.names()
 
 
 def test_the_figure_shows_the_table():
@@ -160,7 +160,7 @@ def test_losses_that_cast_inside_are_read_at_their_own_precision():
 def test_a_gradient_of_zero_and_a_target_below_the_label_are_said():
     assert "zero on every token" in qlens.explain(lambda logits, labels: (0 * logits).sum()).findings[0]
     smoothed = qlens.explain("label_smoothing").findings
-    assert any(finding.startswith("The label is pushed DOWN on 10 of 38 tokens") for finding in smoothed)
+    assert any(finding.startswith("The label is pushed DOWN on 15 of 57 tokens") for finding in smoothed)
 
 
 def test_losses_may_write_on_what_they_are_given():
@@ -181,4 +181,4 @@ def test_a_wrong_sign_and_an_undefined_value_are_said():
     read = qlens.explain(lambda logits, labels: -F.cross_entropy(logits, labels))
     assert str(read.nearest[0]) == "sft x -1: the same gradient up to this factor"
     undefined = qlens.explain(lambda logits, labels: (label_log_probs(logits, labels).exp() - 1).log().mean())
-    assert "the loss is not finite on 38 of 38 tokens" in undefined.findings[0]
+    assert "the loss is not finite on 57 of 57 tokens" in undefined.findings[0]

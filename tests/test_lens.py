@@ -159,7 +159,6 @@ def test_what_cannot_be_read_is_refused_with_the_reason():
     draw = torch.Generator().manual_seed(0)
     cases = {
         "takes 'x' first": lambda x, labels: x.sum(),
-        "takes a model": lambda model, inputs: 0,
         "give 'extra' a default": lambda logits, labels, extra: logits.sum(),
         "without a gradient": lambda logits, labels: F.cross_entropy(logits.detach(), labels),
         "must return a floating-point tensor": lambda logits, labels: 1.0,

@@ -130,18 +130,21 @@ def test_a_study_is_a_row_per_setting_or_one_panel_side_by_side():
 def test_explain_draws_pull_target_and_trust_against_p_y(spec):
     explanation = qlens.explain(spec)
     figure = plots.figure_explain(explanation)
-    pull, target, trust = figure.axes
+    pull, target, trust, ends = figure.axes
     table = explanation.table[explanation.table["shape"] == "peaked"].sort_values("p_y")
     drawn = {"label_grad": pull, "other_grad": pull, "q_label": target, "q_rest": target, "trust": trust}
     for column, ax in drawn.items():
         assert any(np.array_equal(line.get_ydata(), table[column], equal_nan=True) for line in ax.lines), column
     grey = [line for line in trust.lines if "trust" in str(line.get_label())]
     assert len(grey) == 2 and np.array_equal(grey[1].get_xdata(), grey[1].get_ydata())
+    paths = [line.get_ydata() for line in ends.lines if len(line.get_xdata()) == len(explanation.destination.times)]
+    assert all(any(np.array_equal(path, p_k) for path in paths) for p_k in explanation.destination.probs.T)
     figure.draw_without_rendering()
 
 
 def test_explain_on_text_draws_tokens_without_joining_them():
     table = qlens.explain("dft").table.assign(shape="text")
-    figure = plots.figure_explain(SimpleNamespace(spec="dft", table=table))
+    figure = plots.figure_explain(SimpleNamespace(spec="dft", table=table, law=None, destination="not known"))
+    assert len(figure.axes) == 3
     points = [line for line in figure.axes[2].lines if len(line.get_xdata()) == len(table) and line.get_marker() == "o"]
     assert points and all(line.get_linewidth() == 0 for line in points)

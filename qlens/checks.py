@@ -1,0 +1,134 @@
+"""Check: a conformance report on the implementation of a loss."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from qlens.conformance import RULES, Failed, NotApplicable, Rule, Specimen, first_line, sees_no_batches, specimen
+from qlens.errors import InputError
+from qlens.registry import resolve
+from qlens.variant import Variant
+
+State = Literal["passed", "failed", "not applicable"]
+STATES: tuple[State, ...] = ("failed", "passed", "not applicable")  # as they are printed
+WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the report: what was tested, how it went, the numbers, and for a failure what follows from it."""
+
+    id: str
+    state: State
+    evidence: str
+    consequence: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How a loss is implemented: print it, or read ``ok``, ``failures`` and ``items``.
+
+    Args:
+        spec: the loss.
+        kind: how it is called: tokens, logits, outputs, hidden or model.
+        items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
+
+    Example:
+        >>> report = check("dft")
+        >>> report.ok, report["shift"].evidence
+        (True, 'row t learns its own label: 24 labels changed one at a time')
+    """
+
+    spec: str
+    kind: str
+    items: tuple[Item, ...]
+
+    @property
+    def failures(self) -> tuple[Item, ...]:
+        """The items that failed."""
+        return tuple(item for item in self.items if item.state == "failed")
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    def __getitem__(self, name: str) -> Item:
+        """The item of that id."""
+        return next(item for item in self.items if item.id == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything printable, for JSON."""
+        return {"loss": self.spec, "kind": self.kind, "ok": self.ok, "items": [asdict(item) for item in self.items]}
+
+    def __str__(self) -> str:
+        by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
+        for item in (*by_state["failed"], *by_state["passed"]):
+            lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
+            lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
+        for reason in dict.fromkeys(item.evidence for item in by_state["not applicable"]):
+            names = ", ".join(
+                item.id.replace("_", " ") for item in by_state["not applicable"] if item.evidence == reason
+            )
+            lines += _entry(
+                "not applicable",
+                names if "," not in names else "",
+                reason if "," not in names else f"{names}: {reason}",
+            )
+        counts = ", ".join(f"{len(by_state[state])} {state}" for state in ("passed", "failed", "not applicable"))
+        return "\n".join([*lines, "", counts])
+
+
+def check(loss: Variant | str | Callable) -> CheckReport:
+    """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
+
+    Args:
+        loss: a Variant, a spec, FILE.py:FUNCTION, a callable or a trainer's class (see ``implied_target``).
+
+    Gradients count as the same when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16).
+
+    Raises:
+        InputError: the loss cannot be called on ordinary input, or has no finite gradient there; the message says why.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> check(F.cross_entropy).ok
+        True
+        >>> [item.id for item in check(lambda logits, labels: F.cross_entropy(logits.exp().log(), labels)).failures]
+        ['impossible', 'extremes']
+    """
+    variant = resolve(loss)
+    with torch.random.fork_rng(devices=[]):
+        tested = specimen(variant)
+        items = {name: _item(name, rule, tested) for name, rule in RULES.items() if not rule.compares}
+        random = items["deterministic"].state == "failed"
+        for name, rule in RULES.items():
+            if rule.compares:
+                reason = "two calls on the same input differ, so that calls cannot be compared"
+                items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
+    return CheckReport(variant.spec, tested.kind, tuple(items[name] for name in RULES))
+
+
+def _item(name: str, rule: Rule, tested: Specimen) -> Item:
+    if rule.laid_out and (reason := sees_no_batches(tested)):
+        return Item(name, "not applicable", reason)
+    try:
+        return Item(name, "passed", rule.run(tested))
+    except NotApplicable as reason:
+        return Item(name, "not applicable", str(reason))
+    except Failed as failure:
+        return Item(name, "failed", str(failure), rule.consequence)
+    except InputError as error:
+        return Item(name, "failed", str(error), rule.consequence)
+    except Exception as error:  # whatever a loss raises is the evidence
+        return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.consequence)
+
+
+def _entry(state: str, name: str, said: str) -> list[str]:
+    """A line of the table, with what does not fit below it."""
+    start = f"{state:<{len(STATES[-1])}}  {name:<{WIDTH}}  "
+    return [(start if not i else " " * len(start)) + part for i, part in enumerate(textwrap.wrap(said, EVIDENCE))]

@@ -1,0 +1,68 @@
+"""Wrapping: a function called as before, its arguments changed on the way in, or watched."""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlens.tokens import Tokens
+
+Around = Callable[[Callable], Callable]
+"""What wraps the function that is called."""
+
+
+def as_it_is(fn: Callable) -> Callable:
+    """No wrapper."""
+    return fn
+
+
+def changing(change: Callable[[Tensor], Tensor]) -> Around:
+    """A wrapper: every tensor that the function is given goes through ``change`` first."""
+
+    def wrap(fn: Callable) -> Callable:
+        @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)  # its signature tells how to call it
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return fn(*(_each(arg, change) for arg in args), **{k: _each(v, change) for k, v in kwargs.items()})
+
+        return run
+
+    return wrap
+
+
+def watching(written: list[str]) -> Around:
+    """A wrapper that notes what the function writes on: its arguments, by name, and the logits that its model gives it."""
+
+    def wrap(fn: Callable) -> Callable:
+        @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            seen: list[tuple[str, Tensor, Tensor]] = []
+
+            def note(name: str, thing: Any) -> None:
+                _each(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
+                if isinstance(thing, nn.Module):
+                    thing.register_forward_hook(lambda module, given, made: note("the model's outputs", made))
+
+            for name, thing in inspect.signature(run).bind(*args, **kwargs).arguments.items():
+                note(name, thing)
+            try:
+                return fn(*args, **kwargs)
+            finally:
+                written.extend(n for n, now, old in seen if not torch.equal(now.nan_to_num(), old.nan_to_num()))
+
+        return run
+
+    return wrap
+
+
+def _each(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same tensor, Tokens or mapping with every tensor changed; anything else as it is."""
+    if isinstance(thing, Tensor):
+        return change(thing)
+    if isinstance(thing, Tokens):
+        return thing.replace(**{name: change(value) for name, value in thing.fields().items()})
+    if isinstance(thing, Mapping):
+        return type(thing)(**{name: _each(value, change) for name, value in thing.items()})
+    return thing

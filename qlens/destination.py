@@ -1,0 +1,203 @@
+"""Destination: where training on a loss ends, once the target moves with the student."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.integrate import LSODA
+from scipy.special import entr, softmax
+
+from qlens.errors import InputError
+from qlens.lens import gradient
+from qlens.registry import Variant, resolve
+from qlens.tokens import Tokens
+
+GRID = np.geomspace(0.01, 1e5, 141)  # steps of gradient descent on the logits, at rate 1
+MOST_STEPS = 300  # a smooth loss takes 250
+RATE, TAIL = 0.03, 2000  # of the gradient descent that takes over where the solver sticks at a threshold
+STILL, ALIKE = 0.005, 0.01  # what two printed digits do not show, and hardly show
+
+
+@dataclass(frozen=True, eq=False)
+class Destination:
+    """Where a loss takes one distribution: print it, or read ``end``, ``sentence``, ``times``, ``probs`` and ``plot()``.
+
+    Args:
+        spec: the loss.
+        frequencies, start: how often each entry is the label, and the distribution at time 0, (size,).
+        times, probs: log-spaced times in steps of gradient descent at rate 1, (T,), and p at each, (T, size).
+        settled: whether no entry moved by ``STILL`` over the last three quarters of the time.
+        teacher, reference: what the loss was given, (size,); None where it asks for none.
+
+    Example:
+        >>> destination("dft").end.round(2)
+        array([1., 0., 0., 0.])
+    """
+
+    spec: str
+    frequencies: Float[np.ndarray, " size"]
+    start: Float[np.ndarray, " size"]
+    times: Float[np.ndarray, " T"]
+    probs: Float[np.ndarray, "T size"]
+    settled: bool
+    teacher: Float[np.ndarray, " size"] | None = None
+    reference: Float[np.ndarray, " size"] | None = None
+
+    @property
+    def end(self) -> Float[np.ndarray, " size"]:
+        """The last distribution, (size,)."""
+        return self.probs[-1]
+
+    @property
+    def sentence(self) -> str:
+        """Where it ends, in plain words."""
+        seen = self.frequencies > 0
+        labels, where = _listed(100 * self.frequencies[seen], ".3g"), _listed(self.end[seen], ".2f")
+        if not self.settled:
+            return f"With labels {labels} it has reached {where} at t = {self.times[-1]:.2g} and is still moving."
+        return f"With labels {labels} it ends at {where}: {self._verdict()}."
+
+    def plot(self) -> Any:
+        """The figure: every entry's probability against time (matplotlib)."""
+        from qlens.analysis.flow import figure_destination
+
+        return figure_destination(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        lists = {name: value.tolist() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return vars(self) | lists | {"end": self.end.tolist(), "sentence": self.sentence}
+
+    def _verdict(self) -> str:
+        f, end = self.frequencies, self.end
+        if np.allclose(end, f, atol=ALIKE):
+            return "the label frequencies"
+        for name, other in (("teacher", self.teacher), ("reference", self.reference)):
+            way = np.zeros_like(f) if other is None else other - f
+            share = (end - f) @ way / max(way @ way, ALIKE**2)
+            if 0 < share < 1 + ALIKE and np.allclose(end, f + share * way, atol=ALIKE):
+                part = "" if share > 1 - ALIKE else f"{share:.0%} of the way from the label frequencies to "
+                return f"{part}the {name}'s distribution"
+        top = int(end.argmax())
+        if end[top] > 1 - ALIKE:
+            return "the majority wins outright" if f[top] == f.max() else f"entry {top} wins, against the majority"
+        if np.allclose(end, self.start, atol=ALIKE):
+            return "where it started"
+        unseen = end[f == 0].sum()
+        tail = f", with {unseen:.2f} on entries that never are labels" if unseen > ALIKE else ""
+        return f"{'sharper' if entr(end).sum() < entr(f).sum() else 'flatter'} than the label frequencies{tail}"
+
+    def __str__(self) -> str:
+        return f"{self.spec}: {self.sentence}"
+
+
+def destination(
+    loss: Variant | str | Callable,
+    frequencies: Sequence[float] = (0.55, 0.45),
+    *,
+    size: int = 4,
+    start: Sequence[float] | None = None,
+    teacher: Sequence[float] | None = None,
+    reference: Sequence[float] | None = None,
+) -> Destination:
+    r"""Where the expected gradient flow of a loss takes one distribution, when its labels vary.
+
+    .. math:: \dot z = -\sum_y f_y\, g(z, y), \qquad p = \mathrm{softmax}(z), \qquad 0 \le t \le 10^5
+
+    One step's Q is not where training ends if Q moves with the student: sft ends at f, dft at the majority. The logits are
+    free, and centred. Where thresholds stop the solver, small steps of gradient descent go on for 60 units of time.
+
+    Args:
+        loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
+        frequencies: f, how often entries 0, 1, ... are the label; the rest of the vocabulary never is.
+        size: of the vocabulary, V; a few entries say it all, and thousands take their time.
+        start, reference: probabilities (size,), by default uniform and the start; the old policy is always the start.
+        teacher: probabilities (size,); by default it prefers entry 1: (0.35, 0.5, 0.1, 0.05) at size 4.
+
+    The second pass is the student, every advantage 1, every token critical, hinted and a sequence of its own; the entries
+    that never are labels are the negatives.
+
+    Raises:
+        InputError: no probabilities; a loss of another scope than "token", or one that fails or is not finite on the way.
+
+    Example:
+        >>> print(destination("dft"))
+        dft: With labels 55/45 it ends at 1.00/0.00: the majority wins outright.
+    """
+    variant = resolve(loss)
+    if variant.scope != "token":
+        why = f"its gradient depends on the {variant.scope}, not on one token alone; give a loss of scope 'token'"
+        raise InputError(f"loss: {variant.spec} has scope {variant.scope!r}: {why}")
+    f = _probabilities("frequencies", frequencies)
+    if not isinstance(size, int) or size < max(2, len(f)):
+        raise InputError(f"size must be a whole number, at least 2 and the {len(f)} frequencies, got {size!r}")
+    f = np.pad(f, (0, size - len(f)))
+    p = np.full(size, 1 / size) if start is None else _probabilities("start", start, size)
+    if p.min() <= 0:
+        raise InputError(f"start must be positive, got 0 for entry {int(p.argmin())}: no step of the logits leaves 0")
+    q, r = _prefers_second(size) if teacher is None else teacher, p if reference is None else reference
+    others = {"teacher": _probabilities("teacher", q, size), "reference": _probabilities("reference", r, size)}
+    times, logits = _follow(_flow(variant, f, others | {"old": p}), np.log(p) - np.log(p).mean())
+    grid = np.append(GRID[GRID < times[-1]], times[-1])
+    probs = np.stack([np.interp(np.log1p(grid), np.log1p(times), p_k) for p_k in softmax(logits, -1).T], -1)
+    settled = bool(np.ptp(probs[grid >= grid[-1] / 4], 0).max() < STILL)
+    return Destination(variant.spec, f, p, grid, probs, settled, **{n: others[n] for n in others if n in variant.needs})
+
+
+def _flow(variant: Variant, f: np.ndarray, models: dict[str, np.ndarray]) -> Callable[[float, np.ndarray], np.ndarray]:
+    """dz/dt at centred logits, one row of Tokens per label that occurs."""
+    (seen,) = f.nonzero()
+    shape, ones = (len(seen), len(f)), torch.ones(len(seen), dtype=torch.float64)
+    fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
+    fixed |= {"labels": torch.from_numpy(seen), "sequence": torch.arange(len(seen)), "advantage": ones}
+    fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
+
+    def flow(t: float, z: np.ndarray) -> np.ndarray:
+        logits = torch.tensor(z).expand(shape)
+        try:
+            g = gradient(variant.loss, Tokens(logits=logits, second=logits, **fixed))
+        except InputError:
+            raise
+        except Exception as error:  # anything at all may go wrong inside a user's loss
+            raise InputError(f"loss: {variant.spec} raised {type(error).__name__}: {error}") from error
+        if not bool(g.isfinite().all()):
+            raise InputError(f"loss: the gradient of {variant.spec} is not finite at p = {softmax(z).round(6)}")
+        pull = f[seen] @ g.numpy()
+        return pull.mean() - pull
+
+    return flow
+
+
+def _follow(flow: Callable[[float, np.ndarray], np.ndarray], z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Times (T,) and logits (T, size) along the flow."""
+    solver, states = LSODA(flow, 0.0, z, GRID[-1], rtol=1e-5, atol=1e-6), [(0.0, z)]
+    while solver.status == "running" and len(states) < MOST_STEPS:
+        solver.step()
+        states.append((solver.t, solver.y.copy()))
+    for _ in range(0 if solver.status == "finished" else TAIL):
+        t, z = states[-1]
+        states.append((t + RATE, z + RATE * flow(t, z)))
+    return np.array([t for t, _ in states]), np.stack([z for _, z in states])
+
+
+def _prefers_second(size: int) -> np.ndarray:
+    """0.35, 0.5, then 0.1, 0.1 / 2, 0.1 / 3, ..., normalised."""
+    teacher = np.array([0.35, 0.5, *(0.1 / np.arange(1, size - 1))])
+    return teacher / teacher.sum()
+
+
+def _probabilities(name: str, given: Sequence[float], size: int | None = None) -> np.ndarray:
+    try:
+        probs = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        probs = np.array(np.nan)  # refused below, with the rest
+    if probs.shape != (size or probs.size,) or not (probs >= 0).all() or abs(probs.sum() - 1) > 1e-6:
+        raise InputError(f"{name} must be {size or 'some'} probabilities that sum to 1, got {given!r}")
+    return probs / probs.sum()
+
+
+def _listed(values: np.ndarray, form: str) -> str:
+    return "/".join(format(value, form) for value in values[:5]) + ("/..." if len(values) > 5 else "")

@@ -1,0 +1,188 @@
+"""Explanation: what a loss teaches, token by token and in words, to print, plot and hand on."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import pandas as pd
+import torch
+
+from qlens import matching
+from qlens.destination import Destination, destination
+from qlens.errors import InputError
+from qlens.findings import words
+from qlens.findings.laws import Law
+from qlens.findings.leaks import Leak
+from qlens.findings.mixtures import Mixture
+from qlens.findings.scope import Scope
+from qlens.probes import shapes
+from qlens.target import Target
+from qlens.tokens import Tokens
+from qlens.variant import Variant
+
+TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """What a loss teaches on some tokens: print it, or read ``summary``, ``table``, ``nearest``, ``law``, ``plot()`` and so on.
+
+    Args:
+        variant: the loss.
+        tokens: where it was read.
+        target: the implied target, unit scale.
+        losses: the unreduced values in nats, (N,).
+        nearest: registered methods, nearest first.
+        pieces: turns a token id into its text; None on the probes.
+        mixture: the pulls toward named distributions that make up its gradient.
+        laws: the formula that each pull follows, by the name of its distribution.
+        scope: what a token's gradient depends on.
+        leak: why sum(Q) is not 1, where it is not.
+        elsewhere: whether another vocabulary reads the same.
+        written: which of its inputs the loss writes on.
+    """
+
+    variant: Variant
+    tokens: Tokens
+    target: Target
+    losses: torch.Tensor
+    nearest: list[matching.Match]
+    pieces: Callable[[int], str] | None = None
+    mixture: Mixture | None = None
+    laws: Mapping[str, Law | None] = field(default_factory=dict)
+    scope: Scope | None = None
+    leak: Leak | None = None
+    elsewhere: str = ""
+    written: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> str:
+        """The loss, as it was named."""
+        return self.variant.spec
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row per token: p_y, loss, trust, reshape, Q of the label and of its strongest rival, off-simplex mass, gradients."""
+        t, y = self.target, self.tokens.labels[:, None].long()
+        p = t.probs
+        rival = p.scatter(1, y, -1).argmax(-1, keepdim=True)
+        columns = {
+            "p_y": p.gather(1, y)[:, 0],
+            "p_rival": p.gather(1, rival)[:, 0],
+            "loss": self.losses,
+            "trust": t.effective_trust,
+            "reshape": t.reshape,
+            "q_label": t.q.gather(1, y)[:, 0],
+            "q_rest": t.q.gather(1, rival)[:, 0],
+            "negative_mass": t.negative_mass,
+            "total": t.total,
+            "label_grad": t.grad.gather(1, y)[:, 0],
+            "other_grad": t.grad.gather(1, rival)[:, 0],
+        }
+        frame = pd.DataFrame({name: value.detach().double().cpu().numpy() for name, value in columns.items()})
+        name = self.pieces or str
+        frame.insert(0, "label", [name(int(i)) for i in y[:, 0]])
+        frame.insert(1, "rival", [name(int(i)) for i in rival[:, 0]])
+        frame.insert(2, "shape", shapes() if self.on_probes else "text")
+        return frame
+
+    @property
+    def on_probes(self) -> bool:
+        """Whether it was read on the built-in probes."""
+        return self.pieces is None and len(self.tokens) == len(shapes())
+
+    @cached_property
+    def findings(self) -> list[str]:
+        """What a reader should know, in words, warnings first."""
+        return words.lines(self)
+
+    @cached_property
+    def summary(self) -> str:
+        """A paragraph that a person would say about this loss."""
+        ends = self.destination.sentence if isinstance(self.destination, Destination) else ""
+        return " ".join(filter(None, [words.paragraph(self), ends]))
+
+    @property
+    def law(self) -> Law | None:
+        """The formula that the label's pull follows across tokens; None where none of the known ones does."""
+        return self.laws.get("the label")
+
+    @property
+    def residual(self) -> str:
+        """Where the probability goes that the label does not get."""
+        if self.mixture is None or not self.mixture.explains:
+            return "no mixture of known distributions"
+        return " and ".join(name for name in self.mixture.parts if name != "the label") or "the student"
+
+    @cached_property
+    def destination(self) -> Destination | str:
+        """Where training on it ends, or why that is not known."""
+        if not bool(self.target.grad.isfinite().all() and self.target.grad.any()):
+            return "its gradient leads nowhere"
+        if self.scope is not None and self.scope.of != "token":
+            return f"its gradient depends on the {self.scope.of}, not on one token alone"
+        try:
+            return destination(self.variant)
+        except InputError as error:
+            return str(error)
+
+    @property
+    def telling(self) -> pd.DataFrame:
+        """The rows of ``table`` nearest to telling label probabilities."""
+        frame = self.table[self.table["shape"] != "flat"]
+        rows = [(frame["p_y"] - wanted).abs().idxmin() for wanted in TELLING]
+        return frame.loc[list(dict.fromkeys(rows))]
+
+    def plot(self) -> Any:
+        """The figure: gradients, targets and trust against p_y (matplotlib)."""
+        from qlens.analysis.plots import figure_explain
+
+        return figure_explain(self)
+
+    def to_latex(self) -> str:
+        """The table as LaTeX (booktabs)."""
+        shown = self.telling[["p_y", "trust", "q_label", "p_rival", "q_rest", "negative_mass"]]
+        names = ["$p_y$", "trust", "$Q_y$", "$p_{rival}$", "$Q_{rival}$", "off simplex"]
+        return shown.set_axis(names, axis=1).to_latex(index=False, float_format="%.4f")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything printable, for JSON."""
+        m = self.mixture
+        return {
+            "loss": self.spec,
+            "tokens": len(self.tokens),
+            "vocabulary": self.tokens.logits.shape[1],
+            "summary": self.summary,
+            "findings": self.findings,
+            "nearest": [vars(match) for match in self.nearest],
+            "mixture": m and {
+                "explains": m.explains, "signed": m.signed, "misfit": m.misfit, "held": m.held, "parameter": m.parameter,
+                "closest": m.closest, "parts": {name: pull.tolist() for name, pull in m.parts.items()},
+                "unique": m.unique.tolist(), "tokens": m.index.tolist(),
+            },
+            "laws": {name: law and vars(law) for name, law in self.laws.items()},
+            "scope": self.scope and vars(self.scope),
+            "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},
+            "destination": self.destination if isinstance(self.destination, str) else self.destination.to_dict(),
+            "table": self.table.to_dict("records"),
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        n, v = self.tokens.logits.shape
+        where = "built-in probes" if self.on_probes else "tokens"
+        dtype = str(self.target.q.dtype).removeprefix("torch.")
+        shown = self.telling[["label", "p_y", "trust", "q_label", "rival", "p_rival", "q_rest", "negative_mass"]]
+        shown = shown.rename(columns={"q_label": "Q(label)", "p_rival": "p(rival)", "q_rest": "Q(rival)"})
+        shown = shown.rename(columns={"negative_mass": "off simplex"})
+        if self.pieces is None:
+            shown = shown.drop(columns=["label", "rival"])
+        lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
+        lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
+        lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
+        lines += self.findings
+        lines.append(f"Ends: {getattr(self.destination, 'sentence', self.destination)}")
+        if self.nearest:
+            lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
+        return "\n".join(lines)

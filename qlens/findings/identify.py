@@ -1,0 +1,243 @@
+"""Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from qlens import matching, params
+from qlens.errors import InputError
+from qlens.matching import Match
+from qlens.registry import methods
+from qlens.target import effective_trust
+from qlens.tokens import Tokens
+from qlens.variant import Method
+
+SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
+STARTS = 4  # points of a method that the search sets out from
+ROUNDS = 2  # over the parameters of one method, one at a time
+NUMBERS = (
+    -2.0,
+    -1.0,
+    -0.5,
+    -0.1,
+    0.005,
+    0.02,
+    0.06,
+    *(n / 20 for n in range(2, 20)),
+    0.98,
+    0.995,
+    1.1,
+    1.3,
+    1.6,
+    2.0,
+    3.0,
+    5.0,
+    10.0,
+)
+FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted where they are as good as nothing
+WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
+
+
+def search(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED) -> list[Match]:
+    """Matches of registered methods at fitted parameters, the gradient's own up to a factor, simplest first; or none.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        skip: the name of a method to leave out (the loss's own).
+        most: how many methods to fit.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> search(qlens.get("gce(q=0.35)").target(t).grad, t, skip="gce")[0].spec
+        'beyond_log(alpha=0.35)'
+    """
+    fits = [_Fit(method, grad, tokens) for method in methods().values() if method.name != skip]
+    pushed = pushes_only(grad, tokens)
+    fits = [fit for fit in fits if np.isfinite(fit.best) and pushed in fit.kinds]
+    for fit in fits:
+        fit.glance()
+    found = [match for fit in fits if fit.best <= fit.goal and (match := _found(fit))]
+    for fit in sorted(fits, key=lambda fit: fit.best)[: 0 if found else most]:
+        if fit.search() and (match := _found(fit)):
+            found.append(match)
+            break
+    return sorted(found, key=matching.order)
+
+
+def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens) -> bool:
+    """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
+    log_probs = tokens.log_probs.detach()
+    push = effective_trust(log_probs, tokens.labels, grad)[:, None].nan_to_num()
+    off = (grad - push * (log_probs.exp() - tokens.one_hot)).norm(dim=-1)
+    return bool((off <= (1e-6 if grad.dtype == torch.float64 else 1e-3) * (grad.norm(dim=-1) + 1e-6)).all())
+
+
+def _found(fit: "_Fit") -> Match | None:
+    match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens)
+    return match if match and match.relation in ("identical", "up to a factor") else None
+
+
+class _Fit:
+    """One method beside a gradient: its parameters one at a time over a grid, then all numbers at once to the last digit."""
+
+    def __init__(self, method: Method, grad: Tensor, tokens: Tokens):
+        self.method, self.tokens, self.grad = method, tokens, grad
+        self.g = grad.double()
+        self.goal, floor = (1e-7, 1e-9) if grad.dtype == torch.float64 else (1e-3, 1e-4)
+        self.weight = 1 / (self.g.norm(dim=-1, keepdim=True) + floor)  # a token counts as much as any other
+        self.scaled = True
+        starts = [(self.cost(variant.params), variant.params) for variant in matching.points(method)]
+        fed = [variant for variant, (cost, _) in zip(matching.points(method), starts, strict=True) if np.isfinite(cost)]
+        self.kinds = {pushes_only(variant.target(tokens).grad, tokens) for variant in fed}
+        self.starts = sorted(starts, key=lambda start: start[0])
+        self.best, self.params = self.starts[0]
+
+    def off(self, given: dict[str, Any]) -> np.ndarray | None:
+        """What is left of the gradient at these parameters, up to the best factor, (N V,); None where they do not go."""
+        try:
+            variant = self.method.variant(**given)
+            if any(getattr(self.tokens, need) is None for need in variant.needs):
+                return None
+            made = variant.target(self.tokens).grad.double()
+        except InputError:
+            return None
+        a, b = made * self.weight, self.g * self.weight
+        if not bool(a.isfinite().all()):
+            return None
+        factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300) if self.scaled else 1.0
+        return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
+
+    def cost(self, given: dict[str, Any]) -> float:
+        """The root mean square of what is left, relative to the gradient."""
+        off = self.off(given)
+        return float("inf") if off is None else float(np.sqrt((off**2).sum()))
+
+    def glance(self) -> None:
+        """All numbers fitted from the best start, then each tried over its grid and all fitted again."""
+        if self.best > self.goal:
+            self.polish()
+        if self.best > self.goal:
+            self.scan(self.numbers)
+            self.polish()
+
+    def search(self) -> bool:
+        """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""
+        tried = [(self.best, self.params), *self.starts[:STARTS]]
+        for self.best, self.params in tried:
+            for _ in range(ROUNDS):
+                before = self.best
+                if self.best > self.goal:
+                    self.polish()
+                self.scan(list(self.params))
+                if self.best > self.goal:
+                    self.polish()
+                if self.best <= self.goal:
+                    return True
+                if self.best > 0.9 * before:
+                    break
+        return False
+
+    @property
+    def numbers(self) -> list[str]:
+        """The parameters that are numbers."""
+        return [n for n, v in self.params.items() if isinstance(v, int | float) and not isinstance(v, bool)]
+
+    def scan(self, names: list[str]) -> None:
+        """One parameter at a time over its grid."""
+        for name in names:
+            for other in _candidates(self.params[name], self.hints.get(name)):
+                if self.best > self.goal:
+                    self.take(self.params | {name: other})
+
+    @property
+    def hints(self) -> Mapping[str, Any]:
+        """The annotations of the method's parameters."""
+        return params.hints(self.method.fn)
+
+    def take(self, given: dict[str, Any]) -> None:
+        """Go there, if it is better."""
+        cost = self.cost(given)
+        if cost < self.best * (1 - 1e-9):
+            self.best, self.params = cost, given
+
+    def polish(self) -> None:
+        """Every number by itself, then all at once, by least squares; with a factor of its own only where it is needed."""
+        free = [(name, i) for name, value in self.params.items() for i in _numbers(value)]
+        free = [(name, i) for name, i in free if abs(_part(self.params[name], i)) > TINY or name not in FLOORS]
+        for self.scaled in (False, True):
+            self.best = self.cost(self.params)
+            for some in ([one] for one in free) if len(free) > 1 else ():
+                self.descend(some)
+            if free and self.best > self.goal:
+                self.descend(free)
+            if self.best <= self.goal:
+                return
+
+    def descend(self, free: list[tuple[str, int | None]]) -> None:
+        """To the bottom beside here, if it is lower."""
+        start, nothing = dict(self.params), np.full(self.g.numel(), 1e3)
+        x0 = np.array([_part(start[name], i) for name, i in free])
+
+        def residuals(x: np.ndarray) -> np.ndarray:
+            off = self.off(_filled(start, free, x))
+            return nothing if off is None else off
+
+        size, end = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15)
+        self.take(_filled(start, free, least_squares(residuals, x0, x_scale=size, **end).x))
+
+    def simpler(self) -> dict[str, Any]:
+        """The same with numbers that somebody wrote, and with defaults where these do as well."""
+        made, plain = dict(self.params), params.defaults(self.method.fn)
+        for name, value in made.items():
+            for other in (plain[name], *_rounded(value)):
+                if other != value and self.cost(made | {name: other}) <= self.goal:
+                    made[name] = other
+                    break
+        return made
+
+
+def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
+    made = dict(start)
+    for (name, i), value in zip(free, x.tolist(), strict=True):
+        made[name] = value if i is None else tuple(value if j == i else old for j, old in enumerate(made[name]))
+    return made
+
+
+def _part(value: Any, i: int | None) -> float:
+    return value if i is None else value[i]
+
+
+def _numbers(value: Any) -> Iterator[int | None]:
+    """Where in a parameter the real numbers are: None for the whole of it, or the places of a tuple."""
+    if isinstance(value, float):
+        yield None
+    elif isinstance(value, tuple):
+        yield from (i for i, part in enumerate(value) if isinstance(part, float))
+
+
+def _candidates(value: Any, hint: Any) -> list[Any]:
+    """Other values to try."""
+    near: list[Any] = params.telling(hint) if hint is not None else []
+    if isinstance(value, bool) or isinstance(value, str):
+        return near
+    if isinstance(value, int):
+        return [*near, *WHOLE]
+    if isinstance(value, float):
+        return [*near, *NUMBERS, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
+    if isinstance(value, tuple):
+        return [tuple(n if j == i else v for j, v in enumerate(value)) for i in range(len(value)) for n in NUMBERS]
+    return near
+
+
+def _rounded(value: Any) -> Iterator[Any]:
+    if isinstance(value, float):
+        yield from (float(f"{value:.{digits}g}") for digits in (1, 2, 3, 4, 5, 6, 8))
+    elif isinstance(value, tuple):
+        yield from (tuple(float(f"{part:.{digits}g}") for part in value) for digits in (1, 2, 3, 4, 5, 6))

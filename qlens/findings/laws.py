@@ -1,0 +1,293 @@
+"""Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from qlens.findings.features import Features, plain
+from qlens.tokens import Tokens
+
+FEWEST = 5  # tokens that a law must hold on beyond its parameters
+
+
+@dataclass(frozen=True)
+class Law:
+    """A formula for a pull, in the words of the field.
+
+    Args:
+        formula: with its numbers filled in, like "p_y^0.5".
+        parameters: how many numbers were fitted.
+        misfit: relative, root mean square over the tokens.
+        values: the numbers, by name.
+        domain: where it was seen.
+    """
+
+    formula: str
+    parameters: int
+    misfit: float
+    values: dict[str, float]
+    domain: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.formula} ({self.domain})" if self.domain else self.formula
+
+
+def law(pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: float = 1e-15) -> Law | None:
+    """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
+
+    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the entropy (of the top k too), and of the ratio to another
+    model; those with a weight that carries its gradient; a + b p_y; thresholds, clips, masks; one value per sequence or pair;
+    any of them times the advantage.
+
+    Args:
+        pull: the pull in unit scale, NaN where it is not known.
+        tolerance: the relative misfit that counts as rounding.
+        noise: the absolute rounding of a gradient; divided by 1 - p_y, that of a pull.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> law(t.label_probs.sqrt(), t).formula
+        'p_y^0.5'
+    """
+    known = ~pull.isnan()
+    if int(known.sum()) < FEWEST:
+        return None
+    features = _Laws(tokens[known.to(tokens.logits.device)], pull[known].double().numpy(), tolerance, noise)
+    found = next(iter(features.laws()), None)
+    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain)
+
+
+class _Laws(Features):
+    """The formulas that are known, each tried on a pull."""
+
+    def laws(self) -> Iterator[Law]:
+        """Everything that fits, simplest first."""
+        everywhere = np.ones(len(self.b), bool)
+        yield from self.smooth(everywhere)
+        yield from self.switched()
+        yield from self.clipped()
+        yield from self.grouped()
+
+    def smooth(self, where: np.ndarray) -> Iterator[Law]:
+        """Laws without steps that hold on the tokens ``where``."""
+        b = self.b[where]
+        if len(b) < FEWEST or np.abs(b).max() == 0:
+            if len(b) and np.abs(b).max() == 0:
+                yield Law("0", 0, 0.0, {})
+            return
+        yield from self.powers(where, self.b, "")
+        yield from self.affine(where)
+        yield from self.carried(where)
+        if self.advantage is not None and np.abs(self.advantage[where]).min() > 0:
+            yield from self.powers(where, self.b / self.advantage, "A ")
+
+    def powers(self, where: np.ndarray, values: np.ndarray, times: str) -> Iterator[Law]:
+        """c times a power of one feature, by a line through the logarithms."""
+        b = values[where]
+        sign = np.sign(b)
+        if not (sign == sign[0]).all() or sign[0] == 0:
+            return
+        factor = 1.0 if not times else self.advantage
+        logs, named = np.log(np.abs(b)), "-" if sign[0] < 0 else ""
+        weight = 1 / (1 + self.floor[where] / np.abs(b))  # what is rounding says little
+        for name, feature in self.powered():
+            x = feature[where]
+            for free in (False, True):
+                if name == "" and not free:
+                    c, a = float(np.average(logs, weights=weight)), 0.0
+                elif name == "" or not np.isfinite(x).all() or np.ptp(x) < 1e-9:
+                    continue
+                else:
+                    c, a = _line(x, logs, weight, free)
+                a, c = _round(a), c
+                with np.errstate(over="ignore"):
+                    size = _round(math.exp(c)) if abs(c) < 700 else math.exp(min(c, 700))
+                    made = sign[0] * size * np.exp(a * np.where(np.isfinite(feature), feature, 0.0)) * factor
+                if name and abs(a) < 1e-3:
+                    continue
+                miss = self.fits(where, made)
+                if miss is not None:
+                    values_ = {"c": float(sign[0]) * size} | ({"a": a} if name else {})
+                    formula = _product(named, size, name, a, times)
+                    yield Law(formula, int(free) + int(bool(name)), miss, values_)
+
+    def powered(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Logarithms of what may be raised to a power, by name."""
+        yield "", np.zeros(len(self.b))
+        yield "p_y", self.log_p
+        yield "(1 - p_y)", self.log_rest
+        yield "(p_y / (1 - p_y))", self.log_p - self.log_rest
+        for name, log_q in self.models.items():
+            yield f"(p_y / {name}_y)", self.log_p - log_q
+            yield f"{name}_y", log_q
+        with np.errstate(divide="ignore"):
+            yield "H", np.log(self.entropy)
+            yield "(1 + H)", np.log1p(self.entropy)
+            for k, entropy in self.top.items():
+                yield f"H_top-{k}", np.log(np.maximum(entropy, 0))
+
+    def affine(self, where: np.ndarray) -> Iterator[Law]:
+        """a + b p_y, and p_y's own ratio to other models: a + b r_y / p_y."""
+        features = {"p_y": np.exp(self.log_p)}
+        for name, log_q in self.models.items():
+            features[f"{name}_y / p_y"] = np.exp(log_q - self.log_p)
+            features[f"log({name}_y / p_y)"] = log_q - self.log_p
+        for name, x in features.items():
+            a = np.stack([np.ones_like(x), x], 1)
+            weight = 1 / (np.abs(self.b[where]) + self.floor[where])
+            (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
+            low, slope = _round(low), _round(slope)
+            miss = self.fits(where, low + slope * x)
+            if miss is not None and abs(slope) > 1e-6:
+                between = "-" if slope < 0 else "+"
+                yield Law(f"{plain(low)} {between} {_times(abs(slope))}{name}", 2, miss, {"a": low, "b": slope})
+
+    def carried(self, where: np.ndarray) -> Iterator[Law]:
+        """A weight w(p_y) on -log p_y that carries its own gradient: w + p_y w' log p_y."""
+        forms: dict[str, tuple[Callable[[float], np.ndarray], tuple[float, float]]] = {
+            "p_y^{0} (1 + {0} log p_y), the weight p_y^{0}": (
+                lambda a: np.exp(a * self.log_p) * (1 + a * self.log_p),
+                (-0.99, 8.0),
+            ),
+            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the weight (1 - p_y)^{0}": (
+                lambda a: np.exp(a * self.log_rest) * (1 - a * np.exp(self.log_p - self.log_rest) * self.log_p),
+                (0.05, 12.0),
+            ),
+        }
+        for name, (form, (low, high)) in forms.items():
+            a = _best(lambda a, form=form: self.misfit(self._scaled(form(a), where)[0], where), low, high)
+            a = _round(a)
+            made, c = self._scaled(form(a), where)
+            miss = self.fits(where, made)
+            if miss is not None and abs(a) > 1e-3:
+                text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
+                formula = f"{_times(c)}{text} carrying its own gradient"
+                yield Law(formula, 2, miss, {"c": c, "a": a})
+
+    def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
+        x, weight = made[where], 1 / (np.abs(self.b[where]) + self.floor[where])
+        c = _round(float((x * self.b[where] * weight**2).sum() / max((x * x * weight**2).sum(), 1e-300)))
+        return c * made, c
+
+    def switched(self) -> Iterator[Law]:
+        """A law on some tokens and nothing on the others, told apart by a threshold or a mask."""
+        on = np.abs(self.b) > self.tolerance * max(np.abs(self.b).max(), 1e-300) * 1e-3
+        on &= np.abs(self.b) > 10 * self.floor * self.tolerance
+        if on.all() or not on.any():
+            return
+        for rule, values, count in (*self.rules(on), *self.sided(on)):
+            for inner in self.smooth(on):
+                formula = f"{inner.formula} {rule}, 0 elsewhere"
+                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values)
+
+    def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
+        """What tells the tokens that are on from the others."""
+        for name, mask in self.masks.items():
+            if (mask == on).all():
+                yield f"where {name}", {}, 0
+            if (~mask == on).all():
+                yield f"where not {name}", {}, 0
+        signals = {"p_y": np.exp(self.log_p)}
+        signals |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
+        signals |= {f"{n}_y": np.exp(q) for n, q in self.models.items()} | {"H": self.entropy}
+        for name, x in signals.items():
+            low, high = x[on].min(), x[on].max()
+            tie = 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
+            below, above = x[~on & (x <= low + tie)], x[~on & (x >= high - tie)]
+            if len(below) + len(above) != (~on).sum():
+                continue
+            ends, said = {}, []
+            if len(below):
+                ends["low"] = between(below.max(), low)
+                said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(below.max())} and {plain(low)})")
+            if len(above):
+                ends["high"] = between(high, above.min())
+                said.append(f"{name} <= {plain(ends['high'])} (seen between {plain(high)} and {plain(above.min())})")
+            yield "where " + " and ".join(said), ends, len(said)
+
+    def sided(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
+        """The clip of a policy's objective: on while the ratio has not gone too far the way that the advantage pays."""
+        if self.advantage is None:
+            return
+        for name, log_q in self.models.items():
+            ratio, up = np.exp(self.log_p - log_q), self.advantage > 0
+            ends = [(ratio[on & up], ratio[~on & up], 1), (ratio[on & ~up], ratio[~on & ~up], -1)]
+            if any(len(kept) and len(cut) and (kept * side).max() >= (cut * side).min() for kept, cut, side in ends):
+                continue
+            if not all(len(kept) and len(cut) for kept, cut, _ in ends):
+                continue
+            high, low = between(ends[0][0].max(), ends[0][1].min()), between(ends[1][1].max(), ends[1][0].min())
+            rule = f"while p_y / {name}_y <= {plain(high)} (A > 0) or >= {plain(low)} (A < 0)"
+            yield rule, {"high": high, "low": low}, 2
+
+    def clipped(self) -> Iterator[Law]:
+        """A law that is held at a least or a greatest value."""
+        for end, word in ((self.b.max(), "at most"), (self.b.min(), "at least")):
+            held = np.abs(self.b - end) <= self.tolerance * abs(end)
+            if not 2 <= held.sum() <= len(held) - FEWEST:
+                continue
+            for inner in self.smooth(~held):
+                if inner.formula == "0":
+                    continue  # that is a switch
+                yield Law(
+                    f"{inner.formula}, {word} {plain(end)}",
+                    inner.parameters + 1,
+                    inner.misfit,
+                    inner.values | {word: end},
+                )
+
+    def grouped(self) -> Iterator[Law]:
+        """One value per sequence, or per side of a pair up to its length."""
+        for name, ids in self.groups.items():
+            means = np.array([self.b[ids == i].mean() for i in ids])
+            miss = self.fits(np.ones(len(ids), bool), means)
+            if miss is not None and len(set(ids)) < len(ids):
+                low, high = plain(self.b.min()), plain(self.b.max())
+                yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
+
+
+def _line(x: np.ndarray, y: np.ndarray, weight: np.ndarray, free: bool) -> tuple[float, float]:
+    """c and a in y = c + a x, by weighted least squares; without ``free`` through the origin."""
+    a = np.stack([np.ones_like(x) if free else np.zeros_like(x), x], 1)
+    (c, slope), *_ = np.linalg.lstsq(a * weight[:, None], y * weight, rcond=None)
+    return float(c), float(slope)
+
+
+def _best(cost: Callable[[float], float], low: float, high: float) -> float:
+    """The least of a one-dimensional cost: the best of a grid, then the bottom beside it."""
+    grid = np.linspace(low, high, 60)
+    at = int(np.argmin([cost(a) for a in grid]))
+    bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+    return float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
+
+
+def _round(value: float) -> float:
+    """A number that somebody wrote, where this one is that to rounding."""
+    near = float(f"{value:.4g}")
+    return near if abs(near - value) <= 1e-6 * abs(near) else value
+
+
+def between(low: float, high: float) -> float:
+    """The shortest number in (low, high], high above 0; what somebody may have written."""
+    return next((n for d in range(1, 17) if low < (n := float(f"{high:.{d}g}")) <= high), high)
+
+
+def _times(c: float) -> str:
+    return "" if c == 1 else f"{plain(c)} "
+
+
+def _product(sign: str, size: float, name: str, a: float, times: str = "") -> str:
+    """sign size times name^a as somebody would write it."""
+    power = "" if a == 1 or not name else f"^{plain(a)}"
+    if name.startswith("H_top-"):
+        k = int(name.removeprefix("H_top-"))
+        if abs(math.log(size) + a * math.log(math.log(k))) < 1e-6:
+            whole = f"{name} / ln {k}"
+            return sign + times + (f"({whole}){power}" if power else whole)
+    words = [plain(size)] if size != 1 or not (name or times) else []
+    return sign + " ".join([*words, *([times.strip()] if times else []), *([name + power] if name else [])])

@@ -1,0 +1,131 @@
+"""Leaks: why sum(Q) is not 1. A loss that sees raw logits, beyond their softmax, and what is left when that is undone."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+from qlens.tokens import Tokens
+
+CAPS = (0.5, 400.0)  # soft-caps looked for, in logits
+
+
+@dataclass(frozen=True, eq=False)
+class Leak:
+    """A cause of sum(Q) != 1, and the loss without it.
+
+    Args:
+        cause: in words, with its number; "" where none of the known ones explains it.
+        value: the weight, or the cap.
+        grad: the gradient with the cause undone, (M, V).
+        tokens: the tokens as the rest of the loss sees them, (M, V).
+        rows: which of the tokens these are; all, unless the cause hides what a label would have got.
+    """
+
+    cause: str
+    value: float
+    grad: Float[Tensor, "N V"]
+    tokens: Tokens
+    rows: Int[Tensor, " M"]
+
+
+def leak(grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float = 1e-6) -> Leak | None:
+    r"""The likely cause of :math:`\sum_k g_k \ne 0`, or None where the sums are zero.
+
+    A z-loss :math:`\lambda \log^2 Z` has :math:`\sum_k g_k = 2 \lambda \log Z`; a penalty on the logits' squares, on their mean
+    square or on log Z itself is told by its own sums; behind a soft-cap :math:`c \tanh(z / c)` the sums are zero again once g is
+    divided by the cap's slope; clamped logits have no gradient beyond a level.
+
+    Example:
+        >>> import qlens
+        >>> from qlens.lens import gradient
+        >>> from qlens.registry import resolve
+        >>> t = qlens.probes()
+        >>> loss = lambda logits, labels: (0.01 * logits.logsumexp(-1) ** 2).mean()
+        >>> leak(gradient(resolve(loss).loss, t), t).cause
+        'a z-loss: 0.01 log(Z)^2'
+    """
+    g, z = grad.detach().double(), tokens.logits.detach().double()
+    total, size = g.sum(-1), g.norm(dim=-1) + 1e-300
+    if bool((total.abs() <= tolerance * size + 1e-12).all()):
+        return None
+    for found in (*_penalties(g, z, total, tokens), *_capped(g, z, tokens, tolerance), *_clamped(g, z, tokens)):
+        balanced = found.grad.double()
+        if bool((balanced.sum(-1).abs() <= 10 * tolerance * (balanced.norm(dim=-1) + size[found.rows])).all()):
+            return found
+    return Leak("", math.nan, grad, tokens, torch.arange(len(tokens)))
+
+
+def _penalties(g: Tensor, z: Tensor, total: Tensor, tokens: Tokens) -> Iterator[Leak]:
+    """Terms added to the loss, each by the one weight at which it accounts for all the sums."""
+    p, log_z, finite = z.softmax(-1), z.logsumexp(-1, keepdim=True), z.masked_fill(z.isinf(), 0.0)
+    terms = {
+        "a z-loss: {} log(Z)^2": 2 * log_z * p,
+        "a penalty on the normaliser: {} log(Z)": p,
+        "a penalty on the logits: {} sum(z^2)": 2 * finite,
+        "a penalty on the logits: {} mean(z^2)": 2 * finite / z.shape[1],
+    }
+    for cause, term in terms.items():
+        sums = term.sum(-1)
+        weight = float((total * sums).sum() / (sums * sums).sum())
+        weight = near if abs((near := float(f"{weight:.4g}")) - weight) <= 1e-6 * abs(weight) else weight
+        yield Leak(
+            cause.format(f"{weight:.5g}"), weight, (g - weight * term).to(tokens.logits), tokens, torch.arange(len(g))
+        )
+
+
+def _capped(g: Tensor, z: Tensor, tokens: Tokens, tolerance: float) -> Iterator[Leak]:
+    """A soft-cap by the one height at which the sums vanish."""
+    finite = z.masked_fill(z.isinf(), 0.0)
+
+    def uncapped(log_c: float) -> Tensor:
+        return g / (1 - torch.tanh(finite / math.exp(log_c)) ** 2).clamp(min=1e-12)
+
+    def off(log_c: float) -> float:
+        made = uncapped(log_c)
+        return float((made.sum(-1).abs() / (made.norm(dim=-1) + 1e-300)).square().mean())
+
+    grid = torch.linspace(*map(math.log, CAPS), 80).tolist()
+    best = min(range(len(grid)), key=lambda i: off(grid[i]))
+    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    log_c = float(minimize_scalar(off, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
+    cap = near if abs((near := float(f"{math.exp(log_c):.4g}")) - math.exp(log_c)) <= 1e-5 * near else math.exp(log_c)
+    capped = tokens.replace(logits=(cap * torch.tanh(z / cap)).to(tokens.logits))
+    yield Leak(
+        f"a soft-cap: {cap:.5g} tanh(z / {cap:.5g})",
+        cap,
+        uncapped(math.log(cap)).to(tokens.logits),
+        capped,
+        torch.arange(len(g)),
+    )
+
+
+def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[Leak]:
+    """Logits cut off at a level, beyond which nothing has a gradient."""
+    still = (g == 0) & z.isfinite()
+    if not bool(still.any()) or bool(still.all()):
+        return
+    for sign, word in ((1, "above"), (-1, "below")):
+        level, moved = float((sign * z[still]).min()), float((sign * z[~still]).max())
+        if level >= moved:
+            at = _shortest(*sorted((sign * level, sign * moved)))
+            held = z.clamp(max=at) if sign > 0 else z.clamp(min=at)
+            p = held.softmax(-1) * still  # what the clamped entries would have had to give
+            share = -g.sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp(min=1e-300)
+            rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own pull is lost
+            grad, kept = (
+                (g + share * p)[rows].to(tokens.logits),
+                tokens[rows].replace(logits=held[rows].to(tokens.logits)),
+            )
+            yield Leak(f"clamped logits: no gradient {word} about {at:.3g}", at, grad, kept, rows.cpu())
+
+
+def _shortest(low: float, high: float) -> float:
+    """The number with the fewest digits from low to high: what somebody may have written."""
+    middle = (low + high) / 2
+    tried = (float(f"{value:.{digits}g}") for digits in range(1, 17) for value in (middle, low, high))
+    return next((n for n in tried if low <= n <= high), middle)

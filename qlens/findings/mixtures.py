@@ -1,0 +1,252 @@
+"""Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from jaxtyping import Bool, Float
+from scipy.optimize import minimize_scalar, nnls
+from torch import Tensor
+
+from qlens.errors import InputError
+from qlens.findings.residuals import Residual, dictionary
+from qlens.tokens import Tokens
+
+MOST_PARTS = 4
+MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
+REFINED = 8  # sets of residuals whose parameter is fitted to the last digit, of each size
+RAW = "nothing (raw logits)"
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What explains a gradient, or comes nearest to it.
+
+    Args:
+        parts: pull toward each distribution at every token, in unit scale, (N,) by name; what is left of 1 stays the student's.
+        index: the tokens of the gradient that were looked at, (N,).
+        misfit: |g - sum| / |g|, root mean square over the tokens on which parameters were fitted.
+        held: the same over the other tokens.
+        explains: whether both are rounding.
+        unique: where the parts can be told apart, (N,); elsewhere their residuals coincide with the student's or each other's.
+        parameter: name and value of what was fitted for all tokens at once, or None.
+        closest: for a gradient that nothing explains, the misfit of the best non-negative mixture of everything known.
+        alike: residuals that coincide here, as pairs of names: the first stands for both.
+    """
+
+    parts: dict[str, Float[Tensor, " N"]]
+    index: Tensor
+    misfit: float
+    held: float
+    explains: bool
+    unique: Bool[Tensor, " N"]
+    parameter: tuple[str, float] | None = None
+    closest: float | None = None
+    alike: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def signed(self) -> bool:
+        """Whether some token is pushed away from one of the distributions."""
+        return any(bool((c[self.unique] < -1e-6 * c.abs().max().clamp(min=1)).any()) for c in self.parts.values())
+
+    @property
+    def pull(self) -> Float[Tensor, " N"]:
+        """The total pull on every token: the structural scale where no part is negative."""
+        return torch.stack(list(self.parts.values())).sum(0) if self.parts else torch.zeros(len(self.index))
+
+    @property
+    def trust(self) -> Float[Tensor, " N"]:
+        """The pull toward the label."""
+        return self.parts.get("the label", torch.zeros(len(self.index), dtype=torch.float64))
+
+
+def decompose(
+    grad: Float[Tensor, "N V"],
+    tokens: Tokens,
+    residuals: Mapping[str, Tensor] | None = None,
+    tolerance: float = 1e-6,
+    noise: float = 1e-15,
+) -> Mixture:
+    r"""The fewest pulls toward named distributions that make up a gradient: :math:`g = b(p - d) + \sum_j c_j (p - R_j)`.
+
+    Coefficients are free at every token. A parameter (a temperature, eta or k) is one for all: fitted on every other token and
+    scored on the rest. Fewer parts win, then fewer parameters, then non-negative ones, then the smaller misfit.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        residuals: further distributions of your own, (N, V) by name.
+        tolerance: the relative misfit that counts as rounding.
+        noise: the gradient's own rounding, absolute.
+
+    Raises:
+        InputError: a residual does not fit the tokens.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> list(decompose(qlens.get("kd_hybrid").target(t).grad, t).parts)
+        ['the label', 'the teacher']
+    """
+    for name, probs in (residuals or {}).items():
+        if tuple(probs.shape) != tuple(tokens.logits.shape):
+            raise InputError(
+                f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {tuple(tokens.logits.shape)}"
+            )
+    picked = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long().unique().to(tokens.logits.device)
+    tokens, g = tokens[picked], grad[picked].detach().double()
+    own = {name: probs[picked] for name, probs in (residuals or {}).items()}
+    return _Search(g, tokens, own, tolerance, noise).run(picked.cpu())
+
+
+class _Search:
+    def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], tolerance: float, noise: float):
+        self.g, self.tokens, self.tolerance = g, tokens, tolerance
+        self.p = tokens.probs.detach().double()
+        self.size = g.norm(dim=-1) + noise / tolerance  # so that what is off by the noise alone is off by the tolerance
+        self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
+        self.known: dict[tuple[str, float | None], Tensor] = {}
+        self.entries, self.alike = self._distinct(dictionary(tokens, own))
+        if not bool((g.sum(-1).abs() <= max(tolerance, 1e-9) * self.size).all()):
+            self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
+
+    def _distinct(self, entries: list[Residual]) -> tuple[list[Residual], tuple[tuple[str, str], ...]]:
+        """Fixed residuals that differ somewhere, and which coincide with which."""
+        kept, alike = [], []
+        for entry in entries:
+            twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
+            if (
+                twin is None
+                and not entry.parameter
+                and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12
+            ):
+                alike.append(("the student", entry.name))
+            elif twin is not None:
+                alike.append((twin.name, entry.name))
+            else:
+                kept.append(entry)
+        return kept, tuple(alike)
+
+    def _same(self, a: Residual, b: Residual) -> bool:
+        if a.parameter:
+            return False
+        return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
+
+    def column(self, entry: Residual, value: float | None) -> Tensor:
+        """p - R at every token, at unit length."""
+        key = (entry.name, value if entry.parameter else None)
+        if key not in self.known:
+            column = self.p - entry.at(self.tokens, key[1])
+            self.known[key] = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        return self.known[key]
+
+    def solve(self, chosen: tuple[Residual, ...], value: float | None) -> tuple[Tensor, Tensor]:
+        """Coefficients of the unit columns, (N, J), and the relative misfit of every token, (N,)."""
+        a = torch.stack([self.column(entry, value) for entry in chosen], -1)
+        q, r = torch.linalg.qr(a)
+        on = q.mT @ self.g[..., None]
+        left = (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
+        diagonal = r.diagonal(dim1=-2, dim2=-1)
+        r = r + torch.diag_embed(
+            torch.where(diagonal.abs() < 1e-12, 1e-12, 0.0)
+        )  # residuals that coincide: not unique there
+        return torch.linalg.solve_triangular(r, on, upper=True)[..., 0], left
+
+    def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
+        """The root mean square misfit over some tokens."""
+        return float(self.solve(chosen, value)[1][where].square().mean().sqrt())
+
+    def run(self, picked: Tensor) -> Mixture:
+        """The first size at which something explains the gradient; else the best of the last."""
+        if float(self.g.abs().max()) == 0:
+            return self._made((), None, picked)
+        best = None
+        for size in range(1, min(MOST_PARTS, self.g.shape[1] - 2) + 1):
+            found = self._of_size(size)
+            good = [one for one in found if self._explains(*one)]
+            if good:
+                return self._made(*min(good, key=self._order), picked)
+            best = min([*found, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
+        return self._made(*best, picked) if best else self._made((), None, picked)
+
+    def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
+        """Sets of residuals of a size with at most one parameter between them, the most promising ones fitted."""
+        plain, free = [], []
+        for chosen in combinations(self.entries, size):
+            parameters = {entry.parameter for entry in chosen if entry.parameter}
+            if not parameters:
+                plain.append((chosen, None))
+            elif len(parameters) == 1 and size <= 3:
+                grid = next(entry.grid for entry in chosen if entry.parameter)
+                if grid:
+                    free.append(min(((chosen, v) for v in grid), key=lambda one: self.miss(*one, self.fitted)))
+        free.sort(key=lambda one: self.miss(*one, self.fitted))
+        return plain + [self._refined(*one) for one in free[:REFINED]]
+
+    def _refined(self, chosen: tuple[Residual, ...], value: float) -> tuple[tuple[Residual, ...], float | None]:
+        """The parameter to its last digit, between its neighbours on the grid; a k is whole."""
+        entry = next(entry for entry in chosen if entry.parameter)
+        grid = sorted(entry.grid)
+        at = grid.index(value)
+        low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+        if entry.parameter == "k":
+            wholes = range(int(low), int(high) + 1)
+            return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), self.fitted)))
+        low, high = (low / 2, high) if at == 0 else (low, high * 4 if at == len(grid) - 1 else high)
+        low, high = (
+            (max(low, 1.05), high)
+            if value > 1
+            else (low, min(high, 0.95))
+            if entry.parameter == "temperature"
+            else (low, high)
+        )
+        found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
+        near = float(f"{found.x:.6g}")  # a number that somebody wrote, if it does as well
+        return chosen, near if self.miss(chosen, near, self.fitted) <= max(
+            self.tolerance, float(found.fun)
+        ) else found.x
+
+    def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
+        return all(
+            self.miss(chosen, value, where) <= self.tolerance for where in (self.fitted, ~self.fitted) if where.any()
+        )
+
+    def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
+        made = self._made(*one, torch.arange(len(self.g)))
+        varied = sum(float(c[made.unique].std() / c[made.unique].abs().mean()) for c in made.parts.values())
+        return one[1] is not None, made.signed, -int(made.unique.sum()), round(varied, 6), made.misfit
+
+    def _made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
+        everywhere = torch.ones(len(self.g), dtype=torch.bool)
+        if not chosen:
+            return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), everywhere, alike=self.alike)
+        unit, miss = self.solve(chosen, value)
+        lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
+        a = torch.stack([self.column(entry, value) for entry in chosen], -1)
+        unique = (torch.linalg.eigvalsh(a.mT @ a)[:, 0] > 1e-8) & (lengths > 1e-13).all(-1)
+        c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
+        explains = self._explains(chosen, value)
+        held = float(miss[~self.fitted].square().mean().sqrt()) if (~self.fitted).any() else 0.0
+        entry = next((entry for entry in chosen if entry.parameter), None)
+        return Mixture(
+            {e.says(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
+            picked,
+            self.miss(chosen, value, self.fitted),
+            held,
+            explains,
+            unique.cpu(),
+            (entry.parameter, float(value)) if entry is not None and value is not None else None,
+            None if explains else self._closest(),
+            self.alike,
+        )
+
+    def _closest(self) -> float:
+        """The misfit of the best non-negative mixture of all fixed residuals, token by token (scipy's nnls)."""
+        a = torch.stack([self.column(e, None) for e in self.entries if not e.parameter], -1).cpu().numpy()
+        left = torch.tensor([nnls(rows, g)[1] for rows, g in zip(a, self.g.cpu().numpy(), strict=True)])
+        return float((left / self.size.cpu()).square().mean().sqrt())
+
+
+def _cost(search: _Search, chosen: tuple[Residual, ...]) -> Callable[[float], float]:
+    return lambda value: search.miss(chosen, float(value), search.fitted)

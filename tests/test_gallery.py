@@ -1,0 +1,135 @@
+"""The gallery: losses as released code writes them, and what the lens must say of each."""
+
+import gallery
+import losses
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers import Trainer
+
+import qlens
+
+
+def first(read):
+    return read.nearest[0].spec, read.nearest[0].relation
+
+
+def test_eaft_without_its_normaliser_is_three_times_eaft_and_signed():
+    read = qlens.explain(losses.eaft_without_normaliser)
+    (factor,) = [m.factor for m in read.nearest if m.spec == "eaft" and m.relation == "up to a factor"]
+    assert_close(factor, 2.995732, rtol=1e-6, atol=0)
+    assert "which is eaft times 2.9957" in read.summary and "signed" in read.summary
+    assert read.law.formula == "H_top-20" and read.scope.detached
+
+
+def test_a_single_token_estimate_anchors_to_nothing():
+    read = qlens.explain(losses.single_token_k3)
+    assert first(read) == ("label_kl", "identical")
+    assert list(read.mixture.parts) == ["the label"] and read.residual == "the student"
+    assert read.law.formula == "0.9 + 0.1 reference_y / p_y"
+
+
+def test_a_clipped_ratio_is_trust_by_the_ratio_and_none_above_the_clip():
+    read = qlens.explain(losses.clipped_ratio)
+    assert first(read) == ("psft", "identical") and read.residual == "the student"
+    assert read.law.formula.startswith("(p_y / old_y) where p_y / old_y <= ") and read.law.formula.endswith(
+        "0 elsewhere"
+    )
+    assert 1.2219 < read.law.values["high"] < 1.3353
+
+
+def test_a_truncated_top_k_leaves_the_rest_to_the_student():
+    read = qlens.explain(losses.truncated_top_k)
+    assert read.residual == "the teacher's top 4" and read.mixture.parameter == ("k", 4.0)
+    tokens = read.tokens
+    mass = tokens.teacher.softmax(-1).topk(4, -1).values.sum(-1)
+    assert_close(read.mixture.pull, mass)  # 1 minus this stays with the student
+    assert "what is left stays with the student" in read.summary
+
+
+def test_linear_gem_is_signed():
+    read = qlens.explain(losses.gem_linear)
+    assert first(read) == ("gem", "identical")
+    assert read.mixture.signed and "It pushes away from the student at temperature 0.7" in read.summary
+    assert "Mixture: signed" in "\n".join(read.findings)
+
+
+def test_a_forgotten_detach_is_negative_trust_below_one_in_e():
+    read = qlens.explain(losses.forgot_detach)
+    table = read.table
+    assert (table["trust"] < 0).equals(table["p_y"] < 0.36787944)
+    assert read.law.formula == "p_y (1 + log p_y), the weight p_y carrying its own gradient"
+    assert read.scope.detached is False
+    assert read.destination.end[:2].max() < 0.01  # it ends on entries that never are labels
+
+
+def test_reverse_kl_is_no_mixture():
+    read = qlens.explain(losses.reverse_kl)
+    assert not read.mixture.explains and read.mixture.closest > 0.3
+    assert first(read) == ("reverse_kl", "identical") and "no mixture" in read.summary
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause"),
+    [
+        (losses.with_z_loss, "a z-loss: 0.0001 log(Z)^2"),
+        (losses.behind_a_soft_cap, "a soft-cap: 30 tanh(z / 30)"),
+        (losses.clamped, "clamped logits: no gradient below about -8"),
+    ],
+)
+def test_sums_other_than_one_have_their_cause_named(loss, cause):
+    read = qlens.explain(loss)
+    assert read.leak.cause == cause and "does not add up to one" in read.summary
+    assert any(finding.startswith("WARNING: sum(Q) is not 1") and cause in finding for finding in read.findings)
+    assert first(read) == ("sft", "identical")  # that apart
+    assert read.law.formula == "1"
+
+
+def test_the_root_of_p_comes_out_as_a_half():
+    law = qlens.explain(losses.root_weighted).law
+    assert_close(law.values["a"], 0.5, rtol=0, atol=5e-4)
+    assert law.formula == "p_y^0.5"
+
+
+def test_a_loss_that_forgets_the_count_fails_accumulation_by_exactly_the_factor():
+    report = qlens.check(gallery.forgets_the_count)
+    (item,) = [item for item in report.failures if item.id == "accumulation"]
+    assert "2x4 gives 2 and 8x1 8 times the gradient of 1x8" in item.evidence
+
+
+def test_a_loss_that_shifts_twice_is_named_for_it():
+    (item,) = [item for item in qlens.check(gallery.shifts_twice).failures if item.id == "shift"]
+    assert "t+2" in item.evidence
+
+
+@pytest.mark.parametrize("loss", [F.linear_cross_entropy, losses.fused, Trainer, torch.nn.CrossEntropyLoss])
+def test_black_boxes_are_read(loss):
+    read = qlens.explain(loss)
+    assert first(read) == ("sft", "identical") and read.scope.of == "token"
+    assert_close(read.target.q, read.tokens.one_hot, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "says"),
+    [
+        (lambda logits, labels: F.cross_entropy(logits.detach(), labels), "without a gradient"),
+        (lambda logits, labels, costs: F.cross_entropy(logits, labels), "give 'costs' a default"),
+        (lambda model, inputs: model(**inputs).logits.mean() * inputs["weights"], "raised KeyError: 'weights'"),
+        (lambda logits, labels: F.cross_entropy(F.dropout(logits, 0.5), labels, reduction="none"), "is random"),
+    ],
+)
+def test_bad_input_is_named_for_what_it_is(loss, says):
+    with pytest.raises(qlens.InputError, match=says):
+        qlens.explain(loss)
+
+
+def test_a_loss_that_writes_on_its_inputs_is_read_and_told():
+    def writes(logits, labels):
+        logits -= logits.max(-1, keepdim=True).values
+        return F.cross_entropy(logits, labels)
+
+    read = qlens.explain(writes)
+    assert "WARNING: the loss writes on the logits it is given." in read.findings and first(read)[0] == "sft"
+    broken = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels) * torch.nan)
+    assert "gradient is not a number" in broken.summary

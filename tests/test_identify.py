@@ -1,0 +1,74 @@
+"""Identifying: methods found again from their gradient alone, at parameters between the points that are listed."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import qlens
+from qlens import matching, params
+from qlens.findings.identify import pushes_only, search
+from qlens.probes import probes
+
+T = probes()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "beyond_log(alpha=0.37)",
+        "target_sft(eta=0.8)",
+        "gem(beta=1.9)",
+        "kd(temperature=3.0)",
+        "jsd(beta=0.2)",
+        "sft_kl(weight=0.7)",
+        "asft_anchored(weight=0.4, direction='reverse')",
+        "focal(gamma=3.5)",
+        "gift(beta=1.5)",
+        "topk_kd(k=5, tail='renorm')",
+        "dpo(beta=0.35)",
+        "idft(beta=0.5)",
+        "mile(gamma=2.5)",
+    ],
+)
+def test_methods_between_their_points_are_found_with_their_numbers(spec):
+    variant = qlens.get(spec)
+    found = search(variant.target(T).grad, T)
+    (mine,) = [match for match in found if params.parse(match.spec)[0] == variant.name]
+    assert mine.relation == "identical"
+    for name, value in params.parse(spec)[1].items():
+        got = qlens.get(mine.spec).params[name]
+        if isinstance(value, float):
+            assert_close(got, value, rtol=1e-5, atol=0)
+        else:
+            assert got == value
+
+
+def test_a_factor_is_found_with_the_parameters():
+    found = search(2.5 * qlens.get("kd(temperature=3.0)").target(T).grad, T)
+    assert any(match.relation == "up to a factor" and abs(match.factor - 2.5) < 1e-6 for match in found) or any(
+        match.relation == "identical" for match in found
+    )
+
+
+def test_what_is_nobody_s_is_not_found():
+    grad = qlens.get("dft").target(T).grad * (1 + 0.3 * torch.sin(7 * T.label_probs))[:, None]
+    assert search(grad, T) == []
+
+
+def test_a_method_is_not_its_own_neighbour():
+    found = search(qlens.get("gce(q=0.35)").target(T).grad, T, skip="gce")
+    assert found[0].spec == "beyond_log(alpha=0.35)" and "gce" not in {params.parse(match.spec)[0] for match in found}
+
+
+def test_losses_of_the_label_alone_are_told_from_others():
+    told = {
+        name: pushes_only(qlens.get(name).target(T).grad, T) for name in ("sft", "dft", "dpo", "kd", "gem", "brier")
+    }
+    assert told == {"sft": True, "dft": True, "dpo": True, "kd": False, "gem": False, "brier": False}
+
+
+def test_default_and_mode_are_both_said():
+    near = matching.nearest(qlens.get("eaft@axolotl").target(T).grad, T, skip="eaft@axolotl")
+    by_factor = [match for match in near if match.spec == "eaft" and match.relation == "up to a factor"]
+    assert len(by_factor) == 1
+    assert_close(by_factor[0].factor, 2.995732, rtol=1e-5, atol=0)

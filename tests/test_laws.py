@@ -1,0 +1,96 @@
+"""Laws: the formula of a pull, recovered from pulls that were made by it, with its numbers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from qlens.findings.laws import law
+from qlens.probes import probes
+from qlens.testing import random_tokens
+
+T = probes()
+P, REST = T.label_probs, T.rest_log_probs.exp()
+H = -(T.probs * T.log_probs).sum(-1)
+RATIO = P / T.gather(T.log_probs_of("old")).exp()
+R_RATIO = P / T.gather(T.log_probs_of("reference")).exp()
+ON = T.critical
+
+
+def top_entropy(k):
+    q = T.logits.topk(k, -1).values.softmax(-1)
+    return -(q * q.log()).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("pull", "formula"),
+    [
+        (torch.full_like(P, 0.9), "0.9"),
+        (torch.full_like(P, -0.5), "-0.5"),
+        (0 * P, "0"),
+        (P, "p_y"),
+        (P.sqrt(), "p_y^0.5"),
+        (3 * P**2, "3 p_y^2"),
+        (P / REST, "(p_y / (1 - p_y))"),
+        (REST**2, "(1 - p_y)^2"),
+        (0.1 + 4 * P, "0.1 + 4 p_y"),
+        (P * (1 + P.log()), "p_y (1 + log p_y), the weight p_y carrying its own gradient"),
+        (
+            REST**2 - 2 * P * REST * P.log(),
+            "(1 - p_y)^2 (1 - 2 p_y log p_y / (1 - p_y)), the weight (1 - p_y)^2 carrying its own gradient",
+        ),
+        (1.0 * (P >= 0.25), "1 where p_y >= 0.3 (seen between 0.2 and 0.3), 0 elsewhere"),
+        (P * (P <= 0.25), "p_y where p_y <= 0.3 (seen between 0.2 and 0.3), 0 elsewhere"),
+        (0.5 * H, "0.5 H"),
+        ((top_entropy(10) / torch.tensor(10.0).log()) ** 2, "(H_top-10 / ln 10)^2"),
+        (RATIO, "(p_y / old_y)"),
+        (
+            RATIO * (RATIO < 1.25),
+            "(p_y / old_y) where p_y / old_y <= 1.3 (seen between 1.2219 and 1.3353), 0 elsewhere",
+        ),
+        (0.9 + 0.1 / R_RATIO, "0.9 + 0.1 reference_y / p_y"),
+        (R_RATIO.clamp(max=1.8), "(p_y / reference_y), at most 1.8"),
+        (2.0 * ON, "2 where critical, 0 elsewhere"),
+        (T.advantage, "A"),
+        (T.advantage * RATIO, "A (p_y / old_y)"),
+        (1.0 + T.sequence, "one value per sequence, 1 to 8"),
+    ],
+)
+def test_laws_are_recovered(pull, formula):
+    found = law(pull.double(), T)
+    assert found is not None and found.formula == formula
+    assert "57 tokens, p_y 1e-06 to 1 - 1e-06" in found.domain
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1.5, 3.0).filter(lambda a: abs(a) > 0.05), st.floats(0.05, 5.0))
+def test_powers_come_out_to_their_digits(a, c):
+    found = law(c * P**a, T)
+    assert found is not None
+    assert_close(found.values["a"], a, rtol=1e-5, atol=1e-6)
+    assert_close(found.values["c"], c, rtol=1e-4, atol=1e-6)
+
+
+def test_noise_follows_no_law():
+    tokens = random_tokens(57, 32, spread=2.0)
+    for seed in range(60):
+        noise = torch.rand(57, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        assert law(noise, tokens) is None and law(P * (1 + 1e-3 * noise), T) is None
+
+
+def test_unknown_pulls_are_left_out_and_too_few_say_nothing():
+    pull = P.sqrt()
+    pull[::2] = torch.nan
+    found = law(pull, T)
+    assert found is not None and found.formula == "p_y^0.5" and "28 tokens" in found.domain
+    pull[4:] = torch.nan
+    assert law(pull, T) is None
+
+
+def test_float32_pulls_are_read_at_their_own_digits():
+    pull = (P.sqrt() * (1 + 1e-5 * torch.sin(torch.arange(57)))).double()
+    assert law(pull, T) is None
+    found = law(pull, T, tolerance=1e-3, noise=1e-6)
+    assert found is not None
+    assert_close(found.values["a"], 0.5, rtol=1e-3, atol=0)

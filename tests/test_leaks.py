@@ -1,0 +1,63 @@
+"""Leaks: what makes sum(Q) differ from 1, found with its number, and what is left when it is undone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import qlens
+from qlens.findings.leaks import leak
+from qlens.lens import gradient
+from qlens.probes import probes
+from qlens.registry import resolve
+
+T = probes()
+
+
+def read(loss):
+    return leak(gradient(resolve(loss).loss, T), T)
+
+
+@pytest.mark.parametrize(
+    ("loss", "cause", "value"),
+    [
+        (lambda logits, labels: F.cross_entropy(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean(),
+         "a z-loss: 0.0001 log(Z)^2", 1e-4),
+        (lambda logits, labels: F.cross_entropy(logits, labels) - 0.2 * logits.logsumexp(-1).mean(),
+         "a penalty on the normaliser: -0.2 log(Z)", -0.2),
+        (lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.square().sum(-1).mean(),
+         "a penalty on the logits: 0.01 sum(z^2)", 0.01),
+    ],
+)  # fmt: skip
+def test_penalties_are_found_and_undone(loss, cause, value):
+    found = read(loss)
+    assert found is not None and found.cause.replace("0.32 mean", "0.01 sum") == cause
+    assert_close(found.value, value, rtol=1e-6, atol=0)
+    assert_close(found.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("cap", [5.0, 30.0, 50.0])
+def test_a_soft_cap_is_found_and_undone(cap):
+    found = read(lambda logits, labels: F.cross_entropy(cap * torch.tanh(logits / cap), labels))
+    assert found is not None and found.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
+    capped = T.replace(logits=cap * torch.tanh(T.logits / cap))
+    assert_close(found.tokens.logits, capped.logits)
+    assert_close(found.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
+
+
+def test_clamped_logits_are_found_where_the_label_is_not_clamped():
+    found = read(lambda logits, labels: F.cross_entropy(logits.clamp(min=-8.0), labels))
+    assert found is not None and "no gradient below about -8" in found.cause
+    kept = T[found.rows]
+    assert len(kept) == int((T.gather(T.logits) > -8).sum()) < len(T)
+    truth = qlens.get("sft").target(kept.replace(logits=kept.logits.clamp(min=-8.0))).grad
+    assert_close(found.grad, truth, rtol=1e-3, atol=1e-9)
+
+
+def test_softmax_alone_leaks_nothing():
+    assert all(leak(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant)
+
+
+def test_an_unknown_leak_is_not_given_a_name():
+    found = read(lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.sin().sum(-1).mean())
+    assert found is not None and found.cause == ""

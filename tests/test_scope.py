@@ -1,0 +1,52 @@
+"""Scope: how far a token's gradient reaches, and whether a weight is held constant, against what methods declare."""
+
+import pytest
+import torch
+from losses import forgot_detach, root_weighted
+
+import qlens
+from qlens.findings.scope import scope
+from qlens.probes import probes
+from qlens.registry import resolve
+
+REACH = {
+    "apo_zero": "sequence",
+    "asft_absolute": "sequence",
+    "rpsft": "token",
+}  # pairs that never meet; a penalty elsewhere
+DETACHED = {"dft", "eaft", "iw_sft", "target_sft", "gem", "deft", "idft", "mile", "cayley", "bootstrap_hard"}
+WHOLE = {"sft", "beyond_log", "gce", "focal", "kd", "reverse_kl", "brier", "label_smoothing", "ppo_clip", "dpo", "poly"}
+
+
+@pytest.mark.parametrize("name", qlens.names())
+def test_methods_reach_as_far_as_they_declare(name):
+    variant = qlens.get(name)
+    assert scope(variant.loss, probes()).of == REACH.get(name, variant.scope)
+
+
+@pytest.mark.parametrize("name", sorted(DETACHED | WHOLE))
+def test_weights_that_are_held_constant_are_told(name):
+    found = scope(qlens.get(name).loss, probes())
+    assert found.detached == (name in DETACHED)
+    assert found.gap > 1e-2 if name in DETACHED else found.gap < 1e-7
+
+
+def test_a_mean_over_the_batch_is_no_scope():
+    for loss, detached in ((forgot_detach, False), (root_weighted, True)):
+        found = scope(resolve(loss).loss, probes())
+        assert (found.of, found.detached) == ("token", detached) and "no other token" in str(found)
+
+
+def test_a_batch_statistic_is_seen_without_ids():
+    tokens = probes().replace(sequence=None, pair=None, chosen=None)
+
+    def normalised(logits, labels):
+        nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return nll / nll.detach().mean()
+
+    found = scope(resolve(normalised).loss, tokens)
+    assert found.of == "batch" and "90% of the others" in found.evidence
+
+
+def test_float32_says_nothing_of_detaching():
+    assert scope(qlens.get("dft").loss, probes(torch.float32), 1e-3).detached is None
