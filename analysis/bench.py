@@ -1,4 +1,4 @@
-"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``, or ``jobs``."""
+"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``, ``jobs`` or ``lens``."""
 
 import argparse
 import logging
@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlens.analysis.bench_lens import lens, show_lens
 from qlens.analysis.grounds import Lab
 from qlens.analysis.jobs import Job, run_all
 from qlens.analysis.recipes import Recipe
@@ -153,7 +154,11 @@ def show_jobs(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {"step": (step, show_step, 9), "jobs": (jobs, show_jobs, 3)}
+BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {
+    "step": (step, show_step, 9),
+    "jobs": (jobs, show_jobs, 3),
+    "lens": (lens, show_lens, 9),
+}
 """What can be measured, by name: a function that measures, one that prints its rows, and its usual repeats."""
 
 
@@ -161,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.bench", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--repeats", type=int, help="interleaved repeats (step: 9, jobs: 3)")
+    parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, jobs: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.calling import LAID_OUT, Layout, call, kind, name_of
+from qlens.calling import LAID_OUT, Layout, call, kind, name_of, written
 from qlens.errors import InputError
 from qlens.tokens import Tokens
 
@@ -28,12 +28,26 @@ def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], 
     A scalar loss is multiplied by what it divided by; every row then has an equal share of its value, and the gradient
     of its own logits.
     """
+    unreduced = undone(fn, params, name)
+
+    def run(tokens: Tokens) -> Any:
+        made = unreduced(tokens)
+        return _shared(made, tokens.logits) if isinstance(made, Tensor) and not made.ndim else made
+
+    return run
+
+
+def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
+    """The loss with its reduction undone, as a function of tokens: rows (N,), or a scalar that is their sum."""
     reduction: list[str] = []  # found at the first call that needs it
+    safe: list[bool] = []  # whether it leaves its inputs alone: seen on a few rows, so that the others need no copy
 
     def run(tokens: Tokens) -> Any:
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
-        made = call(fn, params, tokens, Layout())
+        if not safe:
+            safe.append(_leaves_alone(fn, params, tokens))
+        made = call(fn, params, tokens, Layout(), safe[0])
         if not isinstance(made, Tensor) and kind(fn) == "tokens":
             return made
         _check(made, tokens, name)
@@ -46,10 +60,19 @@ def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], 
         if not made.ndim and not reduction:
             reduction.append(find_reduction(fn, params, tokens, name))
         # A Trainer-style loss may leave (B, T) unreduced: then there is nothing to undo.
-        count = 1 if made.ndim else REDUCTIONS[reduction[0]](len(tokens), Layout())
-        return _shared(made.sum() * count, tokens.logits)
+        return made.sum() * (1 if made.ndim else REDUCTIONS[reduction[0]](len(tokens), Layout()))
 
     return run
+
+
+def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
+    """Whether a loss does not write on its inputs, seen on a few rows."""
+    try:
+        return not written(fn, params, _spread(tokens))
+    except (
+        Exception
+    ):  # it may be made for these very rows, all of them; a true mistake is raised again by the call itself
+        return False
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:

@@ -100,14 +100,15 @@ def extra_inputs(fn: Callable) -> tuple[str, ...]:
     return tuple(bare)
 
 
-def call(fn: Callable, params: Mapping[str, Any], tokens: Tokens, layout: Layout) -> Any:
-    """One call of the loss as it wants to be called, on the rows in the given layout."""
+def call(fn: Callable, params: Mapping[str, Any], tokens: Tokens, layout: Layout, safe: bool = False) -> Any:
+    """One call of the loss as it wants to be called, on the rows in the given layout; on copies, unless it is ``safe``."""
     laid = tiled(tokens, layout.copies)
     extra = {name: getattr(laid, name) for name in extra_inputs(fn)}
     if kind(fn) == "tokens":
         return fn(laid, **extra, **params)
     if kind(fn) == "logits":
-        return fn(laid.logits.clone(), laid.labels.clone(), **extra, **params)  # a loss may write on what it is given
+        given = (laid.logits, laid.labels) if safe else (laid.logits.clone(), laid.labels.clone())
+        return fn(*given, **extra, **params)
     if kind(fn) == "hidden":
         return fn(*_fused(fn, laid), **params)
     logits, labels = one_sequence(laid, layout.masked)

@@ -131,4 +131,5 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
 def _entry(state: str, name: str, said: str) -> list[str]:
     """A line of the table, with what does not fit below it."""
     start = f"{state:<{len(STATES[-1])}}  {name:<{WIDTH}}  "
-    return [(start if not i else " " * len(start)) + part for i, part in enumerate(textwrap.wrap(said, EVIDENCE))]
+    wrapped = textwrap.wrap(said, EVIDENCE, break_on_hyphens=False)
+    return [(start if not i else " " * len(start)) + part for i, part in enumerate(wrapped)]

@@ -21,8 +21,10 @@ from qlens.target import Target
 from qlens.tokens import Tokens
 
 ELSEWHERE = 101  # another vocabulary, on which what was found is tried again
-MATCHED = 400_000  # entries of the logits on which all methods are compared: more tokens are thinned out
-SEARCHED = 40_000  # entries on which parameters of methods are fitted
+MATCHED, SEARCHED = (
+    400_000,
+    40_000,
+)  # entries of the logits: on more, methods are neither compared nor their parameters fitted
 # By the digits of a gradient: the relative misfit and the absolute noise that count as rounding.
 ROUNDING = {
     torch.float64: (1e-6, 1e-15), torch.float32: (1e-3, 1e-6), torch.float16: (2e-2, 1e-3), torch.bfloat16: (5e-2, 1e-2)
@@ -109,19 +111,24 @@ def _understood(e: Explanation, own: Mapping[str, Tensor]) -> Explanation:
     if found is not None:
         mixture = replace(mixture, index=found.rows[mixture.index])
     reach = scope(rows, e.tokens, tolerance)
-    some, its = tokens, seen
-    if tokens.logits.numel() > MATCHED and found is None:  # all methods on all tokens would take minutes
-        some = tokens[torch.linspace(0, len(tokens) - 1, max(8, MATCHED // tokens.logits.shape[1])).long().unique()]
-        its = gradient(rows, some)
-    near = matching.nearest(its, some, _own_spec(e.variant), tolerance)
-    if not near or near[0].relation not in ("identical", "up to a factor"):
-        near = (
-            [*identify.search(its, some, skip=params.parse(_own_spec(e.variant))[0]), *near]
-            if some.logits.numel() <= SEARCHED
-            else near
-        )
+    some, its = _thinned(e.variant, tokens, seen, MATCHED)
+    own_spec = _own_spec(e.variant)
+    near = matching.nearest(its, some, own_spec, tolerance)
+    if not (near and near[0].relation in matching.RELATIONS[:2]):
+        most = 0 if own_spec else identify.SEARCHED  # who has a name already needs no long search for another
+        few, its = _thinned(e.variant, some, its, SEARCHED)
+        near = [*identify.search(its, few, params.parse(own_spec)[0], most), *near]
     made = replace(e, nearest=near, mixture=mixture, laws=laws, scope=reach, leak=found)
     return replace(made, elsewhere=_elsewhere(made, tolerance, noise)) if e.on_probes and found is None else made
+
+
+def _thinned(variant: Variant, tokens: Tokens, grad: Tensor, most: int) -> tuple[Tokens, Tensor]:
+    """Fewer tokens, if their logits have more than so many entries, and the gradient read anew on these."""
+    if tokens.logits.numel() <= most:
+        return tokens, grad
+    rows = torch.linspace(0, len(tokens) - 1, max(8, most // tokens.logits.shape[1])).long().unique()
+    few = tokens[rows.to(tokens.logits.device)]
+    return few, gradient(variant.loss, few)
 
 
 def _own_spec(variant: Variant) -> str:

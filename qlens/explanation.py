@@ -181,8 +181,8 @@ class Explanation:
         lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
         lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
-        lines += self.findings
-        lines.append(f"Ends: {getattr(self.destination, 'sentence', self.destination)}")
+        found = [*self.findings, f"Ends: {getattr(self.destination, 'sentence', self.destination)}"]
+        lines += [textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in found]
         if self.nearest:
             lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
         return "\n".join(lines)

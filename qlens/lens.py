@@ -41,14 +41,14 @@ def implied_target(
     """
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
-    return Target.from_grad(tokens, gradient(resolve(loss).loss, tokens)).at(scale)
+    return Target.from_grad(tokens, gradient(resolve(loss).total, tokens)).at(scale)
 
 
 def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
     """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
     with torch.enable_grad():
-        leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).clone().requires_grad_()
-        (grad,) = torch.autograd.grad(rows(tokens.replace(logits=leaf)).sum(), leaf)
+        leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
+        (grad,) = torch.autograd.grad(rows(tokens.with_logits(leaf)).sum(), leaf)
     return grad
 
 

@@ -1,6 +1,7 @@
 """Target: the distribution a loss drives the model toward, with the scale of the pull."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -8,9 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError
-from qlens.tokens import Tokens, expectation, one_hot, precision
+from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 
 Scale = Literal["unit", "structural", "natural"]
+NO_PULLS = "its pulls toward fixed targets are not known"
+BLOCK = 64  # rows taken at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,12 +21,12 @@ class Target:
     r"""Q and s in g = s (p - Q), at N tokens; everything detached.
 
     Args:
-        log_probs: the student's log p, (N, V).
+        logits: the student's, (N, V), or its log p: their softmax is p.
         labels: the observed tokens, (N,).
         q: the target Q, (N, V); may be signed, never clipped.
         grad: the logit gradient g = s (p - Q), (N, V); kept beside Q because p - Q cancels where p is tiny.
         scale: s, (N,).
-        trust: the label coefficient of the construction, (N,).
+        constructed: the label coefficient of the construction, (N,); None where the target is no mixture of known parts.
         structural: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
@@ -35,12 +38,12 @@ class Target:
         tensor([[0.7000, 0.1000, 0.1000, 0.1000]])
     """
 
-    log_probs: Float[Tensor, "N V"]
+    logits: Float[Tensor, "N V"]
     labels: Int[Tensor, " N"]
     q: Float[Tensor, "N V"]
     grad: Float[Tensor, "N V"]
     scale: Float[Tensor, " N"]
-    trust: Float[Tensor, " N"]
+    constructed: Float[Tensor, " N"] | None
     structural: Float[Tensor, " N"] | str
 
     @classmethod
@@ -78,14 +81,19 @@ class Target:
         if q.shape != log_probs.shape:
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
         scale = _per_token("scale", scale, tokens)
-        return cls._free(log_probs, tokens.labels, q, log_probs.exp() - q, scale)
+        return cls(log_probs, tokens.labels, q, scale[:, None] * (log_probs.exp() - q), scale, None, NO_PULLS)
 
     @classmethod
     def from_grad(cls, tokens: Tokens, grad: Float[Tensor, "N V"]) -> "Target":
         """The target that a logit gradient implies, in unit scale: Q = p - g."""
-        log_probs = tokens.log_probs.detach()
-        grad = grad.detach().to(log_probs.dtype)
-        return cls._free(log_probs, tokens.labels, log_probs.exp() - grad, grad, torch.ones_like(log_probs[:, 0]))
+        logits = tokens.logits.detach()
+        grad = grad.detach().to(precision(logits.dtype))
+        q = torch.empty_like(grad)
+        for z, g, q_rows in zip(
+            *(x.split(BLOCK) for x in (logits, grad, q)), strict=True
+        ):  # what is still in the cache
+            torch.softmax(z.to(g.dtype), -1, out=q_rows).sub_(g)
+        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS)
 
     @classmethod
     def push(cls, tokens: Tokens, push: Tensor) -> "Target":
@@ -112,13 +120,17 @@ class Target:
         push = _per_token("push", push, tokens)[:, None]
         return cls.from_grad(tokens, grad + push * (p - tokens.one_hot))
 
-    @classmethod
-    def _free(cls, log_probs: Tensor, labels: Tensor, q: Tensor, pull: Tensor, scale: Tensor) -> "Target":
-        """A target that is no mixture of known parts; ``pull`` is p - Q."""
-        trust = effective_trust(log_probs, labels, pull)
-        return cls(
-            log_probs, labels, q, scale[:, None] * pull, scale, trust, "its pulls toward fixed targets are not known"
-        )
+    @cached_property
+    def log_probs(self) -> Float[Tensor, "N V"]:
+        """The student's log p."""
+        return log_softmax(self.logits)
+
+    @cached_property
+    def trust(self) -> Float[Tensor, " N"]:
+        """The label coefficient of the construction; where that is no mixture, the effective trust, at this scale."""
+        if self.constructed is not None:
+            return self.constructed
+        return effective_trust(self.log_probs, self.labels, self.grad / self.scale[:, None])
 
     def at(self, scale: Scale) -> "Target":
         """The same gradient at another scale: Q' = p - g / s'.
@@ -130,6 +142,8 @@ class Target:
             InputError: an unknown scale, or ``structural`` where it is undefined (the reason is named).
         """
         if scale == "unit":
+            if bool((self.scale == 1).all()):
+                return self
             wanted = torch.ones_like(self.scale)
         elif scale == "structural":
             if isinstance(self.structural, str):
@@ -144,13 +158,13 @@ class Target:
         same = wanted == self.scale
         q = torch.where(same[:, None], self.q, q)  # nothing is lost on the way to the scale it already has
         trust = torch.where(same, self.trust, torch.where(some, self.trust * self.scale / wanted, 0.0))
-        return Target(self.log_probs, self.labels, q, self.grad, wanted, trust, self.structural)
+        return Target(self.logits, self.labels, q, self.grad, wanted, trust, self.structural)
 
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":
         """The same Q, pulled ``weight`` times as hard."""
         structural = self.structural if isinstance(self.structural, str) else self.structural * weight
         grad = self.grad * weight[:, None]
-        return Target(self.log_probs, self.labels, self.q, grad, self.scale * weight, self.trust, structural)
+        return Target(self.logits, self.labels, self.q, grad, self.scale * weight, self.trust, structural)
 
     @property
     def probs(self) -> Float[Tensor, "N V"]:

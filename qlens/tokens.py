@@ -1,5 +1,6 @@
 """Tokens: everything a loss may look at, at N supervised positions."""
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -95,6 +96,12 @@ class Tokens:
     def replace(self, **changes: Any) -> "Tokens":
         """A copy with the given fields changed."""
         return dataclasses.replace(self, **changes)
+
+    def with_logits(self, logits: Float[Tensor, "N V"]) -> "Tokens":
+        """A copy with logits that hold what has been checked already, in another dtype or with a graph."""
+        made = copy.copy(self)
+        object.__setattr__(made, "logits", logits)
+        return made
 
     def unweighted(self) -> "Tokens":
         """The same tokens without weights."""

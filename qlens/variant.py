@@ -148,6 +148,10 @@ class Variant:
         return not isinstance(self.method.fn(probes()[:4], **self.params), Target)
 
     @cached_property
+    def _undone(self) -> Callable[[Tokens], Any]:
+        return adapters.undone(self.method.fn, self.params, self.spec)
+
+    @cached_property
     def _rows(self) -> Callable[[Tokens], Tensor]:
         return adapters.rows(self.method.fn, self.params, self.spec)
 
@@ -183,6 +187,13 @@ class Variant:
             if isinstance(rows, Target):
                 rows = -rows.scale * expectation(rows.q, bare.log_probs)
         return rows if tokens.weight is None else rows * tokens.weight
+
+    def total(self, tokens: Tokens) -> Tensor:
+        """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
+        if self.method.printed is None and tokens.weight is None and calling.kind(self.method.fn) != "tokens":
+            self._check(tokens)
+            return self._undone(tokens.upcast()).sum()
+        return self.loss(tokens).sum()
 
     def penalty(self, model: nn.Module) -> Tensor:
         """The term on the model's parameters, a scalar; zero for methods that have none."""

@@ -26,16 +26,19 @@ def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.S)
 
 
-def explained(text: str) -> str:
-    """The first screen: what the command prints for the README's first example."""
+def console(text: str, verb: str, example: str, code: int = 0) -> str:
+    """What ``qlens VERB FILE.py:FUNCTION`` prints for the example whose first line names its file."""
+    file = example.partition(":")[0]
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "my_loss.py").write_text(python_blocks(text)[0])
-        command = [sys.executable, "-m", "qlens", "explain", "my_loss.py:f"]
+        (source,) = [block for block in python_blocks(text) if block.startswith(f"# {file}\n")]
+        Path(folder, file).write_text(source)
         path = os.pathsep.join(filter(None, [str(README.parent), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": path}
-        )
-    return f"```console\n$ qlens explain my_loss.py:f\n{done.stdout.strip()}\n```\n"
+            [sys.executable, "-m", "qlens", verb, example],
+            cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    return f"```console\n$ qlens {verb} {example}\n{done.stdout.strip()}\n```\n"
 
 
 def scores(tables: str) -> str:
@@ -47,7 +50,8 @@ def scores(tables: str) -> str:
 def generated(text: str) -> dict[str, str]:
     """Every generated block, as it should be."""
     return {
-        "explain": explained(text),
+        "explain": console(text, "explain", "my_loss.py:f"),
+        "check": console(text, "check", "my_trainer.py:compute_loss", code=1),
         "methods": cards.markdown() + "\n",
         "results": scores((RESULTS / "table.md").read_text()),
     }
