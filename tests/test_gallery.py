@@ -87,7 +87,9 @@ def test_sums_other_than_one_have_their_cause_named(loss, cause):
 
 
 def test_the_root_of_p_comes_out_as_a_half():
-    law = qlens.explain(losses.root_weighted).law
+    read = qlens.explain(losses.root_weighted)
+    law = read.law
+    assert "  pull toward the label: p_y^0.5" in read.findings
     assert_close(law.values["a"], 0.5, rtol=0, atol=5e-4)
     assert law.formula == "p_y^0.5"
 

@@ -70,3 +70,10 @@ def _top_entropy(tokens: Tokens, k: int) -> Tensor:
 def numpy_of(values: Tensor) -> np.ndarray:
     """The same in numpy, float64."""
     return values.detach().double().cpu().numpy()
+
+
+def line(x: np.ndarray, y: np.ndarray, weight: np.ndarray, free: bool) -> tuple[float, float]:
+    """c and a in y = c + a x, by weighted least squares; without ``free`` through the origin."""
+    a = np.stack([np.ones_like(x) if free else np.zeros_like(x), x], 1)
+    (c, slope), *_ = np.linalg.lstsq(a * weight[:, None], y * weight, rcond=None)
+    return float(c), float(slope)

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from qlens.findings.features import Features, plain
+from qlens.findings.features import Features, line, plain
 from qlens.tokens import Tokens
 
 FEWEST = 5  # tokens that a law must hold on beyond its parameters
@@ -103,18 +103,18 @@ class _Laws(Features):
                 elif name == "" or not np.isfinite(x).all() or np.ptp(x) < 1e-9:
                     continue
                 else:
-                    c, a = _line(x, logs, weight, free)
-                a, c = _round(a), c
-                with np.errstate(over="ignore"):
-                    size = _round(math.exp(c)) if abs(c) < 700 else math.exp(min(c, 700))
-                    made = sign[0] * size * np.exp(a * np.where(np.isfinite(feature), feature, 0.0)) * factor
+                    c, a = line(x, logs, weight, free)
                 if name and abs(a) < 1e-3:
                     continue
-                miss = self.fits(where, made)
-                if miss is not None:
-                    values_ = {"c": float(sign[0]) * size} | ({"a": a} if name else {})
-                    formula = _product(named, size, name, a, times)
-                    yield Law(formula, int(free) + int(bool(name)), miss, values_)
+                base = np.where(np.isfinite(feature), feature, 0.0)
+                for power, size in _tries(a, math.exp(min(c, 700.0))):
+                    with np.errstate(over="ignore"):
+                        made = sign[0] * size * np.exp(power * base) * factor
+                    miss = self.fits(where, made)
+                    if miss is not None:
+                        said = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
+                        yield Law(_product(named, size, name, power, times), int(free) + int(bool(name)), miss, said)
+                        break
 
     def powered(self) -> Iterator[tuple[str, np.ndarray]]:
         """Logarithms of what may be raised to a power, by name."""
@@ -141,7 +141,10 @@ class _Laws(Features):
             a = np.stack([np.ones_like(x), x], 1)
             weight = 1 / (np.abs(self.b[where]) + self.floor[where])
             (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
-            low, slope = _round(low), _round(slope)
+            low, slope = next(
+                (tried for tried in _tries(low, slope) if self.fits(where, tried[0] + tried[1] * x) is not None),
+                (low, slope),
+            )
             miss = self.fits(where, low + slope * x)
             if miss is not None and abs(slope) > 1e-6:
                 between = "-" if slope < 0 else "+"
@@ -161,7 +164,10 @@ class _Laws(Features):
         }
         for name, (form, (low, high)) in forms.items():
             a = _best(lambda a, form=form: self.misfit(self._scaled(form(a), where)[0], where), low, high)
-            a = _round(a)
+            a = next(
+                (tried for (tried,) in _tries(a) if self.fits(where, self._scaled(form(tried), where)[0]) is not None),
+                a,
+            )
             made, c = self._scaled(form(a), where)
             miss = self.fits(where, made)
             if miss is not None and abs(a) > 1e-3:
@@ -171,7 +177,8 @@ class _Laws(Features):
 
     def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
         x, weight = made[where], 1 / (np.abs(self.b[where]) + self.floor[where])
-        c = _round(float((x * self.b[where] * weight**2).sum() / max((x * x * weight**2).sum(), 1e-300)))
+        c = float((x * self.b[where] * weight**2).sum() / max((x * x * weight**2).sum(), 1e-300))
+        c = float(f"{c:.9g}")  # an exact 1 comes out as 1
         return c * made, c
 
     def switched(self) -> Iterator[Law]:
@@ -251,13 +258,6 @@ class _Laws(Features):
                 yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
 
 
-def _line(x: np.ndarray, y: np.ndarray, weight: np.ndarray, free: bool) -> tuple[float, float]:
-    """c and a in y = c + a x, by weighted least squares; without ``free`` through the origin."""
-    a = np.stack([np.ones_like(x) if free else np.zeros_like(x), x], 1)
-    (c, slope), *_ = np.linalg.lstsq(a * weight[:, None], y * weight, rcond=None)
-    return float(c), float(slope)
-
-
 def _best(cost: Callable[[float], float], low: float, high: float) -> float:
     """The least of a one-dimensional cost: the best of a grid, then the bottom beside it."""
     grid = np.linspace(low, high, 60)
@@ -266,10 +266,13 @@ def _best(cost: Callable[[float], float], low: float, high: float) -> float:
     return float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
 
 
-def _round(value: float) -> float:
-    """A number that somebody wrote, where this one is that to rounding."""
-    near = float(f"{value:.4g}")
-    return near if abs(near - value) <= 1e-6 * abs(near) else value
+def _tries(*values: float) -> Iterator[tuple[float, ...]]:
+    """Numbers that somebody wrote, where these are nearly that; then these themselves."""
+    written = [float(f"{value:.4g}") for value in values]
+    yield tuple(
+        near if abs(near - value) <= 1e-6 * abs(near) else value for near, value in zip(written, values, strict=True)
+    )
+    yield values
 
 
 def between(low: float, high: float) -> float:
