@@ -1,0 +1,267 @@
+"""The engine: any variant's loss and its gradients from hidden states and a head, a few rows of logits at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from qlens.batching import IGNORE
+from qlens.collapse import collapsed, collapses, push_of
+from qlens.errors import InputError
+from qlens.heads import Head, TopK
+from qlens.registry import Variant, resolve
+from qlens.tokens import PER_TOKEN, Tokens, precision
+
+Model = Tensor | tuple[Tensor, Tensor] | TopK
+ENTRIES = 2**24  # of the logits at a time, unless a chunk is given: 64 MiB in float32
+ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
+CACHED = 2**19  # entries on which dense methods work at a time, so that their many passes stay near the processor
+
+
+def fused_loss(
+    variant: Variant | str | Callable,
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    labels: Int[Tensor, " N"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    reference: Model | None = None,
+    teacher: Model | None = None,
+    old: Model | None = None,
+    second: Model | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    denominator: float | Tensor | None = None,
+    chunk: int | None = None,
+    **per_token_fields: Tensor,
+) -> Tensor:
+    r"""The variant's printed loss from hidden states, with gradients for hidden, head and bias: :math:`g = s (p - Q)` in chunks.
+
+    No (N, V) tensor of any model is ever whole. Losses of label probabilities alone cost a softmax beyond their three matrix
+    products, those of sequences, batches and pairs a product more, for a first pass that collects the labels'
+    log-probabilities. Gradients are made on the way forward and kept until ``backward``.
+
+    Args:
+        variant: as in ``explain``.
+        hidden: (N, H); rows whose label is -100 are dropped before the product.
+        head, bias: (V, H) and (V,); without gradient where they do not require one.
+        reference, teacher, old, second: other models, constants: logits (N, V), a tuple (hidden, head), or a ``TopK``.
+            ``softcap`` and ``logit_scale`` hold for the heads of tuples too.
+        denominator: what the sum of the losses is divided by; by default the supervised rows (pairs, for losses of pairs).
+        chunk: rows of logits at a time.
+        per_token_fields: weight, sequence, advantage, ... (N,), as in ``Tokens``.
+
+    Raises:
+        InputError: shapes that do not fit, a missing model, or a batch statistic that needs more than label
+            probabilities; a second backward.
+
+    Source: Xie et al. 2026 (arXiv 2606.11189), g = p - Q; the chunks follow common practice.
+
+    Example:
+        >>> hidden, head = torch.zeros(3, 2, requires_grad=True), torch.ones(4, 2)
+        >>> fused_loss("sft", hidden, head, torch.tensor([0, 3, -100]))
+        tensor(1.3863, grad_fn=<_FusedBackward>)
+    """
+    method = resolve(variant)
+    shape = {"softcap": softcap, "logit_scale": logit_scale}
+    kept = (labels != IGNORE).nonzero()[:, 0]
+    models = {"reference": reference, "teacher": teacher, "old": old, "second": second}
+    given = {name: _kept(name, value, kept, len(labels), shape) for name, value in models.items() if value is not None}
+    fields = {name: _field(name, value, kept, len(labels)) for name, value in per_token_fields.items()}
+    _check(method, {**given, **fields})
+    given = {name: model for name, model in given.items() if name in method.needs}  # nobody looks at the others
+    fields = {name: value for name, value in fields.items() if name in (*method.needs, "weight", "sequence", "pair")}
+    if len(hidden) != len(labels):
+        raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
+    rows = hidden if len(kept) == len(labels) else hidden[kept]
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        rows, head, bias = rows.to(dtype), head.to(dtype), bias if bias is None else bias.to(dtype)
+    if denominator is None:
+        pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
+        denominator = max(pairs, 1)
+    pass_ = _Pass(method, labels[kept].long(), given, fields, shape, chunk or max(1, ENTRIES // head.shape[0]))
+    total = _Fused.apply(rows, head, bias, pass_)
+    return total / torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: "_Pass") -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple:
+        if ctx.made is None:
+            raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
+        made, ctx.made = ctx.made, None
+        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
+
+
+class _Pass:
+    """One pass over the rows: logits of a chunk, g in their place, and what the products make of it."""
+
+    def __init__(self, variant: Variant, labels: Tensor, models: dict, fields: dict, shape: dict, chunk: int):
+        self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
+        self.shape, self.chunk = shape, chunk
+        self.narrow = collapses(variant)
+
+    def run(self, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> tuple[Tensor, tuple]:
+        """The sum of the losses, and the gradients that are wanted."""
+        own = Head(hidden.detach(), head.detach(), None if bias is None else bias.detach(), **self.shape)
+        wide = precision(hidden.dtype)
+        d_hidden = torch.empty_like(own.hidden) if wanted[0] else None
+        d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if wanted[1] else None
+        d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
+        total = torch.zeros((), dtype=wide, device=hidden.device)
+        pushed = self._collected(own) if self.narrow and self.variant.scope not in ALONE else None
+        for start in range(0, len(self.labels), self.chunk):
+            rows = slice(start, start + self.chunk)
+            z = own.logits(rows)
+            kept = z.clone() if own.softcap is not None else z
+            if not self.narrow:
+                losses = self._dense(z, rows)
+            else:
+                losses = self._narrow(z, rows, pushed)
+            total += losses.sum()
+            if own.softcap is not None:
+                z *= own.slope(kept)
+            elif own.logit_scale != 1:
+                z *= own.logit_scale
+            if d_bias is not None:
+                d_bias += z.sum(0)
+            g = z.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(g, own.weight, out=d_hidden[rows])
+            if d_head is not None:
+                _add_product(d_head, g, own.hidden[rows])
+        made = (
+            d_hidden,
+            None if d_head is None else d_head.to(head.dtype),
+            None if d_bias is None else d_bias.to(head.dtype),
+        )
+        return total, made
+
+    def _narrow(self, z: Tensor, rows: slice, pushed: tuple[Tensor, Tensor] | None) -> Tensor:
+        """g = a (p - d) in place of the logits, for losses of label probabilities; returns the losses."""
+        labels = self.labels[rows, None]
+        log_p, rest = _softmax_(z, labels)
+        if pushed is None:
+            a, losses = self._pushes(rows, log_p, rest, {n: self._label_log_probs(n, rows, z) for n in self.models})
+        else:
+            a, losses = pushed[0][rows], pushed[1][rows]
+        z.mul_(a[:, None])
+        z.scatter_(1, labels, (-a * rest.exp())[:, None])
+        return losses
+
+    def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
+        """a and the loss of some rows, from the method itself, on two entries."""
+        probs = {"logits": log_p} | {name: pair[0] for name, pair in others.items()}
+        rests = {"logits": rest} | {name: pair[1] for name, pair in others.items()}
+        tokens = collapsed(probs, rests, **{name: value[rows] for name, value in self.fields.items()})
+        with torch.no_grad():
+            return push_of(self.variant, tokens).nan_to_num(), self.variant.loss(tokens)
+
+    def _collected(self, own: Head) -> tuple[Tensor, Tensor]:
+        """A first pass, for sequences, batches and pairs: a and the loss of every row."""
+        found: list[list[Tensor]] = []
+        for start in range(0, len(self.labels), self.chunk):
+            rows = slice(start, start + self.chunk)
+            z = own.logits(rows)
+            pairs = [_softmax_(z, self.labels[rows, None])]
+            pairs += [self._label_log_probs(name, rows, z) for name in self.models]
+            found.append([value for pair in pairs for value in pair])
+        if not found:
+            empty = torch.zeros(0, dtype=precision(own.hidden.dtype), device=own.hidden.device)
+            return empty, empty
+        log_p, rest, *others = (torch.cat(values) for values in zip(*found, strict=True))
+        named = {name: (others[2 * i], others[2 * i + 1]) for i, name in enumerate(self.models)}
+        return self._pushes(slice(None), log_p, rest, named)
+
+    def _label_log_probs(self, name: str, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+        """log q_y and log(1 - q_y) of another model."""
+        return _softmax_(self._logits_of(name, rows, like).clone(), self.labels[rows, None])
+
+    def _dense(self, z: Tensor, rows: slice) -> Tensor:
+        """g in place of the logits for any other method, a few rows at a time; returns the losses."""
+        step, losses = max(1, CACHED // z.shape[1]), []
+        others = {name: self._logits_of(name, rows, z) for name in self.models}
+        for start in range(0, len(z), step):
+            some = slice(start, start + step)
+            fields = {name: value[rows][some] for name, value in self.fields.items()}
+            tokens = Tokens(
+                logits=z[some], labels=self.labels[rows][some], **{n: o[some] for n, o in others.items()}, **fields
+            )
+            with torch.no_grad():
+                losses.append(self.variant.loss(tokens))
+            z[some] = self.variant.target(tokens).grad
+        return torch.cat(losses)
+
+    def _logits_of(self, name: str, rows: slice, student: Tensor) -> Tensor:
+        model = self.models[name]
+        if isinstance(model, TopK):
+            return model.logits(rows, student)
+        if isinstance(model, Head):
+            return model.logits(rows)
+        return model[rows].to(student.dtype)
+
+
+def _softmax_(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """p in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends."""
+    at_label, top = z.gather(1, labels)[:, 0], z.amax(-1)
+    for rows in z.split(max(1, CACHED // z.shape[1])):
+        torch.softmax(rows, -1, out=rows)
+    log_z = top - z.amax(-1).log()
+    p_y = z.gather(1, labels)
+    rest = z.scatter_(1, labels, 0.0).sum(-1).log().clamp(min=-1e30)
+    z.scatter_(1, labels, p_y)
+    return at_label - log_z, rest
+
+
+def _add_product(into: Tensor, g: Tensor, hidden: Tensor) -> None:
+    """into += g^T hidden, summed in into's own precision."""
+    if into.dtype == g.dtype:
+        into.addmm_(g.T, hidden)
+    else:
+        into.add_(g.T @ hidden)
+
+
+def _kept(name: str, model: Model, kept: Tensor, rows: int, shape: dict) -> Tensor | Head | TopK:
+    """Another model at the supervised rows."""
+    if isinstance(model, TopK):
+        sized, made = len(model.ids), lambda: TopK(model.ids[kept], model.log_probs[kept], model.tail)
+    elif isinstance(model, tuple):
+        hidden, head = model
+        sized, made = len(hidden), lambda: Head(hidden.detach()[kept], head.detach(), **shape)
+    else:
+        sized, made = len(model), lambda: model.detach()[kept]
+    if sized != rows:
+        raise InputError(f"{name} has {sized} rows, but labels have {rows}")
+    return made()
+
+
+def _field(name: str, value: Tensor, kept: Tensor, rows: int) -> Tensor:
+    if name not in PER_TOKEN and name != "negatives":
+        raise InputError(
+            f"fused_loss: unknown field {name!r}; per token there are {', '.join(PER_TOKEN)} and negatives"
+        )
+    if len(value) != rows:
+        raise InputError(f"{name} has {len(value)} rows, but labels have {rows}")
+    return value[kept]
+
+
+def _check(variant: Variant, given: dict[str, Any]) -> None:
+    missing = [name for name in variant.needs if name not in given]
+    if missing:
+        raise InputError(f"{variant.name} needs a {missing[0]}: give fused_loss({missing[0]}=...)")
+    if variant.scope not in ALONE and not collapses(variant):
+        raise InputError(
+            f"{variant.spec} weighs tokens by a statistic of the {variant.scope} that needs whole distributions: "
+            "use the plain path"
+        )

@@ -1,0 +1,100 @@
+"""Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qlens.errors import InputError
+from qlens.tokens import log_softmax, precision
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    r"""Logits :math:`z = c \tanh(s (h W^T + b) / c)` of hidden states, without ever holding all of them.
+
+    Args:
+        hidden: h, (N, H).
+        weight: W, (V, H).
+        bias: b, (V,), or None.
+        softcap: c, or None for no cap (Gemma).
+        logit_scale: s (Cohere; Granite divides: 1 / its scaling).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+    """
+
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self):
+        h, w, b = self.hidden, self.weight, self.bias
+        if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
+            raise InputError(f"hidden must be (N, H) and head (V, H), got {tuple(h.shape)} and {tuple(w.shape)}")
+        if h.dtype != w.dtype:
+            raise InputError(f"hidden is {h.dtype}, but head is {w.dtype}: they must have one dtype")
+        if b is not None and tuple(b.shape) != (w.shape[0],):
+            raise InputError(f"bias must be ({w.shape[0]},), got {tuple(b.shape)}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise InputError(f"softcap must be above 0, got {self.softcap}")
+
+    def logits(self, rows: slice) -> Float[Tensor, "n V"]:
+        """The logits of some rows, a new tensor in float32 at least."""
+        z = (self.hidden[rows] @ self.weight.T).to(precision(self.hidden.dtype))
+        if self.bias is not None:
+            z += self.bias
+        if self.logit_scale != 1:
+            z *= self.logit_scale
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def slope(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"] | None:
+        """d(logits) / d(h W^T + b) at given logits, None where it is 1; overwrites them."""
+        if self.softcap is not None:
+            return z.div_(self.softcap).square_().neg_().add_(1).mul_(self.logit_scale)
+        return z.fill_(self.logit_scale) if self.logit_scale != 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A model of which only the k most probable tokens are known.
+
+    Args:
+        ids: their ids, (N, k).
+        log_probs: their log-probabilities, (N, k).
+        tail: who gets the rest of the mass: "renorm" nobody, the k share it; "uniform" all others alike; "student" the
+            others by the student's own shape.
+
+    Example:
+        >>> known = TopK(torch.tensor([[0, 2]]), torch.tensor([[0.6, 0.3]]).log(), "uniform")
+        >>> known.logits(slice(0, 1), torch.zeros(1, 4)).exp()
+        tensor([[0.6000, 0.0500, 0.3000, 0.0500]])
+    """
+
+    ids: Int[Tensor, "N k"]
+    log_probs: Float[Tensor, "N k"]
+    tail: Literal["renorm", "uniform", "student"] = "renorm"
+
+    def __post_init__(self):
+        if self.ids.shape != self.log_probs.shape or self.ids.ndim != 2:
+            shapes = f"{tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
+            raise InputError(f"TopK: ids and log_probs must both be (N, k), got {shapes}")
+        if self.tail not in ("renorm", "uniform", "student"):
+            raise InputError(f"TopK: tail must be 'renorm', 'uniform' or 'student', got {self.tail!r}")
+
+    def logits(self, rows: slice, student: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Log-probabilities over the whole vocabulary for some rows, up to a constant."""
+        ids, known = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)
+        if self.tail == "renorm":
+            made = torch.full_like(student, -torch.inf)
+        else:
+            left = torch.log1p(-known.exp().sum(-1, keepdim=True).clamp(max=1))
+            others = student if self.tail == "student" else torch.zeros_like(student)
+            made = log_softmax(others.scatter(-1, ids, -torch.inf)) + left
+        return made.scatter_(-1, ids, known)
