@@ -1,6 +1,7 @@
-"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``, ``jobs`` or ``lens``."""
+"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.bench step``, ``jobs``, ``lens`` or ``engine``."""
 
 import argparse
+import json
 import logging
 import statistics
 import tempfile
@@ -24,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlens.analysis.bench_engine import engine, show_engine
 from qlens.analysis.bench_lens import lens, show_lens
 from qlens.analysis.grounds import Lab
 from qlens.analysis.jobs import Job, run_all
@@ -158,6 +160,7 @@ BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {
     "step": (step, show_step, 9),
     "jobs": (jobs, show_jobs, 3),
     "lens": (lens, show_lens, 9),
+    "engine": (engine, show_engine, 5),
 }
 """What can be measured, by name: a function that measures, one that prints its rows, and its usual repeats."""
 
@@ -166,13 +169,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run the benchmarks named on the command line."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.bench", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, jobs: 3)")
+    parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, engine: 5, jobs: 3)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     measure, show, usual = BENCHMARKS[options.benchmark]
-    show(measure(repeats=options.repeats or usual))
+    rows = measure(repeats=options.repeats or usual)
+    print(json.dumps(rows, indent=2)) if options.json else show(rows)
 
 
 if __name__ == "__main__":

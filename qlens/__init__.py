@@ -6,9 +6,11 @@ __version__ = "0.1.0"
 
 from qlens.checks import CheckReport, check
 from qlens.destination import Destination, destination
+from qlens.engine import fused_loss
 from qlens.errors import InputError, ParameterError, UnknownName
 from qlens.explain import explain
 from qlens.explanation import Explanation
+from qlens.heads import TopK
 from qlens.lens import implied_target
 from qlens.probes import probes
 from qlens.registry import Variant, get, names, register
@@ -24,12 +26,14 @@ __all__ = [
     "QTrainer",
     "Target",
     "Tokens",
+    "TopK",
     "UnknownName",
     "Variant",
     "check",
     "compare",
     "destination",
     "explain",
+    "fused_loss",
     "get",
     "implied_target",
     "names",

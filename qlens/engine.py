@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
+from qlens.chunks import CACHED, Chunk, grad_, softmax_
 from qlens.collapse import collapsed, collapses, push_of
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
 from qlens.registry import Variant, resolve
-from qlens.tokens import PER_TOKEN, Tokens, precision
+from qlens.tokens import PER_TOKEN, precision
 
 Model = Tensor | tuple[Tensor, Tensor] | TopK
-ENTRIES = 2**24  # of the logits at a time, unless a chunk is given: 64 MiB in float32
+ENTRIES = 2**25  # of the logits at a time, unless a chunk is given: 128 MiB in float32
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
-CACHED = 2**19  # entries on which dense methods work at a time, so that their many passes stay near the processor
 
 
 def fused_loss(
@@ -62,8 +62,8 @@ def fused_loss(
 
     Example:
         >>> hidden, head = torch.zeros(3, 2, requires_grad=True), torch.ones(4, 2)
-        >>> fused_loss("sft", hidden, head, torch.tensor([0, 3, -100]))
-        tensor(1.3863, grad_fn=<_FusedBackward>)
+        >>> fused_loss("sft", hidden, head, torch.tensor([0, 3, -100])).detach()
+        tensor(1.3863)
     """
     method = resolve(variant)
     shape = {"softcap": softcap, "logit_scale": logit_scale}
@@ -97,7 +97,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple:
+    def backward(ctx: Any, upstream: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
         if ctx.made is None:
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
@@ -121,26 +121,24 @@ class _Pass:
         d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         pushed = self._collected(own) if self.narrow and self.variant.scope not in ALONE else None
+        buffer = torch.empty(min(self.chunk, len(self.labels)), head.shape[0], dtype=wide, device=head.device)
         for start in range(0, len(self.labels), self.chunk):
             rows = slice(start, start + self.chunk)
-            z = own.logits(rows)
-            kept = z.clone() if own.softcap is not None else z
-            if not self.narrow:
-                losses = self._dense(z, rows)
-            else:
-                losses = self._narrow(z, rows, pushed)
+            z = own.logits(rows, buffer)
+            bent = z.clone() if own.softcap is not None else None
+            a, losses = self._narrow(z, rows, pushed) if self.narrow else self._dense(z, rows)
             total += losses.sum()
-            if own.softcap is not None:
-                z *= own.slope(kept)
-            elif own.logit_scale != 1:
-                z *= own.logit_scale
+            if bent is not None:
+                z *= own.slope_(bent)
+            # What is the same for a whole row is folded into the small sides of the products: g = a g', a scalar a row.
+            a = own.logit_scale * a[:, None]
+            g, h = z.to(hidden.dtype), own.hidden[rows]
             if d_bias is not None:
-                d_bias += z.sum(0)
-            g = z.to(hidden.dtype)
+                d_bias += (z.T @ a)[:, 0]
             if d_hidden is not None:
-                torch.mm(g, own.weight, out=d_hidden[rows])
+                torch.mm(g, own.weight, out=d_hidden[rows]).mul_(a)
             if d_head is not None:
-                _add_product(d_head, g, own.hidden[rows])
+                _add_product(d_head, g, (h * a).to(h.dtype))
         made = (
             d_hidden,
             None if d_head is None else d_head.to(head.dtype),
@@ -148,17 +146,20 @@ class _Pass:
         )
         return total, made
 
-    def _narrow(self, z: Tensor, rows: slice, pushed: tuple[Tensor, Tensor] | None) -> Tensor:
-        """g = a (p - d) in place of the logits, for losses of label probabilities; returns the losses."""
+    def _narrow(self, z: Tensor, rows: slice, pushed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        """p - d in place of the logits, for losses of label probabilities; returns a in g = a (p - d), and the losses."""
         labels = self.labels[rows, None]
-        log_p, rest = _softmax_(z, labels)
+        if pushed is None and self.models:
+            others = {name: self._label_log_probs(name, rows, z) for name in self.models}
+        else:
+            others = {}
+        log_p, rest = softmax_(z, labels)
         if pushed is None:
-            a, losses = self._pushes(rows, log_p, rest, {n: self._label_log_probs(n, rows, z) for n in self.models})
+            a, losses = self._pushes(rows, log_p, rest, others)
         else:
             a, losses = pushed[0][rows], pushed[1][rows]
-        z.mul_(a[:, None])
-        z.scatter_(1, labels, (-a * rest.exp())[:, None])
-        return losses
+        z.scatter_(1, labels, -rest.exp()[:, None])
+        return a, losses
 
     def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
         """a and the loss of some rows, from the method itself, on two entries."""
@@ -174,9 +175,9 @@ class _Pass:
         for start in range(0, len(self.labels), self.chunk):
             rows = slice(start, start + self.chunk)
             z = own.logits(rows)
-            pairs = [_softmax_(z, self.labels[rows, None])]
-            pairs += [self._label_log_probs(name, rows, z) for name in self.models]
-            found.append([value for pair in pairs for value in pair])
+            others = [self._label_log_probs(name, rows, z) for name in self.models]
+            pairs = [softmax_(z, self.labels[rows, None])]
+            found.append([value for pair in (*pairs, *others) for value in pair])
         if not found:
             empty = torch.zeros(0, dtype=precision(own.hidden.dtype), device=own.hidden.device)
             return empty, empty
@@ -186,22 +187,21 @@ class _Pass:
 
     def _label_log_probs(self, name: str, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """log q_y and log(1 - q_y) of another model."""
-        return _softmax_(self._logits_of(name, rows, like).clone(), self.labels[rows, None])
+        return softmax_(self._logits_of(name, rows, like).clone(), self.labels[rows, None])
 
-    def _dense(self, z: Tensor, rows: slice) -> Tensor:
-        """g in place of the logits for any other method, a few rows at a time; returns the losses."""
-        step, losses = max(1, CACHED // z.shape[1]), []
+    def _dense(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """g' in place of the logits for any other method, a few rows at a time; returns a in g = a g', and the losses."""
+        step, scales, losses = max(1, CACHED // z.shape[1]), [], []
         others = {name: self._logits_of(name, rows, z) for name in self.models}
         for start in range(0, len(z), step):
             some = slice(start, start + step)
             fields = {name: value[rows][some] for name, value in self.fields.items()}
-            tokens = Tokens(
-                logits=z[some], labels=self.labels[rows][some], **{n: o[some] for n, o in others.items()}, **fields
-            )
+            models = {name: logits[some] for name, logits in others.items()}
+            tokens = Chunk(logits=z[some], labels=self.labels[rows][some], **models, **fields)
             with torch.no_grad():
                 losses.append(self.variant.loss(tokens))
-            z[some] = self.variant.target(tokens).grad
-        return torch.cat(losses)
+                scales.append(grad_(z[some], tokens, self.variant.target(tokens)))
+        return torch.cat(scales), torch.cat(losses)
 
     def _logits_of(self, name: str, rows: slice, student: Tensor) -> Tensor:
         model = self.models[name]
@@ -210,18 +210,6 @@ class _Pass:
         if isinstance(model, Head):
             return model.logits(rows)
         return model[rows].to(student.dtype)
-
-
-def _softmax_(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """p in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends."""
-    at_label, top = z.gather(1, labels)[:, 0], z.amax(-1)
-    for rows in z.split(max(1, CACHED // z.shape[1])):
-        torch.softmax(rows, -1, out=rows)
-    log_z = top - z.amax(-1).log()
-    p_y = z.gather(1, labels)
-    rest = z.scatter_(1, labels, 0.0).sum(-1).log().clamp(min=-1e30)
-    z.scatter_(1, labels, p_y)
-    return at_label - log_z, rest
 
 
 def _add_product(into: Tensor, g: Tensor, hidden: Tensor) -> None:

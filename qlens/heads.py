@@ -43,9 +43,13 @@ class Head:
         if self.softcap is not None and self.softcap <= 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")
 
-    def logits(self, rows: slice) -> Float[Tensor, "n V"]:
-        """The logits of some rows, a new tensor in float32 at least."""
-        z = (self.hidden[rows] @ self.weight.T).to(precision(self.hidden.dtype))
+    def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
+        """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
+        hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
+        if buffer is not None and wide == self.hidden.dtype:
+            z = torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
+        else:
+            z = (hidden @ self.weight.T).to(wide)
         if self.bias is not None:
             z += self.bias
         if self.logit_scale != 1:
@@ -54,11 +58,9 @@ class Head:
             z.div_(self.softcap).tanh_().mul_(self.softcap)
         return z
 
-    def slope(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"] | None:
-        """d(logits) / d(h W^T + b) at given logits, None where it is 1; overwrites them."""
-        if self.softcap is not None:
-            return z.div_(self.softcap).square_().neg_().add_(1).mul_(self.logit_scale)
-        return z.fill_(self.logit_scale) if self.logit_scale != 1 else None
+    def slope_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """The slope of the soft-cap at given logits, 1 - (z / c)^2; in their place."""
+        return z.div_(self.softcap).square_().neg_().add_(1)
 
 
 @dataclass(frozen=True, eq=False)

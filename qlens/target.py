@@ -1,6 +1,6 @@
 """Target: the distribution a loss drives the model toward, with the scale of the pull."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError
+from qlens.scales import balanced, effective_trust, natural_scale, tolerance
 from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 
 Scale = Literal["unit", "structural", "natural"]
@@ -23,11 +24,13 @@ class Target:
     Args:
         logits: the student's, (N, V), or its log p: their softmax is p.
         labels: the observed tokens, (N,).
-        q: the target Q, (N, V); may be signed, never clipped.
-        grad: the logit gradient g = s (p - Q), (N, V); kept beside Q because p - Q cancels where p is tiny.
+        dense_q: the target Q, (N, V); may be signed, never clipped. None: made from ``push`` or ``named`` when asked for.
+        dense_grad: the logit gradient g = s (p - Q), (N, V); kept beside Q because p - Q cancels where p is tiny.
         scale: s, (N,).
         constructed: the label coefficient of the construction, (N,); None where the target is no mixture of known parts.
         structural: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
+        pushed: a in g = a (p - d), (N,), of a target with no other pull.
+        named: the residual of a mixture, "student", "uniform" or probabilities (N, V).
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
 
@@ -40,11 +43,13 @@ class Target:
 
     logits: Float[Tensor, "N V"]
     labels: Int[Tensor, " N"]
-    q: Float[Tensor, "N V"]
-    grad: Float[Tensor, "N V"]
+    dense_q: Float[Tensor, "N V"] | None
+    dense_grad: Float[Tensor, "N V"] | None
     scale: Float[Tensor, " N"]
     constructed: Float[Tensor, " N"] | None
     structural: Float[Tensor, " N"] | str
+    pushed: Float[Tensor, " N"] | None = None
+    named: str | Float[Tensor, "N V"] | None = None
 
     @classmethod
     def mix(
@@ -59,19 +64,15 @@ class Target:
         Raises:
             InputError: unknown residual name, or shapes that do not fit.
         """
-        log_probs = tokens.log_probs.detach()
-        p, d = log_probs.exp(), tokens.one_hot
         trust, scale = _per_token("trust", trust, tokens), _per_token("scale", scale, tokens)
-        r = _residual(residual, p)
-        t, s = trust[:, None], scale[:, None]
-        grad = s * (t * (p - d) + (1 - t) * (p - r))
+        named = _residual(residual, tokens)
         if isinstance(residual, str) and residual == "student":  # no pull but the label's
             pulls = scale * trust
         else:
             pulls = scale
         negative = bool((pulls < 0).any() | (trust < 0).any())
         structural = "a pull has negative weight" if negative else pulls
-        return cls(log_probs, tokens.labels, t * d + (1 - t) * r, grad, scale, trust, structural)
+        return cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, structural, named=named)
 
     @classmethod
     def dense(cls, tokens: Tokens, q: Tensor, scale: Tensor | float = 1.0) -> "Target":
@@ -101,12 +102,10 @@ class Target:
 
         As ``mix`` with the student as residual, but keeps its digits where a grows as 1 / (1 - p_y).
         """
-        log_probs = tokens.log_probs.detach()
         push = _per_token("push", push, tokens)
-        rest = tokens.rest_log_probs.detach().exp()
-        grad = (push * rest)[:, None] * (tokens.others - tokens.one_hot)  # p - d = (1 - p_y)(p_{-y} - d)
         structural = "a pull has negative weight" if bool((push < 0).any()) else push
-        return cls(log_probs, tokens.labels, log_probs.exp() - grad, grad, torch.ones_like(push), push, structural)
+        logits = tokens.logits.detach()
+        return cls(logits, tokens.labels, None, None, torch.ones_like(push), push, structural, pushed=push)
 
     @classmethod
     def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], push: Tensor | float = 0.0) -> "Target":
@@ -124,6 +123,37 @@ class Target:
     def log_probs(self) -> Float[Tensor, "N V"]:
         """The student's log p."""
         return log_softmax(self.logits)
+
+    @cached_property
+    def q(self) -> Float[Tensor, "N V"]:
+        """The target Q."""
+        if self.dense_q is not None:
+            return self.dense_q
+        if self.pushed is not None:
+            return self.probs - self.grad
+        t, r = self.trust[:, None], self._residual
+        return t * one_hot(self.labels, r.shape[-1], r.dtype) + (1 - t) * r
+
+    @cached_property
+    def grad(self) -> Float[Tensor, "N V"]:
+        """The logit gradient g = s (p - Q)."""
+        if self.dense_grad is not None:
+            return self.dense_grad
+        p = self.probs
+        d = one_hot(self.labels, p.shape[-1], p.dtype)
+        if self.pushed is not None:  # p - d = (1 - p_y)(p_{-y} - d)
+            tokens = Tokens(logits=self.logits, labels=self.labels)
+            return (self.pushed * tokens.rest_log_probs.exp())[:, None] * (tokens.others - d)
+        t, s = self.trust[:, None], self.scale[:, None]
+        return s * (t * (p - d) + (1 - t) * (p - self._residual))
+
+    @property
+    def _residual(self) -> Float[Tensor, "N V"]:
+        """The residual of a mixture, as probabilities."""
+        if isinstance(self.named, Tensor):
+            return self.named
+        p = self.probs
+        return p if self.named == "student" else torch.full_like(p, 1 / p.shape[-1])
 
     @cached_property
     def trust(self) -> Float[Tensor, " N"]:
@@ -163,6 +193,8 @@ class Target:
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":
         """The same Q, pulled ``weight`` times as hard."""
         structural = self.structural if isinstance(self.structural, str) else self.structural * weight
+        if self.named is not None:
+            return replace(self, scale=self.scale * weight, structural=structural)
         grad = self.grad * weight[:, None]
         return Target(self.logits, self.labels, self.q, grad, self.scale * weight, self.trust, structural)
 
@@ -241,36 +273,6 @@ class Target:
         return self.q.clamp(min=0)
 
 
-def effective_trust(
-    log_probs: Float[Tensor, "N V"], labels: Int[Tensor, " N"], grad: Float[Tensor, "N V"]
-) -> Float[Tensor, " N"]:
-    """-g_y / (1 - p_y) in unit scale, (N,); NaN where nothing is left to pull, 1 - p_y = 0.
-
-    Where sum(g) = 0 that is the others' share, sum_{k != y} g_k / sum_{k != y} p_k, which keeps its digits as p_y -> 1.
-    """
-    index = labels[:, None].long()
-    rest = log_probs.exp().scatter(1, index, 0.0).sum(-1)
-    pull = torch.where(balanced(grad), grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
-    return torch.where(rest > 0, pull / rest, torch.nan)
-
-
-def balanced(grad: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
-    """Whether sum_k g_k = 0, to rounding."""
-    return grad.sum(-1).abs() <= tolerance(grad) * grad.abs().amax(-1).clamp(min=1)
-
-
-def tolerance(values: Tensor) -> float:
-    """What counts as rounding in this dtype."""
-    return 1e-9 if values.dtype == torch.float64 else 1e-5
-
-
-def natural_scale(log_probs: Float[Tensor, "N V"], grad: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """max(0, max_k g_k / p_k) over p_k > 0, (N,), in float64: the smallest s whose Q has no negative entry."""
-    p = log_probs.double().exp()
-    ratio = torch.where(p > 0, grad.double() / p, -torch.inf)
-    return ratio.amax(-1).clamp(min=0).to(log_probs.dtype)
-
-
 def _per_token(name: str, value: Tensor | float, tokens: Tokens) -> Float[Tensor, " N"]:
     rows = len(tokens)
     value = torch.as_tensor(value, dtype=precision(tokens.logits.dtype), device=tokens.logits.device).detach()
@@ -279,13 +281,12 @@ def _per_token(name: str, value: Tensor | float, tokens: Tokens) -> Float[Tensor
     return value.expand(rows).clone()
 
 
-def _residual(residual: str | Tensor, p: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+def _residual(residual: str | Tensor, tokens: Tokens) -> str | Float[Tensor, "N V"]:
     if isinstance(residual, Tensor):
-        if residual.shape != p.shape:
-            raise InputError(f"residual has shape {tuple(residual.shape)}, but the logits have {tuple(p.shape)}")
-        return residual.detach().to(p.dtype)
-    if residual == "student":
-        return p
-    if residual == "uniform":
-        return torch.full_like(p, 1 / p.shape[-1])
-    raise InputError(f"residual must be 'student', 'uniform' or probabilities (N, V), got {residual!r}")
+        if residual.shape != tokens.logits.shape:
+            shapes = f"{tuple(residual.shape)}, but the logits have {tuple(tokens.logits.shape)}"
+            raise InputError(f"residual has shape {shapes}")
+        return residual.detach().to(precision(tokens.logits.dtype))
+    if residual not in ("student", "uniform"):
+        raise InputError(f"residual must be 'student', 'uniform' or probabilities (N, V), got {residual!r}")
+    return residual

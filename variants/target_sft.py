@@ -9,7 +9,7 @@ from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, expectation
 
 
 def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
@@ -68,13 +68,12 @@ def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
 def target_sft_loss(tokens: Tokens, *, eta: Share = 0.5) -> Float[Tensor, " N"]:
     """-sum_k sg(Q_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
+    labels = tokens.labels.long()
     with torch.no_grad():
         log_t = F.log_softmax(tokens.require("teacher"), -1)
         # weights of exactly 0 drop their factor, so that 0 * -inf never arises
         factors = [share * log_f for share, log_f in ((1 - eta, log_p), (eta, log_t)) if share > 0]
-        log_guided = sum(factors[1:], factors[0])
-        log_guided = log_guided - log_guided.logsumexp(-1, keepdim=True)
-        label = F.one_hot(tokens.labels.long(), log_p.shape[-1])
-        p_y = (log_p.exp() * label).sum(-1, keepdim=True)
-        q = p_y * label + (1 - p_y) * log_guided.exp()
-    return -(q * log_p.masked_fill(q == 0, 0.0)).sum(-1)
+        guided = F.softmax(sum(factors[1:], factors[0]), -1)
+    label = -F.nll_loss(log_p, labels, reduction="none")
+    p_y = label.detach().exp()
+    return -(p_y * label + (1 - p_y) * expectation(guided, log_p))

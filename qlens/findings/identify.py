@@ -13,7 +13,7 @@ from qlens import matching, params
 from qlens.errors import InputError
 from qlens.matching import Match
 from qlens.registry import methods
-from qlens.target import effective_trust
+from qlens.scales import effective_trust
 from qlens.tokens import Tokens
 from qlens.variant import Method
 

@@ -6,7 +6,8 @@ import pandas as pd
 
 from qlens.findings.mixtures import RAW
 from qlens.lens import COARSE, carried
-from qlens.target import Target, tolerance
+from qlens.scales import tolerance
+from qlens.target import Target
 
 ALIKE = 1e-6
 
