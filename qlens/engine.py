@@ -17,7 +17,7 @@ from qlens.registry import Variant, resolve
 from qlens.tokens import PER_TOKEN, precision
 
 Model = Tensor | tuple[Tensor, Tensor] | TopK
-ENTRIES = 2**25  # of the logits at a time, unless a chunk is given: 128 MiB in float32
+ENTRIES = 20 * 2**20  # of the logits at a time, unless a chunk is given: 80 MiB in float32
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 
 
@@ -83,9 +83,9 @@ def fused_loss(
     if denominator is None:
         pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
         denominator = max(pairs, 1)
-    pass_ = _Pass(method, labels[kept].long(), given, fields, shape, chunk or max(1, ENTRIES // head.shape[0]))
-    total = _Fused.apply(rows, head, bias, pass_)
-    return total / torch.as_tensor(denominator, dtype=total.dtype, device=total.device)
+    share = 1 / float(denominator)
+    size = chunk or max(1, ENTRIES // head.shape[0])
+    return _Fused.apply(rows, head, bias, _Pass(method, labels[kept].long(), given, fields, shape, size, share))
 
 
 class _Fused(torch.autograd.Function):
@@ -101,23 +101,29 @@ class _Fused(torch.autograd.Function):
         if ctx.made is None:
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
+        if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
+            return *made, None
         return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
 
 
 class _Pass:
     """One pass over the rows: logits of a chunk, g in their place, and what the products make of it."""
 
-    def __init__(self, variant: Variant, labels: Tensor, models: dict, fields: dict, shape: dict, chunk: int):
+    def __init__(
+        self, variant: Variant, labels: Tensor, models: dict, fields: dict, shape: dict, chunk: int, share: float
+    ):
         self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
-        self.shape, self.chunk = shape, chunk
+        self.shape, self.chunk, self.share = shape, chunk, share
         self.narrow = collapses(variant)
+        self.buffers: dict[str, Tensor] = {}  # of other models' logits, so that no two chunks are ever there
 
     def run(self, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> tuple[Tensor, tuple]:
         """The sum of the losses, and the gradients that are wanted."""
         own = Head(hidden.detach(), head.detach(), None if bias is None else bias.detach(), **self.shape)
         wide = precision(hidden.dtype)
         d_hidden = torch.empty_like(own.hidden) if wanted[0] else None
-        d_head = torch.zeros(head.shape, dtype=wide, device=head.device) if wanted[1] else None
+        make = torch.empty if len(self.labels) else torch.zeros  # the first chunk fills it
+        d_head = make(head.shape, dtype=wide, device=head.device) if wanted[1] else None
         d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         pushed = self._collected(own) if self.narrow and self.variant.scope not in ALONE else None
@@ -131,20 +137,20 @@ class _Pass:
             if bent is not None:
                 z *= own.slope_(bent)
             # What is the same for a whole row is folded into the small sides of the products: g = a g', a scalar a row.
-            a = own.logit_scale * a[:, None]
+            a = self.share * own.logit_scale * a[:, None]
             g, h = z.to(hidden.dtype), own.hidden[rows]
             if d_bias is not None:
                 d_bias += (z.T @ a)[:, 0]
             if d_hidden is not None:
                 torch.mm(g, own.weight, out=d_hidden[rows]).mul_(a)
             if d_head is not None:
-                _add_product(d_head, g, (h * a).to(h.dtype))
+                _add_product(d_head, g, (h * a).to(h.dtype), fresh=start == 0)
         made = (
             d_hidden,
             None if d_head is None else d_head.to(head.dtype),
             None if d_bias is None else d_bias.to(head.dtype),
         )
-        return total, made
+        return self.share * total, made
 
     def _narrow(self, z: Tensor, rows: slice, pushed: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """p - d in place of the logits, for losses of label probabilities; returns a in g = a (p - d), and the losses."""
@@ -187,7 +193,9 @@ class _Pass:
 
     def _label_log_probs(self, name: str, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
         """log q_y and log(1 - q_y) of another model."""
-        return softmax_(self._logits_of(name, rows, like).clone(), self.labels[rows, None])
+        logits = self._logits_of(name, rows, like)
+        own = isinstance(self.models[name], Head)  # its buffer may be written on, what was given may not
+        return softmax_(logits if own else logits.clone(), self.labels[rows, None])
 
     def _dense(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """g' in place of the logits for any other method, a few rows at a time; returns a in g = a g', and the losses."""
@@ -208,14 +216,18 @@ class _Pass:
         if isinstance(model, TopK):
             return model.logits(rows, student)
         if isinstance(model, Head):
-            return model.logits(rows)
+            if name not in self.buffers:
+                self.buffers[name] = torch.empty(min(self.chunk, len(self.labels)), student.shape[1]).to(student)
+            return model.logits(rows, self.buffers[name])
         return model[rows].to(student.dtype)
 
 
-def _add_product(into: Tensor, g: Tensor, hidden: Tensor) -> None:
-    """into += g^T hidden, summed in into's own precision."""
+def _add_product(into: Tensor, g: Tensor, hidden: Tensor, fresh: bool) -> None:
+    """into += g^T hidden, summed in into's own precision; a ``fresh`` one holds nothing yet."""
     if into.dtype == g.dtype:
-        into.addmm_(g.T, hidden)
+        torch.addmm(into, g.T, hidden, beta=0 if fresh else 1, out=into)
+    elif fresh:
+        into.copy_(g.T @ hidden)
     else:
         into.add_(g.T @ hidden)
 

@@ -186,22 +186,25 @@ def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[T
 
 def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """sum_k probs_k values_k, where an exact zero ignores even an infinite value (0 log 0 = 0)."""
-    if not _holds_infinity(values):
-        return (probs * values).sum(-1)
+    made = _dot(probs, values)
+    if bool(made.isfinite().all()):  # the masks cost more than the sum, and few rows need them
+        return made
     return torch.where(probs == 0, 0.0, probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
 
 
 def kl(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """KL(a || b) = sum_k a_k (log a_k - log b_k) of log-distributions, differentiable in both; a_k = 0 adds nothing."""
-    if not _holds_infinity(log_a):
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
+    made = _dot(log_a.exp(), log_a - log_b)
+    if bool(made.isfinite().all()):
+        return made
     gap = (log_a - log_b.masked_fill(log_a.detach() == -torch.inf, 0.0)).masked_fill(log_a.detach() == -torch.inf, 0.0)
     return (log_a.exp() * gap).sum(-1)
 
 
-def _holds_infinity(values: Tensor) -> bool:
-    """Whether some entry is -inf or NaN: rare, and the only case that needs the masks, which cost more than this look."""
-    return not values.numel() or not float(values.detach().amin()) > -torch.inf
+def _dot(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """sum_k a_k b_k without a tensor of the products."""
+    wide = torch.promote_types(a.dtype, b.dtype)
+    return torch.linalg.vecdot(a.to(wide), b.to(wide))
 
 
 def log_mix(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"], share: float) -> Float[Tensor, "N V"]:

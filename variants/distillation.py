@@ -67,8 +67,10 @@ def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> 
 @kd.loss
 def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Float[Tensor, " N"]:
     """KL(teacher || student), both at the temperature."""
-    log_p = F.log_softmax(tokens.logits / temperature, -1)
-    value = kl(F.log_softmax(tokens.require("teacher") / temperature, -1).detach(), log_p)
+    z, teacher = tokens.logits, tokens.require("teacher").detach()
+    if temperature != 1:
+        z, teacher = z / temperature, teacher / temperature
+    value = kl(F.log_softmax(teacher, -1), F.log_softmax(z, -1))
     return temperature**2 * value if square else value
 
 
