@@ -39,7 +39,7 @@ STYLES = {
 }
 # filled markers alone: their edge is white
 SPARE = [Style(c, m) for m in "ph>*d8" for c in ("#332288", "#225555", "#999933", "#44AA99", "#AA4499", "#6699CC")]
-INK, FAINT = "#222222", "#d9d9d9"
+INK, GREY, FAINT = "#222222", "#9a9a9a", "#d9d9d9"
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:

@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from qlens.analysis.axes import INK, STYLES, clean, short
+from qlens.analysis.axes import GREY, INK, STYLES, clean, short
 
 COLORS = [STYLES[name].color for name in ("sft", "target_sft", "kd", "asft_anchored", "dft", "label_smoothing")]
-GREY, NEVER = "#9a9a9a", "never a label"
+NEVER = "never a label"
 
 
 def figure_destination(destination: Any) -> Figure:

@@ -15,6 +15,7 @@ from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from qlens.analysis.axes import (
     FAINT,
+    GREY,
     INK,
     SPARE,
     STYLES,
@@ -62,7 +63,6 @@ PANELS = {
 GLANCE = ("scores", "trust", "target")
 WIDTHS = {"scores": 4.8, "differences": 4.8, "frontier": 5.2, "curves": 4.8, "truth": 5.0, "trust": 4.2, "target": 5.6}
 OWN_LABELS = ("scores", "differences", "truth")  # panels on which the methods' names stand
-GREY = "#9a9a9a"
 TICKS = {
     1e-6: "$10^{-6}$",
     1e-3: "$10^{-3}$",

@@ -67,7 +67,7 @@ def known(variant: Variant) -> dict[str, Any]:
     row: dict[str, Any] = {"method": variant.name, "shown": variant.spec}
     if not math.isfinite(float(grad.norm())) or float(grad.abs().max()) < NOTHING:
         return row | {"verdict": "no gradient", "found": "", "relation": "", "seconds": time.perf_counter() - start}
-    found = [m for m in matching.nearest(grad, tokens) if m.relation in matching.RELATIONS[:2]]
+    found = [m for m in matching.nearest(grad, tokens) if m.same]
     found = found or identify.search(grad, tokens)
     own = [match for match in found if params.parse(match.spec)[0] == variant.name]
     best = (own or found or [None])[0]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlens.calling import LAID_OUT, Layout, call, kind, name_of, written
 from qlens.errors import InputError
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
@@ -69,9 +69,7 @@ def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
     """Whether a loss does not write on its inputs, seen on a few rows."""
     try:
         return not written(fn, params, _spread(tokens))
-    except (
-        Exception
-    ):  # it may be made for these very rows, all of them; a true mistake is raised again by the call itself
+    except Exception:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
         return False
 
 
@@ -135,8 +133,7 @@ def _grad(fn: Callable, params: dict[str, Any], tokens: Tokens, layout: Layout) 
 
 def _spread(tokens: Tokens) -> Tokens:
     """A few rows from all over."""
-    picked = torch.linspace(0, len(tokens) - 1, min(FOUND_ON, len(tokens)), device=tokens.logits.device)
-    return tokens[picked.long()]
+    return tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
 
 
 def _misfit(grads: list[Tensor]) -> float:

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens import params
 from qlens.errors import InputError
 from qlens.lens import gradient
 from qlens.tokens import MODELS, Tokens
-from qlens.variant import Variant
+from qlens.variant import Method, Variant
 
 DENSE = ("negatives",)  # fields that name entries of the vocabulary: there is no rest to speak of
 
@@ -51,17 +52,19 @@ def collapses(variant: Variant) -> bool:
 
     Then its value and its push a in g = a (p - d) are those on two entries.
     """
-    return _collapses(variant.method.fn, variant.spec, variant)
+    return _collapses(variant.method, variant.spec)
 
 
 @lru_cache(maxsize=1024)
-def _collapses(fn: Any, spec: str, variant: Variant) -> bool:
+def _collapses(method: Method, spec: str) -> bool:
+    """Remembered by method and spec: a training step asks anew, with a variant of its own."""
     from qlens.probes import probes
 
+    variant = method.variant(**params.parse(spec)[1])
     if any(name in variant.needs for name in DENSE):
         return False
-    for size in (32, 11):
-        tokens = probes(vocabulary=size)
+    for vocabulary in (32, 11):
+        tokens = probes(vocabulary=vocabulary)
         tokens = tokens.replace(logits=1.003 * tokens.logits)  # no p_y stands at a threshold itself
         try:
             small = collapse(tokens)

@@ -12,9 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qlens import params
-from qlens.errors import InputError
 from qlens.lens import implied_target
-from qlens.matching import points
+from qlens.matching import points, taught
 from qlens.probes import probes
 from qlens.registry import Variant, methods
 from qlens.tokens import MODELS, Tokens
@@ -154,13 +153,9 @@ def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tenso
     """The gradient of every variant that these tokens can feed, and of the yardsticks."""
     found = {}
     for variant in variants:
-        if all(getattr(tokens, need) is not None for need in variant.needs):
-            try:
-                grad = variant.target(tokens).grad.double()
-            except InputError:  # these parameters do not go together, or a user's method fits no tokens but its own
-                continue
-            if bool(grad.isfinite().all()) and float(grad.abs().max()) > NOTHING:
-                found[variant.spec] = grad
+        grad = taught(variant, tokens)
+        if grad is not None and float(grad.abs().max()) > NOTHING:
+            found[variant.spec] = grad.double()
     return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}
 
 

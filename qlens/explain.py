@@ -18,7 +18,7 @@ from qlens.lens import carried, gradient
 from qlens.probes import probes
 from qlens.registry import Variant, methods, resolve
 from qlens.target import Target
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, spread
 
 ELSEWHERE = 101  # another vocabulary, on which what was found is tried again
 MATCHED, SEARCHED = (
@@ -111,24 +111,27 @@ def _understood(e: Explanation, own: Mapping[str, Tensor]) -> Explanation:
     if found is not None:
         mixture = replace(mixture, index=found.rows[mixture.index])
     reach = scope(rows, e.tokens, tolerance)
-    some, its = _thinned(e.variant, tokens, seen, MATCHED)
+    some, its = _thinned(e.variant, tokens, seen, MATCHED, seen is grad)
     own_spec = _own_spec(e.variant)
     near = matching.nearest(its, some, own_spec, tolerance)
-    if not (near and near[0].relation in matching.RELATIONS[:2]):
+    if not (near and near[0].same):
         most = 0 if own_spec else identify.SEARCHED  # who has a name already needs no long search for another
-        few, its = _thinned(e.variant, some, its, SEARCHED)
+        few, its = _thinned(e.variant, some, its, SEARCHED, seen is grad)
         near = [*identify.search(its, few, params.parse(own_spec)[0], most), *near]
     made = replace(e, nearest=near, mixture=mixture, laws=laws, scope=reach, leak=found)
     return replace(made, elsewhere=_elsewhere(made, tolerance, noise)) if e.on_probes and found is None else made
 
 
-def _thinned(variant: Variant, tokens: Tokens, grad: Tensor, most: int) -> tuple[Tokens, Tensor]:
-    """Fewer tokens, if their logits have more than so many entries, and the gradient read anew on these."""
+def _thinned(variant: Variant, tokens: Tokens, grad: Tensor, most: int, anew: bool) -> tuple[Tokens, Tensor]:
+    """Fewer tokens, if their logits have more than so many entries, and the gradient on these.
+
+    It is read ``anew``, as a batch of their own, unless what is compared is no longer the loss's own gradient.
+    """
     if tokens.logits.numel() <= most:
         return tokens, grad
-    rows = torch.linspace(0, len(tokens) - 1, max(8, most // tokens.logits.shape[1])).long().unique()
-    few = tokens[rows.to(tokens.logits.device)]
-    return few, gradient(variant.loss, few)
+    rows = spread(len(tokens), max(8, most // tokens.logits.shape[1])).to(tokens.logits.device)
+    few = tokens[rows]
+    return few, gradient(variant.loss, few) if anew else grad[rows]
 
 
 def _own_spec(variant: Variant) -> str:

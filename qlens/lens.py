@@ -1,6 +1,6 @@
 """The lens: the target that any loss implies, Q = p - g, read from its gradient."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -50,6 +50,17 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
         (grad,) = torch.autograd.grad(rows(tokens.with_logits(leaf)).sum(), leaf)
     return grad
+
+
+def slopes(
+    value: Callable[[Tokens], Tensor], grad: Float[Tensor, "N V"], tokens: Tokens, step: float, seed: int
+) -> Iterator[tuple[float, float]]:
+    """Along four random directions, the numerical slope of a summed value and what the gradient says it is."""
+    draw = torch.Generator().manual_seed(seed)
+    for _ in range(4):
+        way = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
+        ends = [float(value(tokens.replace(logits=tokens.logits + sign * step * way))) for sign in (1, -1)]
+        yield (ends[0] - ends[1]) / (2 * step), float((grad * way).sum())
 
 
 def carried(grad: torch.Tensor) -> torch.dtype:

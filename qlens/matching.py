@@ -34,6 +34,11 @@ class Match:
     misfit: float
     relation: str
 
+    @property
+    def same(self) -> bool:
+        """Whether it is the gradient, up to a factor."""
+        return self.relation in RELATIONS[:2]
+
     def __str__(self) -> str:
         if self.relation == "identical":
             return f"{self.spec}: the same gradient"
@@ -86,13 +91,19 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", toleranc
 
 def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float | None = None) -> Match | None:
     """A gradient beside one variant's; None where the tokens cannot feed it."""
+    other = taught(variant, tokens)
+    return None if other is None else _compare(variant.spec, grad, other, tolerance)
+
+
+def taught(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
+    """A variant's gradient; None where the tokens cannot feed it, or it is not finite."""
     if any(getattr(tokens, field) is None for field in variant.needs):
         return None
     try:
-        other = variant.target(tokens).grad
+        grad = variant.target(tokens).grad
     except InputError:  # these parameters do not go together, or a user's method fits no tokens but its own
         return None
-    return _compare(variant.spec, grad, other, tolerance) if bool(other.isfinite().all()) else None
+    return grad if bool(grad.isfinite().all()) else None
 
 
 def order(match: Match) -> tuple:

@@ -168,6 +168,11 @@ class Tokens:
         return log_softmax(self.require(model).detach()).to(precision(self.logits.dtype))
 
 
+def spread(number: int, most: int) -> Int[Tensor, " n"]:
+    """Indices of at most so many of ``number`` rows, from the first to the last."""
+    return torch.linspace(0, number - 1, min(number, most)).long().unique()
+
+
 def precision(dtype: torch.dtype) -> torch.dtype:
     """The dtype that probabilities are computed in: float64 stays, everything else becomes float32."""
     return torch.promote_types(dtype, torch.float32)

@@ -5,7 +5,7 @@ import torch
 from torch.testing import assert_close
 
 import qlens
-from qlens.collapse import collapses
+from qlens.collapse import _collapses, collapses
 from qlens.engine import fused_loss
 from qlens.heads import TopK
 from qlens.registry import methods
@@ -244,3 +244,11 @@ def test_methods_of_label_probabilities_collapse_and_others_do_not():
     assert {"sft", "dft", "profit", "psft", "iw_sft", "dpo", "simpo", "focal", "grpo", "cayley"} <= told
     assert not {"kd", "eaft", "label_smoothing", "mile", "gem", "unlikelihood", "confidence_penalty"} & told
     assert collapses(qlens.get("beyond_log_threshold"))
+
+
+def test_whether_a_method_collapses_is_found_once():
+    for _ in range(3):
+        engine("gce(q=0.123)", *parts())
+    before = _collapses.cache_info().misses
+    engine("gce(q=0.123)", *parts())
+    assert _collapses.cache_info().misses == before

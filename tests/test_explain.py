@@ -5,25 +5,12 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import forgot_detach, label_log_probs, root_weighted
 
 import qlens
 from qlens import matching
 from qlens.probes import SWEEP, probes
 from qlens.testing import random_tokens
-
-
-def label_log_probs(logits, labels):
-    return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-
-
-def root_weighted(logits, labels):
-    log_p = label_log_probs(logits, labels)
-    return -(log_p.detach() / 2).exp() @ log_p / len(labels)
-
-
-def forgot_detach(logits, labels):
-    log_p = label_log_probs(logits, labels)
-    return -(log_p.exp() * log_p).mean()
 
 
 def test_probes_are_what_they_say():
@@ -182,3 +169,10 @@ def test_a_wrong_sign_and_an_undefined_value_are_said():
     assert str(read.nearest[0]) == "sft x -1: the same gradient up to this factor"
     undefined = qlens.explain(lambda logits, labels: (label_log_probs(logits, labels).exp() - 1).log().mean())
     assert "the loss is not finite on 57 of 57 tokens" in undefined.findings[0]
+
+
+def test_a_leak_stays_undone_on_a_thinned_text():
+    tokens = random_tokens(900, 600, spread=2.0)  # more entries than methods are compared on
+    read = qlens.explain(lambda logits, labels: F.cross_entropy(30 * torch.tanh(logits / 30), labels), tokens)
+    assert read.leak.cause == "a soft-cap: 30 tanh(z / 30)"
+    assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")

@@ -9,7 +9,7 @@ from qlens.conformance.rules import REACTING, Failed, NotApplicable, reactions, 
 from qlens.conformance.specimen import COARSE_TOLERANCE, TOLERANCE, Reading, Specimen
 from qlens.conformance.texts import VOCABULARY, cast, everywhere
 from qlens.conformance.wrapping import changing, watching
-from qlens.lens import gradient
+from qlens.lens import gradient, slopes
 from qlens.probes import probes
 from qlens.testing import PRECISION, random_tokens
 from qlens.tokens import Tokens
@@ -21,7 +21,6 @@ SHIFTS = {
 LABELS = VOCABULARY // 2  # where some tokens are impossible, labels come from the first half, so that they never are
 GAP = 1e4  # between the label's logit and the rest: p_y is 0 or 1 in every precision
 STEP = 1e-3  # of a numerical derivative: float32 inside still leaves three digits
-DIRECTIONS = 4
 
 
 @rule("the model is trained to say another token than the one that comes next")
@@ -174,13 +173,10 @@ def _held(loss: Specimen) -> str:
     """Whether the gradient is the derivative of the printed value, along a few random directions."""
     if loss.tolerance == COARSE_TOLERANCE:
         return "it computes in bfloat16, too coarse for a numerical derivative"
-    tokens, draw = loss.tokens(), torch.Generator().manual_seed(0)
-    grad, worst = loss.read(tokens).grad, 0.0
-    for _ in range(DIRECTIONS):
-        along = torch.randn(grad.shape, generator=draw, dtype=torch.float64).to(grad)
-        ends = [loss.value(tokens.replace(logits=tokens.logits + sign * STEP * along)) for sign in (1, -1)]
-        numerical = float(ends[0] - ends[1]) / (2 * STEP)
-        worst = max(worst, abs(numerical - float((grad * along).sum())) / float(grad.norm()))
+    tokens = loss.tokens()
+    grad = loss.read(tokens).grad
+    found = slopes(loss.value, grad, tokens, STEP, seed=0)
+    worst = max(abs(slope - taken) for slope, taken in found) / float(grad.norm())
     if worst <= 0.01:
         return f"the gradient is the derivative of the printed value to {worst:.0e}: nothing is held constant"
     return f"the gradient is not the derivative of the printed value (off by {worst:.2g}): part of it is held constant"

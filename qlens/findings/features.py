@@ -24,9 +24,9 @@ class Features:
             size = tokens.logits.shape[1]
             self.top = {k: numpy_of(_top_entropy(tokens, k)) for k in TOP_K if k < size}
             self.models = {
-                name: numpy_of(tokens.gather(tokens.log_probs_of(model)))
-                for name, model in (("reference", "reference"), ("old", "old"), ("teacher", "teacher"))
-                if getattr(tokens, model) is not None
+                name: numpy_of(tokens.gather(tokens.log_probs_of(name)))
+                for name in ("reference", "old", "teacher")
+                if getattr(tokens, name) is not None
             }
         self.advantage = None if tokens.advantage is None else numpy_of(tokens.advantage)
         self.masks = {

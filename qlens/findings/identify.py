@@ -21,24 +21,8 @@ SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at 
 STARTS = 4  # points of a method that the search sets out from
 ROUNDS = 2  # over the parameters of one method, one at a time
 NUMBERS = (
-    -2.0,
-    -1.0,
-    -0.5,
-    -0.1,
-    0.005,
-    0.02,
-    0.06,
-    *(n / 20 for n in range(2, 20)),
-    0.98,
-    0.995,
-    1.1,
-    1.3,
-    1.6,
-    2.0,
-    3.0,
-    5.0,
-    10.0,
-)
+    -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0
+)  # fmt: skip
 FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted where they are as good as nothing
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 
@@ -81,7 +65,7 @@ def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens) -> bool:
 
 def _found(fit: "_Fit") -> Match | None:
     match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens)
-    return match if match and match.relation in ("identical", "up to a factor") else None
+    return match if match and match.same else None
 
 
 class _Fit:
@@ -93,24 +77,23 @@ class _Fit:
         self.goal, floor = (1e-7, 1e-9) if grad.dtype == torch.float64 else (1e-3, 1e-4)
         self.weight = 1 / (self.g.norm(dim=-1, keepdim=True) + floor)  # a token counts as much as any other
         self.scaled = True
-        starts = [(self.cost(variant.params), variant.params) for variant in matching.points(method)]
-        fed = [variant for variant, (cost, _) in zip(matching.points(method), starts, strict=True) if np.isfinite(cost)]
-        self.kinds = {pushes_only(variant.target(tokens).grad, tokens) for variant in fed}
-        self.starts = sorted(starts, key=lambda start: start[0])
+        taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
+        self.kinds = {pushes_only(made, tokens) for made, _ in taught if made is not None}
+        self.starts = sorted(((self.size(made), given) for made, given in taught), key=lambda start: start[0])
         self.best, self.params = self.starts[0]
 
     def off(self, given: dict[str, Any]) -> np.ndarray | None:
         """What is left of the gradient at these parameters, up to the best factor, (N V,); None where they do not go."""
         try:
             variant = self.method.variant(**given)
-            if any(getattr(self.tokens, need) is None for need in variant.needs):
-                return None
-            made = variant.target(self.tokens).grad.double()
-        except InputError:
+        except InputError:  # out of its range
             return None
-        a, b = made * self.weight, self.g * self.weight
-        if not bool(a.isfinite().all()):
-            return None
+        made = matching.taught(variant, self.tokens)
+        return None if made is None else self.left(made)
+
+    def left(self, made: Tensor) -> np.ndarray:
+        """What is left of the gradient beside another, up to the best factor, (N V,)."""
+        a, b = made.double() * self.weight, self.g * self.weight
         factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300) if self.scaled else 1.0
         return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
 
@@ -118,6 +101,10 @@ class _Fit:
         """The root mean square of what is left, relative to the gradient."""
         off = self.off(given)
         return float("inf") if off is None else float(np.sqrt((off**2).sum()))
+
+    def size(self, made: Tensor | None) -> float:
+        """The same beside a gradient that is there already."""
+        return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
 
     def glance(self) -> None:
         """All numbers fitted from the best start, then each tried over its grid and all fitted again."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlens.errors import InputError
 from qlens.findings.residuals import Residual, dictionary
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, spread
 
 MOST_PARTS = 4
 MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
@@ -94,7 +94,7 @@ def decompose(
             raise InputError(
                 f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {tuple(tokens.logits.shape)}"
             )
-    picked = torch.linspace(0, len(tokens) - 1, min(len(tokens), MOST_TOKENS)).long().unique().to(tokens.logits.device)
+    picked = spread(len(tokens), MOST_TOKENS).to(tokens.logits.device)
     tokens, g = tokens[picked], grad[picked].detach().double()
     own = {name: probs[picked] for name, probs in (residuals or {}).items()}
     return _Search(g, tokens, own, tolerance, noise).run(picked.cpu())

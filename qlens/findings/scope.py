@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlens.lens import gradient
-from qlens.tokens import Tokens
+from qlens.lens import gradient, slopes
+from qlens.tokens import Tokens, spread
 
 PERTURBED = 12  # tokens changed, one at a time
 STEP = 1e-5  # of the numerical derivative, in logits
@@ -74,7 +74,7 @@ def scope(rows: Callable[[Tokens], Tensor], tokens: Tokens, tolerance: float = 1
 
 
 def _changed(tokens: Tokens) -> Tensor:
-    return torch.linspace(0, len(tokens) - 1, min(PERTURBED, len(tokens)), device=tokens.logits.device).long()
+    return spread(len(tokens), PERTURBED).to(tokens.logits.device)
 
 
 def _reached(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float) -> Tensor:
@@ -96,12 +96,8 @@ def _held(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float) -> t
     """Whether the gradient differs from the numerical derivative of the value, over random directions."""
     if tokens.logits.dtype != torch.float64:
         return None, 0.0
-    draw, gaps = torch.Generator().manual_seed(1), []
     with torch.no_grad():
-        for _ in range(4):
-            way = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
-            ends = [float(rows(tokens.replace(logits=tokens.logits + sign * STEP * way)).sum()) for sign in (1, -1)]
-            slope, taken = (ends[0] - ends[1]) / (2 * STEP), float((before * way).sum())
-            gaps.append(abs(slope - taken) / max(abs(slope), abs(taken), 1e-300))
+        found = list(slopes(lambda moved: rows(moved).sum(), before, tokens, STEP, seed=1))
+    gaps = [abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in found]
     gap = sorted(gaps)[1]  # a kink crossed by one direction says nothing
     return gap > max(1e-4, tolerance), gap
