@@ -189,7 +189,8 @@ def figure_explain(explanation: Any) -> Figure:
     _references(target, trust, sorted(table["p_y"]))
     if table["trust"].abs().max() > 20:  # a few tokens with p_y near 1 would flatten all others
         trust.set_yscale("symlog", linthresh=1.0)
-    law = f": {explanation.law.formula}" if explanation.law and explanation.residual == "the student" else ""
+    known = explanation.law.formula.partition(",")[0] if explanation.law else ""  # what follows explains it in words
+    law = f": {known}" if known and explanation.residual == "the student" else ""
     titles = {
         pull: r"pull  $\partial L/\partial z = p - Q$",
         target: r"target  $Q$",
