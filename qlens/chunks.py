@@ -1,30 +1,85 @@
 """Chunks: a few rows of logits that turn into p and into a gradient where they lie."""
 
+import math
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qlens.mixing import Mixture
 from qlens.target import Target
-from qlens.tokens import Tokens, log_softmax
+from qlens.tokens import Tokens, expectation, log_softmax
 
-CACHED = 2**20  # entries on which dense methods work at a time, so that their many passes stay near the processor
+CACHED = 2**20  # entries worked on at a time, so that the passes over them stay near the processor
 
 
-def softmax_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
-    """p in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends."""
-    size, found = max(1, CACHED // z.shape[1]), []
-    for rows, label in zip(z.split(size), labels.split(size), strict=True):  # all of it while the rows are still near
-        at_label, top = rows.gather(1, label)[:, 0], rows.amax(-1)
-        torch.softmax(rows, -1, out=rows)
-        log_z = top - rows.amax(-1).log()  # the top's p is at least 1 / V: no digits are lost
-        p_y = rows.gather(1, label)
-        rest = rows.scatter_(1, label, 0.0).sum(-1)
-        rows.scatter_(1, label, p_y)
-        found.append((at_label - log_z, rest.log().clamp(min=-1e30)))
-    log_p, rest = (torch.cat(values) for values in zip(*found, strict=True))
+def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few rows of every tensor, as many as stay near the processor."""
+    size = max(1, CACHED // tensors[0].shape[1])
+    return zip(*(tensor.split(size) for tensor in tensors), strict=True)
+
+
+def normalise_(z: Float[Tensor, "n V"], out: Float[Tensor, "n V"] | None = None) -> Float[Tensor, "n 1"]:
+    """softmax(z) in place of z, or in ``out``; returns log sum_k exp z_k, whose digits survive however peaked the row."""
+    out = z if out is None else out
+    top = z.amax(-1, keepdim=True)
+    torch.softmax(z, -1, out=out)
+    return top - out.amax(-1, keepdim=True).log()  # the top's p is at least 1 / V
+
+
+def others_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
+    """p_{-y} - d in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends.
+
+    p - d = (1 - p_y)(p_{-y} - d), and the factor of a whole row is the caller's to fold in where it costs nothing.
+    """
+    found = []
+    for rows, label in blocks(z, labels):  # all of it while the rows are still near
+        at_label = rows.gather(1, label)
+        rest = normalise_(rows.scatter_(1, label, torch.finfo(z.dtype).min))  # no -inf: the label may stand alone
+        rows.scatter_(1, label, -1.0)
+        log_z = torch.logaddexp(at_label, rest)
+        found.append(torch.cat([at_label - log_z, (rest - log_z).clamp(min=-1e30)], 1))
+    log_p, rest = torch.cat(found).unbind(1)
     return log_p, rest
+
+
+def mix_(
+    z: Float[Tensor, "n V"],
+    y: Float[Tensor, "n V"] | None,
+    labels: Int[Tensor, "n 1"],
+    mixture: Mixture,
+    told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:
+    r"""p - t d - (1 - t) r in place of the student's logits, for a mixture's r; returns s and the loss of every row, (n,).
+
+    ``y`` are the other model's logits and are used up; ``told`` gives t and s, (n,), for log p_y and log(1 - p_y).
+    """
+    at_label, r, log_r = z.gather(1, labels), None, z.new_tensor(math.log(z.shape[1]))
+    if y is None:  # uniform
+        along = (-log_r - z.mean(-1)) if mixture.entropy else z.mean(-1)
+        log_r = torch.zeros_like(log_r)
+    else:
+        mixture.logits_(y, z)
+        r = torch.empty_like(y)
+        log_r = normalise_(y, out=r)[:, 0]
+        along = expectation(r, y.sub_(z) if mixture.entropy else z)
+    log_z = normalise_(z)
+    log_p, p_y = at_label - log_z, z.gather(1, labels)
+    rest = z.scatter_(1, labels, 0.0).sum(-1, keepdim=True)
+    t, s = told(log_p[:, 0], rest.log().clamp(min=-1e30)[:, 0])
+    far = (along - log_r + log_z[:, 0]) if mixture.entropy else log_z[:, 0] - along
+    loss = torch.where(t == 0, 0.0, -t * log_p[:, 0]) + torch.where(t == 1, 0.0, (1 - t) * far)
+    t = t[:, None]
+    if r is None:
+        r_y = 1 / z.shape[1]
+        z.sub_((1 - t) * r_y)
+    else:
+        r_y = r.gather(1, labels)
+        z.addcmul_(r, t - 1)
+    z.scatter_(1, labels, (1 - t) * (p_y - r_y) - t * rest)  # p_y - t - (1 - t) r_y without its cancellation
+    return s, s * loss
 
 
 class Chunk(Tokens):
