@@ -154,11 +154,16 @@ def _field(name: str, value: Tensor, kept: Tensor, rows: int) -> Tensor:
     return value[kept]
 
 
+def fusible(variant: Variant) -> bool:
+    """Whether rows can be taken a few at a time: all but batch statistics of whole distributions."""
+    return variant.scope in ALONE or collapses(variant)
+
+
 def _check(variant: Variant, given: dict[str, Any]) -> None:
     missing = [name for name in variant.needs if name not in given]
     if missing:
         raise InputError(f"{variant.name} needs a {missing[0]}: give fused_loss({missing[0]}=...)")
-    if variant.scope not in ALONE and not collapses(variant):
+    if not fusible(variant):
         raise InputError(
             f"{variant.spec} weighs tokens by a statistic of the {variant.scope} that needs whole distributions: "
             "use the plain path"

@@ -1,17 +1,17 @@
 """Feeding: where the inputs of a method come from while it trains."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerCallback
 
 from qlens.batching import COLUMNS, Supervised
 from qlens.errors import InputError
 from qlens.registry import Variant
-from qlens.sources import check_same_vocabulary, freeze, model_logits
+from qlens.sources import check_same_vocabulary, freeze
 
 GIVEN = ("teacher", "reference")
 FOUND = ("sequence", "old", "second", "negatives")
@@ -53,22 +53,27 @@ class Feed:
         return Refresh(model, self.others.get("old"), self.old_every)
 
     def fields(
-        self, supervised: Supervised, logits: Tensor, features: Mapping[str, Any], inputs: Mapping[str, Any]
-    ) -> dict[str, Tensor]:
-        """Everything beside logits and labels, at the supervised positions of a batch.
+        self,
+        supervised: Supervised,
+        features: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        vocabulary: int,
+        read: Callable[[str, nn.Module], Any],
+    ) -> dict[str, Any]:
+        """Everything beside logits and labels, at the supervised positions of a batch; ``read`` says what a model makes of it.
 
         Raises:
             InputError: the data lack a column that the method needs.
         """
-        fields = {name: supervised.take(model_logits(other, features)) for name, other in self.others.items()}
+        fields = {name: read(name, other) for name, other in self.others.items()}
         fields["sequence"] = supervised.sequence
         if "second" in self.variant.needs:
-            fields["second"] = supervised.take(model_logits(self.student, features)).to(logits.dtype)
+            fields["second"] = read("second", self.student)
         if "negatives" in self.variant.needs:
-            fields["negatives"] = supervised.context(features["input_ids"], logits.shape[1])
+            fields["negatives"] = supervised.context(features["input_ids"], vocabulary)
         for name in COLUMNS:
             if name in inputs:
-                fields[name] = supervised.at_labels(inputs[name].to(logits.device))
+                fields[name] = supervised.at_labels(inputs[name].to(supervised.labels.device))
             elif name in self.variant.needs:
                 raise InputError(f"{self.variant.name} needs {name!r}: give the data a column of that name")
         return fields

@@ -11,10 +11,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from qlens.batching import COLUMNS, Supervised, collate, positions
+from qlens.bodies import Bodies, Body
+from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
 from qlens.registry import Variant, resolve
-from qlens.tokens import Tokens, precision
+from qlens.sources import model_logits
+from qlens.target import Target
+from qlens.tokens import MODELS, Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
 COMPARABLES = (
@@ -48,6 +52,9 @@ class QLossMixin(Trainer):
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
         teacher, reference: other causal language models, frozen here and moved to the device; run only if needed.
         old_every: optimizer steps between refreshes of the old policy, for methods that need one: a copy of the model.
+        fused: whether the engine makes the loss from hidden states and head, so that no model's logits are ever whole:
+            None, wherever model, method and machine allow, and a log line says why where they do not; True, insist; False, never.
+        log_every: every so many logs have the comparables; 0, none.
 
     What else a method needs is found here: the second pass is the model's own, without gradient; negatives are the
     tokens before a label in its own text; critical, hint, advantage, chosen, pair and weight are columns of the data,
@@ -68,12 +75,17 @@ class QLossMixin(Trainer):
         teacher: nn.Module | None = None,
         reference: nn.Module | None = None,
         old_every: int = 8,
+        fused: bool | None = None,
+        log_every: int = 1,
         **kwargs: Any,
     ):
         self.variant = resolve(variant)
         self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference}, old_every)
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
+        if log_every < 0:
+            raise InputError(f"log_every must be 0 (never) or more, got {log_every}")
+        self.log_every, self._bodies, self._loss_only = log_every, Bodies(fused), False
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
@@ -92,29 +104,101 @@ class QLossMixin(Trainer):
         Without ``num_items_in_batch``, the mean over the batch's own tokens. No token supervised: zero, with a graph.
         """
         features = self._features(inputs)
-        outputs = model(**features)
-        logits = outputs["logits"]
-        supervised = Supervised.of({k: v.to(logits.device) for k, v in inputs.items() if k in LAYOUT})
-        rows = supervised.take(logits)
-        if len(supervised):
-            fields = self._feed.fields(supervised, rows, features, inputs)
-            tokens = Tokens(logits=rows, labels=supervised.labels, **fields)
-            losses = self.variant.loss(tokens)
-            losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
-            if self._evaluating or (self.is_in_train and self.logs_this_step()):
-                self._tally.add(self.variant, tokens, losses)
-            total = losses.sum() * self._selected(tokens)
+        where = self._labels(inputs)
+        self._items = self._denominator(num_items_in_batch, len(where))
+        body = None if return_outputs and not self._loss_only else self._body(features)
+        if body is not None:
+            loss, outputs = self._fused(body, model, where, features, inputs), {}
         else:
-            total = rows.sum()  # zero, and backward still runs
-        if num_items_in_batch is None:
-            loss = total / max(len(supervised), 1)
-        else:
-            loss = total / torch.as_tensor(num_items_in_batch, device=total.device).flatten()[0].clamp(min=1)
-            if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, the count is of all
-                loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+            outputs = model(**features)
+            loss = self._plain(outputs["logits"], where, features, inputs)
         if model.training:
             loss = loss + self.variant.penalty(self.model) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
+
+    def _fused(self, body: Body, model: nn.Module, where: Supervised, features: dict, inputs: dict) -> Tensor:
+        """The loss by the engine, from hidden states and head."""
+        hidden, head = where.take(body.hidden(features, model)), body.head
+        if not len(where):
+            return (hidden @ head.weight.T).sum()  # zero, and backward still runs
+
+        def read(name: str, other: nn.Module) -> Any:
+            its = self._bodies.of(other, features, name)
+            with torch.no_grad():
+                return (
+                    where.take(model_logits(other, features))
+                    if its is None
+                    else its.of(where.take(its.hidden(features)))
+                )
+
+        fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
+        models = {name: fields.pop(name) for name in MODELS if name in fields}
+        shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
+        observe = self._tally.add if self._is_told() else None
+        loss, made = fused_pass(
+            self.variant,
+            hidden,
+            head.weight,
+            where.labels,
+            head.bias,
+            models,
+            fields,
+            shape,
+            self._items,
+            observe=observe,
+        )
+        return loss * (len(where) / max(made.selected, 1)) if self.variant.denominator == "selected" else loss
+
+    def _plain(self, logits: Tensor, where: Supervised, features: dict, inputs: dict) -> Tensor:
+        """The loss by autograd, from whole logits."""
+        rows = where.take(logits)
+        if not len(where):
+            return rows.sum()  # zero, and backward still runs
+
+        def read(name: str, other: nn.Module) -> Tensor:
+            return where.take(model_logits(other, features)).to(rows.dtype)
+
+        fields = self._feed.fields(where, features, inputs, rows.shape[1], read)
+        tokens = Tokens(logits=rows, labels=where.labels, **fields)
+        losses = self.variant.loss(tokens)
+        losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+        if self._is_told():
+            self._tally.look(self.variant, tokens, losses)
+        return losses.sum() * self._selected(tokens) / self._items
+
+    def _labels(self, inputs: dict[str, Any]) -> Supervised:
+        """Where a batch is supervised."""
+        return Supervised.of({name: value.to(self.args.device) for name, value in inputs.items() if name in LAYOUT})
+
+    def _denominator(self, items: Any, supervised: int) -> float:
+        """What the sum of a micro-batch's losses is divided by."""
+        if items is None:
+            return max(supervised, 1)
+        count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
+        if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, the count is of all
+            count /= self.accelerator.num_processes // self.get_tp_size()
+        return count
+
+    def _body(self, features: dict[str, Any]) -> Body | None:
+        """The student as hidden states and head, where model, method and machine allow."""
+        variant = self.variant
+        if variant.derived:
+            return self._bodies.refuse(
+                f"for {variant.name}: a loss of your own may look at all tokens of a batch together"
+            )
+        if not fusible(variant):
+            return self._bodies.refuse(f"for {variant.spec}: it weighs tokens by a statistic of whole distributions")
+        if self.accelerator.num_processes > 1 or self.args.n_gpu > 1 or self.args.torch_compile:
+            return self._bodies.refuse("where models are compiled, or on several devices")
+        return self._bodies.of(self.model, features)
+
+    def _is_told(self) -> bool:
+        """Whether the comparables of this batch are wanted."""
+        if self._evaluating or not self.is_in_train:
+            return self._evaluating
+        if not self.log_every or not self.logs_this_step():
+            return False
+        return sum("loss" in entry for entry in self.state.log_history) % self.log_every == 0
 
     def _selected(self, tokens: Tokens) -> float:
         """What raises a sum over all supervised tokens to one that counts the selected only."""
@@ -122,6 +206,14 @@ class QLossMixin(Trainer):
             return 1.0
         kept = self.variant.target(tokens.replace(logits=tokens.logits.detach())).trust != 0
         return len(tokens) / max(int(kept.sum()), 1)
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
+        """The Trainer's step; where nobody asks for predictions, the logits are not made whole for them either."""
+        self._loss_only = prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        finally:
+            self._loss_only = False
 
     def _set_signature_columns_if_needed(self) -> None:
         """The model's inputs, and what data may say of tokens beside: none of it is to be dropped."""
@@ -197,10 +289,14 @@ class Tally:
     def __init__(self):
         self.sums = torch.zeros(len(COMPARABLES), 2, dtype=torch.float64)
 
-    def add(self, variant: Variant, tokens: Tokens, losses: Tensor) -> None:
+    def look(self, variant: Variant, tokens: Tokens, losses: Tensor) -> None:
         """Count these tokens in."""
         tokens = tokens.replace(logits=tokens.logits.detach())
-        target = variant.target(tokens).at("unit")
+        self.add(tokens, variant.target(tokens), losses)
+
+    def add(self, tokens: Tokens, target: Target, losses: Tensor) -> None:
+        """Count tokens in whose targets are known."""
+        target = target.at("unit")
         weight, entropy, kl = (v[v.isfinite()] for v in (target.trust, target.entropy, target.kl))
         values = (losses, -tokens.label_log_probs, target.negative_mass, target.pull, target.room)
         values += (weight, weight.square(), entropy, kl)
