@@ -55,6 +55,8 @@ def trainer_in(
         "compute_loss_func",
         "data_collator",
         "old_every",
+        "fused",
+        "log_every",
     )
     trainer_options = {name: given.pop(name) for name in names if name in given}
     options = dict(

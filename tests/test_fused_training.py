@@ -1,0 +1,261 @@
+"""QTrainer by the engine against QTrainer by whole logits: every method, real heads and checkpoints, and who gets which path."""
+
+import copy
+import functools
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
+from torch import nn
+from torch.testing import assert_close
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaForCausalLM,
+)
+
+import qlens
+from qlens.batching import collate
+from qlens.bodies import Body, NoBody
+from qlens.data import encode
+from qlens.engine import fusible
+from qlens.sources import load_model, load_tokenizer
+
+MODELS = Path(__file__).resolve().parents[2] / "shared/data/models"
+SHAPE = dict(
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    vocab_size=VOCAB,
+)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Trainers that write to a folder of their own."""
+    return functools.partial(trainer_in, tmp_path)
+
+
+def columns(examples: list[dict]) -> list[dict]:
+    """Rows with every column a method may ask for, in whole pairs."""
+    return [
+        {
+            **row,
+            "critical": number % 3 > 0,
+            "hint": number % 2 == 0,
+            "chosen": number % 2 == 0,
+            "pair": number // 2,
+            "advantage": (-1.0) ** number * (0.5 + number / 8),
+            "labels": row["input_ids"],
+        }
+        for number, row in enumerate(examples)
+    ]
+
+
+def step(make, variant, fused, model, examples=None, **others):
+    """Loss and gradients of one batch."""
+    trainer = make(variant, model=copy.deepcopy(model), examples=examples or columns(rows(8)), fused=fused, **others)
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, collate(trainer.train_dataset))
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.model.parameters()]
+    return loss.detach(), torch.cat([g.flatten() for g in grads])
+
+
+@pytest.mark.parametrize("name", [name for name in qlens.names() if fusible(qlens.get(name))])
+def test_a_step_by_the_engine_is_a_step_by_whole_logits(make, name):
+    others = dict(teacher=llama(1).double(), reference=llama(2).double())
+    found = [step(make, name, fused, llama().double(), **others) for fused in (True, False)]
+    assert found[0][1].norm() > 1e-6 or name == "psft" or found[1][1].norm() <= 1e-6
+    assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=3.0))
+
+
+def granite():
+    return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0))
+
+
+def cohere():
+    return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3))
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+
+
+@pytest.mark.parametrize("build", [gemma2, granite, cohere, gpt2])
+@pytest.mark.parametrize("spec", ["dft", "target_sft", "dpo"])
+def test_heads_in_use(make, build, spec):
+    torch.manual_seed(3)
+    model, teacher = build().double(), build().double()
+    with torch.no_grad():
+        for each in (model, teacher):
+            each.get_output_embeddings().weight.mul_(20)
+    found = [step(make, spec, fused, model, teacher=teacher, reference=teacher) for fused in (True, False)]
+    assert_close(*found, rtol=1e-8, atol=1e-8)
+    body = Body(model, collate(rows(2)) | {"labels": None})
+    expected = {"gemma2": (3.0, 1.0), "granite": (None, 0.25), "cohere": (None, 0.3), "gpt2": (None, 1.0)}
+    assert (body.softcap, body.logit_scale) == expected[build.__name__]
+
+
+def test_a_teacher_with_another_head_keeps_its_own(make):
+    torch.manual_seed(0)
+    found = [step(make, "kd", fused, llama().double(), teacher=gemma2_of(1)) for fused in (True, False)]
+    assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+def gemma2_of(seed: int):
+    torch.manual_seed(seed)
+    return gemma2().double()
+
+
+class Shifted(LlamaForCausalLM):
+    """Logits that are not its head's."""
+
+    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        outputs.logits = outputs.logits + torch.arange(outputs.logits.shape[-1]).to(outputs.logits)
+        return outputs
+
+
+class Headless(LlamaForCausalLM):
+    """A head of two layers."""
+
+    def get_output_embeddings(self):
+        return nn.Sequential(self.lm_head)
+
+
+@pytest.mark.parametrize(
+    ("variant", "kind", "says"),
+    [
+        ("mile", LlamaForCausalLM, "for mile: it weighs tokens by a statistic of whole distributions"),
+        (lambda logits, labels: logits.sum() * 0, LlamaForCausalLM, "a loss of your own may look at all tokens"),
+        ("sft", Shifted, "of the model: its logits are not its head's: they differ by"),
+        ("sft", Headless, "of the model: it has no plain linear head: its output embedding is a Sequential"),
+    ],
+    ids=["batch statistic", "own loss", "bent logits", "no linear head"],
+)
+def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
+    model = kind(llama().config)
+    with caplog.at_level(logging.WARNING, "qlens.bodies"):
+        make(variant, model=model, steps=2).train()
+    lines = [record.getMessage() for record in caplog.records if record.name == "qlens.bodies"]
+    assert len(lines) == 1 and lines[0].startswith("qlens holds whole logits") and says in lines[0]
+    with pytest.raises(NoBody, match="fused=True, but there are only whole logits"):
+        make(variant, model=model, fused=True).train()
+    caplog.clear()
+    make(variant, model=model, fused=False).train()
+    assert not [record for record in caplog.records if record.name == "qlens.bodies"]
+
+
+def test_the_head_makes_no_logits_of_a_batch(make):
+    widths = []
+    trainer = make("target_sft", teacher=llama(1), steps=2, batch=8)
+    for model in (trainer.model, trainer._feed.others["teacher"]):
+        model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(out.shape)))
+    trainer.train()
+    whole = [shape for shape in widths if shape[-1] == VOCAB]
+    assert whole and all(
+        shape[0] == 1 and shape[1] <= 8 for shape in whole
+    )  # the proof on a few tokens, once per model
+    assert len(whole) == 2 and len(widths) > len(whole)
+
+
+def test_a_frozen_head_gets_no_gradient(make):
+    model = llama()
+    model.lm_head.weight.requires_grad_(False)
+    trainer = make("dft", model=model, fused=True, steps=1)
+    trainer.train()
+    assert trainer.model.lm_head.weight.grad is None
+    assert_close(trainer.model.lm_head.weight, llama().lm_head.weight, rtol=0, atol=0)
+    assert float((parameters(trainer.model) - parameters(llama())).norm()) > 1e-4
+
+
+def test_evaluation_keeps_logits_only_for_those_who_ask(make):
+    losses = []
+    for fused, compute_metrics in ((True, None), (False, None), (None, lambda found: {"rows": len(found.predictions)})):
+        trainer = make("dft", eval_dataset=rows(5), fused=fused, compute_metrics=compute_metrics)
+        metrics = trainer.evaluate()
+        losses.append(torch.tensor([metrics["eval_loss"], metrics["eval_nll"], metrics["eval_kl_target"]]))
+    assert metrics["eval_rows"] == 5
+    for other in losses[1:]:
+        assert_close(losses[0], other, rtol=1e-5, atol=1e-6)
+
+
+def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
+    logs = {}
+    for fused in (True, False):
+        trainer = make("kd_hybrid", teacher=llama(1), steps=4, fused=fused, log_every=2)
+        trainer.train()
+        logs[fused] = steps_of(trainer)
+    assert ["nll" in entry for entry in logs[True]] == [True, False, True, False]
+    for mine, theirs in zip(logs[True], logs[False], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    trainer = make("sft", steps=2, log_every=0)
+    trainer.train()
+    assert not any("nll" in entry for entry in steps_of(trainer))
+    with pytest.raises(qlens.InputError, match="log_every must be 0"):
+        make("sft", log_every=-1)
+
+
+def real(texts: int, dtype: torch.dtype):
+    """The two checkpoints and some sentences."""
+    if not MODELS.exists():
+        pytest.skip("needs the checkpoints of ../shared/data")
+    student, teacher = (load_model(MODELS / name, dtype=dtype) for name in ("llama2xs-279k", "stories260k"))
+    sentences = [
+        "Once upon a time there was a little dog.",
+        "The cat sat on the mat and looked at Tom.",
+        "One day, Lily went to the park with her mom.",
+        "They played all day and were very happy.",
+    ]
+    tokenizer = load_tokenizer(MODELS / "llama2xs-279k")
+    rows_ = [{"text": sentences[i % 4] + " " + sentences[(i + i // 4) % 4]} for i in range(texts)]
+    return student, teacher, encode(rows_, tokenizer, None).examples
+
+
+@pytest.mark.parametrize("spec", ["sft", "target_sft", "iw_sft", "gem"])
+def test_ten_steps_on_real_checkpoints_agree_to_rounding(make, spec):
+    student, teacher, examples = real(8, torch.float64)
+    found = []
+    for fused in (True, False):
+        trainer = make(
+            spec, model=copy.deepcopy(student), teacher=teacher, reference=teacher, examples=examples, steps=10, fused=fused,
+            batch=4, learning_rate=0.05,
+        )  # fmt: skip
+        trainer.train()
+        found.append(parameters(trainer.model))
+    assert float((found[0] - parameters(student)).norm()) > 1e-3
+    assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
+    student, _, examples = real(16, torch.float32)
+    ends = {}
+    for name, fused, collator in (
+        ("whole", False, collate),
+        ("reordered", False, lambda batch: collate(batch[::-1])),
+        ("engine", True, collate),
+    ):
+        trainer = make(
+            "dft", model=copy.deepcopy(student), examples=examples, steps=200, fused=fused, batch=2,
+            data_collator=collator, logging_steps=200, learning_rate=0.02,
+        )  # fmt: skip
+        trainer.train()
+        ends[name] = parameters(trainer.model).double()
+    noise = float((ends["reordered"] - ends["whole"]).norm())
+    assert 0 < noise < 1e-2 * float((ends["whole"] - parameters(student).double()).norm())
+    assert float((ends["engine"] - ends["whole"]).norm()) <= 3 * noise
