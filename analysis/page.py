@@ -17,6 +17,7 @@ from qlens.analysis.pieces import completed
 from qlens.analysis.ranking import SUSPICION
 
 HERE = Path(__file__).parent
+TEMPLATE, STYLE, SCRIPT = "view.html", ("view.css",), ("view_text.js", "view.js")
 LISTED = 30  # tokens in the list of the least trusted
 DIGITS = np.uint32(11)  # bits of the mantissa left out: numbers keep four digits, and pack to half the size
 TYPICAL = 0.98  # the part of the values that lies within the scale of a metric without natural end
@@ -51,11 +52,11 @@ METRICS = (
 
 def html(view: Any) -> str:
     """The page of a ``TokenView``: data, style and script in one file; its policy forbids every request and other script."""
-    style, script = ((HERE / f"view.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style, script = ("".join((HERE / file).read_text(encoding="utf-8") for file in files) for files in (STYLE, SCRIPT))
     title = f"qlens view: {', '.join(view.methods)}"
     policy = f"default-src 'none'; style-src {_digest(style)}; script-src {_digest(script)}; base-uri 'none'; form-action 'none'"
     filled = {"policy": policy, "title": escape(title), "style": style, "data": _inert(_data(view)), "script": script}
-    template = (HERE / "view.html").read_text(encoding="utf-8")
+    template = (HERE / TEMPLATE).read_text(encoding="utf-8")
     return re.sub(
         r"\{\{(\w+)\}\}", lambda mark: filled[mark[1]], template
     )  # in one go: what is filled in is not searched

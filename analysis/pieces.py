@@ -68,6 +68,16 @@ def completed(pieces: Iterable[str]) -> dict[int, str]:
     return found
 
 
+def legible(text: str) -> str:
+    """The text with bytes that are no whole character as \\xNN, so that every table and file can hold it.
+
+    Example:
+        >>> print(legible("a\\udcf0"))
+        a\\xf0
+    """
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _from_bytes(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 

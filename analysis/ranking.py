@@ -16,6 +16,7 @@ from qlens.errors import InputError
 SUSPICION = "suspicion"
 LITTLE = 0.01  # summed 1 - p_y of a row on which even SFT would hardly pull
 DIGITS = 6  # what differs beyond these is rounding: a tie
+ZERO, NO_MASS = 1e-6, 1e-8  # a trust, and a Q_y, nearer to zero than this is rounding
 ROW_COLUMNS = ["by", "rank", "row", "tokens", "score", "room", "trust", "ignored", "suspicion", "worst", "text"]
 TOKEN_COLUMNS = [
     "by",
@@ -27,13 +28,15 @@ TOKEN_COLUMNS = [
     "rival",
     "p_y",
     "p_rival",
+    "q_y",
     "trust",
     "suspicion",
     "context",
 ]
+OF_METHODS = ["q_y", "trust", "ignored", "pull"]
 SAYS = {
     "trust": "pull toward the labels as a share of SFT's, sum(-g_y) / sum(1 - p_y), unit scale",
-    "ignored": "1 - Q_y, the part of the target that is not on the label",
+    "q_y": "the part of the target that is on the label; ignored: the mean of 1 - Q_y",
     SUSPICION: "nats by which the strongest alternative beats the label (the smaller of student's and teacher's)",
 }
 
@@ -45,11 +48,12 @@ class Ranking:
     For a method (``by`` is its spec), with the logit gradient g in unit scale, Q = p - g:
 
     .. math::
-        \mathrm{tokens:}\ \ \mathrm{ignored} = (1 - p_y) - (-g_y) = 1 - Q_y \ \downarrow \qquad
+        \mathrm{tokens:}\ \ Q_y = p_y - g_y \ \uparrow \qquad
         \mathrm{rows:}\ \ \mathrm{trust} = \frac{\sum -g_y}{\sum (1 - p_y)} \ \uparrow
 
     The room 1 - p_y is what SFT would pull by. A row's trust is the share of it that the method keeps, so that tokens with
-    nothing to learn do not count, and a trust of 1 is SFT's; below 0 labels are pushed down on the whole. By suspicion
+    nothing to learn do not count, and a trust of 1 is SFT's; below 0 labels are pushed down on the whole. What a token's
+    target has not on the label, ignored = 1 - Q_y, is what the pull lacks of the room, (1 - p_y) - (-g_y). By suspicion
     (``by`` is "suspicion"), whatever the method:
 
     .. math::
@@ -68,7 +72,7 @@ class Ranking:
     Args:
         rows: by, rank, row (its number in the data), tokens (supervised), score, room (sum), trust, ignored (mean),
             suspicion (mean of max(0, s)), worst, text.
-        tokens: by, rank, row, position (from 1), score, label, rival, p_y, p_rival, trust, suspicion, context (the text
+        tokens: by, rank, row, position (from 1), score, label, rival, p_y, p_rival, q_y, trust, suspicion, context (the text
             before).
         notes: what a reader should know.
 
@@ -124,7 +128,7 @@ class Ranking:
             trust = "" if by == SUSPICION else f" (trust {rows['trust'].iloc[0]:.3f} in every row)"
             return f"{by}: all labels are alike to it{trust}; nothing to order"
         head = "the labels that the models doubt most" if by == SUSPICION else "what it trusts least"
-        skip = ["by", "score"] + (["trust", "ignored"] if by == SUSPICION else ["worst"])
+        skip = ["by", "score"] + (["trust", "ignored", "q_y"] if by == SUSPICION else ["worst"])
         shown = [frame.head(top).drop(columns=[c for c in skip if c in frame]) for frame in (rows, tokens)]
         texts = [_text(frame) for frame in shown]
         counts = f"rows (of {len(rows)}):", f"tokens (of {len(tokens)}):"
@@ -146,13 +150,13 @@ def rank(summary: Summary, rows: Sequence[int], positions: Sequence[int], pieces
     base = base.assign(label=list(pieces), rival=list(rivals))
     row_parts, token_parts, said = [], [], list(notes)
     for by, frame in {**summary.methods, SUSPICION: None}.items():
-        tokens = base.assign(by=by, trust=np.nan, ignored=np.nan, pull=np.nan)
+        tokens = base.assign(by=by, **dict.fromkeys(OF_METHODS, np.nan))
         if frame is not None:
-            tokens[["trust", "ignored", "pull"]] = frame[["trust", "ignored", "pull"]].to_numpy()
-        score = tokens[SUSPICION] if frame is None else tokens["ignored"]
-        token_parts.append(_ordered(tokens.assign(score=score), ascending=False)[TOKEN_COLUMNS])
+            tokens[OF_METHODS] = frame[OF_METHODS].to_numpy()
+        tokens["score"] = tokens[SUSPICION if frame is None else "q_y"]
+        token_parts.append(_ordered(tokens, frame is not None, NO_MASS)[TOKEN_COLUMNS])
         table = _row_table(tokens, by)
-        row_parts.append(_ordered(table.assign(text=table["row"].map(texts)), ascending=by != SUSPICION)[ROW_COLUMNS])
+        row_parts.append(_ordered(table.assign(text=table["row"].map(texts)), frame is not None, ZERO)[ROW_COLUMNS])
         if lost := int(token_parts[-1]["rank"].isna().sum()):
             said.append(f"{by}: {lost} tokens have no rank, their score is NaN")
     few = row_parts[0]
@@ -178,18 +182,18 @@ def _row_table(tokens: pd.DataFrame, by: str) -> pd.DataFrame:
     return table.reset_index().assign(by=by)
 
 
-def _ordered(frame: pd.DataFrame, ascending: bool) -> pd.DataFrame:
+def _ordered(frame: pd.DataFrame, ascending: bool, zero: float) -> pd.DataFrame:
     """By the rounded score, equal ones by suspicion, then as in the data; what has no score comes last, without a rank."""
-    rounded = pd.Series(_rounded(frame["score"].to_numpy(dtype=float)), index=frame.index)
-    frame = frame.assign(rank=rounded.rank(method="min", ascending=ascending), trust=_rounded(frame["trust"]))
+    rounded = pd.Series(_rounded(frame["score"].to_numpy(dtype=float), zero), index=frame.index)
+    frame = frame.assign(rank=rounded.rank(method="min", ascending=ascending), trust=_rounded(frame["trust"], ZERO))
     frame = frame.sort_values(SUSPICION, kind="stable", ascending=False)
     return frame.sort_values("rank", kind="stable", na_position="last", ignore_index=True)
 
 
-def _rounded(values: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    """To ``DIGITS`` digits, and to as many behind the point near zero."""
+def _rounded(values: Float[np.ndarray, " N"], zero: float) -> Float[np.ndarray, " N"]:
+    """To ``DIGITS`` digits; what is nearer to zero than ``zero`` is zero."""
     mantissa, exponent = np.frexp(values)
-    return np.where(np.abs(values) < 10.0**-DIGITS, 0.0, np.ldexp(mantissa.round(DIGITS), exponent))
+    return np.where(np.abs(values) < zero, 0.0, np.ldexp(mantissa.round(DIGITS), exponent))
 
 
 def jsonl(frame: pd.DataFrame) -> str:

@@ -110,7 +110,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
         methods={
             name: pd.DataFrame(
                 {
-                    "q_y": _array(tokens.gather(p - target.grad)),
+                    "q_y": _array(tokens.gather(target.q)),
                     "trust": _array(target.effective_trust),
                     "pull": _array(target.pull),
                     "ignored": _array(tokens.rest_log_probs.detach().exp() - target.pull),

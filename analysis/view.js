@@ -1,4 +1,4 @@
-"use strict";
+// The token view: rows of coloured tokens, a table for the one in focus, and the controls.
 (async () => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
@@ -9,62 +9,10 @@
   const shown = { metric: metrics[0], left, right, order: "" };
   const rows = [];      // per text: { section, title, panes: [{ heading, text, spans }] }
   const place = [];     // per supervised token: [text, index among the tokens of the text]
-  let pinned = -1, current = -1, hits = [], hit = -1;
+  let pinned = -1, current = -1, pointed = -1, hits = [], hit = -1;
 
   // ---- data -------------------------------------------------------------------------------------------------------
-  // Four bytes per number; bytes of equal weight lie side by side, which deflates better.
-  async function unpack({ blob, layout }) {
-    const packed = Uint8Array.from(atob(blob), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-    const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-    const count = planes.length / 4, bytes = new Uint8Array(planes.length);
-    for (let plane = 0; plane < 4; plane++)
-      for (let at = 0; at < count; at++) bytes[4 * at + plane] = planes[plane * count + at];
-    return Object.fromEntries(Object.entries(layout).map(([name, [start, length, kind]]) =>
-      [name, new (kind === "int" ? Int32Array : Float32Array)(bytes.buffer, 4 * start, length)]));
-  }
-  const value = (metric, method, n) => numbers[metric.method ? `${metric.key} ${method}` : metric.key][n];
-  const off = (method, n) => numbers[`negative_mass ${method}`][n] > 1e-6;
-
-  // ---- text: whatever a token holds goes in by textContent, and what cannot be seen as a mark -----------------------
-  const NAMES = { 0x9: "⇥", 0x61c: "ALM", 0x200b: "ZWSP", 0x200c: "ZWNJ", 0x200d: "ZWJ", 0x200e: "LRM", 0x200f: "RLM", 0x202a: "LRE",
-    0x202b: "RLE", 0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
-    0xad: "SHY", 0xfeff: "BOM", 0xa0: "NBSP" };
-  const HIDDEN = /[\p{C}\p{Zl}\p{Zp}\u00a0]/u;
-  function name(code) {
-    if (code >= 0xdc80 && code <= 0xdcff) return (code - 0xdc00).toString(16).toUpperCase(); // a byte of a character in parts
-    return NAMES[code] ?? `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
-  }
-  function write(node, text, breaks = true) {
-    let plain = "";
-    const flush = () => { if (plain) node.append(plain); plain = ""; };
-    for (const letter of text) {
-      if (letter === "\n") {
-        flush();
-        node.append(el("span", "mark thin", "⏎"));
-        if (breaks) node.append("\n");
-      } else if (HIDDEN.test(letter)) {
-        flush();
-        node.append(el("span", "mark", name(letter.codePointAt(0))));
-      } else plain += letter;
-    }
-    flush();
-    return node;
-  }
-  function el(tag, kind = "", text = "", ...children) {
-    const made = document.createElement(tag);
-    if (kind) made.className = kind;
-    if (text) made.textContent = text;
-    made.append(...children);
-    return made;
-  }
-  function number(x, signed = false) {
-    if (Number.isNaN(x)) return "–";
-    if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
-    const size = Math.abs(x);
-    const text = size === 0 ? "0" : size < 5e-4 ? size.toExponential(1).replace("e-", "e−") : size < 1000 ? size.toFixed(3) : size.toPrecision(4);
-    return (x < 0 ? "−" : signed && x > 0 ? "+" : "") + text;
-  }
+  const of = (metric, method) => numbers[metric.method ? `${metric.key} ${method}` : metric.key];
 
   // ---- rows -------------------------------------------------------------------------------------------------------
   function build() {
@@ -74,32 +22,36 @@
       const title = section.appendChild(el("h2", "", `Row ${text.row} `));
       title.append(el("small"));
       const panes = section.appendChild(el("div", "panes"));
-      rows.push({ section, title, start, panes: [pane(panes, at, start, true)], box: panes });
+      rows.push({ section, title, panes: [pane(panes, at, start)], box: panes, start });
       start += text.length;
     });
   }
-  function pane(box, at, start, first) {
+  const blank = el("span", "t");
+  blank.tabIndex = -1;
+  blank.setAttribute("role", "button");
+  blank.setAttribute("aria-pressed", "false");
+  function pane(box, at, start) {
     const made = box.appendChild(el("div", "pane"));
     const heading = made.appendChild(el("h3")), text = made.appendChild(el("div", "text"));
     text.setAttribute("role", "group");
     const spans = [];
     for (let index = 0; index < texts[at].length; index++) {
-      const n = numbers.slots[start + index], supervised = n >= 0;
-      const span = el("span", supervised ? "t" : "c");
+      const n = numbers.slots[start + index], span = n < 0 ? el("span", "c") : blank.cloneNode();
       write(span, pieces[numbers.tokens[start + index]]);
       const whole = data.completes[start + index];
       if (whole !== undefined) span.append(whole);
-      if (supervised) {
+      if (n >= 0) {
         span.dataset.n = n;
-        span.tabIndex = -1;
-        span.setAttribute("role", "button");
-        span.setAttribute("aria-pressed", "false");
         spans.push(span);
-        if (first) place[n] = [at, index];
+        place[n] = [at, index];
       }
       text.append(span);
     }
-    return { made, heading, text, spans };
+    return { made, heading, text, spans, seen: [] };
+  }
+  function beside({ box, panes: [{ made, seen }] }) {
+    const copy = box.appendChild(made.cloneNode(true)), [heading, text] = copy.children;
+    return { made: copy, heading, text, spans: [...text.querySelectorAll(".t")], seen: [...seen] };
   }
   const spanOf = (n, side = 0) => {
     const row = rows[place[n][0]];
@@ -110,14 +62,14 @@
   function paint() {
     const two = shown.metric.method && shown.right >= 0;
     rows.forEach((row, at) => {
-      if (two && !row.panes[1]) row.panes[1] = pane(row.box, at, row.start, false);
+      if (two && !row.panes[1]) row.panes[1] = beside(row);
       row.panes.forEach((pane, side) => {
         const method = side ? shown.right : shown.left;
         pane.made.hidden = side === 1 && !two;
         if (pane.made.hidden) return;
         pane.heading.textContent = shown.metric.method ? methods[method] : `${shown.metric.name}, of the models alone`;
         pane.text.setAttribute("aria-label", `Row ${texts[at].row}, ${pane.heading.textContent}`);
-        for (const span of pane.spans) colour(span, Number(span.dataset.n), method);
+        colour(pane, method);
       });
       row.title.lastChild.textContent = told(at);
     });
@@ -125,12 +77,19 @@
     least();
     if (current >= 0) detail(current);
   }
-  function colour(span, n, method) {
-    const x = value(shown.metric, method, n), none = Number.isNaN(x);
-    span.style.setProperty("--v", none ? 0 : Math.min(1, Math.abs(x) / shown.metric.high).toFixed(3));
-    span.classList.toggle("below", x < 0);
-    span.classList.toggle("none", none);
-    span.classList.toggle("off", off(method, n) || (!shown.metric.method && shown.right >= 0 && off(shown.right, n)));
+  function colour({ spans, seen }, method) {
+    const values = of(shown.metric, method), first = Number(spans[0].dataset.n), { high } = shown.metric;
+    const masses = [method, ...(shown.metric.method || shown.right < 0 ? [] : [shown.right])].map((side) => numbers[`negative_mass ${side}`]);
+    spans.forEach((span, at) => {
+      const x = values[first + at], none = Number.isNaN(x), off = masses.some((mass) => mass[first + at] > 1e-6);
+      const size = none ? "0" : Math.min(1, Math.abs(x) / high).toFixed(3), state = `${size} ${x < 0} ${none} ${off}`;
+      if (state === seen[at]) return;
+      seen[at] = state;
+      span.style.setProperty("--v", size);
+      span.classList.toggle("below", x < 0);
+      span.classList.toggle("none", none);
+      span.classList.toggle("off", off);
+    });
   }
   function told(at) {
     const said = [`${texts[at].count} of ${texts[at].length} tokens supervised`];
@@ -172,7 +131,7 @@
       const start = rows[at].start + index;
       for (let t = Math.max(rows[at].start, start - 6); t < start; t++) write(button, pieces[numbers.tokens[t]], false);
       button.append(write(el("b"), pieces[numbers.tokens[start]], false));
-      const score = by === "suspicion" ? `suspicion ${number(numbers.suspicion[n])}` : `ignored ${number(numbers[`ignored ${methods.indexOf(by)}`][n])}`;
+      const score = by === "suspicion" ? `suspicion ${number(numbers.suspicion[n])}` : `Q ${number(numbers[`q_y ${methods.indexOf(by)}`][n])}`;
       button.append(el("span", "where", `  p ${number(numbers.p_y[n])}, ${score}`));
       return el("li", "", "", button);
     }));
@@ -243,7 +202,7 @@
     for (const metric of metrics) {
       const first = cell(metric.name);
       first.title = metric.says;
-      const values = metric.method ? sides.map((side) => value(metric, side, n)) : [value(metric, 0, n)];
+      const values = metric.method ? sides.map((side) => of(metric, side)[n]) : [of(metric, 0)[n]];
       const cells = values.map((x) => cell(number(x), metric.key === "negative_mass" && x > 1e-6 ? "minus" : ""));
       if (!metric.method) cells[0].colSpan = sides.length;
       body.append(el("tr", "", "", first, ...cells));
@@ -309,15 +268,20 @@
     return best;
   }
   const tokenOf = (event) => event.target.closest?.(".t[data-n]");
-  $("rows").addEventListener("mouseover", (event) => { const span = tokenOf(event); if (span && pinned < 0) show(Number(span.dataset.n)); });
-  $("rows").addEventListener("focusin", (event) => { const span = tokenOf(event); if (span && pinned < 0) show(Number(span.dataset.n)); });
+  // A finger shows a token by its click alone: were the sheet to grow before, it would catch the rest of the tap.
+  for (const kind of ["pointerover", "focusin"]) $("rows").addEventListener(kind, (event) => {
+    const span = tokenOf(event);
+    if (!span || !(event.pointerType === "mouse" || span.matches(":focus-visible"))) return;
+    pointed = Number(span.dataset.n);
+    if (pinned < 0) show(pointed);
+  });
   $("rows").addEventListener("click", (event) => { const span = tokenOf(event); if (span) { pin(Number(span.dataset.n)); focus(span); } });
   document.addEventListener("keydown", (event) => {
     const span = tokenOf(event), typing = event.target.matches?.("input, select");
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key === "Escape") {
       if (event.target === $("find")) focus(stop);
-      else if (pinned >= 0) { pin(pinned); }
+      else if (pinned >= 0) { pin(pinned); if (pointed >= 0) show(pointed); }
       return;
     }
     if (event.key === "/" && !typing) { event.preventDefault(); $("find").focus(); return; }
@@ -406,5 +370,6 @@
   $("detail").append(el("p", "hint", "Point at a token, move to it with the keyboard, or tap it: here is what the student gives, what each target wants, and the difference."));
   stop = rows[0].panes[0].spans[0];
   stop.tabIndex = 0;
+  performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 })();

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.analysis.page import html
-from qlens.analysis.pieces import Pieces
+from qlens.analysis.pieces import Pieces, legible
 from qlens.analysis.ranking import Ranking, jsonl, rank
 from qlens.analysis.summary import Summary, summary_of
 from qlens.batching import IGNORE
@@ -76,7 +76,7 @@ class TokenView:
         """A line per token and method: row, position (from 1), label, method, and the figures that ``summarise`` defines."""
         models = self.summary.models.rename(columns={"entropy": "entropy_p"})
         places = pd.DataFrame(self._places(), columns=["row", "position"])
-        words = {name: [self.pieces[token] for token in models[name]] for name in ("label", "rival")}
+        words = {name: [legible(self.pieces[token]) for token in models[name]] for name in ("label", "rival")}
         base = pd.concat([places, models.assign(**words)], axis=1)
         frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in self.summary.methods.items()]
         return pd.concat(frames, ignore_index=True)
@@ -91,19 +91,21 @@ class TokenView:
         Example:
             >>> view.rank().rows.query("by == 'dft'").head()  # doctest: +SKIP
         """
-        if self.ranked is not None:
-            return self.ranked
+        return self._ranking if self.ranked is None else self.ranked
+
+    @cached_property
+    def _ranking(self) -> Ranking:
         places, models = self._places(), self.summary.models
         strings = {text.row: [self.pieces[token] for token in text.ids] for text in self.texts}
         ends = [(row, position - 1) for row, position in places]
-        shown = {text.row: "".join(strings[text.row][text.places[0] :])[:TEXT] for text in self.texts}
+        shown = {text.row: legible("".join(strings[text.row][text.places[0] :]))[:TEXT] for text in self.texts}
         return rank(
             self.summary,
             rows=[row for row, _ in places],
             positions=[position for _, position in places],
-            pieces=[self.pieces[token] for token in models["label"]],
-            rivals=[self.pieces[token] for token in models["rival"]],
-            contexts=["".join(strings[row][max(0, at - CONTEXT) : at])[-CONTEXT:] for row, at in ends],
+            pieces=[legible(self.pieces[token]) for token in models["label"]],
+            rivals=[legible(self.pieces[token]) for token in models["rival"]],
+            contexts=[legible("".join(strings[row][max(0, at - CONTEXT) : at]))[-CONTEXT:] for row, at in ends],
             texts=shown,
             notes=self.notes,
         )

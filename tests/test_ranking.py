@@ -29,6 +29,7 @@ def made(tokens=TOKENS, notes=()):
     methods = {
         name: pd.DataFrame(
             {
+                "q_y": 1 - each,
                 "ignored": each,
                 "pull": 1 - p_y - each,
                 "trust": np.divide(1 - p_y - each, 1 - p_y, where=p_y < 1, out=np.full(len(p_y), np.nan)),
@@ -63,7 +64,7 @@ def test_tokens_are_ordered_by_what_is_not_on_the_label():
     tokens = of(made().tokens, "mine")
     assert tokens["label"].tolist() == ["w3", "w1", "w4", "w2", "w6", "w0", "w5"], "equal ones by suspicion"
     assert tokens["rank"].tolist() == [1, 2, 2, 4, 5, 6, 7]
-    assert_allclose(tokens["score"], [1.1, 0.8, 0.8, 0.5, 0.3, 0.1, 0.0])
+    assert_allclose(tokens["score"], [-0.1, 0.2, 0.2, 0.5, 0.7, 0.9, 1.0], atol=1e-9)
 
 
 def test_suspicion_has_an_order_of_its_own():
@@ -89,6 +90,8 @@ def test_rounding_makes_ties_and_nan_comes_last():
     tokens = [(1, 0.5, 0.0, 0.3, 1.0), (1, 0.5, 0.0, 0.3 + 1e-9, np.inf), (2, 0.5, 0.0, np.nan, 1.0)]
     ranking = made(tokens)
     mine = of(ranking.tokens, "mine")
+    tiny = of(made([(1, 0.5, 0.0, 1 - q, 1.0) for q in (3e-7, 2e-7, 1e-9, -1e-9)]).tokens, "mine")
+    assert tiny["label"].tolist() == ["w2", "w3", "w1", "w0"] and tiny["rank"].tolist() == [1, 1, 3, 4]
     assert mine["rank"].tolist()[:2] == [1, 1] and np.isnan(mine["rank"].iloc[2])
     assert mine["label"].iloc[0] == "w1", "no limit to suspicion"
     assert np.isnan(of(ranking.rows, "mine").set_index("row").loc[2, "rank"])
