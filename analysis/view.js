@@ -51,6 +51,7 @@
   }
   function beside({ box, panes: [{ made, seen }] }) {
     const copy = box.appendChild(made.cloneNode(true)), [heading, text] = copy.children;
+    for (const span of copy.querySelectorAll('[tabindex="0"]')) span.tabIndex = -1;
     return { made: copy, heading, text, spans: [...text.querySelectorAll(".t")], seen: [...seen] };
   }
   const spanOf = (n, side = 0) => {
@@ -73,6 +74,7 @@
       });
       row.title.lastChild.textContent = told(at);
     });
+    if (stop?.closest(".pane").hidden) reach(spanOf(Number(stop.dataset.n)));
     legend(two);
     least();
     if (current >= 0) detail(current);
@@ -82,13 +84,15 @@
     const masses = [method, ...(shown.metric.method || shown.right < 0 ? [] : [shown.right])].map((side) => numbers[`negative_mass ${side}`]);
     spans.forEach((span, at) => {
       const x = values[first + at], none = Number.isNaN(x), off = masses.some((mass) => mass[first + at] > 1e-6);
-      const size = none ? "0" : Math.min(1, Math.abs(x) / high).toFixed(3), state = `${size} ${x < 0} ${none} ${off}`;
-      if (state === seen[at]) return;
-      seen[at] = state;
-      span.style.setProperty("--v", size);
-      span.classList.toggle("below", x < 0);
-      span.classList.toggle("none", none);
-      span.classList.toggle("off", off);
+      const size = none ? 0 : Math.round(1000 * Math.min(1, Math.abs(x) / high)) / 1000, marks = (x < 0) + 2 * none + 4 * off;
+      const [oldSize, oldMarks] = seen[at] ?? [0, 0];
+      if (size !== oldSize) span.style.setProperty("--v", size);
+      if (marks !== oldMarks) {
+        span.classList.toggle("below", x < 0);
+        span.classList.toggle("none", none);
+        span.classList.toggle("off", off);
+      }
+      seen[at] = [size, marks];
     });
   }
   function told(at) {
@@ -232,11 +236,14 @@
 
   // ---- moving about -------------------------------------------------------------------------------------------------
   let stop = null; // the one token that the Tab key reaches
-  function focus(span) {
-    if (!span) return;
+  function reach(span) {
     if (stop) stop.tabIndex = -1;
     stop = span;
     stop.tabIndex = 0;
+  }
+  function focus(span) {
+    if (!span) return;
+    reach(span);
     span.focus({ preventScroll: true });
     span.scrollIntoView({ block: "nearest" });
     const gap = span.getBoundingClientRect().bottom - ($("detail").getBoundingClientRect().top - 8);
@@ -326,7 +333,7 @@
     span.scrollIntoView({ block: "center" });
     const n = numbers.slots[rows[at].start + first];
     if (n >= 0 && pinned < 0) show(n);
-    if (moves && n >= 0) { if (stop) stop.tabIndex = -1; stop = span; stop.tabIndex = 0; }
+    if (moves && n >= 0) reach(span);
   }
 
   // ---- controls -----------------------------------------------------------------------------------------------------
@@ -368,8 +375,7 @@
   paint();
   for (const note of data.notes) $("notes").append(el("li", "", note));
   $("detail").append(el("p", "hint", "Point at a token, move to it with the keyboard, or tap it: here is what the student gives, what each target wants, and the difference."));
-  stop = rows[0].panes[0].spans[0];
-  stop.tabIndex = 0;
+  reach(rows[0].panes[0].spans[0]);
   performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 })();

@@ -3,7 +3,8 @@
 
 // Four bytes per number; bytes of equal weight lie side by side, which deflates better.
 async function unpack({ blob, layout }) {
-  const packed = Uint8Array.from(atob(blob), (letter) => letter.charCodeAt(0));
+  const letters = atob(blob), packed = new Uint8Array(letters.length);
+  for (let at = 0; at < letters.length; at++) packed[at] = letters.charCodeAt(at);
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
   const planes = new Uint8Array(await new Response(stream).arrayBuffer());
   const count = planes.length / 4, bytes = new Uint8Array(planes.length);
@@ -18,7 +19,7 @@ const NAMES = { 0x9: "⇥", 0x61c: "ALM", 0x200b: "ZWSP", 0x200c: "ZWNJ", 0x200d
   0x202b: "RLE", 0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
   0xad: "SHY", 0xfeff: "BOM", 0xa0: "NBSP" };
 const HIDDEN = /[\p{C}\p{Zl}\p{Zp}\u00a0]/u;
-function name(code) {
+function named(code) {
   if (code >= 0xdc80 && code <= 0xdcff) return (code - 0xdc00).toString(16).toUpperCase(); // a byte of a character in parts
   return NAMES[code] ?? `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
 }
@@ -36,7 +37,7 @@ function write(node, text, breaks = true) {
       if (breaks) node.append("\n");
     } else if (HIDDEN.test(letter)) {
       flush();
-      node.append(el("span", "mark", name(letter.codePointAt(0))));
+      node.append(el("span", "mark", named(letter.codePointAt(0))));
     } else plain += letter;
   }
   flush();

@@ -60,7 +60,7 @@ def token(page, n, side=0):
 
 
 def strength(page, n, side=0):
-    return float(token(page, n, side).evaluate("node => node.style.getPropertyValue('--v')"))
+    return float(token(page, n, side).evaluate("node => getComputedStyle(node).getPropertyValue('--v')"))
 
 
 def cells(page, row):
@@ -169,6 +169,9 @@ def test_everything_works_from_the_keyboard_alone(page):
     assert focused(page) == "find"
     page.keyboard.press("Escape")
     assert focused(page).isdigit()
+    token(page, 4, 1).click()
+    page.select_option("#metric", label="NLL")
+    assert page.locator('.t[tabindex="0"]:visible').count() == 1, "its pane is gone: the tokens are still reached"
 
 
 def test_find_goes_through_the_text_across_tokens(page):
