@@ -90,7 +90,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
         >>> import qlens
         >>> tokens = Tokens(logits=torch.tensor([[0.0, 1.0, 2.0]]), labels=torch.tensor([1]))
         >>> made = summarise(tokens, [qlens.get("dft")], candidates=2)
-        >>> made.ids.tolist(), made.models["doubt"].tolist()
+        >>> made.ids.tolist(), made.models["doubt"].round(3).tolist()
         ([[2, 1]], [1.0])
     """
     targets = {variant.spec: variant.target(tokens).at("unit") for variant in variants}
