@@ -39,9 +39,11 @@ __all__ = [
     "names",
     "probes",
     "register",
+    "view",
 ]
 
-_LAZY = {"QTrainer": "qlens.training", "compare": "qlens.analysis.compare"}  # these import transformers and matplotlib
+# these import transformers and matplotlib
+_LAZY = {"QTrainer": "qlens.training", "compare": "qlens.analysis.compare", "view": "qlens.analysis.view"}
 
 
 def __getattr__(name: str) -> Any:

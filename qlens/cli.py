@@ -14,6 +14,7 @@ import qlens
 from qlens import cards, params
 from qlens.errors import InputError
 from qlens.files import written
+from qlens.own import own_models, own_tokens
 
 app = typer.Typer(
     help="See and design the target distribution behind any supervised fine-tuning loss.",
@@ -81,7 +82,7 @@ def _list_distances(
     tokens = None
     if model or teacher or reference or data:
         needs = ("old", "second", "negatives")
-        tokens = _own_tokens(model, teacher, reference, data, rows, device, dtype, needs)["tokens"]
+        tokens = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)["tokens"]
     found = distances(tokens)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
 
@@ -123,7 +124,7 @@ def explain(
     if path is not None and path.suffix not in FIGURES:
         raise InputError(f"--figure {path}: a figure ends in one of {', '.join(FIGURES)}")
     if model or data or teacher or reference:
-        where = _own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
+        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
     read = qlens.explain(variant, **where)
     print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
@@ -201,36 +202,55 @@ def compare(
         raise typer.Exit(1)
 
 
-def _own_tokens(
-    model: str | None,
-    teacher: str | None,
-    reference: str | None,
-    data: Path | None,
-    rows: int,
-    device: str,
-    dtype: Any,
-    needs: tuple[str, ...],
-) -> dict[str, Any]:
-    """Tokens of the user's model on the user's text, and how to print them."""
-    if model is None or data is None:
-        raise InputError("--model and --data go together: a model folder and a JSON Lines file")
-    from qlens import data as texts
-    from qlens import sources
-    from qlens.reading import tokens_from_examples
-
-    read = texts.read_rows(data)
-    tokenizer = sources.load_tokenizer(model)
-    loaded = {"model": sources.load_model(model, device, dtype)}
-    for name, folder in (("teacher", teacher), ("reference", reference)):
-        if folder is not None:
-            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
-            loaded[name] = sources.load_model(folder, device, dtype)
-    encoded = texts.encode(read, tokenizer, sources.shortest_context(*loaded.values()))
-    used = encoded.examples[:rows]
-    said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
-    typer.echo(said, err=True)
-    tokens = tokens_from_examples(examples=used, needs=needs, **loaded)
-    return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
+@app.command()
+def view(
+    model: Folder = None,
+    data: Data = None,
+    text: Annotated[str | None, typer.Option(help="A text instead of a file.", show_default="none")] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(
+            help="Specs and FILE.py:FUNCTIONs, comma-separated.",
+            show_default="sft,dft; with a teacher also target_sft,kd",
+        ),
+    ] = None,
+    teacher: Folder = None,
+    reference: Folder = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="How many rows of the data to read.", show_default="8; all with --rank")
+    ] = None,
+    rank: Annotated[
+        bool, typer.Option("--rank", help="Order tokens and rows by how little the targets trust their labels.")
+    ] = False,
+    top: Annotated[int, typer.Option(min=1, help="With --rank: how many of every order are printed and shown.")] = 10,
+    out: Annotated[
+        Path | None, typer.Option(help="The page.", show_default="view.html; none with --rank or --json")
+    ] = None,
+    candidates: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary kept per position.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, an object per token (and row).")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+) -> None:
+    """Show token by token what each target wants, as one HTML file; or rank what the targets trust least."""
+    path = out or (None if rank or as_json else Path("view.html"))
+    if path is not None and not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}")
+    loaded, rows_read = own_models(model, teacher, reference, data, device, dtype, text)
+    made = qlens.view(
+        **loaded,
+        text=rows_read,
+        variants=params.split_specs(variants) if variants else None,
+        candidates=1 if path is None else candidates,
+        rows=rows or (None if rank else 8),
+    )
+    typer.echo(f"{made}; {len(made.skipped)} rows left out", err=True)
+    if rank:
+        print(made.rank().to_jsonl(top) if as_json else made.rank().table(top))
+    elif as_json:
+        print(made.to_jsonl())
+    if path is not None:
+        (made.top(top) if rank else made).save(path)
+        typer.echo(f"View: {path} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
 
 
 def _slug(spec: str) -> str:

@@ -133,15 +133,23 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
         raise InputError(f"max_length must be at least 2, got {max_length}")
     if not rows:
         raise InputError("rows is empty: nothing to encode")
-    examples = [_example(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
-    kept = [example for example in examples if max_length is None or len(example["input_ids"]) <= max_length]
+    examples = [example(row, tokenizer, f"row {number}") for number, row in enumerate(rows, 1)]
+    for number, made in enumerate(examples, 1):
+        if all(label == IGNORE for label in made["labels"]):
+            raise InputError(f"row {number}: no token of it would be supervised")
+    kept = [made for made in examples if max_length is None or len(made["input_ids"]) <= max_length]
     if not kept:
-        shortest = min(len(example["input_ids"]) for example in examples)
+        shortest = min(len(made["input_ids"]) for made in examples)
         raise InputError(f"max_length={max_length} drops all {len(rows)} rows: the shortest has {shortest} tokens")
     return Encoded(kept, len(examples) - len(kept))
 
 
-def _example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
+def example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
+    """Token ids and labels of one row, as ``encode`` writes them, of any length; perhaps nothing in it is supervised.
+
+    Raises:
+        InputError: a malformed row, or a chat template as in ``encode``; ``where`` begins the message.
+    """
     kind = check_row(row, where)
     if kind == ("text",):
         pieces = [(_optional(tokenizer.bos_token_id), False), (_ids(tokenizer, row["text"]), True)]
@@ -152,8 +160,6 @@ def _example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[s
     ids = [token for piece, _ in pieces for token in piece]
     labels = [token if supervised else IGNORE for piece, supervised in pieces for token in piece]
     labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
-    if all(label == IGNORE for label in labels):
-        raise InputError(f"{where}: no token of it would be supervised")
     return {"input_ids": ids, "labels": labels}
 
 

@@ -33,7 +33,7 @@ def tokens_from_text(
     """
     if isinstance(rows, str) or not len(rows):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
-    examples = encode([_row(row) for row in rows], tokenizer, None).examples
+    examples = encode([row_of(row) for row in rows], tokenizer, None).examples
     return tokens_from_examples(
         model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
     )
@@ -63,8 +63,7 @@ def tokens_from_examples(
     others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
     for name, other in others.items():
         check_same_vocabulary(model, other, name)
-    for name, each in {"model": model, **others}.items():
-        _check_fits(examples, each, name)
+    check_fits(examples, {"model": model, **others})
     parts, sequences = [], 0
     for tokens in token_batches(model, examples, batch_size, needs, **others):
         part = tokens.fields()
@@ -100,7 +99,8 @@ def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch
     return {name: value.to(device) for name, value in batch.items()}
 
 
-def _row(row: Any) -> Any:
+def row_of(row: Any) -> Any:
+    """A row of data from a text or a (prompt, completion) pair; anything else as it is."""
     if isinstance(row, str):
         return {"text": row}
     if isinstance(row, (tuple, list)) and len(row) == 2:
@@ -108,11 +108,17 @@ def _row(row: Any) -> Any:
     return row
 
 
-def _check_fits(examples: list[dict[str, list[int]]], model: nn.Module, name: str) -> None:
-    limit, size = context_length(model), vocabulary_size(model)
-    for number, example in enumerate(examples, 1):
-        ids = example["input_ids"]
-        if limit is not None and len(ids) > limit:
-            raise InputError(f"row {number} has {len(ids)} tokens, but the {name}'s context is {limit}")
-        if max(ids) >= size:
-            raise InputError(f"row {number} has a token {max(ids)}, but the {name}'s vocabulary is {size}")
+def check_fits(examples: Sequence[Mapping[str, Sequence[int]]], models: Mapping[str, nn.Module]) -> None:
+    """Whether encoded rows fit every model, by name.
+
+    Raises:
+        InputError: a row beyond a model's context or vocabulary.
+    """
+    for name, model in models.items():
+        limit, size = context_length(model), vocabulary_size(model)
+        for number, example in enumerate(examples, 1):
+            ids = example["input_ids"]
+            if limit is not None and len(ids) > limit:
+                raise InputError(f"row {number} has {len(ids)} tokens, but the {name}'s context is {limit}")
+            if max(ids) >= size:
+                raise InputError(f"row {number} has a token {max(ids)}, but the {name}'s vocabulary is {size}")

@@ -1,4 +1,4 @@
-"""For every test: one thread, which is fastest for tiny models and the same on every machine; and a comparison to try."""
+"""For every test: one thread, which is fastest for tiny models and the same on every machine; a comparison to try; a browser."""
 
 import json
 
@@ -34,3 +34,28 @@ def compare(own, tmp_path):
         return qlens.compare(variants, **options)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """A headless Chromium, or a reason to skip."""
+    from browser import launched
+
+    with launched() as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(chromium):
+    """Open a file in a fresh window: a page that fails the test if it logs an error or asks for anything beyond itself."""
+    from browser import Watched
+
+    watched = []
+
+    def call(path, **window):
+        watched.append(Watched(chromium, path, window))
+        return watched[-1].page
+
+    yield call
+    for each in watched:
+        each.close()

@@ -14,7 +14,9 @@ from readme import block, generated, python_blocks
 import qlens
 
 ROOT = Path(__file__).parent.parent
-LOOK = "import qlens, qlens.analysis.plots; print(qlens.__file__); print(' '.join(qlens.names()))"
+LOOK = """import qlens, qlens.analysis.plots, qlens.analysis.page as page
+assert all((page.HERE / part).is_file() for part in (page.TEMPLATE, *page.STYLE, *page.SCRIPT)), "parts of the page are left out"
+print(qlens.__file__); print(' '.join(qlens.names()))"""
 
 
 @pytest.fixture(scope="module")

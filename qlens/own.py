@@ -1,0 +1,60 @@
+"""The user's own models and text, as the command line names them: folders and files, loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qlens.errors import InputError
+
+
+def own_tokens(
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
+    data: Path | None,
+    rows: int,
+    device: str,
+    dtype: Any,
+    needs: tuple[str, ...],
+) -> dict[str, Any]:
+    """Tokens of the user's model on the user's text, and how to print them."""
+    from qlens import data as texts
+    from qlens import sources
+    from qlens.reading import tokens_from_examples
+
+    loaded, read = own_models(model, teacher, reference, data, device, dtype)
+    tokenizer = loaded.pop("tokenizer")
+    encoded = texts.encode(read, tokenizer, sources.shortest_context(*loaded.values()))
+    used = encoded.examples[:rows]
+    said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
+    typer.echo(said, err=True)
+    tokens = tokens_from_examples(examples=used, needs=needs, **loaded)
+    return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
+
+
+def own_models(
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
+    data: Path | None,
+    device: str,
+    dtype: Any,
+    text: str | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """The user's models and tokenizer by their names, and the rows of the user's data, or the text given instead."""
+    if model is None or (data is None and text is None):
+        raise InputError("--model and --data go together: a model folder and a JSON Lines file")
+    if data is not None and text is not None:
+        raise InputError("--text and --data: give one of them")
+    from qlens import data as texts
+    from qlens import sources
+
+    read = text if data is None else texts.read_rows(data)
+    tokenizer = sources.load_tokenizer(model)
+    loaded = {"model": sources.load_model(model, device, dtype), "tokenizer": tokenizer}
+    for name, folder in (("teacher", teacher), ("reference", reference)):
+        if folder is not None:
+            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
+            loaded[name] = sources.load_model(folder, device, dtype)
+    return loaded, read
