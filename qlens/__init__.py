@@ -29,6 +29,7 @@ __all__ = [
     "TopK",
     "UnknownName",
     "Variant",
+    "Watch",
     "check",
     "compare",
     "destination",
@@ -41,7 +42,8 @@ __all__ = [
     "register",
 ]
 
-_LAZY = {"QTrainer": "qlens.training", "compare": "qlens.analysis.compare"}  # these import transformers and matplotlib
+# these import transformers and matplotlib
+_LAZY = {"QTrainer": "qlens.training", "Watch": "qlens.watch", "compare": "qlens.analysis.compare"}
 
 
 def __getattr__(name: str) -> Any:

@@ -75,15 +75,21 @@ class Ticker(TrainerCallback):
 
 
 @contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed."""
-    states, threads = (random.getstate(), np.random.get_state()), torch.get_num_threads()
-    torch.set_num_threads(1)
+def isolated(seed: int, threads: int | None = 1) -> Iterator[None]:
+    """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed.
+
+    Args:
+        seed: of torch, on every device in use.
+        threads: of torch; None leaves them as they are.
+    """
+    states, before = (random.getstate(), np.random.get_state()), torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(seed)
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         random.setstate(states[0])
         np.random.set_state(states[1])
