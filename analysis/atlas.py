@@ -130,7 +130,7 @@ def _name_beside(ax: Axes, places: pd.DataFrame, names: dict[str, str], points: 
         ]
         costs = [_overlap((left, low, left + wide, low + tall), taken, size) for left, low in boxes]
         left, low = boxes[int(np.argmin(costs))]
-        taken.append((left, low, left + wide, low + tall))
+        taken.append((left - 4, low, left + wide + 4, low + tall))
         off = np.hypot(left + wide / 2 - x, low + tall / 2 - y) - wide / 2
         line = {"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if off > 10 else None
         options = {"textcoords": "offset points", "fontsize": SMALL, "color": INK, "va": "center", "ha": "left"}

@@ -16,6 +16,7 @@ from qlens.tokens import Tokens
 Losses = Iterable[Variant | str | Callable] | Mapping[str, Variant | str | Callable]
 REST = (0.7, 0.2, 0.1)  # of what the label leaves: the strongest rival's share, and two others'
 TEACHER = (0.35, 0.5, 0.1, 0.05)  # prefers the rival, as in ``destination``
+LEAST = 0.005  # a probability that a bar can show
 REST_OF_VOCABULARY = "(rest)"
 
 
@@ -91,7 +92,8 @@ def candidates(
     """One token's p and Q over its top tokens, as ``plot_update`` and ``plot_target`` draw them.
 
     Shown are the label and the ``top`` tokens that the student or any of the targets holds most likely or pushes down most,
-    by p; the others together are ``(rest)``. Columns: method, token, label, p, q; the update is -g = q - p.
+    in the order of p, down to half a percent; the others together are ``(rest)``.
+    Columns: method, token, label, p, q; the update is -g = q - p.
 
     Args:
         losses: specs, Variants or callables, or these by name.
@@ -114,11 +116,12 @@ def candidates(
     q = torch.stack([target.q[at].double() for target in targets.values()])
     weight = torch.cat([p[None], q.abs()]).amax(0)
     weight[label] = torch.inf
-    ids = weight.topk(min(top, len(p))).indices.tolist()
+    most = weight.topk(min(top, len(p)))
+    ids = most.indices[most.values >= LEAST].tolist()
     ids.sort(key=lambda token: -float(p[token]))
     rest = torch.ones_like(p, dtype=torch.bool)
     rest[ids] = False
-    names = [pieces(token) for token in ids]
+    names = [_text(pieces, token) for token in ids]
     parts = []
     for name, row in zip(targets, q, strict=True):
         frame = pd.DataFrame({"method": name, "token": names, "label": [token == label for token in ids]})
@@ -160,7 +163,7 @@ def along(losses: Losses, tokens: Tokens, *, pieces: Callable[[int], str] = str)
         }
         frame = _frame(columns, method=name)
         frame.insert(1, "position", range(len(tokens)))
-        frame.insert(2, "token", [pieces(int(label)) for label in tokens.labels])
+        frame.insert(2, "token", [_text(pieces, int(label)) for label in tokens.labels])
         parts.append(frame)
     return pd.concat(parts, ignore_index=True)
 
@@ -209,6 +212,11 @@ def _targets(losses: Losses, tokens: Tokens) -> dict[str, Target]:
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"losses has {twice!r} twice: give each once, or a dict with a name for each")
     return {name: resolve(each).target(tokens).at("unit") for name, each in named.items()}
+
+
+def _text(pieces: Callable[[int], str], token: int) -> str:
+    """The text of a token; half a character (a lone surrogate), which no frame or file holds, as its escape."""
+    return pieces(token).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _frame(columns: Mapping[str, Tensor], method: str) -> pd.DataFrame:

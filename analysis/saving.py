@@ -62,7 +62,7 @@ def check_path(path: Path, name: str = "path") -> Path:
 
 
 def image(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:
-    """A figure as the bytes of a file; the same for the same figure."""
+    """A figure as the bytes of a file; the same for a figure made and drawn alike."""
     stream = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "qlens"}):
         figure.savefig(stream, format=kind, dpi=dpi, metadata=BARE[kind])

@@ -26,10 +26,12 @@ def fit(
     teacher: PreTrainedModel | None = None,
     reference: PreTrainedModel | None = None,
     tick: Callable[[], None] = lambda: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Train a model in place, on its own device, with QTrainer: AdamW, 5 % warm-up, linear decay.
 
-    At one seed every method sees the same batches in the same order; ``tick`` is called after every step.
+    At one seed every method sees the same batches in the same order; ``tick`` is called after every step, and
+    ``callbacks`` are the Trainer's.
 
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
@@ -56,7 +58,7 @@ def fit(
             teacher=teacher,
             reference=reference,
             train_dataset=examples,
-            callbacks=[Ticker(tick)],
+            callbacks=[Ticker(tick), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
