@@ -1,67 +1,14 @@
 """Plots on one Axes each, from the tables that ``compare`` and ``explain`` return; nothing is computed, shown or saved here."""
 
-import re
 from collections.abc import Iterable
-from typing import Any, NamedTuple
-from zlib import crc32
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
+from qlens.analysis.look import FAINT, GREY, HATCH, INK, clean, current, name_ticks, need, note, short, shown, styles
 from qlens.errors import InputError
-
-
-class Style(NamedTuple):
-    """How a method is drawn, everywhere."""
-
-    color: str
-    marker: str
-
-
-# Okabe and Ito's colours and two of Tol's: told apart by colour-blind readers; markers tell them apart in grey.
-STYLES = {
-    "base": Style("#666666", "X"),
-    "sft": Style("#0072B2", "o"),
-    "dft": Style("#E69F00", "s"),
-    "kd": Style("#009E73", "^"),
-    "kd_hybrid": Style("#117733", "<"),
-    "label_smoothing": Style("#56B4E9", "v"),
-    "asft_anchored": Style("#CC79A7", "P"),
-    "target_sft": Style("#D55E00", "D"),
-    # the controls: near their parent in colour
-    "target_sft_base_teacher": Style("#8C4A1B", ">"),
-    "target_sft_shuffled_teacher": Style("#882255", "d"),
-    "target_sft_constant_trust": Style("#F0806A", "p"),
-    "kd_hybrid_tuned": Style("#117733", "h"),
-    "sft_equal_compute": Style("#004488", "*"),
-}
-# filled markers alone: their edge is white
-SPARE = [Style(c, m) for m in "ph>*d8" for c in ("#332288", "#225555", "#999933", "#44AA99", "#AA4499", "#6699CC")]
-INK, GREY, FAINT = "#222222", "#9a9a9a", "#d9d9d9"
-
-
-def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker per method: its own where it has one, else by its name, clashes avoided within the call.
-
-    Example:
-        >>> styles(["dft"])["dft"].marker
-        's'
-    """
-    methods = list(dict.fromkeys(methods))
-    chosen = {name: STYLES[name] for name in methods if name in STYLES}
-    for name in sorted(set(methods) - set(chosen)):
-        start = crc32(name.encode())
-        turns = [SPARE[(start + step) % len(SPARE)] for step in range(len(SPARE))]
-        chosen[name] = next((style for style in turns if style not in chosen.values()), turns[0])
-    return {name: chosen[name] for name in methods}
-
-
-def short(method: str, letters: int = 28) -> str:
-    """A method's name as it fits into a figure: a file without its folders, the middle of a long spec left out."""
-    name = re.sub(r"^[^(]*/", "", method)
-    return name if len(name) <= letters else f"{name[: letters - 8]}...{name[-5:]}"
 
 
 def plot_scores(
@@ -135,8 +82,8 @@ def plot_trust(
     """
     ax = current(ax)
     need(data, "method", "p_y", "trust")
-    ax.plot([0, 1], [1, 1], color="#9a9a9a", lw=0.9, ls="-", zorder=1)
-    ax.plot([0, 1], [0, 1], color="#9a9a9a", lw=0.9, ls="--", zorder=1)
+    ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, ls="-", zorder=1)
+    ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
     low, high = window
     edge = (high - low) / 40
     outside = ~data["trust"].between(low, high)
@@ -156,8 +103,7 @@ def plot_trust(
         }
         ax.plot(beyond["p_y"], beyond["trust"].clip(low + edge, high - edge), **hollow)
     if outside.any():
-        note = f"hollow: {int(outside.sum())} beyond the axis"
-        ax.annotate(note, (0.02, 0.93), xycoords="axes fraction", fontsize=8, color="#6b6b70")
+        note(ax, f"hollow: {int(outside.sum())} beyond the axis", y=0.93)
     ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel="effective trust in the label")
     return clean(ax)
 
@@ -198,39 +144,8 @@ def plot_target(
         options = {"width": 0.86 * width, "color": style.color, "zorder": 3, "label": method} | bar
         for patch, q in zip(ax.bar(at, rows["q"], **options), rows["q"], strict=True):
             if q < 0:
-                patch.set(hatch="/////", facecolor="white", edgecolor=style.color, linewidth=0.6)
+                patch.set(hatch=HATCH, facecolor="white", edgecolor=style.color, linewidth=0.6)
     ax.axhline(0, color=INK, lw=0.8, zorder=4)
-    ax.set_xticks(range(len(tokens)), tokens)
-    for text in ax.get_xticklabels():
-        text.set_parse_math(False)  # a token may well be a dollar sign
-        text.set_fontweight("bold" if text.get_text() == label else "normal")
-    ax.tick_params(axis="x", length=0)
+    name_ticks(ax.xaxis, [shown(token) for token in tokens], bold=None if label is None else shown(label))
     ax.set(xlim=(-0.6, len(tokens) - 0.4), ylabel="probability")
     return clean(ax, grid="y")
-
-
-def current(ax: Axes | None) -> Axes:
-    """The Axes given, or pyplot's current ones."""
-    if ax is None:
-        from matplotlib import pyplot  # only here: with ``ax`` given, no backend is chosen and no window can open
-
-        return pyplot.gca()
-    return ax
-
-
-def clean(ax: Axes, grid: str = "both") -> Axes:
-    """The house's look: no box, a pale grid behind, few ticks."""
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(True, axis=grid, color="#ececec", lw=0.7, zorder=0)
-    ax.set_axisbelow(True)
-    ax.tick_params(labelsize=9)
-    if grid != "x" and ax.get_yscale() == "linear":
-        ax.yaxis.set_major_locator(MaxNLocator(6))
-    return ax
-
-
-def need(data: pd.DataFrame, *columns: str) -> None:
-    """Raise InputError if data lacks one of the columns."""
-    missing = [name for name in columns if name not in data]
-    if missing:
-        raise InputError(f"data lacks {', '.join(missing)}; it has {', '.join(map(str, data.columns))}")

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from qlens.analysis.axes import GREY, INK, STYLES, clean, short
+from qlens.analysis.look import GREY, INK, STYLES, clean, short
 
 COLORS = [STYLES[name].color for name in ("sft", "target_sft", "kd", "asft_anchored", "dft", "label_smoothing")]
 NEVER = "never a label"

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from qlens.analysis.axes import INK, Style, clean, current, need, short, styles
+from qlens.analysis.look import GREY, INK, Style, clean, current, need, note, short, styles
 from qlens.errors import InputError
 
 ALPHA = 0.05
@@ -58,6 +58,7 @@ def plot_differences(
     ax: Axes | None = None,
     label: str = "score",
     methods: Iterable[str] | None = None,
+    key: bool = True,
     **errorbar: Any,
 ) -> Axes:
     """Differences against one method, a row each, with their intervals; filled where the corrected p is below .05.
@@ -67,6 +68,7 @@ def plot_differences(
         ax: where to draw; the current Axes by default.
         label: what is different.
         methods: which share the colours, if more than in the table.
+        key: whether a note says what filled and hollow mean.
         errorbar: to ``Axes.errorbar``.
 
     Raises:
@@ -80,9 +82,10 @@ def plot_differences(
         options |= {"markerfacecolor": style.color if sure else "white", "markeredgewidth": 1.2} | errorbar
         ax.errorbar(row["mean"], at, xerr=_ends(row), label=row["method"], **options)
     ax.set_yticks(range(len(table)), [short(method) for method in table["method"]])
-    ax.set_ylim(len(table) + 0.2, -0.5)  # the last row is the note's
+    ax.set_ylim(len(table) - (-0.2 if key else 0.5), -0.5)  # the last row is the note's
     ax.tick_params(axis="y", length=0)
-    _note(ax, f"filled: p < {ALPHA:g} (Holm), hollow: not")
+    if key:
+        note(ax, f"filled: p < {ALPHA:g} (Holm), hollow: not")
     ax.set_xlabel(f"difference in {label}\nagainst {short(next(iter(table['against']), ''))}, 95 % interval")
     return clean(ax, grid="x")
 
@@ -143,7 +146,7 @@ def plot_truth(
         InputError: columns are missing, or there is more than one setting.
     """
     ax, look = _begin(ax, data, methods, "trust", "good", "n", "auroc")
-    ax.plot([0, 1], [0, 1], color="#9a9a9a", lw=0.9, zorder=1)
+    ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, zorder=1)
     most, keys = data["n"].max(), []
     for method, rows in data.groupby("method", sort=False):
         style, auroc = look[str(method)], rows["auroc"].iloc[0]
@@ -155,7 +158,7 @@ def plot_truth(
         ax.scatter(rows["trust"], rows["good"], facecolors=[pale], edgecolors=[style.color], **dots)
         keys.append(Line2D([], [], ls="", marker=style.marker, label=name, ms=6, mew=1.1, mec=style.color, mfc=pale))
     if beyond := int(data.loc[~data["trust"].between(*WINDOW), "n"].sum()):
-        _note(ax, f"{beyond} labels beyond the axis", 0.98, ha="right")
+        note(ax, f"{beyond} labels beyond the axis", 0.98, ha="right")
     ax.set(xlim=WINDOW, ylim=WINDOW, xlabel="trust in the label", ylabel="share of good labels")
     if keys:
         beside = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False, "handletextpad": 0.2}
@@ -172,11 +175,6 @@ def _begin(
         if column in data and data[column].nunique() > 1:
             raise InputError(f"one {column} can be drawn at a time, got {sorted(data[column].unique())}: select one")
     return current(ax), styles([*(() if methods is None else methods), *data["method"]])
-
-
-def _note(ax: Axes, text: str, x: float = 0.02, **options: Any) -> None:
-    paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-    ax.annotate(text, (x, 0.02), xycoords="axes fraction", fontsize=8, color="#6b6b70", zorder=4, bbox=paper, **options)
 
 
 def _ends(row: pd.Series) -> list[list[float]] | None:

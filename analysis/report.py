@@ -1,7 +1,6 @@
 """The run folder and its report: tables, figures with their data, and one HTML page that needs nothing else."""
 
 import base64
-import io
 import json
 from collections.abc import Iterable, Mapping
 from html import escape
@@ -9,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from qlens.analysis.plots import PANELS, figure_study, panel_data
 from qlens.analysis.recipes import CONTROLS
+from qlens.analysis.saving import save_figure
 from qlens.analysis.search import RULE
 from qlens.analysis.study import FILES, Study
 from qlens.analysis.tables import MEASURED, blocks
-from qlens.files import write_json, write_text, written
+from qlens.files import write_json, write_text
 
-DPI = 200
 CAPTIONS = {
+    "settings": "All settings on one axis: means with 95 % intervals over seeds and items.",
     "scores": "Means with 95 % intervals over seeds and items (two-way random effects, t, Satterthwaite). The dashed "
     "line is the start.",
     "differences": "Differences against one method, paired by seed and item, with their single 95 % intervals. Filled: p "
@@ -85,10 +84,9 @@ def save(study: Study, folder: Path) -> None:
     write_text(folder / "table.md", study.to_markdown())
     figures = {}
     for name in panels(study):
-        figures[name] = png(figure_study(study, (name,)))
-        write_text(folder / f"figures/{name}.csv", panel_data(study, name).to_csv(index=False))
-        with written(folder / f"figures/{name}.png") as partial:
-            partial.write_bytes(figures[name])
+        figures[name] = save_figure(
+            figure_study(study, (name,)), folder / f"figures/{name}.png", panel_data(study, name)
+        )
     write_text(folder / "report.html", html(study, figures))
     write_json(folder / "config.json", study.config)
 
@@ -96,13 +94,6 @@ def save(study: Study, folder: Path) -> None:
 def panels(study: Study) -> list[str]:
     """The figures there is something to draw in: without a variant, there are no targets."""
     return [name for name in PANELS if len(panel_data(study, name))]
-
-
-def png(figure: Figure) -> bytes:
-    """A figure as a PNG file; the same bytes for the same figure."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=DPI, metadata={"Software": None})
-    return stream.getvalue()
 
 
 def html(study: Study, figures: dict[str, bytes]) -> str:

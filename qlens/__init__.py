@@ -29,6 +29,7 @@ __all__ = [
     "TopK",
     "UnknownName",
     "Variant",
+    "Watch",
     "check",
     "compare",
     "destination",
@@ -43,7 +44,12 @@ __all__ = [
 ]
 
 # these import transformers and matplotlib
-_LAZY = {"QTrainer": "qlens.training", "compare": "qlens.analysis.compare", "view": "qlens.analysis.view"}
+_LAZY = {
+    "QTrainer": "qlens.training",
+    "Watch": "qlens.watch",
+    "compare": "qlens.analysis.compare",
+    "view": "qlens.analysis.view",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,6 @@ from rich.table import Table
 import qlens
 from qlens import cards, params
 from qlens.errors import InputError
-from qlens.files import written
 from qlens.own import own_models, own_tokens
 
 app = typer.Typer(
@@ -22,8 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-FIGURES = (".png", ".pdf", ".svg")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face model folder.", show_default="none")]
@@ -50,12 +47,16 @@ def list_methods(
     as_json: Json = False,
     device: Device = "cpu",
     dtype: Dtype = None,
+    figure: Annotated[
+        Path | None,
+        typer.Option(help="With --distances: draw them as a tree, its data beside it.", show_default="none"),
+    ] = None,
 ) -> None:
     """List the registered methods: trust, residual, scale, needs, paper; or how they relate, on probes or on your own text."""
     if near:
-        return _list_distances(model, teacher, reference, data, rows, as_json, device, dtype)
-    if model or teacher or reference or data:
-        raise InputError("--model, --teacher, --reference and --data go with --distances")
+        return _list_distances(model, teacher, reference, data, rows, as_json, device, dtype, figure)
+    if model or teacher or reference or data or figure:
+        raise InputError("--model, --teacher, --reference, --data and --figure go with --distances")
     if as_json:
         return print(json.dumps(cards.summaries(), indent=2))
     table = Table(*cards.COLUMNS, box=None, header_style="bold", pad_edge=False)
@@ -76,15 +77,24 @@ def _list_distances(
     as_json: bool,
     device: str,
     dtype: Any,
+    figure: Path | None,
 ) -> None:
     from qlens.distances import distances
 
+    if figure is not None:
+        from qlens.analysis.plots import save_figure
+        from qlens.analysis.saving import check_path
+
+        check_path(figure, "--figure")
     tokens = None
     if model or teacher or reference or data:
         needs = ("old", "second", "negatives")
         tokens = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)["tokens"]
     found = distances(tokens)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    if figure is not None:
+        save_figure(found.plot(), figure, found.angles().reset_index())
+        typer.echo(f"Figure: {figure}", err=as_json)
 
 
 @app.command()
@@ -110,7 +120,9 @@ def explain(
     reference: Folder = None,
     data: Data = None,
     rows: Rows = 32,
-    figure: Annotated[Path | None, typer.Option(help="Where the figure goes.", show_default="explain-NAME.png")] = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Where the figure goes, its data beside it.", show_default="explain-NAME.png")
+    ] = None,
     latex: Annotated[bool, typer.Option("--latex", help="Print the table as LaTeX.")] = False,
     as_json: Json = False,
     device: Device = "cpu",
@@ -119,17 +131,17 @@ def explain(
     """Show the target a loss trains toward, on built-in probes or on your own model and text."""
     variant, where = qlens.get(loss), {}
     path = figure or (None if as_json or latex else Path(f"explain-{_slug(loss)}.png"))
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"--figure {path}: there is no folder {path.parent}")
-    if path is not None and path.suffix not in FIGURES:
-        raise InputError(f"--figure {path}: a figure ends in one of {', '.join(FIGURES)}")
+    if path is not None:
+        from qlens.analysis.plots import explain_data, save_figure
+        from qlens.analysis.saving import check_path
+
+        check_path(path, "--figure")
     if model or data or teacher or reference:
         where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
     read = qlens.explain(variant, **where)
     print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
-        with written(path) as partial:
-            read.plot().savefig(partial, format=path.suffix[1:], dpi=200)
+        save_figure(read.plot(), path, explain_data(read))
         typer.echo(f"Figure: {path}", err=as_json)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from scipy.integrate import LSODA
@@ -59,6 +60,12 @@ class Destination:
         if not self.settled:
             return f"With labels {labels} it has reached {where} at t = {self.times[-1]:.2g} and is still moving."
         return f"With labels {labels} it ends at {where}: {self._verdict()}."
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """What the figure shows: time, and the probability of every entry, p_0, p_1, ..."""
+        columns = {f"p_{entry}": probs for entry, probs in enumerate(self.probs.T)}
+        return pd.DataFrame({"time": self.times, **columns})
 
     def plot(self) -> Any:
         """The figure: every entry's probability against time (matplotlib)."""

@@ -96,6 +96,12 @@ class Distances:
             ]
         return found
 
+    def plot(self) -> Any:
+        """The figure: the methods as a tree of the angles between their gradients (matplotlib)."""
+        from qlens.analysis.plots import figure_atlas
+
+        return figure_atlas(self.angles())
+
     def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {

@@ -26,10 +26,12 @@ def fit(
     teacher: PreTrainedModel | None = None,
     reference: PreTrainedModel | None = None,
     tick: Callable[[], None] = lambda: None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
     """Train a model in place, on its own device, with QTrainer: AdamW, 5 % warm-up, linear decay.
 
-    At one seed every method sees the same batches in the same order; ``tick`` is called after every step.
+    At one seed every method sees the same batches in the same order; ``tick`` is called after every step, and
+    ``callbacks`` are the Trainer's.
 
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
@@ -56,7 +58,7 @@ def fit(
             teacher=teacher,
             reference=reference,
             train_dataset=examples,
-            callbacks=[Ticker(tick)],
+            callbacks=[Ticker(tick), *callbacks],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -75,15 +77,21 @@ class Ticker(TrainerCallback):
 
 
 @contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed."""
-    states, threads = (random.getstate(), np.random.get_state()), torch.get_num_threads()
-    torch.set_num_threads(1)
+def isolated(seed: int, threads: int | None = 1) -> Iterator[None]:
+    """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed.
+
+    Args:
+        seed: of torch, on every device in use.
+        threads: of torch; None leaves them as they are.
+    """
+    states, before = (random.getstate(), np.random.get_state()), torch.get_num_threads()
+    torch.set_num_threads(before if threads is None else threads)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=list(devices)):
             torch.manual_seed(seed)
             yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         random.setstate(states[0])
         np.random.set_state(states[1])

@@ -107,14 +107,15 @@ def freeze(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """The model in evaluation mode and without gradients for as long as the context lasts."""
-    training = model.training
+    """The model in evaluation mode and without gradients for as long as the context lasts; then each part as it was."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad():
             yield model
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()

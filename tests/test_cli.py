@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import qlens
@@ -58,6 +59,9 @@ def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
     assert code == 0, err
     assert "sft x 2: the same gradient up to this factor" in out
     assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
+    shown = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
+    assert {"p_y", "q_label", "trust"} <= set(shown) and len(shown) == 57
+    assert {"time", "p_0"} <= set(pd.read_csv(tmp_path / "explain-my_loss-f-destination.csv"))
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -86,6 +90,13 @@ def test_check_exits_with_what_it_finds(run, my_loss):
     assert code == 2 and out == "" and "without a graph" in err
 
 
+def test_distances_are_drawn_as_a_tree_with_their_data(run, tmp_path):
+    code, out, err = run("list", "--distances", "--figure", "atlas.png")
+    assert code == 0 and "Figure: atlas.png" in out, err
+    assert set(pd.read_csv(tmp_path / "atlas.csv").columns) >= {"left", "sft", "dft"}
+    assert (tmp_path / "atlas.png").stat().st_size > 10_000
+
+
 @needs_data
 def test_explain_on_a_real_model_and_text(run, tmp_path):
     models = DATA / "models"
@@ -110,6 +121,8 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
         (["explain", "dft", "--model", "nowhere"], "--model and --data go together"),
         (["explain", "dft", "--model", "./nowhere", "--data", "my_loss.py"], "my_loss.py, line 1: not JSON"),
         (["explain", "dft", "--figure", "no/such/folder.png"], "there is no folder"),
+        (["list", "--figure", "atlas.png"], "--figure go with --distances"),
+        (["list", "--distances", "--figure", "no/atlas.png"], "there is no folder"),
         (["explain", "dft", "--figure", "figure.xyz"], "ends in one of .png, .pdf, .svg"),
         (["compare", "--settings", "strong"], "strong-prior"),
         (
