@@ -125,7 +125,7 @@ def gemma2_of(seed: int):
 class Shifted(LlamaForCausalLM):
     """Logits that are not its head's."""
 
-    def forward(self, input_ids=None, attention_mask=None, **kwargs):
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
         outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         outputs.logits = outputs.logits + torch.arange(outputs.logits.shape[-1]).to(outputs.logits)
         return outputs
