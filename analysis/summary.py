@@ -174,11 +174,11 @@ def chunks(
 ) -> Iterator[Tokens]:
     """The tokens of texts in order, ``ENTRIES`` logits at a time, a text never sharing a chunk: the one place that asks models.
 
+    Of models with a linear head no other logits exist at that time, however long the text.
+
     ``whole``: the tokens of a text stay together, however long it is.
     """
-    for tokens in token_batches(model, examples, 1, needs, **others):
-        size = len(tokens) if whole else max(1, ENTRIES // tokens.logits.shape[1])
-        yield from (tokens[start : start + size] for start in range(0, len(tokens), size))
+    yield from token_batches(model, examples, 1, needs, None if whole else ENTRIES, **others)
 
 
 def summary_of(

@@ -139,8 +139,10 @@ class Supervised:
         """What ``values``, laid out as the labels are, say of every supervised label itself."""
         return values.flatten()[self.index + 1]
 
-    def context(self, input_ids: Int[Tensor, "B T"], vocabulary: int) -> Bool[Tensor, "N vocabulary"]:
-        """Which tokens stand before each supervised label in its own sequence, the label itself left out.
+    def context(
+        self, input_ids: Int[Tensor, "B T"], vocabulary: int, rows: slice = slice(None)
+    ) -> Bool[Tensor, "N vocabulary"]:
+        """Which tokens stand before each supervised label (or some of them) in its own sequence, the label itself left out.
 
         Example:
             >>> ids = torch.tensor([[2, 0, 2, 1]])
@@ -149,9 +151,10 @@ class Supervised:
                     [ True, False,  True]])
         """
         width = self.shape[1]
-        row, at = self.index // width, self.index % width
+        index, labels = self.index[rows], self.labels[rows]
+        row, at = index // width, index % width
         before = torch.arange(width, device=at.device) <= at[:, None]
-        own = self.segment.view(self.shape)[row] == self.segment[self.index][:, None]
+        own = self.segment.view(self.shape)[row] == self.segment[index][:, None]
         ids = input_ids[row].masked_fill(~(before & own), vocabulary)
-        seen = torch.zeros(len(self), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(1, ids, True)
-        return seen[:, :vocabulary].scatter(1, self.labels[:, None].long(), False)
+        seen = torch.zeros(len(index), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(1, ids, True)
+        return seen[:, :vocabulary].scatter(1, labels[:, None].long(), False)

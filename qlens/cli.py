@@ -137,7 +137,9 @@ def explain(
 
         check_path(path, "--figure")
     if model or data or teacher or reference:
-        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs)
+        where = own_tokens(
+            model, teacher, reference, data, rows, device, dtype, variant.needs, thin=variant.scope == "token"
+        )
     read = qlens.explain(variant, **where)
     print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:

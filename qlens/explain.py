@@ -14,7 +14,7 @@ from qlens.findings.laws import Law, law
 from qlens.findings.leaks import leak
 from qlens.findings.mixtures import Mixture, decompose
 from qlens.findings.scope import scope
-from qlens.lens import carried, gradient
+from qlens.lens import carried, gradient, read
 from qlens.probes import probes
 from qlens.registry import Variant, methods, resolve
 from qlens.target import Target
@@ -81,8 +81,8 @@ def _read(
     try:
         with torch.no_grad():
             losses = variant.loss(tokens)
-        grad = gradient(variant.loss, tokens)
-        again = gradient(variant.loss, tokens)
+        grad = read(variant, tokens, variant.loss)
+        again = read(variant, tokens, variant.loss)
         written = calling.written(variant.method.fn, variant.params, tokens)
     except InputError:
         raise

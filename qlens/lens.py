@@ -12,6 +12,7 @@ from qlens.registry import Variant, resolve
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
 
+ENTRIES = 2**22  # logits that autograd works on at a time
 COARSE = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +42,23 @@ def implied_target(
     """
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
-    return Target.from_grad(tokens, gradient(resolve(loss).total, tokens)).at(scale)
+    variant = resolve(loss)
+    return Target.from_grad(tokens, read(variant, tokens, variant.total)).at(scale)
+
+
+def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) -> Float[Tensor, "N V"]:
+    """The gradient of a variant's summed ``value``, its loss or total, (N, V).
+
+    Some rows at a time where no row needs another, so that autograd's own copies stay small on long texts; a loss that
+    nobody has declared so is shown all of them.
+    """
+    size = max(1, ENTRIES // tokens.logits.shape[1])
+    if len(tokens) <= size or variant.scope != "token" or variant.derived:
+        return gradient(value, tokens)
+    made = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
+    for start in range(0, len(tokens), size):
+        made[start : start + size] = gradient(value, tokens[start : start + size])
+    return made
 
 
 def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:

@@ -7,6 +7,8 @@ import typer
 
 from qlens.errors import InputError
 
+MOST = 2**26  # logits of one model, to be read as a whole
+
 
 def own_tokens(
     model: str | None,
@@ -17,8 +19,12 @@ def own_tokens(
     device: str,
     dtype: Any,
     needs: tuple[str, ...],
+    thin: bool = True,
 ) -> dict[str, Any]:
-    """Tokens of the user's model on the user's text, and how to print them."""
+    """Tokens of the user's model on the user's text, and how to print them.
+
+    ``thin``: of more than ``MOST`` logits, only so many tokens are read, spread evenly; what looks at whole texts must not.
+    """
     from qlens import data as texts
     from qlens import sources
     from qlens.reading import tokens_from_examples
@@ -29,7 +35,10 @@ def own_tokens(
     used = encoded.examples[:rows]
     said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
     typer.echo(said, err=True)
-    tokens = tokens_from_examples(examples=used, needs=needs, **loaded)
+    most = max(MOST // sources.vocabulary_size(loaded["model"]), 1) if thin else None
+    tokens = tokens_from_examples(examples=used, needs=needs, most=most, **loaded)
+    if len(tokens) == most:
+        typer.echo(f"{most} tokens of these are read, spread evenly: their logits alone are {MOST} numbers", err=True)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
 
 

@@ -1,6 +1,6 @@
 """Reading: what models predict at the supervised positions of texts, as Tokens."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,10 +9,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.batching import Supervised, collate
+from qlens.bodies import Bodies
 from qlens.data import Row, encode
 from qlens.errors import InputError
 from qlens.sources import check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, spread
+
+ENTRIES = 2**22  # logits of one model at a time, where most of them are not kept
 
 
 def tokens_from_text(
@@ -46,6 +49,7 @@ def tokens_from_examples(
     reference: nn.Module | None = None,
     batch_size: int = 8,
     needs: Collection[str] = (),
+    most: int | None = None,
 ) -> Tokens:
     """Tokens at every supervised position of encoded rows: what the model, and others, predict there; no gradient.
 
@@ -56,6 +60,7 @@ def tokens_from_examples(
         batch_size: rows per forward pass.
         needs: what a method asks for beside (``variant.needs``): ``negatives`` are the tokens before a label in its own text,
             ``old`` and ``second`` the model's own pass, as right after a refresh and without dropout.
+        most: of more tokens than these, only so many, spread evenly over all; the logits of the others are never whole.
 
     Raises:
         InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
@@ -64,10 +69,16 @@ def tokens_from_examples(
     for name, other in others.items():
         check_same_vocabulary(model, other, name)
     check_fits(examples, {"model": model, **others})
-    parts, sequences = [], 0
-    for tokens in token_batches(model, examples, batch_size, needs, **others):
-        part = tokens.fields()
-        parts.append(part | {"sequence": part["sequence"] + sequences})
+    counts = [len(Supervised.of(collate([example]))) for example in examples] if most is not None else []
+    kept = set(spread(sum(counts), most).tolist()) if most is not None and sum(counts) > most else None
+    parts, seen, sequences = [], 0, 0
+    for start in range(0, len(examples), batch_size):
+        few = examples[start : start + batch_size]
+        for tokens in token_batches(model, few, batch_size, needs, None if kept is None else ENTRIES, **others):
+            rows = [row for row in range(len(tokens)) if kept is None or seen + row in kept]
+            seen += len(tokens)
+            part = tokens.fields() if kept is None else tokens[rows].fields()
+            parts.append(part | {"sequence": part["sequence"] + sequences})
         sequences += batch_size
     return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
@@ -77,22 +88,44 @@ def token_batches(
     examples: Sequence[Mapping[str, Sequence[int]]],
     batch_size: int,
     needs: Collection[str] = (),
+    entries: int | None = None,
     **others: nn.Module,
 ) -> Iterator[Tokens]:
-    """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch."""
+    """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch.
+
+    With ``entries``, so many logits of a batch at a time: of models with a linear head no others ever exist.
+    """
+    bodies = Bodies(None)
     with ExitStack() as frozen:
         for each in (model, *others.values()):
             frozen.enter_context(evaluating(each))
         for start in range(0, len(examples), batch_size):
             batch = _on(model.device, collate(examples[start : start + batch_size]))
             supervised = Supervised(batch.pop("labels"))
-            fields = {"logits": supervised.take(model_logits(model, batch))}
+            logits = {"logits": _logits(model, batch, supervised, entries and bodies, "model")}
             for name, other in others.items():
-                fields[name] = supervised.take(model_logits(other, _on(other.device, batch)).to(model.device))
-            fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
-            if "negatives" in needs:
-                fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1])
-            yield Tokens(labels=supervised.labels, sequence=supervised.sequence, **fields)
+                logits[name] = _logits(other, _on(other.device, batch), supervised, entries and bodies, name)
+            vocabulary = vocabulary_size(model)
+            size = max(len(supervised) if entries is None else entries // vocabulary, 1)
+            for at in range(0, max(len(supervised), 1), size):
+                rows = slice(at, at + size)
+                fields = {name: read(rows).to(model.device) for name, read in logits.items()}
+                fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
+                if "negatives" in needs:
+                    fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1], rows)
+                yield Tokens(labels=supervised.labels[rows], sequence=supervised.sequence[rows], **fields)
+
+
+def _logits(
+    model: nn.Module, batch: dict[str, torch.Tensor], supervised: Supervised, bodies: Bodies | None, name: str
+) -> Callable[[slice], torch.Tensor]:
+    """A model's logits at some of the supervised positions, made when asked for where it has a body."""
+    body = bodies.of(model, batch, name) if bodies else None
+    if body is None:
+        whole = supervised.take(model_logits(model, batch))
+        return lambda rows: whole[rows]
+    head = body.of(supervised.take(body.hidden(batch)))
+    return head.logits
 
 
 def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
