@@ -82,7 +82,6 @@ def _list_distances(
     from qlens.distances import distances
 
     if figure is not None:
-        from qlens.analysis.plots import save_figure
         from qlens.analysis.saving import check_path
 
         check_path(figure, "--figure")
@@ -93,6 +92,8 @@ def _list_distances(
     found = distances(tokens)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     if figure is not None:
+        from qlens.analysis.saving import save_figure
+
         save_figure(found.plot(), figure, found.angles().reset_index())
         typer.echo(f"Figure: {figure}", err=as_json)
 
@@ -132,7 +133,6 @@ def explain(
     variant, where = qlens.get(loss), {}
     path = figure or (None if as_json or latex else Path(f"explain-{_slug(loss)}.png"))
     if path is not None:
-        from qlens.analysis.plots import explain_data, save_figure
         from qlens.analysis.saving import check_path
 
         check_path(path, "--figure")
@@ -143,6 +143,8 @@ def explain(
     read = qlens.explain(variant, **where)
     print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
     if path is not None:
+        from qlens.analysis.plots import explain_data, save_figure
+
         save_figure(read.plot(), path, explain_data(read))
         typer.echo(f"Figure: {path}", err=as_json)
 

@@ -17,8 +17,7 @@ from numpy.testing import assert_allclose
 import qlens
 from qlens import InputError, Tokens
 from qlens.analysis import plots
-from qlens.analysis.look import SMALL, legend_below, new_figure
-from qlens.analysis.overview import method_keys
+from qlens.analysis.look import SMALL, new_figure
 from qlens.analysis.plots import along, candidates, plane, shown, styles, sweep, swept
 from qlens.analysis.targets import METRICS, SHOWN
 from qlens.distances import distances
@@ -373,40 +372,3 @@ def test_readings_agree_with_the_targets():
             sweep(wrong)
     with pytest.raises(InputError, match="p_y must lie between 0 and 1, got"):
         swept([0.5, 1.0])
-
-
-def test_a_registered_method_looks_the_same_in_every_company():
-    names = [name for name, m in qlens.registry.methods().items() if m.fn.__module__.startswith("qlens.variants")]
-    together = styles([*names, "mine(x=1)", "other.py:f"])
-    assert len(set(together.values())) == len(together)
-    assert all(styles([name])[name] == together[name] for name in names)
-    few = styles(["sft", "dft", "mine(x=1)", "other.py:f", "third.py:f"]).values()
-    assert len({style.marker for style in few}) == 5, "colour is not all, for one's own methods either"
-
-
-def test_a_legend_takes_the_rows_it_needs_and_the_figure_grows_by_them():
-    few, many = new_figure(3.3, 2), new_figure(3.3, 2)
-    legend_below(few, method_keys(["sft", "dft"]))
-    legend_below(many, method_keys(qlens.names()))
-    assert 2 < few.get_figheight() < 2.5 < many.get_figheight()
-    many.subplots()
-    many.draw_without_rendering()
-    box = many.legends[0].get_window_extent()
-    assert box.x0 >= 0 and box.x1 <= many.bbox.x1
-
-
-def test_a_saved_figure_has_its_data_beside_it(tmp_path):
-    figure = plots.figure_sweep(SWEEP)
-    for kind in ("png", "svg", "pdf"):
-        made = [plots.save_figure(plots.figure_sweep(SWEEP), tmp_path / f"{n}.{kind}", SWEEP) for n in ("one", "two")]
-        assert (tmp_path / f"one.{kind}").read_bytes() == made[0] == made[1], "the same bytes for the same figure"
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "one.csv"), SWEEP)
-    plots.save_figure(figure, tmp_path / "three.png", {"": SWEEP, "ends": TABLE})
-    assert (tmp_path / "three.csv").is_file() and (tmp_path / "three-ends.csv").is_file()
-    for path, said in (
-        (tmp_path / "no" / "x.png", "there is no folder"),
-        (tmp_path / "x.gif", "one of .png, .pdf, .svg"),
-    ):
-        with pytest.raises(InputError, match=said):
-            plots.save_figure(figure, path, SWEEP)
-    assert not list(tmp_path.glob("*.partial"))
