@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from qlens.analysis.bench_engine import engine, show_engine
+from qlens.analysis.bench_engine import draw_engine, engine, show_engine
 from qlens.analysis.bench_lens import lens, show_lens
 from qlens.analysis.grounds import Lab
 from qlens.analysis.jobs import Job, run_all
@@ -172,11 +172,21 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, engine: 5, jobs: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
+    parser.add_argument("--out", type=Path, help="a folder for the engine's JSON and figure")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     measure, show, usual = BENCHMARKS[options.benchmark]
+    if options.out is not None and options.benchmark != "engine":
+        parser.error("--out goes with engine, the only benchmark that has a figure")
     rows = measure(repeats=options.repeats or usual)
+    if options.out is not None:
+        from qlens.analysis.saving import save_figure
+
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "engine.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+        figure, drawn = draw_engine(rows)
+        save_figure(figure, options.out / "engine.png", drawn)
     print(json.dumps(rows, indent=2)) if options.json else show(rows)
 
 
