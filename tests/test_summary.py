@@ -93,7 +93,14 @@ def test_candidates_are_the_label_the_largest_moves_and_then_the_largest(tokens,
             assert_allclose(move[n], (q - p)[n][made.ids[n]], atol=1e-6)
 
 
-def same(a: Summary, b: Summary):
+def test_the_label_is_kept_where_nothing_else_would_keep_it(tokens):
+    made = summarise(tokens, [qlens.get("kd")], 1)
+    assert made.ids.shape == (N, 2) and all(
+        label in ids for label, ids in zip(made.models["label"], made.ids, strict=True)
+    )
+
+
+def assert_same(a: Summary, b: Summary):
     pd.testing.assert_frame_equal(a.models, b.models, rtol=1e-4)
     for name, frame in a.methods.items():
         pd.testing.assert_frame_equal(frame, b.methods[name], rtol=1e-4)
@@ -123,15 +130,15 @@ def test_chunks_give_what_the_whole_text_gives(monkeypatch, spec, whole):
     seen.clear()
     vocabulary = model.config.vocab_size
     monkeypatch.setattr(summary, "ENTRIES", 4 * vocabulary)
-    same(once, summary_of(model, examples([9, 2, 14]), variants, 6, reference=reference))
+    assert_same(once, summary_of(model, examples([9, 2, 14]), variants, 6, reference=reference))
     assert seen == ([8, 1, 13] if whole else [4, 4, 1, 4, 4, 4, 1])
 
 
 def test_parts_are_joined_and_chosen(tokens):
     variants = [qlens.get("sft"), qlens.get("gem")]
     whole = summarise(tokens, variants)
-    same(whole, Summary.join([summarise(tokens[:3], variants), summarise(tokens[3:], variants)]))
-    same(whole[[4, 1]], summarise(tokens[[4, 1]], variants))
+    assert_same(whole, Summary.join([summarise(tokens[:3], variants), summarise(tokens[3:], variants)]))
+    assert_same(whole[[4, 1]], summarise(tokens[[4, 1]], variants))
 
 
 def test_what_a_method_lacks_is_named(tokens):

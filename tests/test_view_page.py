@@ -1,41 +1,11 @@
-"""The token view in a real browser: every control, the keyboard, hostile tokens, contrast, a phone, print and a notebook."""
+"""The token view in a real browser: every control, the keyboard, hostile tokens, contrast, a phone and print."""
 
 import re
 
 import numpy as np
 import pytest
-import torch
 from browser import worst
-
-import qlens
-from qlens.analysis.summary import summarise
-from qlens.analysis.view import Text, TokenView
-
-SPECS = ["sft", "dft", "gem", "kd"]
-HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    '"><img src=x onerror="window.hacked = 1">',
-    "</script><b>bold</b>",
-    "\u202eevil",
-    "<!--",
-    "{{script}}",
-    "&amp;",
-]
-PIECES = ["<s>", "a", " bc", "\n", "שלום", "\udcf0\udc9f", "\udc98\udc80", "😀", "\u200b", *HOSTILE]
-ROWS = [[0, 1, 2, 9, 10, 3, 11, 12, 4, 5, 6, 7, 1], [0, 13, 14, 15, 8, 2, 2, 1], [0, 1, 2]]
-PROMPT = 2  # tokens of every row that are not supervised
-
-
-def made(rows=ROWS, pieces=PIECES, specs=SPECS, candidates=6):
-    """A view of made-up logits over these pieces."""
-    draw = torch.Generator().manual_seed(3)
-    texts = tuple(Text(n, tuple(row), tuple(range(PROMPT, len(row)))) for n, row in enumerate(rows, 1))
-    labels = torch.tensor([row[at] for text, row in zip(texts, rows, strict=True) for at in text.places])
-    logits, teacher = (2 * torch.randn(len(labels), len(pieces), generator=draw) for _ in range(2))
-    tokens = qlens.Tokens(logits=logits, teacher=teacher, labels=labels)
-    return TokenView(
-        texts, summarise(tokens, [qlens.get(spec) for spec in specs], candidates), pieces, {9: "no supervised token"}
-    )
+from made_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +68,16 @@ def test_the_text_is_coloured_by_the_metric_chosen(page, view):
 
 def test_negative_mass_is_visible_whatever_the_colours_mean(page, view):
     for metric in range(page.locator("#metric option").count()):
+        page.select_option("#left", label="sft")
         page.select_option("#metric", index=metric)
         page.select_option("#left", label="gem")
         for n, mass in enumerate(view.summary.methods["gem"]["negative_mass"]):
             assert ("off" in token(page, n).get_attribute("class").split()) == (mass > 1e-6)
-    line = token(page, int(view.summary.methods["gem"]["negative_mass"].argmax())).evaluate(
-        "node => getComputedStyle(node).textDecorationStyle"
+    marked = token(page, int(view.summary.methods["gem"]["negative_mass"].argmax()))
+    line = marked.evaluate(
+        "node => getComputedStyle(node).textDecorationLine + ' ' + getComputedStyle(node).textDecorationStyle"
     )
-    assert line == "double", "a form, not a colour alone"
+    assert line == "underline double", "a form, not a colour alone"
 
 
 def test_the_table_shows_p_and_q_and_what_the_target_adds(page, view):
@@ -307,34 +279,3 @@ def test_print_keeps_text_legend_and_the_pinned_token(page):
         assert page.locator(selector).is_visible() == there, selector
     assert page.evaluate("getComputedStyle(document.body).getPropertyValue('print-color-adjust')") == "exact"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-
-
-def test_a_notebook_shows_it_in_a_frame_of_its_own(open_page, view, tmp_path):
-    notebook = tmp_path / "notebook.html"
-    notebook.write_text(f"<!doctype html><meta charset=utf-8><p id=mine>cell</p>{view._repr_html_()}", encoding="utf-8")
-    page = open_page(notebook)
-    frame = page.frame_locator("iframe")
-    frame.locator("html[data-ready]").wait_for()
-    frame.locator('[data-n="3"]').first.click()
-    assert "token 6 of" in frame.locator("#detail .where").inner_text()
-    assert (
-        page.frames[1].evaluate("(() => { try { return parent.document.title; } catch { return 'kept out'; } })()")
-        == "kept out"
-    )
-
-
-def test_its_policy_lets_no_other_script_in_and_nothing_out(file):
-    source = file.read_text()
-    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
-    assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy
-    assert not re.search(
-        r"""(src|href)=|url\(|@import|https?://""", source.replace("src=x", "").replace("src\\u003d", "")
-    )
-
-
-def test_four_thousand_tokens_with_twenty_candidates_stay_small(tmp_path):
-    draw = np.random.default_rng(0)
-    pieces = [f"p{k}" for k in range(600)]
-    view = made([draw.integers(0, 600, 402).tolist() for _ in range(10)], pieces, candidates=20)
-    assert len(view.summary) == 4000 and view.summary.ids.shape[1] == 20
-    assert view.save(tmp_path / "large.html").stat().st_size < 5e6
