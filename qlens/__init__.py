@@ -10,7 +10,7 @@ from qlens.engine import fused_loss
 from qlens.errors import InputError, ParameterError, UnknownName
 from qlens.explain import explain
 from qlens.explanation import Explanation
-from qlens.heads import TopK
+from qlens.heads import Head, TopK
 from qlens.lens import implied_target
 from qlens.probes import probes
 from qlens.registry import Variant, get, names, register
@@ -21,6 +21,7 @@ __all__ = [
     "CheckReport",
     "Destination",
     "Explanation",
+    "Head",
     "InputError",
     "ParameterError",
     "QTrainer",

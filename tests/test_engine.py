@@ -6,8 +6,8 @@ from torch.testing import assert_close
 
 import qlens
 from qlens.collapse import _collapses, collapses
-from qlens.engine import fused_loss
-from qlens.heads import TopK
+from qlens.engine import ROUNDING, fused_loss, fusible
+from qlens.heads import Head, TopK
 from qlens.registry import methods
 from qlens.testing import random_tokens
 
@@ -81,14 +81,55 @@ def test_chunks_and_real_heads(spec, options):
         assert_close(a, b, rtol=1e-10, atol=1e-10 * max(1.0, float(b.abs().max())))
 
 
-@pytest.mark.parametrize("spec", ["sft", "focal", "kd_hybrid", "target_sft", "simpo", "brier"])
-@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 2e-5), (torch.bfloat16, 6e-2)])
-def test_precision(spec, dtype, rtol):
-    mine = both(spec, dtype, chunk=7)[0]
-    theirs = both(spec)[1]
-    for a, b in zip(mine, theirs, strict=True):
-        assert a.dtype == (dtype if a.ndim else torch.float32)
-        assert_close(a.double(), b, rtol=rtol, atol=rtol * max(1.0, float(b.abs().max())))
+@pytest.mark.parametrize("name", [name for name in qlens.names() if fusible(qlens.get(name))])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_precision(name, dtype):
+    """Against float64 on the same logits, which are the product in the inputs' own dtype."""
+    leaves = parts(dtype)
+    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given().items()}
+    value = fused_loss(name, leaves[0], leaves[1], TOKENS.labels, bias=leaves[2], denominator=1.0, chunk=7, **rounded)
+    hidden, head, bias = (leaf.detach() for leaf in leaves)
+    z = ((hidden @ head.T).double() + bias).requires_grad_()
+    whole = {k: v.double() if v.is_floating_point() else v for k, v in rounded.items()}
+    expected = qlens.get(name).loss(TOKENS.replace(logits=z, **whole)).sum()
+    (g,) = torch.autograd.grad(expected, z)
+    assert value.dtype == torch.float32
+    tolerance = ROUNDING[torch.float32]
+    assert_close(value.double(), expected, rtol=tolerance, atol=tolerance * N)
+    true = (g @ head.double(), g.T @ hidden.double(), g.sum(0))
+    for leaf, made, exact in zip(leaves, torch.autograd.grad(value, leaves), true, strict=True):
+        assert made.dtype == leaf.dtype
+        assert_close(made.double(), exact, rtol=0, atol=ROUNDING[dtype] * max(1.0, float(exact.abs().max())))
+
+
+@pytest.mark.parametrize("spec", ["sft", "gce", "kd_hybrid", "sft_kl", "label_smoothing", "dpo", "simpo", "jsd"])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_gradcheck(spec, softcap):
+    variant = qlens.get(spec)
+    rows = slice(0, 4) if variant.scope == "token" else slice(0, N)
+    leaves = [leaf.detach()[rows] if i == 0 else leaf.detach() for i, leaf in enumerate(parts())]
+    some = {name: value[rows] for name, value in given().items()}
+
+    def value(hidden, head, bias):
+        return fused_loss(spec, hidden, head, TOKENS.labels[rows], bias=bias, softcap=softcap, chunk=3, **some)
+
+    class Again(torch.autograd.Function):
+        """gradcheck goes back several times; the engine's gradients serve once, so that they are computed anew here."""
+
+        @staticmethod
+        def forward(ctx, *given):
+            with torch.enable_grad():
+                fresh = [x.detach().requires_grad_() for x in given]
+                made = value(*fresh)
+                ctx.save_for_backward(*torch.autograd.grad(made, fresh))
+            return made.detach()
+
+        @staticmethod
+        def backward(ctx, upstream):
+            return tuple(upstream * g for g in ctx.saved_tensors)
+
+    inputs = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(Again.apply, inputs, fast_mode=True, atol=1e-7, rtol=1e-5)
 
 
 def test_the_heads_gradient_is_summed_in_float32():
@@ -132,6 +173,49 @@ def test_other_models_as_hidden_states_logits_and_masked():
         for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (as_pair, as_logits)), strict=True):
             assert_close(a, b)
         assert other.grad is None and its.grad is None
+
+
+@pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
+@pytest.mark.parametrize(
+    "spec", ["target_sft", "kd_hybrid", "topk_kd(k=3)", "kd(temperature=2.0)", "jsd", "label_smoothing"]
+)
+def test_top_k_teachers_are_the_logits_they_stand_for(tail, spec):
+    hidden, head, bias = parts()
+    known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
+    teacher = TopK(ids, known, tail)
+    as_logits = teacher.logits(slice(None), (hidden @ head.T + bias).detach())
+    values = [
+        fused_loss(spec, hidden, head, TOKENS.labels, bias=bias, teacher=teacher, chunk=7),
+        qlens.get(spec).loss(TOKENS.replace(logits=hidden @ head.T + bias, teacher=as_logits)).mean(),
+    ]
+    assert_close(*values)
+    for a, b in zip(*(torch.autograd.grad(v, (hidden, head)) for v in values), strict=True):
+        assert_close(a, b)
+
+
+def test_the_observer_sees_every_row_once_and_what_it_is_told_is_true():
+    for spec in ("dft", "iw_sft", "target_sft", "gem", "label_smoothing"):
+        seen = []
+        leaves = parts()
+        value = engine(spec, *leaves, chunk=7, observe=lambda *told: seen.append(told))  # noqa: B023
+        tokens = TOKENS.replace(logits=(leaves[0] @ leaves[1].T + leaves[2]).detach())
+        target = qlens.get(spec).target(tokens).at("unit")
+        assert_close(torch.cat([some.labels for some, _, _ in seen]), TOKENS.labels)
+        assert_close(torch.cat([its.at("unit").q for _, its, _ in seen]), target.q)
+        assert_close(torch.cat([losses for _, _, losses in seen]).sum(), value.detach())
+        assert_close(torch.cat([some.label_log_probs for some, _, _ in seen]), tokens.label_log_probs)
+
+
+def test_another_model_as_a_head_of_its_own():
+    hidden, head, bias = parts()
+    other, its, shift = parts(seed=5)
+    made = Head(other.detach(), its.detach(), shift.detach(), softcap=2.0, logit_scale=0.5)
+    values = [
+        fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=teacher, softcap=9.0, chunk=5)
+        for teacher in (made, made.logits(slice(None)))
+    ]
+    assert_close(*values)
+    assert_close(*(torch.autograd.grad(v, hidden)[0] for v in values))
 
 
 @pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
