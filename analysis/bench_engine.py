@@ -125,7 +125,7 @@ def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
 
 def qlens_told(x: Inputs, method: str) -> Callable[[], None]:
     """The engine, with the comparables that a trainer logs out of the same pass."""
-    from qlens.training import Tally
+    from qlens.comparables import Tally
 
     others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
     return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=Tally().add, **others).backward()

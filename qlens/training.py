@@ -7,31 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from qlens.batching import COLUMNS, Supervised, collate, positions
 from qlens.bodies import Bodies, Body
+from qlens.comparables import Tally, UpdateNorm
 from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
 from qlens.registry import Variant, resolve
 from qlens.sources import model_logits
-from qlens.target import Target
 from qlens.tokens import MODELS, Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
-COMPARABLES = (
-    "loss",
-    "nll",
-    "negative_mass",
-    "pull",
-    "room",
-    "weight",
-    "weight_squared",
-    "target_entropy",
-    "kl_target",
-)
 
 
 class QLossMixin(Trainer):
@@ -281,65 +270,3 @@ class QTrainer(QLossMixin, Trainer):
         self, model: Any = None, args: TrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
     ):
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
-
-
-class Tally:
-    """Running sums of the comparables over the tokens of several micro-batches."""
-
-    def __init__(self):
-        self.sums = torch.zeros(len(COMPARABLES), 2, dtype=torch.float64)
-
-    def look(self, variant: Variant, tokens: Tokens, losses: Tensor) -> None:
-        """Count these tokens in."""
-        tokens = tokens.replace(logits=tokens.logits.detach())
-        self.add(tokens, variant.target(tokens), losses)
-
-    def add(self, tokens: Tokens, target: Target, losses: Tensor) -> None:
-        """Count tokens in whose targets are known."""
-        target = target.at("unit")
-        weight, entropy, kl = (v[v.isfinite()] for v in (target.trust, target.entropy, target.kl))
-        values = (losses, -tokens.label_log_probs, target.negative_mass, target.pull, target.room)
-        values += (weight, weight.square(), entropy, kl)
-        self.sums += torch.tensor([[value.sum().item(), len(value)] for value in values], dtype=torch.float64)
-
-    def means(self, accelerator: Any) -> dict[str, float]:
-        """Means over all tokens so far, on all processes; empty if there were none. Nats, Q in unit scale.
-
-        ``loss``: the variant's own. ``nll``: -log p_y. ``negative_mass``: sum_k max(0, -Q_k). ``trust``: the pull on the
-        labels as a share of SFT's, sum(-g_y) / sum(1 - p_y). ``ess``: the effective sample size of the tokens' trusts t,
-        (sum t)^2 / sum t^2 as a share of their number; 1 when all count alike, absent when none is trusted.
-        ``target_entropy``: H(Q) and ``kl_target``: KL(Q || p), over the tokens whose Q is a distribution; NaN if none is.
-        """
-        sums = self.sums
-        if accelerator.num_processes > 1:
-            sums = accelerator.gather(sums.to(accelerator.device)[None]).sum(0).cpu()
-        total = dict(zip(COMPARABLES, sums.unbind(), strict=True))
-        if not total["loss"][1]:
-            return {}
-        means = {name: (value[0] / value[1]).item() for name, value in total.items()}
-        pull, room, weight, squared = (means.pop(name) for name in ("pull", "room", "weight", "weight_squared"))
-        means["trust"] = pull / room if room else math.nan
-        return means | ({"ess": weight**2 / squared} if squared else {})
-
-
-class UpdateNorm(TrainerCallback):
-    """The norm of an optimizer step's change of the trained parameters, on the steps that are logged."""
-
-    def __init__(self, trainer: QLossMixin):
-        self.trainer, self.before, self.norm = trainer, [], {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the parameters."""
-        if self.trainer.logs_this_step():
-            self.before = [(p, p.detach().clone()) for p in self.trainer.model.parameters() if p.requires_grad]
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure how far they went."""
-        if self.before:
-            norms = [(p.detach() - old).float().norm() for p, old in self.before]
-            self.before, self.norm = [], {"update_norm": torch.stack(norms).norm().item()}
-
-    def take(self) -> dict[str, float]:
-        """The last norm measured, once."""
-        norm, self.norm = self.norm, {}
-        return norm

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from tiny import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
 
 from qlens.batching import IGNORE, collate
+from qlens.comparables import Tally
 from qlens.registry import resolve
 from qlens.target import Target
-from qlens.training import Tally
 
 
 @pytest.fixture

@@ -6,11 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
-from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from numpy.testing import assert_allclose
 
@@ -271,31 +268,6 @@ def test_the_forest_has_a_column_per_setting_and_says_every_name_once_in_a_row()
     assert [text.get_text() for text in summary.legends[0].get_texts()] == ["base", "sft", r"my\$loss\$"]
 
 
-def test_motion_goes_from_the_first_record_to_the_last(ax):
-    plots.plot_motion(RECORDS, ax=ax)
-    dots = {line.get_label(): line for line in ax.lines if line.get_label() in ("dft", "gem")}
-    assert_allclose(dots["dft"].get_xdata(), [0.2, 0.4, 0.6])
-    paths = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 0.6]
-    assert len(paths) == 6
-    assert_allclose(paths[0].get_xdata(), [0.1, 0.2])
-    assert any("6 beyond" in text.get_text() for text in ax.texts), "at trust 2.2 and 11, drawn at the edge and counted"
-    assert ax.get_ylim()[0] < max(dots["gem"].get_ydata()) < ax.get_ylim()[1]
-
-
-def test_a_course_is_the_mean_over_tokens_by_step(ax):
-    plots.plot_course(RECORDS, ax=ax, show="trust")
-    lines = {line.get_label(): line for line in ax.lines}
-    assert_allclose(lines["dft"].get_xdata(), [0, 5, 10])
-    assert_allclose(lines["dft"].get_ydata(), [0.2, 1.2, 2.2])
-    assert len(ax.collections) == 2, "a band per method"
-    with pytest.raises(InputError, match="show must be one of drift"):
-        plots.plot_course(RECORDS, ax=ax, show="loss")
-    with pytest.raises(InputError, match="no records"):
-        plots.plot_course(RECORDS[:0], ax=ax)
-    unknown = plots.plot_course(RECORDS, ax=Figure().subplots(), show="kl")
-    assert any("18 of 18 not defined" in text.get_text() for text in unknown.texts)
-
-
 @pytest.mark.parametrize("width", [plots.SINGLE, plots.DOUBLE])
 def test_figures_fit_a_column_of_a_paper(width, explained):
     """Nothing collapses, no glyph is missing (both would warn), and no text leaves the paper."""
@@ -323,52 +295,3 @@ def test_odd_tokens_are_drawn_without_a_warning(ax):
     names = [tick.get_text() for tick in ax.get_yticklabels()]
     assert names[2:5] == ["\\n", "\u2423", "\\t\\x00"] and names[6] == "\\u202eabc" and names[7] == "\\udcc3"
     assert names[0] == "$x_1$" and names[9] == '""' and len(names[-1]) == 16
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.text())
-def test_whatever_is_shown_can_be_seen_and_showing_twice_changes_nothing(text):
-    once = shown(text, letters=10_000)
-    assert once and once.isprintable() and not any(letter.isspace() for letter in once)
-    assert shown(once, letters=10_000) == once
-
-
-def test_the_label_and_all_that_matters_are_among_the_candidates_and_the_rest_is_added_up():
-    torch.manual_seed(0)
-    tokens = Tokens(logits=4 * torch.randn(1, 32_000, dtype=torch.float64), labels=torch.tensor([31_999]))
-    data = candidates(["sft", "gem"], tokens, 0, top=5)
-    assert len(data) == 12 and data.groupby("method")[["p", "q"]].sum().to_numpy() == pytest.approx(1.0)
-    assert data[data["label"]]["token"].tolist() == ["31999"] * 2
-    q = qlens.get("gem").target(tokens).q[0]
-    assert (
-        data[(data["method"] == "gem") & (data["token"] == str(int(q.abs().argmax())))]["q"].item()
-        == q[q.abs().argmax()]
-    )
-    plots.figure_token(data).draw_without_rendering()
-    smallest = Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([1]))
-    assert "(rest)" not in set(candidates(["sft"], smallest, 0)["token"])
-    for figure in (
-        plots.figure_token(candidates(["sft"], smallest, 0)),
-        plots.figure_sequence(along(["sft"], smallest)),
-    ):
-        figure.draw_without_rendering()
-    with pytest.raises(InputError, match="at must be a row of the 1 tokens, got 1"):
-        candidates(["sft"], smallest, 1)
-
-
-def test_readings_agree_with_the_targets():
-    tokens = qlens.probes()
-    target = qlens.get("gem").target(tokens)
-    row = plane(["gem"], tokens).iloc[0]
-    assert row["trust"] == pytest.approx(float(target.pull.sum() / target.room.sum()))
-    assert row["reshape"] == pytest.approx(float(target.reshape.mean())) and row["tokens"] == len(tokens)
-    text = along(["gem"], tokens)
-    assert_allclose(text["negative_mass"], target.negative_mass)
-    assert text["kl"].isna().tolist() == (~target.in_simplex).tolist()
-    lines = sweep({"mine": lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels)}, tokens)
-    assert lines["method"].unique().tolist() == ["mine"] and np.allclose(lines["q_label"], 1)
-    for wrong, said in ((["dft", "dft"], "'dft' twice"), ([], "losses is empty"), ("cft(", "cft")):
-        with pytest.raises(InputError, match=said):
-            sweep(wrong)
-    with pytest.raises(InputError, match="p_y must lie between 0 and 1, got"):
-        swept([0.5, 1.0])
