@@ -38,7 +38,7 @@ class Body:
 
     def __init__(self, model: nn.Module, features: Mapping[str, Any]):
         self.model, self.head = model, _linear_head(model)
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         divisor = getattr(config, "logits_scaling", None) or 1.0

@@ -77,7 +77,7 @@ def _on(variant: Variant, model: str | None, tokens: Tokens) -> Mixture | None:
         return None
     log_p = tokens.log_probs
     log_pi = log_p if model is None else tokens.log_probs_of(model)
-    own, other = (0.0, 0.0) if uniform else _exponents(target.named.log(), log_p, log_pi)
+    own, other = (0.0, 0.0) if uniform else _exponents(torch.as_tensor(target.named).log(), log_p, log_pi)
     r = log_softmax(own * log_p + other * log_pi)
     t, s = few.trust, few.scale
     pulled = s * (t * -tokens.label_log_probs - (1 - t) * expectation(r.exp(), log_p))

@@ -112,6 +112,7 @@ class Pass:
         fields = {name: value[rows] for name, value in self.fields.items()}
         tokens = Chunk(logits=z.clone(), labels=self.labels[rows], **fields)
         push, rest, losses = self._labels_only(z, rows, others, pushed)
+        assert self.observe is not None
         self.observe(tokens, Target.push(tokens, push), losses)
         return push * rest.exp(), losses
 
@@ -127,6 +128,7 @@ class Pass:
 
     def _mixed(self, z: Tensor, rows: slice, others: dict, pushed: Any) -> tuple[Tensor, Tensor]:
         """Mixtures of the label with another model, or with the uniform distribution."""
+        assert self.mixture is not None
         name = self.mixture.model
         y = None if name is None else others[name]
         if y is not None and not isinstance(self.models[name], Head):

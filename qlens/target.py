@@ -5,11 +5,12 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from qlens.diagnostics import Diagnostics
 from qlens.errors import InputError
-from qlens.scales import balanced, effective_trust, natural_scale, tolerance
+from qlens.scales import effective_trust, natural_scale
 from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 
 Scale = Literal["unit", "structural", "natural"]
@@ -18,7 +19,7 @@ BLOCK = 64  # rows taken at a time
 
 
 @dataclass(frozen=True, eq=False)
-class Target:
+class Target(Diagnostics):
     r"""Q and s in g = s (p - Q), at N tokens; everything detached.
 
     Args:
@@ -131,8 +132,8 @@ class Target:
             return self.dense_q
         if self.pushed is not None:
             return self.probs - self.grad
-        t, r = self.trust[:, None], self._residual
-        return t * one_hot(self.labels, r.shape[-1], r.dtype) + (1 - t) * r
+        t = self.trust[:, None]
+        return ((1 - t) * self._residual).scatter_add_(1, self.labels[:, None].long(), t)
 
     @cached_property
     def grad(self) -> Float[Tensor, "N V"]:
@@ -209,68 +210,6 @@ class Target:
         t = self.trust[:, None]
         left = self.q - t * one_hot(self.labels, self.q.shape[-1], self.q.dtype)
         return torch.where(t == 1, torch.nan, left / (1 - t))
-
-    @property
-    def total(self) -> Float[Tensor, " N"]:
-        """sum_k Q_k: 1 exactly when the loss sees logits only through softmax."""
-        return self.q.sum(-1)
-
-    @property
-    def shift_invariant(self) -> Bool[Tensor, " N"]:
-        """Whether adding a constant to the logits changes nothing, sum_k g_k = 0; where it does, the loss sees raw logits."""
-        return balanced(self.grad)
-
-    @property
-    def negative_mass(self) -> Float[Tensor, " N"]:
-        """sum_k max(0, -Q_k): how far Q leaves the simplex."""
-        return (-self.q).clamp(min=0).sum(-1)
-
-    @property
-    def in_simplex(self) -> Bool[Tensor, " N"]:
-        """Whether Q is a distribution, to rounding."""
-        rounding = tolerance(self.q)
-        return (self.negative_mass <= rounding) & ((self.total - 1).abs() <= rounding)
-
-    @property
-    def effective_trust(self) -> Float[Tensor, " N"]:
-        """-g_y / (1 - p_y): the pull toward the label, in unit scale, whatever the construction; NaN where 1 - p_y = 0."""
-        return effective_trust(self.log_probs, self.labels, self.grad)
-
-    @property
-    def pull(self) -> Float[Tensor, " N"]:
-        """-g_y, how hard the label is pulled, and ``room``, how hard SFT would: averaged over tokens, their ratio is the
-        trust of a whole text. (A mean of effective trusts says little: near p_y = 1 they grow without bound.)"""
-        return -self.grad.gather(1, self.labels[:, None].long())[:, 0]
-
-    @property
-    def room(self) -> Float[Tensor, " N"]:
-        """1 - p_y."""
-        return 1 - self.probs.gather(1, self.labels[:, None].long())[:, 0]
-
-    @property
-    def reshape(self) -> Float[Tensor, " N"]:
-        """1/2 sum_{k != y} |Q_k - p_k (1 - Q_y)/(1 - p_y)|, in unit scale: how far the alternatives leave the student's own."""
-        p, d = self.probs, one_hot(self.labels, self.q.shape[-1], self.q.dtype)
-        q = p - self.grad
-        p_y, q_y = (p * d).sum(-1, keepdim=True), (q * d).sum(-1, keepdim=True)
-        kept = torch.where(p_y < 1, p * (1 - q_y) / (1 - p_y), 0.0)
-        return ((q - kept).abs() * (1 - d)).sum(-1) / 2
-
-    @property
-    def entropy(self) -> Float[Tensor, " N"]:
-        """H(Q) in nats; NaN where Q is signed."""
-        return torch.where(self.in_simplex, -expectation(self._positive, self._positive.log()), torch.nan)
-
-    @property
-    def kl(self) -> Float[Tensor, " N"]:
-        """KL(Q || p) in nats; NaN where Q is signed."""
-        kl = expectation(self._positive, self._positive.log() - self.log_probs)
-        return torch.where(self.in_simplex, kl, torch.nan)
-
-    @property
-    def _positive(self) -> Float[Tensor, "N V"]:
-        """Q without the rounding below zero; only read where Q is a distribution."""
-        return self.q.clamp(min=0)
 
 
 def _per_token(name: str, value: Tensor | float, tokens: Tokens) -> Float[Tensor, " N"]:
