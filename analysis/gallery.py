@@ -42,7 +42,8 @@ DOUBTED = 0.1  # the p_y of the token that is shown
 FOUND = ("old", "second", "negatives")
 # built in half the time of its parent
 SETTING = replace(SETTINGS["strong-prior"], name="gallery", pretrain_steps=600, teach_steps=250)
-STUDY = Path(__file__).parent / "results" / "compare-all"
+KEPT = Path(__file__).parent / "results"
+STUDY = KEPT / "compare-all"
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +151,16 @@ def _forest(material: Material) -> Picture:
     return plots.figure_forest(study), study.differences()
 
 
+def _scores(material: Material) -> Picture:
+    study = Study.load(KEPT / "compare-default")
+    return plots.figure_study(study, ("scores",)), plots.panel_data(study, "scores")
+
+
+def _truth(material: Material) -> Picture:
+    study = Study.load(STUDY)
+    return plots.figure_study(study, ("truth",)), plots.panel_data(study, "truth")
+
+
 def _watch(material: Material, steps: int = 120) -> Picture:
     options: dict[str, Any] = {"tokenizer": material.tokenizer, "teacher": material.teacher, "every": 20, "tokens": 40}
     watch = Watch(WATCHED, material.held, **options)
@@ -168,6 +179,8 @@ PICTURES: dict[str, tuple[Callable[[Material], Picture], str]] = {
     "atlas": (_atlas, "methods by the angle between their gradients"),
     "settings": (_settings, "five settings of the lab on one axis"),
     "forest": (_forest, "differences from SFT, paired by seed and problem"),
+    "scores": (_scores, "what the default comparison gave"),
+    "truth": (_truth, "the share of right labels among those that a method trusts alike"),
     "watch": (_watch, "how targets move while Target-SFT trains"),
 }
 """Every picture: what makes it, and what it shows."""
