@@ -24,6 +24,10 @@ class Head:
 
     Raises:
         InputError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> Head(torch.ones(1, 2), torch.tensor([[1.0, 1.0], [0.0, 3.0]]), softcap=3.0).logits(slice(None))
+        tensor([[1.7483, 2.2848]])
     """
 
     hidden: Float[Tensor, "N H"]

@@ -165,7 +165,7 @@ def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(compare, tmp
     study = compare([f'{file}:mild(name="<script>alert(1)</script>")'], seeds=1)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and page.count("data:image/png;base64,") == 6
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and page.count("data:image/png;base64,") == 7
     assert "viewport" in page and "prefers-color-scheme: dark" in page
     assert f"{study.table()['mean'][0]:.3f}" in page and "transformers" in page
 
