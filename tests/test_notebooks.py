@@ -82,6 +82,15 @@ def test_it_runs_and_writes_nowhere_else(path, tmp_path, cache):
     assert "**Result.**" in result(made)
 
 
+def test_ones_own_models_and_text_can_be_looked_at(own, tmp_path, cache, monkeypatch):
+    for name, path in own.items():
+        monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
+    made = notebooks.run(read(FILES[3]), tmp_path, cache, "small")
+    assert troubles(made) == [] and list(tmp_path.iterdir()) == []
+    assert "of 40 rows" in result(made) and "the most suspicious label is" in result(made)
+    assert "left out, longer than the context of 32 tokens: row 41" in said(made)
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_what_is_stored_was_shown_by_these_cells(path):
     notebook = read(path)
