@@ -6,7 +6,7 @@ the final answer (``worlds``). Everything follows from the numbers of a ``Settin
 """
 
 from qlens.lab.language import Demonstration, Problem
-from qlens.lab.setting import SETTINGS, Author, Setting
+from qlens.lab.setting import LESSONS, SETTINGS, Author, Setting
 from qlens.lab.worlds import World, build, world
 
-__all__ = ["SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "build", "world"]
+__all__ = ["LESSONS", "SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "build", "world"]

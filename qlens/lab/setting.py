@@ -156,3 +156,34 @@ CLEAN = Setting(
     seed=3,
 )
 SETTINGS = {setting.name: setting for setting in (STRONG, WEAK, WRONG, POOR, CLEAN)}
+LESSON = dataclasses.replace(
+    STRONG,  # for the notebooks: two steps per problem, built in half a minute, and a training takes seconds
+    name="lesson",
+    corpus=Author(slip=(0.09, 0.09, 0.09), false=(0.15, 0.15, 0.15)),
+    depth=2,
+    demonstrations=440,
+    validation=16,
+    test=60,
+    width=48,
+    corpus_rows=6000,
+    pretrain_steps=400,
+    teach_steps=150,
+    steps=80,
+)
+SKETCH = dataclasses.replace(
+    LESSON,  # hardly learns anything: to see that the same code runs
+    name="sketch",
+    demonstrations=60,
+    validation=4,
+    test=6,
+    width=16,
+    layers=1,
+    heads=2,
+    corpus_rows=80,
+    pretrain_steps=6,
+    teach_steps=4,
+    steps=4,
+    k=2,
+)
+LESSONS = {"shown": LESSON, "small": SKETCH}
+"""The world of the notebooks by size; not among the settings that are compared, and no rates are recorded for it."""
