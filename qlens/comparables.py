@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from qlens.registry import Variant
 from qlens.target import Target
@@ -61,26 +60,3 @@ class Tally:
         pull, room, weight, squared = (means.pop(name) for name in ("pull", "room", "weight", "weight_squared"))
         means["trust"] = pull / room if room else math.nan
         return means | ({"ess": weight**2 / squared} if squared else {})
-
-
-class UpdateNorm(TrainerCallback):
-    """The norm of an optimizer step's change of the trained parameters, on the steps that are logged."""
-
-    def __init__(self, trainer: Any):
-        self.trainer, self.before, self.norm = trainer, [], {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the parameters."""
-        if self.trainer.logs_this_step():
-            self.before = [(p, p.detach().clone()) for p in self.trainer.model.parameters() if p.requires_grad]
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure how far they went."""
-        if self.before:
-            norms = [(p.detach() - old).float().norm() for p, old in self.before]
-            self.before, self.norm = [], {"update_norm": torch.stack(norms).norm().item()}
-
-    def take(self) -> dict[str, float]:
-        """The last norm measured, once."""
-        norm, self.norm = self.norm, {}
-        return norm

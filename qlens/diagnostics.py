@@ -31,7 +31,7 @@ class Diagnostics:
         """sum_k max(0, -Q_k): how far Q leaves the simplex."""
         if self.pushed is not None:
             return sum((-part).clamp(min=0) for part in self._split)
-        return -self.q.clamp(max=0).sum(-1)
+        return self.q.clamp(max=0).sum(-1).abs()
 
     @cached_property
     def in_simplex(self) -> Bool[Tensor, " N"]:

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import has_length
 
 from qlens.batching import COLUMNS, Supervised, collate, positions
 from qlens.bodies import Bodies, Body
-from qlens.comparables import Tally, UpdateNorm
+from qlens.comparables import Tally
 from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
@@ -270,3 +270,26 @@ class QTrainer(QLossMixin, Trainer):
         self, model: Any = None, args: TrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
     ):
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
+
+
+class UpdateNorm(TrainerCallback):
+    """The norm of an optimizer step's change of the trained parameters, on the steps that are logged."""
+
+    def __init__(self, trainer: QLossMixin):
+        self.trainer, self.before, self.norm = trainer, [], {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Remember the parameters."""
+        if self.trainer.logs_this_step():
+            self.before = [(p, p.detach().clone()) for p in self.trainer.model.parameters() if p.requires_grad]
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure how far they went."""
+        if self.before:
+            norms = [(p.detach() - old).float().norm() for p, old in self.before]
+            self.before, self.norm = [], {"update_norm": torch.stack(norms).norm().item()}
+
+    def take(self) -> dict[str, float]:
+        """The last norm measured, once."""
+        norm, self.norm = self.norm, {}
+        return norm
