@@ -12,7 +12,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     means = {name: MEANS[name] for name in ("base", "sft", "target_sft")} | {f"mine.py:{name}": 0.6 for name in HOSTILE}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qlens.analysis.report.DPI", 40)  # figures are drawn faster when small
+        patch.setattr("qlens.analysis.saving.image.__defaults__", ("png", 40))  # figures are drawn faster when small
         made(means, seeds=(0, 1), failed=[f"{name} in one at seed 1: RuntimeError" for name in HOSTILE]).save(folder)
     return folder / "report.html"
 

@@ -139,7 +139,9 @@ def _mixture(e: Any) -> list[str]:
             f"Mixture: none explains the gradient; the best non-negative one of all known distributions leaves {m.closest:.1%}, "
             f"the best signed one of {len(m.parts)} leaves {max(m.misfit, m.held):.1%}."
         ]
-    said = [f"Mixture: {'signed, ' if m.signed else ''}misfit {m.misfit:.0e} ({m.held:.0e} on the tokens held out)"]
+    said = [
+        f"Mixture: {'signed, ' if m.signed else ''}misfit {_rounded(m.misfit)} ({_rounded(m.held)} on the tokens held out)"
+    ]
     for name, pull in m.parts.items():
         known = pull[m.unique]
         law = e.laws.get(name)
@@ -203,3 +205,8 @@ def _simplex(e: Any) -> list[str]:
     elif not shifted:
         said.append(f"Simplex: Q is a distribution on all {n} tokens.")
     return said
+
+
+def _rounded(misfit: float) -> str:
+    """A misfit in one digit; what is nothing but rounding differs from machine to machine and says no more than that."""
+    return f"{misfit:.0e}" if not misfit < 1e-12 else "< 1e-12"
