@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.analysis.truth import auroc, calibration
+from qlens.groups import Groups
 from qlens.reading import token_batches
 from qlens.registry import Variant
 from qlens.sources import vocabulary_size
@@ -37,9 +38,7 @@ def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I
     means = []
     for tokens in held_tokens(model, examples):
         assert tokens.sequence is not None
-        sums = torch.zeros(int(tokens.sequence.max()) + 1, device=tokens.logits.device)
-        counts = torch.zeros_like(sums).index_add(0, tokens.sequence, torch.ones_like(tokens.label_log_probs))
-        means.append(sums.index_add(0, tokens.sequence, -tokens.label_log_probs) / counts)
+        means.append(Groups(tokens.sequence).mean(-tokens.label_log_probs))
     return torch.cat(means).double().cpu().numpy()
 
 

@@ -15,7 +15,7 @@ from qlens.errors import InputError
 from qlens.sources import check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
 from qlens.tokens import Tokens, spread
 
-ENTRIES = 2**22  # logits of one model at a time, where most of them are not kept
+ENTRIES = 2**22  # logits of one model at a time, where little of them is kept
 
 
 def tokens_from_text(
@@ -71,15 +71,11 @@ def tokens_from_examples(
     check_fits(examples, {"model": model, **others})
     counts = [len(Supervised.of(collate([example]))) for example in examples] if most is not None else []
     kept = set(spread(sum(counts), most).tolist()) if most is not None and sum(counts) > most else None
-    parts, seen, sequences = [], 0, 0
-    for start in range(0, len(examples), batch_size):
-        few = examples[start : start + batch_size]
-        for tokens in token_batches(model, few, batch_size, needs, None if kept is None else ENTRIES, **others):
-            rows = [row for row in range(len(tokens)) if kept is None or seen + row in kept]
-            seen += len(tokens)
-            part = tokens.fields() if kept is None else tokens[rows].fields()
-            parts.append(part | {"sequence": part["sequence"] + sequences})
-        sequences += batch_size
+    parts, seen = [], 0
+    for tokens in token_batches(model, examples, batch_size, needs, None if kept is None else ENTRIES, **others):
+        rows = [row for row in range(len(tokens)) if kept is None or seen + row in kept]
+        seen += len(tokens)
+        parts.append((tokens if kept is None else tokens[rows]).fields())
     return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
@@ -91,7 +87,7 @@ def token_batches(
     entries: int | None = None,
     **others: nn.Module,
 ) -> Iterator[Tokens]:
-    """The same, some whole rows at a time, so that no text is too long; ``sequence`` counts from 0 in every batch.
+    """The same, some whole rows at a time, so that no text is too long; ``sequence`` goes on from batch to batch.
 
     With ``entries``, so many logits of a batch at a time: of models with a linear head no others ever exist.
     """
@@ -113,7 +109,7 @@ def token_batches(
                 fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
                 if "negatives" in needs:
                     fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1], rows)
-                yield Tokens(labels=supervised.labels[rows], sequence=supervised.sequence[rows], **fields)
+                yield Tokens(labels=supervised.labels[rows], sequence=start + supervised.sequence[rows], **fields)
 
 
 def _logits(

@@ -66,6 +66,14 @@ def test_fewer_tokens_are_spread_over_all(most):
         assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
 
 
+def test_a_head_is_proved_once_however_many_batches(monkeypatch):
+    proved, plain = [], bodies.Body._prove
+    monkeypatch.setattr(bodies.Body, "_prove", lambda self, few: proved.append(self.model) or plain(self, few))
+    model, teacher = llama(), llama(1)
+    tokens_from_examples(model, EXAMPLES, teacher=teacher, batch_size=1, most=3)
+    assert proved == [model, teacher]
+
+
 def test_explain_on_a_long_text_says_what_it_reads(tmp_path, capsys, monkeypatch):
     from tiny import letters
 
