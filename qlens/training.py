@@ -93,32 +93,36 @@ class QLossMixin(Trainer):
         Without ``num_items_in_batch``, the mean over the batch's own tokens. No token supervised: zero, with a graph.
         """
         features = self._features(inputs)
-        where = self._labels(inputs)
-        self._items = self._denominator(num_items_in_batch, len(where))
         body = None if return_outputs and not self._loss_only else self._body(features)
-        if body is not None:
-            loss, outputs = self._fused(body, model, where, features, inputs), {}
-        else:
+        if body is None:
             outputs = model(**features)
-            loss = self._plain(outputs["logits"], where, features, inputs)
+            made = outputs["logits"]
+        else:
+            outputs, made = {}, body.hidden(features, model)
+        where = Supervised.of({name: value.to(made.device) for name, value in inputs.items() if name in LAYOUT})
+        rows, items = where.take(made), self._denominator(num_items_in_batch, len(where))
+        if body is None:
+            loss = self._plain(rows, where, features, inputs, items)
+        else:
+            loss = self._fused(body, rows, where, features, inputs, items)
         if model.training:
             loss = loss + self.variant.penalty(self.model) / getattr(self, "current_gradient_accumulation_steps", 1)
         return (loss, outputs) if return_outputs else loss
 
-    def _fused(self, body: Body, model: nn.Module, where: Supervised, features: dict, inputs: dict) -> Tensor:
+    def _fused(
+        self, body: Body, hidden: Tensor, where: Supervised, features: dict, inputs: dict, items: float
+    ) -> Tensor:
         """The loss by the engine, from hidden states and head."""
-        hidden, head = where.take(body.hidden(features, model)), body.head
+        head = body.head
         if not len(where):
             return (hidden @ head.weight.T).sum()  # zero, and backward still runs
 
         def read(name: str, other: nn.Module) -> Any:
             its = self._bodies.of(other, features, name)
+            if its is None:
+                return where.take(model_logits(other, features))
             with torch.no_grad():
-                return (
-                    where.take(model_logits(other, features))
-                    if its is None
-                    else its.of(where.take(its.hidden(features)))
-                )
+                return its.of(where.take(its.hidden(features)))
 
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
@@ -133,14 +137,13 @@ class QLossMixin(Trainer):
             models,
             fields,
             shape,
-            self._items,
+            items,
             observe=observe,
         )
         return loss * (len(where) / max(made.selected, 1)) if self.variant.denominator == "selected" else loss
 
-    def _plain(self, logits: Tensor, where: Supervised, features: dict, inputs: dict) -> Tensor:
+    def _plain(self, rows: Tensor, where: Supervised, features: dict, inputs: dict, items: float) -> Tensor:
         """The loss by autograd, from whole logits."""
-        rows = where.take(logits)
         if not len(where):
             return rows.sum()  # zero, and backward still runs
 
@@ -153,11 +156,7 @@ class QLossMixin(Trainer):
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
         if self._is_told():
             self._tally.look(self.variant, tokens, losses)
-        return losses.sum() * self._selected(tokens) / self._items
-
-    def _labels(self, inputs: dict[str, Any]) -> Supervised:
-        """Where a batch is supervised."""
-        return Supervised.of({name: value.to(self.args.device) for name, value in inputs.items() if name in LAYOUT})
+        return losses.sum() * self._selected(tokens) / items
 
     def _denominator(self, items: Any, supervised: int) -> float:
         """What the sum of a micro-batch's losses is divided by."""
@@ -183,9 +182,9 @@ class QLossMixin(Trainer):
 
     def _is_told(self) -> bool:
         """Whether the comparables of this batch are wanted."""
-        if self._evaluating or not self.is_in_train:
-            return self._evaluating
-        if not self.log_every or not self.logs_this_step():
+        if self._evaluating:
+            return True
+        if not (self.is_in_train and self.log_every and self.logs_this_step()):
             return False
         return sum("loss" in entry for entry in self.state.log_history) % self.log_every == 0
 
