@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class Material:
         return self.tokenizer.decode([token]) or self.tokenizer.convert_ids_to_tokens(token)
 
 
+Asked = Callable[[], Material]
 Picture = tuple[Figure, pd.DataFrame | dict[str, pd.DataFrame]]
 
 
@@ -106,17 +107,18 @@ def forgotten_detach(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
     return -(log_p.exp() * log_p).mean()
 
 
-def _explain(material: Material) -> Picture:
+def _explain(asked: Asked) -> Picture:
     read = qlens.explain(forgotten_detach)
     return read.plot(), plots.explain_data(read)
 
 
-def _sweep(material: Material) -> Picture:
+def _sweep(asked: Asked) -> Picture:
     data = plots.sweep(("sft", "dft", "target_sft", "gem"))
     return plots.figure_sweep(data), data
 
 
-def _token(material: Material) -> Picture:
+def _token(asked: Asked) -> Picture:
+    material = asked()
     tokens = material.tokens
     doubted = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0].tolist() or range(len(tokens))
     at = min(doubted, key=lambda row: abs(float(tokens.label_probs[row]) - DOUBTED))
@@ -124,44 +126,47 @@ def _token(material: Material) -> Picture:
     return plots.figure_token(data, across=len(METHODS)), data
 
 
-def _sequence(material: Material) -> Picture:
+def _sequence(asked: Asked) -> Picture:
+    material = asked()
     data = plots.along(METHODS, material.tokens[:TOKENS], pieces=material.piece)
     return plots.figure_sequence(data), data
 
 
-def _plane(material: Material) -> Picture:
+def _plane(asked: Asked) -> Picture:
+    material = asked()
     tokens = material.tokens
     fed = [name for name in names() if all(getattr(tokens, need) is not None for need in qlens.get(name).needs)]
     data = plots.plane(fed, tokens)
     return plots.figure_plane(data), data
 
 
-def _atlas(material: Material) -> Picture:
+def _atlas(asked: Asked) -> Picture:
     angles = distances().angles()
     return plots.figure_atlas(angles), angles.reset_index()
 
 
-def _settings(material: Material) -> Picture:
+def _settings(asked: Asked) -> Picture:
     study = Study.load(STUDY)
     return plots.figure_settings(study), study.table()
 
 
-def _forest(material: Material) -> Picture:
+def _forest(asked: Asked) -> Picture:
     study = Study.load(STUDY)
     return plots.figure_forest(study), study.differences()
 
 
-def _scores(material: Material) -> Picture:
+def _scores(asked: Asked) -> Picture:
     study = Study.load(KEPT / "compare-default")
     return plots.figure_study(study, ("scores",)), plots.panel_data(study, "scores")
 
 
-def _truth(material: Material) -> Picture:
+def _truth(asked: Asked) -> Picture:
     study = Study.load(STUDY)
     return plots.figure_study(study, ("truth",)), plots.panel_data(study, "truth")
 
 
-def _watch(material: Material, steps: int = 120) -> Picture:
+def _watch(asked: Asked, steps: int = 120) -> Picture:
+    material = asked()
     options: dict[str, Any] = {"tokenizer": material.tokenizer, "teacher": material.teacher, "every": 20, "tokens": 40}
     watch = Watch(WATCHED, material.held, **options)
     given: dict[str, Any] = {"steps": steps, "batch_size": 16, "learning_rate": material.learning_rate, "seed": 0}
@@ -170,7 +175,7 @@ def _watch(material: Material, steps: int = 120) -> Picture:
     return watch.plot(), watch.frame
 
 
-PICTURES: dict[str, tuple[Callable[[Material], Picture], str]] = {
+PICTURES: dict[str, tuple[Callable[[Asked], Picture], str]] = {
     "explain": (_explain, "what a loss with a forgotten detach teaches against p_y, and where it ends"),
     "sweep": (_sweep, "gradient and target of four losses against p_y"),
     "token": (_token, "one token: p, the update of its logits, Q"),
@@ -188,7 +193,7 @@ PICTURES: dict[str, tuple[Callable[[Material], Picture], str]] = {
 
 def build(
     out: str | Path,
-    material: Callable[[], Material] = Material.lab,
+    material: Asked = Material.lab,
     only: Sequence[str] = (),
     say: Console | None = None,
 ) -> list[Path]:
@@ -196,7 +201,7 @@ def build(
 
     Args:
         out: the folder; made where it is not there.
-        material: what gives the real tokens, asked once.
+        material: what gives the real tokens, asked once, and only for pictures that show some.
         only: names of ``PICTURES``; by default all.
         say: where progress is told.
 
@@ -205,11 +210,11 @@ def build(
     """
     if unknown := sorted(set(only) - set(PICTURES)):
         raise InputError(f"only: no picture is called {unknown[0]!r}; there are {', '.join(PICTURES)}")
-    folder, made, given = Path(out), [], material()
+    folder, made, asked = Path(out), [], cache(material)
     folder.mkdir(parents=True, exist_ok=True)
     for name in only or PICTURES:
         make, shows = PICTURES[name]
-        figure, data = make(given)
+        figure, data = make(asked)
         frames = data if isinstance(data, dict) else {"": data}
         made.append(folder / f"{name}.png")
         plots.save_figure(figure, made[-1], {key: frame.map(_digits) for key, frame in frames.items()}, DPI)

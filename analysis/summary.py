@@ -10,12 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qlens.reading import token_batches
+from qlens.reading import ENTRIES, token_batches
 from qlens.registry import Variant
 from qlens.tokens import Tokens, expectation
-
-ENTRIES = 2**22  # logits of one model that are worked on at a time
-WHOLE = ("sequence", "batch", "pair")  # scopes whose methods are shown all tokens of a text at once
+from qlens.variant import ALONE
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +192,7 @@ def summary_of(
     batch), all are given the text whole. The text is the batch: such a weight is normalised within its own text.
     """
     needs = sorted({need for variant in variants for need in variant.needs})
-    whole = any(variant.scope in WHOLE for variant in variants)
+    whole = any(variant.scope not in ALONE for variant in variants)
     return Summary.join(
         [summarise(tokens, variants, candidates) for tokens in chunks(model, examples, needs, whole, **others)]
     )

@@ -1,5 +1,6 @@
 """Collapse: what a loss of label probabilities alone needs to know of a vocabulary: the label, and all the rest as one."""
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -58,14 +59,10 @@ def collapses(variant: Variant) -> bool:
 @lru_cache(maxsize=1024)
 def _collapses(method: Method, spec: str) -> bool:
     """Remembered by method and spec: a training step asks anew, with a variant of its own."""
-    from qlens.probes import probes
-
     variant = method.variant(**params.parse(spec)[1])
     if any(name in variant.needs for name in DENSE):
         return False
-    for vocabulary in (32, 11):
-        tokens = probes(vocabulary=vocabulary)
-        tokens = tokens.replace(logits=1.003 * tokens.logits)  # no p_y stands at a threshold itself
+    for tokens in trials():
         try:
             small = collapse(tokens)
             value, push = variant.loss(tokens), push_of(variant, tokens)
@@ -78,6 +75,15 @@ def _collapses(method: Method, spec: str) -> bool:
         if not all(bool((gap <= 1e-8 * s).all()) for gap, s in zip(gaps, size, strict=True)):
             return False
     return True
+
+
+def trials() -> Iterator[Tokens]:
+    """The probes at two vocabularies, moved a little: on which a method has to show what it is made of."""
+    from qlens.probes import probes
+
+    for vocabulary in (32, 11):
+        tokens = probes(vocabulary=vocabulary)
+        yield tokens.replace(logits=1.003 * tokens.logits)  # no p_y stands at a threshold itself
 
 
 def push_of(variant: Variant, tokens: Tokens) -> Float[Tensor, " N"]:

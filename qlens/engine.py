@@ -13,9 +13,10 @@ from qlens.batching import IGNORE
 from qlens.collapse import collapses
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
-from qlens.passes import ALONE, Observer, Pass
+from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
 from qlens.tokens import PER_TOKEN
+from qlens.variant import ALONE
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
 ENTRIES = 20 * 2**20  # of the logits at a time, unless a chunk is given: 80 MiB in float32
@@ -122,7 +123,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad)
+            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad[:3])
         return total
 
     @staticmethod

@@ -8,12 +8,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens import params
-from qlens.collapse import DENSE, collapse
+from qlens.collapse import DENSE, collapse, trials
 from qlens.errors import InputError
 from qlens.lens import gradient
-from qlens.probes import probes
 from qlens.tokens import MODELS, Tokens, expectation, log_softmax
-from qlens.variant import Method, Variant
+from qlens.variant import ALONE, Method, Variant
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,14 @@ def _mixture(method: Method, spec: str) -> Mixture | None:
     """Remembered by method and spec: a training step asks anew, with a variant of its own."""
     variant = method.variant(**params.parse(spec)[1])
     models = [name for name in variant.needs if name in MODELS]
-    if variant.scope not in ("token", "parameters") or len(models) > 1 or any(name in variant.needs for name in DENSE):
+    if variant.scope not in ALONE or len(models) > 1 or any(name in variant.needs for name in DENSE):
         return None
-    found = {_on(variant, models[0] if models else None, probes(vocabulary=v)) for v in (32, 11)}
+    found = {_on(variant, models[0] if models else None, tokens) for tokens in trials()}
     return found.pop() if len(found) == 1 else None
 
 
 def _on(variant: Variant, model: str | None, tokens: Tokens) -> Mixture | None:
     """The mixture that explains target, value and gradient on these tokens to rounding."""
-    tokens = tokens.replace(logits=1.003 * tokens.logits)  # no p_y stands at a threshold itself
     try:
         target, value = variant.target(tokens), variant.loss(tokens)
         uniform = isinstance(target.named, str) and target.named == "uniform"

@@ -13,8 +13,8 @@ from qlens.mixing import mixture
 from qlens.registry import Variant
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
+from qlens.variant import ALONE
 
-ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 Observer = Callable[[Tokens, Target, Tensor], None]
 
 
@@ -65,10 +65,10 @@ class Pass:
         for start in range(0, len(self.labels), self.chunk):
             rows = slice(start, min(start + self.chunk, len(self.labels)))
             z = own.logits(rows, self._buffer("logits", rows))
-            bent = self._buffer("bent", rows).copy_(z) if own.softcap is not None and any(wanted[:3]) else None
+            bent = self._buffer("bent", rows).copy_(z) if own.softcap is not None and any(wanted) else None
             a, losses = self._turned(z, rows, pushed)
             total += losses.sum()
-            if not any(wanted[:3]):
+            if not any(wanted):
                 continue
             if bent is not None:
                 z *= own.slope_(bent)
@@ -148,7 +148,7 @@ class Pass:
         tokens = Chunk(logits=z, labels=self.labels[rows], **others, **fields)
         with torch.no_grad():
             losses, target = self.variant.loss(tokens), self.variant.target(tokens)
-            self.selected += int((target.trust != 0).sum()) if self.variant.denominator == "selected" else 0
+            self._count(target)
             if self.observe:
                 self.observe(tokens, target, losses)
             return grad_(z, tokens, target), losses
@@ -164,8 +164,12 @@ class Pass:
         log_p, rest = ({name: pair[i] for name, pair in models.items()} for i in (0, 1))
         tokens = collapsed(log_p, rest, **{name: value[rows] for name, value in self.fields.items()})
         target = self.variant.target(tokens)
-        self.selected += int((target.trust != 0).sum()) if self.variant.denominator == "selected" else 0
+        self._count(target)
         return tokens, target
+
+    def _count(self, target: Target) -> None:
+        if self.variant.denominator == "selected":
+            self.selected += int((target.trust != 0).sum())
 
     def _collected(self, own: Head) -> tuple[Tensor, Tensor]:
         """A first pass, for sequences, batches and pairs: the push and the loss of every row."""

@@ -16,6 +16,8 @@ from qlens.pairs import Pairs
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
 
+ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
+
 
 @dataclass(eq=False, kw_only=True)
 class Method:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 from qlens.batching import IGNORE
 from qlens.data import encode
 from qlens.errors import InputError
+from qlens.feeding import FOUND, GIVEN
 from qlens.files import write_text, written
 from qlens.fitting import isolated
 from qlens.reading import token_batches
@@ -25,7 +26,6 @@ from qlens.sources import check_same_vocabulary
 from qlens.target import NO_PULLS, Target
 from qlens.tokens import Tokens, spread
 
-FED = ("sequence", "old", "second", "negatives")  # what ``token_batches`` finds for itself
 WHOLE = ("step", "token", "label")
 NUMBERS = ("p_y", "trust", "reshape", "entropy", "kl", "negative_mass", "drift", "drift_kl")
 SEED = 0  # of a variant that draws: the same at every record
@@ -231,9 +231,9 @@ def _check(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None
         raise InputError("variants is empty: name at least one, like Watch('dft', ...)")
     for variant in variants:
         for need in variant.needs:
-            if need in ("teacher", "reference") and need not in others:
+            if need in GIVEN and need not in others:
                 raise InputError(f"{variant.name} needs a {need}: give Watch({need}=...)")
-            if need not in (*FED, "teacher", "reference"):
+            if need not in (*FOUND, *GIVEN):
                 raise InputError(f"{variant.name} needs {need!r}, which Watch has no source for")
 
 
