@@ -1,17 +1,13 @@
 """The engine measured: time and peak memory beside bare matrix products, the plain path and other ways to save memory.
 
-Each case runs in a process of its own, on the same inputs, with preallocated gradients of hidden states and head.
+Each case runs in a process of its own; those of one method take turns, so that a slow minute of the machine is everybody's.
 """
 
 import importlib.util
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -19,181 +15,97 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich.console import Console
-from rich.progress import track
+from rich.progress import Progress
 from rich.table import Table
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from qlens.analysis.bench_ways import METHODS, ONLY, WAYS
 from qlens.analysis.look import DOUBLE
-from qlens.engine import fused_loss
-from qlens.registry import get
-from qlens.tokens import Tokens
 
 N, H, V = 2048, 512, 65_536
-METHODS = {
-    "sft": "", "dft": "", "label_smoothing": "", "asft_anchored": "reference", "kd": "teacher", "target_sft": "teacher"
-}  # fmt: skip
 BARS = {"": (1.10, 0.80, 0.12), "other": (1.25, 0.75, 0.10)}
 """Time against the bare products, time against the plain path and peak extra memory against it, at most."""
 RATIOS = ("to products", "to plain", "memory to plain")
-CHUNK = 256  # rows, of the per-chunk checkpoint
-
-
-class Inputs:
-    """Hidden states, head and labels with preallocated gradients, and another model's hidden states and head."""
-
-    def __init__(self, n: int, h: int, v: int, other: bool):
-        draw = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(n, h, generator=draw).requires_grad_()
-        self.head = (0.05 * torch.randn(v, h, generator=draw)).requires_grad_()
-        self.labels = torch.randint(v, (n,), generator=draw)
-        self.other = (torch.randn(n, h, generator=draw), 0.05 * torch.randn(v, h, generator=draw)) if other else None
-        self.hidden.grad, self.head.grad = torch.zeros_like(self.hidden), torch.zeros_like(self.head)
-
-
-def products(x: Inputs, method: str) -> Callable[[], None]:
-    """The matrix products alone, into preallocated buffers: the limit."""
-    z = torch.empty(len(x.labels), len(x.head))
-
-    @torch.no_grad()
-    def run() -> None:
-        torch.mm(x.hidden, x.head.T, out=z)
-        torch.mm(z, x.head, out=x.hidden.grad)
-        torch.mm(z.T, x.hidden, out=x.head.grad)
-        if x.other:
-            torch.mm(x.other[0], x.other[1].T, out=z)
-
-    return run
-
-
-def plain(x: Inputs, method: str) -> Callable[[], None]:
-    """Logits whole, and autograd."""
-    variant, name = get(method), METHODS[method]
-
-    def run() -> None:
-        others = {name: x.other[0] @ x.other[1].T} if x.other else {}
-        tokens = Tokens(logits=x.hidden @ x.head.T, labels=x.labels, **others)
-        (variant.loss(tokens).sum() / len(x.labels)).backward()
-
-    return run
-
-
-def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
-    """Chunks of rows, each computed again on the way back."""
-    variant, name = get(method), METHODS[method]
-
-    def part(hidden: Tensor, head: Tensor, rows: slice) -> Tensor:
-        others = {name: x.other[0][rows] @ x.other[1].T} if x.other else {}
-        return variant.loss(Tokens(logits=hidden @ head.T, labels=x.labels[rows], **others)).sum()
-
-    def run() -> None:
-        total = torch.zeros(())
-        for start in range(0, len(x.labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
-        (total / len(x.labels)).backward()
-
-    return run
-
-
-def torch_fused(x: Inputs, method: str) -> Callable[[], None]:
-    """torch's own linear_cross_entropy; hard labels and label smoothing only."""
-    smoothing = 0.1 if method == "label_smoothing" else 0.0
-    return lambda: F.linear_cross_entropy(x.hidden, x.head, x.labels, label_smoothing=smoothing).backward()
-
-
-def liger_chunked(x: Inputs, method: str) -> Callable[[], None]:
-    """liger-kernel's chunked loss in plain torch: of those here, only distillation has one."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # pyright: ignore[reportMissingImports]
-
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=CHUNK
-    )
-    hidden, head = x.other
-    return lambda: loss(x.hidden, x.head, hidden, head, x.labels).backward()
-
-
-def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
-    """The engine."""
-    others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, **others).backward()
-
-
-def qlens_told(x: Inputs, method: str) -> Callable[[], None]:
-    """The engine, with the comparables that a trainer logs out of the same pass."""
-    from qlens.comparables import Tally
-
-    others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=Tally().add, **others).backward()
-
-
-WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {
-    "bare products": products,
-    "plain path": plain,
-    "per-chunk checkpoint": checkpointed,
-    "torch linear_cross_entropy": torch_fused,
-    "liger chunked": liger_chunked,
-    "qlens": qlens_fused,
-    "qlens with comparables": qlens_told,
-}
-ONLY = {
-    "torch linear_cross_entropy": ("sft", "label_smoothing"),
-    "liger chunked": ("kd",),
-    "qlens with comparables": ("sft", "target_sft"),
-}
-"""Methods of the ways that do not serve all."""
 LONG = [("sft", (n, H, V)) for n in (1024, 4096, 16_384)] + [("target_sft", (8192, 1024, 151_936))]
 """Rows for how time and memory grow, one run each: the last has to fit into ``ROOM``."""
 ROOM = 4096  # MiB
 
 
-def measured(way: str, method: str, shape: tuple[int, int, int], repeats: int) -> dict[str, float]:
-    """Median seconds after warm-up, and the peak of memory above inputs and gradients, in MiB; in this process.
+class Case:
+    """A case in its own process, where its inputs wait between its turns."""
 
-    What a way loads once, its code and threads, is loaded on a small input before.
-    """
-    WAYS[way](Inputs(8, 16, 64, other=bool(METHODS[method])), method)()
-    x = Inputs(*shape, other=bool(METHODS[method]))
-    before = _resident()
-    run, seconds = WAYS[way](x, method), []
-    for turn in range(repeats + (repeats > 1)):
-        start = time.perf_counter()
-        run()
-        seconds += [time.perf_counter() - start] if turn or repeats == 1 else []
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    return {"seconds": statistics.median(seconds), "peak": max(peak, 0.0)}
+    def __init__(self, way: str, method: str, shape: tuple[int, int, int]):
+        self.named: dict[str, Any] = {"method": method, "way": way, "shape": shape}
+        told = json.dumps(self.named | {"threads": torch.get_num_threads()})
+        command = [sys.executable, "-m", "qlens.analysis.bench_ways", told]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.seconds: list[float] = []
 
+    def turn(self) -> float:
+        """Seconds of one run."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self._told()
 
-def _resident() -> float:
-    """The memory that is resident now, in MiB."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    def measure(self) -> None:
+        """One run that counts."""
+        self.seconds.append(self.turn())
+
+    def row(self) -> dict[str, Any]:
+        """The median of the seconds and the peak, in MiB; ends the process."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        peak = self._told()
+        self.process.wait()
+        return self.named | {"seconds": statistics.median(self.seconds), "peak": peak, "turns": self.seconds}
+
+    def _told(self) -> float:
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(
+                f"{self.named['way']} for {self.named['method']} ended with status {self.process.wait()}"
+            )
+        return float(line)
 
 
 def engine(repeats: int) -> list[dict[str, Any]]:
-    """A row per method and way, with ratios to the bare products and the plain path of the same method; then the long ones."""
+    """A row per method and way, with ratios to the bare products and the plain path of the same method; then the long ones.
+
+    A ratio of times is the median, over the rounds, of the ratio within a round.
+    """
     there = importlib.util.find_spec("liger_kernel") is not None
     ways = [way for way in WAYS if there or way != "liger chunked"]
-    cases = [(way, m, (N, H, V), repeats) for m in METHODS for way in ways if m in ONLY.get(way, METHODS)]
-    cases += [("qlens", method, shape, 1) for method, shape in LONG]
+    groups = {m: [way for way in ways if m in ONLY.get(way, METHODS)] for m in METHODS}
     rows = []
-    for way, method, shape, turns in track(cases, description="engine"):
-        call = f"b.measured({way!r}, {method!r}, {shape}, {turns})"
-        code = f"import json; from qlens.analysis import bench_engine as b; print(json.dumps({call}))"
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-        rows.append({"method": method, "way": way, "shape": shape, **json.loads(done.stdout)})
+    with Progress() as progress:
+        work = progress.add_task("engine", total=sum(map(len, groups.values())) * (repeats + 1) + len(LONG))
+        for method, some in groups.items():
+            cases = [Case(way, method, (N, H, V)) for way in some]
+            for turn in range(repeats + 1):
+                for case in cases[:: 1 if turn % 2 else -1]:
+                    case.measure() if turn else case.turn()  # the first is to warm up
+                    progress.advance(work)
+            rows += _compared([case.row() for case in cases])
+        for method, shape in LONG:
+            case = Case("qlens", method, shape)
+            case.measure()
+            progress.advance(work)
+            rows.append(case.row())
+    return rows
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one method with their ratios."""
+    ways = {row["way"]: row for row in rows}
+    bare, plain = ways["bare products"], ways["plain path"]
     for row in rows:
-        same = {
-            other["way"]: other for other in rows if (other["method"], other["shape"]) == (row["method"], row["shape"])
-        }
-        if row["shape"] == (N, H, V):
-            row["to products"] = row["seconds"] / same["bare products"]["seconds"]
-            row["to plain"] = row["seconds"] / same["plain path"]["seconds"]
-            row["memory to plain"] = row["peak"] / same["plain path"]["peak"]
+        for key, other in zip(RATIOS, (bare, plain), strict=False):
+            row[key] = statistics.median(a / b for a, b in zip(row["turns"], other["turns"], strict=True))
+        row["memory to plain"] = row["peak"] / plain["peak"]
     return rows
 
 

@@ -47,7 +47,7 @@ def others_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor
 
 def mix_(
     z: Float[Tensor, "n V"],
-    y: Float[Tensor, "n V"] | None,
+    y: Float[Tensor, "n V"],
     labels: Int[Tensor, "n 1"],
     mixture: Mixture,
     told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -56,30 +56,49 @@ def mix_(
 
     ``y`` are the other model's logits and are used up; ``told`` gives t and s, (n,), for log p_y and log(1 - p_y).
     """
-    at_label, r, log_r = z.gather(1, labels), None, z.new_tensor(math.log(z.shape[1]))
-    if y is None:  # uniform
-        along = (-log_r - z.mean(-1)) if mixture.entropy else z.mean(-1)
-        log_r = torch.zeros_like(log_r)
-    else:
-        mixture.logits_(y, z)
-        r = torch.empty_like(y)
+    at_label, r = z.gather(1, labels), torch.empty_like(y)
+    mixture.logits_(y, z)
+    if mixture.entropy:
         log_r = normalise_(y, out=r)[:, 0]
-        along = expectation(r, y.sub_(z) if mixture.entropy else z)
+        far = expectation(r, y.sub_(z)) - log_r
+    else:
+        torch.softmax(y, -1, out=r)
+        far = -expectation(r, z)
     log_z = normalise_(z)
-    log_p, p_y = at_label - log_z, z.gather(1, labels)
+    log_p, p_y, r_y = at_label - log_z, z.gather(1, labels), r.gather(1, labels)
     rest = z.scatter_(1, labels, 0.0).sum(-1, keepdim=True)
     t, s = told(log_p[:, 0], rest.log().clamp(min=-1e30)[:, 0])
-    far = (along - log_r + log_z[:, 0]) if mixture.entropy else log_z[:, 0] - along
-    loss = torch.where(t == 0, 0.0, -t * log_p[:, 0]) + torch.where(t == 1, 0.0, (1 - t) * far)
+    loss = _split(t, log_p[:, 0], far + log_z[:, 0])
     t = t[:, None]
-    if r is None:
-        r_y = 1 / z.shape[1]
-        z.sub_((1 - t) * r_y)
-    else:
-        r_y = r.gather(1, labels)
-        z.addcmul_(r, t - 1)
+    z.addcmul_(r, t - 1)
     z.scatter_(1, labels, (1 - t) * (p_y - r_y) - t * rest)  # p_y - t - (1 - t) r_y without its cancellation
     return s, s * loss
+
+
+def smooth_(
+    z: Float[Tensor, "n V"],
+    labels: Int[Tensor, "n 1"],
+    mixture: Mixture,
+    told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""p_{-y} - d in place of the logits; returns a and c in g = a (p_{-y} - d) + c (d - u), for the uniform u, and the losses.
+
+    p - t d - (1 - t) u = (p - d) + (1 - t)(d - u): beyond SFT's gradient label smoothing's knows the label only, and what it
+    adds to the products needs no pass over the logits. ``told`` as in ``mix_``.
+    """
+    at_label, found = z.gather(1, labels)[:, 0], []
+    for rows, label in blocks(z, labels):
+        along = rows.mean(-1)
+        found.append(torch.stack([along, *others_(rows, label)]))
+    along, log_p, rest = torch.cat(found, 1)
+    t, s = told(log_p, rest)
+    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.entropy else 0.0)
+    return s * rest.exp(), s * (1 - t), s * _split(t, log_p, far)
+
+
+def _split(t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], far: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """t times the label's loss and 1 - t times the rest's; a share of 0 ignores even an infinite loss."""
+    return torch.where(t == 0, 0.0, -t * log_p) + torch.where(t == 1, 0.0, (1 - t) * far)
 
 
 class Chunk(Tokens):

@@ -1,5 +1,6 @@
 """The engine: any variant's loss and its gradients from hidden states and a head, a few rows of logits at a time."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from qlens.tokens import PER_TOKEN
 from qlens.variant import ALONE
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
-ENTRIES = 20 * 2**20  # of the logits at a time, unless a chunk is given: 80 MiB in float32
+ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """How far gradients may be from the float64 path on the same logits, as a share of max(1, the largest), by the inputs' dtype.
@@ -59,7 +60,7 @@ def fused_loss(
         reference, teacher, old, second: other models, constants: logits (N, V), a tuple (hidden, head), a ``Head``, or a
             ``TopK``. ``softcap`` and ``logit_scale`` hold for the heads of tuples too; a ``Head`` has its own.
         denominator: what the sum of the losses is divided by; by default the supervised rows (pairs, for losses of pairs).
-        chunk: rows of logits at a time; by default as many as have 20 million entries.
+        chunk: rows of logits at a time; by default as many as have 22 million entries, in parts of one size.
         observe: called as ``observe(tokens, target, losses)`` for a few rows at a time, detached, in the order of the rows:
             what you want to know of the targets, out of the same pass. It costs what you ask of them.
         per_token_fields: weight, sequence, advantage, ... (N,), as in ``Tokens``.
@@ -114,7 +115,7 @@ def fused_pass(
     if denominator is None:
         pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
         denominator = max(pairs, 1)
-    size = min(chunk or max(1, ENTRIES // head.shape[0]), max(len(kept), 1))
+    size = min(chunk or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
     pass_ = Pass(method, labels[kept].long(), given, fields, shape, size, 1 / float(denominator), observe)
     return _Fused.apply(rows, head, bias, pass_), pass_
 
@@ -135,6 +136,11 @@ class _Fused(torch.autograd.Function):
         if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
             return *made, None
         return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
+
+
+def _even(rows: int, most: int) -> int:
+    """Rows a chunk, at most ``most``, so that all chunks are of nearly one size: a small product costs more a row."""
+    return math.ceil(rows / math.ceil(rows / most)) if rows else 1
 
 
 def _kept(name: str, model: Model, kept: Tensor, rows: int, shape: dict) -> Tensor | Head | TopK:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.chunks import CACHED, Chunk, grad_, mix_, others_
+from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed, collapses
 from qlens.heads import Head, TopK
 from qlens.mixing import mixture
@@ -48,6 +48,9 @@ class Pass:
         self.shape, self.chunk, self.share, self.observe = shape, chunk, share, observe
         self.narrow = collapses(variant)
         self.mixture = None if self.narrow or observe else mixture(variant)
+        if self.mixture and self.mixture.model is None and shape.get("softcap") is not None:
+            self.mixture = None  # behind a cap the uniform part is no longer the same everywhere
+        self.apart: list[Tensor] = []  # c in g = a g' + c (d - u), by chunk: what needs no logits
         self.buffers: dict[str, Tensor] = {}  # of whole chunks, so that no two of one kind are ever there
         self.selected = 0
 
@@ -81,6 +84,8 @@ class Pass:
                 torch.mm(g, own.weight, out=d_hidden[rows]).mul_(a)
             if d_head is not None:
                 _add_product(d_head, g, (h * a).to(h.dtype), fresh=start == 0)
+        if self.apart:
+            self._add_apart(own, d_hidden, d_head, d_bias)
         made = (
             d_hidden,
             None if d_head is None else d_head.to(head.dtype),
@@ -93,6 +98,8 @@ class Pass:
         others = {} if pushed else {name: self._logits_of(name, rows, z) for name in self.models}
         if self.narrow and not self.observe:
             return self._narrow(z, rows, others, pushed)
+        if self.mixture and self.mixture.model is None:
+            return self._smoothed(z, rows)
         turn = self._watched if self.narrow else self._mixed if self.mixture else self._dense
         step, made = max(1, CACHED // z.shape[1]), []
         for at in range(0, len(z), step):  # all of it while these rows are still near
@@ -127,20 +134,43 @@ class Pass:
         return push, rest, losses
 
     def _mixed(self, z: Tensor, rows: slice, others: dict, pushed: Any) -> tuple[Tensor, Tensor]:
-        """Mixtures of the label with another model, or with the uniform distribution."""
-        assert self.mixture is not None
-        name = self.mixture.model
-        y = None if name is None else others[name]
-        if y is not None and not isinstance(self.models[name], Head):
+        """Mixtures of the label with another model."""
+        assert self.mixture is not None and self.mixture.model is not None
+        y = others[self.mixture.model]
+        if not isinstance(self.models[self.mixture.model], Head):
             y = y.clone()  # what was given is not ours to write on
+        with torch.no_grad():
+            return mix_(z, y, self.labels[rows, None], self.mixture, self._told(rows))
+
+    def _smoothed(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+        """Mixtures of the label with the uniform distribution."""
+        assert self.mixture is not None
+        with torch.no_grad():
+            a, c, losses = smooth_(z, self.labels[rows, None], self.mixture, self._told(rows))
+        self.apart.append(c)
+        return a, losses
+
+    def _told(self, rows: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """t and s of some rows, from the method itself, on two entries."""
 
         def told(log_p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
-            models = {key: (log_p, rest) for key in ("logits", name) if key}  # t and s know the student's p_y only
+            models = {"logits": (log_p, rest)} | {name: (log_p, rest) for name in self.models}  # t and s know p_y only
             target = self._target(rows, models)[1]
             return target.trust, target.scale
 
-        with torch.no_grad():
-            return mix_(z, y, self.labels[rows, None], self.mixture, told)
+        return told
+
+    def _add_apart(self, own: Head, d_hidden: Tensor | None, d_head: Tensor | None, d_bias: Tensor | None) -> None:
+        """What c (d - u) adds to the gradients."""
+        c, wide = self.share * own.logit_scale * torch.cat(self.apart), precision(own.hidden.dtype)
+        if d_bias is not None:
+            d_bias.index_add_(0, self.labels, c).sub_(c.sum() / len(d_bias))
+        if d_hidden is not None:
+            away = own.weight[self.labels].to(wide) - own.weight.mean(0, dtype=wide)
+            d_hidden += (c[:, None] * away).to(d_hidden.dtype)
+        if d_head is not None:
+            some = c[:, None] * own.hidden
+            d_head.index_add_(0, self.labels, some).sub_(some.sum(0) / len(d_head))
 
     def _dense(self, z: Tensor, rows: slice, others: dict, pushed: Any) -> tuple[Tensor, Tensor]:
         """Any other method, from its loss and target as they are."""
