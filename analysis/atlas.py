@@ -47,13 +47,16 @@ def plot_plane(
     ax, look = current(ax), styles([*(methods or ()), *data["method"]])
     for x, label in ((0, "not trusted"), (1, "trusted as by sft")):
         ax.axvline(x, color=GREY, lw=0.9, ls="-" if x else "--", zorder=1, label=label)
-    places = data.assign(trust=data["trust"].clip(*window))
+    places, crosses = data.assign(trust=data["trust"].clip(*window)), []
     for _, row in places.iterrows():
         style, signed = look[row["method"]], row["negative_mass"] > SIGNED
         if len(data) <= FEW:
             faint = {"color": style.color, "lw": 1.0, "alpha": 0.35, "zorder": 2}
-            ax.plot(np.clip([row["trust_low"], row["trust_high"]], *window), [row["reshape"]] * 2, **faint)
-            ax.plot([row["trust"]] * 2, [row["reshape_low"], row["reshape_high"]], **faint)
+            across = np.clip([row["trust_low"], row["trust_high"]], *window), [row["reshape"]] * 2
+            up = [row["trust"]] * 2, [row["reshape_low"], row["reshape_high"]]
+            for line in (across, up):
+                ax.plot(*line, **faint)
+                crosses.append(np.transpose(line))
         options = {"ls": "", "marker": style.marker, "color": style.color, "markersize": sized(style.marker, 5.5)}
         options |= {"markerfacecolor": "white" if signed else style.color, "markeredgewidth": 1.0, "zorder": 3}
         ax.plot(row["trust"], row["reshape"], **options | {"label": row["method"]} | dot)
@@ -66,7 +69,7 @@ def plot_plane(
     if flat.sum() > 3:
         _name_below(ax, places[flat], names)
         places = places[~flat]
-    _name_beside(ax, places, names, at)
+    _name_beside(ax, places, names, at, crosses)
     note(ax, f"{data['tokens'].max()} tokens; hollow: negative mass", 0.98, 0.97, ha="right", va="top")
     return ax
 
@@ -110,15 +113,19 @@ def _name_below(ax: Axes, flat: pd.DataFrame, names: dict[str, str]) -> None:
         ax.annotate(names[row["method"]], (row["trust"], row["reshape"]), (spot, height), arrowprops=line, **options)
 
 
-def _name_beside(ax: Axes, places: pd.DataFrame, names: dict[str, str], points: pd.DataFrame) -> None:
-    """Each point's name beside it, where it covers no other; further off, with a line to the point, where it must."""
+def _name_beside(
+    ax: Axes, places: pd.DataFrame, names: dict[str, str], points: pd.DataFrame, lines: list[np.ndarray]
+) -> None:
+    """Each point's name beside it, where it covers no other and no line; further off, with a line to it, where it must."""
     size = _points(ax)
 
-    def spots(rows: pd.DataFrame) -> np.ndarray:
-        return ax.transLimits.transform(rows[["trust", "reshape"]].to_numpy()) * size
+    def spots(rows: pd.DataFrame | np.ndarray) -> np.ndarray:
+        pairs = rows if isinstance(rows, np.ndarray) else rows[["trust", "reshape"]].to_numpy()
+        return ax.transLimits.transform(pairs) * size
 
     at, zero = spots(places), spots(points.assign(reshape=0.0))[0, 1]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots(points)]
+    taken += [(*(ends.min(0) - 1), *(ends.max(0) + 1)) for ends in map(spots, lines)]
     taken += [(0.0, 0.0, size[0], zero + 1)] * (len(places) < len(points))  # there stand the names below
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
     for (x, y), (_, row) in zip(at, places.iterrows(), strict=True):

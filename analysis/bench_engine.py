@@ -10,19 +10,15 @@ import subprocess
 import sys
 from typing import Any
 
-import matplotlib
-import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, ScalarFormatter
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from qlens.analysis.bench_ways import METHODS, ONLY, WAYS
-from qlens.analysis.look import DOUBLE
+from qlens.analysis.look import DOUBLE, INK, clean, legend_below, panels
 
 N, H, V = 2048, 512, 65_536
 BARS = {"": (1.10, 0.80, 0.12), "other": (1.25, 0.75, 0.10)}
@@ -81,7 +77,7 @@ def engine(repeats: int) -> list[dict[str, Any]]:
     ways = [way for way in WAYS if there or way != "liger chunked"]
     groups = {m: [way for way in ways if m in ONLY.get(way, METHODS)] for m in METHODS}
     rows = []
-    with Progress() as progress:
+    with Progress(console=Console(stderr=True)) as progress:  # what is printed may be JSON
         work = progress.add_task("engine", total=sum(map(len, groups.values())) * (repeats + 1) + len(LONG))
         for method, some in groups.items():
             cases = [Case(way, method, (N, H, V)) for way in some]
@@ -134,29 +130,39 @@ def show_engine(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
+LOOKS: dict[str, dict[str, Any]] = {
+    "bare products": {"color": "0.88"},
+    "per-chunk checkpoint": {"color": "0.7"},
+    "torch linear_cross_entropy": {"color": "0.5"},
+    "liger chunked": {"color": "0.3"},
+    "qlens": {"color": "#D55E00"},
+    "qlens with comparables": {"color": "#F0C09A", "hatch": "////"},
+}
+"""The peers in greys, the engine in colour."""
+
+
 def draw_engine(rows: list[dict[str, Any]]) -> tuple[Figure, pd.DataFrame]:
     """Time and memory of every way, by method, as a share of the plain path; and what is drawn."""
     frame = pd.DataFrame([row for row in rows if "to plain" in row])
-    ways = [way for way in WAYS if way in set(frame["way"]) and way != "plain path"]
-    looks = dict(zip(ways, matplotlib.colormaps["cividis"](np.linspace(0, 0.95, len(ways))), strict=True))
-    figure, axes = plt.subplots(1, 2, figsize=(DOUBLE, 3.2), layout="constrained", sharey=True)
-    at = {method: number for number, method in enumerate(dict.fromkeys(frame["method"]))}
+    methods = list(dict.fromkeys(frame["method"]))
+    figure, axes = panels(DOUBLE, 2, 2, 3.4)
     for ax, key, label in zip(axes, RATIOS[1:], ("time / plain path", "peak memory / plain path"), strict=True):
-        for number, way in enumerate(ways):
-            some = frame[frame["way"] == way]
-            places = [at[method] + (number - (len(ways) - 1) / 2) * 0.8 / len(ways) for method in some["method"]]
-            ax.barh(places, some[key], 0.8 / len(ways), color=looks[way], label=way, edgecolor="white", linewidth=0.4)
-        for method, place in at.items():
+        for place, method in enumerate(methods):
+            some = frame[(frame["method"] == method) & frame["way"].isin(LOOKS)]
+            thick = 0.84 / len(LOOKS)
+            for number, (_, row) in enumerate(some.iterrows()):
+                at = place + (number - (len(some) - 1) / 2) * thick
+                ax.barh(at, row[key], thick, label=row["way"], edgecolor="white", linewidth=0.4, **LOOKS[row["way"]])
             bar = bars_of(method)[1 if key == "to plain" else 2]
-            ax.plot([bar, bar], [place - 0.45, place + 0.45], color="black", linewidth=0.9, linestyle=":")
-        ax.axvline(1, color="0.6", linewidth=0.7)
-        ax.set(xlabel=label, xscale="log")
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_formatter(NullFormatter())
-        ax.set_xticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
-    axes[0].set_yticks(list(at.values()), list(at))
-    axes[0].invert_yaxis()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+            ax.plot([bar] * 2, [place - 0.45, place + 0.45], color=INK, lw=0.9, ls=":", label="limit set for qlens")
+        ax.axvline(1, color=INK, lw=0.8)
+        ax.set(xlabel=label, xlim=(0, None), ylim=(len(methods) - 0.5, -0.5))
+        ax.set_yticks(range(len(methods)), methods)
+        clean(ax, grid="x")
+        ax.tick_params(axis="y", length=0)
+    axes[1].set_yticklabels([])
+    keys = {label: key for key, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
+    legend_below(figure, [keys[way] for way in (*LOOKS, "limit set for qlens") if way in keys])
     return figure, frame
 
 

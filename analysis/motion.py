@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from qlens.analysis.look import DOUBLE, GREY, INK, clean, current, head, legend_below, need, note, panels, styles
 from qlens.analysis.overview import method_keys
@@ -23,6 +24,7 @@ COURSES = {
     "drift_kl": "drift, KL(Q || first Q), nats",
 }
 """What ``plot_course`` can show, with the name of its axis."""
+SIGNED = ("trust",)  # the only ones that may be below zero
 WINDOW = (-0.6, 1.6)  # of trust
 
 
@@ -107,6 +109,9 @@ def plot_course(
         ax.plot(mean.index, mean, **options | {"markevery": max(1, len(mean) // 10)} | line)
     if unknown := int(frame[show].isna().sum()):
         note(ax, f"{unknown} of {len(frame)} not defined", y=0.98, va="top")
+    if show not in SIGNED:
+        top = max(ax.get_ylim()[1], 0.01)  # what is zero throughout lies on the floor, not in the middle
+        ax.set_ylim(-0.04 * top, top)
     ax.set(xlabel="training step", ylabel=COURSES[show])
     return clean(ax)
 
@@ -128,12 +133,14 @@ def figure_watch(frame: pd.DataFrame, width: float = DOUBLE) -> Figure:
     plot_course(frame, ax=mass, show="negative_mass", methods=names)
     plot_course(frame, ax=drift, show="drift", methods=names)
     head(motion, f"step {frame['step'].min()} (small) to {frame['step'].max()}")
-    head(mass, f"{frame['token'].nunique()} tokens: mean, middle half")
-    head(drift, "since the first record")
+    for ax, show in ((mass, "negative_mass"), (drift, "drift")):
+        head(ax, COURSES[show])  # at the head it is not squeezed between two panels
+        ax.set_ylabel("")
     ink: dict[str, Any] = {"color": GREY, "lw": 0.9}
     references = [
         Line2D([], [], label="trust 1 (sft)", **ink),
         Line2D([], [], ls="--", label="trust $p_y$ (dft)", **ink),
+        Patch(facecolor=GREY, alpha=0.3, label=f"middle half of {frame['token'].nunique()} tokens"),
     ]
     legend_below(figure, [*method_keys(names), *references])
     return figure

@@ -1,6 +1,7 @@
 """For every test: one thread, which is fastest for tiny models and the same on every machine; a comparison to try; a browser."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from tiny import letters, llama
 import qlens
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: every core already has a worker
 
 
 @pytest.fixture(scope="module")

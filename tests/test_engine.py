@@ -137,7 +137,7 @@ def test_the_heads_gradient_is_summed_in_float32():
     assert_close(head.grad.float(), torch.tensor([[-2048.0], [2048.0]]))  # bfloat16 alone would stop at 128
 
 
-@pytest.mark.parametrize("spec", ["sft", "asft_anchored", "orpo", "bootstrap_hard"])
+@pytest.mark.parametrize("spec", ["sft", "asft_anchored", "orpo", "bootstrap_hard", "label_smoothing"])
 def test_masked_rows_are_dropped_and_the_mean_is_over_the_rest(spec):
     hidden, head, bias = parts()
     masked = TOKENS.labels.clone()
@@ -152,7 +152,7 @@ def test_masked_rows_are_dropped_and_the_mean_is_over_the_rest(spec):
     assert float(g[~keep].abs().max()) == 0 and float(g[keep].abs().min(-1).values.max()) > 0
 
 
-@pytest.mark.parametrize("spec", ["sft", "kd", "dpo"])
+@pytest.mark.parametrize("spec", ["sft", "kd", "dpo", "label_smoothing"])
 def test_no_rows_at_all_is_zero_with_a_graph(spec):
     hidden, head, bias = parts()
     value = fused_loss(spec, hidden, head, torch.full((N,), -100), bias=bias, **given())
