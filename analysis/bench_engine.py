@@ -52,20 +52,17 @@ class Case:
 
     def row(self) -> dict[str, Any]:
         """The median of the seconds and the peak, in MiB; ends the process."""
-        assert self.process.stdin
-        self.process.stdin.close()
-        peak = self._told()
-        self.process.wait()
-        return self.named | {"seconds": statistics.median(self.seconds), "peak": peak, "turns": self.seconds}
+        told, _ = self.process.communicate()
+        return self.named | {"seconds": statistics.median(self.seconds), "peak": float(told), "turns": self.seconds}
 
     def _told(self) -> float:
         assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(
-                f"{self.named['way']} for {self.named['method']} ended with status {self.process.wait()}"
-            )
-        return float(line)
+        if line := self.process.stdout.readline():
+            return float(line)
+        self.process.communicate()
+        raise RuntimeError(
+            f"{self.named['way']} for {self.named['method']} ended with status {self.process.returncode}"
+        )
 
 
 def engine(repeats: int) -> list[dict[str, Any]]:

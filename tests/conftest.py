@@ -1,5 +1,6 @@
 """For every test: one thread, which is fastest for tiny models and the same on every machine; a comparison to try; a browser."""
 
+import gc
 import json
 import os
 
@@ -11,6 +12,14 @@ import qlens
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: every core already has a worker
+
+
+@pytest.fixture(autouse=True)
+def own_garbage():
+    """A Trainer ends by collecting garbage: the test's own, not in all that was ever imported, which takes longer."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from mini_lab import MINI
 import qlens
-qlens.compare(["sft", "kd"], settings=MINI, seeds=2, steps=4, jobs=2, progress=False, out={out!r})
+qlens.compare(["sft", "kd"], settings=MINI, seeds=2, steps=4, jobs={jobs}, progress=False, out={out!r})
 """
 FICKLE = """
 import pathlib
@@ -62,9 +62,9 @@ def test_killed_again_and_again_it_ends_with_the_same_table(compare, cache, tmp_
     whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
     out, tests = tmp_path / "run", os.path.dirname(__file__)
     script = tmp_path / "child.py"
-    script.write_text(CHILD.format(tests=tests, out=str(out)))
     killed, environment = [], os.environ | {"QLENS_CACHE": str(cache)}
-    for wanted in (1, 4):  # kill when so many jobs are done
+    for wanted, jobs in ((1, 2), (4, 1)):  # kill when so many jobs are done
+        script.write_text(CHILD.format(tests=tests, jobs=jobs, out=str(out)))
         with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
             while child.poll() is None and len(list(out.glob("jobs/*.json"))) < wanted:
                 time.sleep(0.01)

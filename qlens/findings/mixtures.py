@@ -1,6 +1,6 @@
 """Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -16,6 +16,7 @@ from qlens.tokens import Tokens, spread
 MOST_PARTS = 4
 MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
 REFINED = 8  # sets of residuals whose parameter is fitted to the last digit, of each size
+TOGETHER = 2**22  # entries of columns solved at a time
 RAW = "nothing (raw logits)"
 
 
@@ -141,21 +142,34 @@ class _Search:
             self.known[key] = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         return self.known[key]
 
+    def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None]) -> Tensor:
+        """The columns of a set at some values of its parameter, (values, N, V, J)."""
+        return torch.stack([torch.stack([self.column(entry, value) for value in values]) for entry in chosen], -1)
+
+    def projected(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """R of the columns' QR, the gradient on its Q, and the relative misfit of every token, (..., N)."""
+        q, r = torch.linalg.qr(columns)
+        on = q.mT @ self.g[..., None]
+        return r, on, (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
+
     def solve(self, chosen: tuple[Residual, ...], value: float | None) -> tuple[Tensor, Tensor]:
         """Coefficients of the unit columns, (N, J), and the relative misfit of every token, (N,)."""
-        a = torch.stack([self.column(entry, value) for entry in chosen], -1)
-        q, r = torch.linalg.qr(a)
-        on = q.mT @ self.g[..., None]
-        left = (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
-        diagonal = r.diagonal(dim1=-2, dim2=-1)
-        r = r + torch.diag_embed(
-            torch.where(diagonal.abs() < 1e-12, 1e-12, 0.0)
-        )  # residuals that coincide: not unique there
+        r, on, left = (part[0] for part in self.projected(self.columns(chosen, [value])))
+        coincide = r.diagonal(dim1=-2, dim2=-1).abs() < 1e-12  # there they are not unique
+        r = r + torch.diag_embed(torch.where(coincide, 1e-12, 0.0))
         return torch.linalg.solve_triangular(r, on, upper=True)[..., 0], left
+
+    def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
+        """The root mean square misfit over some tokens, at every value."""
+        found, few = [], max(1, TOGETHER // (self.g.numel() * len(chosen)))
+        for at in range(0, len(values), few):
+            left = self.projected(self.columns(chosen, values[at : at + few]))[2]
+            found += left[:, where].square().mean(-1).sqrt().tolist()
+        return found
 
     def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
         """The root mean square misfit over some tokens."""
-        return float(self.solve(chosen, value)[1][where].square().mean().sqrt())
+        return self.misses(chosen, [value], where)[0]
 
     def run(self, picked: Tensor) -> Mixture:
         """The first size at which something explains the gradient; else the best of the last."""
@@ -180,9 +194,10 @@ class _Search:
             elif len(parameters) == 1 and size <= 3:
                 grid = next(entry.grid for entry in chosen if entry.parameter)
                 if grid:
-                    free.append(min(((chosen, v) for v in grid), key=lambda one: self.miss(*one, self.fitted)))
-        free.sort(key=lambda one: self.miss(*one, self.fitted))
-        return plain + [self._refined(*one) for one in free[:REFINED]]
+                    miss, value = min(zip(self.misses(chosen, grid, self.fitted), grid, strict=True))
+                    free.append((miss, chosen, value))
+        free.sort(key=lambda one: one[0])
+        return plain + [self._refined(*one[1:]) for one in free[:REFINED]]
 
     def _refined(self, chosen: tuple[Residual, ...], value: float) -> tuple[tuple[Residual, ...], float | None]:
         """The parameter to its last digit, between its neighbours on the grid; a k is whole."""
