@@ -3,6 +3,7 @@
 Each case runs in a process of its own; those of one method take turns, so that a slow minute of the machine is everybody's.
 """
 
+import contextlib
 import importlib.util
 import json
 import statistics
@@ -42,8 +43,9 @@ class Case:
     def turn(self) -> float:
         """Seconds of one run."""
         assert self.process.stdin
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and what is told says how
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
         return self._told()
 
     def measure(self) -> None:

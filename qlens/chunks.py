@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qlens.heads import Head
 from qlens.mixing import Mixture
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation, log_softmax
+from qlens.tokens import Tokens, expectation, log_softmax, precision
 
 CACHED = 2**20  # entries worked on at a time, so that the passes over them stay near the processor
 
@@ -81,19 +82,41 @@ def smooth_(
     mixture: Mixture,
     told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""p_{-y} - d in place of the logits; returns a and c in g = a (p_{-y} - d) + c (d - u), for the uniform u, and the losses.
+    r"""p - t d in place of the logits, for a mixture's uniform part u; returns s, 1 - t and the losses, (n,).
 
-    p - t d - (1 - t) u = (p - d) + (1 - t)(d - u): beyond SFT's gradient label smoothing's knows the label only, and what it
-    adds to the products needs no pass over the logits. ``told`` as in ``mix_``.
+    What is left of p - t d - (1 - t) u is the same on every entry, and ``Flat`` adds it without a pass over them. ``told`` as in
+    ``mix_``.
     """
     at_label, found = z.gather(1, labels)[:, 0], []
     for rows, label in blocks(z, labels):
         along = rows.mean(-1)
-        found.append(torch.stack([along, *others_(rows, label)]))
+        log_p, rest = others_(rows, label)
+        rows.mul_(rest.exp()[:, None])
+        found.append(torch.stack([along, log_p, rest]))
     along, log_p, rest = torch.cat(found, 1)
     t, s = told(log_p, rest)
+    z.scatter_(1, labels, ((1 - t) * log_p.exp() - t * rest.exp())[:, None])  # p_y - t without its cancellation
     far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.entropy else 0.0)
-    return s * rest.exp(), s * (1 - t), s * _split(t, log_p, far)
+    return s, 1 - t, s * _split(t, log_p, far)
+
+
+class Flat:
+    """A part of the logit gradients that is one number for a whole row, on its way to hidden states, head and bias."""
+
+    def __init__(self, head: Head):
+        wide = precision(head.weight.dtype)
+        self.column = head.weight.sum(0, dtype=wide)
+        self.head = torch.zeros(1, head.weight.shape[1], dtype=wide, device=head.weight.device)
+        self.bias = self.head.new_zeros(())
+
+    def sub_(
+        self, c: Float[Tensor, "n 1"], hidden: Float[Tensor, "n H"], d_hidden: Float[Tensor, "n H"] | None
+    ) -> None:
+        """Take a row's number c from all its entries."""
+        self.head -= c.T @ hidden
+        self.bias -= c.sum()
+        if d_hidden is not None:
+            d_hidden.addcmul_(c, self.column, value=-1)
 
 
 def _split(t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], far: Float[Tensor, " n"]) -> Float[Tensor, " n"]:

@@ -60,7 +60,7 @@ def fused_loss(
         reference, teacher, old, second: other models, constants: logits (N, V), a tuple (hidden, head), a ``Head``, or a
             ``TopK``. ``softcap`` and ``logit_scale`` hold for the heads of tuples too; a ``Head`` has its own.
         denominator: what the sum of the losses is divided by; by default the supervised rows (pairs, for losses of pairs).
-        chunk: rows of logits at a time; by default as many as have 22 million entries, in parts of one size.
+        chunk: rows of logits at a time; by default as many as have 22 million entries, in nearly even parts.
         observe: called as ``observe(tokens, target, losses)`` for a few rows at a time, detached, in the order of the rows:
             what you want to know of the targets, out of the same pass. It costs what you ask of them.
         per_token_fields: weight, sequence, advantage, ... (N,), as in ``Tokens``.

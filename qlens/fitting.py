@@ -52,20 +52,23 @@ def fit(
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = QTrainer(
-            model=model,
-            args=arguments,
-            variant=variant,
-            teacher=teacher,
-            reference=reference,
-            train_dataset=examples,
-            callbacks=[Ticker(tick), *callbacks],
-        )
-        trainer.remove_callback(PrinterCallback)
-        gc.freeze()  # a Trainer ends by collecting garbage: its own, not in all that was ever imported, which takes longer
+        trainer = None
+        gc.freeze()  # a Trainer ends by collecting garbage: that of this run, not in all that was ever imported
         try:
+            trainer = QTrainer(
+                model=model,
+                args=arguments,
+                variant=variant,
+                teacher=teacher,
+                reference=reference,
+                train_dataset=examples,
+                callbacks=[Ticker(tick), *callbacks],
+            )
+            trainer.remove_callback(PrinterCallback)
             trainer.train()
         finally:
+            del trainer  # a cycle that holds model and optimizer
+            gc.collect()
             gc.unfreeze()
     return model.eval()
 

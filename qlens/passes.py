@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
+from qlens.chunks import CACHED, Chunk, Flat, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed, collapses
 from qlens.heads import Head, TopK
 from qlens.mixing import mixture
@@ -48,9 +48,7 @@ class Pass:
         self.shape, self.chunk, self.share, self.observe = shape, chunk, share, observe
         self.narrow = collapses(variant)
         self.mixture = None if self.narrow or observe else mixture(variant)
-        if self.mixture and self.mixture.model is None and shape.get("softcap") is not None:
-            self.mixture = None  # behind a cap the uniform part is no longer the same everywhere
-        self.apart: list[Tensor] = []  # c in g = a g' + c (d - u), by chunk: what needs no logits
+        self.uniform: Tensor | None = None  # 1 - t of a chunk's rows, where (1 - t) u is still to be taken off
         self.buffers: dict[str, Tensor] = {}  # of whole chunks, so that no two of one kind are ever there
         self.selected = 0
 
@@ -64,6 +62,8 @@ class Pass:
         d_head = make(head.shape, dtype=wide, device=head.device) if wanted[1] else None
         d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
+        # Behind a cap, and where g is rounded to the inputs' dtype, u must be taken off entry by entry.
+        flat = Flat(own) if own.softcap is None and wide == hidden.dtype and self._smoothes else None
         pushed = self._collected(own) if self.narrow and self.variant.scope not in ALONE else None
         for start in range(0, len(self.labels), self.chunk):
             rows = slice(start, min(start + self.chunk, len(self.labels)))
@@ -73,6 +73,8 @@ class Pass:
             total += losses.sum()
             if not any(wanted):
                 continue
+            if self.uniform is not None and flat is None:
+                z -= self.uniform[:, None] / len(own.weight)
             if bent is not None:
                 z *= own.slope_(bent)
             # What is the same for a whole row is folded into the small sides of the products: g = a g', a scalar a row.
@@ -84,8 +86,13 @@ class Pass:
                 torch.mm(g, own.weight, out=d_hidden[rows]).mul_(a)
             if d_head is not None:
                 _add_product(d_head, g, (h * a).to(h.dtype), fresh=start == 0)
-        if self.apart:
-            self._add_apart(own, d_hidden, d_head, d_bias)
+            if self.uniform is not None and flat is not None:
+                few = None if d_hidden is None else d_hidden[rows]
+                flat.sub_(a * self.uniform[:, None] / len(own.weight), h, few)
+        if flat is not None and d_head is not None:
+            d_head += flat.head
+        if flat is not None and d_bias is not None:
+            d_bias += flat.bias
         made = (
             d_hidden,
             None if d_head is None else d_head.to(head.dtype),
@@ -98,7 +105,7 @@ class Pass:
         others = {} if pushed else {name: self._logits_of(name, rows, z) for name in self.models}
         if self.narrow and not self.observe:
             return self._narrow(z, rows, others, pushed)
-        if self.mixture and self.mixture.model is None:
+        if self._smoothes:
             return self._smoothed(z, rows)
         turn = self._watched if self.narrow else self._mixed if self.mixture else self._dense
         step, made = max(1, CACHED // z.shape[1]), []
@@ -142,12 +149,15 @@ class Pass:
         with torch.no_grad():
             return mix_(z, y, self.labels[rows, None], self.mixture, self._told(rows))
 
+    @property
+    def _smoothes(self) -> bool:
+        return self.mixture is not None and self.mixture.model is None
+
     def _smoothed(self, z: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Mixtures of the label with the uniform distribution."""
         assert self.mixture is not None
         with torch.no_grad():
-            a, c, losses = smooth_(z, self.labels[rows, None], self.mixture, self._told(rows))
-        self.apart.append(c)
+            a, self.uniform, losses = smooth_(z, self.labels[rows, None], self.mixture, self._told(rows))
         return a, losses
 
     def _told(self, rows: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -159,18 +169,6 @@ class Pass:
             return target.trust, target.scale
 
         return told
-
-    def _add_apart(self, own: Head, d_hidden: Tensor | None, d_head: Tensor | None, d_bias: Tensor | None) -> None:
-        """What c (d - u) adds to the gradients."""
-        c, wide = self.share * own.logit_scale * torch.cat(self.apart), precision(own.hidden.dtype)
-        if d_bias is not None:
-            d_bias.index_add_(0, self.labels, c).sub_(c.sum() / len(d_bias))
-        if d_hidden is not None:
-            away = own.weight[self.labels].to(wide) - own.weight.mean(0, dtype=wide)
-            d_hidden += (c[:, None] * away).to(d_hidden.dtype)
-        if d_head is not None:
-            some = c[:, None] * own.hidden
-            d_head.index_add_(0, self.labels, some).sub_(some.sum(0) / len(d_head))
 
     def _dense(self, z: Tensor, rows: slice, others: dict, pushed: Any) -> tuple[Tensor, Tensor]:
         """Any other method, from its loss and target as they are."""

@@ -19,6 +19,7 @@ def own_garbage():
     """A Trainer ends by collecting garbage: the test's own, not in all that was ever imported, which takes longer."""
     gc.freeze()
     yield
+    gc.collect()
     gc.unfreeze()
 
 

@@ -157,8 +157,8 @@ def test_a_mixture_in_place_is_the_mixture_written_out(own, other, entropy, trus
     value = scale * (-trust * p.gather(1, tokens.labels[:, None])[:, 0].log() + (1 - trust) * far)
     labels = tokens.labels[:, None]
     if own == other == 0:
-        a, c, losses = smooth_(z, labels, Mixture(None, own, other, entropy), lambda *_: (t, s))
-        made = a[:, None] * z + c[:, None] * (d - 1 / 7)
+        its, left, losses = smooth_(z, labels, Mixture(None, own, other, entropy), lambda *_: (t, s))
+        made = its[:, None] * (z - left[:, None] / 7)
     else:
         its, losses = mix_(z, y, labels, Mixture("teacher", own, other, entropy), lambda *_: (t, s))
         made = its[:, None] * z

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import qlens
 from qlens.batching import IGNORE, collate
 from qlens.data import encode
 from qlens.errors import InputError
+from qlens.fitting import fit
 from qlens.registry import resolve
 from qlens.sources import load_model, load_tokenizer
 from qlens.training import QTrainer
@@ -247,3 +249,13 @@ def test_real_models_learn_from_real_text(make, variant):
     assert after["eval_loss"] < before["eval_loss"] - 0.02
     assert all(entry["kl_target"] > 0 and entry["update_norm"] > 0 for entry in steps_of(trainer))
     assert qlens.QTrainer is QTrainer
+
+
+def test_a_fit_leaves_nothing_alive():
+    texts, alive = [{"input_ids": [1, 2, 3, 4], "labels": [IGNORE, 2, 3, 4]}] * 4, []
+    for _ in range(3):
+        model = llama()
+        alive.append(weakref.ref(model))
+        fit(model, texts, steps=1, batch_size=2, learning_rate=1e-3, seed=0)
+        del model
+    assert [ref() for ref in alive] == [None] * 3
