@@ -33,9 +33,11 @@ def test_a_case_that_fails_says_which():
 
 def test_ratios_are_medians_of_rounds():
     turns = {"bare products": [1.0, 2.0, 4.0], "plain path": [2.0, 8.0, 8.0], "qlens": [1.5, 2.0, 8.0]}
-    rows = bench_engine._compared([{"way": way, "turns": each, "peak": 10.0} for way, each in turns.items()])
+    peaks = {"bare products": 20.0, "plain path": 40.0, "qlens": 4.0}
+    rows = bench_engine._compared([{"way": way, "turns": each, "peak": peaks[way]} for way, each in turns.items()])
     assert_allclose([row["to products"] for row in rows], [1, 2, 1.5])
     assert_allclose([row["to plain"] for row in rows], [0.5, 1, 0.75])
+    assert_allclose([row["memory to plain"] for row in rows], [0.5, 1, 0.1])
 
 
 def test_what_is_kept_is_drawn():
