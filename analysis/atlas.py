@@ -69,6 +69,7 @@ def plot_plane(
     if flat.sum() > 3:
         _name_below(ax, places[flat], names)
         places = places[~flat]
+    crosses += [np.column_stack([[x, x], ax.get_ylim()]) for x in (0, 1)]
     _name_beside(ax, places, names, at, crosses)
     note(ax, f"{data['tokens'].max()} tokens; hollow: negative mass", 0.98, 0.97, ha="right", va="top")
     return ax
