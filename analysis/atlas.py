@@ -118,14 +118,13 @@ def _name_beside(
     ax: Axes, places: pd.DataFrame, names: dict[str, str], points: pd.DataFrame, lines: list[np.ndarray]
 ) -> None:
     """Each point's name beside it, where it covers no other and no line; further off, with a line to it, where it must."""
-    size = _points(ax)
+    size, xy = _points(ax), ["trust", "reshape"]
 
-    def spots(rows: pd.DataFrame | np.ndarray) -> np.ndarray:
-        pairs = rows if isinstance(rows, np.ndarray) else rows[["trust", "reshape"]].to_numpy()
-        return ax.transLimits.transform(pairs) * size
+    def spots(pairs: pd.DataFrame | np.ndarray) -> np.ndarray:
+        return ax.transLimits.transform(np.asarray(pairs)) * size
 
-    at, zero = spots(places), spots(points.assign(reshape=0.0))[0, 1]
-    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots(points)]
+    at, zero = spots(places[xy]), spots(np.zeros((1, 2)))[0, 1]
+    taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots(points[xy])]
     taken += [(*(ends.min(0) - 1), *(ends.max(0) + 1)) for ends in map(spots, lines)]
     taken += [(0.0, 0.0, size[0], zero + 1)] * (len(places) < len(points))  # there stand the names below
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
