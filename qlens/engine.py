@@ -117,14 +117,16 @@ def fused_pass(
         denominator = max(pairs, 1)
     size = min(chunk or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
     pass_ = Pass(method, labels[kept].long(), given, fields, shape, size, 1 / float(denominator), observe)
-    return _Fused.apply(rows, head, bias, pass_), pass_
+    return _Fused.apply(rows, head, bias, pass_, torch.is_grad_enabled()), pass_
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass, grad_enabled: bool) -> Tensor:
+        # torch sets needs_input_grad from requires_grad alone, under no_grad too
+        wanted = tuple(needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad[:3])
+            total, ctx.made = pass_.run(hidden, head, bias, wanted)
         return total
 
     @staticmethod
@@ -134,8 +136,8 @@ class _Fused(torch.autograd.Function):
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
         if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
-            return *made, None
-        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
+            return *made, None, None
+        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None, None
 
 
 def _even(rows: int, most: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -193,6 +194,35 @@ def test_evaluation_keeps_logits_only_for_those_who_ask(make):
     assert metrics["eval_rows"] == 5
     for other in losses[1:]:
         assert_close(losses[0], other, rtol=1e-5, atol=1e-6)
+
+
+class Sizes(TorchDispatchMode):
+    """Counts matrix products and the largest new tensor while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        if isinstance(result, torch.Tensor) and func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.zeros):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("spec", ["sft", "label_smoothing", "kd", "gem", "iw_sft"])
+def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(6, 50, requires_grad=True), torch.randn(40, 50, requires_grad=True)
+    given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
+    given |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
+    value = qlens.fused_loss(spec, hidden, head, **given).detach()
+    with torch.no_grad(), Sizes() as sizes:
+        alone = qlens.fused_loss(spec, hidden, head, **given)
+    assert_close(alone, value, rtol=0, atol=0)
+    assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
+    assert sizes.largest < head.numel()
 
 
 def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
