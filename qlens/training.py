@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers.trainer_utils import has_length
 
 from qlens.batching import COLUMNS, Supervised, collate, positions
 from qlens.bodies import Bodies, Body
+from qlens.checkpoints import RunState
 from qlens.comparables import Tally
 from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
@@ -69,7 +71,9 @@ class QLossMixin(Trainer):
         **kwargs: Any,
     ):
         self.variant = resolve(variant)
-        self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference}, old_every)
+        self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference})
+        if old_every < 1:
+            raise InputError(f"old_every must be at least 1, got {old_every}")
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
         if log_every < 0:
@@ -79,11 +83,28 @@ class QLossMixin(Trainer):
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
         self.model_accepts_loss_kwargs = True
-        self.add_callback(self._feed.follow(self.model, self.args.device))
-        self.variant.penalty(self.model)  # a penalty measures from here, whatever checkpoint is resumed later
+        self._feed.settle(self.model, self.args.device)
+        self._run = RunState(self.variant, self._feed, old_every)
+        self.add_callback(self._run)
         self._tally, self._evaluating = Tally(), False
         self._update = UpdateNorm(self)
         self.add_callback(self._update)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's training; see QLossMixin for what a resumed run restores."""
+        self._run.checkpoint = None
+        return super().train(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's step of resuming that knows the checkpoint's folder, which the run's state is restored from."""
+        self._run.checkpoint = None if checkpoint is None else Path(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, whose last file says that it is whole, and before it the state of the run."""
+        if self.args.should_save and not self.args.save_only_model:
+            self._run.save(self._get_output_dir(trial=trial), self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -53,6 +53,7 @@ class Method:
     where: str = ""
     printed: Callable | None = None
     on_model: Callable | None = None
+    on_start: Callable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -67,6 +68,11 @@ class Method:
     def penalty(self, fn: Callable) -> Callable:
         """Decorator: a term on the model's parameters, ``fn(model, *, ...) -> scalar``."""
         self.on_model = fn
+        return fn
+
+    def start(self, fn: Callable) -> Callable:
+        """Decorator: where a penalty is measured from, ``fn(model, saved, *, ...) -> {name: tensor}``, see ``Variant.start``."""
+        self.on_start = fn
         return fn
 
     def variant(self, **given: Any) -> "Variant":
@@ -202,6 +208,21 @@ class Variant:
         if self.method.on_model is None:
             return torch.zeros((), device=next(model.parameters()).device)
         return self.method.on_model(model, **self.params)
+
+    def start(self, model: nn.Module, saved: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Begin a run: ``penalty`` is measured from the model's present weights on, or from a ``saved`` start.
+
+        Args:
+            model: the model to be trained.
+            saved: what an earlier ``start`` returned, to resume its run.
+
+        Returns:
+            the start as named tensors, for a checkpoint; empty for a method whose penalty has no start.
+
+        Raises:
+            InputError: ``saved`` is not the start of such a model and method.
+        """
+        return {} if self.method.on_start is None else self.method.on_start(model, saved, **self.params)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """To other processes a built-in variant goes by its spec: its function hides behind the name of its Method."""

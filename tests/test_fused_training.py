@@ -197,15 +197,16 @@ def test_evaluation_keeps_logits_only_for_those_who_ask(make):
 
 
 class Sizes(TorchDispatchMode):
-    """Counts matrix products and the largest new tensor while it is on."""
+    """Counts the matrix products with a head, and finds the largest new tensor."""
 
-    def __init__(self):
+    def __init__(self, head):
         super().__init__()
-        self.products, self.largest = 0, 0
+        self.head, self.products, self.largest = head.numel(), 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.products += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.products += product and any(each.numel() == self.head for each in args)
         if isinstance(result, torch.Tensor) and func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.zeros):
             self.largest = max(self.largest, result.numel())
         return result
@@ -218,7 +219,7 @@ def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
     given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
     given |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
     value = qlens.fused_loss(spec, hidden, head, **given).detach()
-    with torch.no_grad(), Sizes() as sizes:
+    with torch.no_grad(), Sizes(head) as sizes:
         alone = qlens.fused_loss(spec, hidden, head, **given)
     assert_close(alone, value, rtol=0, atol=0)
     assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
