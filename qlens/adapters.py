@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.calling import LAID_OUT, Layout, call, kind, name_of, written
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.tokens import Tokens, spread
 
@@ -46,7 +47,8 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
         if not safe:
-            safe.append(_leaves_alone(fn, params, tokens))
+            with Replay(tokens.logits.device).again():  # what is tried first must not change what a loss draws
+                safe.append(_leaves_alone(fn, params, tokens))
         made = call(fn, params, tokens, Layout(), safe[0])
         if not isinstance(made, Tensor) and kind(fn) == "tokens":
             return made
@@ -58,7 +60,8 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
                 f"{name} returned shape {tuple(made.shape)} for {len(tokens)} tokens: it must be () or (N,)"
             )
         if not made.ndim and not reduction:
-            reduction.append(find_reduction(fn, params, tokens, name))
+            with Replay(tokens.logits.device).again():
+                reduction.append(find_reduction(fn, params, tokens, name))
         # A Trainer-style loss may leave (B, T) unreduced: then there is nothing to undo.
         return made.sum() * (1 if made.ndim else REDUCTIONS[reduction[0]](len(tokens), Layout()))
 
