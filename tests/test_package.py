@@ -107,6 +107,7 @@ def test_dependencies_point_one_way():
                 "feeding.py",
                 "checkpoints.py",
                 "updates.py",
+                "measurements.py",
                 "stub.py",
                 "watch.py",
             )
