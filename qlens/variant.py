@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens import adapters, calling, params
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
 from qlens.pairs import Pairs
@@ -187,7 +188,7 @@ class Variant:
         if not self._may_return_target:
             return self.method.printed is None
         if "_returns_target" not in self.__dict__:
-            with torch.no_grad():
+            with torch.no_grad(), Replay(tokens.logits.device).again():  # looked at, not drawn from
                 value = self.method.fn(tokens.unweighted(), **self.params)
             self.__dict__["_returns_target"] = isinstance(value, Target)
         return not self.__dict__["_returns_target"]
@@ -207,7 +208,7 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        if calling.kind(self.method.fn) == "tokens":
+        if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
             made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
                 return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
