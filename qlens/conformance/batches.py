@@ -94,7 +94,7 @@ def all_masked(loss: Specimen) -> str:
 def prompt(loss: Specimen) -> str:
     """-100 is ignored."""
     texts = loss.texts(UNEQUAL, PROMPTS)
-    made = loss.read_batch(texts, count(texts))
+    made = loss.read_batch(texts, count(texts), attended=True)
     offsets = {label - row for label, row in reactions(loss)} or {1}  # a wrong shift is another rule's finding
     masked = torch.cat([_masked(text.labels, min(offsets)) for text in texts])
     pulled = made.grad[masked].abs().amax(-1)

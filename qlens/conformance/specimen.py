@@ -9,11 +9,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.batching import IGNORE
-from qlens.calling import LAID_OUT, Layout, call, extra_inputs, kind, on_batch, signature
+from qlens.calling import Layout, call, kind, on_batch, signature
+from qlens.calling import written as writes
 from qlens.conformance.texts import VOCABULARY, Text, cast, texts
 from qlens.conformance.wrapping import Around, as_it_is, watching
 from qlens.errors import InputError
+from qlens.layouts import Style, token_ids
 from qlens.lens import COARSE, carried
+from qlens.results import loss_of
+from qlens.styles import style_of
 from qlens.testing import random_tokens
 from qlens.tokens import Tokens
 from qlens.variant import Variant
@@ -48,9 +52,18 @@ class Specimen:
         self.variant, self.dtype, self.tolerance = variant, dtype, TOLERANCE
         self.fn, self.params = (variant.method.fn, variant.params) if variant.derived else (variant.loss, {})
         self.kind = kind(self.fn)
-        self.laid_out = self.kind in LAID_OUT
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
         self.scope = groups[0] if groups and variant.scope == "token" else variant.scope
+
+    @property
+    def style(self) -> Style:
+        """How it is called."""
+        return style_of(self.fn, self.params, self.tokens())
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether it sees batches of texts, (B, T)."""
+        return self.style.laid_out
 
     @property
     def counted(self) -> bool:
@@ -75,20 +88,20 @@ class Specimen:
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = tokens.replace(logits=leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = self._call(shown, around)
+            made = loss_of(self._call(shown, around), self.variant.spec).value
             return Reading(*_derived(made, leaf), 0.0, tuple(made.shape))
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows, without a gradient."""
         with torch.no_grad():
-            return self._call(tokens).sum()
+            return loss_of(self._call(tokens), self.variant.spec).value.sum()
 
     def _call(self, tokens: Tokens, around: Around = as_it_is) -> Any:
         """As in training: told the count, which ``call`` gives only to losses that insist."""
         told = signature(self.fn).get(COUNT)
         optional = self.laid_out and self.counted and (told is None or told.default is not told.empty)
         given = {COUNT: torch.tensor(len(tokens))} if optional else {}
-        return call(around(self.fn), self.params | given, tokens, Layout())
+        return call(around(self.fn), self.params | given, tokens, Layout(), style=self.style)
 
     def read_batch(
         self,
@@ -97,8 +110,12 @@ class Specimen:
         side: str = "right",
         columns: int = 0,
         around: Around = as_it_is,
+        attended: bool = False,
     ) -> Reading:
         """One call on texts padded to one width and ``columns`` more; ``count`` goes to losses that can be told it.
+
+        The attention mask is 1 on all of a text; a loss that takes its labels from input_ids knows supervised labels by it
+        alone, so that it is 0 on all others, unless the whole text is ``attended``.
 
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
@@ -108,18 +125,26 @@ class Specimen:
         table = torch.randn(len(texts), width, VOCABULARY, generator=draw, dtype=torch.float64).to(self.dtype)
         labels = torch.full((len(texts), width), IGNORE)
         real = torch.zeros_like(labels, dtype=torch.bool)
+        ids = torch.zeros_like(labels)
         for row, text in enumerate(texts):
             start = 0 if side == "right" else width - len(text.labels)
             at = slice(start, start + len(text.labels))
             table[row, at], labels[row, at], real[row, at] = text.logits, text.labels, True
-        fields = {name: torch.cat([getattr(t.tokens, name) for t in texts]) for name in extra_inputs(self.fn)}
+            ids[row, at] = token_ids((1000 * text.logits.double().abs().sum(-1)).long(), VOCABULARY)  # a text's own
+        rows = Tokens(
+            **{name: torch.cat([t.tokens.fields()[name] for t in texts]) for name in texts[0].tokens.fields()}
+        )
+        given: dict[str, Any] = {}
         if self.counted and count is not None:
-            fields[COUNT] = torch.tensor(count)
+            given[COUNT] = torch.tensor(count)
         elif COUNT in signature(self.fn):
-            fields[COUNT] = None
+            given[COUNT] = None
         with torch.enable_grad():
             leaf = table.requires_grad_()
-            made = on_batch(around(self.fn), leaf.clone(), labels, **fields, **self.params)
+            wrapped = around(self.fn)
+            seen = labels != IGNORE if self.style.ids and not attended else real
+            made = on_batch(wrapped, leaf.clone(), labels, rows, self.params, self.style, seen.long(), ids, **given)
+            made = loss_of(made, self.variant.spec).value
             value, grad = _derived(made, leaf)
         outside = float(grad[~real].abs().max()) if bool((~real).any()) else 0.0
         return Reading(value, grad[real], outside, tuple(made.shape))
@@ -136,16 +161,15 @@ def specimen(variant: Variant) -> Specimen:
         made = Specimen(variant)
         try:
             ordinary = made.read(made.tokens(), around=watching(written))
-        except RuntimeError:  # a loss with float32 inside may refuse float64
+        except InputError as error:  # a loss with float32 inside may refuse float64
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
             made = Specimen(variant, torch.float32)
             ordinary = made.read(made.tokens(), around=watching(written))
     except InputError as error:
-        raise InputError(f"{variant.spec} cannot be checked: {error}") from error
-    except Exception as error:  # anything at all may go wrong inside a user's loss
-        why = f" (it writes in place on {', '.join(dict.fromkeys(written))})" if written else ""
-        raise InputError(
-            f"{variant.spec} fails on ordinary input{why}: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        names = ", ".join(dict.fromkeys(_written(variant, written)))
+        why = f" (it writes in place on {names})" if names else ""
+        raise InputError(f"{variant.spec} cannot be checked{why}: {error}") from error
     for what, values in (("value", ordinary.value), ("gradient", ordinary.grad)):
         if not bool(values.isfinite().all()):
             raise InputError(
@@ -156,6 +180,16 @@ def specimen(variant: Variant) -> Specimen:
     if carried(ordinary.grad) in COARSE:
         made.tolerance = COARSE_TOLERANCE
     return made
+
+
+def _written(variant: Variant, seen: list[str]) -> list[str]:
+    """What a loss that fails writes on: as seen in a call, or in one on plain rows."""
+    if seen:
+        return seen
+    try:
+        return list(writes(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
+    except InputError:
+        return []
 
 
 def first_line(error: Exception) -> str:
