@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 
-from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, raised, sees_no_batches, specimen
+from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
 from qlens.conformance.texts import VOCABULARY
 from qlens.conformance.wrapping import quiet
 from qlens.errors import InputError
+from qlens.guards import first_line
 from qlens.registry import resolve
 from qlens.variant import Variant
 
@@ -108,7 +109,7 @@ class CheckReport:
     def _width(self) -> str:
         if self.vocabulary == VOCABULARY:
             return ""
-        return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} it raises {self.refused}"
+        return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} columns {self.refused}"
 
 
 def check(loss: Variant | str | Callable) -> CheckReport:
@@ -152,11 +153,11 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
-        return Item(name, "failed", str(failure), rule.consequence)
+        return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except InputError as error:
         return Item(name, "failed", str(error), rule.raising)
-    except (Exception, SystemExit) as error:  # whatever a loss raises is the evidence
-        return Item(name, "failed", f"raises {raised(error)}", rule.raising)
+    except Exception as error:
+        return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
 
 
 def _entry(state: str, name: str, said: str) -> list[str]:

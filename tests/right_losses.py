@@ -165,6 +165,7 @@ def unlikely_neighbours(logits, labels):
     return F.cross_entropy(logits, labels) - 0.2 * (torch.log1p(-p.clamp(max=1 - 1e-6)) * banned).sum(-1).mean()
 
 
+@right
 def weighted_tokens(logits, labels, weight):
     return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / labels.numel()
 

@@ -3,10 +3,10 @@
 import torch
 
 from qlens.batching import IGNORE
-from qlens.conformance.opening import raised
 from qlens.conformance.rules import Failed, NotApplicable, Remark, rule, same, to
 from qlens.conformance.specimen import COUNT, Reading, Specimen
 from qlens.conformance.texts import Text, count
+from qlens.errors import InputError
 
 BREAKS = "such a micro-batch (a long prompt cut off) breaks the run: weights turn NaN, backward raises, or ranks wait"
 
@@ -67,7 +67,8 @@ def all_masked(loss: Specimen) -> str:
     made = loss.read_batch(texts, 48, attended=not loss.labels_from_ids)
     pull = float(torch.cat([made.grad.flatten(), made.grad.new_tensor([made.outside])]).abs().max())
     if pull != 0 or not bool(made.value.isfinite()):  # NaN is neither
-        raise Failed(f"loss {float(made.value):.4g}, largest gradient {pull:.4g}, where both should be 0")
+        logged = "the logged loss turns NaN, and with it every mean that it enters" if pull == 0 else ""
+        raise Failed(f"loss {float(made.value):.4g}, largest gradient {pull:.4g}, where both should be 0", logged)
     if float(made.value) and loss.scope != "batch":
         raise Remark(f"gradient 0, but the loss is {float(made.value):.4g}: it counts in what is logged")
     return f"loss {float(made.value):.4g} with a graph, gradient 0{_in_evaluation(loss, texts)}"
@@ -94,6 +95,6 @@ def _in_evaluation(loss: Specimen, texts: list[Text]) -> str:
         return ""
     try:
         alone = float(loss.read_batch(texts, None, attended=not loss.labels_from_ids).value)
-    except Exception as error:  # reported, but the rule is about training
-        return f" (without {COUNT} it raises {raised(error)})"
+    except InputError as error:  # reported, but the rule is about training
+        return f" (without {COUNT}: {error})"
     return f" (without {COUNT}, as in evaluation, it is {alone})" if alone else ""

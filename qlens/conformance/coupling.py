@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.batching import IGNORE
-from qlens.conformance.texts import Text, count
+from qlens.conformance.texts import Text, count, relabelled
 from qlens.tokens import MODELS, Tokens
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def coupling(loss: "Specimen") -> str:
     labels[first] = (labels[first] + 7) % loss.vocabulary
     for changed, rest in (
         (_moved(last, slice(row, row + 1)), slice(0, row)),
-        (last._replace(labels=labels, tokens=last.tokens.replace(labels=labels[first:])), slice(first, None)),
+        (relabelled(last, labels), slice(first, None)),
     ):  # the logits of the last row, then the first label: who learns a label stands before it
         made = _by_text(loss, [*shown[:-1], changed], shown)
         if _far(loss, made[-1][rest], base[-1][rest], base):
@@ -74,8 +74,7 @@ def _moved(text: Text, rows: slice) -> Text:
 
 def _relabelled(text: Text, vocabulary: int) -> Text:
     """The text with other labels; input ids stay, so that another model sees the same."""
-    labels = torch.where(text.labels == IGNORE, IGNORE, (text.labels + 7) % vocabulary)
-    return text._replace(labels=labels, tokens=text.tokens.replace(labels=labels[labels != IGNORE]))
+    return relabelled(text, torch.where(text.labels == IGNORE, IGNORE, (text.labels + 7) % vocabulary))
 
 
 def _other_inputs(text: Text) -> Text:

@@ -69,7 +69,7 @@ def row_order(loss: Specimen) -> str:
         moved = torch.cat(moved)
     else:
         tokens = loss.tokens(ROWS - 1)  # a number that no chunk size divides
-        if loss.variant.scope == "sequence" or {"sequence", "pair"} & set(loss.inputs):
+        if loss.variant.scope == "sequence" or {"sequence", "pair"} & set(loss.fields):
             index = (tokens.sequence.max() - tokens.sequence).argsort(stable=True)  # type: ignore[union-attr]
         else:
             index = torch.arange(len(tokens)).flip(0)
@@ -89,7 +89,7 @@ def row_order(loss: Specimen) -> str:
 @rule("")
 def label_ids(loss: Specimen) -> str:
     """The same logits around another token: the same gradient."""
-    if {"pair", "chosen"} & set(loss.inputs) or loss.scope in ("batch", "pair"):
+    if {"pair", "chosen"} & set(loss.fields) or loss.scope in ("batch", "pair"):
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     ids = _some_ids(loss.vocabulary)
     forward = _by_id(loss, ids, flipped=False)
@@ -133,7 +133,7 @@ def _by_id(loss: Specimen, ids: Tensor, flipped: bool) -> Tensor:
     for name, value in one.fields().items():
         if value.ndim == 1:
             fields[name] = value.expand(len(ids))
-        elif name in ("logits", *loss.inputs):
+        elif name in ("logits", *loss.fields):
             fields[name] = value[0][turned]
     tokens = Tokens(**fields | {"labels": ids, "sequence": torch.arange(len(ids))})
     order = torch.arange(len(ids)).flip(0) if flipped else torch.arange(len(ids))
@@ -147,12 +147,12 @@ def _odd(loss: Specimen, grads: Tensor, usual: Tensor) -> Tensor:
 
 def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[float], float]:
     """By which factors the gradient grows as rows are shown over and over, all copies added up; how far it is from these."""
-    from qlens.calling import tiled
+    from qlens.layouts import Layout, tiled
 
     some = loss.tokens(SHOWN)
 
     def read(times: int) -> Tensor:
-        many = tiled(some, times)
+        many = tiled(some, Layout(copies=times))
         made = loss.read(many, per_text=len(many) if one_text else SHOWN // 4)
         return made.grad.view(times, SHOWN, -1).sum(0)
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from qlens.conformance.opening import raised
 from qlens.conformance.rules import Failed, NotApplicable, Remark, relative, rule, to
 from qlens.conformance.specimen import COARSE_TOLERANCE, Specimen
 from qlens.conformance.texts import cast, everywhere
+from qlens.errors import InputError
 from qlens.lens import COARSE, carried, gradient, slopes
 from qlens.probes import probes
 from qlens.testing import PRECISION, random_tokens
@@ -59,8 +59,8 @@ def impossible(loss: Specimen) -> str:
         except Failed as failure:
             notes.append(f"{failure}; finite at -1e30, as models mask tokens")
             break
-        except Exception as error:
-            notes.append(f"{case}: it raises {raised(error)}")
+        except InputError as error:
+            notes.append(f"{case}: {error}")
             break
         if not pulled and (note := _pull(loss, grad, where, case)):
             notes.append(note)

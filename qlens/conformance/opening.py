@@ -5,10 +5,12 @@ from collections.abc import Iterator
 
 import torch
 
+from qlens.calling import written as writes
 from qlens.conformance.specimen import COARSE_TOLERANCE, Reading, Specimen
 from qlens.conformance.texts import VOCABULARY, cast
 from qlens.conformance.wrapping import watching
 from qlens.errors import InputError
+from qlens.layouts import Style
 from qlens.lens import COARSE, carried
 from qlens.variant import Variant
 
@@ -51,7 +53,7 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
     Raises:
         InputError: no call succeeds.
     """
-    first: Exception | None = None
+    first: InputError | None = None
     written: list[str] = []
     said: list[str] = []
     for vocabulary in _vocabularies(said):
@@ -59,19 +61,28 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
             try:
                 loss = Specimen(variant, dtype, vocabulary)
                 made = loss.read(loss.tokens(), around=watching(written))
-                refused = "" if first is None or vocabulary == VOCABULARY else raised(first)
+                refused = "" if first is None or vocabulary == VOCABULARY else str(first)
                 return loss, made, refused
             except InputError as error:
-                raise InputError(f"{variant.spec} cannot be checked: {error}") from error
-            except (Exception, SystemExit) as error:
                 first = first or error
                 said.append(str(error))
-                if not isinstance(error, SIZE_ERRORS):
+                if not isinstance(error.__cause__, SIZE_ERRORS):
                     break
-        if not isinstance(first, SIZE_ERRORS):
+        if not isinstance(first.__cause__, SIZE_ERRORS):
             break
-    why = f" (it writes in place on {', '.join(dict.fromkeys(written))})" if written else ""
-    raise InputError(f"{variant.spec} fails on ordinary input{why}: {raised(first)}") from first
+    names = ", ".join(dict.fromkeys(_written(variant, written)))
+    why = f" (it writes in place on {names})" if names else ""
+    raise InputError(f"{variant.spec} cannot be checked{why}: {first}") from first
+
+
+def _written(variant: Variant, seen: list[str]) -> list[str]:
+    """What a loss that fails writes on: as seen in a call, or in one on plain rows."""
+    if seen:
+        return seen
+    try:
+        return list(writes(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
+    except InputError:
+        return []
 
 
 def _vocabularies(said: list[str]) -> Iterator[int]:
@@ -101,13 +112,3 @@ def _is_rounding(loss: Specimen, ordinary: Reading) -> bool:
     noise = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64) * NUDGE.get(loss.digits, 0.1)
     moved = loss.read(cast(tokens.replace(logits=tokens.logits + noise.to(tokens.logits)), loss.dtype)).grad
     return float((moved - ordinary.grad).norm() / size) > 0.5
-
-
-def raised(error: BaseException | None) -> str:
-    """What was raised, in one line: its type and its own sentence."""
-    return f"{type(error).__name__}: {first_line(error)}"
-
-
-def first_line(error: BaseException | None) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "(no message)")

@@ -14,7 +14,11 @@ ROWS_ONLY = "sees supervised rows only: who calls it masks, shifts and divides"
 
 
 class Failed(Exception):
-    """A rule is broken; the message is the evidence."""
+    """A rule is broken; the message is the evidence, ``consequence`` what follows where that is not the rule's own."""
+
+    def __init__(self, evidence: str, consequence: str = ""):
+        super().__init__(evidence)
+        self.consequence = consequence
 
 
 class Remark(Exception):

@@ -6,7 +6,7 @@ from torch import Tensor
 from qlens.batching import IGNORE
 from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
 from qlens.conformance.specimen import Specimen
-from qlens.conformance.texts import WIDE, count, cut
+from qlens.conformance.texts import WIDE, count, cut, relabelled
 
 SHIFTS = {
     True: {0: "it does not shift", 2: "shifted twice", -1: "shifted backwards"},
@@ -55,7 +55,7 @@ def reactions(loss: Specimen) -> dict[int, list[int]]:
 
     One label is changed at a time, y to y'. A row learns it if its gradient turns, and turns by the columns y and y' above
     all. A row whose gradient only grows or shrinks has another weight, as in a sequence-weighted loss, but learns the same.
-    Input ids stay as they are, so that another model sees the same; they follow where the loss takes its labels from them.
+    Input ids stay as they are, so that another model sees the same, but where the loss takes its labels from them.
 
     Losses of batches see two texts without a prompt, any other a few rows.
     """
@@ -65,8 +65,7 @@ def reactions(loss: Specimen) -> dict[int, list[int]]:
         labels = torch.stack([text.labels.index_fill(0, torch.tensor([0]), 1) for text in shown])
 
         def read(labels: Tensor) -> Tensor:
-            ids = labels if loss.labels_from_ids else torch.stack([text.ids for text in shown])
-            changed = [t._replace(labels=y, ids=x) for t, y, x in zip(shown, labels, ids, strict=True)]
+            changed = [relabelled(text, own) for text, own in zip(shown, labels, strict=True)]
             return loss.read_batch(changed, 2 * size - 2).grad
     else:
         tokens = loss.tokens()

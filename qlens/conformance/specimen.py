@@ -1,7 +1,7 @@
 """Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
 
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -10,10 +10,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.batching import IGNORE
-from qlens.calling import LAID_OUT, Layout, call, extra_inputs, kind, on_batch, signature
+from qlens.calling import Layout, call, on_batch
 from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
 from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
+from qlens.guards import blamed, file_of
+from qlens.layouts import Style
+from qlens.results import loss_of
+from qlens.signature import FIELD, Inputs, inputs
+from qlens.styles import style_of
 from qlens.testing import random_tokens
 from qlens.tokens import Tokens
 from qlens.variant import Variant
@@ -54,28 +59,56 @@ class Specimen:
         self.variant, self.dtype, self.vocabulary = variant, dtype, vocabulary
         self.tolerance, self.digits = TOLERANCE, dtype
         self.fn, self.params = (variant.method.fn, variant.params) if variant.derived else (variant.loss, {})
-        self.kind = kind(self.fn)
-        self.laid_out = self.kind in LAID_OUT
+        self.takes: Inputs = inputs(self.fn)
+        self.kind = self.takes.kind
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
         self._drawn: dict[tuple, Any] = {}
-        self.inputs = extra_inputs(self.fn) if variant.derived else variant.needs
+
+    @cached_property
+    def style(self) -> Style:
+        """How it is called."""
+        return style_of(self.fn, self.params, self.tokens())
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether it sees batches of texts, (B, T)."""
+        return self.style.laid_out
+
+    @property
+    def labels_from_ids(self) -> bool:
+        """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
+        return self.style.ids
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """What every parameter that is filled stands for."""
+        return self.takes.required | self.takes.optional
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Tokens that its inputs are made from, beside logits and labels."""
+        if not self.variant.derived or self.kind == "tokens":
+            return tuple(self.variant.needs)
+        return tuple(dict.fromkeys(FIELD[role] for role in self.roles.values() if role in FIELD))
+
+    @property
+    def count(self) -> str:
+        """The name of the parameter that takes the number of predicted labels of the whole batch; "" if there is none."""
+        return next((name for name, role in self.roles.items() if role == "count"), "")
 
     @property
     def nothing(self) -> float:
         """Up to which share of the largest gradient an entry counts as zero."""
         return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
 
-    @property
-    def named(self) -> Collection[str]:
-        """The names of its parameters."""
-        return signature(self.fn)
-
-    @property
+    @cached_property
     def counted(self) -> bool:
         """Whether it can be told the number of predicted labels of the whole batch."""
+        if self.count:
+            return True
         given = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
-        return COUNT in given or any(p.kind is p.VAR_KEYWORD for p in given.values())
+        return self.kind in ("outputs", "model") and any(p.kind is p.VAR_KEYWORD for p in given.values())
 
     @cached_property
     def scope(self) -> str:
@@ -86,23 +119,11 @@ class Specimen:
 
         return coupling(self)
 
-    @cached_property
-    def labels_from_ids(self) -> bool:
-        """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
-        if self.kind != "model":
-            return False
-        self.__dict__["labels_from_ids"] = False  # until it is known
-        shown = texts((4, 3), PROMPTS, self.dtype, self.vocabulary)
-        other = [(text.ids + 7) % self.vocabulary for text in shown]
-        masked = [ids.index_fill(0, torch.tensor([len(ids) - 1]), IGNORE) for ids in other]
-        relabelled = [text._replace(labels=labels) for text, labels in zip(shown, masked, strict=True)]
-        renamed = [text._replace(ids=ids) for text, ids in zip(shown, other, strict=True)]
-        plain, by_labels, by_ids = (self.read_batch(each, 7).grad for each in (shown, relabelled, renamed))
-        return torch.equal(plain, by_labels) and not torch.equal(plain, by_ids)
-
     def tokens(self, rows: int = ROWS) -> Tokens:
         """Ordinary rows, every field filled."""
-        return self._kept(("rows", rows), lambda: cast(random_tokens(rows, self.vocabulary), self.dtype))
+        return self._kept(
+            ("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype))
+        )
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
         """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
@@ -116,7 +137,20 @@ class Specimen:
             lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
             prompts = (1,)
         key = ("texts", tuple(lengths), tuple(prompts))
-        return self._kept(key, lambda: texts(lengths, prompts, self.dtype, self.vocabulary))
+        return self._kept(
+            key,
+            lambda: [
+                text._replace(tokens=self._weighted(text.tokens))
+                for text in texts(lengths, prompts, self.dtype, self.vocabulary)
+            ],
+        )
+
+    def _weighted(self, tokens: Tokens) -> Tokens:
+        """The tokens with weights, where the loss takes some: nobody else multiplies by them then."""
+        if "weight" not in self.roles.values():
+            return tokens
+        ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
+        return tokens.replace(weight=ramp.to(tokens.logits.dtype))
 
     def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
         """What is drawn once: random logits of a wide vocabulary take longer than the loss."""
@@ -144,15 +178,30 @@ class Specimen:
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = call(around(self.fn), self.params, shown, Layout())
-            return Reading(*derived(made, leaf), 0.0, tuple(made.shape))
+            made = self._loss(call(around(self.fn), self.params, shown, Layout(), style=self.style))
+            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""
         if self.laid_out:
             return self.read(tokens).value
         with torch.no_grad():
-            return call(self.fn, self.params, tokens, Layout()).sum()
+            return self._loss(call(self.fn, self.params, tokens, Layout(), style=self.style)).sum()
+
+    def _loss(self, made: Any) -> Tensor:
+        return loss_of(made, self.variant.spec).value
+
+    def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and its gradient by the logits.
+
+        Raises:
+            InputError: there is none, or the backward pass raises.
+        """
+        if not made.requires_grad:
+            raise InputError("it returns a value without a graph: no gradient leads back to the logits")
+        with blamed(self.variant.spec, file_of(self.fn)):
+            (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
+        return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
 
     def read_batch(
         self,
@@ -180,15 +229,20 @@ class Specimen:
             at = slice(start, start + len(text.labels))
             table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
             ids[row, at] = text.ids
-        fields = {name: torch.cat([getattr(t.tokens, name) for t in texts]) for name in extra_inputs(self.fn)}
+        names = texts[0].tokens.fields()
+        rows = Tokens(**{name: torch.cat([t.tokens.fields()[name] for t in texts]) for name in names})
+        name = self.count or COUNT
+        given = {}
         if self.counted and count is not None:
-            fields[COUNT] = torch.tensor(count)
-        elif COUNT in signature(self.fn):
-            fields[COUNT] = None
+            given[name] = torch.tensor(count)
+        elif self.count:
+            given[name] = None
         with torch.enable_grad():
             leaf = table.requires_grad_()
-            made = _on_batch(around(self.fn), leaf.clone(), labels, ids, real.long() * attended, fields | self.params)
-            value, grad = derived(made, leaf)
+            mask = real.long() * attended
+            made = on_batch(around(self.fn), leaf.clone(), labels, rows, self.params, self.style, mask, ids, **given)
+            made = self._loss(made)
+            value, grad = self._derived(made, leaf)
         padding = ~real
         if self.labels_from_ids:  # whatever stands before a text's first token learns it
             padding[:, :-1] &= ~real[:, 1:]
@@ -196,31 +250,7 @@ class Specimen:
         return Reading(value, grad[real], outside, tuple(made.shape))
 
 
-def _on_batch(fn: Callable, logits: Tensor, labels: Tensor, ids: Tensor, mask: Tensor, given: dict[str, Any]) -> Any:
-    """A call on (B, T, V) logits; a loss that runs the model is given input ids, and an attention mask true to the padding."""
-    if kind(fn) == "outputs":
-        return on_batch(fn, logits, labels, **given)
-    from qlens.stub import StubModel
-
-    made = fn(StubModel(logits), {"input_ids": ids, "attention_mask": mask, "labels": labels}, **given)
-    return made[0] if isinstance(made, tuple) else made
-
-
 def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
     """The tokens with these logits, every other field a copy that a loss may write on."""
     others = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
     return Tokens(logits=logits, **others)
-
-
-def derived(made: Any, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient by the logits.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not isinstance(made, Tensor) or not made.is_floating_point():
-        raise InputError(f"it returns {type(made).__name__}, where a floating-point tensor is wanted")
-    if not made.requires_grad:
-        raise InputError("it returns a value without a graph: no gradient leads back to the logits")
-    (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
-    return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad

@@ -60,6 +60,12 @@ def count(texts: Sequence[Text]) -> int:
     return sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
 
 
+def relabelled(text: Text, labels: Tensor) -> Text:
+    """The text with other labels, of which as many are predicted; input ids stay as they are."""
+    own = labels[1:]
+    return text._replace(labels=labels, tokens=text.tokens.replace(labels=own[own != IGNORE]))
+
+
 def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
     """The same tokens, every floating-point field in another dtype."""
     return tokens.replace(**{k: v.to(dtype) for k, v in tokens.fields().items() if v.is_floating_point()})
