@@ -96,9 +96,9 @@ class Pass:
             if kernels.uniform is not None and flat is not None:
                 few = None if d_hidden is None else d_hidden[rows]
                 flat.sub_(a * kernels.uniform[:, None] / len(own.weight), h, few)
-        self.selected = kernels.selected
-        if int(kernels.invalid):
-            raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {int(kernels.invalid)} rows")
+        self.selected, invalid = torch.stack([kernels.selected, kernels.invalid]).tolist()
+        if invalid:
+            raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {invalid} rows")
         if flat is not None and d_head is not None:
             d_head += flat.head
         if flat is not None and d_bias is not None:

@@ -234,6 +234,11 @@ class QLossMixin(Measurements):
     def _body(self, features: dict[str, Any]) -> Body | None:
         """The student as hidden states and head, where model, method and machine allow."""
         variant = self.variant
+        if variant.derived and not variant.method.scope:
+            return self._bodies.refuse(
+                f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, "
+                f"register it with scope='token'"
+            )
         if not fusible(variant):
             return self._bodies.refuse(f"for {variant.spec}: it weighs tokens by a statistic of whole distributions")
         if self.accelerator.num_processes > 1 or self.args.n_gpu > 1 or self.args.torch_compile:

@@ -28,7 +28,8 @@ class Method:
 
     ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
     ``simplex`` is True, False, or None where nobody has declared it; ``invariant`` is False where the loss also sees raw
-    logits, so that sum(Q) is not 1. ``modes`` names points of the parameters, above all those of released code
+    logits, so that sum(Q) is not 1. ``scope`` is what a token's gradient depends on: "token", "sequence", "pair", "batch" or
+    "parameters". ``modes`` names points of the parameters, above all those of released code
     (``get("eaft@axolotl")``); ``differences`` says where paper, code and the authors' table disagree, a sentence each.
     ``coupled`` is "sequence" or "pair" where the rows of such a group have one gradient between them, so that they must weigh
     alike. ``structure`` declares what the logit gradient is a function of: "label", where loss and gradient are functions of
@@ -42,7 +43,7 @@ class Method:
     title: str = ""
     paper: str = ""
     family: str = "user"
-    scope: str | Callable[..., str] = "token"
+    scope: str | Callable[..., str] = ""
     needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     trusted: str = ""
     residual: str = ""
@@ -128,8 +129,8 @@ class Variant:
 
     @property
     def scope(self) -> str:
-        """What one token's gradient depends on: token, sequence, batch, pair or parameters."""
-        return self._declared("scope")
+        """What one token's gradient depends on: token (also where nothing is declared), sequence, batch, pair or parameters."""
+        return self._declared("scope") or "token"
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -143,10 +143,11 @@ class Headless(LlamaForCausalLM):
     ("variant", "kind", "says"),
     [
         ("mile", LlamaForCausalLM, "for mile: it weighs tokens by a statistic of whole distributions"),
+        (lambda logits, labels: logits.sum() * 0, LlamaForCausalLM, "a loss of your own may look at all tokens"),
         ("sft", Shifted, "of the model: its logits are not its head's: they differ by"),
         ("sft", Headless, "of the model: it has no plain linear head: its output embedding is a Sequential"),
     ],
-    ids=["batch statistic", "bent logits", "no linear head"],
+    ids=["batch statistic", "own loss", "bent logits", "no linear head"],
 )
 def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
     model = kind(llama().config)
@@ -289,3 +290,19 @@ def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
     noise = float((ends["reordered"] - ends["whole"]).norm())
     assert 0 < noise < 1e-2 * float((ends["whole"] - parameters(student).double()).norm())
     assert float((ends["engine"] - ends["whole"]).norm()) <= 3 * noise
+
+
+def test_a_loss_alone_of_declared_scope_is_trained_a_few_rows_at_a_time(make, caplog):
+    def gated(tokens):
+        rank = (tokens.log_probs.detach() > tokens.label_log_probs.detach()[:, None]).sum(-1)
+        return -tokens.label_log_probs * (rank < VOCAB // 2) + 0.01 * tokens.logits.logsumexp(-1).square()
+
+    weights = []
+    for fused in (None, False):
+        variant = qlens.registry.Method(name="gated", fn=gated, scope="token").variant()
+        with caplog.at_level(logging.WARNING, "qlens"):
+            trainer = make(variant, steps=3, fused=fused)
+            trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert not caplog.messages
+    assert_close(*weights, rtol=1e-4, atol=1e-6)
