@@ -96,6 +96,9 @@ def test_transformers_flattened_batches_are_taken(make):
     trainer = make("sft", examples=examples)
     flat = DataCollatorWithFlattening(return_tensors="pt")(examples)
     assert_close(gradient(trainer, flat), gradient(trainer, collate(examples)), rtol=1e-4, atol=1e-6)
+    options = dict(return_tensors="pt", return_position_ids=False, return_flash_attn_kwargs=True)
+    with pytest.raises(InputError, match="packed by cu_seq_lens_q alone: position_ids"):
+        gradient(trainer, DataCollatorWithFlattening(**options)(examples))
 
 
 def test_sft_of_packed_rows_is_transformers_own(make):
