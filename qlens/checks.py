@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 
+from qlens import guards
 from qlens.conformance import RULES, Failed, NotApplicable, Rule, Specimen, first_line, sees_no_batches, specimen
 from qlens.errors import InputError
 from qlens.registry import resolve
@@ -83,6 +84,7 @@ class CheckReport:
         return "\n".join([*lines, "", counts])
 
 
+@guards.quiet()
 def check(loss: Variant | str | Callable) -> CheckReport:
     """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
 

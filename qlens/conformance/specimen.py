@@ -18,8 +18,8 @@ from qlens.layouts import Style, token_ids
 from qlens.lens import COARSE, carried
 from qlens.results import loss_of
 from qlens.styles import style_of
-from qlens.testing import random_tokens
 from qlens.tokens import Tokens
+from qlens.trial_tokens import random_tokens
 from qlens.variant import Variant
 
 ROWS = 24
