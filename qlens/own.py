@@ -14,7 +14,7 @@ def own_tokens(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: Path | None,
+    data: str | Path | None,
     rows: int,
     device: str,
     dtype: Any,
@@ -46,7 +46,7 @@ def own_models(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: Path | None,
+    data: str | Path | None,
     device: str,
     dtype: Any,
     text: str | None = None,
@@ -60,6 +60,8 @@ def own_models(
     from qlens import sources
 
     read = text if data is None else texts.read_rows(data)
+    if data is not None and (ignored := texts.ignored_keys(read)):
+        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     tokenizer = sources.load_tokenizer(model)
     loaded = {"model": sources.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):

@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 
 MODELS = ("reference", "teacher", "old", "second")
 PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "pair")
+IDS, NUMBERS, MASKS = ("sequence", "pair"), ("weight", "advantage"), ("critical", "hint", "chosen", "negatives")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,9 +66,9 @@ class Tokens:
                 _check_shape(name, logits, shape)
         for name in PER_TOKEN:
             if getattr(self, name) is not None:
-                _check_shape(name, getattr(self, name), shape[:1])
+                check_field(name, getattr(self, name), shape[:1])
         if self.negatives is not None:
-            _check_shape("negatives", self.negatives, shape)
+            check_field("negatives", self.negatives, shape)
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, rows: Any, teacher: Any = None, reference: Any = None) -> "Tokens":
@@ -237,12 +238,45 @@ def _check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} has shape {tuple(value.shape)}, but logits and labels ask for {shape}")
 
 
+def check_field(name: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Whether a field beside logits and labels has its shape and dtype, and values that mean something.
+
+    Raises:
+        InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not finite.
+    """
+    wanted = "an integer" if name in IDS else "a real" if name in NUMBERS else "a bool"
+    if not isinstance(value, Tensor):
+        raise InputError(f"{name} must be {wanted} tensor {shape}, got {brief(value)}")
+    _check_shape(name, value, shape)
+    whole = not value.is_floating_point() and not value.is_complex()
+    if value.is_complex() or (name in IDS and (not whole or value.dtype == torch.bool)):
+        raise InputError(f"{name} must be {wanted} tensor {shape}, got {value.dtype}")
+    if name in NUMBERS and not whole and not bool(value.isfinite().all()):
+        raise InputError(f"{name} holds NaN or infinite values: they must be finite")
+    if name in MASKS and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
+        raise InputError(f"{name} is a mask: its values must be True and False, or 1 and 0")
+
+
 def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
         raise InputError(
             f"labels must be an integer tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
         )
     _check_shape("labels", labels, shape[:1])
+    check_ids(labels, shape[1])
+
+
+def check_ids(labels: Tensor, vocabulary: int) -> None:
+    """Whether labels are ids of a vocabulary.
+
+    Raises:
+        InputError: -100, or an id outside; it is named.
+    """
     if not len(labels):
         return
     low, high = int(labels.min()), int(labels.max())
@@ -250,6 +284,6 @@ def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
         raise InputError(
             "labels hold -100: Tokens takes supervised positions only (qlens.batching.Supervised removes it)"
         )
-    if low < 0 or high >= shape[1]:
+    if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
-        raise InputError(f"labels hold {wrong}, outside the vocabulary 0..{shape[1] - 1}")
+        raise InputError(f"labels hold {wrong}, outside the vocabulary 0..{vocabulary - 1}")
