@@ -27,6 +27,7 @@ from qlens.analysis.study import Study
 from qlens.errors import InputError, brief
 from qlens.files import user_path
 from qlens.lab import Setting, build
+from qlens.probes import probes
 
 MOST = 10**9  # steps or jobs
 
@@ -101,6 +102,7 @@ def compare(
     else:
         sources = own_source(model, data, teacher, steps=steps, device=device, dtype=dtype)
     check_needs(rows, sources)
+    _refuse_exits(rows)
     portable(rows)
     settled = settle_all(rows, sources, learning_rate, lr_grid)
     config = configuration(rows, sources, settled, runs)
@@ -135,6 +137,25 @@ def compare(
         study.save(folder)
     say.print(f"Report: {folder / 'report.html'}")
     return study
+
+
+def _refuse_exits(rows: Rows) -> None:
+    """Call every loss of the user's once on built-in tokens: one that ends the program would end a worker, or all of this.
+
+    Other errors are left to the jobs, which see the real vocabulary and write them down.
+
+    Raises:
+        InputError: a loss calls ``sys.exit``.
+    """
+    variants = [recipe.variant for among in rows.values() for recipe in among if recipe.variant is not None]
+    for variant in (each for each in variants if not each.method.fn.__module__.startswith("qlens.")):
+        try:
+            variant.loss(probes())
+        except SystemExit as error:
+            raise InputError(f"{variant.spec} ended the program by sys.exit({error.code!r})") from error
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+            if isinstance(error.__cause__, SystemExit):  # wrapped on its way
+                raise
 
 
 def _prepare(sources: Sequence[Source], progress: bool, say: Console) -> None:

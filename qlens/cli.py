@@ -4,7 +4,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -15,7 +15,7 @@ import qlens
 from qlens import cards, console, params
 from qlens.errors import InputError
 from qlens.files import output_file
-from qlens.own import own_models, own_tokens
+from qlens.own import ROWS, own_models, own_tokens
 
 app = typer.Typer(
     help="See and design the target distribution behind any supervised fine-tuning loss.",
@@ -23,8 +23,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-ROWS = 32
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face model folder.", show_default="none")]
@@ -94,7 +92,7 @@ def _list_distances(
 
     path = None if figure is None else _figure_path(figure)
     needs = ("old", "second", "negatives")
-    where = _own_tokens(model, teacher, reference, data, rows, device, dtype, needs)
+    where = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)
     found = distances(where.get("tokens"))
     if path is not None:
         from qlens.analysis.saving import save_figure
@@ -103,27 +101,6 @@ def _list_distances(
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     if path is not None:
         typer.echo(f"Figure: {path}", err=as_json)
-
-
-def _own_tokens(
-    model: str | None,
-    teacher: str | None,
-    reference: str | None,
-    data: str | None,
-    rows: int | None,
-    device: str | None,
-    dtype: str | None,
-    needs: tuple[str, ...],
-    thin: bool = True,
-) -> dict[str, Any]:
-    """Tokens of the user's own model and text, and how to print them; nothing where none of the options is given."""
-    given = {"--model": model, "--data": data, "--teacher": teacher, "--reference": reference}
-    if all(each is None for each in given.values()):
-        given = {"--rows": rows, "--device": device, "--dtype": dtype}
-        if beside := [name for name, each in given.items() if each is not None]:
-            raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the built-in probes have no use for it")
-        return {}
-    return own_tokens(model, teacher, reference, data, rows or ROWS, device or "cpu", dtype, needs, thin=thin)
 
 
 def _figure_path(figure: str | Path) -> Path:
@@ -174,7 +151,7 @@ def explain(
         path = unasked if figure is None else figure
         path = None if path is None else _figure_path(path)
         thin = variant.scope == "token"
-        where = _own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
+        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
         read = qlens.explain(variant, **where)
         answer = read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else str(read)
         if path is not None:
@@ -251,8 +228,8 @@ def compare(
         save=save,
         learning_rate=learning_rate,
         lr_grid=lr_grid,
-        device=device or "cpu",
-        dtype=dtype or "float32",
+        device="cpu" if device is None else device,
+        dtype="float32" if dtype is None else dtype,
         jobs=jobs,
     )
     print(study.table().to_json(orient="records", indent=2) if as_json else study)
@@ -294,8 +271,10 @@ def view(
     unasked = None if rank or as_json else "view.html"
     path = unasked if out is None else out
     path = None if path is None else output_file(path, "--out")
+    from qlens.data import ignored_keys
+
     with redirect_stdout(sys.stderr):
-        loaded, rows_read = own_models(model, teacher, reference, data, device or "cpu", dtype, text)
+        loaded, rows_read = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype, text)
         made = qlens.view(
             **loaded,
             text=rows_read,
@@ -306,6 +285,8 @@ def view(
         if path is not None:
             (made.top(top) if rank else made).save(path)
     typer.echo(f"{made}; {len(made.skipped)} rows left out", err=True)
+    if data is not None and (ignored := ignored_keys(rows_read)):
+        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if rank:
         print(made.rank().to_jsonl(top) if as_json else made.rank().table(top))
     elif as_json:

@@ -8,16 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from qlens.batching import COLUMNS, IGNORE
 from qlens.errors import InputError, brief
 from qlens.files import refusal, user_path
-from qlens.limits import TimeUp, check_template, time_limit
+from qlens.templates import check_text, rendered
 
-SECONDS, CHARACTERS = 5.0, 10_000_000  # for a chat template to write a conversation
-TEMPLATE_FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -89,7 +86,7 @@ def check_row(row: Any, where: str) -> tuple[str, ...]:
     (kind,) = kinds
     for key in kind:
         if key != "messages":
-            _check_text(row[key], f"{where}: {key}")
+            check_text(row[key], f"{where}: {key}")
     if kind == ("messages",):
         _check_messages(row["messages"], where)
     for name in COLUMNS:
@@ -107,16 +104,6 @@ def ignored_keys(rows: Sequence[Row]) -> list[str]:
     """The keys of rows that nothing is made of: neither their kind's nor a column (``batching.COLUMNS``)."""
     known = {key for kind in KINDS for key in kind} | set(COLUMNS)
     return sorted({str(key) for row in rows for key in row} - known)
-
-
-def _check_text(value: Any, name: str) -> None:
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be a string, got {type(value).__name__}")
-    if (
-        not value.isascii()
-        and (lone := next((at for at, c in enumerate(value) if "\ud800" <= c <= "\udfff"), None)) is not None
-    ):
-        raise InputError(f"{name} is no text: it has half of a surrogate pair, {value[lone]!r}, at character {lone}")
 
 
 def _fits(value: Any, dtype: torch.dtype) -> bool:
@@ -139,7 +126,7 @@ def _check_messages(messages: Any, where: str) -> None:
             raise InputError(f"{where}: turn {number} must have exactly role and content, got {turn!r:.60}")
         if turn["role"] not in ROLES or not isinstance(turn["content"], str):
             raise InputError(f"{where}: turn {number} needs a role of {ROLES} and a content string, got {turn!r:.60}")
-        _check_text(turn["content"], f"{where}: turn {number}")
+        check_text(turn["content"], f"{where}: turn {number}")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise InputError(f"{where}: messages have no assistant turn, so nothing to learn")
 
@@ -253,7 +240,7 @@ def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
     """What the chat template writes."""
 
     def written(upto: int, prompt: bool) -> list[int]:
-        ids = _ids(tokenizer, _rendered(turns[:upto], tokenizer, prompt, where))
+        ids = _ids(tokenizer, rendered(turns[:upto], tokenizer, prompt, where))
         if ids[: len(seen)] != seen:
             raise InputError(
                 f"{where}: the chat template writes what comes before turn {upto + prompt} differently once that turn "
@@ -274,26 +261,6 @@ def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
         end = stops[-1] + 1 if stops else len(answer)  # what a template writes after the end token is not learned
         yield answer[:end], True
         yield answer[end:], False
-
-
-def _rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool, where: str) -> str:
-    """What the chat template, which is code of the model's folder, writes; in bounded time and length."""
-    if isinstance(tokenizer.chat_template, str):
-        check_template(tokenizer.chat_template)
-    try:
-        with time_limit(SECONDS):
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=prompt)
-    except TimeUp:
-        raise InputError(f"{where}: the chat template has not ended after {SECONDS} seconds") from None
-    except TemplateError as error:
-        raise InputError(f"{where}: the chat template refuses these turns: {error}") from error
-    except TEMPLATE_FAULTS as error:
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: the chat template fails on these turns: {said}") from error
-    if len(text) > CHARACTERS:
-        raise InputError(f"{where}: the chat template writes {len(text)} characters: at most {CHARACTERS} are read")
-    _check_text(text, f"{where}: what the chat template writes")
-    return text
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from qlens.errors import InputError, brief
 from qlens.files import user_path
-from qlens.limits import check_parameters, check_sizes
+from qlens.sizes import check_parameters, check_sizes
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

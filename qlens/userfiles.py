@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlens.errors import InputError, UnknownName
+from qlens.errors import InputError, UnknownName, brief
+from qlens.files import user_path
 
 
 def function(name: str) -> Callable:
@@ -18,9 +19,9 @@ def function(name: str) -> Callable:
         InputError: the file cannot be run; what it raised is named.
     """
     file, _, wanted = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = user_path(file, "file")
     if not path.is_file():
-        raise UnknownName(f"{name}: there is no file {file}")
+        raise UnknownName(f"{brief(name)}: there is no file {brief(file)[1:-1]}")
     module = vars(_load(path.resolve()))
     if not callable(module.get(wanted)):
         own = [k for k, v in module.items() if callable(v) and getattr(v, "__module__", None) == module["__name__"]]
@@ -38,7 +39,7 @@ def _load(path: Path) -> Any:
         sys.modules[name] = module
         try:
             module_spec.loader.exec_module(module)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise InputError(f"{path.name} could not be run: {type(error).__name__}: {error}") from error
         module.__dict__["__version_read__"] = version

@@ -14,8 +14,8 @@ from qlens.conformance.texts import VOCABULARY, Text, cast, texts
 from qlens.conformance.wrapping import Around, as_it_is, watching
 from qlens.errors import InputError
 from qlens.lens import COARSE, carried
-from qlens.testing import random_tokens
 from qlens.tokens import Tokens
+from qlens.trial_tokens import random_tokens
 from qlens.variant import Variant
 
 ROWS = 24

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.batching import IGNORE
-from qlens.testing import random_tokens
 from qlens.tokens import MODELS, Tokens
+from qlens.trial_tokens import random_tokens
 
 VOCABULARY = 24
 UNEQUAL = (2, 4, 3, 3, 9, 7, 8, 12)  # predicted labels of eight texts: 12 in the first half, 36 in the second

@@ -1,15 +1,10 @@
-"""Limits on what is not ours: time for a chat template to be written, and sizes that a model's configuration may ask for."""
+"""Sizes that a model's configuration may ask for: no more than the weights beside it can fill."""
 
-import ctypes
 import functools
 import json
-import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, TemplateSyntaxError
 
 from qlens.errors import InputError, brief
 
@@ -20,46 +15,6 @@ WIDTHS = (
 ).split()
 PACKED = 16  # weights that one stored number may stand for, where they are quantized
 HEADER = 100 * 2**20  # bytes, the most that safetensors itself reads
-
-
-class TimeUp(BaseException):
-    """The time is over; no Exception, so that code inside cannot catch it by accident."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise ``TimeUp`` in this thread if the block takes longer. Python code is interrupted, a single call of C is not."""
-    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
-
-    def interrupt() -> None:
-        with lock:
-            if not over.is_set():
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeUp))
-
-    timer = threading.Timer(seconds, interrupt)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        with lock:  # after this, nothing comes too late
-            over.set()
-
-
-@functools.lru_cache(maxsize=64)
-def check_template(template: str) -> None:
-    """Whether a chat template can be interrupted: powers, which no template needs, may take a single call for ever.
-
-    Raises:
-        InputError: it raises to a power, or is no template.
-    """
-    try:
-        found = any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template))
-    except TemplateSyntaxError as error:
-        raise InputError(f"the chat template is none: line {error.lineno}: {error.message}") from error
-    if found:
-        raise InputError("the chat template raises to a power (**), which may take for ever: leave it out")
 
 
 def check_sizes(folder: Path) -> int | None:
