@@ -274,7 +274,9 @@ def view(
     from qlens.data import ignored_keys
 
     with redirect_stdout(sys.stderr):
-        loaded, rows_read = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype, text)
+        loaded, rows_read = own_models(
+            model, teacher, reference, data, "cpu" if device is None else device, dtype, text
+        )
         made = qlens.view(
             **loaded,
             text=rows_read,

@@ -129,7 +129,7 @@ def fused_pass(
     if whole:
         size = len(labels)
     pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)
-    return _Fused.apply(rows, head, bias, pass_), pass_
+    return _Fused.apply(rows, head, bias, pass_, torch.is_grad_enabled()), pass_
 
 
 def _sample(own: Head, labels: Tensor, models: dict, fields: dict[str, Tensor], index: Tensor) -> Tokens:
@@ -149,9 +149,11 @@ def _sample(own: Head, labels: Tensor, models: dict, fields: dict[str, Tensor], 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass, grad_enabled: bool) -> Tensor:
+        # torch sets needs_input_grad from requires_grad alone, under no_grad too
+        wanted = tuple(needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad[:3])
+            total, ctx.made = pass_.run(hidden, head, bias, wanted)
         return total
 
     @staticmethod
@@ -161,8 +163,8 @@ class _Fused(torch.autograd.Function):
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
         if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
-            return *made, None
-        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
+            return *made, None, None
+        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None, None
 
 
 def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: Any, chunk: Any) -> None:

@@ -44,24 +44,41 @@ def defaults(fn: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in given if p.default is not p.empty and p.name not in calling.CALLERS}
 
 
+def missing(fn: Callable) -> tuple[str, ...]:
+    """Parameters that have no default and are no input of a loss: a user must give them."""
+    return calling.inputs(fn).missing
+
+
 def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     """The full set of parameters: ``given`` over the defaults, names, types and ranges checked.
 
     Raises:
         ParameterError: naming the method, the parameter, its value and what would be right.
     """
-    bound, annotated = defaults(fn), hints(fn)
+    bound, annotated, bare = defaults(fn), hints(fn), missing(fn)
+    for name in bare:
+        if name not in given:
+            raise ParameterError(lacks(fn, name))
     for name, value in given.items():
-        if name not in bound:
-            known = ", ".join(bound) or "it has none"
+        if name not in bound and name not in bare:
+            known = ", ".join([*bare, *bound]) or "it has none"
             raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {known})")
-        hint = annotated.get(name, type(bound[name]) if bound[name] is not None else Any)
+        hint = annotated.get(name, type(bound[name]) if bound.get(name) is not None else Any)
         if (wanted := _misfit(value, hint)) is not None:
             raise ParameterError(f"{method}: {name} = {brief(value)}, but it must be {wanted}")
         if name == "clamp" and isinstance(value, tuple | list) and len(value) == 2 and value[0] > value[1]:
             raise ParameterError(f"{method}: clamp = {brief(value)}, but it must be (low, high), low first")
         bound[name] = float(value) if _is_float(hint) else tuple(value) if isinstance(value, list) else value
     return bound
+
+
+def lacks(fn: Callable, name: str) -> str:
+    """The sentence about a parameter that nothing can be given to."""
+    who = calling.name_of(fn)
+    return (
+        f"{who}: {name!r} has no default and is no input that qlens knows: give {name!r} a default, or a value, "
+        f'FILE.py:"{who}({name}=...)" on the command line, functools.partial({who}, {name}=...) in Python'
+    )
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -125,7 +142,7 @@ def split_specs(text: str) -> list[str]:
 
 def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """The spec of a point: the name, and the parameters that differ from their defaults."""
-    changed = {key: value for key, value in params.items() if value != default[key]}
+    changed = {key: value for key, value in params.items() if key not in default or value != default[key]}
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else name
 
 

@@ -97,7 +97,8 @@ def token_batches(
             frozen.enter_context(evaluating(each))
         for start in range(0, len(examples), batch_size):
             batch = _on(model.device, collate(examples[start : start + batch_size]))
-            supervised = Supervised(batch.pop("labels"))
+            supervised = Supervised.of(batch)
+            del batch["labels"]
             columns = {name: supervised.at_labels(batch.pop(name)) for name in COLUMNS if name in batch}
             logits = {"logits": _logits(model, batch, supervised, entries and bodies, "model")}
             for name, other in others.items():

@@ -30,7 +30,7 @@ LOSSES = {
     "annotated": "def f(logits, labels, *, x: '1/0' = 1.0):\n    return (logits ** 2).sum()\n",
     "no_function": "f = 3\n",
     "nothing": "",
-    "first": "def f(banana):\n    return banana\n",
+    "text": "def f(logits, labels):\n    return 'loss'\n",
     "parameters": "def f():\n    return 0\n",
 }
 """Text of the users' files NAME.py whose ``f`` is asked for."""
@@ -43,7 +43,8 @@ DATA = {
     "role": '{"messages": [{"role": ["user"], "content": "a"}]}', "unlearned": '{"messages": [{"role": "user", "content": "a"}]}',
     "kinds": '{"text": "a", "prompt": "b", "completion": "c"}', "no_kind": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
     "weight": '{"text": "ab", "weight": "x"}', "nan": '{"text": "ab", "weight": NaN}', "inf": '{"text": "ab", "weight": 1e999}',
-    "mask": '{"text": "ab", "critical": 0.5}', "pair": '{"text": "ab", "pair": 1.5}', "per_token": '{"text": "ab", "weight": [1]}',
+    "mask": '{"text": "ab", "critical": 0.5}', "pair": '{"text": "ab", "pair": 1.5}',
+    "per_token": '{"text": "ab", "weight": [1]}',
     "column": '{"text": "ab", "weight": 1}\n{"text": "ab"}', "mixed": '{"text": "ab"}\n{"prompt": "a", "completion": "b"}',
 }  # fmt: skip
 """Contents of the data files NAME.jsonl."""
@@ -179,8 +180,10 @@ def commands():
         for line in (
             "explain dft --model model", "explain dft --data good.jsonl", "explain dft --rows 3", "explain dft --device cpu",
             "explain dft --dtype float32", "explain dft --teacher model", "list --data good.jsonl", "list --figure a.png",
-            "list --rows 3", "compare --model model", "compare --data good.jsonl", "compare --teacher model", "compare --device cpu",
-            "compare --dtype float32", "view", "view --model model", "view --text ab", f"view {ON} --text ab", "view --data good.jsonl",
+            "list --rows 3", "compare --model model", "compare --data good.jsonl", "compare --teacher model",
+            "compare --device cpu",
+            "compare --dtype float32", "view", "view --model model", "view --text ab", f"view {ON} --text ab",
+            "view --data good.jsonl",
             f"view {ON} --variants kd", f"compare {ON}", "explain kd --model model --data good.jsonl", f"compare {ON} --lr-grid",
             "show sft --bibtex", f"view {ON} --variants cft",
         )
@@ -250,7 +253,8 @@ def commands():
         line.split()
         for line in (
             "frobnicate", "--frobnicate", "show", "explain", "check", "show sft dft", "check sft --model x", "explain dft --frob",
-            "list x", "compare sft", "view sft", "compare --seeds", "show --json", "explain --latex", "check -x", "list --distances=3",
+            "list x", "compare sft", "view sft", "compare --seeds", "show --json",
+            "explain --latex", "check -x", "list --distances=3",
         )
     ]  # fmt: skip
     return kinds

@@ -10,6 +10,7 @@ import torch
 from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -142,11 +143,10 @@ class Headless(LlamaForCausalLM):
     ("variant", "kind", "says"),
     [
         ("mile", LlamaForCausalLM, "for mile: it weighs tokens by a statistic of whole distributions"),
-        (lambda logits, labels: logits.sum() * 0, LlamaForCausalLM, "a loss of your own may look at all tokens"),
         ("sft", Shifted, "of the model: its logits are not its head's: they differ by"),
         ("sft", Headless, "of the model: it has no plain linear head: its output embedding is a Sequential"),
     ],
-    ids=["batch statistic", "own loss", "bent logits", "no linear head"],
+    ids=["batch statistic", "bent logits", "no linear head"],
 )
 def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
     model = kind(llama().config)
@@ -193,6 +193,36 @@ def test_evaluation_keeps_logits_only_for_those_who_ask(make):
     assert metrics["eval_rows"] == 5
     for other in losses[1:]:
         assert_close(losses[0], other, rtol=1e-5, atol=1e-6)
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the matrix products with a head, and finds the largest new tensor."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.products, self.largest = head.numel(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.products += product and any(each.numel() == self.head for each in args)
+        if isinstance(result, torch.Tensor) and func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.zeros):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("spec", ["sft", "label_smoothing", "kd", "gem", "iw_sft"])
+def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(6, 50, requires_grad=True), torch.randn(40, 50, requires_grad=True)
+    given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
+    given |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
+    value = qlens.fused_loss(spec, hidden, head, **given).detach()
+    with torch.no_grad(), Sizes(head) as sizes:
+        alone = qlens.fused_loss(spec, hidden, head, **given)
+    assert_close(alone, value, rtol=0, atol=0)
+    assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
+    assert sizes.largest < head.numel()
 
 
 def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
@@ -259,3 +289,19 @@ def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
     noise = float((ends["reordered"] - ends["whole"]).norm())
     assert 0 < noise < 1e-2 * float((ends["whole"] - parameters(student).double()).norm())
     assert float((ends["engine"] - ends["whole"]).norm()) <= 3 * noise
+
+
+def test_a_loss_alone_of_declared_scope_is_trained_a_few_rows_at_a_time(make, caplog):
+    def gated(tokens):
+        rank = (tokens.log_probs.detach() > tokens.label_log_probs.detach()[:, None]).sum(-1)
+        return -tokens.label_log_probs * (rank < VOCAB // 2) + 0.01 * tokens.logits.logsumexp(-1).square()
+
+    weights = []
+    for fused in (None, False):
+        variant = qlens.registry.Method(name="gated", fn=gated, scope="token").variant()
+        with caplog.at_level(logging.WARNING, "qlens"):
+            trainer = make(variant, steps=3, fused=fused)
+            trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert not caplog.messages
+    assert_close(*weights, rtol=1e-4, atol=1e-6)

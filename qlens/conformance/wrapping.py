@@ -1,8 +1,11 @@
 """Wrapping: a function called as before, its arguments changed on the way in, or watched."""
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+import io
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +15,14 @@ from qlens.tokens import Tokens
 
 Around = Callable[[Callable], Callable]
 """What wraps the function that is called."""
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Standard output holds the answer alone: what a loss prints goes nowhere, nor do its warnings."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def as_it_is(fn: Callable) -> Callable:
@@ -25,7 +36,24 @@ def changing(change: Callable[[Tensor], Tensor]) -> Around:
     def wrap(fn: Callable) -> Callable:
         @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)  # its signature tells how to call it
         def run(*args: Any, **kwargs: Any) -> Any:
-            return fn(*(_each(arg, change) for arg in args), **{k: _each(v, change) for k, v in kwargs.items()})
+            return fn(
+                *(each_tensor(arg, change) for arg in args), **{k: each_tensor(v, change) for k, v in kwargs.items()}
+            )
+
+        return run
+
+    return wrap
+
+
+def altering(change: Callable[[dict[str, Any]], Any]) -> Around:
+    """A wrapper: ``change`` may put other values into the arguments, by name."""
+
+    def wrap(fn: Callable) -> Callable:
+        @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(run).bind(*args, **kwargs)
+            change(bound.arguments)
+            return fn(*bound.args, **bound.kwargs)
 
         return run
 
@@ -41,7 +69,7 @@ def watching(written: list[str]) -> Around:
             seen: list[tuple[str, Tensor, Tensor]] = []
 
             def note(name: str, thing: Any) -> None:
-                _each(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
+                each_tensor(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
                 if isinstance(thing, nn.Module):
                     thing.register_forward_hook(lambda module, given, made: note("the model's outputs", made))
 
@@ -57,12 +85,12 @@ def watching(written: list[str]) -> Around:
     return wrap
 
 
-def _each(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same tensor, Tokens or mapping with every tensor changed; anything else as it is."""
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, Tokens):
         return thing.replace(**{name: change(value) for name, value in thing.fields().items()})
     if isinstance(thing, Mapping):
-        return type(thing)(**{name: _each(value, change) for name, value in thing.items()})
+        return type(thing)(**{name: each_tensor(value, change) for name, value in thing.items()})
     return thing
