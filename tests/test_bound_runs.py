@@ -40,7 +40,7 @@ def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(
     data.write_bytes(own["data"].read_bytes())
     compare("dft", data=data, seeds=1)
     data.write_text(data.read_text(encoding="utf-8").replace("ban", "pan"), encoding="utf-8")
-    with pytest.raises(InputError, match="digest was"):
+    with pytest.raises(InputError, match="words.jsonl has changed since"):
         compare("dft", data=data, seeds=1)
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"versions\.torch was .*9\.9\.9"):
         patch.setattr("qlens.analysis.plan.versions", lambda: versions() | {"torch": "9.9.9"})

@@ -102,6 +102,7 @@ def test_dependencies_point_one_way():
                 "training.py",
                 "fitting.py",
                 "sources.py",
+                "templates.py",
                 "data.py",
                 "reading.py",
                 "feeding.py",
