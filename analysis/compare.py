@@ -163,6 +163,8 @@ def _prepare(sources: Sequence[Source], progress: bool, say: Console) -> None:
     build([source.setting for source in sources if isinstance(source, Lab)], progress)
     for source in sources:
         noted = open_ground(source).noted
+        if matched := noted.get("vocabulary"):
+            say.print(f"{source.name}: {matched}")
         if ignored := noted.get("ignored keys"):
             say.print(f"{source.name}: keys that are ignored: {ignored}")
         if dropped := noted.get("dropped"):

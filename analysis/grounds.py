@@ -186,11 +186,13 @@ class Real:
             InputError: anything that cannot be read, does not fit together, or leaves too few rows.
         """
         rows, tokenizer = read_rows(self.data), sources.load_tokenizer(self.model)
-        models = {"model": self._load(self.model)}
+        models, matched = {"model": self._load(self.model)}, ""
         if self.teacher is not None:
-            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(self.teacher))
+            its = sources.load_tokenizer(self.teacher)
+            sources.check_same_tokenizer(tokenizer, its)
             models["teacher"] = self._load(self.teacher)
-            sources.check_same_vocabulary(models["model"], models["teacher"], "teacher")
+            width = sources.vocabulary_size(models["model"])
+            matched = sources.match_vocabulary(width, models["teacher"], "teacher", tokenizer, its)
         limit = sources.shortest_context(*models.values())
         encoded = encode(rows, tokenizer, limit)
         size = sources.vocabulary_size(models["model"])
@@ -208,7 +210,9 @@ class Real:
             train=train,
             held=held,
             start=functools.partial(self._load, self.model),
-            teacher=functools.partial(self._load, self.teacher) if self.teacher is not None else None,
+            teacher=functools.partial(self._load_teacher, sources.vocabulary_size(models["model"]), tokenizer)
+            if self.teacher is not None
+            else None,
             score=lambda model, seed: row_nll(model, held),
             validate=lambda model, seed: row_nll(model, held),
             tokenizer=tokenizer,
@@ -218,8 +222,16 @@ class Real:
             truth=None,
             noted=noted
             | {"held out": len(held), "parameters": parameters}
-            | ({"ignored keys": ", ".join(ignored)} if ignored else {}),
+            | ({"ignored keys": ", ".join(ignored)} if ignored else {})
+            | ({"vocabulary": matched} if matched else {}),
         )
+
+    def _load_teacher(self, width: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The teacher, its logits as wide as the model's."""
+        assert self.teacher is not None
+        teacher = self._load(self.teacher)
+        sources.match_vocabulary(width, teacher, "teacher", tokenizer, tokenizer)
+        return teacher
 
     def _load(self, path: str) -> PreTrainedModel:
         return sources.load_model(path, self.device, self.dtype)

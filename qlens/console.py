@@ -26,6 +26,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         _check_text(arguments)
         code = app(list(arguments), standalone_mode=False) if arguments else _help(app)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except CLICK as error:
         verb = getattr(getattr(error, "ctx", None), "info_name", None)

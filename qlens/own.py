@@ -76,6 +76,10 @@ def own_models(
     loaded = {"model": sources.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if folder is not None:
-            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
+            its = sources.load_tokenizer(folder)
+            sources.check_same_tokenizer(tokenizer, its)
             loaded[name] = sources.load_model(folder, device, dtype)
+            width = sources.vocabulary_size(loaded["model"])
+            if done := sources.match_vocabulary(width, loaded[name], name, tokenizer, its):
+                typer.echo(done, err=True)
     return loaded, read

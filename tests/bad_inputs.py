@@ -139,7 +139,7 @@ def commands():
     """Command lines by kind; a list of words each."""
     verbs = (["show"], ["explain"], ["check"], ["compare", "--variants"], ["view", *ON.split(), "--variants"])
     kinds = {"spec": [[*verbs[at % len(verbs)], spec] for at, spec in enumerate(SPECS)]}
-    kinds["loss"] = [[*verb, f"{name}.py:f"] for name in LOSSES for verb in (verbs[1], verbs[2], verbs[3])]
+    kinds["loss"] = [[*verb, f"{name}.py:f"] for name in LOSSES for verb in verbs[1 : 3 if name == "text" else 4]]
     kinds["data"] = [["compare", "--model", "model", "--variants", "sft", "--data", f"{name}.jsonl"] for name in DATA]
     kinds["data"] += [
         ["view", "--model", "model", "--data", name]

@@ -134,3 +134,22 @@ def test_without_out_the_folder_goes_by_the_configuration(compare, tmp_path, mon
         compare("sft", seeds=1, out=None)
     compare("sft", seeds=1, out=None, steps=1)
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_refusal_names_the_file_that_has_changed(compare, own, tmp_path):
+    shutil.copytree(own["model"], tmp_path / "model")
+    loss = tmp_path / "own_loss.py"
+    loss.write_text("def f(logits, labels):\n    return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()\n")
+    given = {"model": tmp_path / "model", "teacher": None, "seeds": 1}
+    compare(f"{loss}:f", **given)
+    weights = tmp_path / "model" / "model.safetensors"
+    before, size = weights.read_bytes(), weights.stat().st_size
+    middle = bytearray(before)
+    middle[size // 2] ^= 1  # as a merged adapter changes layers, but neither the beginning nor the end
+    weights.write_bytes(bytes(middle))
+    with pytest.raises(InputError, match=r"the file \S+/model.safetensors has changed since"):
+        compare(f"{loss}:f", **given)
+    weights.write_bytes(before)
+    loss.write_text(loss.read_text() + "# another\n")
+    with pytest.raises(InputError, match=r"the file \S+/own_loss.py has changed since"):
+        compare(f"{loss}:f", **given)
