@@ -16,7 +16,7 @@ BOUNDARIES = (
     "seq_idx",
 )  # what tells packed texts apart for some models, but not which labels are theirs
 TRIED = 6  # tokens of two neighbouring texts on which their separation is tried
-ROUNDING = 100  # units in the last place of the largest logit
+SHARE = 0.05  # of what another first text moves where it is the same text: less is rounding
 
 
 def inputs_of(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -100,11 +100,11 @@ class Separation:
         first = at + 1 - begin
         other = part["input_ids"].clone()
         other[:, :first] = torch.where(other[:, :first] == 0, 1, 0)
+        joined = torch.arange(end - begin, device=ids.device).expand_as(part["position_ids"])
         with evaluating(model):
-            logits = model_logits(model, part)[:, first:]
-            moved = model_logits(model, {**part, "input_ids": other})[:, first:]
-        gap, size = float((logits - moved).abs().amax()), max(1.0, float(logits.abs().amax()))
-        if not gap <= ROUNDING * torch.finfo(logits.dtype).eps * size:
+            gap, size = _moved(model, part, other, first)
+            reach, _ = _moved(model, {**part, "position_ids": joined}, other, first)  # as one text, where it must move
+        if not gap <= max(SHARE * reach, 2 * torch.finfo(size.dtype).eps * float(size)):
             kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
             way = (
                 "per_device_train_batch_size=1 or attn_implementation='sdpa'"
@@ -120,3 +120,10 @@ class Separation:
 
 def _per_token(value: Any, ids: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == ids.shape
+
+
+def _moved(model: nn.Module, part: Mapping[str, Tensor], other: Tensor, first: int) -> tuple[float, Tensor]:
+    """How far the second text's logits move with other tokens before it, and the largest of them."""
+    logits = model_logits(model, part)[:, first:]
+    moved = model_logits(model, {**part, "input_ids": other})[:, first:]
+    return float((logits - moved).abs().amax()), logits.abs().amax()
