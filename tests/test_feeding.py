@@ -130,3 +130,14 @@ def test_a_selected_mean_divides_by_the_selected_tokens(make):
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     moved = torch.cat([(p - 0.1 * g).detach().flatten() for p, g in zip(model.parameters(), gradients, strict=True)])
     assert_close(parameters(trainer.model), moved, atol=1e-6, rtol=1e-5)
+
+
+def test_a_model_that_is_made_for_the_run_is_the_student(make):
+    ends = []
+    for spec in ("sft", "r_drop"):  # without dropout the second pass is the first, if it is the same model's
+        args = make(spec, steps=3).args
+        trainer = qlens.QTrainer(model_init=lambda: llama(), args=args, variant=spec, train_dataset=rows(8))
+        trainer.train()
+        ends.append(parameters(trainer.model))
+    assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5)
+    assert float((ends[0] - parameters(llama())).norm()) > 1e-3
