@@ -35,6 +35,8 @@ class CheckReport:
     Args:
         spec: the loss.
         kind: how it is called: tokens, logits, outputs, hidden or model.
+        called_as: how it was called, in words.
+        notes: what it does beside: another model run, an input without effect, ...
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
 
     Example:
@@ -46,6 +48,8 @@ class CheckReport:
     spec: str
     kind: str
     items: tuple[Item, ...]
+    called_as: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Item, ...]:
@@ -63,7 +67,9 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything printable, for JSON."""
-        return {"loss": self.spec, "kind": self.kind, "ok": self.ok, "items": [asdict(item) for item in self.items]}
+        said = {"called_as": self.called_as, "notes": list(self.notes)}
+        items = [asdict(item) for item in self.items]
+        return {"loss": self.spec, "kind": self.kind, "ok": self.ok, "items": items, **said}
 
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
@@ -81,7 +87,9 @@ class CheckReport:
                 reason if "," not in names else f"{names}: {reason}",
             )
         counts = ", ".join(f"{len(by_state[state])} {state}" for state in ("passed", "failed", "not applicable"))
-        return "\n".join([*lines, "", counts])
+        called = [f"Called with {self.called_as}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
+        return "\n".join([*lines, "", *said, counts])
 
 
 @guards.quiet()
@@ -112,7 +120,8 @@ def check(loss: Variant | str | Callable) -> CheckReport:
             if rule.compares:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
-    return CheckReport(variant.spec, tested.kind, tuple(items[name] for name in RULES))
+        called_as, notes = variant.account(tested.tokens())
+    return CheckReport(variant.spec, tested.kind, tuple(items[name] for name in RULES), called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:

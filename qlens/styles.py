@@ -46,7 +46,7 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())))
-    return _STYLES.get(fn, key, lambda: _search(fn, params, _few(tokens)))
+    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
@@ -228,7 +228,7 @@ def grad_of(
     return torch.zeros_like(leaf) if grad is None else grad / layout.copies
 
 
-def _few(tokens: Tokens) -> Tokens:
+def few(tokens: Tokens) -> Tokens:
     """A few rows in two sequences, one of which is chosen, where the tokens have sequences and pairs at all."""
     index = spread(len(tokens), ROWS).to(tokens.logits.device)
     if len(index) < ROWS:
