@@ -132,7 +132,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
         if style.laid_out or inputs_masked(fn):
-            layouts += [Layout(1, 40), Layout(2, 70, False, interleave)]
+            layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
         grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
         for reduction in REDUCTIONS:
             off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))

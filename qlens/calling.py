@@ -159,10 +159,11 @@ def arguments(fn: Callable, view: View) -> dict[str, Any]:
 def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     """What an argument of this role is given."""
     tokens, whole = view.tokens, "labels" in wanted.values()
-    size = view.logits.shape[-1]
     if wanted and "head" in wanted.values():
         if role.endswith("head"):
-            return torch.eye(size, dtype=view.logits.dtype, device=view.logits.device)
+            from qlens.stub import identity
+
+            return identity(view.logits)
         return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits

@@ -50,6 +50,49 @@ class StubDecoder(nn.Module):
         )
 
 
+MOST = 10_000
+"""Entries of a vocabulary up to which the head is made as a matrix, for losses that multiply by it themselves."""
+
+
+def identity(like: Tensor, scale: float = 1.0) -> Tensor:
+    """A head that leaves logits as they are, (V, V), in the type of ``like`` (..., V).
+
+    Raises:
+        InputError: the vocabulary is too large for such a matrix.
+    """
+    size = like.shape[-1]
+    if size > MOST:
+        raise InputError(
+            f"this loss multiplies hidden states by the head itself, which is read through a (V, V) identity: V = {size} "
+            f"is too large, at most {MOST}. Read it without a model of your own: explain(loss)"
+        )
+    return scale * torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+class StubHead(nn.Module):
+    """A head that is the identity times ``scale``; its weight is made only where somebody asks for it."""
+
+    def __init__(self, table: Tensor, scale: float = 1.0):
+        super().__init__()
+        self.in_features = self.out_features = table.shape[-1]
+        self.scale = nn.Parameter(
+            torch.full((1,), scale, dtype=table.dtype, device=table.device)
+        )  # a model has parameters
+        self.bias, self._like, self._weight = None, table.detach()[..., :1, :], None
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix, (V, V)."""
+        if self._weight is None:
+            object.__setattr__(self, "_weight", nn.Parameter(identity(self._like, float(self.scale))))
+        assert self._weight is not None
+        return self._weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The logits."""
+        return hidden * self.scale
+
+
 class StubModel(PreTrainedModel):
     """A causal model: hidden states from a free table, a head that is the identity, logits that are the table.
 
@@ -74,8 +117,7 @@ class StubModel(PreTrainedModel):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
         self.model = StubDecoder(table / scale if scale != 1 else table, ids)
-        self.lm_head = nn.Linear(size, size, bias=False, dtype=table.dtype, device=table.device)
-        self.lm_head.weight.data = scale * torch.eye(size, dtype=table.dtype, device=table.device)
+        self.lm_head = StubHead(table, scale)
         self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlens.calling import call
 from qlens.errors import InputError
-from qlens.guards import LossError
+from qlens.guards import LossError, blamed
 from qlens.layouts import Layout, Style
 from qlens.noticing import watched
 from qlens.results import loss_of
@@ -247,10 +247,8 @@ def grad_of(
             raise LossError(
                 f"{name_of(fn)} returned a value without a graph, so without a gradient: the logits are detached somewhere inside"
             )
-        try:
+        with blamed(name_of(fn)):
             (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-        except RuntimeError as error:
-            raise LossError.of(name_of(fn), error) from error
     return torch.zeros_like(leaf) if grad is None else grad / layout.copies
 
 

@@ -216,7 +216,8 @@ class Variant:
         """
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens":
-            made = self.method.fn(tokens.unweighted(), **self.params)
+            with blamed(self.spec):
+                made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
                 return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
         from qlens.lens import gradient

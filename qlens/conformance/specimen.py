@@ -14,6 +14,7 @@ from qlens.calling import written as writes
 from qlens.conformance.texts import VOCABULARY, Text, cast, texts
 from qlens.conformance.wrapping import Around, as_it_is, watching
 from qlens.errors import InputError
+from qlens.guards import blamed
 from qlens.layouts import Style, token_ids
 from qlens.lens import COARSE, carried
 from qlens.results import loss_of
@@ -207,5 +208,6 @@ def _derived(made: Any, leaf: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"it returns {type(made).__name__}, where a floating-point tensor is wanted")
     if not made.requires_grad:
         raise InputError("it returns a value without a graph: no gradient leads back to the logits")
-    (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
+    with blamed("its backward pass"):
+        (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
     return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
