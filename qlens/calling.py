@@ -161,9 +161,9 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     tokens, whole = view.tokens, "labels" in wanted.values()
     if wanted and "head" in wanted.values():
         if role.endswith("head"):
-            from qlens.stub import identity
+            from qlens.stub import identity_head
 
-            return identity(view.logits)
+            return identity_head(view.logits.shape[-1], view.logits)
         return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits

@@ -10,11 +10,12 @@ from torch import Tensor
 from qlens.errors import InputError
 from qlens.guards import blamed
 from qlens.registry import Variant, resolve
+from qlens.scales import COARSE as COARSE
+from qlens.scales import carried as carried
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
 
 ENTRIES = 2**22  # logits that autograd works on at a time
-COARSE = (torch.bfloat16, torch.float16)
 
 
 def implied_target(
@@ -81,9 +82,3 @@ def slopes(
         way = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
         ends = [float(value(tokens.replace(logits=tokens.logits + sign * step * way))) for sign in (1, -1)]
         yield (ends[0] - ends[1]) / (2 * step), float((grad * way).sum())
-
-
-def carried(grad: torch.Tensor) -> torch.dtype:
-    """The least precise type that holds every digit of a gradient: what the loss computed in, whatever it returned."""
-    narrower = (*COARSE, torch.float32)
-    return next((dtype for dtype in narrower if bool((grad.to(dtype).to(grad.dtype) == grad).all())), grad.dtype)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qlens.chunks import Flat, others_
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
 from qlens.registry import Variant
@@ -71,10 +72,12 @@ class Pass:
             bent = self._buffer("bent", rows).copy_(z) if own.softcap is not None and any(wanted) else None
             others = {} if kernels.collects else {name: self._logits_of(name, rows, z) for name in self.models}
             seen = self._copies(z, rows, others, kernels) if self.observe else None
+            replay = Replay(z.device) if self.observe else None
             scale, losses, push = kernels.kernel(z, rows, others)
             total += losses.sum()
-            if seen is not None:
-                self._show(seen, losses, push, kernels.block)
+            if seen is not None and replay is not None:
+                with replay.again():  # a method that draws numbers shows those it was trained by, and draws no others
+                    self._show(seen, losses, push, kernels.block)
             if not any(wanted):
                 continue
             if kernels.uniform is not None and flat is None:
@@ -93,9 +96,9 @@ class Pass:
             if kernels.uniform is not None and flat is not None:
                 few = None if d_hidden is None else d_hidden[rows]
                 flat.sub_(a * kernels.uniform[:, None] / len(own.weight), h, few)
-        self.selected = kernels.selected
-        if int(kernels.invalid):
-            raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {int(kernels.invalid)} rows")
+        self.selected, invalid = torch.stack([kernels.selected, kernels.invalid]).tolist()
+        if invalid:
+            raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {invalid} rows")
         if flat is not None and d_head is not None:
             d_head += flat.head
         if flat is not None and d_bias is not None:

@@ -61,7 +61,7 @@ class GradientKernels:
         self.block = len(labels) if whole else block_rows(vocabulary)
         self.uniform: Tensor | None = None
         self.pushed: tuple[Tensor, Tensor] | None = None
-        self.selected = 0
+        self.selected = torch.zeros((), dtype=torch.long, device=labels.device)
         self.invalid = torch.zeros((), dtype=torch.long, device=labels.device)
 
     @property
@@ -184,7 +184,7 @@ class GradientKernels:
 
     def _count(self, target: Target) -> None:
         if self.variant.denominator == "selected":
-            self.selected += int((target.trust != 0).sum())
+            self.selected += (target.trust != 0).sum()
 
 
 def block_rows(vocabulary: int) -> int:

@@ -10,6 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qlens.errors import InputError
 
+WIDEST = 2**29  # bytes that an identity may take
+
 
 class StubConfig(PretrainedConfig):
     """Sizes of the stub: its hidden states are as wide as its vocabulary."""
@@ -50,47 +52,40 @@ class StubDecoder(nn.Module):
         )
 
 
-MOST = 10_000
-"""Entries of a vocabulary up to which the head is made as a matrix, for losses that multiply by it themselves."""
+class IdentityHead(nn.Linear):
+    """A linear head whose weight is ``scale`` times the identity, (V, V): built only where somebody reads it."""
 
-
-def identity(like: Tensor, scale: float = 1.0) -> Tensor:
-    """A head that leaves logits as they are, (V, V), in the type of ``like`` (..., V).
-
-    Raises:
-        InputError: the vocabulary is too large for such a matrix.
-    """
-    size = like.shape[-1]
-    if size > MOST:
-        raise InputError(
-            f"this loss multiplies hidden states by the head itself, which is read through a (V, V) identity: V = {size} "
-            f"is too large, at most {MOST}. Read it without a model of your own: explain(loss)"
-        )
-    return scale * torch.eye(size, dtype=like.dtype, device=like.device)
-
-
-class StubHead(nn.Module):
-    """A head that is the identity times ``scale``; its weight is made only where somebody asks for it."""
-
-    def __init__(self, table: Tensor, scale: float = 1.0):
-        super().__init__()
-        self.in_features = self.out_features = table.shape[-1]
-        self.scale = nn.Parameter(
-            torch.full((1,), scale, dtype=table.dtype, device=table.device)
-        )  # a model has parameters
-        self.bias, self._like, self._weight = None, table.detach()[..., :1, :], None
+    def __init__(self, size: int, like: Tensor, scale: float = 1.0):
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = size
+        self.scale = scale
+        self.like = nn.Parameter(
+            like.detach().new_zeros(())
+        )  # a trainer asks a model's parameters for dtype and device
+        self.register_parameter("bias", None)
 
     @property
-    def weight(self) -> Tensor:
-        """The matrix, (V, V)."""
-        if self._weight is None:
-            object.__setattr__(self, "_weight", nn.Parameter(identity(self._like, float(self.scale))))
-        assert self._weight is not None
-        return self._weight
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The matrix."""
+        return self.scale * identity_head(self.in_features, self.like)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The logits."""
-        return hidden * self.scale
+    def forward(self, input: Tensor) -> Tensor:
+        """The input times ``scale``."""
+        return input if self.scale == 1 else self.scale * input
+
+
+def identity_head(size: int, like: Tensor) -> Tensor:
+    """The identity as a head's weight, (size, size), in the dtype and on the device of another tensor.
+
+    Raises:
+        InputError: it would take more than half a gigabyte.
+    """
+    if size * size * like.element_size() > WIDEST:
+        raise InputError(
+            f"the loss multiplies by a head, which here is the identity of {size} x {size} entries: try it on a vocabulary of "
+            "at most 8,000"
+        )
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 class StubModel(PreTrainedModel):
@@ -117,7 +112,7 @@ class StubModel(PreTrainedModel):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
         self.model = StubDecoder(table / scale if scale != 1 else table, ids)
-        self.lm_head = StubHead(table, scale)
+        self.lm_head = IdentityHead(size, table, scale)
         self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:

@@ -1,5 +1,6 @@
 """Styles: the layout that a loss wants, found by trying all that its parameters allow."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -58,7 +59,6 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
         return Style()
     tried: list[Trial] = []
     failures: list[InputError] = []
-    ran: list[str] = []
     for styles in _styles(fn):
         if tried and (tried[-1].full or _contract(fn)):
             break
@@ -67,11 +67,9 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
             if works is not None and dataclasses.replace(style, fields=works.fields) != works:
                 continue
             try:
-                with watched(fn) as seen:
-                    tried.append(_with_columns(fn, params, tokens, style))
-            except LossError as error:
+                tried.append(_with_columns(fn, params, tokens, style))
+            except InputError as error:  # a loss may be written with qlens' own checks
                 failures.append(error)
-                ran = ran or seen.started
                 continue
             works = style
             if tried[-1].full:
@@ -80,18 +78,23 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [_try(fn, params, tokens, style) for style in several]
     if not tried:
-        raise _of_another_size(failures[0], ran, tokens.logits.shape[1]) if ran else failures[0]
+        error = next((error for error in failures if not isinstance(error, LossError)), failures[0])
+        raise _of_another_size(fn, params, tokens, error)
     best = max(
         tried, key=lambda trial: (trial.lit > 0, not trial.mislaid, trial.reacts, trial.lit)
-    )  # of equals the first
+    )  # the first of equals
     return _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
 
 
-def _of_another_size(error: InputError, models: list[str], size: int) -> LossError:
-    """The same error, with what is likely where a loss runs a model of its own."""
+def _of_another_size(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
+    """The error of a loss that cannot be called, with what is likely where it runs a model of its own."""
+    with watched(fn) as seen, contextlib.suppress(InputError):
+        call(fn, params, tokens, AS_GIVEN, style=next(_styles(fn))[0])
+    if not seen.started:
+        return error
     return LossError(
-        f"{error}; it runs another model ({models[0]}), and is tried with a vocabulary of {size}: if that model has another, "
-        "give tokens with logits as wide as its own, explain(loss, tokens)"
+        f"{error}; it runs another model ({seen.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: if "
+        "that model has another, give tokens with logits as wide as its own, explain(loss, tokens)"
     )
 
 

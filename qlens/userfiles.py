@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlens.errors import InputError, UnknownName
+from qlens.errors import InputError, UnknownName, brief
+from qlens.files import user_path
 
 
 def function(name: str) -> Callable:
@@ -19,9 +20,9 @@ def function(name: str) -> Callable:
         InputError: the file cannot be run; what it raised is named.
     """
     file, _, wanted = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = user_path(file, "file")
     if not path.is_file():
-        raise UnknownName(f"{name}: there is no file {file}")
+        raise UnknownName(f"{brief(name)}: there is no file {brief(file)[1:-1]}")
     module = vars(_load(path.resolve()))
     if not callable(module.get(wanted)):
         own = [k for k, v in module.items() if callable(v) and getattr(v, "__module__", None) == module["__name__"]]

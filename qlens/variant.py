@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens import adapters, calling, params
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
 from qlens.guards import blamed
@@ -31,7 +32,8 @@ class Method:
 
     ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
     ``simplex`` is True, False, or None where nobody has declared it; ``invariant`` is False where the loss also sees raw
-    logits, so that sum(Q) is not 1. ``modes`` names points of the parameters, above all those of released code
+    logits, so that sum(Q) is not 1. ``scope`` is what a token's gradient depends on: "token", "sequence", "pair", "batch" or
+    "parameters". ``modes`` names points of the parameters, above all those of released code
     (``get("eaft@axolotl")``); ``differences`` says where paper, code and the authors' table disagree, a sentence each.
     ``coupled`` is "sequence" or "pair" where the rows of such a group have one gradient between them, so that they must weigh
     alike. ``structure`` declares what the logit gradient is a function of: "label", where loss and gradient are functions of
@@ -45,7 +47,7 @@ class Method:
     title: str = ""
     paper: str = ""
     family: str = "user"
-    scope: str | Callable[..., str] = "token"
+    scope: str | Callable[..., str] = ""
     needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     trusted: str = ""
     residual: str = ""
@@ -63,6 +65,7 @@ class Method:
     where: str = ""
     printed: Callable | None = None
     on_model: Callable | None = None
+    on_start: Callable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -77,6 +80,11 @@ class Method:
     def penalty(self, fn: Callable) -> Callable:
         """Decorator: a term on the model's parameters, ``fn(model, *, ...) -> scalar``."""
         self.on_model = fn
+        return fn
+
+    def start(self, fn: Callable) -> Callable:
+        """Decorator: where a penalty is measured from, ``fn(model, saved, *, ...) -> {name: tensor}``, see ``Variant.start``."""
+        self.on_start = fn
         return fn
 
     def variant(self, **given: Any) -> "Variant":
@@ -125,8 +133,8 @@ class Variant:
 
     @property
     def scope(self) -> str:
-        """What one token's gradient depends on: token, sequence, batch, pair or parameters."""
-        return self._declared("scope")
+        """What one token's gradient depends on: token (also where nothing is declared), sequence, batch, pair or parameters."""
+        return self._declared("scope") or "token"
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -185,7 +193,7 @@ class Variant:
         if not self._may_return_target:
             return self.method.printed is None
         if "_returns_target" not in self.__dict__:
-            with torch.no_grad(), blamed(self.spec):
+            with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):  # looked at, not drawn from
                 value = self.method.fn(tokens.unweighted(), **self.params)
             self.__dict__["_returns_target"] = isinstance(value, Target)
         return not self.__dict__["_returns_target"]
@@ -215,7 +223,7 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        if calling.kind(self.method.fn) == "tokens":
+        if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
             with blamed(self.spec):
                 made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
@@ -263,6 +271,21 @@ class Variant:
         if self.method.on_model is None:
             return torch.zeros((), device=next(model.parameters()).device)
         return self.method.on_model(model, **self.params)
+
+    def start(self, model: nn.Module, saved: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Begin a run: ``penalty`` is measured from the model's present weights on, or from a ``saved`` start.
+
+        Args:
+            model: the model to be trained.
+            saved: what an earlier ``start`` returned, to resume its run.
+
+        Returns:
+            the start as named tensors, for a checkpoint; empty for a method whose penalty has no start.
+
+        Raises:
+            InputError: ``saved`` is not the start of such a model and method.
+        """
+        return {} if self.method.on_start is None else self.method.on_start(model, saved, **self.params)
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         """To other processes a built-in variant goes by its spec: its function hides behind the name of its Method."""

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.lens import gradient
 from qlens.registry import Variant
@@ -44,10 +45,12 @@ def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, b
         verdicts = {}
     if key not in verdicts:
         few = sample(spread(rows, SAMPLE))
-        _verify_gradient(variant, few)
-        cut = rows > block and variant.scope in ALONE
-        more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
-        verdicts[key] = next(filter(None, (_dependence(variant, t) for t in (few, more) if cut and t is not None)), "")
+        with Replay(few.logits.device).again():  # a loss that draws numbers trains by the same ones, verified or not
+            _verify_gradient(variant, few)
+            cut = rows > block and variant.scope in ALONE
+            more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
+            reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
+            verdicts[key] = next(filter(None, reasons), "")
         if verdicts[key]:
             logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, verdicts[key])
     return verdicts[key]

@@ -1,10 +1,12 @@
 """The structure on a method's card: proved for qlens' own methods, and trained by it alone for anybody's."""
 
+import copy
 import logging
 
 import pytest
 import torch
 from detectors import detected
+from tiny import llama, trainer_in
 from torch.testing import assert_close
 from user_methods import GATES, combination, drawn, hidden_and_head, rank_gate, student, teacher_top, user_method
 
@@ -205,3 +207,26 @@ def test_logits_that_are_not_a_number_are_refused():
             hidden[3, 0] = torch.nan
         with pytest.raises(InputError, match="NaN.* in 1 rows"):
             fused_loss(spec, hidden, head, labels, teacher=torch.zeros(12, 40, dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_two_hundred_methods_of_users_are_trained_as_they_are_written(tmp_path):
+    """By fused_loss and by a step of QTrainer, fused where it can be, against float64 autograd at a vocabulary of 5,000."""
+    student, teacher = (llama(seed, vocab=5000).double() for seed in (0, 1))
+    ids = torch.randint(5000, (4, 9), generator=torch.Generator().manual_seed(1))
+    examples = [{"input_ids": row.tolist(), "labels": [-100, -100, *row.tolist()[2:]]} for row in ids]
+    with torch.no_grad():
+        teachers = teacher(ids).logits[:, 1:-1].flatten(0, 1)
+    apart = []
+    for variant in drawn(200, seed=1):
+        others = {"teacher": teacher} if "teacher" in variant.needs else {}
+        if variant.scope == "token":
+            compare(variant, 5000, chunk=7)
+        trained, expected = copy.deepcopy(student), copy.deepcopy(student)
+        trainer_in(tmp_path, variant, model=trained, examples=examples, steps=1, learning_rate=1.0, **others).train()
+        fields = {"sequence": torch.arange(4).repeat_interleave(7)} | {name: teachers for name in others}
+        logits = expected(ids).logits[:, 1:-1].flatten(0, 1)
+        (variant.loss(Tokens(logits=logits, labels=ids[:, 2:].flatten(), **fields)).sum() / 28).backward()
+        steps = [(a - b + b.grad).abs().max() for a, b in zip(trained.parameters(), expected.parameters(), strict=True)]
+        apart.append(float(torch.stack(steps).detach().max()))
+    assert len(apart) == 200 and max(apart) < 1e-9
