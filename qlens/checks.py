@@ -40,6 +40,8 @@ class CheckReport:
     Args:
         spec: the loss.
         kind: how it is called: tokens, logits, outputs, hidden or model.
+        called_as: how it was called, in words.
+        notes: what it does beside: another model run, an input without effect, ...
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
         vocabulary: number of columns of the logits that it was called with.
         refused: what it raised at a vocabulary of 24, where it asked for a wider one.
@@ -55,6 +57,8 @@ class CheckReport:
     items: tuple[Item, ...]
     vocabulary: int = VOCABULARY
     refused: str = ""
+    called_as: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> tuple[Item, ...]:
@@ -81,6 +85,8 @@ class CheckReport:
             "loss": self.spec,
             "kind": self.kind,
             "vocabulary": self.vocabulary,
+            "called_as": self.called_as,
+            "notes": list(self.notes),
             "ok": self.ok,
             "items": [asdict(item) for item in self.items],
         }
@@ -100,11 +106,13 @@ class CheckReport:
                 names if "," not in names else "",
                 reason if "," not in names else f"{names}: {reason}",
             )
+        called = [f"Called with {self.called_as}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
         shown = [
             state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
         ]
         counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
-        return "\n".join([*lines, "", counts])
+        return "\n".join([*lines, "", *said, counts])
 
     def _width(self) -> str:
         if self.vocabulary == VOCABULARY:
@@ -140,8 +148,9 @@ def check(loss: Variant | str | Callable) -> CheckReport:
             if rule.compares:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
+        called_as, notes = variant.account(tested.tokens())
     found = tuple(items[name] for name in RULES)
-    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused)
+    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:
