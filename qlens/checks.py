@@ -9,14 +9,14 @@ import torch
 
 from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
 from qlens.conformance.texts import VOCABULARY
-from qlens.conformance.wrapping import quiet
 from qlens.errors import InputError
-from qlens.guards import first_line
+from qlens.guards import first_line, quiet
 from qlens.registry import resolve
 from qlens.variant import Variant
 
 State = Literal["passed", "failed", "remark", "not applicable"]
 STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
+BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules of what a loss divides by
 WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
 
 
@@ -153,11 +153,24 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
+        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
+            return Item(name, "remark", f"{failure}; {spared}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except InputError as error:
         return Item(name, "failed", str(error), rule.raising)
     except Exception as error:
         return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
+
+
+def _spared(rule: Rule, tested: Specimen) -> str:
+    """That a loss which may go by the attention mask keeps the rule on texts without prompts, or nothing."""
+    try:
+        rule.run(tested.without_prompts())
+    except (Failed, NotApplicable, InputError):
+        return ""
+    except Remark as remark:
+        return f"where nothing is a prompt: {remark}"
+    return "not so where nothing is a prompt: it goes by the attention mask, prompts included"
 
 
 def _entry(state: str, name: str, said: str) -> list[str]:

@@ -93,7 +93,7 @@ def label_ids(loss: Specimen) -> str:
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     ids = _some_ids(loss.vocabulary)
     forward = _by_id(loss, ids, flipped=False)
-    usual = forward.median(0).values
+    usual = forward[forward.norm(dim=-1).argsort()[len(ids) // 2]]
     size = usual.square().sum()
     if not bool(size):
         raise NotApplicable("most tokens have no gradient where all are alike")
@@ -133,7 +133,7 @@ def _by_id(loss: Specimen, ids: Tensor, flipped: bool) -> Tensor:
     for name, value in one.fields().items():
         if value.ndim == 1:
             fields[name] = value.expand(len(ids))
-        elif name in ("logits", *loss.fields):
+        else:
             fields[name] = value[0][turned]
     tokens = Tokens(**fields | {"labels": ids, "sequence": torch.arange(len(ids))})
     order = torch.arange(len(ids)).flip(0) if flipped else torch.arange(len(ids))

@@ -131,7 +131,12 @@ def _rounding(loss: Specimen, dtype: torch.dtype, tolerance: float) -> tuple[flo
         Failed: it is not finite.
     """
     narrow = cast(loss.tokens(), dtype)
-    made = loss.read(narrow).grad
+    try:
+        made = loss.read(narrow).grad
+    except InputError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            raise Remark(f"{error} (on this device)") from error
+        raise
     _finite(made, "ordinary logits")
     if carried(made) in COARSE:  # it computes in less, under autocast say
         tolerance = max(tolerance, COARSE_TOLERANCE)

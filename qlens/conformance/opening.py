@@ -65,7 +65,7 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
                 return loss, made, refused
             except InputError as error:
                 first = first or error
-                said.append(str(error))
+                said.append(str(error.__cause__))
                 if not isinstance(error.__cause__, SIZE_ERRORS):
                     break
         if not isinstance(first.__cause__, SIZE_ERRORS):

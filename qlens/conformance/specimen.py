@@ -1,5 +1,6 @@
 """Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -50,6 +51,7 @@ class Specimen:
     Attributes:
         tolerance: what counts as rounding, as a share of the largest gradient.
         digits: the dtype that holds every digit of its gradient: what it computes in.
+        prompts: whether texts begin with a prompt that is labelled -100.
 
     Raises:
         InputError: a function of tokens that fails on the built-in probes.
@@ -63,6 +65,7 @@ class Specimen:
         self.kind = self.takes.kind
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
+        self.prompts = True
         self._drawn: dict[tuple, Any] = {}
 
     @cached_property
@@ -98,6 +101,17 @@ class Specimen:
         return next((name for name, role in self.roles.items() if role == "count"), "")
 
     @property
+    def attends(self) -> bool:
+        """Whether it is given an attention mask, and may know by that, not by labels, which tokens count."""
+        return self.laid_out and "attention mask" in self.roles.values()
+
+    def without_prompts(self) -> "Specimen":
+        """The same loss, shown texts of which every token is learned."""
+        made = copy.copy(self)
+        made.prompts, made._drawn = False, {}
+        return made
+
+    @property
     def nothing(self) -> float:
         """Up to which share of the largest gradient an entry counts as zero."""
         return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
@@ -128,12 +142,12 @@ class Specimen:
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
         """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
 
-        A third of these lengths at wide vocabularies. A loss that reads its labels from ``input_ids`` sees no prompts: all of
-        a text is learned, but its first token.
+        A third of these lengths at wide vocabularies. Without prompts all of a text is learned, but its first token; a loss
+        that reads its labels from ``input_ids`` sees no others.
         """
         if self.vocabulary > WIDE:
             lengths, prompts = ([-(-n // 3) for n in each] for each in (lengths, prompts))
-        if self.labels_from_ids:
+        if self.labels_from_ids or not self.prompts:
             lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
             prompts = (1,)
         key = ("texts", tuple(lengths), tuple(prompts))
