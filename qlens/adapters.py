@@ -137,7 +137,8 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     best = min(misfits, key=misfits.__getitem__)
     alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
     if misfits[best] <= ALIKE:
-        return _by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else best
+        of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
+        return of_any_length or (alike[0] if len(alike) > 1 else best)
     ratio = float(grads[1].norm() / grads[0].norm())
     raise InputError(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
@@ -145,16 +146,16 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     )
 
 
-def _by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
-    """Of reductions that texts of one length do not tell apart, the one that texts of unequal lengths speak for."""
+def by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
+    """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
     layouts = [Layout(), Layout(split=True)]
     try:
         grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
     except InputError:  # a loss of pairs, say, takes no texts in other numbers
-        return alike[0]
+        return ""
     off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
     best = min(off, key=off.__getitem__)
-    return best if off[best] <= ALIKE else alike[0]
+    return best if off[best] <= ALIKE else ""
 
 
 def _multiplied(

@@ -172,7 +172,7 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         from qlens.stub import StubModel
 
         ids = model_inputs(view)["input_ids"]
-        return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)))
+        return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)), view.style.head)
     if role == "batch":
         return model_inputs(view)
     if role.endswith("chosen log probs") or role.endswith("rejected log probs"):

@@ -7,10 +7,11 @@ from typing import Any, Literal
 
 import torch
 
+from qlens import guards
 from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
 from qlens.conformance.texts import VOCABULARY
 from qlens.errors import InputError
-from qlens.guards import first_line, quiet
+from qlens.guards import first_line
 from qlens.registry import resolve
 from qlens.variant import Variant
 
@@ -40,6 +41,8 @@ class CheckReport:
     Args:
         spec: the loss.
         kind: how it is called: tokens, logits, outputs, hidden or model.
+        called_as: how it was called, in words.
+        notes: what it does beside: another model run, an input without effect, ...
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
         vocabulary: number of columns of the logits that it was called with.
         refused: what it raised at a vocabulary of 24, where it asked for a wider one.
@@ -55,6 +58,8 @@ class CheckReport:
     items: tuple[Item, ...]
     vocabulary: int = VOCABULARY
     refused: str = ""
+    called_as: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> tuple[Item, ...]:
@@ -83,11 +88,13 @@ class CheckReport:
             "vocabulary": self.vocabulary,
             "ok": self.ok,
             "items": [asdict(item) for item in self.items],
+            "called_as": self.called_as,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
-        lines = [f"{self.spec}: how it is implemented (called with {self.kind}{self._width()})", ""]
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
         for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
             lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
             lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
@@ -104,7 +111,9 @@ class CheckReport:
             state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
         ]
         counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
-        return "\n".join([*lines, "", counts])
+        called = [f"Called with {self.called_as}{self._width()}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
+        return "\n".join([*lines, "", *said, counts])
 
     def _width(self) -> str:
         if self.vocabulary == VOCABULARY:
@@ -112,6 +121,7 @@ class CheckReport:
         return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} columns {self.refused}"
 
 
+@guards.quiet()
 def check(loss: Variant | str | Callable) -> CheckReport:
     """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
 
@@ -130,7 +140,7 @@ def check(loss: Variant | str | Callable) -> CheckReport:
         >>> [item.id for item in check(lambda logits, labels: F.cross_entropy(logits.exp().log(), labels)).failures]
         ['impossible', 'extremes']
     """
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         variant = resolve(loss)
         tested, refused = specimen(variant)
         items = {name: _item(name, rule, tested) for name, rule in RULES.items() if not rule.compares}
@@ -139,8 +149,9 @@ def check(loss: Variant | str | Callable) -> CheckReport:
             if rule.compares:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
+        called_as, notes = variant.account(tested.tokens())
     found = tuple(items[name] for name in RULES)
-    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused)
+    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:

@@ -11,13 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
-from qlens.collapse import collapses
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
-from qlens.tokens import PER_TOKEN
+from qlens.row_gradients import block_rows, inputs
+from qlens.tokens import PER_TOKEN, Tokens, precision
 from qlens.variant import ALONE
+from qlens.verification import why_whole
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
 ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
@@ -49,9 +50,12 @@ def fused_loss(
 ) -> Tensor:
     r"""The variant's printed loss from hidden states, with gradients for hidden, head and bias: :math:`g = s (p - Q)` in chunks.
 
-    No (N, V) tensor of any model is ever whole. Losses of label probabilities alone cost a softmax beyond their three matrix
-    products, those of sequences, batches and pairs a product more, for a first pass that collects the labels'
-    log-probabilities. Gradients are made on the way forward and kept until ``backward``.
+    No (N, V) tensor of any model is ever whole. How the gradient is computed is chosen by the method's declared ``structure``
+    alone. Losses of label probabilities cost a softmax beyond their three matrix products, those of sequences, batches and
+    pairs a product more, for a first pass that collects the labels' log-probabilities. Gradients are computed on the way
+    forward and kept until ``backward``. A method of your own is verified once on a few rows of the batch: a structure that it
+    has not, or a target that is not its printed loss's, is refused; rows that depend on each other although its scope is
+    "token" are computed together, with one log line that says so.
 
     Args:
         variant: as in ``explain``.
@@ -67,7 +71,7 @@ def fused_loss(
 
     Raises:
         InputError: shapes that do not fit, a missing model, or a batch statistic that needs more than label
-            probabilities; a second backward.
+            probabilities; a card that does not fit the loss; logits that hold NaN; a second backward.
 
     Rounding: ``ROUNDING``, by dtype.
 
@@ -104,8 +108,7 @@ def fused_pass(
     given: dict = {name: _kept(name, value, kept, len(labels), shape) for name, value in models.items()}
     fields = {name: _field(name, value, kept, len(labels)) for name, value in fields.items()}
     _check(method, {**given, **fields})
-    given = {name: model for name, model in given.items() if name in method.needs}  # nobody looks at the others
-    fields = {name: value for name, value in fields.items() if name in (*method.needs, "weight", "sequence", "pair")}
+    given, fields = inputs(method, given), inputs(method, fields)
     if len(hidden) != len(labels):
         raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
     rows = hidden if len(kept) == len(labels) else hidden[kept]
@@ -116,8 +119,29 @@ def fused_pass(
         pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
         denominator = max(pairs, 1)
     size = min(chunk or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
-    pass_ = Pass(method, labels[kept].long(), given, fields, shape, size, 1 / float(denominator), observe)
+    own = Head(rows.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
+    labels = labels[kept].long()
+    block = min(size, block_rows(head.shape[0]))
+    whole = bool(why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block))
+    if whole:
+        size = len(labels)
+    pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)
     return _Fused.apply(rows, head, bias, pass_), pass_
+
+
+def _sample(own: Head, labels: Tensor, models: dict, fields: dict[str, Tensor], index: Tensor) -> Tokens:
+    """Tokens at some rows, with whole logits there."""
+    index = index.to(labels.device)
+    logits = replace(own, hidden=own.hidden[index]).logits(slice(None))
+    others = {}
+    for name, model in models.items():
+        if isinstance(model, TopK):
+            others[name] = TopK(model.ids[index], model.log_probs[index], model.tail).logits(slice(None), logits)
+        elif isinstance(model, Head):
+            others[name] = replace(model, hidden=model.hidden[index]).logits(slice(None)).to(logits.dtype)
+        else:
+            others[name] = model[index].to(precision(logits.dtype))
+    return Tokens(logits=logits, labels=labels[index], **others, **{k: v[index] for k, v in fields.items()})
 
 
 class _Fused(torch.autograd.Function):
@@ -171,7 +195,7 @@ def _field(name: str, value: Tensor, kept: Tensor, rows: int) -> Tensor:
 
 def fusible(variant: Variant) -> bool:
     """Whether rows can be taken a few at a time: all but batch statistics of whole distributions."""
-    return variant.scope in ALONE or collapses(variant)
+    return variant.scope in ALONE or variant.structure == "label"
 
 
 def _check(variant: Variant, given: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ class Style:
         several: whether rows without sequences are dealt to four, because the loss compares rows of a batch.
         counted: whether a count that defaults to None is given.
         ids: whether a model's input_ids are the labels, because the loss takes its labels from there.
+        head: the diagonal of a model's head, which leaves its logits as they are.
         columns: further columns of a model's inputs that the loss asks for.
     """
 
@@ -58,6 +59,7 @@ class Style:
     several: bool = False
     counted: bool = False
     ids: bool = False
+    head: float = 1.0
     columns: tuple[str, ...] = ()
 
     @property

@@ -57,6 +57,7 @@ class StubModel(PreTrainedModel):
         table: the logits, (B, T, V); gradients flow back into it, through the head or through a fused kernel.
         ids: the token ids of the texts, (B, T).
         other: the logits (B, T, V) of another model on the same texts, by the name of its field in Tokens.
+        scale: the diagonal of the head; hidden states are that much smaller.
 
     Example:
         >>> StubModel(torch.zeros(1, 3, 5))(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.shape
@@ -67,12 +68,14 @@ class StubModel(PreTrainedModel):
     base_model_prefix = "model"
     accepts_loss_kwargs = True
 
-    def __init__(self, table: Tensor, ids: Tensor | None = None, other: Callable[[str], Tensor] | None = None):
+    def __init__(
+        self, table: Tensor, ids: Tensor | None = None, other: Callable[[str], Tensor] | None = None, scale: float = 1.0
+    ):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
-        self.model = StubDecoder(table, ids)
+        self.model = StubDecoder(table / scale if scale != 1 else table, ids)
         self.lm_head = nn.Linear(size, size, bias=False, dtype=table.dtype, device=table.device)
-        self.lm_head.weight.data = torch.eye(size, dtype=table.dtype, device=table.device)
+        self.lm_head.weight.data = scale * torch.eye(size, dtype=table.dtype, device=table.device)
         self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:

@@ -12,7 +12,7 @@ from qlens.errors import InputError
 from qlens.guards import LossError
 from qlens.layouts import Layout, Style
 from qlens.results import loss_of
-from qlens.signature import ROLE, Memo, inputs, name_of
+from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
 from qlens.tokens import Tokens, spread
 
 ROWS = 8  # rows that a layout is tried on
@@ -20,7 +20,7 @@ MASKED = 5  # further positions: no two sizes are alike, so that nothing broadca
 TURNED = 1e-3  # of the largest gradient: a row whose gradient turns by more reacts to a label
 PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
              "teacher log probs", "log probs", "teacher")  # fmt: skip
-
+COLUMNS = {*FIELD, "mask", "position ids"} - {"chosen log probs", "rejected log probs"}
 AS_GIVEN = Layout()
 _STYLES = Memo()
 
@@ -46,7 +46,7 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())))
-    return _STYLES.get(fn, key, lambda: _search(fn, params, _few(tokens)))
+    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
@@ -60,7 +60,7 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
             break
         for style in styles:
             try:
-                tried.append(_try(fn, params, tokens, style))
+                tried.append(_with_columns(fn, params, tokens, style))
             except LossError as error:
                 failures.append(error)
                 continue
@@ -145,6 +145,29 @@ def _try(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
     return Trial(style, lit, own)
 
 
+def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
+    """One style, with the further columns of a model's inputs that the loss asks for.
+
+    Raises:
+        InputError: it asks for a column that no field of the tokens is.
+    """
+    while True:
+        try:
+            return _try(fn, params, tokens, style)
+        except LossError as error:
+            cause = error.__cause__
+            name = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else ""
+            if inputs(fn).kind != "model" or not name or name in style.columns:
+                raise
+            if ROLE.get(name) not in COLUMNS:
+                raise InputError(
+                    f"{name_of(fn)} reads inputs[{name!r}], which qlens cannot fill: it gives input_ids, attention_mask, "
+                    f"labels, and teacher_logits, weight, advantage, mask and the like; read it with "
+                    f"inputs.get({name!r}) and a default of your own"
+                ) from error
+            style = dataclasses.replace(style, columns=(*style.columns, name))
+
+
 def inputs_masked(fn: Callable) -> bool:
     """Whether a loss takes a mask that tells supervised rows."""
     wanted = inputs(fn)
@@ -205,7 +228,7 @@ def grad_of(
     return torch.zeros_like(leaf) if grad is None else grad / layout.copies
 
 
-def _few(tokens: Tokens) -> Tokens:
+def few(tokens: Tokens) -> Tokens:
     """A few rows in two sequences, one of which is chosen, where the tokens have sequences and pairs at all."""
     index = spread(len(tokens), ROWS).to(tokens.logits.device)
     if len(index) < ROWS:

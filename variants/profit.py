@@ -24,6 +24,7 @@ Ties = Literal["keep", "drop"]
     paper="2026, arXiv 2601.09195",
     family="token selection",
     scope=lambda keep, **_: "batch" if keep == "random" else "token",
+    structure="label",
     trusted="1 where p_y >= threshold, else 0",
     residual="student",
     simplex=True,

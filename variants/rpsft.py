@@ -26,6 +26,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
     paper="2026, arXiv 2605.10973",
     family="parameter space",
     scope="parameters",
+    structure="label",
     trusted="1",
     residual="none (the penalty acts on weights, not on tokens)",
     simplex=True,

@@ -20,8 +20,8 @@ from qlens.layouts import Style
 from qlens.results import loss_of
 from qlens.signature import FIELD, Inputs, inputs
 from qlens.styles import style_of
-from qlens.testing import random_tokens
 from qlens.tokens import Tokens
+from qlens.trial_tokens import random_tokens
 from qlens.variant import Variant
 
 ROWS = 24
@@ -66,7 +66,7 @@ class Specimen:
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
         self.prompts = True
-        self._drawn: dict[tuple, Any] = {}
+        self._made: dict[tuple, Any] = {}
 
     @cached_property
     def style(self) -> Style:
@@ -108,7 +108,7 @@ class Specimen:
     def without_prompts(self) -> "Specimen":
         """The same loss, shown texts of which every token is learned."""
         made = copy.copy(self)
-        made.prompts, made._drawn = False, {}
+        made.prompts, made._made = False, {}
         return made
 
     @property
@@ -135,9 +135,7 @@ class Specimen:
 
     def tokens(self, rows: int = ROWS) -> Tokens:
         """Ordinary rows, every field filled."""
-        return self._kept(
-            ("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype))
-        )
+        return self.kept(("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype)))
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
         """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
@@ -151,7 +149,7 @@ class Specimen:
             lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
             prompts = (1,)
         key = ("texts", tuple(lengths), tuple(prompts))
-        return self._kept(
+        return self.kept(
             key,
             lambda: [
                 text._replace(tokens=self._weighted(text.tokens))
@@ -166,11 +164,11 @@ class Specimen:
         ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
         return tokens.replace(weight=ramp.to(tokens.logits.dtype))
 
-    def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What is drawn once: random logits of a wide vocabulary take longer than the loss."""
-        if key not in self._drawn:
-            self._drawn[key] = make()
-        return self._drawn[key]
+    def kept(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What is made once: random logits of a wide vocabulary take longer than the loss."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def unequal(self) -> list[Text]:
         """Eight texts of unequal lengths."""
@@ -243,8 +241,8 @@ class Specimen:
             at = slice(start, start + len(text.labels))
             table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
             ids[row, at] = text.ids
-        names = texts[0].tokens.fields()
-        rows = Tokens(**{name: torch.cat([t.tokens.fields()[name] for t in texts]) for name in names})
+        parts = [text.tokens.fields() for text in texts]
+        rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         name = self.count or COUNT
         given = {}
         if self.counted and count is not None:

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.batching import IGNORE
-from qlens.testing import random_tokens
 from qlens.tokens import MODELS, Tokens
+from qlens.trial_tokens import random_tokens
 
 VOCABULARY = 24
 WIDE = 4096  # vocabularies beyond this are tested on a third of the labels
