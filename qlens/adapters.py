@@ -10,7 +10,7 @@ from qlens.calling import Layout, call, inputs, kind, name_of, written
 from qlens.errors import InputError
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
-from qlens.styles import grad_of, inputs_masked, style_of
+from qlens.styles import few, grad_of, inputs_masked, style_of
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
@@ -115,7 +115,10 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     from qlens.probes import probes
 
     style = style_of(fn, params, tokens)
-    for rows_shown in (_spread(tokens), probes(tokens.logits.dtype, tokens.logits.device)):
+    for rows_shown in (
+        few(tokens) if pairwise(fn) else _spread(tokens),
+        probes(tokens.logits.dtype, tokens.logits.device),
+    ):
         base = grad_of(fn, params, rows_shown, style)
         if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
             break

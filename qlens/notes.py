@@ -13,7 +13,7 @@ from qlens.errors import InputError
 from qlens.layouts import Layout, Style, batch_view, described
 from qlens.noticing import Seen, watched
 from qlens.results import loss_of
-from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
+from qlens.signature import FIELD, ROLE, Inputs, Memo, inputs, name_of
 from qlens.styles import TURNED, across, changed, few, grad_of, style_of
 from qlens.tokens import MODELS, Tokens
 
@@ -67,6 +67,8 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     given |= {
         name: SOURCES.get(ROLE[name], f"the tokens' {FIELD.get(ROLE[name], ROLE[name])}") for name in style.columns
     }
+    if style.fields == "texts" and "advantages" in given:
+        given["advantages"] = "one for each text, its first token's"
     notes = [f"The loss is {value.part}."] if value.part else []
     divides, by_length = _reduction(fn, params, tokens, value.value, style)
     notes += _others(seen)
@@ -76,7 +78,15 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
         notes += _without_effect(fn, params, tokens, style, base)
     further = _offsets(fn, params, tokens, style) if style.laid_out else []
     notes += further or ([] if seen.models else by_length)
-    return Account(described(style, wanted.kind, given) + divides, tuple(notes))
+    return Account(described(style, _seen_as(wanted), given) + divides, tuple(notes))
+
+
+def _seen_as(wanted: Inputs) -> str:
+    """What the student is to the loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
+    roles = set(wanted.required.values())
+    if any(role.endswith("chosen log probs") for role in roles):
+        return "sums"
+    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
 
 
 def _leaf(tokens: Tokens) -> Tensor:

@@ -19,6 +19,7 @@ class Seen:
         passes: how often the student's model ran.
         hidden: whether its hidden states were asked for.
         logits: what the other models gave, (B, T, V).
+        started: classes of the modules that began to run, whether or not they came to an end.
     """
 
     models: list[str] = field(default_factory=list)
@@ -26,6 +27,7 @@ class Seen:
     passes: int = 0
     hidden: bool = False
     logits: list[Tensor] = field(default_factory=list)
+    started: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -39,6 +41,8 @@ def watched(own: Any = None) -> Iterator[Seen]:
 
     def begin(module: nn.Module, given: Any) -> None:
         if id(module) not in spared:
+            own_part = isinstance(module, StubModel) or type(module).__module__.startswith(("torch.nn.", "qlens."))
+            seen.started += [] if running or own_part else [type(module).__name__]
             running.append(id(module))
 
     def note(module: nn.Module, given: Any, keywords: Any, made: Any) -> None:

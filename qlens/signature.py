@@ -243,8 +243,7 @@ def name_of(fn: Any) -> str:
 
 
 def _owner(fn: Callable) -> tuple[Any, str]:
-    """What a callable lives in, and the part of it that is called: of a bound method its object, of a wrapper what it wraps."""
-    fn = inspect.unwrap(fn)
+    """What a callable lives in, and the part of it that is called: of a bound method its object."""
     if inspect.ismethod(fn):
         return fn.__self__, fn.__func__.__name__
     return fn, "forward" if isinstance(fn, nn.Module) else ""
