@@ -99,7 +99,7 @@ def test_own_tokens_and_their_pieces():
 
 
 def test_a_loss_that_breaks_is_named():
-    with pytest.raises(qlens.InputError, match="broken raised ZeroDivisionError: division by zero"):
+    with pytest.raises(qlens.InputError, match="broken raises ZeroDivisionError: division by zero"):
 
         def broken(logits, labels):
             return logits.sum() / 0 if len(labels) < 0 else 1 / 0
