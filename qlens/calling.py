@@ -162,7 +162,9 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     size = view.logits.shape[-1]
     if wanted and "head" in wanted.values():
         if role.endswith("head"):
-            return torch.eye(size, dtype=view.logits.dtype, device=view.logits.device)
+            from qlens.stub import identity_head
+
+            return identity_head(size, view.logits)
         return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits

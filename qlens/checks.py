@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 
+from qlens import guards
 from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
 from qlens.conformance.texts import VOCABULARY
-from qlens.conformance.wrapping import quiet
 from qlens.errors import InputError
 from qlens.guards import first_line
 from qlens.registry import resolve
@@ -112,6 +112,7 @@ class CheckReport:
         return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} columns {self.refused}"
 
 
+@guards.quiet()
 def check(loss: Variant | str | Callable) -> CheckReport:
     """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
 
@@ -130,7 +131,7 @@ def check(loss: Variant | str | Callable) -> CheckReport:
         >>> [item.id for item in check(lambda logits, labels: F.cross_entropy(logits.exp().log(), labels)).failures]
         ['impossible', 'extremes']
     """
-    with quiet(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         variant = resolve(loss)
         tested, refused = specimen(variant)
         items = {name: _item(name, rule, tested) for name, rule in RULES.items() if not rule.compares}

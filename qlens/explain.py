@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qlens import calling, matching, params
+from qlens import calling, guards, matching, params
 from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings import identify
@@ -31,6 +31,7 @@ ROUNDING = {
 }  # fmt: skip
 
 
+@guards.quiet()
 def explain(
     loss: Variant | str | Callable,
     tokens: Tokens | None = None,

@@ -17,6 +17,7 @@ from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
 from qlens.findings.scope import Scope
+from qlens.guards import quiet
 from qlens.probes import shapes
 from qlens.target import Target
 from qlens.tokens import Tokens
@@ -124,7 +125,8 @@ class Explanation:
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
         try:
-            return destination(self.variant)
+            with quiet():
+                return destination(self.variant)
         except InputError as error:
             return str(error)
 

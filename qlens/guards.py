@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def blamed(name: str, file: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what a loss prints off standard output, which holds the answer alone."""
-    with contextlib.redirect_stdout(io.StringIO()):
+    """Keep what a loss prints off standard output, which holds the answer alone; its warnings are not shown either."""
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.errors import InputError
+from qlens.guards import blamed
 from qlens.registry import Variant, resolve
 from qlens.scales import COARSE as COARSE
 from qlens.scales import carried as carried
@@ -44,7 +45,9 @@ def implied_target(
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
     variant = resolve(loss)
-    return Target.from_grad(tokens, read(variant, tokens, variant.total)).at(scale)
+    with blamed(variant.spec):
+        grad = read(variant, tokens, variant.total)
+    return Target.from_grad(tokens, grad).at(scale)
 
 
 def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) -> Float[Tensor, "N V"]:

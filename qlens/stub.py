@@ -10,6 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qlens.errors import InputError
 
+WIDEST = 2**29  # bytes that an identity may take
+
 
 class StubConfig(PretrainedConfig):
     """Sizes of the stub: its hidden states are as wide as its vocabulary."""
@@ -50,6 +52,41 @@ class StubDecoder(nn.Module):
         )
 
 
+class IdentityHead(nn.Linear):
+    """A linear head whose weight is the identity, (V, V): built only where somebody reads it."""
+
+    def __init__(self, size: int, like: Tensor):
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = size
+        self.like = nn.Parameter(
+            like.detach().new_zeros(())
+        )  # a trainer asks a model's parameters for dtype and device
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The identity."""
+        return identity_head(self.in_features, self.like)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input itself."""
+        return input
+
+
+def identity_head(size: int, like: Tensor) -> Tensor:
+    """The identity as a head's weight, (size, size), in the dtype and on the device of another tensor.
+
+    Raises:
+        InputError: it would take more than half a gigabyte.
+    """
+    if size * size * like.element_size() > WIDEST:
+        raise InputError(
+            f"the loss multiplies by a head, which here is the identity of {size} x {size} entries: try it on a vocabulary of "
+            "at most 8,000"
+        )
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
 class StubModel(PreTrainedModel):
     """A causal model: hidden states from a free table, a head that is the identity, logits that are the table.
 
@@ -71,8 +108,7 @@ class StubModel(PreTrainedModel):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
         self.model = StubDecoder(table, ids)
-        self.lm_head = nn.Linear(size, size, bias=False, dtype=table.dtype, device=table.device)
-        self.lm_head.weight.data = torch.eye(size, dtype=table.dtype, device=table.device)
+        self.lm_head = IdentityHead(size, table)
         self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:

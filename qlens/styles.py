@@ -12,7 +12,7 @@ from qlens.errors import InputError
 from qlens.guards import LossError
 from qlens.layouts import Layout, Style
 from qlens.results import loss_of
-from qlens.signature import ROLE, Memo, inputs, name_of
+from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
 from qlens.tokens import Tokens, spread
 
 ROWS = 8  # rows that a layout is tried on
@@ -20,7 +20,7 @@ MASKED = 5  # further positions: no two sizes are alike, so that nothing broadca
 TURNED = 1e-3  # of the largest gradient: a row whose gradient turns by more reacts to a label
 PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
              "teacher log probs", "log probs", "teacher")  # fmt: skip
-
+COLUMNS = {*FIELD, "mask", "position ids"} - {"chosen log probs", "rejected log probs"}
 AS_GIVEN = Layout()
 _STYLES = Memo()
 
@@ -60,8 +60,8 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
             break
         for style in styles:
             try:
-                tried.append(_try(fn, params, tokens, style))
-            except LossError as error:
+                tried.append(_with_columns(fn, params, tokens, style))
+            except InputError as error:  # a loss may be written with qlens' own checks
                 failures.append(error)
                 continue
             break  # of styles that differ in types and places only, the first that raises nothing
@@ -69,7 +69,7 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [_try(fn, params, tokens, style) for style in several]
     if not tried:
-        raise failures[0]
+        raise next((error for error in failures if not isinstance(error, LossError)), failures[0])
     best = max(tried, key=lambda trial: (trial.lit > 0, trial.reacts, trial.lit))
     best = next(trial for trial in tried if trial[1:] == best[1:])
     return _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
@@ -143,6 +143,29 @@ def _try(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
     if inputs_weigh_wrongly(fn, params, tokens, style, layout, base):
         return Trial(style, lit, 0.5 * own)
     return Trial(style, lit, own)
+
+
+def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
+    """One style, with the further columns of a model's inputs that the loss asks for.
+
+    Raises:
+        InputError: it asks for a column that no field of the tokens is.
+    """
+    while True:
+        try:
+            return _try(fn, params, tokens, style)
+        except LossError as error:
+            cause = error.__cause__
+            name = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else ""
+            if inputs(fn).kind != "model" or not name or name in style.columns:
+                raise
+            if ROLE.get(name) not in COLUMNS:
+                raise InputError(
+                    f"{name_of(fn)} reads inputs[{name!r}], which qlens cannot fill: it gives input_ids, attention_mask, "
+                    f"labels, and teacher_logits, weight, advantage, mask and the like; read it with "
+                    f"inputs.get({name!r}) and a default of your own"
+                ) from error
+            style = dataclasses.replace(style, columns=(*style.columns, name))
 
 
 def inputs_masked(fn: Callable) -> bool:

@@ -1,5 +1,6 @@
 """Functions in a user's own file: FILE.py:FUNCTION."""
 
+import contextlib
 import importlib.util
 import sys
 import zlib
@@ -38,9 +39,18 @@ def _load(path: Path) -> Any:
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module
         try:
-            module_spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            del sys.modules[name]
-            raise InputError(f"{path.name} could not be run: {type(error).__name__}: {error}") from error
+            with contextlib.redirect_stdout(sys.stderr):  # standard output holds the answer alone
+                module_spec.loader.exec_module(module)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a script that ends itself has not been checked
+            sys.modules.pop(name, None)
+            if isinstance(error, SystemExit):
+                said = (
+                    f"it ends the program (SystemExit: {error.code}); put what it runs under if __name__ == '__main__'"
+                )
+            else:
+                said = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path.name} could not be run: {said}") from error
         module.__dict__["__version_read__"] = version
     return sys.modules[name]

@@ -13,6 +13,7 @@ from qlens import adapters, calling, params
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
+from qlens.guards import blamed
 from qlens.pairs import Pairs
 from qlens.structure import Structure, check_structure
 from qlens.target import Target
@@ -167,13 +168,14 @@ class Variant:
         """Whether the target is read out of the loss by the lens, so that the identity holds by construction."""
         from qlens.probes import probes
 
-        error: Exception | None = None
+        error: InputError | None = None
         for vocabulary in TRIED if self._may_return_target else TRIED[:1]:
             try:
                 return self.is_loss_alone(probes(vocabulary=vocabulary)[:4])
-            except Exception as raised:  # a loss may be written for more entries, or for one vocabulary
+            except InputError as raised:  # a loss may be written for more entries, or for one vocabulary
                 error = raised
-        raise InputError(f"{self.spec} raised {type(error).__name__}: {error}") from error
+        assert error is not None
+        raise error
 
     @property
     def _may_return_target(self) -> bool:
@@ -188,7 +190,7 @@ class Variant:
         if not self._may_return_target:
             return self.method.printed is None
         if "_returns_target" not in self.__dict__:
-            with torch.no_grad(), Replay(tokens.logits.device).again():  # looked at, not drawn from
+            with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):  # looked at, not drawn from
                 value = self.method.fn(tokens.unweighted(), **self.params)
             self.__dict__["_returns_target"] = isinstance(value, Target)
         return not self.__dict__["_returns_target"]
@@ -200,6 +202,16 @@ class Variant:
     @cached_property
     def _rows(self) -> Callable[[Tokens], Tensor]:
         return adapters.rows(self.method.fn, self.params, self.spec)
+
+    @cached_property
+    def _printed(self) -> Callable[[Tokens], Tensor]:
+        assert self.method.printed is not None
+        return adapters.rows(self.method.printed, self.params, f"the loss of {self.spec}")
+
+    @cached_property
+    def _weighs(self) -> bool:
+        """Whether the loss takes the weights itself, so that they are not multiplied in again."""
+        return calling.kind(self.method.fn) != "tokens" and calling.takes(self.method.fn, "weight")
 
     def target(self, tokens: Tokens) -> Target:
         """Q and s at every token, detached; ``tokens.weight`` multiplies the scale.
@@ -225,18 +237,21 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare = tokens.unweighted().upcast()  # printed losses softmax for themselves, in the logits' own dtype
+        bare = (
+            tokens if self._weighs else tokens.unweighted()
+        ).upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
-            rows = self.method.printed(bare, **self.params)
+            rows = self._printed(bare)
         else:
             rows = self._rows(bare)
             if isinstance(rows, Target):
                 rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if tokens.weight is None else rows * tokens.weight
+        return rows if tokens.weight is None or self._weighs else rows * tokens.weight
 
     def total(self, tokens: Tokens) -> Tensor:
         """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
-        if self.method.printed is None and tokens.weight is None and calling.kind(self.method.fn) != "tokens":
+        alone = tokens.weight is None or self._weighs
+        if self.method.printed is None and alone and calling.kind(self.method.fn) != "tokens":
             self._check(tokens)
             return self._undone(tokens.upcast()).sum()
         return self.loss(tokens).sum()

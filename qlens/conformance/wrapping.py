@@ -1,11 +1,8 @@
 """Wrapping: a function called as before, its arguments changed on the way in, or watched."""
 
-import contextlib
 import functools
 import inspect
-import io
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,14 +12,6 @@ from qlens.tokens import Tokens
 
 Around = Callable[[Callable], Callable]
 """What wraps the function that is called."""
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Standard output holds the answer alone: what a loss prints goes nowhere, nor do its warnings."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def as_it_is(fn: Callable) -> Callable:
