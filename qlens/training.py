@@ -195,12 +195,12 @@ class QLossMixin(Measurements):
         replay = Replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
-        told, some = self._is_measured(), self.variant.denominator == "selected"
+        measured, selects = self._is_measured(), self.variant.denominator == "selected"
         share = 1.0
-        if told or some:
+        if measured or selects:
             with replay.again():  # a loss that draws numbers has drawn these, and a logged step draws no others
-                share = self._selected(tokens) if some else 1.0
-                if told:
+                share = self._selected(tokens) if selects else 1.0
+                if measured:
                     self._tally.look(self.variant, tokens, losses)
         return losses.sum() * share / items
 
