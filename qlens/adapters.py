@@ -11,6 +11,7 @@ from qlens.errors import InputError
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
+ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 
 # What a scalar loss may have divided by, as a function of the rows and the layout they were shown in.
@@ -111,6 +112,8 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     best = min(misfits, key=misfits.__getitem__)
     if misfits[best] <= ALIKE:
         return best
+    if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
+        return "sum"  # nothing but rounding: there is no gradient to be divided
     ratio = float(grads[1].norm() / grads[0].norm())
     raise InputError(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "

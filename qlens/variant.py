@@ -165,9 +165,10 @@ class Variant:
         """
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens":
-            made = self.method.fn(tokens.unweighted(), **self.params)
+            bare, weight = self._split_weight(tokens)
+            made = self.method.fn(bare, **self.params)
             if isinstance(made, Target):
-                return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
+                return made if weight is None else made.weighted(weight.to(made.scale))
         from qlens.lens import gradient
 
         return Target.from_grad(tokens, gradient(self.loss, tokens))
@@ -181,14 +182,19 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare = tokens.unweighted().upcast()  # printed losses softmax for themselves, in the logits' own dtype
+        bare, weight = self._split_weight(tokens)
+        bare = bare.upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
             rows = self.method.printed(bare, **self.params)
         else:
             rows = self._rows(bare)
             if isinstance(rows, Target):
                 rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if tokens.weight is None else rows * tokens.weight
+        return rows if weight is None else rows * weight
+
+    def _split_weight(self, tokens: Tokens) -> tuple[Tokens, Tensor | None]:
+        """The tokens without weights, and the weights; a loss that asks for weights takes them itself."""
+        return (tokens, None) if "weight" in self.needs else (tokens.unweighted(), tokens.weight)
 
     def total(self, tokens: Tokens) -> Tensor:
         """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
