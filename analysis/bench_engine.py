@@ -40,6 +40,15 @@ class Case:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
 
+    def __enter__(self) -> "Case":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """End a process that is still there: another case, or this one, has failed."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.communicate()
+
     def turn(self) -> float:
         """Seconds of one run."""
         assert self.process.stdin
@@ -79,17 +88,18 @@ def engine(repeats: int) -> list[dict[str, Any]]:
     with Progress(console=Console(stderr=True)) as progress:  # what is printed may be JSON
         work = progress.add_task("engine", total=sum(map(len, groups.values())) * (repeats + 1) + len(LONG))
         for method, some in groups.items():
-            cases = [Case(way, method, (N, H, V)) for way in some]
-            for turn in range(repeats + 1):
-                for case in cases[:: 1 if turn % 2 else -1]:
-                    case.measure() if turn else case.turn()  # the first is to warm up
-                    progress.advance(work)
-            rows += _compared([case.row() for case in cases])
+            with contextlib.ExitStack() as stack:
+                cases = [stack.enter_context(Case(way, method, (N, H, V))) for way in some]
+                for turn in range(repeats + 1):
+                    for case in cases[:: 1 if turn % 2 else -1]:
+                        case.measure() if turn else case.turn()  # the first is to warm up
+                        progress.advance(work)
+                rows += _compared([case.row() for case in cases])
         for method, shape in LONG:
-            case = Case("qlens", method, shape)
-            case.measure()
-            progress.advance(work)
-            rows.append(case.row())
+            with Case("qlens", method, shape) as case:
+                case.measure()
+                progress.advance(work)
+                rows.append(case.row())
     return rows
 
 

@@ -1,6 +1,7 @@
 """The main job: train methods side by side under equal conditions, and keep what came out as a study."""
 
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from qlens.analysis.plan import (
 from qlens.analysis.recipes import DEFAULT, Method, recipes
 from qlens.analysis.search import Choice, chosen, gathered, trials
 from qlens.analysis.study import Study
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
+from qlens.files import user_path
 from qlens.lab import Setting, build
+from qlens.probes import probes
+
+MOST = 10**9  # steps or jobs
 
 
 def compare(
@@ -84,21 +89,25 @@ def compare(
         >>> print(study)                                                                   # doctest: +SKIP
     """
     for name, value in (("steps", steps), ("jobs", jobs)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}")
-    if learning_rate is not None and not 0 < learning_rate < float("inf"):
-        raise InputError(f"learning_rate must be positive and finite, got {learning_rate}")
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        if value is not None and not (whole and 1 <= value <= MOST):
+            raise InputError(f"{name} must be a whole number from 1 to {MOST}, got {brief(value)}")
+    number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
+    if learning_rate is not None and not (number and 0 < learning_rate < float("inf")):
+        raise InputError(f"learning_rate must be positive and finite, got {brief(learning_rate)}")
+    given = None if out is None else user_path(out, "out")
     rows, runs = recipes(DEFAULT if variants is None else variants), seeds_of(seeds)
     if model is None and data is None and teacher is None:
         sources = lab_sources(settings, steps)
     else:
         sources = own_source(model, data, teacher, steps=steps, device=device, dtype=dtype)
     check_needs(rows, sources)
+    _refuse_exits(rows)
     portable(rows)
     settled = settle_all(rows, sources, learning_rate, lr_grid)
     config = configuration(rows, sources, settled, runs)
-    folder = Path(out) if out is not None else default_folder("lab" if model is None else sources[0].name, config)
-    say = Console(stderr=True, quiet=not progress, highlight=False)
+    folder = default_folder("lab" if model is None else sources[0].name, config) if given is None else given
+    say = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
     processes = 1 if device != "cpu" else jobs
     with claimed(folder, config):
         _prepare(sources, progress, say)
@@ -106,6 +115,9 @@ def compare(
         choices = _choices(rows, settled, tried)
         todo = _jobs(choices, sources, runs, folder, save)
         left = [job for job in todo if job.finished() is None]
+        for job in left:
+            if damage := job.damage():
+                say.print(f"{job.path} is damaged and made again: {damage}")
         before = f", {len(todo) - len(left)} of them finished before" if len(left) < len(todo) else ""
         of = f"{len(sources)} x {len(rows)} methods x {len(runs)} seeds"
         say.print(f"{len(todo)} jobs ({of}){before}; run folder {folder}")
@@ -127,11 +139,34 @@ def compare(
     return study
 
 
+def _refuse_exits(rows: Rows) -> None:
+    """Call every loss of the user's once on built-in tokens: one that ends the program would end a worker, or all of this.
+
+    Other errors are left to the jobs, which see the real vocabulary and write them down.
+
+    Raises:
+        InputError: a loss calls ``sys.exit``.
+    """
+    variants = [recipe.variant for among in rows.values() for recipe in among if recipe.variant is not None]
+    for variant in (each for each in variants if not each.method.fn.__module__.startswith("qlens.")):
+        try:
+            variant.loss(probes())
+        except SystemExit as error:
+            raise InputError(f"{variant.spec} ended the program by sys.exit({error.code!r})") from error
+        except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
+            if isinstance(error.__cause__, SystemExit):  # wrapped on its way
+                raise
+
+
 def _prepare(sources: Sequence[Source], progress: bool, say: Console) -> None:
     """Build the worlds, open everything once, and say what is left out."""
     build([source.setting for source in sources if isinstance(source, Lab)], progress)
     for source in sources:
         noted = open_ground(source).noted
+        if matched := noted.get("vocabulary"):
+            say.print(f"{source.name}: {matched}")
+        if ignored := noted.get("ignored keys"):
+            say.print(f"{source.name}: keys that are ignored: {ignored}")
         if dropped := noted.get("dropped"):
             of = f"{noted['rows']} rows exceed the context of {noted['context']} tokens"
             say.print(f"{source.name}: {dropped} of {of}: dropped")

@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,14 +13,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qlens import sources
 from qlens.analysis.held import row_nll
 from qlens.analysis.recipes import Recipe
-from qlens.data import encode, read_rows, split
+from qlens.batching import COLUMNS
+from qlens.data import encode, ignored_keys, read_rows, split
 from qlens.errors import InputError
+from qlens.files import refusal
 from qlens.lab import Problem, Setting, world
 from qlens.lab.worlds import VERSION
 
 HELD_OUT, LAB_HELD_OUT = 64, 256  # rows that nothing is trained on; never more than a fifth of them
 # On a user's own model; RATE from SMALL parameters up.
 STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3
+
+READ = (".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
+"""Endings of the files that models and tokenizers are read from."""
 
 Example = dict[str, list[int]]
 
@@ -81,6 +86,7 @@ class Lab:
     steps: int | None = None
 
     has_teacher = True
+    columns: ClassVar[tuple[str, ...]] = ()
 
     @property
     def name(self) -> str:
@@ -137,19 +143,23 @@ class Real:
     steps: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
-    digest: str = ""
+    files: tuple[tuple[str, str], ...] = ()
 
     @classmethod
     def of(cls, model: str, data: str, teacher: str | None, **given: Any) -> "Real":
-        """With the digest of the files as they are now, so that no process mistakes new ones for those it has read."""
-        return cls(
-            model, data, teacher, digest=" ".join(_digest(path) for path in (model, data, teacher) if path), **given
-        )
+        """With digests of the files as they are now, so that no process mistakes new ones for those it has read."""
+        files = {file: digest(file) for path in (model, data, teacher) if path for file in _files(path)}
+        return cls(model, data, teacher, files=tuple((str(file), found) for file, found in files.items()), **given)
 
     @property
     def has_teacher(self) -> bool:
         """Whether one was given."""
         return self.teacher is not None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that the data carry."""
+        return tuple(name for name in COLUMNS if name in open_ground(self).train[0])
 
     @property
     def name(self) -> str:
@@ -163,10 +173,11 @@ class Real:
         return {"name": "held-out NLL", "better": "lower", "note": note}
 
     def identity(self) -> dict[str, Any]:
-        """Everything the results follow from, the code apart."""
+        """Everything the results follow from, the code and the contents of the files apart."""
         ground = open_ground(self)
         resolved = {"steps": ground.steps, "batch_size": ground.batch_size}
-        return {**asdict(self), **resolved, "held_out": len(ground.held)}
+        own = {name: value for name, value in asdict(self).items() if name != "files"}
+        return {**own, **resolved, "held_out": len(ground.held)}
 
     def open(self, progress: bool = False) -> Ground:
         """Models checked against each other, rows encoded and split; ``progress`` is not needed here.
@@ -175,11 +186,13 @@ class Real:
             InputError: anything that cannot be read, does not fit together, or leaves too few rows.
         """
         rows, tokenizer = read_rows(self.data), sources.load_tokenizer(self.model)
-        models = {"model": self._load(self.model)}
+        models, matched = {"model": self._load(self.model)}, ""
         if self.teacher is not None:
-            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(self.teacher))
+            its = sources.load_tokenizer(self.teacher)
+            sources.check_same_tokenizer(tokenizer, its)
             models["teacher"] = self._load(self.teacher)
-            sources.check_same_vocabulary(models["model"], models["teacher"], "teacher")
+            width = sources.vocabulary_size(models["model"])
+            matched = sources.match_vocabulary(width, models["teacher"], "teacher", tokenizer, its)
         limit = sources.shortest_context(*models.values())
         encoded = encode(rows, tokenizer, limit)
         size = sources.vocabulary_size(models["model"])
@@ -189,6 +202,7 @@ class Real:
             raise InputError(
                 f"{self.data}: only one row fits into {limit} tokens; at least two are needed, one is held out"
             )
+        ignored = ignored_keys(rows)
         train, held = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
         parameters = models["model"].num_parameters()
         noted = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
@@ -196,7 +210,9 @@ class Real:
             train=train,
             held=held,
             start=functools.partial(self._load, self.model),
-            teacher=functools.partial(self._load, self.teacher) if self.teacher is not None else None,
+            teacher=functools.partial(self._load_teacher, sources.vocabulary_size(models["model"]), tokenizer)
+            if self.teacher is not None
+            else None,
             score=lambda model, seed: row_nll(model, held),
             validate=lambda model, seed: row_nll(model, held),
             tokenizer=tokenizer,
@@ -204,8 +220,18 @@ class Real:
             batch_size=BATCH,
             learning_rate=SMALL_RATE if parameters < SMALL else RATE,
             truth=None,
-            noted=noted | {"held out": len(held), "parameters": parameters},
+            noted=noted
+            | {"held out": len(held), "parameters": parameters}
+            | ({"ignored keys": ", ".join(ignored)} if ignored else {})
+            | ({"vocabulary": matched} if matched else {}),
         )
+
+    def _load_teacher(self, width: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The teacher, its logits as wide as the model's."""
+        assert self.teacher is not None
+        teacher = self._load(self.teacher)
+        sources.match_vocabulary(width, teacher, "teacher", tokenizer, tokenizer)
+        return teacher
 
     def _load(self, path: str) -> PreTrainedModel:
         return sources.load_model(path, self.device, self.dtype)
@@ -220,16 +246,26 @@ def open_ground(source: Source) -> Ground:
     return source.open()
 
 
-def _digest(path: str) -> str:
-    """Of a file, or of the models in a folder: what tells one version from another without reading gigabytes."""
+def _files(path: str) -> list[Path]:
+    """A file, or what a model or a tokenizer is read from in a folder."""
     place = Path(path).expanduser()
-    files = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in (".json", ".safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as stream:
-            digest.update(stream.read(1 << 24))
-            stream.seek(max(0, size - (1 << 20)))
-            digest.update(stream.read())
-    return digest.hexdigest()[:16] if files else ""
+    return [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in READ and p.is_file())
+
+
+def digest(file: Path) -> str:
+    """A digest of a file's whole content; read once per process and state (size and time) of the file.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        state = file.stat()
+        return _digest(file, state.st_size, state.st_mtime_ns, state.st_ino)
+    except OSError as error:
+        raise refusal("file", file, error, "read") from error
+
+
+@functools.lru_cache(maxsize=1024)
+def _digest(file: Path, *state: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:16]

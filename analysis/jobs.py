@@ -8,6 +8,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,9 @@ from transformers import PreTrainedModel
 from qlens.analysis.grounds import Ground, Source, open_ground
 from qlens.analysis.held import diagnostics, reading, separation
 from qlens.analysis.recipes import Recipe
-from qlens.files import write_text
+from qlens.analysis.records import record_fault
+from qlens.errors import InputError
+from qlens.files import make_folder, read_json, write_text
 from qlens.fitting import fit, isolated
 from qlens.sources import quiet
 
@@ -67,11 +70,21 @@ class Task(ABC):
         return self.folder / FAILED / f"{self.part}--{self.name}.txt"
 
     def finished(self) -> dict[str, Any] | None:
-        """What the file holds; None if it is not there or not readable."""
+        """What the file holds; None if it is not there or damaged."""
+        return None if not self.path.is_file() or self.damage() else read_json(self.path)
+
+    def damage(self) -> str:
+        """What is wrong with the record's file; nothing where it is whole or not there."""
+        if not self.path.is_file():
+            return ""
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return None
+            return self.fault(read_json(self.path))
+        except InputError as error:  # cut off, or no JSON
+            return str(error)
+
+    @abstractmethod
+    def fault(self, record: Any) -> str:
+        """What is wrong with a record; nothing where it is one."""
 
     @abstractmethod
     def work(self) -> dict[str, Any]:
@@ -82,11 +95,11 @@ class Task(ABC):
         self.trace.unlink(missing_ok=True)
         try:
             record = self.work()
-        except Exception:
-            self.trace.parent.mkdir(parents=True, exist_ok=True)
+        except (Exception, SystemExit):  # sys.exit in a user's loss is a failure too
+            make_folder(self.trace.parent)
             write_text(self.trace, traceback.format_exc())
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         write_text(self.path, json.dumps(record))
 
     def train(self, ground: Ground, model: PreTrainedModel, marks: Sequence[int] = ()) -> list[list[float]]:
@@ -140,6 +153,10 @@ class Job(Task):
         there = self.keep is None or self.keep.is_dir()
         return record if record is not None and there and record.get("made_with") == self.made_with else None
 
+    def fault(self, record: Any) -> str:
+        """What is wrong with a record; nothing where it is one."""
+        return record_fault(record)
+
     @property
     def made_with(self) -> dict[str, Any]:
         """What a record must have been made with to be this job's."""
@@ -185,13 +202,18 @@ def run_all(tasks: Sequence[Task], processes: int | None, progress: bool, says: 
     """Run tasks in parallel processes (joblib: loky unless ``joblib.parallel_config`` says otherwise), one thread each."""
     if not tasks:
         return
-    run = joblib.Parallel(
-        n_jobs=processes or joblib.cpu_count(), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs"
-    )
+    workers = min(processes or joblib.cpu_count(), len(tasks))
+    run = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=not progress) as bar:
-        for _ in bar.track(run(joblib.delayed(_run)(task) for task in tasks), len(tasks), description=says):
-            pass
+        try:
+            for _ in bar.track(run(joblib.delayed(_run)(task) for task in tasks), len(tasks), description=says):
+                pass
+        except BrokenExecutor as error:
+            raise InputError(
+                "a worker process ended by itself: it was killed (out of memory?), or a loss ended it; the same call goes "
+                "on from what is finished, with fewer jobs= it needs less memory"
+            ) from error
 
 
 def _run(task: Task) -> None:

@@ -11,15 +11,17 @@ from typing import Any
 import cloudpickle
 
 from qlens.analysis.folder import code, versions
-from qlens.analysis.grounds import Lab, Real, Source
+from qlens.analysis.grounds import Lab, Real, Source, digest
 from qlens.analysis.recipes import Recipe
 from qlens.analysis.search import RULE, SEEDS, Choice, settle
-from qlens.errors import InputError, UnknownName
+from qlens.batching import COLUMNS
+from qlens.errors import InputError, UnknownName, brief
 from qlens.lab import SETTINGS, Setting
 from qlens.registry import Variant
 
 SOURCES = ("teacher", "reference", "old", "second", "sequence", "negatives")  # what a comparison can offer to methods
 ALL = "all"
+MOST_SEEDS = 10_000
 
 Rows = Mapping[str, Sequence[Recipe]]
 Settled = dict[tuple[str, str], Choice | tuple[float, ...]]
@@ -32,9 +34,14 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         InputError: none, doubles, or something that is no seed.
     """
-    chosen: list[Any] = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    if not chosen or len(set(chosen)) < len(chosen) or not all(isinstance(s, Integral) and int(s) >= 0 for s in chosen):
-        raise InputError(f"seeds must be a number of at least 1, or distinct seeds of 0 and above, got {seeds!r}")
+    if isinstance(seeds, bool) or not isinstance(seeds, Integral | Sequence) or isinstance(seeds, str):
+        raise InputError(f"seeds must be a number, or a list of seeds, got {brief(seeds)}")
+    if isinstance(seeds, Integral) and not 1 <= seeds <= MOST_SEEDS:
+        raise InputError(f"seeds must be a number from 1 to {MOST_SEEDS}, or a list of seeds, got {brief(seeds)}")
+    chosen: list[Any] = list(range(int(seeds))) if isinstance(seeds, Integral) else list(seeds)
+    fits = all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= s < 2**32 for s in chosen)
+    if not chosen or not fits or len(set(chosen)) < len(chosen):
+        raise InputError(f"seeds must be at least one, distinct, each from 0 to 2^32 - 1, got {brief(seeds)}")
     return [int(seed) for seed in chosen]
 
 
@@ -69,7 +76,7 @@ def own_source(
     return [Real.of(str(model), str(data), None if teacher is None else str(teacher), **given)]
 
 
-def check_needs(rows: Rows, sources: Iterable[Source]) -> None:
+def check_needs(rows: Rows, sources: Sequence[Source]) -> None:
     """Whether every recipe can be given what it needs.
 
     Raises:
@@ -78,8 +85,9 @@ def check_needs(rows: Rows, sources: Iterable[Source]) -> None:
     lacking = []
     for name, among in rows.items():
         needs = {need for recipe in among if recipe.variant is not None for need in recipe.variant.needs}
-        if unknown := sorted(needs - set(SOURCES)):
-            raise InputError(f"{name} needs {unknown[0]!r}, which a comparison cannot provide")
+        if unknown := sorted(need for need in needs - set(SOURCES) if not all(need in s.columns for s in sources)):
+            where = "a comparison" if unknown[0] not in COLUMNS else f"data without a column {unknown[0]!r}"
+            raise InputError(f"{name} needs {unknown[0]!r}, which {where} cannot provide")
         own = any(recipe.guide == "teacher" and "teacher" in needs or recipe.equal_compute for recipe in among)
         lacking += [name] * own
     if lacking and not all(source.has_teacher for source in sources):
@@ -120,6 +128,7 @@ def configuration(
         "versions": versions(),
         "code": code(),
         "methods": {name: _code(among) for name, among in rows.items()},
+        "files": _loss_files(rows) | {file: found for s in sources if isinstance(s, Real) for file, found in s.files},
         "settings": {source.name: source.identity() for source in sources},
         "rates": rates,
         "seeds": list(seeds),
@@ -146,7 +155,18 @@ def _origin(variant: Variant) -> str:
     if module.__name__.startswith("qlens."):
         return "built in"  # and so in the digest of qlens' code
     if module.__name__.startswith("qlens_user_"):
-        source = Path(str(module.__file__)).read_bytes()
-    else:
-        source = cloudpickle.dumps(variant)  # of a notebook: with what the function has closed over
+        return f"code of {Path(str(module.__file__)).name}"  # among the files
+    source = cloudpickle.dumps(variant)  # of a notebook: with what the function has closed over
     return f"code {hashlib.sha256(source).hexdigest()[:12]}"
+
+
+def _loss_files(rows: Rows) -> dict[str, str]:
+    """Digests of the users' files that losses come from, by path."""
+    modules = [
+        sys.modules[recipe.variant.method.fn.__module__]
+        for among in rows.values()
+        for recipe in among
+        if recipe.variant is not None
+    ]
+    files = {Path(str(module.__file__)) for module in modules if module.__name__.startswith("qlens_user_")}
+    return {str(file): digest(file) for file in sorted(files)}

@@ -125,6 +125,8 @@ def recipes(variants: Method | Sequence[Method]) -> dict[str, tuple[Recipe, ...]
     """
     single = isinstance(variants, str | Variant) or callable(variants)
     listed = [variants] if single else list(variants)
+    if not listed:
+        raise InputError("variants is empty: give at least one method, like 'sft'")
     spelled = [name for each in listed for name in (GROUPS[each] if each in tuple(GROUPS) else (each,))]
     rows: dict[str, tuple[Recipe, ...]] = {BASE: (Recipe(None),)}
     for each in spelled:

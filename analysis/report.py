@@ -15,7 +15,7 @@ from qlens.analysis.saving import save_figure
 from qlens.analysis.search import RULE
 from qlens.analysis.study import FILES, Study
 from qlens.analysis.tables import MEASURED, blocks
-from qlens.files import write_json, write_text
+from qlens.files import make_folder, write_json, write_text
 
 CAPTIONS = {
     "settings": "All settings on one axis: means with 95 % intervals over seeds and items.",
@@ -78,7 +78,7 @@ summary { cursor: pointer; margin-top: 1rem; }
 
 def save(study: Study, folder: Path) -> None:
     """Write config.json, the frames as CSV, table.md, figures/*.png with a CSV beside each, and report.html."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    make_folder(folder / "figures", "folder")
     for name, file in FILES.items():
         write_text(folder / file, getattr(study, name).to_csv(index=False))
     write_text(folder / "table.md", study.to_markdown())

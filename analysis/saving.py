@@ -1,18 +1,21 @@
 """Saving: a figure as a file, and beside it what it shows as CSV; each whole or not there."""
 
 import io
+import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
-from qlens.errors import InputError
-from qlens.files import write_text, written
+from qlens.errors import InputError, brief
+from qlens.files import output_file, written
 
 KINDS = (".png", ".pdf", ".svg")
 DPI = 200
+LONGEST = 200  # bytes of a figure's name, so that those of its data, beside it, fit too
 # no date and no program: the same bytes for the same figure
 BARE = {
     "png": {"Software": None},
@@ -38,27 +41,31 @@ def save_figure(
     Example:
         >>> save_figure(explanation.plot(), "dft.pdf", explanation.table)  # doctest: +SKIP
     """
-    path = check_path(Path(path))
+    path = check_path(path)
     frames = data if isinstance(data, Mapping) else {"": data}
-    for key, frame in frames.items():
-        write_text(path.with_name(f"{path.stem}{'-' if key else ''}{key}.csv"), frame.to_csv(index=False))
     made = image(figure, path.suffix[1:], dpi)
-    with written(path) as partial:
-        partial.write_bytes(made)
+    contents = {path: made}
+    for key, frame in frames.items():
+        csv = frame.to_csv(index=False).encode("utf-8", "backslashreplace")
+        contents[path.with_name(f"{path.stem}{'-' if key else ''}{key}.csv")] = csv
+    with ExitStack() as all_or_none:
+        for place, content in contents.items():
+            all_or_none.enter_context(written(place)).write_bytes(content)
     return made
 
 
-def check_path(path: Path, name: str = "path") -> Path:
+def check_path(path: str | Path, name: str = "path") -> Path:
     """The path, if a figure can go there.
 
     Raises:
-        InputError: no such folder, or an ending that is no figure's.
+        InputError: no such folder, a place that cannot be written to, or an ending that is no figure's.
     """
-    if not path.parent.is_dir():
-        raise InputError(f"{name} {path}: there is no folder {path.parent}")
-    if path.suffix not in KINDS:
-        raise InputError(f"{name} {path}: a figure ends in one of {', '.join(KINDS)}")
-    return path
+    found = output_file(path, name)
+    if len(os.fsencode(found.name)) > LONGEST:
+        raise InputError(f"{name} {brief(str(path))} has a name of over {LONGEST} bytes: give a shorter one")
+    if found.suffix not in KINDS:
+        raise InputError(f"{name} {brief(str(path))}: a figure ends in one of {', '.join(KINDS)}")
+    return found
 
 
 def image(figure: Figure, kind: str = "png", dpi: int = DPI) -> bytes:

@@ -75,6 +75,11 @@ class Trial(Task):
         """The name of its files."""
         return f"{self.source.name}--{slug(self.method)}--{slug(self.recipe.spec)}--{self.learning_rate}--{self.seed}"
 
+    def fault(self, record: Any) -> str:
+        """What is wrong with a record; nothing where it is one."""
+        score = record.get("score") if isinstance(record, dict) else None
+        return "" if isinstance(score, int | float) and np.isfinite(score) else "it holds no finite score"
+
     def work(self) -> dict[str, Any]:
         """Train and validate."""
         ground = open_ground(self.source)

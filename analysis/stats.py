@@ -1,7 +1,7 @@
 """Statistics of a comparison: means over seeds crossed with items, their differences, many tests at once, and ranks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,8 @@ class Interval:
     Args:
         mean, low, high: over all seeds and items, and the ends, which are NaN for a single score.
         p: of the two-sided t test that the mean is zero, which is below 1 - level where the interval leaves out zero. NaN
-            for a single score; where all scores are the same the interval is a point, and p is 1 at zero and 0 elsewhere.
+            for a single score, and of a ``paired_difference`` on a single item, which says nothing of others; where all
+            scores are the same the interval is a point, and p is 1 at zero and 0 elsewhere.
         df: degrees of freedom of t; NaN where nothing varies.
         seeds, items: how many of each.
         note: in words, which variation could not be seen.
@@ -111,7 +112,8 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     """
     a, b = _table(a, "a"), _table(b, "b")
     _same_shape({"a": a, "b": b})
-    return crossed_interval(a - b, level)
+    found = crossed_interval(a - b, level)
+    return found if found.items > 1 else replace(found, p=float("nan"))
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -264,7 +266,8 @@ def ranked(x: np.ndarray, level: float) -> np.ndarray:
     methods = x.shape[-3]
     one, other = np.triu_indices(methods, 1)
     mean, variance, df = fit(x[..., one, :, :] - x[..., other, :, :])
-    told = adjusted(p_value(mean, variance, df)) < 1 - level
+    p = p_value(mean, variance, df) if x.shape[-1] > 1 else np.full(mean.shape, np.nan)  # one item tells no two apart
+    told = adjusted(p) < 1 - level
     above = np.zeros((2, *mean.shape[:-1], methods, methods), dtype=int)  # the first of two: at all, and told so
     above[..., one, other] = [mean > 0, told & (mean > 0)]
     above[..., other, one] = [mean < 0, told & (mean < 0)]

@@ -1,6 +1,5 @@
 """Study: what a comparison found, as frames; printed, drawn and saved from them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,10 +10,12 @@ import numpy as np
 import pandas as pd
 
 from qlens.analysis import tables
+from qlens.analysis.folder import read_config
 from qlens.analysis.recipes import BASE, CONTROLS
-from qlens.analysis.records import frames, ordered
+from qlens.analysis.records import check_results, frames, ordered, read_frame
 from qlens.analysis.stats import crossed_interval, holm, paired_difference, pass_at_k, rank_sets
 from qlens.errors import InputError
+from qlens.files import user_path
 
 FILES = {
     "results": "results.csv",
@@ -222,25 +223,23 @@ class Study:
         """Write the run folder: config.json, the frames as CSV, table.md, figures/ and report.html."""
         from qlens.analysis.report import save
 
-        save(self, Path(folder))
+        save(self, user_path(folder, "folder"))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Study":
         """A study from its run folder.
 
         Raises:
-            InputError: a file of it is missing.
+            InputError: a file of it is missing or damaged; it is named.
         """
-        folder = Path(folder)
+        folder = user_path(folder, "folder")
         missing = [name for name in ("config.json", *FILES.values()) if not (folder / name).is_file()]
         if missing:
             raise InputError(f"{folder} holds no finished study: {', '.join(missing)} missing")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        names = ("setting", "method", "token", "recipe", "origin", "when", "belief", "labels")
-        numbers = ("trust", "negative_mass", "validation", "auroc")
-        read: dict[str, Any] = {"dtype": dict.fromkeys(names, str), "keep_default_na": False}
-        read["na_values"] = {name: [""] for name in numbers}
-        return cls(config, **{name: pd.read_csv(folder / file, **read) for name, file in FILES.items()})
+        config = read_config(folder / "config.json", ("methods", "settings", "metric"))
+        study = cls(config, **{name: read_frame(name, folder / file) for name, file in FILES.items()})
+        check_results(study.results, config, folder / FILES["results"])
+        return study
 
 
 def _shared(scores: Iterable[pd.DataFrame]) -> list[int]:

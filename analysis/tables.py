@@ -1,9 +1,12 @@
 """The tables of a study as text: printed, in Markdown and in LaTeX; with the notes a reader needs."""
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pandas as pd
+
+from qlens.errors import one_line
 
 DIFFERENCES = ["setting", "method", "against", "mean", "low", "high", "seeds", "items", "n", "p", "p_holm"]
 TRUTHS = ["setting", "method", "trust", "Q", "trust_end", "Q_end", "p_end", "trust_all", "good", "noisy"]
@@ -138,7 +141,7 @@ def blocks(study: Any) -> Iterable[tuple[str, pd.DataFrame, list[str]]]:
 def text(study: Any) -> str:
     """As it is printed."""
     return "\n\n".join(
-        "\n".join([heading, *_columns(cells), *(f"  {note}" for note in said)])
+        "\n".join([one_line(heading), *_columns(cells), *(f"  {one_line(note)}" for note in said)])
         for heading, cells, said in blocks(study)
     )
 
@@ -147,9 +150,9 @@ def markdown(study: Any) -> str:
     """In Markdown."""
     parts = []
     for heading, cells, said in blocks(study):
-        lines = [f"## {heading}", "", _row(cells.columns), _row(["---"] * len(cells.columns))]
+        lines = [f"## {_md(heading)}", "", _row(cells.columns), _row(["---"] * len(cells.columns))]
         lines += [_row(row) for row in cells.itertuples(index=False)]
-        parts.append("\n".join([*lines, *([""] if said else []), *(f"- {note}" for note in said)]))
+        parts.append("\n".join([*lines, *([""] if said else []), *(f"- {_md(note)}" for note in said)]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -185,14 +188,19 @@ def _rate(row: pd.Series) -> str:
 
 def _columns(frame: pd.DataFrame) -> list[str]:
     """Lines of text with the first column to the left and the rest to the right."""
-    rows = [list(frame.columns), *frame.itertuples(index=False)]
+    rows = [[one_line(cell) for cell in row] for row in (frame.columns, *frame.itertuples(index=False))]
     widths = [max(len(row[at]) for row in rows) for at in range(len(frame.columns))]
     padded = [[str.rjust(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
 
 
 def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_md(str(cell)) for cell in cells) + " |"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is: on one line, without the beginning of a cell, a code span, a link or a tag."""
+    return re.sub(r"[\\`|\[\]]|<(?=[A-Za-z/!?])", r"\\\g<0>", one_line(text, most=10_000))
 
 
 TEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}

@@ -1,6 +1,6 @@
 """The token view: what each target wants of each token of a text, as one HTML page, a table, or a ranking."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -16,10 +16,10 @@ from qlens.analysis.page import html
 from qlens.analysis.pieces import Pieces, legible
 from qlens.analysis.ranking import Ranking, jsonl, rank
 from qlens.analysis.summary import Summary, summary_of
-from qlens.batching import IGNORE
+from qlens.batching import COLUMNS, IGNORE
 from qlens.data import example
 from qlens.errors import InputError
-from qlens.files import write_text
+from qlens.files import output_file, write_text
 from qlens.reading import check_fits, row_of
 from qlens.registry import Variant, resolve
 from qlens.sources import check_same_vocabulary, shortest_context
@@ -126,13 +126,11 @@ class TokenView:
         """Write the page to a file, whole or not at all.
 
         Raises:
-            InputError: there is no such folder.
+            InputError: there is no such folder, or nothing can be written to it.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise InputError(f"path {str(path)!r}: there is no folder {path.parent}")
-        write_text(path, self.html())
-        return path
+        place = output_file(path, "path")
+        write_text(place, self.html())
+        return place
 
     def _repr_html_(self) -> str:
         frame = 'sandbox="allow-scripts" title="qlens token view" style="width:100%;height:44rem;border:0"'
@@ -181,7 +179,7 @@ def view(
     Example:
         >>> qlens.view(model, tokenizer, [("2 + 2 =", "4")], ["sft", "dft"]).save("view.html")  # doctest: +SKIP
     """
-    chosen = _variants(variants, teacher, reference)
+    chosen = _variants(variants, teacher, reference, (*CARRIED, *_columns(text)))
     for name, value in (("candidates", candidates), ("rows", 1 if rows is None else rows)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
@@ -202,7 +200,19 @@ def view(
     return TokenView(texts, summary, Pieces(tokenizer), skipped)
 
 
-def _variants(given: Any, teacher: Any, reference: Any) -> list[Variant]:
+def _columns(text: Any) -> list[str]:
+    """The columns that all rows of data carry."""
+    rows = (
+        [text]
+        if isinstance(text, Mapping)
+        else text
+        if isinstance(text, Sequence) and not isinstance(text, str)
+        else []
+    )
+    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
+
+
+def _variants(given: Any, teacher: Any, reference: Any, carried: Collection[str]) -> list[Variant]:
     """The methods, all of them different and with what they need."""
     if given is None:
         given = DEFAULT + WITH_TEACHER * (teacher is not None)
@@ -217,7 +227,7 @@ def _variants(given: Any, teacher: Any, reference: Any) -> list[Variant]:
             there = {"teacher": teacher, "reference": reference}
             if need in there and there[need] is None:
                 raise InputError(f"variants: {variant.spec} needs a {need}: give {need}=, on the command line --{need}")
-            if need not in (*there, *CARRIED):
+            if need not in (*there, *carried):
                 raise InputError(f"variants: {variant.spec} needs {need!r}, which a text does not carry")
     return chosen
 

@@ -14,6 +14,7 @@ from qlens.heads import Head, TopK
 from qlens.lens import implied_target
 from qlens.probes import probes
 from qlens.registry import Variant, get, names, register
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens
 
@@ -21,6 +22,7 @@ __all__ = [
     "CheckReport",
     "Destination",
     "Explanation",
+    "GeometricMixture",
     "Head",
     "InputError",
     "ParameterError",

@@ -6,20 +6,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.calling import LAID_OUT, Layout, call, kind, name_of, written
+from qlens.calling import Layout, call, inputs, kind, name_of, written
+from qlens.draws import Replay
 from qlens.errors import InputError
+from qlens.layouts import Counts, Style, counts
+from qlens.results import loss_of
+from qlens.styles import grad_of, inputs_masked, style_of
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
 ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 
-# What a scalar loss may have divided by, as a function of the rows and the layout they were shown in.
-REDUCTIONS: dict[str, Callable[[int, Layout], int]] = {
-    "sum": lambda n, layout: 1,
-    "mean over unmasked": lambda n, layout: n * layout.copies,
-    "mean over all": lambda n, layout: n * layout.copies + layout.masked,
-    "mean over all, the unused last position included": lambda n, layout: n * layout.copies + layout.masked + 1,
+# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
+REDUCTIONS: dict[str, Callable[[Counts], Any]] = {
+    "sum": lambda c: 1,
+    "mean over unmasked": lambda c: c.rows,
+    "mean over all": lambda c: c.positions,
+    "mean over all, the unused last position included": lambda c: c.columns,
+    "sum of each text, mean over texts": lambda c: c.texts,
+    "mean of each text, mean over texts": lambda c: c.texts * c.own,
+    "mean of each text, sum over texts": lambda c: c.own,
 }
 
 
@@ -47,30 +54,50 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
         if not safe:
-            safe.append(_leaves_alone(fn, params, tokens))
-        made = call(fn, params, tokens, Layout(), safe[0])
-        if not isinstance(made, Tensor) and kind(fn) == "tokens":
+            with Replay(tokens.logits.device).again():  # what is tried first must not change what a loss draws
+                safe.append(_leaves_alone(fn, params, tokens))
+                style_of(fn, params, tokens)  # remembered
+        style = style_of(fn, params, tokens)
+        made = call(fn, params, tokens, Layout(), safe[0], style)
+        if kind(fn) == "tokens" and not isinstance(made, Tensor | dict | tuple):
             return made
-        _check(made, tokens, name)
-        if made.ndim and made.numel() == len(tokens):
+        made = loss_of(made, name).value
+        if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
-        if made.ndim and kind(fn) not in LAID_OUT:
+        if made.ndim and not style.laid_out and not (pairwise(fn) or made.ndim == 1):
             raise InputError(
                 f"{name} returned shape {tuple(made.shape)} for {len(tokens)} tokens: it must be () or (N,)"
             )
-        if not made.ndim and not reduction:
-            reduction.append(find_reduction(fn, params, tokens, name))
-        # A Trainer-style loss may leave (B, T) unreduced: then there is nothing to undo.
-        return made.sum() * (1 if made.ndim else REDUCTIONS[reduction[0]](len(tokens), Layout()))
+        if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
+            return made.sum()
+        if not reduction:
+            with Replay(tokens.logits.device).again():
+                reduction.append(find_reduction(fn, params, tokens, name))
+        divisor = REDUCTIONS[reduction[0]](counts(tokens, Layout(), style, pairwise(fn)))
+        return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
 
     return run
+
+
+def pairwise(fn: Callable) -> bool:
+    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
+    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
+
+
+def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, style: Style, divisor: Tensor) -> Tensor:
+    """The loss with the gradient of every row multiplied by its own divisor, as one scalar."""
+    through = tokens.logits * 1
+    if through.requires_grad:
+        through.register_hook(lambda grad: grad * (divisor / len(tokens)).to(grad)[:, None])
+    made = call(fn, params, tokens.with_logits(through), Layout(), safe, style)
+    return loss_of(made, name_of(fn)).value * len(tokens)
 
 
 def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
     """Whether a loss does not write on its inputs, seen on a few rows."""
     try:
         return not written(fn, params, _spread(tokens))
-    except Exception:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
+    except InputError:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
         return False
 
 
@@ -92,26 +119,30 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     """
     from qlens.probes import probes
 
-    layouts = [Layout(), Layout(copies=2), Layout(copies=3)]
-    if kind(fn) in LAID_OUT:
-        layouts += [Layout(masked=40), Layout(copies=2, masked=70)]
+    style = style_of(fn, params, tokens)
     for rows_shown in (_spread(tokens), probes(tokens.logits.dtype, tokens.logits.device)):
-        grads = [_grad(fn, params, rows_shown, layout) for layout in layouts]
-        if grads[0].abs().max() > 0:  # a loss that skips these rows tells nothing about its division
+        base = grad_of(fn, params, rows_shown, style)
+        if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
             break
     else:
         return "sum"
-    if _misfit([grads[0], _grad(fn, params, rows_shown, layouts[0])]) > ALIKE:
+    if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
         raise InputError(
             f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
         )
-    n, misfits = len(rows_shown), {}
-    for reduction, count in REDUCTIONS.items():
-        undone = [g * (count(n, layout) / count(n, layouts[0])) for g, layout in zip(grads, layouts, strict=True)]
-        misfits[reduction] = _misfit(undone)
+    misfits: dict[str, float] = {}
+    for interleave in (False, True) if style.laid_out else (False,):
+        layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
+        if style.laid_out or inputs_masked(fn):
+            layouts += [Layout(1, 40), Layout(2, 70, False, interleave)]
+        grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
+        for reduction in REDUCTIONS:
+            off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
+            misfits[reduction] = min(off, misfits.get(reduction, off))
     best = min(misfits, key=misfits.__getitem__)
+    alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
     if misfits[best] <= ALIKE:
-        return best
+        return _by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else best
     if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
         return "sum"  # nothing but rounding: there is no gradient to be divided
     ratio = float(grads[1].norm() / grads[0].norm())
@@ -121,17 +152,27 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     )
 
 
-def _grad(fn: Callable, params: dict[str, Any], tokens: Tokens, layout: Layout) -> Tensor:
-    """Gradient of the scalar loss on the first copy of every row, all copies added up as one row would be."""
-    with torch.enable_grad():
-        leaf = tokens.logits.detach().clone().requires_grad_()
-        made = call(fn, params, tokens.replace(logits=leaf), layout).sum()
-        if not made.requires_grad:
-            raise InputError(
-                f"{name_of(fn)} returned a value without a gradient: the logits are detached somewhere inside"
-            )
-        (grad,) = torch.autograd.grad(made, leaf)
-    return grad / layout.copies
+def _by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
+    """Of reductions that texts of one length do not tell apart, the one that texts of unequal lengths speak for."""
+    layouts = [Layout(), Layout(split=True)]
+    try:
+        grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
+    except InputError:  # a loss of pairs, say, takes no texts in other numbers
+        return alike[0]
+    off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
+    best = min(off, key=off.__getitem__)
+    return best if off[best] <= ALIKE else alike[0]
+
+
+def _multiplied(
+    reduction: str, fn: Callable, grads: list[Tensor], tokens: Tokens, layouts: list[Layout], style: Style
+) -> list[Tensor]:
+    """Gradients in several layouts, each multiplied by what this reduction divides by there."""
+    made = []
+    for grad, layout in zip(grads, layouts, strict=True):
+        divisor = REDUCTIONS[reduction](counts(tokens, layout, style, pairwise(fn)))
+        made.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
+    return made
 
 
 def _spread(tokens: Tokens) -> Tokens:
@@ -142,10 +183,3 @@ def _spread(tokens: Tokens) -> Tokens:
 def _misfit(grads: list[Tensor]) -> float:
     """How far gradients that should be one are apart, as a share of the first."""
     return max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
-
-
-def _check(made: Any, tokens: Tokens, name: str) -> None:
-    if not isinstance(made, Tensor) or not made.is_floating_point():
-        raise InputError(f"{name} must return a floating-point tensor, () or (N,), but returned {type(made).__name__}")
-    if torch.is_grad_enabled() and tokens.logits.requires_grad and not made.requires_grad:
-        raise InputError(f"{name} returned a value without a gradient: the logits are detached somewhere inside")

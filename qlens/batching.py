@@ -1,6 +1,6 @@
 """From padded batches to supervised tokens: the only place that shifts, masks, pads or knows -100."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +25,31 @@ IGNORE = -100
 """The label of a token that nothing is learned from."""
 
 
-def collate(examples: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str, Tensor]:
+INPUTS = ("position_ids", "token_type_ids")
+"""Inputs of models that have one integer per token."""
+
+
+def collate(
+    examples: Sequence[Mapping[str, Any]], pad_id: int = 0, inputs: Collection[str] = INPUTS
+) -> dict[str, Tensor]:
     """A right-padded batch of ``{"input_ids", "labels"}``: input_ids, attention_mask and labels, each (B, T).
 
     Padding is neither attended to nor supervised, so any ``pad_id`` will do for a tokenizer that has none. Columns named
     as in ``COLUMNS`` (critical, advantage, weight, ...) come along as (B, T), a value per example being every token's.
 
+    An example may hold several texts, one after the other (packed): ``position_ids`` start again where a text begins, or
+    ``seq_lengths`` are the texts' lengths. Where a row is packed, the batch has position_ids and no attention_mask, as
+    transformers' models look for texts to keep apart only without a mask; every column of padding then has position 0.
+
+    Args:
+        examples: lists or tensors by name, one value per token.
+        pad_id: what input_ids are filled up with.
+        inputs: names of further inputs of the model, one integer per token, that come along as (B, T), filled up with 0;
+            other keys of an example are no inputs and left out.
+
     Raises:
-        InputError: an example lacks input_ids or labels, they differ in length, or a column is not in every example.
+        InputError: an example lacks input_ids or labels, they differ in length, a column is not in every example, or an
+            input is not one integer per token.
 
     Example:
         >>> collate([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}, {"input_ids": [5], "labels": [-100]}])["labels"]
@@ -48,14 +65,49 @@ def collate(examples: Sequence[Mapping[str, Any]], pad_id: int = 0) -> dict[str,
         tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
+    examples = [_with_positions(example) for example in examples]
     ids = [example["input_ids"] for example in examples]
     seen = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
     labels = [example["labels"] for example in examples]
     batch = {"input_ids": padded(ids, pad_id), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORE)}
+    for name in dict.fromkeys(("position_ids", *inputs)):
+        if name not in batch and any(name in example for example in examples):
+            batch[name] = padded([_input(example, name) for example in examples], 0)
     for name, dtype in COLUMNS.items():
         if any(name in example for example in examples):
             batch[name] = padded([_column(example, name) for example in examples], 0, dtype)
+    if "position_ids" in batch and (positions := packed(batch["position_ids"], batch["attention_mask"])) is not None:
+        batch["position_ids"] = positions
+        del batch["attention_mask"]
     return batch
+
+
+def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An example with position_ids where it has ``seq_lengths``."""
+    if "seq_lengths" not in example or "position_ids" in example:
+        return example
+    lengths, size = list(map(int, example["seq_lengths"])), len(example["input_ids"])
+    if sum(lengths) != size or min(lengths, default=0) < 1:
+        raise InputError(f"seq_lengths must be lengths of texts that add up to {size} tokens, got {lengths}")
+    return {**example, "position_ids": [at for length in lengths for at in range(length)]}
+
+
+def _input(example: Mapping[str, Any], name: str) -> Tensor:
+    """An example's values of an input of the model, one integer per token."""
+    size, value = len(example["input_ids"]), example.get(name)
+    if value is None and name == "position_ids":  # a text alone among packed ones
+        return torch.arange(size)
+    try:
+        row = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        row = torch.empty(0)
+    if row.shape != (size,) or row.is_floating_point() or row.is_complex():
+        found = "lacks it" if value is None else f"has {type(value).__name__} {str(value)[:40]} for {size} tokens"
+        raise InputError(
+            f"{name!r} is an input of the model, and collate takes one integer per token for it in every example: one "
+            f"{found}; give QTrainer(data_collator=...) for other inputs, or drop the column"
+        )
+    return row
 
 
 def _column(example: Mapping[str, Any], name: str) -> list:
@@ -73,10 +125,44 @@ def positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
+def restarts(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+    """Where a text begins: in the first column, and wherever positions do not go up.
+
+    Example:
+        >>> restarts(torch.tensor([[0, 1, 2, 0, 1]])).int()
+        tensor([[1, 0, 0, 1, 0]], dtype=torch.int32)
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    return starts
+
+
+def packed(position_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T"] | None:
+    """Position ids of a batch in which a row holds several texts, 0 at padding; None where every row is one text.
+
+    Raises:
+        InputError: the mask hides a token inside a text, which position ids cannot say.
+    """
+    starts = restarts(position_ids)[:, 1:]
+    if attention_mask is None:
+        return position_ids if bool(starts.any()) else None
+    real = attention_mask.bool()
+    if not bool((starts & real[:, 1:] & real[:, :-1]).any()):
+        return None
+    hidden = real[:, 1:] & ~real[:, :-1] & (position_ids[:, 1:] != 0) & ~starts
+    if bool(hidden.any()):
+        row = int(hidden.any(-1).nonzero()[0, 0])
+        raise InputError(
+            f"attention_mask hides a token inside a text of packed row {row}: give that token label -100 instead, or every "
+            "text a row of its own"
+        )
+    return position_ids.masked_fill(~real, 0)
+
+
 class Supervised:
     """The positions of a batch that predict a supervised label: position t - 1 for every label at t that counts.
 
-    A label is supervised unless it is -100, begins its row or its packed sequence (``position_ids`` restart at 0), or
+    A label is supervised unless it is -100, begins its row or its packed sequence (``position_ids`` do not go up there), or
     follows padding: nothing predicts those.
 
     Args:
@@ -106,7 +192,7 @@ class Supervised:
         if attention_mask is not None:
             starts[:, 1:] |= attention_mask[:, :-1] == 0
         if position_ids is not None:
-            starts |= position_ids == 0
+            starts |= restarts(position_ids)
         # Every row begins with a start, so that shifting the flat batch never carries a label across rows.
         next_labels = F.pad(labels.masked_fill(starts, IGNORE).flatten()[1:], (0, 1), value=IGNORE)
         self.shape = labels.shape

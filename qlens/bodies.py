@@ -1,6 +1,8 @@
 """Bodies: a causal language model as hidden states and a linear head, so that its logits need never be whole."""
 
 import logging
+import threading
+import weakref
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,11 +12,20 @@ from torch import Tensor, nn
 
 from qlens.errors import InputError
 from qlens.heads import Head
+from qlens.packing import uncached
 from qlens.sources import evaluating, model_logits
 from qlens.tokens import precision
 
 logger = logging.getLogger(__name__)
 TRIED = 8  # tokens on which a head is proved
+_LOCKS: "weakref.WeakKeyDictionary[nn.Module, threading.RLock]" = weakref.WeakKeyDictionary()  # pyright: ignore
+_LOCKING = threading.Lock()
+
+
+def _lock_of(head: nn.Module) -> Any:
+    """What lets one thread at a time have a head pass its input on."""
+    with _LOCKING:
+        return _LOCKS.setdefault(head, threading.RLock())
 
 
 class NoBody(InputError):
@@ -50,13 +61,22 @@ class Body:
                 raise
             raise NoBody(f"it cannot be tried on a few tokens: {type(error).__name__}: {str(error)[:200]}") from error
 
-    def hidden(self, features: Mapping[str, Any], model: nn.Module | None = None) -> Float[Tensor, "B T H"]:
-        """What the head is given on a batch, differentiable; ``model`` may be what the model is wrapped in."""
+    def hidden(self, features: Mapping[str, Any]) -> Float[Tensor, "B T H"]:
+        """What the head is given on a batch, differentiable."""
+        return self.run(features, self.model)[0]
+
+    def run(self, features: Mapping[str, Any], model: nn.Module) -> tuple[Float[Tensor, "B T H"], Any]:
+        """What the head is given on a batch, and the outputs of the model beside its logits.
+
+        Args:
+            features: the model's inputs.
+            model: the model, or what it is wrapped in.
+        """
         with self._passing() as caught:
-            (self.model if model is None else model)(**features)
+            outputs = model(**features, **uncached(self.model))
         if len(caught) != 1:
             raise NoBody(f"its head ran {len(caught)} times in one pass")
-        return caught[0]
+        return caught[0], outputs
 
     def of(self, hidden: Float[Tensor, "N H"]) -> Head:
         """The head at some hidden states, without gradient."""
@@ -68,20 +88,24 @@ class Body:
     def _passing(self):
         """The head lets one entry through, and its input is kept: everything else of the model runs as it always does."""
         caught: list[Tensor] = []
+        thread = threading.get_ident()
 
         def forward(hidden: Tensor) -> Tensor:
+            if threading.get_ident() != thread:  # another thread runs the same model as it is
+                return plain(hidden)
             caught.append(hidden)
             return hidden[..., :1]
 
-        before = self.head.__dict__.get("forward")
-        self.head.forward = forward
-        try:
-            yield caught
-        finally:
-            if before is None:
-                del self.head.forward
-            else:
-                self.head.forward = before
+        with _lock_of(self.head):
+            plain, before = self.head.forward, self.head.__dict__.get("forward")
+            self.head.forward = forward
+            try:
+                yield caught
+            finally:
+                if before is None:
+                    del self.head.forward
+                else:
+                    self.head.forward = before
 
     def _prove(self, features: dict[str, Any]) -> None:
         with evaluating(self.model):
@@ -125,7 +149,9 @@ class Bodies:
     """
 
     def __init__(self, wanted: bool | None):
-        self.wanted, self.known = wanted, {}
+        self.wanted = wanted
+        self.known: dict[nn.Module, Body | None] = {}
+        self.reasons: set[str] = set()
 
     def of(self, model: nn.Module, features: Mapping[str, Any], name: str = "model") -> Body | None:
         """The body of a model, or None where its logits have to be whole.
@@ -135,12 +161,12 @@ class Bodies:
         """
         if self.wanted is False:
             return None
-        if id(model) not in self.known:
+        if model not in self.known:
             try:
-                self.known[id(model)] = Body(model, features)
+                self.known[model] = Body(model, features)
             except NoBody as reason:
-                self.known[id(model)] = self.refuse(f"of the {name}: {reason}")
-        return self.known[id(model)]
+                self.known[model] = self.refuse(f"of the {name}: {reason}")
+        return self.known[model]
 
     def refuse(self, reason: str) -> None:
         """Say why logits are whole, once.
@@ -150,6 +176,6 @@ class Bodies:
         """
         if self.wanted:
             raise NoBody(f"fused=True, but there are only whole logits {reason}")
-        if self.wanted is None and reason not in self.known:
-            self.known[reason] = None
+        if self.wanted is None and reason not in self.reasons:
+            self.reasons.add(reason)
             logger.warning("qlens holds whole logits %s", reason)

@@ -1,187 +1,252 @@
-"""Calling: what a loss wants to be called with, told by the names of its parameters, and one call of it on laid-out rows."""
+"""Calling: one call of a loss, its arguments filled by their names, on rows or batches in the layout that it wants."""
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qlens.batching import IGNORE
 from qlens.errors import InputError
+from qlens.guards import blamed, file_of, first_line
+from qlens.layouts import (
+    Layout,
+    Style,
+    View,
+    batch_of,
+    batch_view,
+    label_log_probs,
+    pair_sums,
+    rows_view,
+    supervised,
+    tiled,
+    token_ids,
+)
+from qlens.signature import CALLERS, FIELD, ROLE, inputs, name_of, signature
 from qlens.tokens import Tokens
 
-KINDS = ("tokens", "logits", "outputs", "hidden", "model")
-LAID_OUT = ("outputs", "model")  # these see (B, T) with labels unshifted and -100 where nothing is predicted
-CALLERS = ("num_items_in_batch", "return_outputs")  # what a Trainer fills in, no parameters of the loss
-
-# A kernel that multiplies by the head itself takes hidden states, a head and labels, in some order, by some of these names.
-ROLES: dict[str, tuple[str, ...]] = {
-    "logits": ("hidden", "hidden_states", "input", "_input", "x", "e", "student_hidden", "student_input"),
-    "head": ("head", "weight", "lin_weight", "linear_weight", "lm_head_weight", "c", "student_head", "student_weight"),
-    "labels": ("labels", "target", "targets", "true_labels"),
-    "teacher": ("teacher_hidden", "teacher_input"),
-    "reference": ("reference_hidden", "ref_hidden", "ref_input"),
-    "teacher head": ("teacher_head", "teacher_weight"),
-    "reference head": ("reference_head", "ref_weight"),
-}
-
-
-class Layout(NamedTuple):
-    """How rows are laid out in a call: each ``copies`` times, with ``masked`` further positions labelled -100."""
-
-    copies: int = 1
-    masked: int = 0
+__all__ = ["CALLERS", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature", "written"]
 
 
 def opened(loss: Callable) -> Callable:
-    """The function inside: a trainer's compute_loss (its class is built around a stub model), a loss module's class built.
+    """The function inside: a trainer's compute_loss (its class is built around a stub model), a loss class built.
 
     Raises:
         InputError: the class cannot be built without arguments.
     """
     if inspect.isclass(loss) and hasattr(loss, "compute_loss"):
-        from qlens.stub import trained_by
+        from qlens.trainers import trained_by
 
         return trained_by(loss)
-    if inspect.isclass(loss) and issubclass(loss, nn.Module):
-        try:
-            return loss()
-        except TypeError as error:
-            raise InputError(
-                f"{loss.__name__} cannot be built without arguments ({error}): give an instance"
-            ) from error
+    if inspect.isclass(loss):
+        return _built(loss)
     return loss if inspect.isroutine(loss) else getattr(loss, "compute_loss", loss)
 
 
-@lru_cache(maxsize=1024)
-def kind(fn: Callable) -> str:
-    """What a loss is called with, told by its parameters' names; torch's own ``input`` is logits, or hidden beside a head.
-
-    Raises:
-        InputError: the first parameter has another name, or there is none.
-    """
-    bare = _bare(fn)
-    if {"logits", "head"} <= {_role(name) for name in bare}:
-        return "hidden"
-    first = next(iter(signature(fn)), "nothing")
-    first = "logits" if first == "input" else first
-    if first not in KINDS or first == "hidden":
-        raise InputError(
-            f"{name_of(fn)} takes {first!r} first; a loss is told by its first parameter, one of: tokens, logits (then "
-            "labels), outputs (then labels), model (then inputs), hidden (then head and labels)"
-        )
-    return first
-
-
-@lru_cache(maxsize=1024)
-def signature(fn: Callable) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a callable by name; of a module, those of its forward."""
-    if isinstance(fn, nn.Module):
-        fn = fn.forward
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {name: p for name, p in inspect.signature(fn).parameters.items() if p.kind not in variadic}
-
-
-def extra_inputs(fn: Callable) -> tuple[str, ...]:
-    """What a loss asks for beyond its first inputs, as fields of Tokens: parameters without a default.
-
-    Raises:
-        InputError: one of them is no field of Tokens.
-    """
-    bare = _bare(fn)
-    if kind(fn) == "hidden":
-        return tuple(name for name in map(_role, bare) if name in ("teacher", "reference"))
-    bare = [name for name in bare[1 if kind(fn) == "tokens" else 2 :] if name not in CALLERS]
-    unknown = [name for name in bare if name not in Tokens.__dataclass_fields__]
-    if unknown:
-        raise InputError(f"{name_of(fn)}: give {unknown[0]!r} a default, or name a field of Tokens")
-    return tuple(bare)
-
-
-def call(fn: Callable, params: Mapping[str, Any], tokens: Tokens, layout: Layout, safe: bool = False) -> Any:
-    """One call of the loss as it wants to be called, on the rows in the given layout; on copies, unless it is ``safe``."""
-    laid = tiled(tokens, layout.copies)
-    extra = {name: getattr(laid, name) for name in extra_inputs(fn)}
-    if kind(fn) == "tokens":
-        return fn(laid, **extra, **params)
-    if kind(fn) == "logits":
-        given = (laid.logits, laid.labels) if safe else (laid.logits.clone(), laid.labels.clone())
-        return fn(*given, **extra, **params)
-    if kind(fn) == "hidden":
-        return fn(*_fused(fn, laid), **params)
-    logits, labels = one_sequence(laid, layout.masked)
-    wants_count = signature(fn).get("num_items_in_batch")
-    if wants_count is not None and wants_count.default is inspect.Parameter.empty:
-        extra["num_items_in_batch"] = torch.tensor(len(laid))
-    return on_batch(fn, logits, labels, **extra, **params)
-
-
-def on_batch(fn: Callable, logits: Tensor, labels: Tensor, **given: Any) -> Any:
-    """One call of an ``outputs`` or ``model`` loss on (B, T, V) logits and (B, T) labels, unshifted, with -100."""
-    if kind(fn) == "outputs":
-        from transformers.modeling_outputs import CausalLMOutput
-
-        return fn(CausalLMOutput(logits=logits), labels, **given)
-    from qlens.stub import StubModel
-
-    padded = labels.clamp(min=0)
-    inputs = {"input_ids": padded, "attention_mask": torch.ones_like(padded), "labels": labels}
-    made = fn(StubModel(logits), inputs, **given)
-    return made[0] if isinstance(made, tuple) else made
-
-
-def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tuple[str, ...]:
-    """Which of logits and labels a loss on rows changes in place; it is given copies, so that no harm is done."""
-    if kind(fn) != "logits":
-        return ()
-    given = {"logits": tokens.logits.detach().clone(), "labels": tokens.labels.clone()}
-    fresh = {name: value._version for name, value in given.items()}
-    with torch.no_grad():
-        fn(*given.values(), **{name: getattr(tokens, name) for name in extra_inputs(fn)}, **params)
-    return tuple(name for name, value in given.items() if value._version != fresh[name])
-
-
-def one_sequence(tokens: Tokens, masked: int = 0) -> tuple[Tensor, Tensor]:
-    """The rows as one sequence: row i predicts label i + 1, the last position nothing; ``masked`` more are labelled -100."""
-    pad = tokens.logits[:1].expand(masked + 1, -1)
-    ignored = tokens.labels.new_full((masked + 1,), IGNORE)
-    return torch.cat([tokens.logits, pad])[None], torch.cat([ignored[:1], tokens.labels, ignored[1:]])[None]
-
-
-def tiled(tokens: Tokens, copies: int) -> Tokens:
-    """Every row ``copies`` times over; copies of a sequence or a pair are sequences and pairs of their own."""
-    if copies == 1:
-        return tokens
-    many = tokens[torch.arange(len(tokens), device=tokens.logits.device).repeat(copies)]
-    turn = torch.arange(copies, device=tokens.logits.device).repeat_interleave(len(tokens))
-    groups = {name: value for name in ("sequence", "pair") if (value := getattr(many, name)) is not None}
-    return many.replace(**{name: value + turn * (value.max() + 1) for name, value in groups.items()})
-
-
-def _fused(fn: Callable, tokens: Tokens) -> list[Tensor]:
-    """Hidden states that are the logits themselves, and heads that are the identity, in the order the kernel asks."""
-    head = torch.eye(tokens.logits.shape[1], dtype=tokens.logits.dtype, device=tokens.logits.device)
-    made = []
-    for name in _bare(fn):
-        role = _role(name)
-        if role is None:
+def _built(loss: type) -> Callable:
+    """An instance of a loss class; arguments without default are None where that is all it takes."""
+    try:
+        wanted = [p.name for p in inspect.signature(loss).parameters.values() if _bare(p)]
+    except (ValueError, TypeError):
+        wanted = []
+    line = f"{loss.__name__}({', '.join(f'{name}=...' for name in wanted)})"
+    with blamed(loss.__name__):
+        try:
+            made = loss(**dict.fromkeys(wanted))
+        except Exception as error:
             raise InputError(
-                f"{name_of(fn)}: give {name!r} a default: hidden, head, labels and a teacher's are filled in"
-            )
-        made.append(head if role.endswith("head") else tokens.require(role).clone())
+                f"{loss.__name__} cannot be built without arguments ({type(error).__name__}: {first_line(error)}): give an "
+                f"instance, {line}; in a file: loss = {line}, then FILE.py:loss"
+            ) from error
+    if not callable(made):
+        raise InputError(f"{loss.__name__} has no __call__: a loss class is called with logits and labels")
     return made
 
 
-def _bare(fn: Callable) -> list[str]:
-    return [name for name, p in signature(fn).items() if p.default is p.empty]
+def _bare(p: inspect.Parameter) -> bool:
+    return p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
 
 
-def _role(name: str) -> str | None:
-    return next((role for role, names in ROLES.items() if name in names), None)
+def kind(fn: Callable) -> str:
+    """What a loss is called with: tokens, logits, outputs, hidden or model.
+
+    Raises:
+        InputError: no parameter can be given logits.
+    """
+    return inputs(fn).kind
 
 
-def name_of(fn: Callable) -> str:
-    """What a callable is called in messages."""
-    return getattr(fn, "__name__", type(fn).__name__)
+def extra_inputs(fn: Callable) -> tuple[str, ...]:
+    """The fields of Tokens that a loss cannot be called without, beside logits and labels."""
+    fields = [FIELD[role] for role in inputs(fn).required.values() if role in FIELD and FIELD[role] != "weight"]
+    if "pair" in fields:
+        fields.append("chosen")
+    return tuple(dict.fromkeys(fields))
+
+
+def takes(fn: Callable, role: str) -> bool:
+    """Whether a loss takes this input, with or without a default."""
+    found = inputs(fn)
+    return role in found.required.values() or role in found.optional.values()
+
+
+def call(
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    layout: Layout,
+    safe: bool = False,
+    style: Style | None = None,
+) -> Any:
+    """One call of the loss as it wants to be called, on the rows in the given layout; on copies, unless it is ``safe``."""
+    if style is None:
+        from qlens.styles import style_of
+
+        style = style_of(fn, params, tokens)
+    laid = tiled(tokens, layout)
+    view = batch_view(laid, layout, style) if style.laid_out else rows_view(laid, layout, style, safe)
+    return on_view(fn, params, view)
+
+
+def on_batch(
+    fn: Callable,
+    logits: Tensor,
+    labels: Tensor,
+    tokens: Tokens,
+    params: Mapping[str, Any],
+    style: Style,
+    attention: Tensor | None = None,
+    ids: Tensor | None = None,
+    **given: Any,
+) -> Any:
+    """One call on (B, T, V) logits and unshifted (B, T) labels, whose supervised positions are ``tokens``, in order."""
+    if attention is None:
+        attention = torch.ones_like(labels)
+    if ids is None:
+        ids = token_ids(torch.arange(labels.numel(), device=labels.device).view(labels.shape), logits.shape[-1])
+    view = batch_of(logits, labels, tokens, supervised(labels), attention, ids, style)
+    return on_view(fn, params, view, **given)
+
+
+def on_view(fn: Callable, params: Mapping[str, Any], view: View, **given: Any) -> Any:
+    """One call with every argument filled from the view; ``given`` and ``params`` by name.
+
+    Raises:
+        LossError: whatever the loss raised.
+        InputError: the tokens lack a field that it needs.
+    """
+    filled = arguments(fn, view) | given
+    filled |= {name: value for name, value in params.items() if value is not None or name not in filled}
+    found = signature(fn)
+    ordered = [name for name in found if name in filled and found[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+    args = [filled.pop(name) for name in ordered]
+    with blamed(name_of(fn), file_of(fn)):
+        return fn(*args, **filled)
+
+
+def arguments(fn: Callable, view: View) -> dict[str, Any]:
+    """The arguments of a loss by name: all that it requires, and what is there of the others."""
+    wanted = inputs(fn)
+    filled = {name: _value(role, view, wanted.required) for name, role in wanted.required.items()}
+    for name, role in wanted.optional.items():
+        field = FIELD.get(role)
+        if view.style.counted if role == "count" else view.style.optional:
+            if field is None or getattr(view.tokens, field) is not None:
+                filled[name] = _value(role, view, wanted.required | wanted.optional)
+    return filled
+
+
+def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
+    """What an argument of this role is given."""
+    tokens, whole = view.tokens, "labels" in wanted.values()
+    size = view.logits.shape[-1]
+    if wanted and "head" in wanted.values():
+        if role.endswith("head"):
+            from qlens.stub import identity_head
+
+            return identity_head(size, view.logits)
+        return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
+    if role in ("logits", "outputs"):
+        return boxed(view.logits) if view.style.boxed else view.logits
+    if role in ("tokens", "labels"):
+        return getattr(view, role)
+    if role == "model":
+        from qlens.stub import StubModel
+
+        ids = model_inputs(view)["input_ids"]
+        return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)))
+    if role == "batch":
+        return model_inputs(view)
+    if role.endswith("chosen log probs") or role.endswith("rejected log probs"):
+        logits = tokens.require("reference") if role.startswith("reference") else _rows(view)
+        return pair_sums(label_log_probs(logits, tokens.labels), tokens, "chosen" in role)
+    if role.endswith("log probs"):
+        if role == "log probs" and whole:
+            return torch.log_softmax(view.logits, -1)
+        logits = _rows(view) if role == "log probs" else tokens.require(FIELD[role])
+        return view.spread(logits.log_softmax(-1) if whole else label_log_probs(logits, tokens.labels))
+    if role == "probs":
+        return torch.softmax(view.logits, -1)
+    if role == "teacher probs":
+        return view.spread(tokens.require("teacher").softmax(-1))
+    if role.endswith("outputs") and role != "return outputs":
+        return boxed(view.spread(tokens.require(FIELD[role])))
+    if role == "weight":
+        ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
+        return view.spread(ones if tokens.weight is None else tokens.weight)
+    if role in FIELD:
+        return view.spread(tokens.require(FIELD[role]))
+    return _simple(role, view)
+
+
+def _simple(role: str, view: View) -> Any:
+    """Masks, counts and settings."""
+    if role == "mask":
+        return view.mask()
+    if role == "attention mask":
+        return view.attention.to(torch.bool if view.style.flag is torch.bool else torch.long)
+    if role == "count":
+        return torch.tensor(len(view.tokens), device=view.logits.device)
+    if role == "position ids":
+        return torch.arange(view.labels.shape[-1], device=view.labels.device).expand(view.labels.shape)
+    if role == "input ids":
+        return model_inputs(view)["input_ids"]
+    settings = {"vocabulary": view.logits.shape[-1], "ignore": -100, "temperature": 1.0, "return outputs": False}
+    return settings[role]
+
+
+def model_inputs(view: View) -> dict[str, Any]:
+    """A model's inputs: ids that depend on no label (unless the loss takes its labels from there), mask, labels, columns."""
+    ids = view.labels.clamp(min=0) if view.style.ids else view.ids
+    found: dict[str, Any] = {"input_ids": ids, "attention_mask": view.attention, "labels": view.labels}
+    for name in view.style.columns:
+        found.setdefault(name, _value(ROLE[name], view, {}))
+    return found
+
+
+def boxed(logits: Tensor) -> Any:
+    """Logits as a model's outputs."""
+    from transformers.modeling_outputs import CausalLMOutput
+
+    return CausalLMOutput(logits=logits)  # pyright: ignore[reportArgumentType]
+
+
+def _rows(view: View) -> Tensor:
+    """The supervised rows of the logits, (N, V)."""
+    return view.logits.reshape(-1, view.logits.shape[-1])[view.place]
+
+
+def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None) -> tuple[str, ...]:
+    """Which of logits and labels a loss changes in place; it is given copies, so that no harm is done."""
+    if kind(fn) != "logits":
+        return ()
+    if style is None:
+        from qlens.styles import style_of
+
+        style = style_of(fn, params, tokens)
+    view = (batch_view if style.laid_out else rows_view)(tokens.with_logits(tokens.logits.detach()), Layout(), style)
+    given = {"logits": view.logits, "labels": view.labels}
+    fresh = {name: value._version for name, value in given.items()}
+    with torch.no_grad():
+        on_view(fn, params, view)
+    return tuple(name for name, value in given.items() if value._version != fresh[name])

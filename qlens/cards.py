@@ -42,6 +42,7 @@ def summary(variant: Variant) -> dict[str, Any]:
         "scale": method.scale,
         "needs": list(variant.needs),
         "scope": variant.scope,
+        "structure": str(variant.structure),
         "simplex": variant.simplex,
         "invariant": variant.invariant,
         "denominator": variant.denominator,
@@ -101,6 +102,7 @@ def card(variant: Variant) -> str:
         f"  target               {simplex}",
         f"  needs                {', '.join(variant.needs) or 'logits and labels only'}",
         f"  scope                {variant.scope}",
+        f"  structure            {structure_text(variant)}",
         f"  mean over            {variant.denominator} tokens",
         f"  identity             {'by construction: the target is read from the loss' if variant.derived else 'a real test'}",
     ]
@@ -130,6 +132,19 @@ def card(variant: Variant) -> str:
     if described:
         lines += ["", textwrap.indent(described.partition("\nExample:")[0].strip(), "  ")]
     return "\n".join(lines)
+
+
+def structure_text(variant: Variant) -> str:
+    """What the method's logit gradient is a function of, in words."""
+    structure = variant.structure
+    if structure == "label":
+        return "label: a function of label probabilities, g = a (p - d)"
+    if structure == "dense":
+        return "dense: a function of whole distributions"
+    if structure.model is None:
+        return "mixture: the label and the uniform distribution"
+    own = f"p^{structure.own:g} " if structure.own else ""
+    return f"mixture: the label and {own}{structure.model}^{structure.other:g}, normalised"
 
 
 def _hanging(name: str, text: str) -> list[str]:

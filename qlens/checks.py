@@ -7,19 +7,25 @@ from typing import Any, Literal
 
 import torch
 
-from qlens.conformance import RULES, Failed, NotApplicable, Rule, Specimen, first_line, sees_no_batches, specimen
+from qlens import guards
+from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
+from qlens.conformance.texts import VOCABULARY
 from qlens.errors import InputError
+from qlens.guards import first_line
 from qlens.registry import resolve
 from qlens.variant import Variant
 
-State = Literal["passed", "failed", "not applicable"]
-STATES: tuple[State, ...] = ("failed", "passed", "not applicable")  # as they are printed
+State = Literal["passed", "failed", "remark", "not applicable"]
+STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
 WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the report: what was tested, how it went, the numbers, and for a failure what follows from it."""
+    """One line of the report: what was tested, how it went, the numbers, and for a failure what follows from it.
+
+    A "remark" is what whoever trains with the loss should know, and no fault of its code.
+    """
 
     id: str
     state: State
@@ -35,6 +41,8 @@ class CheckReport:
         spec: the loss.
         kind: how it is called: tokens, logits, outputs, hidden or model.
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
+        vocabulary: number of columns of the logits that it was called with.
+        refused: what it raised at a vocabulary of 24, where it asked for a wider one.
 
     Example:
         >>> report = check("dft")
@@ -45,6 +53,13 @@ class CheckReport:
     spec: str
     kind: str
     items: tuple[Item, ...]
+    vocabulary: int = VOCABULARY
+    refused: str = ""
+
+    @property
+    def remarks(self) -> tuple[Item, ...]:
+        """The items that are no faults of the code, and worth knowing."""
+        return tuple(item for item in self.items if item.state == "remark")
 
     @property
     def failures(self) -> tuple[Item, ...]:
@@ -62,12 +77,18 @@ class CheckReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything printable, for JSON."""
-        return {"loss": self.spec, "kind": self.kind, "ok": self.ok, "items": [asdict(item) for item in self.items]}
+        return {
+            "loss": self.spec,
+            "kind": self.kind,
+            "vocabulary": self.vocabulary,
+            "ok": self.ok,
+            "items": [asdict(item) for item in self.items],
+        }
 
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
-        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
-        for item in (*by_state["failed"], *by_state["passed"]):
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind}{self._width()})", ""]
+        for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
             lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
             lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
         for reason in dict.fromkeys(item.evidence for item in by_state["not applicable"]):
@@ -79,10 +100,19 @@ class CheckReport:
                 names if "," not in names else "",
                 reason if "," not in names else f"{names}: {reason}",
             )
-        counts = ", ".join(f"{len(by_state[state])} {state}" for state in ("passed", "failed", "not applicable"))
+        shown = [
+            state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
+        ]
+        counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
         return "\n".join([*lines, "", counts])
 
+    def _width(self) -> str:
+        if self.vocabulary == VOCABULARY:
+            return ""
+        return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} columns {self.refused}"
 
+
+@guards.quiet()
 def check(loss: Variant | str | Callable) -> CheckReport:
     """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
 
@@ -101,16 +131,17 @@ def check(loss: Variant | str | Callable) -> CheckReport:
         >>> [item.id for item in check(lambda logits, labels: F.cross_entropy(logits.exp().log(), labels)).failures]
         ['impossible', 'extremes']
     """
-    variant = resolve(loss)
     with torch.random.fork_rng(devices=[]):
-        tested = specimen(variant)
+        variant = resolve(loss)
+        tested, refused = specimen(variant)
         items = {name: _item(name, rule, tested) for name, rule in RULES.items() if not rule.compares}
         random = items["deterministic"].state == "failed"
         for name, rule in RULES.items():
             if rule.compares:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
-    return CheckReport(variant.spec, tested.kind, tuple(items[name] for name in RULES))
+    found = tuple(items[name] for name in RULES)
+    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:
@@ -120,12 +151,14 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
         return Item(name, "passed", rule.run(tested))
     except NotApplicable as reason:
         return Item(name, "not applicable", str(reason))
+    except Remark as remark:
+        return Item(name, "remark", str(remark))
     except Failed as failure:
-        return Item(name, "failed", str(failure), rule.consequence)
+        return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except InputError as error:
-        return Item(name, "failed", str(error), rule.consequence)
-    except Exception as error:  # whatever a loss raises is the evidence
-        return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.consequence)
+        return Item(name, "failed", str(error), rule.raising)
+    except Exception as error:
+        return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
 
 
 def _entry(state: str, name: str, said: str) -> list[str]:

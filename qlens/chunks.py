@@ -1,4 +1,4 @@
-"""Chunks: a few rows of logits that turn into p and into a gradient where they lie."""
+"""In-place softmax and gradient kernels for one chunk of logits."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.heads import Head
-from qlens.mixing import Mixture
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation, log_softmax, precision
 
@@ -50,7 +50,7 @@ def mix_(
     z: Float[Tensor, "n V"],
     y: Float[Tensor, "n V"],
     labels: Int[Tensor, "n 1"],
-    mixture: Mixture,
+    mixture: GeometricMixture,
     told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
     r"""p - t d - (1 - t) r in place of the student's logits, for a mixture's r; returns s and the loss of every row, (n,).
@@ -59,7 +59,7 @@ def mix_(
     """
     at_label, r = z.gather(1, labels), torch.empty_like(y)
     mixture.logits_(y, z)
-    if mixture.entropy:
+    if mixture.value == "kl":
         log_r = normalise_(y, out=r)[:, 0]
         far = expectation(r, y.sub_(z)) - log_r
     else:
@@ -79,7 +79,7 @@ def mix_(
 def smooth_(
     z: Float[Tensor, "n V"],
     labels: Int[Tensor, "n 1"],
-    mixture: Mixture,
+    mixture: GeometricMixture,
     told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""p - t d in place of the logits, for a mixture's uniform part u; returns s, 1 - t and the losses, (n,).
@@ -96,7 +96,7 @@ def smooth_(
     along, log_p, rest = torch.cat(found, 1)
     t, s = told(log_p, rest)
     z.scatter_(1, labels, ((1 - t) * log_p.exp() - t * rest.exp())[:, None])  # p_y - t without its cancellation
-    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.entropy else 0.0)
+    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.value == "kl" else 0.0)
     return s, 1 - t, s * _split(t, log_p, far)
 
 
@@ -125,7 +125,7 @@ def _split(t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], far: Float[Tensor
 
 
 class Chunk(Tokens):
-    """Tokens without a graph: what is asked for again is not computed again."""
+    """Tokens without a graph, which compute log p once; a copy with other logits is plain ``Tokens`` and has no cache."""
 
     @property
     def log_probs(self) -> Float[Tensor, "n V"]:

@@ -2,8 +2,9 @@
 
 import json
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -11,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 import qlens
-from qlens import cards, params
+from qlens import cards, console, params
 from qlens.errors import InputError
-from qlens.own import own_models, own_tokens
+from qlens.files import output_file
+from qlens.own import ROWS, own_models, own_tokens
 
 app = typer.Typer(
     help="See and design the target distribution behind any supervised fine-tuning loss.",
@@ -25,12 +27,14 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face model folder.", show_default="none")]
 Data = Annotated[
-    Path | None,
-    typer.Option(help="JSON Lines: question/answer, prompt/completion, messages or text.", show_default="none"),
+    str | None,
+    typer.Option(
+        metavar="FILE", help="JSON Lines: question/answer, prompt/completion, messages or text.", show_default="none"
+    ),
 ]
-Device = Annotated[str, typer.Option(help="Where models run: cpu, cuda, ...")]
+Device = Annotated[str | None, typer.Option(help="Where models run: cpu, cuda, ...", show_default="cpu")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="as saved")]
-Rows = Annotated[int, typer.Option(min=1, help="How many rows of the data to read.")]
+Rows = Annotated[int | None, typer.Option(min=1, help="How many rows of the data to read.", show_default=str(ROWS))]
 Loss = Annotated[str, typer.Argument(help="A method's spec, like dft or kd(temperature=2.0), or FILE.py:FUNCTION.")]
 
 
@@ -43,20 +47,25 @@ def list_methods(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
-    rows: Rows = 32,
+    rows: Rows = None,
     as_json: Json = False,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = None,
     figure: Annotated[
-        Path | None,
-        typer.Option(help="With --distances: draw them as a tree, its data beside it.", show_default="none"),
+        str | None,
+        typer.Option(
+            metavar="FILE", help="With --distances: draw them as a tree, its data beside it.", show_default="none"
+        ),
     ] = None,
 ) -> None:
     """List the registered methods: trust, residual, scale, needs, paper; or how they relate, on probes or on your own text."""
     if near:
         return _list_distances(model, teacher, reference, data, rows, as_json, device, dtype, figure)
-    if model or teacher or reference or data or figure:
-        raise InputError("--model, --teacher, --reference, --data and --figure go with --distances")
+    given = (model, teacher, reference, data, rows, device, dtype, figure)
+    if any(each is not None for each in given):
+        raise InputError(
+            "--model, --teacher, --reference, --data, --rows, --device, --dtype and --figure go with --distances"
+        )
     if as_json:
         return print(json.dumps(cards.summaries(), indent=2))
     table = Table(*cards.COLUMNS, box=None, header_style="bold", pad_edge=False)
@@ -72,30 +81,32 @@ def _list_distances(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: Path | None,
-    rows: int,
+    data: str | None,
+    rows: int | None,
     as_json: bool,
-    device: str,
-    dtype: Any,
-    figure: Path | None,
+    device: str | None,
+    dtype: str | None,
+    figure: str | None,
 ) -> None:
     from qlens.distances import distances
 
-    if figure is not None:
-        from qlens.analysis.saving import check_path
-
-        check_path(figure, "--figure")
-    tokens = None
-    if model or teacher or reference or data:
-        needs = ("old", "second", "negatives")
-        tokens = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)["tokens"]
-    found = distances(tokens)
-    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
-    if figure is not None:
+    path = None if figure is None else _figure_path(figure)
+    needs = ("old", "second", "negatives")
+    where = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)
+    found = distances(where.get("tokens"))
+    if path is not None:
         from qlens.analysis.saving import save_figure
 
-        save_figure(found.plot(), figure, found.angles().reset_index())
-        typer.echo(f"Figure: {figure}", err=as_json)
+        save_figure(found.plot(), path, found.angles().reset_index())
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found)
+    if path is not None:
+        typer.echo(f"Figure: {path}", err=as_json)
+
+
+def _figure_path(figure: str | Path) -> Path:
+    from qlens.analysis.saving import check_path
+
+    return check_path(figure, "--figure")
 
 
 @app.command()
@@ -105,7 +116,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Show one method's card."""
-    variant = qlens.get(name)
+    with redirect_stdout(sys.stderr):
+        variant = qlens.get(name)
     if bibtex:
         if not variant.method.bibtex:
             raise InputError(f"{variant.name} has no citation ({variant.paper or 'no paper is named'})")
@@ -120,32 +132,34 @@ def explain(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
-    rows: Rows = 32,
+    rows: Rows = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Where the figure goes, its data beside it.", show_default="explain-NAME.png")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Where the figure goes, its data beside it.", show_default="explain-NAME.png"
+        ),
     ] = None,
     latex: Annotated[bool, typer.Option("--latex", help="Print the table as LaTeX.")] = False,
     as_json: Json = False,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Show the target a loss trains toward, on built-in probes or on your own model and text."""
-    variant, where = qlens.get(loss), {}
-    path = figure or (None if as_json or latex else Path(f"explain-{_slug(loss)}.png"))
-    if path is not None:
-        from qlens.analysis.saving import check_path
+    with redirect_stdout(sys.stderr):  # what a user's file prints is no part of the answer
+        variant = qlens.get(loss)
+        unasked = None if as_json or latex else f"explain-{_slug(loss)}.png"
+        path = unasked if figure is None else figure
+        path = None if path is None else _figure_path(path)
+        thin = variant.scope == "token"
+        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
+        read = qlens.explain(variant, **where)
+        answer = read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else str(read)
+        if path is not None:
+            from qlens.analysis.plots import explain_data, save_figure
 
-        check_path(path, "--figure")
-    if model or data or teacher or reference:
-        where = own_tokens(
-            model, teacher, reference, data, rows, device, dtype, variant.needs, thin=variant.scope == "token"
-        )
-    read = qlens.explain(variant, **where)
-    print(read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read)
+            save_figure(read.plot(), path, explain_data(read))
+    print(answer)
     if path is not None:
-        from qlens.analysis.plots import explain_data, save_figure
-
-        save_figure(read.plot(), path, explain_data(read))
         typer.echo(f"Figure: {path}", err=as_json)
 
 
@@ -155,7 +169,8 @@ def check(loss: Loss, as_json: Json = False) -> None:
 
     Exit code 1 if something fails.
     """
-    report = qlens.check(loss)
+    with redirect_stdout(sys.stderr):
+        report = qlens.check(loss)
     print(json.dumps(report.to_dict(), indent=2) if as_json else report)
     if not report.ok:
         raise typer.Exit(1)
@@ -176,7 +191,9 @@ def compare(
     model: Folder = None,
     teacher: Folder = None,
     data: Data = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder.", show_default="runs/<configuration>")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<configuration>")
+    ] = None,
     save: Annotated[bool, typer.Option("--save", help="Keep the trained models.")] = False,
     learning_rate: Annotated[
         float | None,
@@ -188,8 +205,8 @@ def compare(
         bool,
         typer.Option("--lr-grid", help="Search the learning rate of what is not recorded, on validation problems."),
     ] = False,
-    device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, ...")] = "float32",
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="float32")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
     as_json: Json = False,
 ) -> None:
@@ -197,8 +214,10 @@ def compare(
 
     The same command goes on where it was stopped. Exit code 1 if a job failed: its traceback is in the run folder.
     """
+    if model is None and (beside := [n for n, v in (("--device", device), ("--dtype", dtype)) if v is not None]):
+        raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the lab runs on the CPU in float32")
     study = qlens.compare(
-        params.split_specs(variants) if variants else None,
+        None if variants is None else params.split_specs(variants),
         settings=params.split_specs(settings),
         seeds=seeds,
         steps=steps,
@@ -209,8 +228,8 @@ def compare(
         save=save,
         learning_rate=learning_rate,
         lr_grid=lr_grid,
-        device=device,
-        dtype=dtype,
+        device="cpu" if device is None else device,
+        dtype="float32" if dtype is None else dtype,
         jobs=jobs,
     )
     print(study.table().to_json(orient="records", indent=2) if as_json else study)
@@ -240,44 +259,49 @@ def view(
     ] = False,
     top: Annotated[int, typer.Option(min=1, help="With --rank: how many of every order are printed and shown.")] = 10,
     out: Annotated[
-        Path | None, typer.Option(help="The page.", show_default="view.html; none with --rank or --json")
+        str | None,
+        typer.Option(metavar="FILE", help="The page.", show_default="view.html; none with --rank or --json"),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary kept per position.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, an object per token (and row).")] = False,
-    device: Device = "cpu",
+    device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Show token by token what each target wants, as one HTML file; or rank what the targets trust least."""
-    path = out or (None if rank or as_json else Path("view.html"))
-    if path is not None and not path.parent.is_dir():
-        raise InputError(f"--out {path}: there is no folder {path.parent}")
-    loaded, rows_read = own_models(model, teacher, reference, data, device, dtype, text)
-    made = qlens.view(
-        **loaded,
-        text=rows_read,
-        variants=params.split_specs(variants) if variants else None,
-        candidates=1 if path is None else candidates,
-        rows=rows or (None if rank else 8),
-    )
+    unasked = None if rank or as_json else "view.html"
+    path = unasked if out is None else out
+    path = None if path is None else output_file(path, "--out")
+    from qlens.data import ignored_keys
+
+    with redirect_stdout(sys.stderr):
+        loaded, rows_read = own_models(
+            model, teacher, reference, data, "cpu" if device is None else device, dtype, text
+        )
+        made = qlens.view(
+            **loaded,
+            text=rows_read,
+            variants=None if variants is None else params.split_specs(variants),
+            candidates=1 if path is None else candidates,
+            rows=rows or (None if rank else 8),
+        )
+        if path is not None:
+            (made.top(top) if rank else made).save(path)
     typer.echo(f"{made}; {len(made.skipped)} rows left out", err=True)
+    if data is not None and (ignored := ignored_keys(rows_read)):
+        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if rank:
         print(made.rank().to_jsonl(top) if as_json else made.rank().table(top))
     elif as_json:
         print(made.to_jsonl())
     if path is not None:
-        (made.top(top) if rank else made).save(path)
         typer.echo(f"View: {path} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
 
 
 def _slug(spec: str) -> str:
     name = Path(spec.partition("(")[0]).name.replace(".py:", "-")
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:100]
 
 
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2."""
-    try:
-        app()
-    except InputError as error:
-        print(f"qlens: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(console.run(app, sys.argv[1:]))

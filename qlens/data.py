@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from qlens.batching import IGNORE
-from qlens.errors import InputError
+from qlens.batching import COLUMNS, IGNORE
+from qlens.errors import InputError, brief
+from qlens.files import refusal, user_path
+from qlens.templates import check_text, rendered
 
 KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -24,24 +26,30 @@ Piece = tuple[list[int], bool]  # token ids, and whether they are supervised
 class Encoded:
     """Examples ``{"input_ids", "labels"}`` ready for ``batching.collate``, and how many rows were too long."""
 
-    examples: list[dict[str, list[int]]]
+    examples: list[dict[str, Any]]
     dropped: int
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSON Lines file, all of one kind: question/answer, prompt/completion, messages, or text.
 
-    ``messages`` is a list of ``{"role", "content"}`` with at least one assistant turn. Blank lines are skipped.
+    ``messages`` is a list of ``{"role", "content"}`` with at least one assistant turn. Blank lines are skipped. Beside these
+    keys a row may carry columns, as ``batching.COLUMNS`` names them (weight, critical, advantage, hint, chosen, pair): one
+    value, or one per token, in every row. Other keys are ignored (``ignored_keys``).
 
     Raises:
-        InputError: no such file, nothing in it, or a line that is malformed, of the wrong types, has other keys, or is
-            of another kind than the first; the message names file and line.
+        InputError: no such file, nothing in it, or a line that is malformed, of the wrong types, or of another kind or
+            with other columns than the first; the message names file and line.
     """
-    path = Path(path)
+    path = user_path(path, "data file")
     if not path.is_file():
-        raise InputError(f"data file {str(path)!r} is not there, or is no file")
-    rows, kind = [], None
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        raise InputError(f"data file {brief(str(path))} is not there, or is no file")
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise refusal("data file", path, error, "read") from error
+    rows, kind, columns = [], None, None
+    for number, line in enumerate(lines, 1):
         where = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -49,11 +57,14 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:  # malformed or too deep JSON, or not UTF-8
             raise InputError(f"{where}: not JSON: {error}") from None
-        found = check_row(row, where)
+        found, carried = check_row(row, where), set(COLUMNS) & set(row)
         if kind not in (None, found):
             raise InputError(f"{where}: a row of {_named(found)}, but the rows before are of {_named(kind)}")
+        if columns not in (None, carried):
+            other = sorted(columns ^ carried)[0]
+            raise InputError(f"{where}: column {other!r} must be in every row or in none")
         rows.append(row)
-        kind = found
+        kind, columns = found, carried
     if not rows:
         raise InputError(f"data file {str(path)!r} is empty: it needs a JSON object per line")
     return rows
@@ -67,16 +78,44 @@ def check_row(row: Any, where: str) -> tuple[str, ...]:
     """
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: a row must be an object, got {type(row).__name__}")
-    kind = next((kind for kind in KINDS if set(kind) == set(row)), None)
-    if kind is None:
+    kinds = [kind for kind in KINDS if set(kind) <= set(row)]
+    if len(kinds) != 1:
         known = "; ".join(map(_named, KINDS))
-        raise InputError(f"{where}: keys {sorted(map(str, row))} are of no known kind ({known})")
+        why = f"of two kinds, {' and '.join(map(_named, kinds))}" if kinds else f"of no known kind ({known})"
+        raise InputError(f"{where}: keys {brief(sorted(map(str, row)))} are {why}")
+    (kind,) = kinds
     for key in kind:
-        if key != "messages" and not isinstance(row[key], str):
-            raise InputError(f"{where}: {key} must be a string, got {type(row[key]).__name__}")
+        if key != "messages":
+            check_text(row[key], f"{where}: {key}")
     if kind == ("messages",):
         _check_messages(row["messages"], where)
+    for name in COLUMNS:
+        if name in row:
+            values = row[name] if isinstance(row[name], Sequence) and not isinstance(row[name], str) else [row[name]]
+            if not values or not all(_fits(value, COLUMNS[name]) for value in values):
+                wanted = {torch.bool: "true or false", torch.long: "a whole number"}.get(
+                    COLUMNS[name], "a finite number"
+                )
+                raise InputError(f"{where}: {name} must be {wanted}, or a list of such, got {brief(row[name])}")
     return kind
+
+
+def ignored_keys(rows: Sequence[Row]) -> list[str]:
+    """The keys of rows that nothing is made of: neither their kind's nor a column (``batching.COLUMNS``)."""
+    known = {key for kind in KINDS for key in kind} | set(COLUMNS)
+    return sorted({str(key) for row in rows for key in row} - known)
+
+
+def _fits(value: Any, dtype: torch.dtype) -> bool:
+    """Whether a value can stand in a column."""
+    if dtype == torch.bool:
+        return value in (True, False) if isinstance(value, int | float) else False
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return (
+        number and abs(value) < 2**63
+        if dtype != torch.long
+        else isinstance(value, int) and number and abs(value) < 2**63
+    )
 
 
 def _check_messages(messages: Any, where: str) -> None:
@@ -87,6 +126,7 @@ def _check_messages(messages: Any, where: str) -> None:
             raise InputError(f"{where}: turn {number} must have exactly role and content, got {turn!r:.60}")
         if turn["role"] not in ROLES or not isinstance(turn["content"], str):
             raise InputError(f"{where}: turn {number} needs a role of {ROLES} and a content string, got {turn!r:.60}")
+        check_text(turn["content"], f"{where}: turn {number}")
     if not any(turn["role"] == "assistant" for turn in messages):
         raise InputError(f"{where}: messages have no assistant turn, so nothing to learn")
 
@@ -114,7 +154,7 @@ def split(rows: Sequence[Any], held_out: int | float, seed: int) -> tuple[list, 
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> Encoded:
-    """Token ids and labels of rows; labels are -100 except on completions and assistant turns.
+    """Token ids and labels of rows, and their columns; labels are -100 except on completions and assistant turns.
 
     With a chat template (question/answer and prompt/completion are a user and an assistant turn): exactly what the
     template writes; every assistant turn is supervised from where its generation prompt ends up to its end token.
@@ -144,12 +184,13 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
     return Encoded(kept, len(examples) - len(kept))
 
 
-def example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, list[int]]:
-    """Token ids and labels of one row, as ``encode`` writes them, of any length; perhaps nothing in it is supervised.
+def example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[str, Any]:
+    """Token ids, labels and columns of one row, as ``encode`` writes them, of any length; perhaps nothing is supervised.
 
     Raises:
         InputError: a malformed row, or a chat template as in ``encode``; ``where`` begins the message.
     """
+    _check_tokenizer(tokenizer)
     kind = check_row(row, where)
     if kind == ("text",):
         pieces = [(_optional(tokenizer.bos_token_id), False), (_ids(tokenizer, row["text"]), True)]
@@ -160,7 +201,18 @@ def example(row: Any, tokenizer: PreTrainedTokenizerBase, where: str) -> dict[st
     ids = [token for piece, _ in pieces for token in piece]
     labels = [token if supervised else IGNORE for piece, supervised in pieces for token in piece]
     labels[:1] = [IGNORE] * len(labels[:1])  # nothing predicts the first token
-    return {"input_ids": ids, "labels": labels}
+    columns = {name: row[name] for name in COLUMNS if name in row}
+    for name, values in columns.items():
+        if isinstance(values, Sequence) and len(values) != len(ids):
+            raise InputError(f"{where}: {name} has {len(values)} values, but the row has {len(ids)} tokens")
+    return {"input_ids": ids, "labels": labels, **columns}
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise InputError(
+            f"tokenizer must be a loaded tokenizer, got {brief(tokenizer)}: load it by AutoTokenizer.from_pretrained(FOLDER)"
+        )
 
 
 def _turns(row: Row, kind: tuple[str, ...]) -> list[dict[str, str]]:
@@ -188,10 +240,7 @@ def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
     """What the chat template writes."""
 
     def written(upto: int, prompt: bool) -> list[int]:
-        try:
-            ids = tokenizer.apply_chat_template(turns[:upto], return_dict=False, add_generation_prompt=prompt)
-        except TemplateError as error:
-            raise InputError(f"{where}: the chat template refuses these turns: {error}") from None
+        ids = _ids(tokenizer, rendered(turns[:upto], tokenizer, prompt, where))
         if ids[: len(seen)] != seen:
             raise InputError(
                 f"{where}: the chat template writes what comes before turn {upto + prompt} differently once that turn "

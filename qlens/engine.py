@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
-from qlens.collapse import collapses
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
+from qlens.fields import check_field, check_ids
 from qlens.heads import Head, TopK
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
-from qlens.tokens import PER_TOKEN
+from qlens.row_gradients import block_rows, inputs
+from qlens.tokens import PER_TOKEN, Tokens, precision
 from qlens.variant import ALONE
+from qlens.verification import why_whole
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
 ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
@@ -49,9 +51,12 @@ def fused_loss(
 ) -> Tensor:
     r"""The variant's printed loss from hidden states, with gradients for hidden, head and bias: :math:`g = s (p - Q)` in chunks.
 
-    No (N, V) tensor of any model is ever whole. Losses of label probabilities alone cost a softmax beyond their three matrix
-    products, those of sequences, batches and pairs a product more, for a first pass that collects the labels'
-    log-probabilities. Gradients are made on the way forward and kept until ``backward``.
+    No (N, V) tensor of any model is ever whole. How the gradient is computed is chosen by the method's declared ``structure``
+    alone. Losses of label probabilities cost a softmax beyond their three matrix products, those of sequences, batches and
+    pairs a product more, for a first pass that collects the labels' log-probabilities. Gradients are computed on the way
+    forward and kept until ``backward``. A method of your own is verified once on a few rows of the batch: a structure that it
+    has not, or a target that is not its printed loss's, is refused; rows that depend on each other although its scope is
+    "token" are computed together, with one log line that says so.
 
     Args:
         variant: as in ``explain``.
@@ -67,7 +72,7 @@ def fused_loss(
 
     Raises:
         InputError: shapes that do not fit, a missing model, or a batch statistic that needs more than label
-            probabilities; a second backward.
+            probabilities; a card that does not fit the loss; logits that hold NaN; a second backward.
 
     Rounding: ``ROUNDING``, by dtype.
 
@@ -100,14 +105,15 @@ def fused_pass(
 ) -> tuple[Tensor, Pass]:
     """``fused_loss`` and the pass that made it, which knows how many rows were trusted at all."""
     method = resolve(variant)
+    _check_inputs(hidden, head, bias, labels, denominator, chunk)
     kept = (labels != IGNORE).nonzero()[:, 0]
+    check_ids(labels[kept], len(head))
     given: dict = {name: _kept(name, value, kept, len(labels), shape) for name, value in models.items()}
-    fields = {name: _field(name, value, kept, len(labels)) for name, value in fields.items()}
+    fields = {name: _field(name, value, kept, len(labels), len(head)) for name, value in fields.items()}
     _check(method, {**given, **fields})
-    given = {name: model for name, model in given.items() if name in method.needs}  # nobody looks at the others
-    fields = {name: value for name, value in fields.items() if name in (*method.needs, "weight", "sequence", "pair")}
-    if len(hidden) != len(labels):
-        raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
+    given, fields = inputs(method, given), inputs(method, fields)
+    for name, model in given.items():
+        _check_width(name, model, len(head))
     rows = hidden if len(kept) == len(labels) else hidden[kept]
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -116,15 +122,38 @@ def fused_pass(
         pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
         denominator = max(pairs, 1)
     size = min(chunk or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
-    pass_ = Pass(method, labels[kept].long(), given, fields, shape, size, 1 / float(denominator), observe)
-    return _Fused.apply(rows, head, bias, pass_), pass_
+    own = Head(rows.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
+    labels = labels[kept].long()
+    block = min(size, block_rows(head.shape[0]))
+    whole = bool(why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block))
+    if whole:
+        size = len(labels)
+    pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)
+    return _Fused.apply(rows, head, bias, pass_, torch.is_grad_enabled()), pass_
+
+
+def _sample(own: Head, labels: Tensor, models: dict, fields: dict[str, Tensor], index: Tensor) -> Tokens:
+    """Tokens at some rows, with whole logits there."""
+    index = index.to(labels.device)
+    logits = replace(own, hidden=own.hidden[index]).logits(slice(None))
+    others = {}
+    for name, model in models.items():
+        if isinstance(model, TopK):
+            others[name] = TopK(model.ids[index], model.log_probs[index], model.tail).logits(slice(None), logits)
+        elif isinstance(model, Head):
+            others[name] = replace(model, hidden=model.hidden[index]).logits(slice(None)).to(logits.dtype)
+        else:
+            others[name] = model[index].to(precision(logits.dtype))
+    return Tokens(logits=logits, labels=labels[index], **others, **{k: v[index] for k, v in fields.items()})
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, bias: Tensor | None, pass_: Pass, grad_enabled: bool) -> Tensor:
+        # torch sets needs_input_grad from requires_grad alone, under no_grad too
+        wanted = tuple(needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
-            total, ctx.made = pass_.run(hidden, head, bias, ctx.needs_input_grad[:3])
+            total, ctx.made = pass_.run(hidden, head, bias, wanted)
         return total
 
     @staticmethod
@@ -134,8 +163,43 @@ class _Fused(torch.autograd.Function):
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
         if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
-            return *made, None
-        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None
+            return *made, None, None
+        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None, None
+
+
+def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: Any, chunk: Any) -> None:
+    """Whether the arguments of ``fused_loss`` are what they are said to be."""
+    for name, value, shape in (("hidden", hidden, "(N, H)"), ("head", head, "(V, H)")):
+        if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
+            shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
+            raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise InputError(f"bias must be a tensor (V,) or None, got {brief(bias)}")
+    whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
+    if not whole or labels.ndim != 1 or labels.dtype == torch.bool:
+        shown = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
+        raise InputError(f"labels must be an integer tensor (N,), got {shown}")
+    if len(hidden) != len(labels):
+        raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
+    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
+        raise InputError(f"chunk must be a whole number of rows, at least 1, or None, got {brief(chunk)}")
+    if denominator is not None:
+        number = isinstance(denominator, int | float) and not isinstance(denominator, bool)
+        single = isinstance(denominator, Tensor) and denominator.numel() == 1 and not denominator.is_complex()
+        if not (number or single) or not 0 < float(denominator) < math.inf:
+            raise InputError(f"denominator must be a finite number above 0, or None, got {brief(denominator)}")
+
+
+def _check_width(name: str, model: Tensor | Head | TopK, vocabulary: int) -> None:
+    """Whether another model is over the head's vocabulary."""
+    if isinstance(model, TopK):
+        if len(model.ids) and not 0 <= int(model.ids.min()) <= int(model.ids.max()) < vocabulary:
+            raise InputError(f"{name} names ids outside the vocabulary 0..{vocabulary - 1}")
+        return
+    width = len(model.weight) if isinstance(model, Head) else model.shape[1] if model.ndim == 2 else None
+    if width != vocabulary:
+        found = f"a vocabulary of {width}" if width else f"shape {tuple(model.shape)}"
+        raise InputError(f"{name} has {found}, but the head's vocabulary is {vocabulary}: they must be one")
 
 
 def _even(rows: int, most: int) -> int:
@@ -150,8 +214,14 @@ def _kept(name: str, model: Model, kept: Tensor, rows: int, shape: dict) -> Tens
     elif isinstance(model, Head):
         sized, made = len(model.hidden), lambda: replace(model, hidden=model.hidden.detach()[kept])
     elif isinstance(model, tuple):
+        if len(model) != 2 or not all(isinstance(each, Tensor) and each.ndim == 2 for each in model):
+            raise InputError(
+                f"{name} must be logits (N, V), a tuple (hidden, head), a Head or a TopK, got {brief(model)}"
+            )
         hidden, head = model
         sized, made = len(hidden), lambda: Head(hidden.detach()[kept], head.detach(), **shape)
+    elif not isinstance(model, Tensor):
+        raise InputError(f"{name} must be logits (N, V), a tuple (hidden, head), a Head or a TopK, got {brief(model)}")
     else:
         sized, made = len(model), lambda: model.detach()[kept]
     if sized != rows:
@@ -159,19 +229,22 @@ def _kept(name: str, model: Model, kept: Tensor, rows: int, shape: dict) -> Tens
     return made()
 
 
-def _field(name: str, value: Tensor, kept: Tensor, rows: int) -> Tensor:
+def _field(name: str, value: Tensor, kept: Tensor, rows: int, vocabulary: int) -> Tensor:
     if name not in PER_TOKEN and name != "negatives":
         raise InputError(
             f"fused_loss: unknown field {name!r}; per token there are {', '.join(PER_TOKEN)} and negatives"
         )
-    if len(value) != rows:
-        raise InputError(f"{name} has {len(value)} rows, but labels have {rows}")
-    return value[kept]
+    if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != rows:
+        found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+        raise InputError(f"{name} must be a tensor of {rows} rows, as labels have, got {found}")
+    taken = value[kept]
+    check_field(name, taken, (len(kept),) if name in PER_TOKEN else (len(kept), vocabulary))
+    return taken
 
 
 def fusible(variant: Variant) -> bool:
     """Whether rows can be taken a few at a time: all but batch statistics of whole distributions."""
-    return variant.scope in ALONE or collapses(variant)
+    return variant.scope in ALONE or variant.structure == "label"
 
 
 def _check(variant: Variant, given: dict[str, Any]) -> None:

@@ -12,13 +12,14 @@ import torch
 from qlens import matching
 from qlens.destination import Destination, destination
 from qlens.errors import InputError
-from qlens.findings import words
+from qlens.findings import summary, words
 from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
 from qlens.findings.nearly import Nearly
 from qlens.findings.scope import Scope
+from qlens.guards import quiet
 from qlens.probes import shapes
 from qlens.target import Target
 from qlens.tokens import Tokens
@@ -123,7 +124,7 @@ class Explanation:
     def summary(self) -> str:
         """A paragraph that a person would say about this loss."""
         ends = self.destination.sentence if isinstance(self.destination, Destination) else ""
-        return " ".join(filter(None, [words.paragraph(self), ends]))
+        return " ".join(filter(None, [summary.paragraph(self), ends]))
 
     @property
     def law(self) -> Law | None:
@@ -145,7 +146,8 @@ class Explanation:
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
         try:
-            return destination(self.variant)
+            with quiet():
+                return destination(self.variant)
         except InputError as error:
             return str(error)
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import TrainerCallback
+from torch import Tensor, nn
 
 from qlens.batching import COLUMNS, Supervised
 from qlens.errors import InputError
@@ -23,25 +22,22 @@ class Feed:
     Args:
         variant: the method.
         models: ``teacher`` and ``reference``, None where not given.
-        old_every: optimizer steps between refreshes of the old policy.
 
     Raises:
         InputError: a model that the method needs is missing, has another vocabulary or is the student itself.
     """
 
-    def __init__(self, variant: Variant, models: Mapping[str, Any], old_every: int):
+    def __init__(self, variant: Variant, models: Mapping[str, Any]):
         for need in variant.needs:
             if need in GIVEN and models[need] is None:
                 raise InputError(f"{variant.name} needs a {need}: give QTrainer({need}=...)")
             if need not in (*GIVEN, *FOUND, *COLUMNS):
                 raise InputError(f"{variant.name} needs {need!r}, which QTrainer has no source for")
-        if old_every < 1:
-            raise InputError(f"old_every must be at least 1, got {old_every}")
-        self.variant, self.old_every = variant, old_every
+        self.variant = variant
         self.others: dict[str, Any] = {name: models[name] for name in variant.needs if name in GIVEN}
 
-    def follow(self, model: Any, device: torch.device) -> "Refresh":
-        """Settle beside the student: check and place the other models, copy the old policy; returns what refreshes it."""
+    def settle(self, model: Any, device: torch.device) -> None:
+        """Check the other models against the student, place them, and copy the student as the first old policy."""
         for name, other in self.others.items():
             if other is model:
                 raise InputError(f"{name} is the model being trained, which would freeze it: give a copy")
@@ -50,7 +46,44 @@ class Feed:
         self.student = model
         if "old" in self.variant.needs:
             self.others["old"] = freeze(copy.deepcopy(model)).to(device)
-        return Refresh(model, self.others.get("old"), self.old_every)
+
+    def begin(self, model: Any) -> None:
+        """Begin a run: the student is ``model``, and the old policy a copy of it."""
+        self.student = model
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the student's weights into the old policy."""
+        if "old" in self.others:
+            self.others["old"].load_state_dict(self.student.state_dict())
+
+    def state(self) -> dict[str, Tensor]:
+        """The old policy's weights that training changes, by name; a weight that several layers share, once."""
+        if "old" not in self.others:
+            return {}
+        trained = {id(p) for p in self.student.parameters() if p.requires_grad}
+        buffers = {id(b) for b in self.student.buffers()}
+        names = {id(value): name for name, value in self.student.state_dict(keep_vars=True).items()}
+        old = self.others["old"].state_dict()
+        return {name: old[name].contiguous() for at, name in names.items() if at in trained or at in buffers}
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Give the old policy the weights that ``state`` returned.
+
+        Raises:
+            InputError: they are of another model.
+        """
+        if "old" not in self.others:
+            return
+        own = {name: tuple(value.shape) for name, value in self.state().items()}
+        given = {name: tuple(value.shape) for name, value in saved.items()}
+        if own != given:
+            name = sorted(own.items() ^ given.items())[0][0]
+            raise InputError(
+                f"the checkpoint's old policy does not fit the model: {name} has shape {given.get(name)} there and "
+                f"{own.get(name)} here; resume with the model that it was saved with"
+            )
+        self.others["old"].load_state_dict(dict(saved), strict=False)
 
     def fields(
         self,
@@ -77,24 +110,3 @@ class Feed:
             elif name in self.variant.needs:
                 raise InputError(f"{self.variant.name} needs {name!r}: give the data a column of that name")
         return fields
-
-
-class Refresh(TrainerCallback):
-    """Keeps the old policy: the student as it was at the last refresh."""
-
-    def __init__(self, model: nn.Module, old: nn.Module | None, every: int):
-        self.model, self.old, self.every = model, old, every
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start from the student, a resumed one too."""
-        self.refresh()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Catch up, every so many steps."""
-        if state.global_step % self.every == 0:
-            self.refresh()
-
-    def refresh(self) -> None:
-        """Copy the student's weights."""
-        if self.old is not None:
-            self.old.load_state_dict(self.model.state_dict())

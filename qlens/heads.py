@@ -1,5 +1,6 @@
 """Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -7,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.tokens import log_softmax, precision
 
 
@@ -44,7 +45,10 @@ class Head:
             raise InputError(f"hidden is {h.dtype}, but head is {w.dtype}: they must have one dtype")
         if b is not None and tuple(b.shape) != (w.shape[0],):
             raise InputError(f"bias must be ({w.shape[0]},), got {tuple(b.shape)}")
-        if self.softcap is not None and self.softcap <= 0:
+        for name, value in (("softcap", self.softcap), ("logit_scale", self.logit_scale)):
+            if value is not None and (not isinstance(value, int | float) or not 0 < abs(value) < math.inf):
+                raise InputError(f"{name} must be a finite number other than 0, got {brief(value)}")
+        if self.softcap is not None and self.softcap < 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")
 
     def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:

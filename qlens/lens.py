@@ -8,12 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.errors import InputError
+from qlens.guards import blamed
 from qlens.registry import Variant, resolve
+from qlens.scales import COARSE as COARSE
+from qlens.scales import carried as carried
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
 
 ENTRIES = 2**22  # logits that autograd works on at a time
-COARSE = (torch.bfloat16, torch.float16)
 
 
 def implied_target(
@@ -43,7 +45,9 @@ def implied_target(
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
     variant = resolve(loss)
-    return Target.from_grad(tokens, read(variant, tokens, variant.total)).at(scale)
+    with blamed(variant.spec):
+        grad = read(variant, tokens, variant.total)
+    return Target.from_grad(tokens, grad).at(scale)
 
 
 def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) -> Float[Tensor, "N V"]:
@@ -78,9 +82,3 @@ def slopes(
         way = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
         ends = [float(value(tokens.replace(logits=tokens.logits + sign * step * way))) for sign in (1, -1)]
         yield (ends[0] - ends[1]) / (2 * step), float((grad * way).sum())
-
-
-def carried(grad: torch.Tensor) -> torch.dtype:
-    """The least precise type that holds every digit of a gradient: what the loss computed in, whatever it returned."""
-    narrower = (*COARSE, torch.float32)
-    return next((dtype for dtype in narrower if bool((grad.to(dtype).to(grad.dtype) == grad).all())), grad.dtype)

@@ -1,12 +1,12 @@
 """The user's own models and text, as the command line names them: folders and files, loaded."""
 
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from qlens.errors import InputError
 
+ROWS = 32  # of the data, where not told
 MOST = 2**26  # logits of one model, to be read as a whole
 
 
@@ -14,29 +14,41 @@ def own_tokens(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: Path | None,
-    rows: int,
-    device: str,
-    dtype: Any,
+    data: str | None,
+    rows: int | None,
+    device: str | None,
+    dtype: str | None,
     needs: tuple[str, ...],
     thin: bool = True,
 ) -> dict[str, Any]:
-    """Tokens of the user's model on the user's text, and how to print them.
+    """Tokens of the user's model on the user's text, and how to print them; nothing where no model and no text is named.
 
     ``thin``: of more than ``MOST`` logits, only so many tokens are read, spread evenly; what looks at whole texts must not.
     """
+    if all(each is None for each in (model, data, teacher, reference)):
+        given = {"--rows": rows, "--device": device, "--dtype": dtype}
+        if beside := [name for name, each in given.items() if each is not None]:
+            raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the built-in probes have no use for it")
+        return {}
+    rows = rows or ROWS
     from qlens import data as texts
     from qlens import sources
     from qlens.reading import tokens_from_examples
 
-    loaded, read = own_models(model, teacher, reference, data, device, dtype)
+    for name, folder in (("teacher", teacher), ("reference", reference)):
+        if name in needs and folder is None:
+            raise InputError(f"the method needs a {name}: give --{name} DIR")
+    loaded, read = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype)
     tokenizer = loaded.pop("tokenizer")
     encoded = texts.encode(read, tokenizer, sources.shortest_context(*loaded.values()))
     used = encoded.examples[:rows]
-    said = f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context"
-    typer.echo(said, err=True)
     most = max(MOST // sources.vocabulary_size(loaded["model"]), 1) if thin else None
     tokens = tokens_from_examples(examples=used, needs=needs, most=most, **loaded)
+    typer.echo(
+        f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context", err=True
+    )
+    if ignored := texts.ignored_keys(read):
+        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if len(tokens) == most:
         typer.echo(f"{most} tokens of these are read, spread evenly: their logits alone are {MOST} numbers", err=True)
     return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
@@ -46,9 +58,9 @@ def own_models(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: Path | None,
+    data: str | None,
     device: str,
-    dtype: Any,
+    dtype: str | None,
     text: str | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """The user's models and tokenizer by their names, and the rows of the user's data, or the text given instead."""
@@ -64,6 +76,10 @@ def own_models(
     loaded = {"model": sources.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if folder is not None:
-            sources.check_same_tokenizer(tokenizer, sources.load_tokenizer(folder))
+            its = sources.load_tokenizer(folder)
+            sources.check_same_tokenizer(tokenizer, its)
             loaded[name] = sources.load_model(folder, device, dtype)
+            width = sources.vocabulary_size(loaded["model"])
+            if done := sources.match_vocabulary(width, loaded[name], name, tokenizer, its):
+                typer.echo(done, err=True)
     return loaded, read

@@ -40,7 +40,10 @@ class Pairs:
             if bool((count == 0).any()):
                 at = int((count == 0).nonzero()[0, 0])
                 wrong = int(ids[pairs.index == at][0])
-                raise InputError(f"pair {wrong} has no token of its {name} sequence: a pair needs both")
+                raise InputError(
+                    f"pair {wrong} has no token of its {name} sequence: a pair needs both, in training within one micro-batch "
+                    "(pack its two texts into one example, with position_ids and chosen per token)"
+                )
         size = torch.where(chosen, counts[0][pairs.index], counts[1][pairs.index])
         return cls(pairs.index, chosen, size, pairs)
 

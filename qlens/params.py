@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import math
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +11,10 @@ from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from qlens import calling
-from qlens.errors import InputError, ParameterError
+from qlens.errors import InputError, ParameterError, brief
+
+LONGEST = 10_000  # characters of a spec, or of several
+WHOLE = 2**63  # what torch takes for a whole number lies below
 
 
 @dataclass(frozen=True)
@@ -39,22 +44,41 @@ def defaults(fn: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in given if p.default is not p.empty and p.name not in calling.CALLERS}
 
 
+def missing(fn: Callable) -> tuple[str, ...]:
+    """Parameters that have no default and are no input of a loss: a user must give them."""
+    return calling.inputs(fn).missing
+
+
 def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
     """The full set of parameters: ``given`` over the defaults, names, types and ranges checked.
 
     Raises:
         ParameterError: naming the method, the parameter, its value and what would be right.
     """
-    bound, types = defaults(fn), hints(fn)
+    bound, annotated, bare = defaults(fn), hints(fn), missing(fn)
+    for name in bare:
+        if name not in given:
+            raise ParameterError(lacks(fn, name))
     for name, value in given.items():
-        if name not in bound:
-            known = ", ".join(bound) or "it has none"
-            raise ParameterError(f"{method} has no parameter {name!r} (parameters: {known})")
-        hint = types.get(name, type(bound[name]) if bound[name] is not None else Any)
+        if name not in bound and name not in bare:
+            known = ", ".join([*bare, *bound]) or "it has none"
+            raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {known})")
+        hint = annotated.get(name, type(bound[name]) if bound.get(name) is not None else Any)
         if (wanted := _misfit(value, hint)) is not None:
-            raise ParameterError(f"{method}: {name} = {value!r}, but it must be {wanted}")
+            raise ParameterError(f"{method}: {name} = {brief(value)}, but it must be {wanted}")
+        if name == "clamp" and isinstance(value, tuple | list) and len(value) == 2 and value[0] > value[1]:
+            raise ParameterError(f"{method}: clamp = {brief(value)}, but it must be (low, high), low first")
         bound[name] = float(value) if _is_float(hint) else tuple(value) if isinstance(value, list) else value
     return bound
+
+
+def lacks(fn: Callable, name: str) -> str:
+    """The sentence about a parameter that nothing can be given to."""
+    who = calling.name_of(fn)
+    return (
+        f"{who}: {name!r} has no default and is no input that qlens knows: give {name!r} a default, or a value, "
+        f'FILE.py:"{who}({name}=...)" on the command line, functools.partial({who}, {name}=...) in Python'
+    )
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
@@ -67,6 +91,8 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         >>> parse("beyond_log(alpha=0.5)")
         ('beyond_log', {'alpha': 0.5})
     """
+    if len(spec) > LONGEST:
+        raise InputError(f"spec {brief(spec)} has {len(spec)} characters: at most {LONGEST} are read")
     head, bracket, tail = spec.strip().partition("(")
     if not bracket:
         return head, {}
@@ -74,26 +100,49 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
         call = ast.parse(f"f({tail}", mode="eval").body
         if not isinstance(call, ast.Call) or call.args or any(k.arg is None for k in call.keywords):
             raise ValueError("only name=value arguments are allowed")
-        return head.strip(), {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
+        if not isinstance(call.func, ast.Name):
+            raise ValueError("one pair of brackets is allowed")
+        names = [k.arg for k in call.keywords if k.arg]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]} is given twice")
+        return head.strip(), {k.arg: _literal(k.arg, k.value) for k in call.keywords if k.arg}
     except (ValueError, SyntaxError) as error:
-        reason = error.msg if isinstance(error, SyntaxError) else error
-        raise InputError(f"spec {spec!r} does not read as name(parameter=value, ...): {reason}") from error
+        reason = error.msg if isinstance(error, SyntaxError) else str(error)
+    except (RecursionError, MemoryError):  # the parser's own limits
+        reason = "it is nested too deeply"
+    raise InputError(f"spec {brief(spec)} does not read as name(parameter=value, ...): {reason}")
+
+
+def _literal(name: str, node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError) as error:  # TypeError: {[]: 1}, an unhashable key
+        raise ValueError(f"{name} must be a literal like 2.0, 'x', True, None or (0.5, 2.0)") from error
 
 
 def split_specs(text: str) -> list[str]:
-    """'a,b(x=1,y=2)' -> ['a', 'b(x=1,y=2)']: commas inside brackets stay."""
+    """'a,b(x=1,y=2)' -> ['a', 'b(x=1,y=2)']: commas inside brackets stay.
+
+    Raises:
+        InputError: there is nothing between two commas, at an end, or at all; or far too much.
+    """
+    if len(text) > LONGEST:
+        raise InputError(f"the list {brief(text)} has {len(text)} characters: at most {LONGEST} are read")
     specs, depth, start = [], 0, 0
     for at, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
             specs.append(text[start:at])
             start = at + 1
-    return [spec.strip() for spec in [*specs, text[start:]] if spec.strip()]
+    listed = [spec.strip() for spec in [*specs, text[start:]]]
+    if not all(listed):
+        raise InputError(f"the list {brief(text)} has an empty entry: separate names by single commas, like 'sft,dft'")
+    return listed
 
 
 def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """The spec of a point: the name, and the parameters that differ from their defaults."""
-    changed = {key: value for key, value in params.items() if value != default[key]}
+    changed = {key: value for key, value in params.items() if key not in default or value != default[key]}
     return f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else name
 
 
@@ -105,8 +154,8 @@ def ends(fn: Callable) -> list[dict[str, Any]]:
         >>> ends(f)
         [{'eta': 0.0}, {'eta': 1.0}, {'square': True}]
     """
-    types = hints(fn)
-    points = [{name: value} for name in defaults(fn) for value in telling(types.get(name, Any))]
+    annotated = hints(fn)
+    points = [{name: value} for name in defaults(fn) for value in telling(annotated.get(name, Any))]
     return [point for point in points if point.items() - defaults(fn).items()]
 
 
@@ -124,13 +173,20 @@ def telling(hint: Any) -> list[Any]:
 
 @lru_cache(maxsize=1024)
 def hints(fn: Callable) -> Mapping[str, Any]:
-    """The annotations of a function's arguments; a callable object has none that can be read this way."""
+    """The annotations of a function's arguments; a callable object has none that can be read this way.
+
+    Raises:
+        InputError: an annotation, which is code of the user's, cannot be evaluated.
+    """
     if not inspect.isroutine(fn):
         return {}
     try:
         return typing.get_type_hints(fn, include_extras=True)
     except NameError:  # a name imported for type checkers only: the defaults' types are what is left to go by
         return {}
+    except (Exception, SystemExit) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{calling.name_of(fn)}: an annotation of it cannot be evaluated: {reason}") from error
 
 
 def _is_float(hint: Any) -> bool:
@@ -149,19 +205,33 @@ def _misfit(value: Any, hint: Any) -> str | None:
         return None if value in inner else "one of " + ", ".join(map(repr, inner))
     if origin is tuple and inner[-1] is Ellipsis:
         fits = isinstance(value, tuple | list) and len(value) and all(_misfit(v, inner[0]) is None for v in value)
-        return None if fits else f"({inner[0].__name__}, ...)"
+        return None if fits else f"({_named(inner[0])}, ...)"
     if origin is tuple:
         fits = isinstance(value, tuple | list) and len(value) == len(inner)
         fits = fits and all(_misfit(v, h) is None for v, h in zip(value, inner, strict=True))
-        return None if fits else f"({', '.join(h.__name__ for h in inner)})"
-    if origin is not None:  # a union: any side will do
+        return None if fits else f"({', '.join(map(_named, inner))})"
+    if origin in (typing.Union, types.UnionType):  # any side will do
         wanted = [_misfit(value, side) for side in inner]
         return None if None in wanted else " or ".join(w for w in wanted if w)
     if hint is float:
-        finite = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
-        return None if finite else "a finite number"
+        return None if _finite(value) else "a finite number"
     if hint is int:
-        return None if isinstance(value, int) and not isinstance(value, bool) else "a whole number"
-    if hint in (Any, inspect.Parameter.empty) or isinstance(value, hint):
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return None if whole and abs(value) < WHOLE else "a whole number below 2^63" if whole else "a whole number"
+    kind = hint if origin is None else origin
+    if kind in (Any, inspect.Parameter.empty) or not isinstance(kind, type) or isinstance(value, kind):
         return None
-    return "None" if hint is type(None) else f"a {hint.__name__}"
+    return "None" if kind is type(None) else f"a {_named(hint)}"
+
+
+def _finite(value: Any) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
+
+
+def _named(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlens.batching import Supervised, collate
+from qlens.batching import COLUMNS, Supervised, collate
 from qlens.bodies import Bodies
 from qlens.data import Row, encode
 from qlens.errors import InputError
@@ -97,7 +97,9 @@ def token_batches(
             frozen.enter_context(evaluating(each))
         for start in range(0, len(examples), batch_size):
             batch = _on(model.device, collate(examples[start : start + batch_size]))
-            supervised = Supervised(batch.pop("labels"))
+            supervised = Supervised.of(batch)
+            del batch["labels"]
+            columns = {name: supervised.at_labels(batch.pop(name)) for name in COLUMNS if name in batch}
             logits = {"logits": _logits(model, batch, supervised, entries and bodies, "model")}
             for name, other in others.items():
                 logits[name] = _logits(other, _on(other.device, batch), supervised, entries and bodies, name)
@@ -109,6 +111,7 @@ def token_batches(
                 fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
                 if "negatives" in needs:
                     fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1], rows)
+                fields |= {name: values[rows] for name, values in columns.items()}
                 yield Tokens(labels=supervised.labels[rows], sequence=start + supervised.sequence[rows], **fields)
 
 

@@ -94,7 +94,7 @@ def resolve(thing: Variant | str | Callable) -> Variant:
     if isinstance(thing, Method):
         return thing.variant()
     if callable(thing):
-        return _method(getattr(thing, "__name__", type(thing).__name__), thing).variant()
+        return _method(calling.name_of(thing), thing).variant()
     raise InputError(f"a loss is a Variant, a spec string or a callable, got {type(thing).__name__}")
 
 

@@ -1,35 +1,95 @@
-"""Scales: what can be read off a gradient and p alone, the effective trust, the smallest scale, and what counts as rounding."""
+"""Scales: what a gradient and p say by themselves (effective trust, natural scale), and what counts as rounding."""
+
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qlens.tokens import BLOCK_ENTRIES
+
+COARSE = (torch.bfloat16, torch.float16)
+
 
 def effective_trust(
     log_probs: Float[Tensor, "N V"], labels: Int[Tensor, " N"], grad: Float[Tensor, "N V"]
 ) -> Float[Tensor, " N"]:
-    """-g_y / (1 - p_y) in unit scale, (N,); NaN where nothing is left to pull, 1 - p_y = 0.
+    """-g_y / (1 - p_y) in unit scale, (N,); NaN where 1 - p_y = 0, so that nothing is left to pull."""
+    rest = log_probs.exp().scatter(1, labels[:, None].long(), 0.0).sum(-1)
+    return torch.where(rest > 0, label_pull(log_probs, labels, grad, balanced(log_probs, grad)) / rest, torch.nan)
 
-    Where sum(g) = 0 that is the others' share, sum_{k != y} g_k / sum_{k != y} p_k, which keeps its digits as p_y -> 1.
-    """
+
+def label_pull(
+    log_probs: Float[Tensor, "N V"], labels: Int[Tensor, " N"], grad: Float[Tensor, "N V"], balance: Bool[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """-g_y, (N,). Where sum(g) = 0 and p_y > 1/2 it is the sum of the other entries, which keeps its digits as p_y -> 1."""
     index = labels[:, None].long()
-    rest = log_probs.exp().scatter(1, index, 0.0).sum(-1)
-    pull = torch.where(balanced(grad), grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
-    return torch.where(rest > 0, pull / rest, torch.nan)
+    sure = balance & (log_probs.gather(1, index)[:, 0] > math.log(0.5))
+    return torch.where(sure, grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
 
 
-def balanced(grad: Float[Tensor, "N V"]) -> Bool[Tensor, " N"]:
-    """Whether sum_k g_k = 0, to rounding."""
-    return grad.sum(-1).abs() <= tolerance(grad) * grad.abs().amax(-1).clamp(min=1)
+def with_sum_(
+    values: Float[Tensor, "N V"], log_probs: Float[Tensor, "N V"], total: float, rows: Bool[Tensor, " N"] | None = None
+) -> Float[Tensor, "N V"]:
+    """Rows known to sum to ``total``: where one p exceeds 1/2, its entry is set in place to what the others leave."""
+    top = log_probs.argmax(-1, keepdim=True)
+    sure = log_probs.gather(1, top) > math.log(0.5)
+    if rows is not None:
+        sure &= rows[:, None]
+    left = total - values.scatter(1, top, 0.0).sum(-1, keepdim=True)
+    return values.scatter_(1, top, torch.where(sure, left, values.gather(1, top)))
 
 
-def tolerance(values: Tensor) -> float:
-    """What counts as rounding in this dtype."""
+def balanced(
+    log_probs: Float[Tensor, "N V"], grad: Float[Tensor, "N V"], dtype: torch.dtype | None = None
+) -> Bool[Tensor, " N"]:
+    """Whether sum_k g_k = 0 up to the rounding of ``dtype`` (of the gradient itself by default), whatever V is.
+
+    Rounding is relative to s in g = s (p - Q), which is at least the largest entry of |g|. In a row whose p is nearly all on
+    one token it is more: that of the other entries of |g| to those of p.
+    """
+    off, slack = grad.sum(-1).abs(), tolerance(dtype or grad)
+    found = off <= slack * grad.abs().amax(-1).clamp(min=1)
+    for row in (~found).nonzero().split(8):
+        size, p = grad[row[:, 0]].abs(), log_probs[row[:, 0]].exp()
+        top = p.argmax(-1, keepdim=True)
+        scale = size.scatter(1, top, 0.0).sum(-1) / p.scatter(1, top, 0.0).sum(-1)
+        found[row[:, 0]] = off[row[:, 0]] <= slack * scale
+    return found
+
+
+def tolerance(values: Tensor | torch.dtype) -> float:
+    """The relative error that counts as rounding in numbers computed in this dtype; it does not depend on V.
+
+    float64: 1e-9. float32: 1e-4, because torch's own softmax is off by up to 4e-5 on a CPU at V = 250,000, and so is the
+    gradient of any loss that uses it. Half precision: 1e-2, its last digit.
+    """
+    dtype = values.dtype if isinstance(values, Tensor) else values
+    return 1e-9 if dtype == torch.float64 else 1e-2 if dtype in COARSE else 1e-4
+
+
+def carried(values: Tensor) -> torch.dtype:
+    """The least precise dtype that holds every digit of the values: what they were computed in, whatever they were cast to."""
+    for dtype in (*COARSE, torch.float32):
+        if all(bool((few.to(dtype).to(few.dtype) == few).all()) for few in values.split(8)):
+            return dtype
+    return values.dtype
+
+
+def coefficient_tolerance(values: Tensor) -> float:
+    """The same for the coefficients of a mixture, which no sum over V enters."""
     return 1e-9 if values.dtype == torch.float64 else 1e-5
 
 
 def natural_scale(log_probs: Float[Tensor, "N V"], grad: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """max(0, max_k g_k / p_k) over p_k > 0, (N,), in float64: the smallest s whose Q has no negative entry."""
-    p = log_probs.double().exp()
-    ratio = torch.where(p > 0, grad.double() / p, -torch.inf)
-    return ratio.amax(-1).clamp(min=0).to(log_probs.dtype)
+    """max(0, max_k g_k / p_k) over p_k > 0, (N,), in float64: the smallest s whose Q has no negative entry.
+
+    Entries below the smallest normal number of the gradient's dtype have no digits left, and are passed over.
+    """
+    size, tiny = max(1, BLOCK_ENTRIES // grad.shape[-1]), torch.finfo(grad.dtype).tiny
+    scale = torch.zeros_like(grad[:, 0])
+    for log_p, g, rows in zip(log_probs.split(size), grad.split(size), scale.split(size), strict=True):
+        p = log_p.double().exp()
+        counts = (p > 0) & ((p >= tiny) | (g.abs() >= tiny))
+        rows.copy_(torch.where(counts, g.double() / p, -torch.inf).amax(-1).clamp(min=0))
+    return scale

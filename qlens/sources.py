@@ -1,5 +1,6 @@
 """Where models come from: local folders or the hub, frozen teachers, and whether two of them fit together."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,10 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
+from qlens.files import user_path
+from qlens.sizes import check_parameters, check_sizes
+
+logger = logging.getLogger(__name__)
+PADDING = -100.0  # the logit of an entry that is there for its width alone
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def load_model(
@@ -28,15 +35,27 @@ def load_model(
     Raises:
         InputError: no such folder, nothing readable in it, weights missing from it, or an unknown dtype or device.
     """
-    wanted = _dtype(dtype)
-    model, report = _load(
-        AutoModelForCausalLM, path, "model", use_safetensors=True, dtype=wanted, output_loading_info=True
-    )
-    absent = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if absent:
-        raise InputError(f"model {str(path)!r} lacks {len(absent)} weights, {absent[0]} among them")
+    wanted, place = _dtype(dtype), _device(device)
+    folder = user_path(path, "model folder")
+    if folder.is_dir() and (stored := check_sizes(folder)) is not None:
+        config = _load(AutoConfig, path, "model")
+        with _readable("model", path, local=True), quiet(), torch.device("meta"):  # without memory
+            count = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+        check_parameters(folder, count, stored)
+    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, report = _load(AutoModelForCausalLM, path, "model", dtype=wanted, **options)
+    if mismatched := sorted(report["mismatched_keys"]):
+        name, stored_shape, shape = mismatched[0]
+        raise InputError(
+            f"model {brief(str(path))} does not fit its config.json: {name} is {tuple(stored_shape)}, but the configuration "
+            f"asks for {tuple(shape)}"
+        )
+    if absent := sorted(report["missing_keys"]):
+        raise InputError(f"model {brief(str(path))} lacks {len(absent)} weights, {absent[0]} among them")
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning("model %s: %d of its stored weights have no use, %s among them", path, len(unused), unused[0])
     try:
-        return model.to(device).eval()
+        return model.to(place).eval()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {_short(error)}") from None
 
@@ -54,19 +73,27 @@ NEEDED = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.mo
 
 
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
-    folder, shown = Path(path).expanduser(), f"{kind} folder {str(path)!r}"
+    folder, shown = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
     local = folder.is_dir()
     if local and not any(found for pattern in NEEDED[kind] for found in folder.glob(pattern)):
         what = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(NEEDED[kind])}"
         raise InputError(f"{shown} {what}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{shown} is not there, or is no folder (a name on the hub is owner/name)")
+    with _readable(kind, path, local), quiet():
+        return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
+
+
+@contextmanager
+def _readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
+    """Whatever reading a model raises, as an InputError: tokenizers raises bare exceptions, safetensors its own, Rust panics."""
     try:
-        with quiet():
-            return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
-    except Exception as error:  # tokenizers raises bare ones, safetensors its own: all mean unreadable
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
         hint = "" if local else " (there is no such folder, so it was looked for on the hub)"
-        raise InputError(f"{kind} {str(path)!r} cannot be read{hint}: {_short(error)}") from None
+        raise InputError(f"{kind} {brief(str(path))} cannot be read{hint}: {_short(error)}") from error
 
 
 def _is_a_path(given: str, folder: Path) -> bool:
@@ -79,25 +106,39 @@ def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype is None:
         return "auto"
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"dtype must be a floating-point type like 'float32' or 'bfloat16', got {dtype!r}")
+    if found not in DTYPES:
+        raise InputError(f"dtype must be a floating-point type like 'float32' or 'bfloat16', got {brief(dtype)}")
     return found
 
 
-def _short(error: Exception) -> str:
+def _device(device: str | torch.device) -> torch.device:
+    """A device that numbers can be put on."""
+    try:
+        found = torch.device(device)
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError, TypeError, ValueError, ImportError, AttributeError) as error:
+        raise InputError(f"device {brief(device)} cannot be used: {_short(error)}") from error
+    if found.type == "meta":
+        raise InputError("device 'meta' holds no numbers: name one that does, like 'cpu' or 'cuda'")
+    return found
+
+
+def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars for reading and writing weights, which would tear our own apart."""
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    """Without transformers' bars for reading and writing weights, which would tear our own apart, and without its warnings."""
+    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
-            logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()
 
 
 def freeze(model: nn.Module) -> nn.Module:
@@ -130,8 +171,17 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model was made for, in tokens; None where its configuration names none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """The longest sequence the model was made for, in tokens; None where its configuration names none.
+
+    Raises:
+        InputError: the configuration names one that is no length.
+    """
+    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 2):
+        raise InputError(
+            f"the model's configuration has max_position_embeddings = {brief(found)}: it must be at least 2"
+        )
+    return found
 
 
 def shortest_context(*models: PreTrainedModel | None) -> int | None:
@@ -152,7 +202,80 @@ def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: 
         )
     mine, its = vocabulary_size(model), vocabulary_size(other)
     if mine != its:
-        raise InputError(f"{name} has a vocabulary of {its}, but the model's has {mine}: they must share one tokenizer")
+        raise InputError(
+            f"{name} has a vocabulary of {its}, but the model's has {mine}: they must share one tokenizer; where only the "
+            f"padding differs, qlens.sources.match_vocabulary({mine}, {name}, {name!r}, tokenizer, its_tokenizer) makes one"
+        )
+
+
+def match_vocabulary(
+    width: int,
+    other: PreTrainedModel,
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    others: PreTrainedTokenizerBase,
+) -> str:
+    r"""Give another model's logits the width of the model's, where both share a tokenizer and only the padding differs.
+
+    Vocabularies are padded beyond the tokenizer for speed (151,936 and 152,064 entries over Qwen's one tokenizer). Entries
+    that only the other has are cut off: no token is theirs, and its softmax is over the rest. Entries that only the model
+    has get a logit of ``PADDING`` from the other: a probability that is 0 in float32, with a finite logarithm, so that
+    reverse KL stays finite. There Q_k = 0 and the gradient p_k - Q_k takes from these entries what the model gives them,
+    as labels do. The model itself, and so its loss without another, is left as it is.
+
+    Args:
+        width: of the model's logits.
+        other: a causal language model; it gets another head, in place, that shares its weights where it is cut.
+        name: the other's, for messages.
+        tokenizer, others: the model's and the other's.
+
+    Returns:
+        What was done, in a sentence; empty where the widths are the same.
+
+    Raises:
+        InputError: the tokenizers differ, a token is beyond one of the vocabularies, or the other's head is not linear.
+    """
+    check_same_tokenizer(tokenizer, others)
+    mine, its = width, vocabulary_size(other)
+    if mine == its:
+        return ""
+    top = max(tokenizer.get_vocab().values())
+    head: Any = other.get_output_embeddings()
+    if top >= min(mine, its) or type(head) is not nn.Linear:
+        what = f"its tokenizer has a token {top}" if top >= min(mine, its) else "its head is not linear"
+        raise InputError(f"{name} has a vocabulary of {its}, the model of {mine}, and {what}: they cannot be matched")
+    with torch.no_grad():
+        other.set_output_embeddings(_cut(head, mine) if its > mine else _padded(head, mine, _logit_scale(other)))
+    other.config.get_text_config().vocab_size = mine
+    done = f"cut to {mine}" if its > mine else f"padded to {mine} with entries of probability 0"
+    return f"{name}: a vocabulary of {its} over the model's own tokenizer, {done}"
+
+
+def _cut(head: nn.Linear, size: int) -> nn.Linear:
+    """The first entries of a head, over the same weights."""
+    cut = nn.Linear(1, 1, bias=head.bias is not None, device="meta")
+    cut.weight = nn.Parameter(head.weight[:size], requires_grad=False)
+    if head.bias is not None:
+        cut.bias = nn.Parameter(head.bias[:size], requires_grad=False)
+    cut.in_features, cut.out_features = head.in_features, size
+    return cut
+
+
+def _padded(head: nn.Linear, size: int, scale: float) -> nn.Linear:
+    """A head with further entries, whose logits are ``PADDING``."""
+    more = size - head.out_features
+    padded = nn.Linear(1, 1, device="meta")
+    bias = head.weight.new_zeros(head.out_features) if head.bias is None else head.bias
+    weight = torch.cat([head.weight, head.weight.new_zeros(more, head.in_features)])
+    padded.weight = nn.Parameter(weight, requires_grad=False)
+    padded.bias = nn.Parameter(torch.cat([bias, bias.new_full((more,), PADDING / scale)]), requires_grad=False)
+    padded.in_features, padded.out_features = head.in_features, size
+    return padded
+
+
+def _logit_scale(model: PreTrainedModel) -> float:
+    config = model.config.get_text_config()
+    return (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,5 @@
 """A stub model whose logits are a free table: its gradient is the logit gradient of any loss that wants a whole model."""
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from qlens.errors import InputError
 
+WIDEST = 2**29  # bytes that an identity may take
+
 
 class StubConfig(PretrainedConfig):
     """Sizes of the stub: its hidden states are as wide as its vocabulary."""
@@ -19,24 +20,71 @@ class StubConfig(PretrainedConfig):
 
 
 class StubDecoder(nn.Module):
-    """Hands out a table of hidden states, (B, T, V), whatever tokens it is shown."""
+    """Hands out a table of hidden states, (B, T, V), for the token ids that stand for it.
 
-    def __init__(self, table: Tensor):
+    Args:
+        table: the hidden states.
+        ids: the token ids of the texts, (B, T); texts shown in another number, order or length are known by them.
+    """
+
+    def __init__(self, table: Tensor, ids: Tensor | None = None):
         super().__init__()
-        self.table = table
+        self.table, self.ids = table, ids
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> BaseModelOutputWithPast:
         """The table.
 
         Raises:
-            InputError: it is shown a batch of another shape.
+            InputError: it is shown texts that it does not know.
         """
-        if input_ids is not None and input_ids.shape != self.table.shape[:2]:
-            raise InputError(
-                f"the loss runs the model on {tuple(input_ids.shape)} tokens, but it was given {tuple(self.table.shape[:2])}: "
-                "a loss that rearranges its batch cannot be read"
-            )
-        return BaseModelOutputWithPast(last_hidden_state=self.table)  # pyright: ignore[reportArgumentType]
+        return BaseModelOutputWithPast(last_hidden_state=self._shown(input_ids))  # pyright: ignore[reportArgumentType]
+
+    def _shown(self, ids: Tensor | None) -> Tensor:
+        if ids is None or ids.shape == self.table.shape[:2]:
+            return self.table
+        if self.ids is not None and ids.ndim == 2 and ids.shape[1] <= self.ids.shape[1]:
+            known = (ids[:, None] == self.ids[None, :, : ids.shape[1]]).all(-1)
+            if bool(known.any(1).all()):
+                return self.table[known.long().argmax(1), : ids.shape[1]]
+        raise InputError(
+            f"the loss runs the model on {tuple(ids.shape)} tokens, but it was given {tuple(self.table.shape[:2])}: "
+            "a loss that rearranges its batch cannot be read"
+        )
+
+
+class IdentityHead(nn.Linear):
+    """A linear head whose weight is the identity, (V, V): built only where somebody reads it."""
+
+    def __init__(self, size: int, like: Tensor):
+        nn.Module.__init__(self)
+        self.in_features = self.out_features = size
+        self.like = nn.Parameter(
+            like.detach().new_zeros(())
+        )  # a trainer asks a model's parameters for dtype and device
+        self.register_parameter("bias", None)
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The identity."""
+        return identity_head(self.in_features, self.like)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The input itself."""
+        return input
+
+
+def identity_head(size: int, like: Tensor) -> Tensor:
+    """The identity as a head's weight, (size, size), in the dtype and on the device of another tensor.
+
+    Raises:
+        InputError: it would take more than half a gigabyte.
+    """
+    if size * size * like.element_size() > WIDEST:
+        raise InputError(
+            f"the loss multiplies by a head, which here is the identity of {size} x {size} entries: try it on a vocabulary of "
+            "at most 8,000"
+        )
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 class StubModel(PreTrainedModel):
@@ -44,6 +92,8 @@ class StubModel(PreTrainedModel):
 
     Args:
         table: the logits, (B, T, V); gradients flow back into it, through the head or through a fused kernel.
+        ids: the token ids of the texts, (B, T).
+        other: the logits (B, T, V) of another model on the same texts, by the name of its field in Tokens.
 
     Example:
         >>> StubModel(torch.zeros(1, 3, 5))(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.shape
@@ -52,14 +102,14 @@ class StubModel(PreTrainedModel):
 
     config_class = StubConfig
     base_model_prefix = "model"
+    accepts_loss_kwargs = True
 
-    def __init__(self, table: Tensor):
+    def __init__(self, table: Tensor, ids: Tensor | None = None, other: Callable[[str], Tensor] | None = None):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
-        self.model = StubDecoder(table)
-        self.lm_head = nn.Linear(size, size, bias=False, dtype=table.dtype, device=table.device)
-        self.lm_head.weight.data = torch.eye(size, dtype=table.dtype, device=table.device)
-        self.loss_type = "ForCausalLM"
+        self.model = StubDecoder(table, ids)
+        self.lm_head = IdentityHead(size, table)
+        self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
@@ -70,30 +120,20 @@ class StubModel(PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
+        num_items_in_batch: Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the loss that transformers' causal models compute."""
         hidden = self.model(input_ids).last_hidden_state
         logits = self.lm_head(hidden)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size, **kwargs)
+        loss = None
+        if labels is not None:
+            given = {name: kwargs[name] for name in ("ignore_index", "shift_labels") if name in kwargs}
+            size = self.config.vocab_size
+            loss = self.loss_function(logits, labels, size, num_items_in_batch=num_items_in_batch, **given)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(hidden,))
 
 
-def trained_by(trainer: type) -> Callable:
-    """compute_loss of a Trainer's class, built around a stub model.
-
-    Raises:
-        InputError: it cannot be built from a model and arguments alone.
-    """
-    from transformers import TrainingArguments
-
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(folder, report_to=[], use_cpu=True, disable_tqdm=True)
-        try:
-            built = trainer(model=StubModel(torch.zeros(1, 2, 4)), args=args)
-        except Exception as error:  # a user's class may raise anything
-            raise InputError(
-                f"{trainer.__name__} could not be built from a model and its arguments ({type(error).__name__}: {error}): "
-                "give the compute_loss of an instance"
-            ) from error
-    return built.compute_loss
+StubModel.__name__ = (
+    "LlamaForCausalLM"  # a Trainer shifts labels for models of a name that transformers knows as causal
+)

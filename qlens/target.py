@@ -1,16 +1,17 @@
 """Target: the distribution a loss drives the model toward, with the scale of the pull."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.diagnostics import Diagnostics
 from qlens.errors import InputError
-from qlens.scales import effective_trust, natural_scale
+from qlens.scales import carried, natural_scale, with_sum_
 from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 
 Scale = Literal["unit", "structural", "natural"]
@@ -32,6 +33,8 @@ class Target(Diagnostics):
         structural: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
         pushed: a in g = a (p - d), (N,), of a target with no other pull.
         named: the residual of a mixture, "student", "uniform" or probabilities (N, V).
+        proper: rows whose Q is a distribution by construction, (N,); None where that has to be measured.
+        rounding: the least precise dtype that holds the given Q, gradient or residual; None: that of p.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
 
@@ -51,6 +54,8 @@ class Target(Diagnostics):
     structural: Float[Tensor, " N"] | str
     pushed: Float[Tensor, " N"] | None = None
     named: str | Float[Tensor, "N V"] | None = None
+    proper: Bool[Tensor, " N"] | None = None
+    rounding: torch.dtype | None = None
 
     @classmethod
     def mix(
@@ -73,29 +78,31 @@ class Target(Diagnostics):
             pulls = scale
         negative = bool((pulls < 0).any() | (trust < 0).any())
         structural = "a pull has negative weight" if negative else pulls
-        return cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, structural, named=named)
+        made = cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, structural, named=named)
+        return replace(made, rounding=carried(residual)) if isinstance(residual, Tensor) else made
 
     @classmethod
     def dense(cls, tokens: Tokens, q: Tensor, scale: Tensor | float = 1.0) -> "Target":
         """Any Q, (N, V), written out; its trust is the effective one."""
         log_probs = tokens.log_probs.detach()
-        q = q.detach().to(log_probs.dtype)
+        q, given = q.detach().to(log_probs.dtype), carried(q.detach())
         if q.shape != log_probs.shape:
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
         scale = _per_token("scale", scale, tokens)
-        return cls(log_probs, tokens.labels, q, scale[:, None] * (log_probs.exp() - q), scale, None, NO_PULLS)
+        grad = scale[:, None] * (log_probs.exp() - q)
+        return cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=given)
 
     @classmethod
     def from_grad(cls, tokens: Tokens, grad: Float[Tensor, "N V"]) -> "Target":
         """The target that a logit gradient implies, in unit scale: Q = p - g."""
-        logits = tokens.logits.detach()
+        logits, given = tokens.logits.detach(), carried(grad.detach())
         grad = grad.detach().to(precision(logits.dtype))
         q = torch.empty_like(grad)
         for z, g, q_rows in zip(
             *(x.split(BLOCK) for x in (logits, grad, q)), strict=True
-        ):  # what is still in the cache
-            torch.softmax(z.to(g.dtype), -1, out=q_rows).sub_(g)
-        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS)
+        ):  # while they are in the cache
+            torch.exp(log_softmax(z).to(g.dtype), out=q_rows).sub_(g)
+        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=given)
 
     @classmethod
     def push(cls, tokens: Tokens, push: Tensor) -> "Target":
@@ -114,54 +121,64 @@ class Target(Diagnostics):
 
         Q = p + push (d - p) - p (A - sum_j p_j A_j); an entry with p_k = 0 has no slope that counts.
         """
-        p = tokens.log_probs.detach().exp()
+        log_p = tokens.log_probs.detach()
+        p = log_p.exp()
         slope = slope.detach().masked_fill(p == 0, 0.0)
-        grad = p * (slope - expectation(p, slope)[:, None])
-        push = _per_token("push", push, tokens)[:, None]
-        return cls.from_grad(tokens, grad + push * (p - tokens.one_hot))
+        grad = with_sum_(p * (slope - expectation(p, slope)[:, None]), log_p, 0.0)
+        index = tokens.labels[:, None].long()
+        rest = p.scatter(1, index, 0.0).sum(-1, keepdim=True)
+        pulled = p.scatter(1, index, -rest)  # p - d
+        return cls.from_grad(tokens, grad + _per_token("push", push, tokens)[:, None] * pulled)
 
     @cached_property
     def log_probs(self) -> Float[Tensor, "N V"]:
         """The student's log p."""
         return log_softmax(self.logits)
 
+    @property
+    def label_only(self) -> bool:
+        """Whether no pull but the label's is there, Q = t d + (1 - t) p."""
+        return self.pushed is not None or (isinstance(self.named, str) and self.named == "student")
+
     @cached_property
     def q(self) -> Float[Tensor, "N V"]:
         """The target Q."""
+        return self.q_rows(slice(None))
+
+    def q_rows(self, rows: slice) -> Float[Tensor, "n V"]:
+        """The target Q of some rows."""
         if self.dense_q is not None:
-            return self.dense_q
-        if self.pushed is not None:
-            return self.probs - self.grad
-        t = self.trust[:, None]
-        return ((1 - t) * self._residual).scatter_add_(1, self.labels[:, None].long(), t)
+            return self.dense_q[rows]
+        t, index = self.trust[rows, None], self.labels[rows, None].long()
+        if self.label_only:
+            return ((1 - t) * self.log_probs[rows].exp()).scatter_(1, index, self._label_mass[rows, None])
+        if isinstance(self.named, Tensor):
+            return ((1 - t) * self.named[rows]).scatter_add_(1, index, t)
+        size = self.logits.shape[-1]
+        return ((1 - t) / size).repeat(1, size).scatter_add_(1, index, t)
 
     @cached_property
     def grad(self) -> Float[Tensor, "N V"]:
         """The logit gradient g = s (p - Q)."""
         if self.dense_grad is not None:
             return self.dense_grad
-        p = self.probs
-        d = one_hot(self.labels, p.shape[-1], p.dtype)
-        if self.pushed is not None:  # p - d = (1 - p_y)(p_{-y} - d)
-            tokens = Tokens(logits=self.logits, labels=self.labels)
-            return (self.pushed * tokens.rest_log_probs.exp())[:, None] * (tokens.others - d)
-        t, s = self.trust[:, None], self.scale[:, None]
-        return s * (t * (p - d) + (1 - t) * (p - self._residual))
+        p, t, s = self.probs, self.trust[:, None], self.scale[:, None]
+        if self.label_only:  # p - d = (1 - p_y)(p_{-y} - d)
+            return p.scatter_(1, self._index, -self.rest[:, None]).mul_(self._total_push[:, None])
+        r = self.named if isinstance(self.named, Tensor) else 1 / p.shape[-1]
+        return (s * (p - (1 - t) * r)).scatter_(1, self._index, -self.pull[:, None])
 
     @property
-    def _residual(self) -> Float[Tensor, "N V"]:
-        """The residual of a mixture, as probabilities."""
-        if isinstance(self.named, Tensor):
-            return self.named
-        p = self.probs
-        return p if self.named == "student" else torch.full_like(p, 1 / p.shape[-1])
+    def _total_push(self) -> Float[Tensor, " N"]:
+        """a in g = a (p - d), of a label-only target."""
+        return self.scale * self.trust if self.pushed is None else self.pushed
 
     @cached_property
     def trust(self) -> Float[Tensor, " N"]:
         """The label coefficient of the construction; where that is no mixture, the effective trust, at this scale."""
         if self.constructed is not None:
             return self.constructed
-        return effective_trust(self.log_probs, self.labels, self.grad / self.scale[:, None])
+        return self.effective_trust / self.scale
 
     def at(self, scale: Scale) -> "Target":
         """The same gradient at another scale: Q' = p - g / s'.
@@ -173,31 +190,76 @@ class Target(Diagnostics):
             InputError: an unknown scale, or ``structural`` where it is undefined (the reason is named).
         """
         if scale == "unit":
-            if bool((self.scale == 1).all()):
-                return self
             wanted = torch.ones_like(self.scale)
         elif scale == "structural":
             if isinstance(self.structural, str):
                 raise InputError(f"the structural scale is undefined here: {self.structural}")
             wanted = self.structural
         elif scale == "natural":
-            wanted = natural_scale(self.log_probs, self.grad)
+            wanted = self._natural_scale()
         else:
             raise InputError(f"scale must be 'unit', 'structural' or 'natural', got {scale!r}")
-        some = wanted > 0
-        q = self.probs - torch.where(some[:, None], self.grad / wanted[:, None].to(self.grad), 0.0)
         same = wanted == self.scale
+        if bool(same.all()):
+            return self
+        some = wanted > 0
+        if self.label_only:
+            push = self._total_push
+            trust = torch.where(same, self.trust, torch.where(some, push / wanted, 0.0))
+            return replace(self, scale=wanted, constructed=trust, pushed=push, named=None)
+        # Q' = p + (Q - p) s / s' lies between p and Q where s <= s'
+        if scale == "natural":
+            proper = self.shift_invariant
+        elif self.named is not None or self.proper is not None:
+            proper = self.in_simplex & (same | ~some | ((self.scale >= 0) & (self.scale <= wanted)))
+        else:
+            proper = None
+        q = self.probs - torch.where(some[:, None], self.grad / wanted[:, None].to(self.grad), 0.0)
+        if scale == "natural":
+            q = with_sum_(q, self.log_probs, 1.0, rows=proper)
         q = torch.where(same[:, None], self.q, q)  # nothing is lost on the way to the scale it already has
         trust = torch.where(same, self.trust, torch.where(some, self.trust * self.scale / wanted, 0.0))
-        return Target(self.logits, self.labels, q, self.grad, wanted, trust, self.structural)
+        made = Target(self.logits, self.labels, q, self.grad, wanted, trust, self.structural)
+        return replace(made, proper=proper, rounding=self.rounding)
+
+    def _natural_scale(self) -> Float[Tensor, " N"]:
+        if not self.label_only:
+            return natural_scale(self.log_probs, self.grad)
+        push = self._total_push  # pushed down, the label's own Q is the first to reach 0
+        down = torch.where(self.label_probs > 0, -push * self.rest / self.label_probs, 0.0)
+        return torch.where(push > 0, torch.where(self.rest > 0, push, 0.0), down.clamp(min=0))
 
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":
         """The same Q, pulled ``weight`` times as hard."""
         structural = self.structural if isinstance(self.structural, str) else self.structural * weight
-        if self.named is not None:
-            return replace(self, scale=self.scale * weight, structural=structural)
-        grad = self.grad * weight[:, None]
-        return Target(self.logits, self.labels, self.q, grad, self.scale * weight, self.trust, structural)
+        made = replace(self, scale=self.scale * weight, structural=structural)
+        if self.pushed is not None:
+            return replace(made, pushed=self.pushed * weight)
+        return made if self.dense_grad is None else replace(made, dense_grad=self.dense_grad * weight[:, None])
+
+    def __getitem__(self, rows: Any) -> "Target":
+        """The chosen rows: ``target[mask]``, ``target[2:5]``."""
+        return self._each(lambda value: value[rows])
+
+    def cpu(self) -> "Target":
+        """The same target on the CPU."""
+        return self._each(Tensor.cpu)
+
+    @classmethod
+    def join(cls, parts: Sequence["Target"]) -> "Target":
+        """One target of the rows of several, made by one method."""
+        joined: dict[str, Any] = {}
+        for name in (field.name for field in fields(cls)):
+            values = [getattr(part, name) for part in parts]
+            tensors = all(isinstance(value, Tensor) for value in values)
+            joined[name] = (
+                torch.cat(values) if tensors else next((v for v in values if not isinstance(v, Tensor)), None)
+            )
+        return cls(**joined)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Target":
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Target(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})
 
     @property
     def probs(self) -> Float[Tensor, "N V"]:
@@ -207,9 +269,14 @@ class Target(Diagnostics):
     @property
     def residual(self) -> Float[Tensor, "N V"]:
         """(Q - trust d) / (1 - trust); NaN rows where trust = 1."""
-        t = self.trust[:, None]
-        left = self.q - t * one_hot(self.labels, self.q.shape[-1], self.q.dtype)
-        return torch.where(t == 1, torch.nan, left / (1 - t))
+        t, p = self.trust[:, None], self.probs
+        if self.label_only:
+            left = p
+        elif self.named is not None:
+            left = self.named if isinstance(self.named, Tensor) else torch.full_like(p, 1 / p.shape[-1])
+        else:
+            left = (self.q - t * one_hot(self.labels, p.shape[-1], p.dtype)) / (1 - t)
+        return torch.where(t == 1, torch.nan, left)
 
 
 def _per_token(name: str, value: Tensor | float, tokens: Tokens) -> Float[Tensor, " N"]:

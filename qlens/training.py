@@ -1,41 +1,54 @@
 """Training with any variant: QLossMixin puts a qlens loss into a transformers Trainer, QTrainer is the plain one."""
 
-import inspect
-import math
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import has_length
+from transformers import Trainer, TrainingArguments
 
-from qlens.batching import COLUMNS, Supervised, collate, positions
+from qlens.batching import COLUMNS, Supervised, collate, packed, positions
 from qlens.bodies import Bodies, Body
-from qlens.comparables import Tally
+from qlens.checkpoints import RunState
+from qlens.draws import Replay, draws_of
 from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
+from qlens.measurements import SHARDED, Measurements
+from qlens.packing import Separation, inputs_of, uncached
 from qlens.registry import Variant, resolve
+from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
+NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
 
-class QLossMixin(Trainer):
+class QLossMixin(Measurements):
     """A qlens loss for any transformers Trainer: ``class MyTrainer(QLossMixin, Trainer)``.
 
     The loss of an optimizer step is the sum of the variant's per-token losses over all its supervised tokens, divided
-    by their number, plus the variant's penalty once: the same however the step is cut into micro-batches, padded or
-    packed, and on however many devices (methods of scope "batch" or "pair" excepted, which see one micro-batch at a
-    time). The number is that of all supervised tokens; for a method with ``denominator`` "selected" the sum of every
-    micro-batch is first raised by its supervised over its selected tokens, those with a trust other than 0.
+    by their number (by the number of pairs, for a loss of pairs), plus the variant's penalty once: the same however the
+    step is cut into micro-batches, padded or packed, and on however many devices (methods of scope "batch" excepted, which
+    see one micro-batch at a time; both texts of a pair must be in one micro-batch, and half a pair is refused). For a
+    method with ``denominator`` "selected" the sum of every micro-batch is first raised by its supervised over its selected
+    tokens, those with a trust other than 0. A mixture-of-experts model's router loss is added in training, weighted as its
+    configuration says, where ``config.output_router_logits`` is set: the mean over the micro-batches of a step (transformers
+    adds it once for every micro-batch, so that it grows with their number).
+
+    Packed rows (``position_ids`` start again) are trained as rows of their own; a model that does not keep their texts apart
+    is refused, as found on a few tokens.
 
     Beside ``loss``, every log holds the comparables of ``Tally.means`` over all supervised tokens of the logged step,
-    and ``update_norm``, the norm of that step's change of the parameters; they are computed for logged steps only.
-    Evaluation returns ``eval_loss``, the mean over all supervised tokens of the set whatever the batch size (no
-    penalty), and the same comparables as ``eval_*``.
+    ``update_norm``, the norm of that step's change of the parameters (estimated from 4 million of them where more are
+    trained, see ``qlens.updates.UpdateNorm``), and ``aux_loss``, the router loss without its weight; they are computed for
+    logged steps only. Evaluation returns ``eval_loss``, the mean over all supervised tokens (pairs) of the set whatever the
+    batch size (no penalty, no router loss), and the same comparables as ``eval_*``.
+
+    Checkpoints hold the old policy and what a penalty is measured from, so that a resumed run is the uninterrupted one.
 
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
@@ -69,21 +82,39 @@ class QLossMixin(Trainer):
         **kwargs: Any,
     ):
         self.variant = resolve(variant)
-        self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference}, old_every)
+        self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference})
+        if old_every < 1:
+            raise InputError(f"old_every must be at least 1, got {old_every}")
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
         if log_every < 0:
             raise InputError(f"log_every must be 0 (never) or more, got {log_every}")
-        self.log_every, self._bodies, self._loss_only = log_every, Bodies(fused), False
+        self._bodies, self._loss_only = Bodies(fused), False
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
         self.model_accepts_loss_kwargs = True
-        self.add_callback(self._feed.follow(self.model, self.args.device))
-        self.variant.penalty(self.model)  # a penalty measures from here, whatever checkpoint is resumed later
-        self._tally, self._evaluating = Tally(), False
-        self._update = UpdateNorm(self)
-        self.add_callback(self._update)
+        self._feed.settle(self.model, self.args.device)
+        self._run = RunState(self.variant, self._feed, old_every)
+        self.add_callback(self._run)
+        self._separation = Separation()
+        self._measure(log_every)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's training; see QLossMixin for what a resumed run restores."""
+        self._run.checkpoint = None
+        return super().train(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """The Trainer's step of resuming that knows the checkpoint's folder, which the run's state is restored from."""
+        self._run.checkpoint = None if checkpoint is None else Path(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """The Trainer's checkpoint, whose last file says that it is whole, and before it the state of the run."""
+        if self.args.should_save and not self.args.save_only_model:
+            self._run.save(self._get_output_dir(trial=trial), self.state.global_step)
+        super()._save_checkpoint(model, trial)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -95,19 +126,24 @@ class QLossMixin(Trainer):
         features = self._features(inputs)
         body = None if return_outputs and not self._loss_only else self._body(features)
         if body is None:
-            outputs = model(**features)
-            made = outputs["logits"]
+            outputs = model(**features, **uncached(self.model))
+            values = outputs["logits"]
         else:
-            outputs, made = {}, body.hidden(features, model)
-        where = Supervised.of({name: value.to(made.device) for name, value in inputs.items() if name in LAYOUT})
-        rows, items = where.take(made), self._denominator(num_items_in_batch, len(where))
-        if body is None:
-            loss = self._plain(rows, where, features, inputs, items)
-        else:
-            loss = self._fused(body, rows, where, features, inputs, items)
+            values, outputs = body.run(features, model)
+        where = Supervised.of({name: value.to(values.device) for name, value in inputs.items() if name in LAYOUT})
+        rows, own_items = where.take(values), self._count(where, inputs)
+        items = self._denominator(num_items_in_batch, own_items)
+        if self._evaluating:
+            self._count_evaluated(len(where), own_items)
+        with draws_of(*self._next_place()):
+            if body is None:
+                loss = self._plain(rows, where, features, inputs, items)
+            else:
+                loss = self._fused(body, rows, where, features, inputs, items)
+        loss = self._with_router_loss(loss, outputs, model.training)
         if model.training:
-            loss = loss + self.variant.penalty(self.model) / getattr(self, "current_gradient_accumulation_steps", 1)
-        return (loss, outputs) if return_outputs else loss
+            loss = loss + self.variant.penalty(self.model) / self._micro_batches
+        return (loss, {} if body is not None else outputs) if return_outputs else loss
 
     def _fused(
         self, body: Body, hidden: Tensor, where: Supervised, features: dict, inputs: dict, items: float
@@ -127,7 +163,7 @@ class QLossMixin(Trainer):
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
         shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
-        observe = self._tally.add if self._is_told() else None
+        observe = self._tally.add if self._is_measured() else None
         loss, made = fused_pass(
             self.variant,
             hidden,
@@ -152,16 +188,44 @@ class QLossMixin(Trainer):
 
         fields = self._feed.fields(where, features, inputs, rows.shape[1], read)
         tokens = Tokens(logits=rows, labels=where.labels, **fields)
+        replay = Replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
-        if self._is_told():
-            self._tally.look(self.variant, tokens, losses)
-        return losses.sum() * self._selected(tokens) / items
+        told, some = self._is_measured(), self.variant.denominator == "selected"
+        share = 1.0
+        if told or some:
+            with replay.again():  # a loss that draws numbers has drawn these, and a logged step draws no others
+                share = self._selected(tokens) if some else 1.0
+                if told:
+                    self._tally.look(self.variant, tokens, losses)
+        return losses.sum() * share / items
 
-    def _denominator(self, items: Any, supervised: int) -> float:
-        """What the sum of a micro-batch's losses is divided by."""
+    def _with_router_loss(self, loss: Tensor, outputs: Any, training: bool) -> Tensor:
+        """The loss with the model's router loss, if it has one, a micro-batch's share of it; in training only."""
+        if (found := router_loss(self.model, outputs)) is None:
+            return loss
+        value, weight = found
+        if self._is_measured():
+            self._router.append(value.detach())
+        return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
+
+    @property
+    def _micro_batches(self) -> int:
+        """Of the optimizer step under way."""
+        return getattr(self, "current_gradient_accumulation_steps", 1)
+
+    def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
+        """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
+        if self.variant.scope != "pair":
+            return len(where)
+        if "pair" not in inputs:
+            raise InputError(f"{self.variant.name} needs 'pair': give the data a column of that name")
+        return where.at_labels(inputs["pair"].to(where.labels.device)).unique().numel()
+
+    def _denominator(self, items: Any, own: int) -> float:
+        """What the sum of a micro-batch's losses is divided by: the items of all micro-batches, or its own."""
         if items is None:
-            return max(supervised, 1)
+            return max(own, 1)
         count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
         if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, the count is of all
             count /= self.accelerator.num_processes // self.get_tp_size()
@@ -170,9 +234,10 @@ class QLossMixin(Trainer):
     def _body(self, features: dict[str, Any]) -> Body | None:
         """The student as hidden states and head, where model, method and machine allow."""
         variant = self.variant
-        if variant.derived:
+        if variant.derived and not variant.method.scope:
             return self._bodies.refuse(
-                f"for {variant.name}: a loss of your own may look at all tokens of a batch together"
+                f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, "
+                f"register it with scope='token'"
             )
         if not fusible(variant):
             return self._bodies.refuse(f"for {variant.spec}: it weighs tokens by a statistic of whole distributions")
@@ -180,18 +245,8 @@ class QLossMixin(Trainer):
             return self._bodies.refuse("where models are compiled, or on several devices")
         return self._bodies.of(self.model, features)
 
-    def _is_told(self) -> bool:
-        """Whether the comparables of this batch are wanted."""
-        if self._evaluating:
-            return True
-        if not (self.is_in_train and self.log_every and self.logs_this_step()):
-            return False
-        return sum("loss" in entry for entry in self.state.log_history) % self.log_every == 0
-
     def _selected(self, tokens: Tokens) -> float:
         """What raises a sum over all supervised tokens to one that counts the selected only."""
-        if self.variant.denominator != "selected":
-            return 1.0
         kept = self.variant.target(tokens.replace(logits=tokens.logits.detach())).trust != 0
         return len(tokens) / max(int(kept.sum()), 1)
 
@@ -206,52 +261,40 @@ class QLossMixin(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         """The model's inputs, and what data may say of tokens beside: none of it is to be dropped."""
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *COLUMNS]))
+        kept = ("labels", *COLUMNS, *(("position_ids", "seq_lengths") if self._collates else ()))
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *kept]))
+
+    @property
+    def _collates(self) -> bool:
+        """Whether batches are made by ``qlens.batching.collate``."""
+        return getattr(self.data_collator, "func", self.data_collator) is collate
 
     def _features(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the models see: no labels, and positions that ignore padding on the left."""
+        """What the models see: no labels, positions that ignore padding on the left, packed texts that can be told apart.
+
+        Raises:
+            InputError: the data are packed, and a model does not keep the texts apart.
+        """
         features = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
-        mask = features.get("attention_mask")
-        if mask is not None and "position_ids" not in features and not mask[:, 0].all():
-            if "position_ids" in inspect.signature(self.model.forward).parameters:
-                features["position_ids"] = positions(mask)
+        mask, places = features.get("attention_mask"), features.get("position_ids")
+        if places is not None and places.ndim == 2 and (places := packed(places, mask)) is not None:
+            features = {name: value for name, value in features.items() if name != "attention_mask"}
+            features["position_ids"] = places
+            if self.accelerator.distributed_type not in SHARDED:
+                for name, model in {"model": self.model, **self._feed.others}.items():
+                    self._separation.prove(model, features, name)
+        takes = "position_ids" in inputs_of(self.model)
+        if mask is not None and "position_ids" not in features and takes and not mask[:, 0].all():
+            features["position_ids"] = positions(mask)
+        if not takes:
+            features.pop("position_ids", None)  # those of rows that are one text each, which the model counts itself
         return features
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
-        """The Trainer's count over micro-batches and devices, of the labels that are really predicted."""
-        labels = [Supervised.of(batch).labels for batch in batch_samples if "labels" in batch]
-        return super()._get_num_items_in_batch([{"labels": kept, "shift_labels": kept} for kept in labels], device)
-
-    def logs_this_step(self) -> bool:
-        """Whether the optimizer step under way will be logged."""
-        step, args = self.state.global_step + 1, self.args
-        if step == 1 and args.logging_first_step:
-            return True
-        if args.logging_strategy == "steps":
-            return step % self.state.logging_steps == 0
-        if args.logging_strategy == "epoch":
-            batches = self.callback_handler.train_dataloader
-            ends = has_length(batches) and step % math.ceil(len(batches) / args.gradient_accumulation_steps) == 0
-            return ends or step == self.state.max_steps
-        return False
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log, with the comparables of the step beside its loss."""
-        if "loss" in logs:
-            means, self._tally = self._tally.means(self.accelerator), Tally()
-            logs |= {name: value for name, value in means.items() if name != "loss"} | self._update.take()
-        super().log(logs, *args, **kwargs)
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set."""
-        training, self._tally, self._evaluating = self._tally, Tally(), True
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            means = self._tally.means(self.accelerator)
-        finally:
-            self._tally, self._evaluating = training, False
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
+        """The Trainer's count over micro-batches and devices: of the labels that are really predicted, or of the pairs."""
+        counts = [self._count(Supervised.of(batch), batch) for batch in batch_samples if "labels" in batch]
+        items = [torch.zeros(count, dtype=torch.long) for count in counts]
+        return super()._get_num_items_in_batch([{"labels": each, "shift_labels": each} for each in items], device)
 
 
 class QTrainer(QLossMixin, Trainer):
@@ -269,26 +312,5 @@ class QTrainer(QLossMixin, Trainer):
         self, model: Any = None, args: TrainingArguments | None = None, data_collator: Any = None, **kwargs: Any
     ):
         super().__init__(model=model, args=args, data_collator=data_collator or collate, **kwargs)
-
-
-class UpdateNorm(TrainerCallback):
-    """The norm of an optimizer step's change of the trained parameters, on the steps that are logged."""
-
-    def __init__(self, trainer: QLossMixin):
-        self.trainer, self.before, self.norm = trainer, [], {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember the parameters."""
-        if self.trainer.logs_this_step():
-            self.before = [(p, p.detach().clone()) for p in self.trainer.model.parameters() if p.requires_grad]
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Measure how far they went."""
-        if self.before:
-            norms = [(p.detach() - old).float().norm() for p, old in self.before]
-            self.before, self.norm = [], {"update_norm": torch.stack(norms).norm().item()}
-
-    def take(self) -> dict[str, float]:
-        """The last norm measured, once."""
-        norm, self.norm = self.norm, {}
-        return norm
+        if data_collator is None:
+            self.data_collator = functools.partial(collate, inputs=set(inputs_of(self.model)) - set(NO_INPUTS))

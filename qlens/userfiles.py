@@ -1,5 +1,6 @@
 """Functions in a user's own file: FILE.py:FUNCTION."""
 
+import contextlib
 import importlib.util
 import sys
 import zlib
@@ -7,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qlens.errors import InputError, UnknownName
+from qlens.errors import InputError, UnknownName, brief
+from qlens.files import user_path
 
 
 def function(name: str) -> Callable:
@@ -18,9 +20,9 @@ def function(name: str) -> Callable:
         InputError: the file cannot be run; what it raised is named.
     """
     file, _, wanted = name.rpartition(":")
-    path = Path(file).expanduser()
+    path = user_path(file, "file")
     if not path.is_file():
-        raise UnknownName(f"{name}: there is no file {file}")
+        raise UnknownName(f"{brief(name)}: there is no file {brief(file)[1:-1]}")
     module = vars(_load(path.resolve()))
     if not callable(module.get(wanted)):
         own = [k for k, v in module.items() if callable(v) and getattr(v, "__module__", None) == module["__name__"]]
@@ -37,9 +39,18 @@ def _load(path: Path) -> Any:
         module = importlib.util.module_from_spec(module_spec)
         sys.modules[name] = module
         try:
-            module_spec.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[name]
-            raise InputError(f"{path.name} could not be run: {type(error).__name__}: {error}") from error
+            with contextlib.redirect_stdout(sys.stderr):  # standard output holds the answer alone
+                module_spec.loader.exec_module(module)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too: a script that ends itself has not been checked
+            sys.modules.pop(name, None)
+            if isinstance(error, SystemExit):
+                said = (
+                    f"it ends the program (SystemExit: {error.code}); put what it runs under if __name__ == '__main__'"
+                )
+            else:
+                said = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path.name} could not be run: {said}") from error
         module.__dict__["__version_read__"] = version
     return sys.modules[name]

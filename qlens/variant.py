@@ -10,12 +10,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens import adapters, calling, params
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
+from qlens.guards import blamed
 from qlens.pairs import Pairs
+from qlens.structure import Structure, check_structure
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
 
+TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 
 
@@ -25,10 +29,14 @@ class Method:
 
     ``trusted``, ``residual`` and ``scale`` say what the label is trusted by, where the rest goes and how hard the pull is;
     ``simplex`` is True, False, or None where nobody has declared it; ``invariant`` is False where the loss also sees raw
-    logits, so that sum(Q) is not 1. ``modes`` names points of the parameters, above all those of released code
+    logits, so that sum(Q) is not 1. ``scope`` is what a token's gradient depends on: "token", "sequence", "pair", "batch" or
+    "parameters". ``modes`` names points of the parameters, above all those of released code
     (``get("eaft@axolotl")``); ``differences`` says where paper, code and the authors' table disagree, a sentence each.
     ``coupled`` is "sequence" or "pair" where the rows of such a group have one gradient between them, so that they must weigh
-    alike. ``scope``, ``needs``, ``simplex``, ``invariant``, ``coupled`` and ``denominator`` may be functions of the parameters.
+    alike. ``structure`` declares what the logit gradient is a function of: "label", where loss and gradient are functions of
+    label probabilities (and per-token fields) alone, g = a (p - d); a ``GeometricMixture`` of label and one other model; or
+    "dense", anything. The engine chooses its path by it, and ``check_variant`` proves it. ``scope``, ``needs``, ``simplex``,
+    ``invariant``, ``coupled``, ``structure`` and ``denominator`` may be functions of the parameters.
     """
 
     name: str
@@ -36,7 +44,7 @@ class Method:
     title: str = ""
     paper: str = ""
     family: str = "user"
-    scope: str | Callable[..., str] = "token"
+    scope: str | Callable[..., str] = ""
     needs: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
     trusted: str = ""
     residual: str = ""
@@ -44,6 +52,7 @@ class Method:
     simplex: bool | None | Callable[..., bool] = None
     invariant: bool | Callable[..., bool] = True
     coupled: str | Callable[..., str] = ""
+    structure: Structure | Callable[..., Structure] = "dense"
     denominator: str | Callable[..., str] = "valid"
     limits: str = ""
     modes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -53,6 +62,7 @@ class Method:
     where: str = ""
     printed: Callable | None = None
     on_model: Callable | None = None
+    on_start: Callable | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -67,6 +77,11 @@ class Method:
     def penalty(self, fn: Callable) -> Callable:
         """Decorator: a term on the model's parameters, ``fn(model, *, ...) -> scalar``."""
         self.on_model = fn
+        return fn
+
+    def start(self, fn: Callable) -> Callable:
+        """Decorator: where a penalty is measured from, ``fn(model, saved, *, ...) -> {name: tensor}``, see ``Variant.start``."""
+        self.on_start = fn
         return fn
 
     def variant(self, **given: Any) -> "Variant":
@@ -115,13 +130,23 @@ class Variant:
 
     @property
     def scope(self) -> str:
-        """What one token's gradient depends on: token, sequence, batch, pair or parameters."""
-        return self._declared("scope")
+        """What one token's gradient depends on: token (also where nothing is declared), sequence, batch, pair or parameters."""
+        return self._declared("scope") or "token"
 
     @property
     def needs(self) -> tuple[str, ...]:
         """The fields of Tokens it cannot do without, beside logits and labels."""
         return self._declared("needs")
+
+    @property
+    def structure(self) -> Structure:
+        """What its logit gradient is a function of: "label", a ``GeometricMixture`` or "dense"."""
+        return check_structure(self.name, self._declared("structure"), self.needs)
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is one of qlens' own methods, whose card the tests prove."""
+        return str(getattr(self.method.fn, "__module__", "")).startswith("qlens.variants.")
 
     @property
     def denominator(self) -> str:
@@ -141,13 +166,34 @@ class Variant:
     @cached_property
     def derived(self) -> bool:
         """Whether the target is read out of the loss by the lens, so that the identity holds by construction."""
-        if self.method.printed is not None:
-            return False
-        if calling.kind(self.method.fn) != "tokens":
-            return True
         from qlens.probes import probes
 
-        return not isinstance(self.method.fn(probes()[:4], **self.params), Target)
+        error: InputError | None = None
+        for vocabulary in TRIED if self._may_return_target else TRIED[:1]:
+            try:
+                return self.is_loss_alone(probes(vocabulary=vocabulary)[:4])
+            except InputError as raised:  # a loss may be written for more entries, or for one vocabulary
+                error = raised
+        assert error is not None
+        raise error
+
+    @property
+    def _may_return_target(self) -> bool:
+        return self.method.printed is None and calling.kind(self.method.fn) == "tokens"
+
+    def is_loss_alone(self, tokens: Tokens) -> bool:
+        """Whether it has no target of its own, seen once by what it returns on some tokens.
+
+        Args:
+            tokens: at least one row, with the fields that it needs.
+        """
+        if not self._may_return_target:
+            return self.method.printed is None
+        if "_returns_target" not in self.__dict__:
+            with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):  # looked at, not drawn from
+                value = self.method.fn(tokens.unweighted(), **self.params)
+            self.__dict__["_returns_target"] = isinstance(value, Target)
+        return not self.__dict__["_returns_target"]
 
     @cached_property
     def _undone(self) -> Callable[[Tokens], Any]:
@@ -157,6 +203,16 @@ class Variant:
     def _rows(self) -> Callable[[Tokens], Tensor]:
         return adapters.rows(self.method.fn, self.params, self.spec)
 
+    @cached_property
+    def _printed(self) -> Callable[[Tokens], Tensor]:
+        assert self.method.printed is not None
+        return adapters.rows(self.method.printed, self.params, f"the loss of {self.spec}")
+
+    @cached_property
+    def _weighs(self) -> bool:
+        """Whether the loss takes the weights itself, so that they are not multiplied in again."""
+        return calling.kind(self.method.fn) != "tokens" and calling.takes(self.method.fn, "weight")
+
     def target(self, tokens: Tokens) -> Target:
         """Q and s at every token, detached; ``tokens.weight`` multiplies the scale.
 
@@ -164,11 +220,10 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        if calling.kind(self.method.fn) == "tokens":
-            bare, weight = self._split_weight(tokens)
-            made = self.method.fn(bare, **self.params)
+        if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
+            made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
-                return made if weight is None else made.weighted(weight.to(made.scale))
+                return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
         from qlens.lens import gradient
 
         return Target.from_grad(tokens, gradient(self.loss, tokens))
@@ -182,23 +237,21 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare, weight = self._split_weight(tokens)
-        bare = bare.upcast()  # printed losses softmax for themselves, in the logits' own dtype
+        bare = (
+            tokens if self._weighs else tokens.unweighted()
+        ).upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
-            rows = self.method.printed(bare, **self.params)
+            rows = self._printed(bare)
         else:
             rows = self._rows(bare)
             if isinstance(rows, Target):
                 rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if weight is None else rows * weight
-
-    def _split_weight(self, tokens: Tokens) -> tuple[Tokens, Tensor | None]:
-        """The tokens without weights, and the weights; a loss that asks for weights takes them itself."""
-        return (tokens, None) if "weight" in self.needs else (tokens.unweighted(), tokens.weight)
+        return rows if tokens.weight is None or self._weighs else rows * tokens.weight
 
     def total(self, tokens: Tokens) -> Tensor:
         """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
-        if self.method.printed is None and tokens.weight is None and calling.kind(self.method.fn) != "tokens":
+        alone = tokens.weight is None or self._weighs
+        if self.method.printed is None and alone and calling.kind(self.method.fn) != "tokens":
             self._check(tokens)
             return self._undone(tokens.upcast()).sum()
         return self.loss(tokens).sum()
@@ -209,12 +262,27 @@ class Variant:
             return torch.zeros((), device=next(model.parameters()).device)
         return self.method.on_model(model, **self.params)
 
+    def start(self, model: nn.Module, saved: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Begin a run: ``penalty`` is measured from the model's present weights on, or from a ``saved`` start.
+
+        Args:
+            model: the model to be trained.
+            saved: what an earlier ``start`` returned, to resume its run.
+
+        Returns:
+            the start as named tensors, for a checkpoint; empty for a method whose penalty has no start.
+
+        Raises:
+            InputError: ``saved`` is not the start of such a model and method.
+        """
+        return {} if self.method.on_start is None else self.method.on_start(model, saved, **self.params)
+
     def __reduce__(self) -> tuple[Callable, tuple]:
         """To other processes a built-in variant goes by its spec: its function hides behind the name of its Method."""
         from qlens.registry import get, methods
 
-        built_in = methods().get(self.name) is self.method and self.method.fn.__module__.startswith("qlens.")
-        return (get, (self.spec,)) if built_in else (Variant, (self.method, self.params))
+        registered = methods().get(self.name) is self.method and self.built_in
+        return (get, (self.spec,)) if registered else (Variant, (self.method, self.params))
 
     def _declared(self, name: str) -> Any:
         """A field of the card, at these parameters."""

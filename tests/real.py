@@ -1,4 +1,4 @@
-"""A real chat model for tests marked ``real``: SmolLM2-135M-Instruct as a local Hugging Face folder, or a skip with the reason."""
+"""SmolLM2-135M-Instruct for tests marked ``real``: its local Hugging Face folder, or a skip with the reason."""
 
 import os
 from pathlib import Path

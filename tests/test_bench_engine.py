@@ -31,6 +31,13 @@ def test_a_case_that_fails_says_which():
         case.measure()
 
 
+def test_a_case_that_fails_leaves_no_other_process():
+    with pytest.raises(RuntimeError), bench_engine.Case("qlens", "sft", (6, 4, 32)) as other:
+        other.turn()
+        bench_engine.Case("torch linear_cross_entropy", "sft", (0, 4, -1)).measure()
+    assert other.process.poll() is not None
+
+
 def test_ratios_are_medians_of_rounds():
     turns = {"bare products": [1.0, 2.0, 4.0], "plain path": [2.0, 8.0, 8.0], "qlens": [1.5, 2.0, 8.0]}
     peaks = {"bare products": 20.0, "plain path": 40.0, "qlens": 4.0}

@@ -40,7 +40,7 @@ def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(
     data.write_bytes(own["data"].read_bytes())
     compare("dft", data=data, seeds=1)
     data.write_text(data.read_text(encoding="utf-8").replace("ban", "pan"), encoding="utf-8")
-    with pytest.raises(InputError, match="digest was"):
+    with pytest.raises(InputError, match="words.jsonl has changed since"):
         compare("dft", data=data, seeds=1)
     with monkeypatch.context() as patch, pytest.raises(InputError, match=r"versions\.torch was .*9\.9\.9"):
         patch.setattr("qlens.analysis.plan.versions", lambda: versions() | {"torch": "9.9.9"})
@@ -134,3 +134,22 @@ def test_without_out_the_folder_goes_by_the_configuration(compare, tmp_path, mon
         compare("sft", seeds=1, out=None)
     compare("sft", seeds=1, out=None, steps=1)
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_a_refusal_names_the_file_that_has_changed(compare, own, tmp_path):
+    shutil.copytree(own["model"], tmp_path / "model")
+    loss = tmp_path / "own_loss.py"
+    loss.write_text("def f(logits, labels):\n    return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()\n")
+    given = {"model": tmp_path / "model", "teacher": None, "seeds": 1}
+    compare(f"{loss}:f", **given)
+    weights = tmp_path / "model" / "model.safetensors"
+    before, size = weights.read_bytes(), weights.stat().st_size
+    middle = bytearray(before)
+    middle[size // 2] ^= 1  # as a merged adapter changes layers, but neither the beginning nor the end
+    weights.write_bytes(bytes(middle))
+    with pytest.raises(InputError, match=r"the file \S+/model.safetensors has changed since"):
+        compare(f"{loss}:f", **given)
+    weights.write_bytes(before)
+    loss.write_text(loss.read_text() + "# another\n")
+    with pytest.raises(InputError, match=r"the file \S+/own_loss.py has changed since"):
+        compare(f"{loss}:f", **given)

@@ -15,8 +15,8 @@ from qlens import bodies, lens, own
 from qlens.analysis.summary import summary_of
 from qlens.chunks import mix_, others_, smooth_
 from qlens.heads import Head
-from qlens.mixing import Mixture, mixture
 from qlens.reading import token_batches, tokens_from_examples
+from qlens.structure import GeometricMixture
 from qlens.testing import random_tokens
 
 EXAMPLES = [row for row in rows(6) if any(label >= 0 for label in row["labels"])]
@@ -131,13 +131,13 @@ def test_what_a_label_alone_leaves():
 @given(
     own=st.sampled_from([0.0, 0.3, 1.0]),
     other=st.sampled_from([0.0, 0.7, 1.0]),
-    entropy=st.booleans(),
+    kl=st.booleans(),
     trust=st.floats(-0.5, 1.5),
     scale=st.floats(0.1, 3),
     impossible=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_mixture_in_place_is_the_mixture_written_out(own, other, entropy, trust, scale, impossible, seed):
+def test_a_mixture_in_place_is_the_mixture_written_out(own, other, kl, trust, scale, impossible, seed):
     tokens = random_tokens(5, 7, spread=3.0, seed=seed)
     z, y = tokens.logits.clone(), tokens.teacher.clone()
     if impossible:  # an entry that neither model allows
@@ -153,32 +153,14 @@ def test_a_mixture_in_place_is_the_mixture_written_out(own, other, entropy, trus
     t, s = (torch.full((5,), value, dtype=torch.float64) for value in (trust, scale))
     d = torch.nn.functional.one_hot(tokens.labels, 7).double()
     expected = p - trust * d - (1 - trust) * r
-    far = -torch.special.xlogy(r, p).sum(-1) + entropy * torch.special.xlogy(r, r).sum(-1)
+    far = -torch.special.xlogy(r, p).sum(-1) + kl * torch.special.xlogy(r, r).sum(-1)
     value = scale * (-trust * p.gather(1, tokens.labels[:, None])[:, 0].log() + (1 - trust) * far)
-    labels = tokens.labels[:, None]
+    labels, structure_value = tokens.labels[:, None], "kl" if kl else "cross_entropy"
     if own == other == 0:
-        its, left, losses = smooth_(z, labels, Mixture(None, own, other, entropy), lambda *_: (t, s))
+        its, left, losses = smooth_(z, labels, GeometricMixture(None, own, other, structure_value), lambda *_: (t, s))
         made = its[:, None] * (z - left[:, None] / 7)
     else:
-        its, losses = mix_(z, y, labels, Mixture("teacher", own, other, entropy), lambda *_: (t, s))
+        its, losses = mix_(z, y, labels, GeometricMixture("teacher", own, other, structure_value), lambda *_: (t, s))
         made = its[:, None] * z
     assert_close(made, scale * expected, rtol=1e-11, atol=1e-11)
     assert_close(losses, value, rtol=1e-11, atol=1e-11)
-
-
-def test_which_methods_are_such_mixtures():
-    told = {
-        name: mixture(qlens.get(name))
-        for name in ("kd", "sft_kl", "label_smoothing", "target_sft", "jsd", "gem", "mile")
-    }
-    assert told == {
-        "kd": Mixture("teacher", 0.0, 1.0, True),
-        "sft_kl": Mixture("reference", 0.0, 1.0, True),
-        "label_smoothing": Mixture(None, 0.0, 0.0, False),
-        "target_sft": Mixture("teacher", 0.5, 0.5, False),
-        "jsd": None,
-        "gem": None,
-        "mile": None,
-    }
-    assert mixture(qlens.get("kd(temperature=2.0)")) is None
-    assert mixture(qlens.get("target_sft(eta=0.0)")) == Mixture("teacher", 1.0, 0.0, False)

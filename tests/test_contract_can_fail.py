@@ -52,6 +52,11 @@ def batch_weighted(tokens):
     return nll(tokens) * p / p.sum()
 
 
+def favours_high_ranks(tokens):
+    high = (tokens.log_probs.detach() > tokens.label_log_probs.detach()[:, None]).sum(-1) < 50
+    return Target.mix(tokens, trust=high.double(), residual="student")
+
+
 def teacher_with_gradient(tokens):
     return -(torch.softmax(tokens.teacher, -1) * tokens.log_probs).sum(-1)
 
@@ -63,6 +68,7 @@ def leaking_target(tokens):
 
 BROKEN = {
     "identity": method(one_hot, twice_the_loss),
+    "structure_as_declared": method(favours_high_ranks, structure="label"),
     "sums_to_one": method(more_than_one),
     "simplex_as_declared": method(over_trusting, simplex=True),
     "finite": method(log_of_softmax),
@@ -115,3 +121,36 @@ def test_a_spec_that_does_not_read_back_is_caught(monkeypatch):
 def test_none_is_left_out():
     others = {"scales_keep_the_gradient", "weight_multiplies", "spec_round_trips"}
     assert set(BROKEN) | others == set(CONTRACT)
+
+
+def test_a_loss_alone_is_said_to_have_no_target():
+    def forgotten_detach(tokens):
+        return -tokens.label_probs * tokens.label_log_probs
+
+    def detached(tokens):
+        return -tokens.label_probs.detach() * tokens.label_log_probs
+
+    for loss, says in (
+        (forgotten_detach, "derivative of its value: nothing"),
+        (detached, "something in it is detached"),
+    ):
+        with pytest.warns(UserWarning, match=f"no target to compare it with.*{says}"):
+            run = check_variant(method(loss))
+        assert set(CONTRACT) - set(run) == {"identity", "structure_as_declared"}
+    with pytest.warns(UserWarning, match="so that identity cannot fail"):
+        assert "structure_as_declared" in check_variant(method(detached, structure="label"))
+
+
+def test_a_method_that_wants_many_entries_is_checked_where_it_runs():
+    def top_fifty(tokens):
+        mass = tokens.probs.detach().topk(50, -1).values.sum(-1)
+        return Target.mix(tokens, trust=mass, residual="student")
+
+    with pytest.warns(UserWarning, match="does not run on a vocabulary below 101"):
+        assert set(check_variant(method(top_fifty))) == set(CONTRACT)
+
+    def never(tokens):
+        raise RuntimeError("no kernel")
+
+    with pytest.raises(qlens.InputError, match="no kernel"):
+        check_variant(method(never))

@@ -62,7 +62,7 @@ def test_rows_are_read_as_they_are(write, row):
         (b"[" * 100_000, "not JSON"),
         ([1], "must be an object, got list"),
         ({"prompt": "a", "complete": "b"}, r"keys \['complete', 'prompt'\] are of no known kind"),
-        ({**PAIR, "id": 3}, "no known kind"),
+        ({"prompt": "ab", "chosen": "cd", "id": 3}, "no known kind"),
         ({"prompt": "a", "completion": 3}, "completion must be a string, got int"),
         ({"text": "a"}, "a row of text, but the rows before are of prompt/completion"),
         ({"messages": []}, "messages must be a list of turns"),

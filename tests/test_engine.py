@@ -5,7 +5,6 @@ import torch
 from torch.testing import assert_close
 
 import qlens
-from qlens.collapse import _collapses, collapses
 from qlens.engine import ROUNDING, fused_loss, fusible
 from qlens.registry import methods
 from qlens.testing import random_tokens
@@ -51,7 +50,7 @@ def both(variant, dtype=torch.float64, seed=0, **options):
 @pytest.mark.parametrize("spec", SPECS)
 def test_every_method_and_mode_is_the_dense_path(spec):
     variant = qlens.get(spec)
-    if variant.scope in ("sequence", "batch", "pair") and not collapses(variant):
+    if variant.scope in ("sequence", "batch", "pair") and variant.structure != "label":
         with pytest.raises(qlens.InputError, match="needs whole distributions: use the plain path"):
             engine(spec, *parts())
         return
@@ -240,18 +239,3 @@ def test_what_does_not_fit_is_refused(change, says):
     options = dict(variant="sft", hidden=hidden, head=head, labels=TOKENS.labels) | change
     with pytest.raises(qlens.InputError, match=says):
         fused_loss(**options)
-
-
-def test_methods_of_label_probabilities_collapse_and_others_do_not():
-    told = {name for name in qlens.names() if collapses(qlens.get(name))}
-    assert {"sft", "dft", "profit", "psft", "iw_sft", "dpo", "simpo", "focal", "grpo", "cayley"} <= told
-    assert not {"kd", "eaft", "label_smoothing", "mile", "gem", "unlikelihood", "confidence_penalty"} & told
-    assert collapses(qlens.get("beyond_log_threshold"))
-
-
-def test_whether_a_method_collapses_is_found_once():
-    for _ in range(3):
-        engine("gce(q=0.123)", *parts())
-    before = _collapses.cache_info().misses
-    engine("gce(q=0.123)", *parts())
-    assert _collapses.cache_info().misses == before

@@ -1,6 +1,7 @@
 """Explanations: what they find in losses nobody registered, among them wrong ones."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,7 +101,7 @@ def test_own_tokens_and_their_pieces():
 
 
 def test_a_loss_that_breaks_is_named():
-    with pytest.raises(qlens.InputError, match="broken raised ZeroDivisionError: division by zero"):
+    with pytest.raises(qlens.InputError, match="broken raises ZeroDivisionError: division by zero"):
 
         def broken(logits, labels):
             return logits.sum() / 0 if len(labels) < 0 else 1 / 0
@@ -177,3 +178,70 @@ def test_a_leak_stays_undone_on_a_thinned_text():
     read = qlens.explain(lambda logits, labels: F.cross_entropy(30 * torch.tanh(logits / 30), labels), tokens)
     assert read.leak.cause == "a soft-cap: 30 tanh(z / 30)"
     assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")
+
+
+def test_a_method_is_named_first_and_the_simplest_up_to_a_factor():
+    half = qlens.explain(lambda logits, labels: 0.5 * F.cross_entropy(logits, labels))
+    assert half.summary.startswith("This is sft times 0.5")
+    own = qlens.explain("sft")
+    assert own.summary.startswith("This is sft, registered: Standard SFT. rpsft has the same gradient.")
+    smoothed = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=0.23))
+    assert smoothed.summary.startswith("This is label_smoothing(epsilon=0.23).")
+
+
+def test_losses_with_a_top_k_of_their_own_are_read_at_a_wider_vocabulary():
+    def top_50(logits, labels):
+        with torch.no_grad():
+            top = logits.topk(50, -1).values.log_softmax(-1)
+            weight = -(top.exp() * top).sum(-1) / torch.tensor(50.0).log()
+        return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+    read = qlens.explain(top_50)
+    assert read.tokens.logits.shape == (57, 160) and read.on_probes
+    assert read.nearest[0].spec == "eaft(k=50)" and read.law.formula == "H_top-50 / ln 50"
+
+
+def test_losses_made_for_one_vocabulary_are_read_at_it():
+    weights = torch.arange(1, 11, dtype=torch.float64)
+    read = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels, weights, reduction="none"))
+    assert read.tokens.logits.shape == (57, 10) and read.nearest[0].spec == "sft" and read.nearest[0].factor == 1
+    assert read.label_weights.weights == {i: i + 1.0 for i in range(10)}
+
+
+def test_weights_are_read_and_missed():
+    def keeps(logits, labels, weight):
+        return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / len(labels)
+
+    def drops(logits, labels, weight):
+        return F.cross_entropy(logits, labels)
+
+    kept, dropped = qlens.explain(keeps), qlens.explain(drops)
+    assert kept.law.formula == "weight" and not kept.unused
+    assert dropped.unused == ("weight",) and any("weight has no effect" in finding for finding in dropped.findings)
+
+
+def test_own_tokens_are_no_probes_even_if_there_are_57():
+    tokens = random_tokens(57, 9)
+    read = qlens.explain("dft", tokens)
+    assert not read.on_probes and set(read.table["shape"]) == {"text"} and "57 tokens" in str(read)
+    noted = replace(read, notes=("The loss was called with rows.",))
+    assert "The loss was called with rows." in noted.findings and noted.to_dict()["notes"] == list(noted.notes)
+
+
+@pytest.mark.real
+def test_methods_are_named_right_on_a_chat_model_in_any_precision():
+    from real import smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pair = ("How many eggs are left if I eat 2 of 7?", "There are 7 - 2 = 5 eggs left.")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokens = qlens.Tokens.from_text(model, tokenizer, [pair])
+        tokens = tokens.replace(teacher=0.8 * tokens.logits)
+        for name in ("dft", "target_sft", "eaft"):
+            variant = qlens.get(name)
+            read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)
+            assert read.leak is None and (read.nearest[0].spec, read.nearest[0].relation) == (name, "identical")
+            assert read.read_in == f"read in float64; logits {str(dtype).removeprefix('torch.')}"

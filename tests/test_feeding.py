@@ -40,7 +40,7 @@ def seen():
 
 def test_the_old_policy_is_the_student_at_the_last_refresh(make, seen):
     variant, tokens = seen("old")
-    trainer = make(variant, old_every=2, steps=5)
+    trainer = make(variant, old_every=2, steps=5, fused=False)
     trainer.train()
     apart = [bool((each.logits - each.old).abs().max() > 1e-6) for each in tokens]
     assert apart == [False, True, False, True, False]
@@ -61,7 +61,7 @@ def test_the_second_pass_has_its_own_dropout_and_no_gradient(make, seen):
     shape = dict(n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.3, embd_pdrop=0.3)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **shape))
     variant, tokens = seen("second")
-    make(variant, model=model, steps=1).train()
+    make(variant, model=model, steps=1, fused=False).train()
     first = tokens[0]
     assert not first.second.requires_grad and float((first.logits - first.second).detach().abs().max()) > 1e-3
 
@@ -69,7 +69,7 @@ def test_the_second_pass_has_its_own_dropout_and_no_gradient(make, seen):
 def test_negatives_are_the_tokens_before_a_label_in_its_own_text(make, seen):
     variant, tokens = seen("negatives")
     recorder = Recorder()
-    make(variant, steps=1, data_collator=recorder).train()
+    make(variant, steps=1, data_collator=recorder, fused=False).train()
     expected = []
     for ids, mask, labels in zip(
         *(recorder.batches[0][n] for n in ("input_ids", "attention_mask", "labels")), strict=True
@@ -91,7 +91,7 @@ def test_context_ends_where_a_packed_sequence_begins():
 def test_columns_of_the_data_stand_at_their_labels(make, seen):
     variant, tokens = seen("critical", "advantage")
     examples = [row | {"critical": [token % 2 for token in row["input_ids"]], "advantage": 0.5} for row in rows(4)]
-    make(variant, examples=examples, steps=1).train()
+    make(variant, examples=examples, steps=1, fused=False).train()
     assert torch.equal(tokens[0].critical, tokens[0].labels % 2 == 1)
     assert_close(tokens[0].advantage, torch.full_like(tokens[0].advantage, 0.5))
 

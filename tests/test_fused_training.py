@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -27,7 +29,7 @@ from qlens.batching import collate
 from qlens.bodies import Body, NoBody
 from qlens.data import encode
 from qlens.engine import fusible
-from qlens.sources import load_model, load_tokenizer
+from qlens.sources import load_model, load_tokenizer, model_logits
 
 MODELS = Path(__file__).resolve().parents[2] / "shared/data/models"
 SHAPE = dict(
@@ -195,6 +197,59 @@ def test_evaluation_keeps_logits_only_for_those_who_ask(make):
         assert_close(losses[0], other, rtol=1e-5, atol=1e-6)
 
 
+class Sizes(TorchDispatchMode):
+    """Counts the matrix products with a head, and finds the largest new tensor."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head, self.products, self.largest = head.numel(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        product = func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.products += product and any(each.numel() == self.head for each in args)
+        if isinstance(result, torch.Tensor) and func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.zeros):
+            self.largest = max(self.largest, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("spec", ["sft", "label_smoothing", "kd", "gem", "iw_sft"])
+def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(6, 50, requires_grad=True), torch.randn(40, 50, requires_grad=True)
+    given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
+    given |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
+    value = qlens.fused_loss(spec, hidden, head, **given).detach()
+    with torch.no_grad(), Sizes(head) as sizes:
+        alone = qlens.fused_loss(spec, hidden, head, **given)
+    assert_close(alone, value, rtol=0, atol=0)
+    assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
+    assert sizes.largest < head.numel()
+
+
+def test_threads_that_share_a_model_get_what_each_asked_for(make):
+    teacher, batch = llama(1).eval(), collate(rows(4))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    bodies = [Body(teacher, inputs) for _ in range(2)]
+    logits, hidden = model_logits(teacher, inputs), bodies[0].hidden(inputs).detach()
+    wrong = []
+
+    def differs(read, expected):
+        for _ in range(40):
+            with torch.no_grad():
+                if not torch.equal(read(), expected):
+                    wrong.append(read)
+
+    jobs = [(lambda body=body: body.hidden(inputs), hidden) for body in bodies]
+    jobs += [(lambda: model_logits(teacher, inputs), logits)]
+    threads = [threading.Thread(target=differs, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and "forward" not in teacher.lm_head.__dict__
+
+
 def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
     logs = {}
     for fused in (True, False):
@@ -259,3 +314,19 @@ def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
     noise = float((ends["reordered"] - ends["whole"]).norm())
     assert 0 < noise < 1e-2 * float((ends["whole"] - parameters(student).double()).norm())
     assert float((ends["engine"] - ends["whole"]).norm()) <= 3 * noise
+
+
+def test_a_loss_alone_of_declared_scope_is_trained_a_few_rows_at_a_time(make, caplog):
+    def gated(tokens):
+        rank = (tokens.log_probs.detach() > tokens.label_log_probs.detach()[:, None]).sum(-1)
+        return -tokens.label_log_probs * (rank < VOCAB // 2) + 0.01 * tokens.logits.logsumexp(-1).square()
+
+    weights = []
+    for fused in (None, False):
+        variant = qlens.registry.Method(name="gated", fn=gated, scope="token").variant()
+        with caplog.at_level(logging.WARNING, "qlens"):
+            trainer = make(variant, steps=3, fused=fused)
+            trainer.train()
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert not caplog.messages
+    assert_close(*weights, rtol=1e-4, atol=1e-6)

@@ -5,7 +5,7 @@ import torch
 from losses import forgot_detach, root_weighted
 
 import qlens
-from qlens.findings.reading import fed
+from qlens.findings.reading import asked, fed
 from qlens.findings.scope import scope
 from qlens.probes import probes
 from qlens.registry import resolve
@@ -70,7 +70,7 @@ def test_other_tokens_count_through_labels_weights_and_fields():
 
     for loss, through in ((softmax_of_rewards, "advantage"), (averaged_weights, "weight"), (earlier_labels, "labels")):
         variant = resolve(loss)
-        found = scope(variant.loss, fed(probes(), variant), needs=variant.needs)
+        found = scope(variant.loss, fed(probes(), variant), needs=asked(variant))
         assert (found.of, found.through) == ("batch", (through,)), found.evidence
 
 

@@ -7,8 +7,13 @@ import pytest
 import torch
 from tiny import CHARACTERS, letters, llama
 
+import qlens
 from qlens import sources
+from qlens.analysis.grounds import Real
+from qlens.bodies import Body
+from qlens.data import encode
 from qlens.errors import InputError
+from qlens.own import own_tokens
 
 
 def test_tokenizers_are_compared_piece_by_piece():
@@ -87,3 +92,44 @@ def test_unreadable_tokenizers_dtypes_devices_and_names(folder, monkeypatch):
     monkeypatch.setattr(sources.AutoTokenizer, "from_pretrained", offline)
     with pytest.raises(InputError, match="'owner/name' cannot be read .*looked for on the hub.*offline"):
         sources.load_tokenizer("owner/name")
+
+
+@pytest.mark.parametrize(("mine", "its"), [(512, 520), (520, 512)])
+def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mine, its):
+    student, teacher = llama(0, vocab=mine), llama(1, vocab=its)
+    for name, model in (("student", student), ("teacher", teacher)):
+        model.save_pretrained(tmp_path / name)
+        letters().save_pretrained(tmp_path / name)
+    (tmp_path / "data.jsonl").write_text('{"text": "what is banana"}')
+    folders = (str(tmp_path / "student"), str(tmp_path / "teacher"), None, str(tmp_path / "data.jsonl"))
+    tokens = own_tokens(*folders, 1, "cpu", None, ("teacher",))["tokens"]
+    assert f"teacher: a vocabulary of {its} over the model's own tokenizer" in capsys.readouterr().err
+    assert tokens.logits.shape == tokens.teacher.shape == (len(tokens), mine)
+    ids = torch.tensor([encode([{"text": "what is banana"}], letters(), None).examples[0]["input_ids"]])
+    with torch.no_grad():
+        shared = min(mine, its)
+        expected = teacher(ids)["logits"][0, :-1, :shared].softmax(-1)
+    torch.testing.assert_close(tokens.teacher.softmax(-1)[:, :shared], expected)
+    assert float(tokens.teacher.softmax(-1)[:, shared:].sum()) == 0.0
+    target = qlens.get("kd").target(tokens)
+    torch.testing.assert_close(target.grad[:, shared:], tokens.probs[:, shared:])  # p - 0, where there is padding
+    for spec in ("kd", "reverse_kl", "target_sft", "jsd"):
+        assert (
+            qlens.implied_target(spec, tokens).grad.isfinite().all() and qlens.get(spec).loss(tokens).isfinite().all()
+        )
+    ground = Real.of(folders[0], folders[3], folders[1]).open
+    (tmp_path / "data.jsonl").write_text('{"text": "what is banana"}\n{"text": "banana"}')
+    other = ground().teacher()
+    hidden, head = torch.randn(2, 16, requires_grad=True), student.lm_head.weight
+    linear = other.get_output_embeddings()
+    whole = qlens.fused_loss("kd", hidden, head, torch.tensor([1, 2]), teacher=linear(hidden).detach())
+    assert whole.isfinite() and Body(other, {"input_ids": ids}).of(hidden).logits(slice(None)).shape == (2, mine)
+
+
+def test_vocabularies_of_other_tokenizers_are_not_matched():
+    with pytest.raises(InputError, match="the tokenizers have"):
+        sources.match_vocabulary(32, llama(vocab=40), "teacher", letters(), letters(order=[*CHARACTERS, "é"]))
+    with pytest.raises(InputError, match="a token 31: they cannot be matched"):
+        sources.match_vocabulary(33, llama(vocab=30), "teacher", letters(), letters())
+    with pytest.raises(InputError, match="match_vocabulary"):
+        sources.check_same_vocabulary(llama(), llama(vocab=40), "teacher")

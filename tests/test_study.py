@@ -1,5 +1,7 @@
 """Studies from made-up scores: ranks, paired differences, corrections, controls and what a reader is told."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -191,3 +193,27 @@ def test_a_study_comes_back_from_its_folder(tmp_path):
     for name in ("results", "diagnostics", "rates", "curves", "truth"):
         pd.testing.assert_frame_equal(getattr(loaded, name), getattr(study, name), check_dtype=False)
     assert str(loaded) == str(study)
+
+
+def test_names_are_escaped_in_markdown_and_keep_to_their_line_in_print():
+    name = "own.py:a|b`c`\n| d | [e](f) <b>"
+    study = made({"base": 0.4, "sft": 0.5, name: 0.6}, failed=[f"{name} in one at seed 1: no"])
+    lines = study.to_markdown().splitlines()
+    assert any(line.startswith(r"| own.py:a\|b\`c\` \| d \| \[e\](f) \<b> |") for line in lines)
+    assert any(r"- failed: own.py:a\|b\`c\` \| d" in line for line in lines)
+    cells = [line for line in lines if line.startswith("|")]
+    assert len({line.replace(r"\|", "").count("|") for line in cells}) == 1, "every row has as many cells"
+    printed = str(study).splitlines()
+    assert sum("own.py:a|b`c` | d | [e](f) <b>" in line for line in printed) >= 4
+
+
+def test_one_held_out_row_has_no_p_value_and_no_ranks():
+    study = made()
+    study = dataclasses.replace(study, results=study.results[study.results["item"] == 0])
+    differences = study.differences()
+    assert (differences["items"] == 1).all() and differences[["p", "p_holm"]].isna().all(axis=None)
+    assert differences["low"].notna().any()
+    table = study.table()
+    assert (table["best"] == 1).all() and (table["worst"] == len(study.methods)).all()
+    row = next(line for line in str(study).splitlines() if line.startswith("target_sft"))
+    assert "<.001" not in row and "p (Holm): over" not in str(study)

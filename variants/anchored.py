@@ -10,6 +10,7 @@ from torch import Tensor
 from qlens.citations import bibtex
 from qlens.params import Weight
 from qlens.registry import register
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation, kl
 
@@ -22,6 +23,7 @@ Direction = Literal["forward", "reverse"]
     paper="Zhu et al. 2025, arXiv 2509.23753",
     family="anchored",
     needs=("reference",),
+    structure=lambda direction, **_: GeometricMixture("reference") if direction == "forward" else "dense",
     trusted="p_y / (p_y + weight)",
     residual="reference",
     scale="p_y + weight",
@@ -91,6 +93,7 @@ RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forge
     paper="2025, arXiv 2509.04259 (as the authors' table links it)",
     family="anchored",
     needs=("reference",),
+    structure=GeometricMixture("reference"),
     trusted="1 / (1 + weight)",
     residual="reference",
     scale="1 + weight",

@@ -28,6 +28,7 @@ BIBTEX = bibtex(
     title="Beyond log-likelihood, the alpha family",
     paper=PAPER,
     family="label trust",
+    structure="label",
     trusted="p_y^alpha",
     residual="student",
     simplex=lambda alpha: alpha >= 0,
@@ -72,6 +73,7 @@ def beyond_log_loss(tokens: Tokens, *, alpha: float = 1.0) -> Float[Tensor, " N"
     title="Beyond log-likelihood, log(1 - p)",
     paper=PAPER,
     family="label trust",
+    structure="label",
     trusted="p_y / (1 - p_y)",
     residual="student",
     simplex=False,
@@ -120,6 +122,7 @@ def beyond_log_log1mp_loss(tokens: Tokens) -> Float[Tensor, " N"]:
     residual="student",
     simplex=True,
     denominator="selected",
+    structure="label",
     limits="threshold = 0, keep = 'top' is sft (form 'logp') or dft (form 'p')",
     modes={
         "OnlyTopP": {"form": "p"},

@@ -73,6 +73,7 @@ def deft_loss(tokens: Tokens) -> Float[Tensor, " N"]:
     paper=PAPER,
     family="label trust",
     scope="batch",
+    structure="label",
     trusted="p_y^a a / (a + 1e-8), with a from p_y / (2 - p_y) over the batch's floor",
     residual="student",
     simplex=True,

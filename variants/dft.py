@@ -15,6 +15,7 @@ from qlens.tokens import Tokens
     title="Dynamic Fine-Tuning (p-loss)",
     paper="Wu et al. 2025, arXiv 2508.05629",
     family="label trust",
+    structure="label",
     trusted="p_y",
     residual="student",
     simplex=True,

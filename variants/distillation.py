@@ -7,6 +7,7 @@ from torch import Tensor
 from qlens.citations import bibtex
 from qlens.params import Positive, Share, Weight
 from qlens.registry import register
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens, kl, log_softmax
 
@@ -25,6 +26,7 @@ BIBTEX = bibtex(
     paper="Hinton et al. 2015, arXiv 1503.02531",
     family="distillation",
     needs=("teacher",),
+    structure=lambda temperature, **_: GeometricMixture("teacher") if temperature == 1 else "dense",
     trusted="0",
     residual="teacher",
     simplex=lambda temperature, square: temperature == 1,
@@ -80,6 +82,7 @@ def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False
     paper="Hinton et al. 2015, arXiv 1503.02531",
     family="distillation",
     needs=("teacher",),
+    structure=lambda temperature, **_: GeometricMixture("teacher") if temperature == 1 else "dense",
     trusted="1 - weight",
     residual="teacher",
     scale="1 (hard + weight where hard is given)",

@@ -26,6 +26,7 @@ PAIR = ("chosen", "pair")
     scope="pair",
     coupled="pair",
     needs=(*PAIR, "reference"),
+    structure="label",
     trusted="beta sigma(-u) on chosen tokens, minus that on rejected ones",
     residual="student",
     simplex=None,

@@ -17,6 +17,7 @@ from qlens.tokens import Tokens
     title="Focal loss",
     paper="Lin et al. 2017, arXiv 1708.02002",
     family="label trust",
+    structure="label",
     trusted="(1 - p_y)^gamma - gamma p_y (1 - p_y)^(gamma - 1) log p_y; detached: (1 - p_y)^gamma",
     residual="student",
     simplex=lambda gamma, detach: detach or gamma == 0,

@@ -38,6 +38,7 @@ def _sequences(level: str, normalize: object) -> bool:
         *(("sequence",) if _sequences(level, normalize) else ()),
     ),  # fmt: skip
     coupled=lambda level, objective, **_: "sequence" if level == "sequence" and objective != "cispo" else "",
+    structure="label",
     trusted="A p_y / old_y inside the clip, minus weight (1 - reference_y / p_y)",
     residual="student",
     simplex=None,

@@ -33,6 +33,7 @@ Normalize = Literal["sum", "mean"] | None
         *(("old",) if policy == "old" else ()),
     ),  # fmt: skip
     coupled=lambda level, detach, **_: "" if detach or level == "token" else "sequence",
+    structure="label",
     trusted="w = exp(temperature mean_t log(p_y / reference_y)), clamped",
     residual="student",
     simplex=lambda clamp, normalize, detach, **_: True if clamp[1] <= 1 and detach and not normalize else None,

@@ -23,6 +23,7 @@ Base = Literal["sft", "dft"]
     paper="Schulman 2020 (estimators k1, k2, k3); as used by arXiv 2509.23753's ports",
     family="anchored",
     needs=("reference",),
+    structure="label",
     trusted="1 - weight c; c = 1, log(p_y / r_y) or 1 - r_y / p_y",
     residual="student",
     simplex=lambda weight, **_: True if weight == 0 else None,

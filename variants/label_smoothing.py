@@ -9,6 +9,7 @@ from torch import Tensor
 from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens
 
@@ -20,6 +21,7 @@ Over = Literal["all", "others"]
     title="Label smoothing",
     paper="Szegedy et al. 2016; for SFT: arXiv 2508.00264",
     family="fixed mixture",
+    structure=lambda over, **_: GeometricMixture.uniform() if over == "all" else "dense",
     trusted="1 - epsilon",
     residual="uniform",
     simplex=True,

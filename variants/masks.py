@@ -27,6 +27,7 @@ By = Literal["given", "excess", "history"]
     residual="student",
     simplex=True,
     denominator="selected",
+    structure="label",
     limits="all tokens critical is sft",
     differences=(
         "The paper finds critical tokens by regenerating the rest of an answer after each substitute; the authors' table "
@@ -80,6 +81,7 @@ def cft_loss(tokens: Tokens) -> Float[Tensor, " N"]:
     residual="student",
     simplex=True,
     denominator="selected",
+    structure="label",
     limits="keep = 1 is sft; by = 'given' is cft",
     modes={"rho-1": {"by": "excess"}, "sstoken": {"by": "history"}},
     differences=(

@@ -29,6 +29,7 @@ def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     title="PolyLoss",
     paper="Leng et al. 2022, arXiv 2204.12511",
     family="label trust",
+    structure="label",
     trusted="1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
     residual="student",
     simplex=_inside,

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qlens.citations import bibtex
+from qlens.draws import uniform
 from qlens.errors import InputError
 from qlens.params import Share
 from qlens.registry import register
@@ -24,6 +25,7 @@ Ties = Literal["keep", "drop"]
     paper="2026, arXiv 2601.09195",
     family="token selection",
     scope=lambda keep, **_: "batch" if keep == "random" else "token",
+    structure="label",
     trusted="1 where p_y >= threshold, else 0",
     residual="student",
     simplex=True,
@@ -64,8 +66,10 @@ def profit(
 
     ``keep``: "higher" drops p_y below the threshold, "lower" above it, "middle" outside [threshold, upper]; "random"
     drops tokens with probability ``threshold``, drawn from ``seed`` and the number of tokens, so that loss and target
-    agree and a batch of another size is dealt anew. ``ties``: what happens to p_y at the threshold itself. Takes
-    ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    agree. QTrainer draws anew at every micro-batch, from its own seed and the place in the run beside these two, so that a
+    resumed run draws what the uninterrupted one did; in a loop of your own give every step another ``seed``. ``ties``:
+    what happens to p_y at the threshold itself. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats
+    and Q (N, V) at s = 1.
 
     Raises:
         InputError: keep = "middle" without an upper threshold, or with one below ``threshold``.
@@ -101,8 +105,7 @@ def _kept(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool
     """Which tokens count; target and loss must not differ by rounding at the threshold."""
     p_y = tokens.gather(torch.softmax(tokens.logits.detach().to(tokens.label_probs.dtype), -1))
     if keep == "random":
-        drawn = torch.rand(len(p_y), generator=torch.Generator().manual_seed(seed * 1_000_003 + len(p_y)))
-        return (drawn >= low).to(p_y.device)
+        return (uniform(len(p_y), seed) >= low).to(p_y.device)
     if keep == "middle" and (high is None or high < low):
         raise InputError(f"profit(keep='middle'): upper must be at least the threshold {low}, got {high}")
     above = (p_y >= low) if ties else (p_y > low)

@@ -20,6 +20,7 @@ from qlens.tokens import Tokens
     paper="2025, arXiv 2508.17784",
     family="reference ratio",
     needs=("old",),
+    structure="label",
     trusted="p_y / old_y, and 0 above 1 + eps_high",
     residual="student",
     simplex=False,

@@ -1,6 +1,7 @@
 """Rotation-preserving SFT: plain SFT, with the leading singular directions of every weight matrix held in place."""
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -26,6 +27,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
     paper="2026, arXiv 2605.10973",
     family="parameter space",
     scope="parameters",
+    structure="label",
     trusted="1",
     residual="none (the penalty acts on weights, not on tokens)",
     simplex=True,
@@ -57,9 +59,10 @@ def rpsft(
     embeddings among them, except those with vision, cross or multi_modal in their names. Where k reaches the smaller
     side of W the penalty is that of the whole matrix. ``normalize`` divides each term by the squared norm of U_k^T
     W_0 V_k; ``half`` computes with float16 singular vectors and weights. No token's Q shows any of it:
-    ``variant.penalty(model)`` is the second term, and its first call on a model takes that model's weights as W_0
-    (QTrainer makes it before training). Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and
-    Q (N, V) at s = 1.
+    ``variant.penalty(model)`` is the second term. W_0 are the weights at ``variant.start(model)``, which QTrainer calls
+    when a run begins and saves with every checkpoint, so that a resumed run is held to the first one's start; without
+    that call, those at the first ``penalty`` of a model. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,)
+    losses in nats and Q (N, V) at s = 1.
 
     Source: arXiv 2605.10973; released code for the penalty's form.
 
@@ -84,10 +87,26 @@ def rpsft_loss(
 @rpsft.penalty
 def rpsft_penalty(model: nn.Module, *, weight: float, k: int, normalize: bool, half: bool) -> Tensor:
     """weight sum_W || U^T W V - U^T W_0 V ||^2, a scalar."""
-    anchors = _anchors(model, k, half)
-    device = next(model.parameters()).device
-    terms = [anchor.distance(matrix, normalize).to(device) for matrix, anchor in anchors if matrix.requires_grad]
+    if (k, half) not in _STARTS.get(model, {}):
+        rpsft_start(model, None, weight=weight, k=k, normalize=normalize, half=half)
+    anchors, device = _STARTS[model][k, half], next(model.parameters()).device
+    matrices = [(name, matrix) for name, matrix in _matrices(model).items() if matrix.requires_grad]
+    terms = [anchors[name].distance(matrix, normalize).to(device) for name, matrix in matrices]
     return weight * torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+
+
+@rpsft.start
+def rpsft_start(
+    model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight: float, k: int, normalize: bool, half: bool
+) -> dict[str, Tensor]:
+    """W_0: the model's weights as they are now, or as a checkpoint has them."""
+    matrices = _matrices(model)
+    if saved is None:
+        anchors = {name: Anchor.of(matrix, k, half) for name, matrix in matrices.items()}
+    else:
+        anchors = {name: Anchor.read(saved, name, matrix, k, half) for name, matrix in matrices.items()}
+    _STARTS.setdefault(model, {})[k, half] = anchors
+    return {f"{name}.{part}": value for name, anchor in anchors.items() for part, value in anchor.parts().items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +128,30 @@ class Anchor:
         left, right = u[:, :k].to(kept), vh[:k].T.to(kept)
         return cls(left, right, left.T @ start.to(kept) @ right)  # diag(S), rounded as what it is compared with
 
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        named = {"left": self.left, "right": self.right, "block": self.block}
+        return {name: value.contiguous() for name, value in named.items() if value is not None}
+
+    @classmethod
+    def read(cls, saved: Mapping[str, Tensor], name: str, matrix: Tensor, k: int, half: bool) -> "Anchor":
+        """The anchor of a matrix from the tensors of a checkpoint."""
+        parts = {part: saved.get(f"{name}.{part}") for part in ("left", "right", "block")}
+        rows, columns = matrix.shape
+        expected: dict[str, tuple | None] = {"left": (rows, k), "right": (columns, k), "block": (k, k)}
+        if k >= min(matrix.shape):
+            expected = {"left": None, "right": None, "block": (rows, columns)}
+        shapes = {part: None if value is None else tuple(value.shape) for part, value in parts.items()}
+        left = parts["left"]
+        if shapes != expected or (left is not None and half != (left.dtype == torch.float16)):
+            raise InputError(
+                f"the checkpoint holds no start of {name} for rpsft(k={k}, half={half}): resume with the model, k and half "
+                "that it was saved with"
+            )
+        left, right, block = (None if value is None else value.to(matrix.device) for value in parts.values())
+        assert block is not None
+        return cls(left, right, block)
+
     def distance(self, matrix: Tensor, normalize: bool) -> Tensor:
         """The squared Frobenius norm of what the block has moved."""
         if self.left is None or self.right is None:
@@ -122,15 +165,12 @@ class Anchor:
         return size / self.block.to(matrix).square().sum() if normalize else size
 
 
-_STARTS: "weakref.WeakKeyDictionary[nn.Module, dict]" = weakref.WeakKeyDictionary()
+_STARTS: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], dict[str, Anchor]]]" = weakref.WeakKeyDictionary()
+"""Of every model in training, by k and half: the anchors of its matrices at the start of its run."""
 
 
-def _anchors(model: nn.Module, k: int, half: bool) -> list[tuple[Tensor, Anchor]]:
-    """Every matrix of the model with its anchor, made at the first call."""
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """The weight matrices that are held, by name."""
     if adapters := [name for name, _ in model.named_parameters() if "lora_" in name]:
         raise InputError(f"rpsft holds full weights, but the model has adapters ({adapters[0]}): train it without them")
-    matrices = {n: p for n, p in model.named_parameters() if p.ndim == 2 and not any(s in n for s in SKIPPED)}
-    starts = _STARTS.setdefault(model, {})
-    if (k, half) not in starts:
-        starts[k, half] = {name: Anchor.of(matrix, k, half) for name, matrix in matrices.items()}
-    return [(matrix, starts[k, half][name]) for name, matrix in matrices.items()]
+    return {n: p for n, p in model.named_parameters() if p.ndim == 2 and not any(s in n for s in SKIPPED)}

@@ -14,6 +14,7 @@ from qlens.tokens import Tokens
     title="Standard SFT",
     paper="common practice",
     family="label trust",
+    structure="label",
     trusted="1",
     residual="none",
     simplex=True,

@@ -22,6 +22,7 @@ from qlens.variants.dpo import PAIR, label_log_probs, sides_of
     scope="pair",
     coupled="pair",
     needs=PAIR,
+    structure="label",
     trusted="beta sigma(-u) / length on chosen tokens, minus that on rejected ones",
     residual="student",
     simplex=None,

@@ -8,6 +8,7 @@ from torch import Tensor
 from qlens.citations import bibtex
 from qlens.params import Share
 from qlens.registry import register
+from qlens.structure import GeometricMixture
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
 
@@ -25,6 +26,7 @@ def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
     paper="Xie et al. 2026, arXiv 2606.11189",
     family="designed target",
     needs=("teacher",),
+    structure=lambda eta: GeometricMixture("teacher", own=1 - eta, other=eta, value="cross_entropy"),
     trusted="p_y",
     residual="guided: p^(1-eta) teacher^eta, normalised",
     simplex=True,

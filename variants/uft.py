@@ -63,6 +63,9 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
     family="policy gradient",
     scope=lambda reduction, **_: "batch" if reduction == "mean" else "token",
     needs=("hint", "advantage", "old", "reference"),
+    structure=lambda entropy_weight, logit_clamp, **_: (
+        "dense" if entropy_weight or logit_clamp is not None else "label"
+    ),
     trusted="weight on hints; A p_y / old_y inside the clip, minus kl_weight (1 - reference_y / p_y), on the response",
     residual="student, and the entropy's slope",
     simplex=None,

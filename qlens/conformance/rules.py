@@ -1,24 +1,28 @@
 """Rules: what an implementation of a loss must keep, and how two of its gradients are compared.
 
-A rule returns its evidence, raises Failed with it, or raises NotApplicable with the reason.
+A rule returns its evidence, or raises Failed (a fault of the code), Remark (worth knowing, no fault) or NotApplicable.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from qlens.conformance.specimen import Reading, Specimen
-from qlens.conformance.texts import VOCABULARY
 
 ROWS_ONLY = "sees supervised rows only: who calls it masks, shifts and divides"
 
-REACTING = 10  # tokens in each text on which shifts are found
-
 
 class Failed(Exception):
-    """A rule is broken; the message is the evidence."""
+    """A rule is broken; the message is the evidence, ``consequence`` what follows where that is not the rule's own."""
+
+    def __init__(self, evidence: str, consequence: str = ""):
+        super().__init__(evidence)
+        self.consequence = consequence
+
+
+class Remark(Exception):
+    """Something that whoever trains with the loss should know, and that is no fault of its code."""
 
 
 class NotApplicable(Exception):
@@ -26,23 +30,32 @@ class NotApplicable(Exception):
 
 
 class Rule(NamedTuple):
-    """A rule: ``run`` returns its evidence; ``compares`` two calls, asks for (B, T) batches if ``laid_out``."""
+    """A rule of the report.
+
+    Args:
+        run: returns the evidence of a loss that keeps the rule.
+        consequence: what follows for training where it is broken.
+        raising: what follows where the loss raises an exception under it; empty where that is another fault.
+        compares: whether two calls are compared, which a random loss does not allow.
+        laid_out: whether it needs (B, T) batches.
+    """
 
     run: Callable[[Specimen], str]
     consequence: str
+    raising: str
     compares: bool
     laid_out: bool
 
 
 RULES: dict[str, Rule] = {}
-"""Every rule by the id of its item, in the order they are reported."""
+"""Every rule by the id of its item, in the order of the report."""
 
 
-def rule(consequence: str, compares: bool = True, laid_out: bool = False) -> Callable:
+def rule(consequence: str, raising: str = "", compares: bool = True, laid_out: bool = False) -> Callable:
     """Decorator: a rule whose item is named after its function."""
 
     def add(run: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
-        RULES[run.__name__] = Rule(run, consequence, compares, laid_out)
+        RULES[run.__name__] = Rule(run, consequence, raising, compares, laid_out)
         return run
 
     return add
@@ -52,7 +65,7 @@ def sees_no_batches(loss: Specimen) -> str:
     """Why a loss is not shown (B, T) batches, or nothing."""
     if not loss.laid_out:
         return ROWS_ONLY
-    return "compares pairs of texts: these batches hold none" if loss.scope == "pair" else ""
+    return "compares pairs of texts: these batches hold none" if loss.declared == "pair" else ""
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
@@ -70,7 +83,10 @@ def to(off: float) -> str:
 
 def factor(loss: Specimen, got: Tensor, wanted: Tensor) -> float | None:
     """The one factor between two gradients, or None."""
-    ratio = float((got * wanted).sum() / wanted.square().sum())
+    size = wanted.square().sum()
+    if not bool(size):
+        return None
+    ratio = float((got * wanted).sum() / size)
     return ratio if relative(got, ratio * wanted) <= loss.tolerance else None
 
 
@@ -88,42 +104,3 @@ def same(loss: Specimen, got: Reading, wanted: Reading, what: str) -> float:
         raise Failed(f"{what}: {times:.4g} times the gradient")
     size = "not finite" if off == float("inf") else f"off by {off:.2g} of the largest entry, by no common factor"
     raise Failed(f"{what}: the gradient is {size}")
-
-
-def reactions(loss: Specimen) -> list[tuple[int, int]]:
-    """Which row's gradient turns most when a label is changed, one at a time: (label, row), counted over the batch.
-
-    A row whose gradient only grows or shrinks has another weight, as in a sequence-weighted loss, but learns the same.
-    Losses of batches see two texts of ``REACTING`` tokens without a prompt, any other a few rows.
-    """
-    if loss.laid_out:
-        texts = [
-            text._replace(labels=torch.cat([text.labels.new_tensor([1]), text.labels[1:]]))
-            for text in loss.texts((REACTING - 1,) * 2, (1,))
-        ]
-        labels = torch.stack([text.labels for text in texts])
-
-        def read(labels: Tensor) -> Tensor:
-            shown = [text._replace(labels=row) for text, row in zip(texts, labels, strict=True)]
-            return loss.read_batch(shown, 2 * REACTING - 2).grad
-    else:
-        tokens = loss.tokens()
-        labels = tokens.labels
-
-        def read(labels: Tensor) -> Tensor:
-            return loss.read(tokens.replace(labels=labels)).grad
-
-    base, found = read(labels), []
-    for label in range(labels.numel()):
-        changed = labels.flatten().clone()
-        changed[label] = (changed[label] + 7) % VOCABULARY
-        turned = _across(read(changed.view_as(labels)), base)
-        if turned.max() > loss.tolerance * base.abs().max():
-            found.append((label, int(turned.argmax())))
-    return found
-
-
-def _across(grad: Tensor, base: Tensor) -> Tensor:
-    """The size of every row's part of ``grad`` at right angles to ``base``, (N,)."""
-    along = (grad * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True)
-    return (grad - torch.where(along.isfinite(), along, 0.0) * base).norm(dim=-1)

@@ -1,7 +1,8 @@
 """Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -9,16 +10,21 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.batching import IGNORE
-from qlens.calling import LAID_OUT, Layout, call, extra_inputs, kind, on_batch, signature
-from qlens.conformance.texts import VOCABULARY, Text, cast, texts
-from qlens.conformance.wrapping import Around, as_it_is, watching
+from qlens.calling import Layout, call, on_batch
+from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
+from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
-from qlens.lens import COARSE, carried
-from qlens.testing import random_tokens
+from qlens.guards import blamed, file_of
+from qlens.layouts import Style
+from qlens.results import loss_of
+from qlens.signature import FIELD, Inputs, inputs
+from qlens.styles import style_of
 from qlens.tokens import Tokens
+from qlens.trial_tokens import random_tokens
 from qlens.variant import Variant
 
 ROWS = 24
+PER_TEXT = 4  # rows of a text, where rows are shown to a loss of batches
 TOLERANCE = 1e-5  # of the largest gradient: losses may compute in float32, and mistakes are far larger
 COARSE_TOLERANCE = 0.05  # in bfloat16, whose steps are 2^-8: about a dozen roundings
 COUNT = "num_items_in_batch"
@@ -39,56 +45,163 @@ class Specimen:
     Args:
         variant: the loss; a method with a target of its own is read through ``variant.loss``, any other as it was written.
         dtype: what it is read in where nothing else is asked.
+        vocabulary: number of columns of the logits.
+
+    Attributes:
+        tolerance: what counts as rounding, as a share of the largest gradient.
+        digits: the dtype that holds every digit of its gradient: what it computes in.
 
     Raises:
         InputError: a function of tokens that fails on the built-in probes.
     """
 
-    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float64):
-        self.variant, self.dtype, self.tolerance = variant, dtype, TOLERANCE
+    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY):
+        self.variant, self.dtype, self.vocabulary = variant, dtype, vocabulary
+        self.tolerance, self.digits = TOLERANCE, dtype
         self.fn, self.params = (variant.method.fn, variant.params) if variant.derived else (variant.loss, {})
-        self.kind = kind(self.fn)
-        self.laid_out = self.kind in LAID_OUT
+        self.takes: Inputs = inputs(self.fn)
+        self.kind = self.takes.kind
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
-        self.scope = groups[0] if groups and variant.scope == "token" else variant.scope
+        self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
+        self._drawn: dict[tuple, Any] = {}
+
+    @cached_property
+    def style(self) -> Style:
+        """How it is called."""
+        return style_of(self.fn, self.params, self.tokens())
 
     @property
+    def laid_out(self) -> bool:
+        """Whether it sees batches of texts, (B, T)."""
+        return self.style.laid_out
+
+    @property
+    def labels_from_ids(self) -> bool:
+        """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
+        return self.style.ids
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """What every parameter that is filled stands for."""
+        return self.takes.required | self.takes.optional
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Tokens that its inputs are made from, beside logits and labels."""
+        if not self.variant.derived or self.kind == "tokens":
+            return tuple(self.variant.needs)
+        return tuple(dict.fromkeys(FIELD[role] for role in self.roles.values() if role in FIELD))
+
+    @property
+    def count(self) -> str:
+        """The name of the parameter that takes the number of predicted labels of the whole batch; "" if there is none."""
+        return next((name for name, role in self.roles.items() if role == "count"), "")
+
+    @property
+    def nothing(self) -> float:
+        """Up to which share of the largest gradient an entry counts as zero."""
+        return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
+
+    @cached_property
     def counted(self) -> bool:
         """Whether it can be told the number of predicted labels of the whole batch."""
+        if self.count:
+            return True
         given = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
-        return COUNT in given or any(p.kind is p.VAR_KEYWORD for p in given.values())
+        return self.kind in ("outputs", "model") and any(p.kind is p.VAR_KEYWORD for p in given.values())
 
-    def tokens(self) -> Tokens:
+    @cached_property
+    def scope(self) -> str:
+        """What a token's gradient depends on: as declared, or found by changing logits and labels of batches."""
+        if self.declared != "token" or not self.laid_out:
+            return self.declared
+        from qlens.conformance.coupling import coupling
+
+        return coupling(self)
+
+    def tokens(self, rows: int = ROWS) -> Tokens:
         """Ordinary rows, every field filled."""
-        return cast(random_tokens(ROWS, VOCABULARY), self.dtype)
+        return self._kept(
+            ("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype))
+        )
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
-        """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn."""
-        return texts(lengths, prompts, self.dtype)
+        """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
 
-    def read(self, tokens: Tokens, around: Around = as_it_is) -> Reading:
+        A third of these lengths at wide vocabularies. A loss that reads its labels from ``input_ids`` sees no prompts: all of
+        a text is learned, but its first token.
+        """
+        if self.vocabulary > WIDE:
+            lengths, prompts = ([-(-n // 3) for n in each] for each in (lengths, prompts))
+        if self.labels_from_ids:
+            lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
+            prompts = (1,)
+        key = ("texts", tuple(lengths), tuple(prompts))
+        return self._kept(
+            key,
+            lambda: [
+                text._replace(tokens=self._weighted(text.tokens))
+                for text in texts(lengths, prompts, self.dtype, self.vocabulary)
+            ],
+        )
+
+    def _weighted(self, tokens: Tokens) -> Tokens:
+        """The tokens with weights, where the loss takes some: nobody else multiplies by them then."""
+        if "weight" not in self.roles.values():
+            return tokens
+        ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
+        return tokens.replace(weight=ramp.to(tokens.logits.dtype))
+
+    def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What is drawn once: random logits of a wide vocabulary take longer than the loss."""
+        if key not in self._drawn:
+            self._drawn[key] = make()
+        return self._drawn[key]
+
+    def unequal(self) -> list[Text]:
+        """Eight texts of unequal lengths."""
+        return self.texts(UNEQUAL, PROMPTS)
+
+    def read(self, tokens: Tokens, around: Around = as_it_is, per_text: int = PER_TEXT) -> Reading:
         """One call on rows, (N, V), in the layout that the loss wants; ``around`` wraps the function called.
+
+        A loss of batches sees them as texts of ``per_text`` rows, and is told their count.
 
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
+        if self.laid_out:
+            shown = cut(tokens, per_text)
+            made = self.read_batch(shown, len(tokens), around=around)
+            rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in shown])
+            return made._replace(grad=made.grad[rows])
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
-            shown = tokens.replace(logits=leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = self._call(shown, around)
-            return Reading(*_derived(made, leaf), 0.0, tuple(made.shape))
+            shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
+            made = self._loss(call(around(self.fn), self.params, shown, Layout(), style=self.style))
+            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
 
     def value(self, tokens: Tokens) -> Tensor:
-        """The sum of what it returns for these rows, without a gradient."""
+        """The sum of what it returns for these rows."""
+        if self.laid_out:
+            return self.read(tokens).value
         with torch.no_grad():
-            return self._call(tokens).sum()
+            return self._loss(call(self.fn, self.params, tokens, Layout(), style=self.style)).sum()
 
-    def _call(self, tokens: Tokens, around: Around = as_it_is) -> Any:
-        """As in training: told the count, which ``call`` gives only to losses that insist."""
-        told = signature(self.fn).get(COUNT)
-        optional = self.laid_out and self.counted and (told is None or told.default is not told.empty)
-        given = {COUNT: torch.tensor(len(tokens))} if optional else {}
-        return call(around(self.fn), self.params | given, tokens, Layout())
+    def _loss(self, made: Any) -> Tensor:
+        return loss_of(made, self.variant.spec).value
+
+    def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and its gradient by the logits.
+
+        Raises:
+            InputError: there is none, or the backward pass raises.
+        """
+        if not made.requires_grad:
+            raise InputError("it returns a value without a graph: no gradient leads back to the logits")
+        with blamed(self.variant.spec, file_of(self.fn)):
+            (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
+        return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
 
     def read_batch(
         self,
@@ -97,81 +210,47 @@ class Specimen:
         side: str = "right",
         columns: int = 0,
         around: Around = as_it_is,
+        attended: bool = True,
     ) -> Reading:
         """One call on texts padded to one width and ``columns`` more; ``count`` goes to losses that can be told it.
+
+        The attention mask is 1 on texts, unless they are not ``attended``, and 0 on padding.
 
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
         width = max(len(text.labels) for text in texts) + columns
-        draw = torch.Generator().manual_seed(width)
-        table = torch.randn(len(texts), width, VOCABULARY, generator=draw, dtype=torch.float64).to(self.dtype)
-        labels = torch.full((len(texts), width), IGNORE)
-        real = torch.zeros_like(labels, dtype=torch.bool)
+        draw, size = torch.Generator().manual_seed(width), (len(texts), width)
+        table = torch.randn(*size, self.vocabulary, generator=draw, dtype=torch.float64).to(texts[0].logits.dtype)
+        labels, ids = torch.full(size, IGNORE), torch.zeros(size, dtype=torch.long)
+        real = torch.zeros(size, dtype=torch.bool)
         for row, text in enumerate(texts):
             start = 0 if side == "right" else width - len(text.labels)
             at = slice(start, start + len(text.labels))
-            table[row, at], labels[row, at], real[row, at] = text.logits, text.labels, True
-        fields = {name: torch.cat([getattr(t.tokens, name) for t in texts]) for name in extra_inputs(self.fn)}
+            table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
+            ids[row, at] = text.ids
+        names = texts[0].tokens.fields()
+        rows = Tokens(**{name: torch.cat([t.tokens.fields()[name] for t in texts]) for name in names})
+        name = self.count or COUNT
+        given = {}
         if self.counted and count is not None:
-            fields[COUNT] = torch.tensor(count)
-        elif COUNT in signature(self.fn):
-            fields[COUNT] = None
+            given[name] = torch.tensor(count)
+        elif self.count:
+            given[name] = None
         with torch.enable_grad():
             leaf = table.requires_grad_()
-            made = on_batch(around(self.fn), leaf.clone(), labels, **fields, **self.params)
-            value, grad = _derived(made, leaf)
-        outside = float(grad[~real].abs().max()) if bool((~real).any()) else 0.0
+            mask = real.long() * attended
+            made = on_batch(around(self.fn), leaf.clone(), labels, rows, self.params, self.style, mask, ids, **given)
+            made = self._loss(made)
+            value, grad = self._derived(made, leaf)
+        padding = ~real
+        if self.labels_from_ids:  # whatever stands before a text's first token learns it
+            padding[:, :-1] &= ~real[:, 1:]
+        outside = float(grad[padding].abs().max()) if bool(padding.any()) else 0.0
         return Reading(value, grad[real], outside, tuple(made.shape))
 
 
-def specimen(variant: Variant) -> Specimen:
-    """The loss, called once on ordinary rows to see that there is something to test; float32 where it refuses float64.
-
-    Raises:
-        InputError: it cannot be called, writes on what it needs, has no gradient, or is NaN, infinite or flat.
-    """
-    written: list[str] = []
-    try:
-        made = Specimen(variant)
-        try:
-            ordinary = made.read(made.tokens(), around=watching(written))
-        except RuntimeError:  # a loss with float32 inside may refuse float64
-            made = Specimen(variant, torch.float32)
-            ordinary = made.read(made.tokens(), around=watching(written))
-    except InputError as error:
-        raise InputError(f"{variant.spec} cannot be checked: {error}") from error
-    except Exception as error:  # anything at all may go wrong inside a user's loss
-        why = f" (it writes in place on {', '.join(dict.fromkeys(written))})" if written else ""
-        raise InputError(
-            f"{variant.spec} fails on ordinary input{why}: {type(error).__name__}: {first_line(error)}"
-        ) from error
-    for what, values in (("value", ordinary.value), ("gradient", ordinary.grad)):
-        if not bool(values.isfinite().all()):
-            raise InputError(
-                f"{variant.spec}: its {what} is NaN or infinite on ordinary logits: nothing can be checked"
-            )
-    if not bool(ordinary.grad.any()):
-        raise InputError(f"{variant.spec}: its gradient is zero on ordinary logits: there is nothing to check")
-    if carried(ordinary.grad) in COARSE:
-        made.tolerance = COARSE_TOLERANCE
-    return made
-
-
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
-    return next(iter(str(error).strip().splitlines()), "(no message)")
-
-
-def _derived(made: Any, leaf: Tensor) -> tuple[Tensor, Tensor]:
-    """The value, and its gradient by the logits.
-
-    Raises:
-        InputError: there is none.
-    """
-    if not isinstance(made, Tensor) or not made.is_floating_point():
-        raise InputError(f"it returns {type(made).__name__}, where a floating-point tensor is wanted")
-    if not made.requires_grad:
-        raise InputError("it returns a value without a graph: no gradient leads back to the logits")
-    (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
-    return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
+def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
+    """The tokens with these logits, every other field a copy that a loss may write on."""
+    others = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
+    return Tokens(logits=logits, **others)

@@ -25,7 +25,24 @@ def changing(change: Callable[[Tensor], Tensor]) -> Around:
     def wrap(fn: Callable) -> Callable:
         @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)  # its signature tells how to call it
         def run(*args: Any, **kwargs: Any) -> Any:
-            return fn(*(_each(arg, change) for arg in args), **{k: _each(v, change) for k, v in kwargs.items()})
+            return fn(
+                *(each_tensor(arg, change) for arg in args), **{k: each_tensor(v, change) for k, v in kwargs.items()}
+            )
+
+        return run
+
+    return wrap
+
+
+def altering(change: Callable[[dict[str, Any]], Any]) -> Around:
+    """A wrapper: ``change`` may put other values into the arguments, by name."""
+
+    def wrap(fn: Callable) -> Callable:
+        @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            bound = inspect.signature(run).bind(*args, **kwargs)
+            change(bound.arguments)
+            return fn(*bound.args, **bound.kwargs)
 
         return run
 
@@ -41,7 +58,7 @@ def watching(written: list[str]) -> Around:
             seen: list[tuple[str, Tensor, Tensor]] = []
 
             def note(name: str, thing: Any) -> None:
-                _each(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
+                each_tensor(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
                 if isinstance(thing, nn.Module):
                     thing.register_forward_hook(lambda module, given, made: note("the model's outputs", made))
 
@@ -57,12 +74,12 @@ def watching(written: list[str]) -> Around:
     return wrap
 
 
-def _each(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def each_tensor(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same tensor, Tokens or mapping with every tensor changed; anything else as it is."""
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, Tokens):
         return thing.replace(**{name: change(value) for name, value in thing.fields().items()})
     if isinstance(thing, Mapping):
-        return type(thing)(**{name: _each(value, change) for name, value in thing.items()})
+        return type(thing)(**{name: each_tensor(value, change) for name, value in thing.items()})
     return thing

@@ -243,18 +243,14 @@ class _Search:
             wholes = range(int(low), int(high) + 1)
             return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), self.fitted)))
         low, high = (low / 2, high) if at == 0 else (low, high * 4 if at == len(grid) - 1 else high)
-        low, high = (
-            (max(low, 1.05), high)
-            if value > 1
-            else (low, min(high, 0.95))
-            if entry.parameter == "temperature"
-            else (low, high)
-        )
+        if value > 1:
+            low = max(low, 1.05)
+        elif entry.parameter == "temperature":
+            high = min(high, 0.95)
         found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
         near = float(f"{found.x:.6g}")  # a number that somebody wrote, if it does as well
-        return chosen, near if self.miss(chosen, near, self.fitted) <= max(
-            self.tolerance, float(found.fun)
-        ) else found.x
+        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(found.fun))
+        return chosen, near if as_well else found.x
 
     def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
         return all(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens import calling
 from qlens.errors import InputError
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.lens import carried, gradient, read
@@ -147,9 +148,16 @@ def on_trials(variant: Variant, shown: Reading) -> Reading | str:
     return failed
 
 
+def asked(variant: Variant) -> tuple[str, ...]:
+    """The fields of Tokens that a loss asks for, weights among them where it takes them itself."""
+    fn = variant.method.fn
+    takes = calling.kind(fn) != "tokens" and calling.takes(fn, "weight") and "weight" not in variant.needs
+    return (*variant.needs, *(("weight",) if takes else ()))
+
+
 def fed(tokens: Tokens, variant: Variant) -> Tokens:
     """Made-up tokens with weights, where the loss asks for them."""
-    if "weight" not in variant.needs:
+    if "weight" not in asked(variant):
         return tokens
     weights = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.5, 3.0, 0.7], dtype=tokens.logits.dtype)
     return tokens.replace(weight=weights[torch.arange(len(tokens)) % 7].to(tokens.logits.device))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlens.calling import tiled
 from qlens.findings.noise import moves, rounding
+from qlens.layouts import Layout, tiled
 from qlens.lens import carried, gradient, slopes
 from qlens.tokens import MODELS, Tokens, spread
 
@@ -165,7 +165,7 @@ def _by_number(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float,
     there = size > 100 * noise
     least = 16 if tokens.pair is not None else 1  # so that no pair is halved
     batches = [tokens[:n] for n in SIZES if least <= n < len(tokens)]
-    batches += [tiled(tokens, n) for n in COPIES if n * tokens.logits.numel() <= MOST]
+    batches += [tiled(tokens, Layout(n)) for n in COPIES if n * tokens.logits.numel() <= MOST]
     for batch in batches:
         number = min(len(batch), len(tokens))
         after = gradient(rows, batch)[:number]

@@ -1,0 +1,85 @@
+"""Checkpoints: what a run needs beside weights and optimizer, so that a resumed run is the uninterrupted one."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from qlens.errors import InputError
+from qlens.feeding import Feed
+from qlens.files import written
+from qlens.registry import Variant
+
+NAME = "qlens_state.safetensors"
+OLD, START = "old.", "start."  # how the names of their tensors begin
+
+
+class RunState(TrainerCallback):
+    """The old policy and the start of the penalty: begun with a run, saved in its checkpoints, restored from them.
+
+    Args:
+        variant: the method that is trained.
+        feed: holds the old policy.
+        every: optimizer steps between refreshes of the old policy.
+
+    Attributes:
+        checkpoint: the folder that the run is resumed from; None for a new run.
+    """
+
+    def __init__(self, variant: Variant, feed: Feed, every: int):
+        self.variant, self.feed, self.every = variant, feed, every
+        self.checkpoint: Path | None = None
+        self.start: dict[str, Tensor] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Begin the run at the model as it is, or where the checkpoint left it."""
+        model = kwargs["model"]
+        self.feed.begin(model)
+        if self.checkpoint is None:
+            self.start = self.variant.start(model)
+        elif self._needed():
+            saved = self._read(self.checkpoint / NAME)
+            self.feed.restore(_part(saved, OLD))
+            self.start = self.variant.start(model, _part(saved, START))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Refresh the old policy, every so many steps."""
+        if state.global_step % self.every == 0:
+            self.feed.refresh()
+
+    def save(self, run: str, step: int) -> None:
+        """Write the file into the checkpoint folder of a step, whole or not at all; none where a method needs none."""
+        if not self._needed():
+            return
+        folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {OLD + name: value for name, value in self.feed.state().items()}
+        tensors |= {START + name: value for name, value in self.start.items()}
+        with written(folder / NAME) as partial:
+            save_file(tensors, partial, metadata={"variant": self.variant.spec})
+
+    def _needed(self) -> bool:
+        """Whether a checkpoint of the method needs the file."""
+        return "old" in self.variant.needs or self.variant.method.on_start is not None
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The file's tensors by name."""
+        try:
+            return load_file(path)
+        except FileNotFoundError:
+            raise InputError(
+                f"{path} is not there, so that {self.variant.spec} cannot be resumed: a checkpoint saved without it "
+                "(save_only_model=True, another method, an older qlens) can only begin a new run from its weights"
+            ) from None
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): value for name, value in saved.items() if name.startswith(prefix)}

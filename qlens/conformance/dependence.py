@@ -1,0 +1,163 @@
+"""The rules of what a row's gradient may not depend on: how many rows there are, where it stands, which token its label is."""
+
+import torch
+from torch import Tensor
+
+from qlens.conformance.rules import Failed, NotApplicable, Remark, relative, rule, to
+from qlens.conformance.specimen import ROWS, Specimen
+from qlens.conformance.texts import WIDE, count
+from qlens.tokens import Tokens, spread
+
+SHOWN = 8  # rows that are shown over and over
+COPIES = (2, 3, 5, 9, 17, 33, 65, 129, 257)
+ENTRIES = 2**22  # logits in one call
+NEAR = 1e-3  # of a factor
+TURNS = 0.1  # of the largest gradient: no common factor
+
+
+@rule("the same text trains at another rate in a longer batch: the loss adds up means of chunks, or divides twice")
+def row_count(loss: Specimen) -> str:
+    """With more rows, a sum stays a sum and a mean stays a mean."""
+    if loss.scope in ("batch", "pair") and not loss.laid_out:
+        raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
+    most = ENTRIES // (SHOWN * loss.vocabulary)
+    copies = [m for m in COPIES if m <= most] or [2]
+    alone = loss.scope in ("batch", "pair")  # such a loss wants several texts
+    factors, off = _factors(loss, copies, one_text=not alone)
+    if (
+        off > TURNS and loss.laid_out and not alone
+    ):  # rows next to each other may be read together: then every copy is a text
+        factors, off = _factors(loss, copies, one_text=False)
+    sizes = [SHOWN * m for m in copies]
+    if all(abs(times - 1) <= NEAR + loss.tolerance for times in factors):
+        found = "a mean, whatever the number of rows"
+    elif all(abs(times / m - 1) <= NEAR + loss.tolerance for times, m in zip(factors, copies, strict=True)):
+        found = "a sum, whatever the number of rows"
+    elif loss.laid_out and all(
+        abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
+    ):  # a text has one position more than it has predicted labels
+        found = "a mean over positions, whatever the number of rows"
+    elif off > TURNS:
+        raise NotApplicable("a row's gradient depends on the other rows: with more of them it turns")
+    else:
+        shown = [(size, times) for size, times in zip(sizes, factors, strict=True) if abs(times - 1) > NEAR]
+        n, times = shown[0]
+        m, more = shown[-1]
+        last = f", with {m} {more:.4g} times" if m != n else ""
+        raise Failed(
+            f"neither a sum nor a mean: with {n} rows, {SHOWN} of them over and over, their gradient is {times:.4g} times "
+            f"that of {SHOWN} rows{last}"
+        )
+    return f"{found}: {SHOWN} to {sizes[-1]} rows tried"
+
+
+@rule(
+    "rows learn more or less by where they stand among the others, as where chunks of unequal size have means of their own"
+)
+def row_order(loss: Specimen) -> str:
+    """Rows, or texts, in another order have the same gradient."""
+    if loss.scope in ("batch", "pair"):
+        raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
+    if loss.laid_out:
+        texts = loss.unequal()
+        order = [6, 1, 4, 7, 0, 5, 2, 3]
+        base, moved = (
+            list(loss.read_batch(shown, count(texts)).grad.split([len(text.labels) for text in shown]))
+            for shown in (texts, [texts[i] for i in order])
+        )
+        base = torch.cat([base[i] for i in order])
+        moved = torch.cat(moved)
+    else:
+        tokens = loss.tokens(ROWS - 1)  # a number that no chunk size divides
+        if loss.variant.scope == "sequence" or {"sequence", "pair"} & set(loss.fields):
+            index = (tokens.sequence.max() - tokens.sequence).argsort(stable=True)  # type: ignore[union-attr]
+        else:
+            index = torch.arange(len(tokens)).flip(0)
+        base, moved = loss.read(tokens).grad[index], loss.read(tokens[index]).grad
+    off = relative(moved, base)
+    if off <= loss.tolerance:
+        return f"the same gradient {to(off)} in another order"
+    size = base.square().sum(-1)
+    times = (moved * base).sum(-1) / size
+    known = size > (loss.tolerance**2) * size.max()
+    if relative((times[:, None] * base)[known], moved[known]) > max(10 * loss.tolerance, NEAR):
+        raise Remark("a row's gradient depends on the rows around it: in another order it turns")
+    low, high = float(times[known].min()), float(times[known].max())
+    raise Failed(f"in another order rows weigh {low:.4g} to {high:.4g} times as much: they are weighed by their place")
+
+
+@rule("")
+def label_ids(loss: Specimen) -> str:
+    """The same logits around another token: the same gradient."""
+    if {"pair", "chosen"} & set(loss.fields) or loss.scope in ("batch", "pair"):
+        raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
+    ids = _some_ids(loss.vocabulary)
+    forward = _by_id(loss, ids, flipped=False)
+    usual = forward.median(0).values
+    size = usual.square().sum()
+    if not bool(size):
+        raise NotApplicable("most tokens have no gradient where all are alike")
+    odd = _odd(loss, forward, usual)
+    if odd.any():  # a loss that picks some of equal rows picks others in another order
+        odd &= _odd(loss, _by_id(loss, ids, flipped=True), usual)
+    if not odd.any():
+        return f"the same for every token as a label ({len(ids)} of {loss.vocabulary} tried)"
+    times = (forward * usual).sum(-1) / size
+    straight = relative(times[:, None] * usual, forward) <= max(10 * loss.tolerance, NEAR)
+    if straight and int(odd.sum()) <= len(ids) // 2:
+        named = ", ".join(f"{int(ids[k])}: {float(times[k]):.4g}" for k in odd.nonzero()[:8, 0].tolist())
+        more = f" and {int(odd.sum()) - 8} more" if int(odd.sum()) > 8 else ""
+        raise Remark(f"it depends on which token the label is, by a weight (others 1): {named}{more}")
+    if straight:
+        raise Remark(f"it depends on which token the label is, by weights from {times.min():.4g} to {times.max():.4g}")
+    raise Remark(
+        "it depends on which tokens they are, and not by a weight alone: it looks them up, or runs another model"
+    )
+
+
+def _some_ids(vocabulary: int) -> Tensor:
+    """Token ids to try: the first, where special tokens are, the last, and some between; all of a small vocabulary."""
+    part = 64 if vocabulary <= WIDE else 8
+    if vocabulary <= 3 * part:
+        return torch.arange(vocabulary)
+    between = spread(vocabulary, part)
+    return torch.cat([torch.arange(part), between, torch.arange(vocabulary - part, vocabulary)]).unique()
+
+
+def _by_id(loss: Specimen, ids: Tensor, flipped: bool) -> Tensor:
+    """The gradient by token: every row has another label and the same logits around it, and is turned back, (ids, V)."""
+    size = loss.vocabulary
+    one = loss.tokens(1).replace(labels=torch.tensor([0]))
+    turned = (torch.arange(size) - ids[:, None]) % size
+    fields = {}
+    for name, value in one.fields().items():
+        if value.ndim == 1:
+            fields[name] = value.expand(len(ids))
+        elif name in ("logits", *loss.fields):
+            fields[name] = value[0][turned]
+    tokens = Tokens(**fields | {"labels": ids, "sequence": torch.arange(len(ids))})
+    order = torch.arange(len(ids)).flip(0) if flipped else torch.arange(len(ids))
+    grad = loss.read(tokens[order], per_text=1).grad[order]
+    return grad.gather(1, (torch.arange(size) + ids[:, None]) % size)
+
+
+def _odd(loss: Specimen, grads: Tensor, usual: Tensor) -> Tensor:
+    return (grads - usual).abs().amax(-1) > max(loss.tolerance, 1e-6) * usual.abs().max()
+
+
+def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[float], float]:
+    """By which factors the gradient grows as rows are shown over and over, all copies added up; how far it is from these."""
+    from qlens.layouts import Layout, tiled
+
+    some = loss.tokens(SHOWN)
+
+    def read(times: int) -> Tensor:
+        many = tiled(some, Layout(copies=times))
+        made = loss.read(many, per_text=len(many) if one_text else SHOWN // 4)
+        return made.grad.view(times, SHOWN, -1).sum(0)
+
+    base, factors, off = read(1), [], 0.0
+    for made in map(read, copies):
+        factors.append(float((made * base).sum() / base.square().sum()))
+        off = max(off, relative(made, factors[-1] * base))
+    return factors, off

@@ -1,0 +1,172 @@
+"""The rules of precision, of extreme logits, and of what is held constant."""
+
+import torch
+from torch import Tensor
+
+from qlens.conformance.rules import Failed, NotApplicable, Remark, relative, rule, to
+from qlens.conformance.specimen import COARSE_TOLERANCE, Specimen
+from qlens.conformance.texts import cast, everywhere
+from qlens.errors import InputError
+from qlens.lens import COARSE, carried, gradient, slopes
+from qlens.probes import probes
+from qlens.testing import PRECISION, random_tokens
+from qlens.tokens import Tokens
+
+GAP = 1e4  # between the label's logit and the rest: p_y is 0 or 1 in every precision
+STEP = 1e-3  # of a numerical derivative: float32 inside still leaves three digits
+
+
+@rule("gradients in float32 are wrong by far more than rounding")
+def float32(loss: Specimen) -> str:
+    """Against float64."""
+    if loss.dtype != torch.float64:
+        raise NotApplicable("it refuses float64; all else here is read in float32")
+    off, tolerance, remark = _rounding(loss, torch.float32, max(PRECISION[torch.float32], loss.tolerance))
+    if off > tolerance:
+        raise Failed(f"off by {off:.2g} of the largest gradient in float64, where {tolerance:g} is rounding")
+    return (f"within {off:.0e} of the largest gradient in float64" if off else "as in float64") + remark
+
+
+@rule("training in bfloat16 follows another gradient than the loss's own")
+def bfloat16(loss: Specimen) -> str:
+    """Finite, and near float64."""
+    off, tolerance, remark = _rounding(loss, torch.bfloat16, COARSE_TOLERANCE)
+    against = str(loss.dtype).removeprefix("torch.")
+    if off > tolerance:
+        raise Failed(f"off by {off:.2g} of the largest gradient in {against}, where {tolerance:g} is rounding")
+    return f"finite, within {off:.0e} of the largest gradient in {against} (allowed: {tolerance:g}){remark}"
+
+
+@rule("a masked or padded vocabulary turns the loss NaN", compares=False)
+def impossible(loss: Specimen) -> str:
+    """Tokens that cannot occur: columns at -1e30, as models mask them, and at -inf."""
+    tokens, half = loss.tokens(), loss.vocabulary // 2
+    tokens = tokens.replace(labels=tokens.labels % half)  # labels come from the first half: no label is impossible
+    columns, some = torch.zeros(2, *tokens.logits.shape, dtype=torch.bool)
+    columns[:, -2:] = True
+    some[torch.arange(len(tokens)), half + torch.arange(len(tokens)) % (loss.vocabulary - half)] = True
+    finite = "padded columns at -1e30"
+    pulled = _pull(loss, _impossible(loss, tokens, columns, -1e30, finite), columns, finite)
+    if loss.dtype != torch.float32:
+        _impossible(loss, cast(tokens, torch.float32), columns, -1e30, f"{finite} in float32")
+    notes = [pulled] if pulled else []
+    cases = {"padded columns at -inf": columns, "some logits -inf": some}
+    if loss.kind in ("hidden", "model"):  # no product with a head is -inf
+        cases = {}
+    for case, where in cases.items():
+        try:
+            grad = _impossible(loss, tokens, where, -torch.inf, case)
+        except Failed as failure:
+            notes.append(f"{failure}; finite at -1e30, as models mask tokens")
+            break
+        except InputError as error:
+            notes.append(f"{case}: {error}")
+            break
+        if not pulled and (note := _pull(loss, grad, where, case)):
+            notes.append(note)
+    if notes:
+        raise Remark("; ".join(notes))
+    return f"finite, no gradient there: {', '.join([finite, *cases])}"
+
+
+def _impossible(loss: Specimen, tokens: Tokens, where: Tensor, value: float, case: str) -> Tensor:
+    shown = everywhere(tokens, where, value)
+    if shown.negatives is not None:
+        shown = shown.replace(negatives=shown.negatives & ~where)
+    made = loss.read(shown)
+    _finite(made.grad, case)
+    if not bool(made.value.isfinite()):
+        raise Failed(f"{case}: the loss is {float(made.value)}, its gradient finite")
+    return made.grad
+
+
+def _pull(loss: Specimen, grad: Tensor, where: Tensor, case: str) -> str:
+    """A remark on a gradient at tokens that cannot occur, or nothing."""
+    there = grad[where]
+    share = float(there.abs().max() / grad.abs().max()) if bool(there.any()) else 0.0
+    if share <= loss.nothing:
+        return ""
+    way = "up" if bool((there <= 0).all()) else "down" if bool((there >= 0).all()) else "up and down"
+    return (
+        f"{case} are pulled {way} by up to {share:.2g} of the largest gradient: what the method asks for (smoothing, a "
+        "teacher or a penalty gives every column a share), no fault of the code; cut padded columns off before the loss"
+    )
+
+
+@rule("one sure or hopeless token turns the weights NaN", compares=False)
+def extremes(loss: Specimen) -> str:
+    """p_y at 0 and at 1."""
+    for sign, case in ((-1, "p_y near 0"), (1, "p_y = 1")):
+        for dtype in dict.fromkeys((loss.dtype, torch.float32)):
+            tokens = loss.tokens()
+            label = tokens.labels[:, None]
+            top = tokens.logits.amax(-1, keepdim=True) + sign * GAP
+            shown = cast(tokens.replace(logits=tokens.logits.scatter(1, label, top)), dtype)
+            _finite(loss.read(shown).grad, f"{case} in {str(dtype).removeprefix('torch.')}")
+    return f"finite gradient at p_y near 0 and p_y = 1 (logits {GAP:g} apart)"
+
+
+@rule("the printed loss and the declared target train differently")
+def stop_gradient(loss: Specimen) -> str:
+    """What is held constant is what the method declares."""
+    variant = loss.variant
+    if variant.method.printed is None:
+        raise NotApplicable(f"no target is declared; found: {_held(loss)}")
+    offs = []
+    for tokens in (random_tokens(64, loss.vocabulary), probes()):
+        declared = variant.target(tokens)
+        offs.append(relative(gradient(variant.loss, tokens), declared.scale[:, None] * (tokens.probs - declared.q)))
+    if max(offs) > PRECISION[torch.float64]:
+        raise Failed(f"the loss's gradient is off scale (p - Q) by {max(offs):.2g} of its largest entry")
+    return f"the gradient of the printed loss is scale (p - Q) {to(max(offs))}"
+
+
+def _rounding(loss: Specimen, dtype: torch.dtype, tolerance: float) -> tuple[float, float, str]:
+    """How far the gradient in a narrower type is from that of the same, rounded logits, and how far it may be.
+
+    It may be as far as the gradient moves when the logits move by one rounding: a loss that selects tokens by a threshold
+    or a rank takes another selection then, in any precision.
+
+    Raises:
+        Failed: it is not finite.
+    """
+    narrow = cast(loss.tokens(), dtype)
+    made = loss.read(narrow).grad
+    _finite(made, "ordinary logits")
+    if carried(made) in COARSE:  # it computes in less, under autocast say
+        tolerance = max(tolerance, COARSE_TOLERANCE)
+    wide = cast(narrow, loss.dtype)
+    exact = loss.read(wide).grad
+    off = relative(made, exact)
+    if off <= tolerance:
+        return off, tolerance, ""
+    draw = torch.Generator().manual_seed(13)
+    moved = []
+    for _ in range(4):
+        noise = torch.randn(wide.logits.shape, generator=draw, dtype=torch.float64).to(wide.logits)
+        step = torch.finfo(dtype).eps * wide.logits.abs().amax(-1, keepdim=True)
+        moved.append(relative(loss.read(wide.replace(logits=wide.logits + noise * step)).grad, exact))
+    own = max(moved)
+    if own <= tolerance:
+        return off, tolerance, ""
+    remark = f"; one rounding of the logits moves it by {own:.2g} in any precision, as where tokens are selected"
+    return off, max(tolerance, own), remark
+
+
+def _finite(grad: Tensor, case: str) -> None:
+    broken = ~grad.isfinite().all(-1)
+    if bool(broken.any()):
+        raise Failed(f"{case}: the gradient is NaN or infinite on {int(broken.sum())} of {len(grad)} tokens")
+
+
+def _held(loss: Specimen) -> str:
+    """Whether the gradient is the derivative of the printed value, along a few random directions."""
+    if loss.tolerance == COARSE_TOLERANCE:
+        return "it computes in bfloat16, too coarse for a numerical derivative"
+    tokens = loss.tokens()
+    grad = loss.read(tokens).grad
+    found = slopes(loss.value, grad, tokens, STEP, seed=0)
+    worst = max(abs(slope - taken) for slope, taken in found) / float(grad.norm())
+    if worst <= 0.01:
+        return f"the gradient is the derivative of the printed value to {worst:.0e}: nothing is held constant"
+    return f"the gradient is not the derivative of the printed value (off by {worst:.2g}): part of it is held constant"

@@ -1,0 +1,227 @@
+"""Logit gradients of one chunk, in place of its logits: one function per declared structure."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
+from qlens.collapse import collapsed
+from qlens.heads import Head, TopK
+from qlens.registry import Variant
+from qlens.structure import GeometricMixture
+from qlens.target import Target
+from qlens.tokens import MODELS, Tokens, precision
+from qlens.variant import ALONE
+
+Kernel = Callable[[Tensor, slice, dict[str, Tensor]], "RowGradients"]
+
+
+class RowGradients(NamedTuple):
+    """What a kernel returns beside g' in place of the logits, g = scale g': a number per row each, (n,).
+
+    ``push`` is a in g = a (p - d) for methods of label probabilities alone, None for others.
+    """
+
+    scale: Tensor
+    losses: Tensor
+    push: Tensor | None = None
+
+
+class GradientKernels:
+    """The kernels of one method over the rows of one batch.
+
+    Args:
+        variant: the method; its declared structure alone decides which kernel is used.
+        labels, models, fields: of the supervised rows only; other models as logits, ``Head`` or ``TopK``.
+        vocabulary: V.
+        whole: whether rows may depend on each other, so that a chunk of all rows is not cut any further.
+        wanted: whether gradients are wanted, or the losses alone.
+
+    Attributes:
+        uniform: 1 - t of a chunk's rows, (n,), where (1 - t) / V is still to be subtracted from every entry; else None.
+        pushed: push and loss of every row, where they need other rows; set by ``collect``.
+        selected: how many rows were trusted at all, for methods that divide by these.
+        invalid: how many rows of logits hold NaN or +inf, a scalar.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        labels: Tensor,
+        models: dict[str, Tensor | Head | TopK],
+        fields: dict[str, Tensor],
+        vocabulary: int,
+        whole: bool = False,
+        wanted: bool = True,
+    ):
+        self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
+        self.structure, self.wanted = variant.structure, wanted
+        self.block = len(labels) if whole else block_rows(vocabulary)
+        self.uniform: Tensor | None = None
+        self.pushed: tuple[Tensor, Tensor] | None = None
+        self.selected = torch.zeros((), dtype=torch.long, device=labels.device)
+        self.invalid = torch.zeros((), dtype=torch.long, device=labels.device)
+
+    @property
+    def kernel(self) -> Kernel:
+        """The function that turns a chunk of logits into gradients, by the declared structure alone."""
+        if isinstance(self.structure, GeometricMixture):
+            return self._uniform if self.structure.model is None else self._mixture
+        return self._label if self.structure == "label" else self._dense
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the label is mixed with the uniform distribution."""
+        return isinstance(self.structure, GeometricMixture) and self.structure.model is None
+
+    @property
+    def collects(self) -> bool:
+        """Whether a first pass has to collect the label probabilities of all rows."""
+        return self.structure == "label" and self.variant.scope not in ALONE
+
+    def collect(self, log_p: Tensor, rest: Tensor, others: dict[str, tuple[Tensor, Tensor]]) -> None:
+        """Compute push and loss of every row from log p_y and log(1 - p_y) of all, of the student and of other models."""
+        self.pushed = self._pushes(slice(None), log_p, rest, others)
+
+    def label_log_probs(self, name: str, rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """log q_y and log(1 - q_y) of another model, (n,) each."""
+        own = isinstance(self.models[name], Head)  # its buffer may be written on, what was given may not
+        return others_(logits if own else logits.clone(), self.labels[rows, None])
+
+    def fields_of(self, rows: slice) -> dict[str, Tensor]:
+        """The per-token fields of some rows."""
+        return {name: value[rows] for name, value in self.fields.items()}
+
+    def _label(self, z: Tensor, rows: slice, others: dict[str, Tensor]) -> RowGradients:
+        """Losses of label probabilities: g' = p_{-y} - d, the push found on two entries."""
+        if self.pushed is not None:
+            rest, (push, losses) = others_(z, self.labels[rows, None])[1], self.pushed
+            return RowGradients(push[rows] * rest.exp(), losses[rows], push[rows])
+        label_log_probs = {name: self.label_log_probs(name, rows, logits) for name, logits in others.items()}
+        log_p, rest = others_(z, self.labels[rows, None])
+        push, losses = self._pushes(rows, log_p, rest, label_log_probs)
+        return RowGradients(push * rest.exp(), losses, push)
+
+    def _mixture(self, z: Tensor, rows: slice, others: dict[str, Tensor]) -> RowGradients:
+        """Geometric mixtures of label, student and one other model: g' = p - t d - (1 - t) r."""
+        assert isinstance(self.structure, GeometricMixture) and self.structure.model is not None
+        y = others[self.structure.model]
+        owned = isinstance(self.models[self.structure.model], Head)  # another's logits are not ours to write on
+        parts = []
+        for few in slices(len(z), self.block):
+            at = slice(rows.start + few.start, rows.start + few.stop)
+            with torch.no_grad():
+                near = y[few] if owned else y[few].clone()
+                parts.append(mix_(z[few], near, self.labels[at, None], self.structure, self._trust_and_scale(at)))
+        return RowGradients(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _uniform(self, z: Tensor, rows: slice, others: dict[str, Tensor]) -> RowGradients:
+        """Mixtures of the label with the uniform distribution: g' = p - t d, the uniform part left to ``uniform``."""
+        assert isinstance(self.structure, GeometricMixture)
+        with torch.no_grad():
+            trust_and_scale = self._trust_and_scale(rows)
+            scale, self.uniform, losses = smooth_(z, self.labels[rows, None], self.structure, trust_and_scale)
+        return RowGradients(scale, losses)
+
+    def _dense(self, z: Tensor, rows: slice, others: dict[str, Tensor]) -> RowGradients:
+        """Any other method, by autograd of its loss or by its target, whichever it has."""
+        self.invalid += (~z.amax(-1).isfinite()).sum()
+        parts = []
+        for few in slices(len(z), self.block):
+            at = slice(rows.start + few.start, rows.start + few.stop)
+            near = {name: logits[few] for name, logits in others.items()}
+            tokens = Chunk.unchecked(logits=z[few], labels=self.labels[at], **near, **self.fields_of(at))
+            alone = self.variant.is_loss_alone(tokens)
+            parts.append(self._by_autograd(z[few], tokens) if alone else self._by_target(z[few], tokens))
+        return RowGradients(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+    def _by_autograd(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """g in place of the logits, from a loss that has no target beside it."""
+        ones = torch.ones_like(z[:, 0])
+        if not self.wanted:
+            with torch.no_grad():
+                return ones, self.variant.loss(tokens)
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            losses = self.variant.loss(tokens.with_logits(leaf))
+            (grad,) = torch.autograd.grad(losses.sum(), leaf)
+        z.copy_(grad)
+        return ones, losses.detach()
+
+    def _by_target(self, z: Tensor, tokens: Chunk) -> tuple[Tensor, Tensor]:
+        """g' in place of the logits, from the explicit target."""
+        with torch.no_grad():
+            losses, target = self.variant.loss(tokens), self.variant.target(tokens)
+            self._count(target)
+            return grad_(z, tokens, target), losses
+
+    def _trust_and_scale(self, rows: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """t and s of some rows, from the method itself, on two entries: functions of log p_y and log(1 - p_y)."""
+
+        def trust_and_scale(log_p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+            models = {"logits": (log_p, rest)} | {name: (log_p, rest) for name in self.models}
+            target = self._target(rows, models)[1]
+            return target.trust, target.scale
+
+        return trust_and_scale
+
+    def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
+        """The push on the label and the loss of some rows, from the method itself, on two entries."""
+        with torch.no_grad():
+            tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
+            return target.effective_trust.nan_to_num(), self.variant.loss(tokens)
+
+    def _target(self, rows: slice, models: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tokens, Target]:
+        """Tokens of two entries, from log p_y and log(1 - p_y) by model, and the method's target there."""
+        self.invalid += models["logits"][0].isnan().sum()
+        log_p, rest = ({name: pair[i] for name, pair in models.items()} for i in (0, 1))
+        tokens = collapsed(log_p, rest, **self.fields_of(rows))
+        target = self.variant.target(tokens)
+        self._count(target)
+        return tokens, target
+
+    def _count(self, target: Target) -> None:
+        if self.variant.denominator == "selected":
+            self.selected += (target.trust != 0).sum()
+
+
+def block_rows(vocabulary: int) -> int:
+    """Rows of logits that are worked on at a time."""
+    return max(1, CACHED // vocabulary)
+
+
+def inputs(variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
+    """Those of the given models and per-token fields that a method is shown.
+
+    qlens' own methods need no more than they declare; a user's "dense" method may look at anything.
+    """
+    if not variant.built_in and variant.structure == "dense":
+        return given
+    return {name: value for name, value in given.items() if name in (*variant.needs, "weight", "sequence", "pair")}
+
+
+def by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """The logit gradient, (N, V), and the losses, (N,), of a method as its declared structure says."""
+    given = inputs(
+        variant, {name: value for name, value in tokens.fields().items() if name not in ("logits", "labels")}
+    )
+    fields = {name: value for name, value in given.items() if name not in MODELS}
+    z = tokens.logits.detach().clone().to(precision(tokens.logits.dtype))
+    models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in given.items() if name in MODELS}
+    whole = variant.scope not in ALONE
+    kernels = GradientKernels(variant, tokens.labels.long(), models, fields, z.shape[1], whole)
+    rows = slice(0, len(z))
+    if kernels.collects:
+        others = {name: kernels.label_log_probs(name, rows, logits) for name, logits in models.items()}
+        kernels.collect(*others_(z.clone(), kernels.labels[:, None]), others)
+    scale, losses, _ = kernels.kernel(z, rows, models)
+    if kernels.uniform is not None:
+        z -= kernels.uniform[:, None] / z.shape[1]
+    return scale[:, None] * z, losses
+
+
+def slices(rows: int, size: int) -> list[slice]:
+    """Consecutive slices of so many rows."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, max(size, 1))]

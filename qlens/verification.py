@@ -1,0 +1,118 @@
+"""Verification of a user's method, once, before the engine trains by its card: structure, identity and scope."""
+
+import logging
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from qlens.draws import Replay
+from qlens.errors import InputError
+from qlens.lens import gradient
+from qlens.registry import Variant
+from qlens.row_gradients import by_structure
+from qlens.tokens import Tokens, spread
+from qlens.variant import ALONE
+
+logger = logging.getLogger(__name__)
+SAMPLE = 16  # rows, spread over the batch
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""How far two gradients of one loss may be apart, as a share of the largest entry, by dtype."""
+
+_VERDICTS: WeakKeyDictionary[Callable, dict[tuple, str]] = WeakKeyDictionary()  # no callable is kept alive
+
+
+def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, block: int) -> str:
+    """Why the rows of a batch must not be cut into parts, "" where they may; proved once for every method of a user's own.
+
+    Args:
+        variant: the method; qlens' own are proved by the tests and not tried here.
+        sample: tokens at some of the batch's rows, by index.
+        rows: how many rows the batch has.
+        block: how many rows would be taken at a time.
+
+    Raises:
+        InputError: the declared structure is not the loss's, or target and printed loss have different gradients.
+    """
+    if variant.built_in or not rows:
+        return ""
+    fn = variant.method.fn
+    key = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
+    try:
+        verdicts = _VERDICTS.setdefault(fn, {})
+    except TypeError:  # it has no weak reference or no hash: verified anew every time
+        verdicts = {}
+    if key not in verdicts:
+        few = sample(spread(rows, SAMPLE))
+        with Replay(few.logits.device).again():  # a loss that draws numbers trains by the same ones, verified or not
+            _verify_gradient(variant, few)
+            cut = rows > block and variant.scope in ALONE
+            more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
+            reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
+            verdicts[key] = next(filter(None, reasons), "")
+        if verdicts[key]:
+            logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, verdicts[key])
+    return verdicts[key]
+
+
+def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
+    """Whether what the engine would compute on these rows is the gradient of the printed loss."""
+    if variant.is_loss_alone(tokens) and variant.structure == "dense":
+        return  # it is computed by that very gradient
+    wanted, (got, values) = gradient(variant.loss, tokens), by_structure(variant, tokens)
+    off = (wanted - got).abs().amax(-1)
+    wrong = off > _tolerance(wanted)
+    if variant.structure != "dense":
+        with torch.no_grad():
+            losses = variant.loss(tokens)
+        wrong |= (losses - values).abs() > _tolerance(losses)
+    rows = wrong.nonzero()[:, 0].tolist()
+    if not rows:
+        return
+    where = f"at a token with p_y = {float(tokens.label_probs[rows[0]]):.2g} ({len(rows)} of {len(tokens)} tokens)"
+    if variant.structure != "dense":
+        raise InputError(
+            f"{variant.spec} declares structure={variant.structure!r}, but has another loss or gradient {where}: "
+            "declare structure='dense', or leave it out"
+        )
+    raise InputError(
+        f"{variant.spec}: the gradient of its printed loss and s (p - Q) of its target differ, "
+        f"by {float(off[rows[0]]):.2g} {where}: "
+        f"run qlens.testing.check_variant({variant.name!r})"
+    )
+
+
+def _dependence(variant: Variant, tokens: Tokens) -> str:
+    """How a row's gradient or loss depends on the rows it is computed with; "" where it does not."""
+    n = len(tokens)
+    whole, again = _read(variant, tokens), _read(variant, tokens)
+    if _apart(whole, again, variant):
+        return "two calls on the same rows give two gradients"
+    parts = [slice(0, n // 2), slice(n // 2, n), slice(0, 1), slice(n // 3, n // 3 + 2)]
+    for part in parts:
+        some = tokens[part]
+        if len(some) and _apart(_read(variant, some), tuple(value[part] for value in whole), variant):
+            return (
+                f"it is taken for scope={variant.scope!r}, but a token's loss or gradient among {n} rows is another than "
+                f"among {len(some)}: declare scope='batch' (or 'sequence', 'pair')"
+            )
+    return ""
+
+
+def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Gradient and losses as the engine takes them."""
+    with torch.no_grad():
+        losses = variant.loss(tokens)
+    return variant.target(tokens).grad, losses[:, None]
+
+
+def _apart(one: tuple[Tensor, Tensor], other: tuple[Tensor, ...], variant: Variant) -> bool:
+    pairs = zip(one, other, strict=True)
+    return any(bool(((a - b).abs().amax(-1) > _tolerance(b)).any()) for a, b in pairs)
+
+
+def _tolerance(values: Tensor) -> Tensor:
+    """What counts as rounding beside these values."""
+    size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
+    return TOLERANCE[values.dtype] * size.clamp(min=1e-30)

@@ -1,0 +1,301 @@
+"""Right losses of (B, T) batches as people write them: transformers, TRL, OpenRLHF and trainers, in our own words.
+
+Each shifts inside, unless it says otherwise. The corpus is RIGHT of `right_losses`, which this module adds to.
+"""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from right_losses import right
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def shifted(logits, labels):
+    return logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
+
+
+def per_token(logits, labels):
+    """The negative log-likelihood at every position, 0 where the label is -100; (B, T - 1) both."""
+    z, y = shifted(logits, labels)
+    return F.cross_entropy(z.transpose(1, 2), y, reduction="none", ignore_index=-100), y != -100
+
+
+def divided(total, kept, num_items_in_batch):
+    return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+@right
+def fixed_cross_entropy(outputs, labels, num_items_in_batch=None, ignore_index=-100):
+    z, y = shifted(outputs.logits.float(), labels)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    loss = F.cross_entropy(z.view(-1, z.size(-1)), y.view(-1), ignore_index=ignore_index, reduction=reduction)
+    return loss if num_items_in_batch is None else loss / num_items_in_batch
+
+
+@right
+def pads_the_labels(outputs, labels, num_items_in_batch=None, **kwargs):
+    """The labels are padded on the right and shifted, so that the logits need no copy."""
+    y = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    total = F.cross_entropy(outputs.logits.flatten(0, 1), y, reduction="sum")
+    return divided(total, y != -100, num_items_in_batch)
+
+
+@right
+def model_computes_it(model, inputs, return_outputs=False, num_items_in_batch=None):
+    outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+    return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+
+@right
+def popped_labels(model, inputs, return_outputs=False, num_items_in_batch=None):
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    nll, kept = per_token(outputs.logits, labels)
+    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
+    return (loss, outputs) if return_outputs else loss
+
+
+@right
+def label_smoother(outputs, labels, num_items_in_batch=None, *, epsilon=0.1):
+    z, y = shifted(outputs.logits, labels)
+    log_p, kept = z.log_softmax(-1), y != -100
+    nll = -log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0] * kept
+    uniform = -log_p.mean(-1) * kept
+    return divided(((1 - epsilon) * nll + epsilon * uniform).sum(), kept, num_items_in_batch)
+
+
+@right
+def sft_dft(outputs, labels, num_items_in_batch=None):
+    z, y = shifted(outputs.logits, labels)
+    kept = y != -100
+    log_p = z.log_softmax(-1).gather(-1, y.masked_fill(~kept, 0)[..., None])[..., 0]
+    loss = -(log_p.exp().detach() * log_p) * kept
+    return divided(loss.sum(), kept, num_items_in_batch)
+
+
+@right
+def chunked_nll(outputs, labels, num_items_in_batch=None, *, chunk=16):
+    """Chunks of positions, recomputed in the backward pass, added up and divided once."""
+    z, y = shifted(outputs.logits, labels)
+    z, y = z.reshape(-1, z.size(-1)), y.reshape(-1)
+    nll = [
+        checkpoint(F.cross_entropy, z[i : i + chunk], y[i : i + chunk], reduction="sum", use_reentrant=False)
+        for i in range(0, len(y), chunk)
+    ]
+    return divided(sum(nll), y != -100, num_items_in_batch)
+
+
+@right
+def logs_entropy(outputs, labels, num_items_in_batch=None):
+    nll, kept = per_token(outputs.logits, labels)
+    with torch.no_grad():
+        log_p = outputs.logits[:, :-1].log_softmax(-1)
+        print({"entropy": float(-(log_p.exp() * log_p).nan_to_num().sum(-1)[kept].mean())})
+    return divided((nll * kept).sum(), kept, num_items_in_batch)
+
+
+class Teacher(nn.Module):
+    """Another model, reached through the closure of a loss: it looks at the input ids alone."""
+
+    def forward(self, input_ids, attention_mask=None, size=24):
+        entry = torch.arange(size, dtype=torch.float64)
+        return SimpleNamespace(logits=2 * torch.cos(input_ids[..., None] * 0.9 + entry * 1.7))
+
+
+teacher = Teacher().eval()
+
+
+@right
+def distills_from_its_closure(model, inputs, return_outputs=False, num_items_in_batch=None, *, temperature=2.0):
+    labels = inputs["labels"]
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    with torch.no_grad():
+        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
+    s, y = shifted(outputs.logits / temperature, labels)
+    t, kept = there[:, :-1] / temperature, y != -100
+    kl = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1)
+    loss = temperature**2 * divided((kl * kept).sum(), kept, num_items_in_batch)
+    return (loss, outputs) if return_outputs else loss
+
+
+@right
+def distills_and_learns(model, inputs, return_outputs=False, num_items_in_batch=None):
+    outputs = model(input_ids=inputs["input_ids"])
+    with torch.no_grad():
+        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
+    nll, kept = per_token(outputs.logits, inputs["labels"])
+    s, t = outputs.logits[:, :-1].log_softmax(-1), there[:, :-1].log_softmax(-1)
+    kl = (t.exp() * (t - s)).sum(-1)
+    return divided(((0.5 * nll + 0.5 * kl) * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def masked_by_attention(model, inputs, return_outputs=False, num_items_in_batch=None):
+    """Language modelling of whole texts: labels are the input ids, padding is told by the attention mask."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, 0] = -100
+    outputs = model(input_ids=ids, attention_mask=mask)
+    nll, kept = per_token(outputs.logits, labels)
+    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
+    return (loss, outputs) if return_outputs else loss
+
+
+@right
+def two_passes(model, inputs, num_items_in_batch=None):
+    """R-Drop: two passes with dropout, drawn together; a model without dropout gives the same twice."""
+    first, second = (model(input_ids=inputs["input_ids"]).logits for _ in range(2))
+    nll, kept = per_token(first, inputs["labels"])
+    again, _ = per_token(second, inputs["labels"])
+    a, b = first[:, :-1].log_softmax(-1), second[:, :-1].log_softmax(-1)
+    apart = (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(
+        -1
+    )
+    return divided(((0.5 * (nll + again) + 0.5 * apart) * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def multi_token_prediction(outputs, labels, num_items_in_batch=None):
+    n = (labels[:, 1:] != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    total = 0.0
+    for ahead, weight in ((1, 1.0), (2, 0.25), (3, 0.1)):
+        z, y = outputs.logits[:, :-ahead].flatten(0, 1), labels[:, ahead:].flatten()
+        total = total + weight * F.cross_entropy(z, y, reduction="sum")
+    return total / n
+
+
+@right
+def hard_examples(outputs, labels, num_items_in_batch=None, *, share=0.5):
+    """The hardest half of the tokens of a batch, by their loss."""
+    nll, kept = per_token(outputs.logits, labels)
+    losses = nll[kept]
+    if not losses.numel():
+        return outputs.logits.sum() * 0.0
+    return losses.topk(max(1, int(share * losses.numel()))).values.mean()
+
+
+@right(accumulation="it divides by the texts of each micro-batch")
+def mean_of_texts(outputs, labels, num_items_in_batch=None):
+    """Every text counts once; a trainer that tells a token count has no use for it, and the micro-batches do not add up."""
+    nll, kept = per_token(outputs.logits, labels)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+@right
+def mean_of_texts_untold(outputs, labels):
+    nll, kept = per_token(outputs.logits, labels)
+    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+
+
+@right(accumulation="it takes no num_items_in_batch: 2x4 gives 2 and 8x1 8 times")
+def mean_of_tokens_untold(outputs, labels):
+    nll, kept = per_token(outputs.logits, labels)
+    return (nll * kept).sum() / kept.sum().clamp(min=1)
+
+
+@right
+def unlikelihood_of_repeats(outputs, labels, num_items_in_batch=None, *, weight=0.5):
+    """Pushes down, at every token, the tokens that came before it in the same text."""
+    z, y = shifted(outputs.logits, labels)
+    kept = y != -100
+    log_p = z.log_softmax(-1)
+    nll = -log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    seen = F.one_hot(y.clamp(min=0), z.size(-1)) * kept[..., None]
+    before = (seen.cumsum(1) - seen > 0).to(z.dtype).scatter(-1, y.clamp(min=0)[..., None], 0.0)
+    push = -((1 - log_p.exp()).clamp(min=1e-5).log() * before).sum(-1)
+    return divided(((nll + weight * push) * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def entropy_regularised(outputs, labels, num_items_in_batch=None):
+    nll, kept = per_token(outputs.logits, labels)
+    entropy = torch.distributions.Categorical(logits=outputs.logits[:, :-1]).entropy()
+    return divided(((nll - 0.01 * entropy) * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def z_loss_where_supervised(outputs, labels, num_items_in_batch=None):
+    nll, kept = per_token(outputs.logits, labels)
+    z2 = outputs.logits[:, :-1].logsumexp(-1).square()
+    return divided(((nll + 1e-4 * z2) * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def autocast_in_bfloat16(outputs, labels, num_items_in_batch=None):
+    z, y = shifted(outputs.logits.bfloat16(), labels)
+    total = F.cross_entropy(z.float().flatten(0, 1), y.flatten(), reduction="sum")
+    return divided(total, y != -100, num_items_in_batch)
+
+
+@right
+def confident_tokens_weigh_less(outputs, labels, num_items_in_batch=None):
+    nll, kept = per_token(outputs.logits, labels)
+    weight = (1 - torch.exp(-nll)).detach()
+    return divided((nll * weight * kept).sum(), kept, num_items_in_batch)
+
+
+@right
+def preference_of_halves(outputs, labels, num_items_in_batch=None):
+    """The first half of the batch is chosen, the second rejected."""
+    nll, kept = per_token(outputs.logits, labels)
+    log_p = -(nll * kept).sum(1)
+    chosen, rejected = log_p.chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+@right
+def shifts_inside(logits, labels, vocab_size=None, num_items_in_batch=None):
+    """A causal language model's loss function, given (B, T, V) logits."""
+    y = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
+    total = F.cross_entropy(logits.float().reshape(-1, logits.size(-1)), y, reduction="sum")
+    return divided(total, y != -100, num_items_in_batch)
+
+
+class GPTLMLoss(nn.Module):
+    """Next-token prediction on (B, T, V) logits."""
+
+    def __init__(self, ignore_index=-100):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(ignore_index=ignore_index)
+
+    def forward(self, logits, labels):
+        z, y = shifted(logits, labels)
+        return self.loss(z.view(-1, z.size(-1)), y.view(-1))
+
+
+class KDLoss(nn.Module):
+    """Distillation on (B, T, V) logits that are aligned with their labels already; no label is learned."""
+
+    def forward(self, logits, teacher_logits, label):
+        q, log_p = F.softmax(teacher_logits, -1), F.log_softmax(logits, -1)
+        kept = (label != -100).view(-1).to(log_p.dtype)
+        gained = torch.masked_fill(q * log_p, torch.isinf(logits), 0).sum(-1).view(-1)
+        return -(gained * kept).sum() / kept.sum()
+
+
+class PolicyLoss(nn.Module):
+    """A clipped policy gradient on log-probabilities of the actions taken."""
+
+    def __init__(self, clip=0.2):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, log_probs, old_log_probs, advantages, action_mask=None):
+        ratio = (log_probs - old_log_probs).exp()
+        loss = -torch.min(ratio * advantages, ratio.clamp(1 - self.clip, 1 + self.clip) * advantages)
+        return loss.mean() if action_mask is None else (loss * action_mask).sum() / action_mask.sum()
+
+
+@right
+def masked_targets(logits, targets, loss_mask):
+    """A loss mask beside targets that are ordinary ids everywhere."""
+    nll = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="none")
+    return (nll * loss_mask.flatten()).sum() / loss_mask.sum()
+
+
+UNTOLD = "it takes no num_items_in_batch: 2x4 gives 2 and 8x1 8 times"
+right(GPTLMLoss, accumulation=UNTOLD, all_masked="loss nan")  # a mean over no labels is 0 / 0
+right(KDLoss)
+right(PolicyLoss)

@@ -1,0 +1,64 @@
+"""`check` on two corpora: right losses as people write them, of which it fails none, and mistakes, of which it misses none."""
+
+import pytest
+import right_batches  # noqa: F401  it adds to RIGHT
+from right_losses import FINDINGS, RIGHT
+from wrong_losses import UNSEEN, WRONG
+
+import qlens
+
+ASKED = {
+    "top_teacher_tokens": 64,
+    "a_module": 64,
+    "class_weights_of_a_size": 1500,
+    "special_token_of_a_vocabulary": 3001,
+}
+
+
+def mismatch(report, wanted):
+    """What a report says beyond, or short of, the failures that are wanted."""
+    found = {item.id: item.evidence for item in report.failures}
+    if set(found) != set(wanted):
+        return f"{sorted(found)} fail, {sorted(wanted)} should\n{report}"
+    return next((found[name] for name, said in wanted.items() if said not in found[name]), "")
+
+
+def test_a_right_loss_fails_nothing_but_what_is_true(capsys):
+    assert len(RIGHT) >= 40
+    off = {}
+    for name, loss in RIGHT.items():
+        report = qlens.check(loss)
+        assert report.vocabulary == ASKED.get(name, 24)
+        if said := mismatch(report, FINDINGS.get(name, {})):
+            off[name] = said
+    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+    assert capsys.readouterr().out == ""  # two of them print
+
+
+def test_a_mistake_is_caught_by_the_item_that_is_about_it():
+    assert len(WRONG) >= 20
+    off = {name: said for name, (loss, caught) in WRONG.items() if (said := mismatch(qlens.check(loss), caught))}
+    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+
+
+def test_what_the_code_cannot_show_is_no_failure():
+    reports = {name: qlens.check(loss) for name, loss in UNSEEN.items()}
+    assert all(report.ok for report in reports.values())
+    assert reports["ignores_token_zero"]["label_ids"].evidence.endswith("0: 0")
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(factor):
+    def cancels(logits, labels, teacher):
+        s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
+        return factor * (s.exp().detach() * (s - t)).sum(-1).mean()
+
+    def cancels_in_float32(logits, labels):
+        p = logits.float().softmax(-1)
+        return factor * (p.sum(-1) ** 2).mean()
+
+    for loss in (cancels, cancels_in_float32):
+        with pytest.raises(qlens.InputError, match="teaches nothing: its gradient is zero up to rounding"):
+            qlens.check(loss)
+    assert qlens.check(lambda logits, labels: 1e-9 * factor * RIGHT["gathered"](logits, labels)).ok
+    assert qlens.check(lambda logits, labels: factor * RIGHT["upcast"](logits, labels)).ok
