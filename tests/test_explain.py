@@ -217,7 +217,11 @@ def test_weights_are_read_and_missed():
 
     kept, dropped = qlens.explain(keeps), qlens.explain(drops)
     assert kept.law.formula == "weight" and not kept.unused
-    assert dropped.unused == ("weight",) and any("weight has no effect" in finding for finding in dropped.findings)
+    assert (
+        dropped.unused == ("weight",)
+        and dropped.nearest[0].spec == "sft"
+        and any("weight has no effect" in finding for finding in dropped.findings)
+    )
 
 
 def test_own_tokens_are_no_probes_even_if_there_are_57():

@@ -43,6 +43,10 @@ class Study:
 
     def run(self) -> Explanation:
         """The explanation, with everything that can be found."""
+        unused = self.unused()
+        if "weight" in unused:  # then no method is weighted either
+            self.shown = self.shown.undone(self.shown.grad, self.shown.given.unweighted())
+            self.trial = self.trial and self.trial.undone(self.trial.grad, self.trial.given.unweighted())
         reach = self.scope()
         if self.trial is not None and not self.trial.finite:
             kept = self.trial.grad.isfinite().all(-1)
@@ -68,7 +72,7 @@ class Study:
             label_weights=ids,
             nearly=partly,
             elsewhere=elsewhere,
-            unused=self.unused(),
+            unused=unused,
             tried=self.trial.tokens if self.trial is not None else None,
             broken=self.broken,
             ids_untried=self.ids_untried,
@@ -140,7 +144,7 @@ class Study:
             if alone and fits and not near[0].same:
                 partly = nearly(some, self.variant.loss, [fit.spec for fit in fits]) or partly
         if trial is not None:
-            near = self.confirmed(near, seen, changed)
+            near = self.confirmed(near, seen, changed, alone)
         return near, None if near and near[0].same else partly
 
     def on_all(self, near: list[matching.Match], some: Reading) -> list[matching.Match]:
@@ -176,18 +180,20 @@ class Study:
         rows = spread(len(at.given), max(8, most // at.grad.shape[1])).to(at.given.logits.device)
         return at[rows] if changed else at.anew(self.variant, rows)
 
-    def confirmed(self, near: list[matching.Match], seen: Reading, changed: bool) -> list[matching.Match]:
-        """Without the methods that have the gradient on the trial tokens, but not on those shown."""
+    def confirmed(self, near: list[matching.Match], seen: Reading, changed: bool, alone: bool) -> list[matching.Match]:
+        """Methods that have the gradient on the trial tokens, as they compare on those shown.
+
+        The factor is that of the tokens shown; where every token stands ``alone`` it must be the same on both.
+        """
         some = self.thinned(seen, MATCHED, changed)
         kept = []
         for match in near:
-            if match.same:
-                here = matching.at(get(match.spec), some.grad, some.tokens, some.noise)
-                if here is None or not here.same:
-                    if here is not None:
-                        kept.append(here)
-                    continue
-            kept.append(match)
+            here = matching.at(get(match.spec), some.grad, some.tokens, some.noise) if match.same else match
+            if here is None:
+                continue
+            if match.same and here.same and alone and abs(here.factor - match.factor) > 1e-3 * abs(match.factor):
+                here = replace(here, relation=matching.RELATIONS[2])
+            kept.append(here)
         return matching.ranked(kept)
 
     def unused(self) -> tuple[str, ...]:

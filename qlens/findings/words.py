@@ -155,7 +155,7 @@ def _simplex(e: Any) -> list[str]:
     n = len(table)
     off = (table["total"] - 1).abs()
     shifted = int((off > 100 * torch.finfo(e.precision).eps).sum()) if e.leak is not None else 0
-    if shifted:
+    if shifted and e.leak is not None:
         cause = e.leak.cause or "the loss sees raw logits, not only their softmax"
         said.append(f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): {cause}.")
     elif e.leak is not None:
