@@ -56,7 +56,6 @@ class Explanation:
         tried: the wider trial tokens on which it was read too.
         broken: on how many of these its gradient is not finite.
         ids_untried: why label ids could not be tried, where that failed.
-        notes: what else there is to know of how the loss was called, a sentence each.
     """
 
     variant: Variant
@@ -82,7 +81,6 @@ class Explanation:
     tried: Tokens | None = None
     broken: int = 0
     ids_untried: str = ""
-    notes: tuple[str, ...] = ()
 
     @property
     def spec(self) -> str:
@@ -119,6 +117,18 @@ class Explanation:
     def findings(self) -> list[str]:
         """What a reader should know, in words, warnings first."""
         return words.lines(self)
+
+    @cached_property
+    def called_as(self) -> str:
+        """How the loss was called, in words."""
+        with quiet():
+            return self.variant.account(self.tokens).called_as
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the loss does beside its gradient on these rows: another model run, an input without effect, ..."""
+        with quiet():
+            return self.variant.account(self.tokens).notes
 
     @cached_property
     def summary(self) -> str:
@@ -179,6 +189,8 @@ class Explanation:
             "vocabulary": self.tokens.logits.shape[1],
             "summary": self.summary,
             "findings": self.findings,
+            "called_as": self.called_as,
+            "notes": list(self.notes),
             "nearest": [vars(match) for match in self.nearest],
             "mixture": m and {
                 "explains": m.explains, "signed": m.signed, "misfit": m.misfit, "held": m.held, "parameter": m.parameter,
@@ -191,7 +203,6 @@ class Explanation:
             "nearly": self.nearly and vars(self.nearly),
             "unused": list(self.unused),
             "precision": str(self.precision).removeprefix("torch."),
-            "notes": list(self.notes),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},
             "destination": self.destination if isinstance(self.destination, str) else self.destination.to_dict(),
             "table": self.table.to_dict("records"),
@@ -218,7 +229,9 @@ class Explanation:
         lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {self.read_in})", ""]
         lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
-        found = [*self.findings, f"Ends: {getattr(self.destination, 'sentence', self.destination)}"]
+        called = [f"Called with {self.called_as}."] if self.called_as else []
+        ends = f"Ends: {getattr(self.destination, 'sentence', self.destination)}"
+        found = [*self.findings, *self.notes, *called, ends]
         lines += [textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in found]
         if self.nearest:
             lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]

@@ -1,7 +1,6 @@
 """Explanations: what they find in losses nobody registered, among them wrong ones."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -122,7 +121,7 @@ def test_everything_prints_and_serialises():
     text = str(read)
     assert text.startswith("kd: the target it trains toward") and "Nearest methods:" in text
     again = json.loads(json.dumps(read.to_dict()))
-    assert len(again["table"]) == 57 and again["nearest"][0]["spec"] in qlens.names()
+    assert len(again["table"]) == 57 and again["nearest"][0]["spec"].partition("(")[0] in qlens.names()
 
 
 def test_the_figure_shows_the_table():
@@ -228,8 +227,6 @@ def test_own_tokens_are_no_probes_even_if_there_are_57():
     tokens = random_tokens(57, 9)
     read = qlens.explain("dft", tokens)
     assert not read.on_probes and set(read.table["shape"]) == {"text"} and "57 tokens" in str(read)
-    noted = replace(read, notes=("The loss was called with rows.",))
-    assert "The loss was called with rows." in noted.findings and noted.to_dict()["notes"] == list(noted.notes)
 
 
 @pytest.mark.real

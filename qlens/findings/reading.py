@@ -14,6 +14,7 @@ from qlens import calling
 from qlens.errors import InputError
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.lens import carried, gradient, read
+from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
 from qlens.tokens import Tokens
 from qlens.variant import Variant
@@ -50,6 +51,7 @@ class Reading:
             InputError: it fails, or two calls on the same tokens differ; what it raised is named.
         """
         try:
+            tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
             losses, precision = traced(variant.loss, tokens)
             grad = read(variant, tokens, variant.loss)
             again = read(variant, tokens, variant.loss)

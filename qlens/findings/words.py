@@ -20,7 +20,7 @@ def lines(e: Any) -> list[str]:
         return [f"WARNING: the gradient is not finite on {broken} of {len(e.table)} tokens."]
     if e.silent:
         said = "" if not bool(e.target.grad.any()) else " up to rounding"
-        return [f"WARNING: the gradient is zero on every token{said}: Q = p, nothing is taught.", *e.notes]
+        return [f"WARNING: the gradient is zero on every token{said}: Q = p, nothing is taught."]
     said = []
     if e.precision in COARSE:
         said.append(f"Precision: the gradient holds {str(e.precision).removeprefix('torch.')} digits only.")
@@ -32,7 +32,7 @@ def lines(e: Any) -> list[str]:
         f"WARNING: {name} has no effect: the loss takes it and neither its value nor its gradient changes."
         for name in e.unused
     ]
-    said += [*e.notes, *_trust(e), *_rest(e)]
+    said += [*_trust(e), *_rest(e)]
     if e.nearly is not None:
         said.append(f"Nearly: {e.nearly}.")
     if e.label_weights is not None:
