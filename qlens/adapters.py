@@ -15,6 +15,7 @@ from qlens.styles import few, grad_of, inputs_masked, style_of
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
+ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 
 # What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
@@ -146,6 +147,8 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     if misfits[best] <= ALIKE:
         of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
         return of_any_length or (alike[0] if len(alike) > 1 else best)
+    if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
+        return "sum"  # nothing but rounding: there is no gradient to be divided
     ratio = float(grads[1].norm() / grads[0].norm())
     raise InputError(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "

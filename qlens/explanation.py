@@ -12,10 +12,12 @@ import torch
 from qlens import matching
 from qlens.destination import Destination, destination
 from qlens.errors import InputError
-from qlens.findings import words
+from qlens.findings import summary, words
+from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
+from qlens.findings.nearly import Nearly
 from qlens.findings.scope import Scope
 from qlens.guards import quiet
 from qlens.probes import shapes
@@ -43,6 +45,17 @@ class Explanation:
         leak: why sum(Q) is not 1, where it is not.
         elsewhere: whether another vocabulary reads the same.
         written: which of its inputs the loss writes on.
+        on_probes: whether the tokens are the built-in probes.
+        precision: what the loss computes in.
+        stored: the dtype of the logits as a user gave them; None on the probes.
+        registered: whether the loss is a registered method, at these parameters.
+        silent: whether its gradient is zero up to rounding.
+        label_weights: how it weighs tokens by the id of their label, where it does.
+        nearly: the method that it is on most tokens, where it is none on all.
+        unused: fields that it asks for and that change nothing.
+        tried: the wider trial tokens on which it was read too.
+        broken: on how many of these its gradient is not finite.
+        ids_untried: why label ids could not be tried, where that failed.
     """
 
     variant: Variant
@@ -57,6 +70,17 @@ class Explanation:
     leak: Leak | None = None
     elsewhere: str = ""
     written: tuple[str, ...] = ()
+    on_probes: bool = False
+    precision: torch.dtype = torch.float64
+    stored: torch.dtype | None = None
+    registered: bool = False
+    silent: bool = False
+    label_weights: LabelWeights | None = None
+    nearly: Nearly | None = None
+    unused: tuple[str, ...] = ()
+    tried: Tokens | None = None
+    broken: int = 0
+    ids_untried: str = ""
 
     @property
     def spec(self) -> str:
@@ -89,11 +113,6 @@ class Explanation:
         frame.insert(2, "shape", shapes() if self.on_probes else "text")
         return frame
 
-    @property
-    def on_probes(self) -> bool:
-        """Whether it was read on the built-in probes."""
-        return self.pieces is None and len(self.tokens) == len(shapes())
-
     @cached_property
     def findings(self) -> list[str]:
         """What a reader should know, in words, warnings first."""
@@ -115,7 +134,7 @@ class Explanation:
     def summary(self) -> str:
         """A paragraph that a person would say about this loss."""
         ends = self.destination.sentence if isinstance(self.destination, Destination) else ""
-        return " ".join(filter(None, [words.paragraph(self), ends]))
+        return " ".join(filter(None, [summary.paragraph(self), ends]))
 
     @property
     def law(self) -> Law | None:
@@ -132,7 +151,7 @@ class Explanation:
     @cached_property
     def destination(self) -> Destination | str:
         """Where training on it ends, or why that is not known."""
-        if not bool(self.target.grad.isfinite().all() and self.target.grad.any()):
+        if self.silent or not bool(self.target.grad.isfinite().all() and self.target.grad.any()):
             return "its gradient leads nowhere"
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
@@ -180,21 +199,34 @@ class Explanation:
             },
             "laws": {name: law and vars(law) for name, law in self.laws.items()},
             "scope": self.scope and vars(self.scope),
+            "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal},
+            "nearly": self.nearly and vars(self.nearly),
+            "unused": list(self.unused),
+            "precision": str(self.precision).removeprefix("torch."),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},
             "destination": self.destination if isinstance(self.destination, str) else self.destination.to_dict(),
             "table": self.table.to_dict("records"),
         }  # fmt: skip
 
+    @property
+    def read_in(self) -> str:
+        """The precision of the reading, of the logits given and of the loss, as far as they differ."""
+        used, stored, own = (
+            str(d).removeprefix("torch.") for d in (self.tokens.logits.dtype, self.stored, self.precision)
+        )
+        said = used if self.stored in (None, self.tokens.logits.dtype) else f"read in {used}; logits {stored}"
+        coarse = torch.finfo(self.precision).eps > torch.finfo(self.tokens.logits.dtype).eps
+        return f"{said}; the loss computes in {own}" if coarse else said
+
     def __str__(self) -> str:
         n, v = self.tokens.logits.shape
         where = "built-in probes" if self.on_probes else "tokens"
-        dtype = str(self.target.q.dtype).removeprefix("torch.")
         shown = self.telling[["label", "p_y", "trust", "q_label", "rival", "p_rival", "q_rest", "negative_mass"]]
         shown = shown.rename(columns={"q_label": "Q(label)", "p_rival": "p(rival)", "q_rest": "Q(rival)"})
         shown = shown.rename(columns={"negative_mass": "off simplex"})
         if self.pieces is None:
             shown = shown.drop(columns=["label", "rival"])
-        lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
+        lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {self.read_in})", ""]
         lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
         called = [f"Called with {self.called_as}."] if self.called_as else []

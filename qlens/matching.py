@@ -1,18 +1,24 @@
 """Matching: which registered method has the gradient of a loss, exactly, up to a factor, or most nearly."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, float64
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from qlens import params
 from qlens.errors import InputError
+from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.registry import get, methods
 from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
+WORSE = 2.0  # of methods within rounding of a gradient, those count that are at most this much further than the nearest
+SHORT = 3  # significant digits of a factor that somebody wrote
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,8 @@ class Match:
         misfit: |g - c g_m| / |g|.
         relation: one of ``RELATIONS``: g = g_m; g = c g_m; parallel token by token, so that both have the same target
             at another scale; or none of these.
+        share: of the tokens on which g = c g_m.
+        rounding: the distance from g to c g_m as a share of what rounding explains, root mean square over tokens.
     """
 
     spec: str
@@ -33,6 +41,8 @@ class Match:
     factor: float
     misfit: float
     relation: str
+    share: float = 0.0
+    rounding: float = math.inf
 
     @property
     def same(self) -> bool:
@@ -55,8 +65,8 @@ def points(method: Method) -> list[Variant]:
     return list({variant.spec: variant for variant in variants}.values())
 
 
-def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", tolerance: float | None = None) -> list[Match]:
-    """Every registered method that these tokens can feed, at the point nearest: by relation, angle, factor and simplicity.
+def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: Noise | None = None) -> list[Match]:
+    """Every registered method that these tokens can feed, at the point nearest: by relation, simplicity and angle.
 
     Each is tried at its defaults, its modes and the ends of its parameters; ``identify.search`` goes between these.
 
@@ -64,7 +74,7 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", toleranc
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken; methods that need a field that is missing are left out.
         skip: a spec to leave out (the loss itself, if it is registered).
-        tolerance: the relative misfit that counts as rounding; by default that of the gradient's dtype.
+        noise: the rounding of the gradient; by default what its digits show.
 
     Example:
         >>> import qlens
@@ -72,10 +82,12 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", toleranc
         >>> nearest(2.5 * qlens.get("kd").target(tokens).grad, tokens)[0].relation
         'up to a factor'
     """
+    tokens = tokens.with_precision(torch.float64)
+    noise = noise or rounding(grad, tokens)
     found = []
     for method in methods().values():
         matches = [
-            match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, tolerance))
+            match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, noise))
         ]
         if method.name == params.parse(skip)[0]:  # a parameter that changes nothing makes no other method
             matches = [match for match in matches if match.relation != "identical"]
@@ -86,13 +98,19 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", toleranc
                 best,
                 *default,
             ]  # "eaft(normalizer=1.0)" says which released mode it is, "eaft x 2.9957" by how much
-    return sorted(found, key=order)
+    return ranked(found)
 
 
-def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float | None = None) -> Match | None:
+def ranked(matches: list[Match]) -> list[Match]:
+    """In order; of those within rounding, what is clearly further than the best comes after what is not."""
+    best = min((match.rounding for match in matches if match.same), default=math.inf)
+    return sorted(matches, key=lambda match: (match.same and match.rounding > max(WORSE * best, 0.1), order(match)))
+
+
+def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Match | None:
     """A gradient beside one variant's; None where the tokens cannot feed it."""
     other = taught(variant, tokens)
-    return None if other is None else _compare(variant.spec, grad, other, tolerance)
+    return None if other is None else _compare(variant.spec, grad, other, noise or rounding(grad, tokens))
 
 
 def taught(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
@@ -107,36 +125,92 @@ def taught(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
 
 
 def order(match: Match) -> tuple:
-    """By relation; what is one, by simplicity: the least factor, parameters and needs; what is not, by angle."""
-    needs, given = len(get(match.spec).needs), match.spec.count("=")
-    factor = abs(math.log(abs(match.factor))) if match.factor else math.inf
-    simple = round(factor, 2), given, needs, len(match.spec)
-    relation, angle = RELATIONS.index(match.relation), round(match.angle, 3)
-    return (relation, *simple, angle) if relation < 2 else (relation, angle, *simple)
+    """By relation, the same gradient up to a factor first; then by simplicity, what is not the same by angle.
+
+    Simple are few parameters beside the defaults, short numbers, a factor of 1 or a short one, few needs, a short name.
+    """
+    variant = get(match.spec)
+    given = [value for _, value in _changed(match.spec)]
+    simple = sum(1 + 0.1 * (max(map(_digits, _parts(value)), default=1) - 1) for value in given) + _clumsy(match.factor)
+    ties = len(variant.needs), variant.method.on_model is not None, len(match.spec)
+    relation, angle = max(RELATIONS.index(match.relation), 1), round(match.angle, 3)
+    return (relation, round(simple, 6), *ties) if relation == 1 else (relation, angle, round(simple, 6), *ties)
 
 
-def _compare(spec: str, grad: Tensor, other: Tensor, tolerance: float | None) -> Match:
-    tolerance = tolerance or (1e-6 if grad.dtype == float64 else 1e-3)
+def agreement(
+    grad: Float[Tensor, "N V"], other: Float[Tensor, "N V"], noise: Noise, tolerance: float = TOLERANCE
+) -> tuple[float, Bool[Tensor, " N"], Float[Tensor, " N"]]:
+    """The factor c that most tokens agree on, whether |g - c g_m| is rounding at every token, and its share of rounding."""
+    g, m = grad.double(), other.double()
+    sizes = g.norm(dim=-1), m.norm(dim=-1)
+    ratio = (g * m).sum(-1) / sizes[1].square().clamp(min=1e-300)
+    telling = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
+    factor = float(ratio[telling].median()) if bool(telling.any()) else 1.0
+    for within in dict.fromkeys((TOLERANCE, tolerance)):  # to its last digit, from the tokens that agree most closely
+        allowed = within * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
+        near = telling & ((g - factor * m).norm(dim=-1) <= allowed * 3)
+        if int(near.sum()) >= max(1, len(g) // 10):
+            weight = 1 / allowed[near, None]
+            factor = float((g[near] * m[near] * weight**2).sum() / (m[near] * weight).square().sum())
+            spread = within + 0.5 * float((noise.rows / sizes[0].clamp(min=1e-300))[near].median())
+            factor = written(factor, spread / int(near.sum()) ** 0.5)
+            break
+    allowed = tolerance * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
+    off = (g - factor * m).norm(dim=-1) / allowed.clamp(min=1e-300)
+    return factor, off <= 1, off
+
+
+def written(value: float, spread: float) -> float:
+    """The shortest number within a relative distance: what somebody may have written."""
+    tried = (float(f"{value:.{digits}g}") for digits in range(1, 12))
+    return next((near for near in tried if abs(near - value) <= spread * abs(value)), value)
+
+
+def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
     g, m = grad.double(), other.double()
     size, other_size = float(g.norm()), float(m.norm())
     if size == 0 or other_size == 0:
         same = size == other_size
-        return Match(spec, 0.0 if same else 90.0, 1.0, float(not same), "identical" if same else "near")
+        return Match(spec, 0.0 if same else 90.0, 1.0, float(not same), "identical" if same else "near", float(same))
     dot = float((g * m).sum())
-    factor = dot / other_size**2
-    misfit = float((g - factor * m).norm()) / size
-    relation = "near"
-    if misfit <= tolerance:  # a negative factor is a sign error, worth saying
-        relation = "identical" if abs(factor - 1) <= tolerance else "up to a factor"
-    elif _parallel(g, m, tolerance):
-        relation = "same targets at another scale"
     angle = math.degrees(math.acos(max(-1.0, min(1.0, dot / (size * other_size)))))
-    return Match(spec, angle, factor, misfit, relation)
+    factor, agree, off = agreement(g, m, noise)
+    share, chi = float(agree.double().mean()), float(off.square().mean().sqrt())
+    if bool(agree.all()) and factor != 0:  # a negative factor is a sign error, worth saying
+        misfit = float((g - factor * m).norm()) / size
+        return Match(spec, angle, factor, misfit, "identical" if factor == 1 else "up to a factor", share, chi)
+    least = dot / other_size**2
+    misfit = float((g - least * m).norm()) / size
+    relation = "same targets at another scale" if _parallel(g, m, noise) else "near"
+    return Match(spec, angle, least, misfit, relation, share, chi)
 
 
-def _parallel(g: Tensor, m: Tensor, tolerance: float) -> bool:
+def _parallel(g: Tensor, m: Tensor, noise: Noise) -> bool:
     """Whether every token's gradients point the same way, where both are there."""
     sizes = g.norm(dim=-1), m.norm(dim=-1)
-    there = (sizes[0] > 1e-12 * sizes[0].max()) & (sizes[1] > 1e-12 * sizes[1].max())
+    there = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
     unit_g, unit_m = (x[there] / s[there, None] for x, s in zip((g, m), sizes, strict=True))
-    return bool(there.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= tolerance * 10).all())
+    allowed = 10 * TOLERANCE + 2 * noise.rows[there] / sizes[0][there]
+    return bool(there.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= allowed).all())
+
+
+def _changed(spec: str) -> list[tuple[str, Any]]:
+    return list(params.parse(spec)[1].items())
+
+
+def _parts(value: Any) -> Iterator[float]:
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, int | float) and not isinstance(part, bool):
+            yield part
+
+
+def _digits(value: float) -> int:
+    """Significant digits of a number as it is written."""
+    return len(f"{abs(value):.12g}".partition("e")[0].replace(".", "").strip("0")) or 1
+
+
+def _clumsy(factor: float) -> float:
+    """How much a factor takes from simplicity: nothing where it is 1, less than a parameter where it is short."""
+    digits = _digits(factor)
+    short = 0.3 + 0.05 * digits if digits <= SHORT else 1.2 + 0.01 * digits
+    return (0.0 if abs(factor) == 1 else short) + (0.3 if factor < 0 else 0.0)

@@ -1,10 +1,13 @@
-"""Probes: built-in tokens on which any loss can be read, p_y swept from 1e-6 to 1 - 1e-6."""
+"""Probes: built-in tokens on which any loss can be read. A sweep of p_y to be shown, and trials that reach further."""
+
+import math
 
 import torch
 
 from qlens.tokens import Tokens, one_hot
 
 VOCABULARY = 32
+WIDE = 160  # vocabulary of the trials: beyond the top k, ranks and entropies that published losses use
 SWEEP = (
     1e-6,
     1e-4,
@@ -78,3 +81,71 @@ def probes(
 def shapes() -> list[str]:
     """The shape of the alternatives at every probe, in order."""
     return [shape for shape in SHAPES for _ in SWEEP]
+
+
+TRIED = (
+    1e-14, 1e-12, 1e-11, 1e-10, 1e-9, 3e-9, 1e-8, 3e-8, 1e-7, 3e-7, 1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01,
+    0.02, 0.05, 0.08, 0.12, 0.15, 0.22, 0.28, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 0.98, 0.995, 1 - 1e-3, 1 - 1e-5,
+    1 - 1e-7,
+)  # fmt: skip
+RANKS = (
+    0, 0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 15, 19, 20, 21, 29, 30, 31, 40, 49, 50, 51, 60, 61, 64, 65, 80, 99, 100, 101, 120, 159
+)  # fmt: skip
+RATIOS = (0.0, 0.15, -0.15, 0.4, -0.4, 1.0, -1.0, 2.5, -2.5, 5.0, -5.0)  # logarithms
+SPREADS = (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # standard deviations of logits
+
+
+def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", vocabulary: int = WIDE) -> Tokens:
+    """Wider tokens than the sweep of ``probes``, on which clamps, floors, thresholds and label ids of published losses show.
+
+    p_y runs from 1e-14 to 1 - 1e-7, the label's rank from first to last, the entropy from 0 to ln V, ratios to reference and
+    old policy from under a hundredth to over a hundred, teachers from flatter to sharper than the student (so that divergences
+    on its top k are negative somewhere); every id is a label (of the first 160). One row more than a multiple of V, so that
+    rows and entries are not taken for each other.
+
+    Example:
+        >>> t = trials()
+        >>> t.logits.shape, len(t.labels.unique())
+        (torch.Size([163, 160]), 160)
+    """
+    number = WIDE + 3
+    draw = torch.Generator().manual_seed(1)
+    rows = torch.arange(number)
+
+    def noise(size: torch.Tensor | float) -> torch.Tensor:
+        return size * torch.randn(number, vocabulary, generator=draw, dtype=torch.float64)
+
+    labels = (rows * 37 + 5) % min(WIDE, vocabulary)
+    order = noise(1.0).argsort(-1)  # which entry has which rank in a row
+    built = rows < 2 * len(TRIED)
+    p_y = torch.tensor(TRIED, dtype=torch.float64)[rows % len(TRIED)]
+    falling = torch.linspace(0, 1, vocabulary, dtype=torch.float64)
+    steep = torch.tensor([0.02, 3.0, 12.0, 40.0], dtype=torch.float64)[(rows + rows // len(TRIED)) % 4]
+    spread = torch.tensor(SPREADS, dtype=torch.float64)[rows % len(SPREADS)]
+    drawn = (spread[:, None] * noise(1.0)).sort(-1, descending=True).values
+    ranked = torch.where(built[:, None], -steep[:, None] * falling, drawn)
+    logits = torch.empty_like(ranked).scatter(1, order, ranked)
+    rank = torch.tensor(RANKS)[rows % len(RANKS)].clamp(max=vocabulary - 1)
+    swapped = order.gather(1, rank[:, None])  # the entry at the wanted rank changes places with the label
+    at, there = logits.gather(1, labels[:, None]), logits.gather(1, swapped)
+    logits = logits.scatter(1, swapped, at).scatter(1, labels[:, None], there)
+    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(-1)
+    wanted = others + (p_y / (1 - p_y)).log()
+    logits[rows[built], labels[built]] = wanted[built]
+    logits = logits - logits.logsumexp(-1, keepdim=True) + noise(1.0)[:, :1] * 3
+
+    teacher = logits * torch.tensor([0.5, 0.3, 1.5, 0.0], dtype=torch.float64)[rows % 4, None]
+    teacher = teacher + noise(1.0) * torch.tensor([1.5, 0.05, 0.7, 2.0], dtype=torch.float64)[rows % 4, None]
+    size = torch.tensor([0.05, 0.3, 1.0, 3.0], dtype=torch.float64)[rows % 4, None]
+    fields = dict(logits=logits, teacher=teacher, reference=logits + noise(size), old=logits + noise(size.flip(0) / 2))
+    for name, apart in (("reference", RATIOS), ("old", RATIOS[::-1])):  # at the label, both ways
+        fields[name][rows, labels] += torch.tensor(apart, dtype=torch.float64)[rows // 2 % len(RATIOS)]
+    fields["second"] = logits + noise(0.1)
+    fields["advantage"] = torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]
+    fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
+    sequence = rows % 8
+    marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
+    marks |= dict(critical=rows % 3 == 0, hint=rows % 4 == 1)
+    marks["negatives"] = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
+    marks["negatives"][rows, order[:, 0]] = (rows % 2 == 1) & (order[:, 0] != labels)
+    return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)

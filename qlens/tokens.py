@@ -123,6 +123,12 @@ class Tokens:
             else Tokens.unchecked(**{**self.fields(), **changed})
         )
 
+    def with_precision(self, dtype: torch.dtype) -> "Tokens":
+        """The same tokens with every model's logits in another dtype."""
+        models = {name: value for name, value in self.fields().items() if name in ("logits", *MODELS)}
+        changed = {name: value.to(dtype) for name, value in models.items() if value.dtype != dtype}
+        return self.replace(**changed) if changed else self
+
     def require(self, name: str) -> Tensor:
         """The field ``name``, or an error that says who lacks it."""
         value = getattr(self, name)

@@ -48,15 +48,16 @@ def test_raw_logits_are_found():
 def test_reshaped_alternatives_are_found():
     read = qlens.explain("label_smoothing")
     assert any("alternatives are reshaped" in finding for finding in read.findings)
-    assert any("trusted by" in finding for finding in read.findings)
+    assert "Trust: the label is trusted by 0.9 on every token." in read.findings
+    assert read.summary.startswith("This is label_smoothing, registered") and "The rest goes to uniform" in read.summary
+    assert "away from uniform" not in read.summary
 
 
-@pytest.mark.parametrize("name", qlens.names())
-def test_every_method_written_by_hand_finds_itself(name):
+@pytest.mark.parametrize("name", ["sft", "dft", "eaft", "target_sft", "label_smoothing", "topk_kd", "dpo", "mile"])
+def test_methods_written_by_hand_find_themselves(name):
     variant = qlens.get(name)
     read = qlens.explain(lambda tokens: variant.loss(tokens))
-    assert name in [match.spec for match in read.nearest if match.relation == "identical"]
-    assert read.nearest[0].relation == "identical"
+    assert (read.nearest[0].spec, read.nearest[0].relation) == (name, "identical")
 
 
 def test_a_factor_is_found_and_a_registered_loss_is_not_its_own_neighbour():
@@ -64,7 +65,7 @@ def test_a_factor_is_found_and_a_registered_loss_is_not_its_own_neighbour():
     grad = qlens.get("dft").target(tokens).grad
     found = {m.spec: m for m in matching.nearest(2.5 * grad, tokens) if m.relation == "up to a factor"}
     assert found["dft"].factor == pytest.approx(2.5) and found["dft"].misfit < 1e-12
-    assert found["mae"].factor == pytest.approx(1.25) and next(iter(found)) == "mae"
+    assert found["mae"].factor == pytest.approx(1.25) and next(iter(found)) == "dft"
     assert "dft" not in [m.spec for m in qlens.explain("dft").nearest]
 
 
@@ -120,7 +121,7 @@ def test_everything_prints_and_serialises():
     text = str(read)
     assert text.startswith("kd: the target it trains toward") and "Nearest methods:" in text
     again = json.loads(json.dumps(read.to_dict()))
-    assert len(again["table"]) == 57 and again["nearest"][0]["spec"] in qlens.names()
+    assert len(again["table"]) == 57 and again["nearest"][0]["spec"].partition("(")[0] in qlens.names()
 
 
 def test_the_figure_shows_the_table():
@@ -176,3 +177,72 @@ def test_a_leak_stays_undone_on_a_thinned_text():
     read = qlens.explain(lambda logits, labels: F.cross_entropy(30 * torch.tanh(logits / 30), labels), tokens)
     assert read.leak.cause == "a soft-cap: 30 tanh(z / 30)"
     assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")
+
+
+def test_a_method_is_named_first_and_the_simplest_up_to_a_factor():
+    half = qlens.explain(lambda logits, labels: 0.5 * F.cross_entropy(logits, labels))
+    assert half.summary.startswith("This is sft times 0.5")
+    own = qlens.explain("sft")
+    assert own.summary.startswith("This is sft, registered: Standard SFT. rpsft has the same gradient.")
+    smoothed = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels, label_smoothing=0.23))
+    assert smoothed.summary.startswith("This is label_smoothing(epsilon=0.23).")
+
+
+def test_losses_with_a_top_k_of_their_own_are_read_at_a_wider_vocabulary():
+    def top_50(logits, labels):
+        with torch.no_grad():
+            top = logits.topk(50, -1).values.log_softmax(-1)
+            weight = -(top.exp() * top).sum(-1) / torch.tensor(50.0).log()
+        return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()
+
+    read = qlens.explain(top_50)
+    assert read.tokens.logits.shape == (57, 160) and read.on_probes
+    assert read.nearest[0].spec == "eaft(k=50)" and read.law.formula == "H_top-50 / ln 50"
+
+
+def test_losses_made_for_one_vocabulary_are_read_at_it():
+    weights = torch.arange(1, 11, dtype=torch.float64)
+    read = qlens.explain(lambda logits, labels: F.cross_entropy(logits, labels, weights, reduction="none"))
+    assert read.tokens.logits.shape == (57, 10) and read.nearest[0].spec == "sft" and read.nearest[0].factor == 1
+    assert read.label_weights.weights == {i: i + 1.0 for i in range(10)}
+
+
+def test_weights_are_read_and_missed():
+    def keeps(logits, labels, weight):
+        return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / len(labels)
+
+    def drops(logits, labels, weight):
+        return F.cross_entropy(logits, labels)
+
+    kept, dropped = qlens.explain(keeps), qlens.explain(drops)
+    assert kept.law.formula == "weight" and not kept.unused
+    assert (
+        dropped.unused == ("weight",)
+        and dropped.nearest[0].spec == "sft"
+        and any("weight has no effect" in finding for finding in dropped.findings)
+    )
+
+
+def test_own_tokens_are_no_probes_even_if_there_are_57():
+    tokens = random_tokens(57, 9)
+    read = qlens.explain("dft", tokens)
+    assert not read.on_probes and set(read.table["shape"]) == {"text"} and "57 tokens" in str(read)
+
+
+@pytest.mark.real
+def test_methods_are_named_right_on_a_chat_model_in_any_precision():
+    from real import smollm2
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pair = ("How many eggs are left if I eat 2 of 7?", "There are 7 - 2 = 5 eggs left.")
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        tokens = qlens.Tokens.from_text(model, tokenizer, [pair])
+        tokens = tokens.replace(teacher=0.8 * tokens.logits)
+        for name in ("dft", "target_sft", "eaft"):
+            variant = qlens.get(name)
+            read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)
+            assert read.leak is None and (read.nearest[0].spec, read.nearest[0].relation) == (name, "identical")
+            assert read.read_in == f"read in float64; logits {str(dtype).removeprefix('torch.')}"

@@ -117,7 +117,7 @@ def test_black_boxes_are_read(loss):
     [
         (lambda logits, labels: F.cross_entropy(logits.detach(), labels), "without a gradient"),
         (lambda logits, labels, costs: F.cross_entropy(logits, labels), "give 'costs' a default"),
-        (lambda model, inputs: model(**inputs).logits.mean() * inputs["weights"], "raised KeyError: 'weights'"),
+        (lambda model, inputs: model(**inputs).logits.mean() * inputs["costs"], "costs"),
         (lambda logits, labels: F.cross_entropy(F.dropout(logits, 0.5), labels, reduction="none"), "is random"),
     ],
 )

@@ -1,6 +1,8 @@
 """Features: what a law of trust may be written in, at every token, and how far a formula is off."""
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,31 +13,45 @@ from qlens.tokens import Tokens, expectation
 TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
 
 
-class Features:
-    """What a law may be written in, at every token, as numpy arrays."""
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A pull (N,) at tokens, and the rounding of the gradient that it was read from, (N,) or one number."""
 
-    def __init__(self, tokens: Tokens, pull: np.ndarray, tolerance: float, noise: float):
-        self.b, self.tolerance = pull, tolerance
+    pull: Tensor
+    tokens: Tokens
+    noise: Tensor | float
+
+    def known(self) -> "Seen":
+        """Where the pull is known."""
+        rows = ~self.pull.isnan()
+        noise = self.noise[rows] if isinstance(self.noise, Tensor) else self.noise
+        return Seen(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
+
+
+class Features:
+    """What a law may be written in, at every token of one or more readings, as numpy arrays."""
+
+    def __init__(self, seen: Sequence[Seen], tolerance: float):
+        self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in seen})
         with torch.no_grad():
-            self.log_p = numpy_of(tokens.label_log_probs)
-            self.log_rest = numpy_of(tokens.rest_log_probs)
-            p = tokens.probs.double()
-            self.entropy = numpy_of(-expectation(p, tokens.log_probs.double()))
-            size = tokens.logits.shape[1]
-            self.top = {k: numpy_of(_top_entropy(tokens, k)) for k in TOP_K if k < size}
-            self.models = {
-                name: numpy_of(tokens.gather(tokens.log_probs_of(name)))
-                for name in ("reference", "old", "teacher")
-                if getattr(tokens, name) is not None
-            }
-        self.advantage = None if tokens.advantage is None else numpy_of(tokens.advantage)
-        self.masks = {
-            n: getattr(tokens, n).cpu().numpy() for n in ("critical", "hint") if getattr(tokens, n) is not None
+            parts = [_arrays(one, place) for place, one in enumerate(seen)]
+        joined = {
+            name: np.concatenate([part[name] for part in parts])
+            for name in parts[0]
+            if all(name in part for part in parts)
         }
-        self.groups = {
-            n: getattr(tokens, n).cpu().numpy() for n in ("sequence", "pair") if getattr(tokens, n) is not None
+        self.b, self.log_p, self.log_rest, self.entropy = (joined[n] for n in ("b", "log_p", "log_rest", "entropy"))
+        self.rank = joined["rank"]
+        self.top = {k: joined[f"top {k}"] for k in TOP_K if f"top {k}" in joined}
+        self.mass = {k: joined[f"mass {k}"] for k in TOP_K if f"mass {k}" in joined}
+        self.models = {name: joined[name] for name in ("reference", "old", "teacher") if name in joined}
+        self.factors = {
+            said: joined[name] for name, said in (("advantage", "A"), ("weight", "weight")) if name in joined
         }
-        self.floor = noise / tolerance / np.maximum(np.exp(self.log_rest), 1e-300) + 1e-30
+        self.advantage = joined.get("advantage")
+        self.masks = {name: joined[name] for name in ("critical", "hint") if name in joined}
+        self.groups = {name: joined[name] for name in ("sequence", "pair") if name in joined}
+        self.floor = joined["noise"] / tolerance / np.maximum(np.exp(self.log_rest), 1e-300) + 1e-30
 
     @property
     def domain(self) -> str:
@@ -55,6 +71,46 @@ class Features:
         """The misfit there, if it is rounding."""
         miss = self.misfit(made, where)
         return miss if miss <= self.tolerance else None
+
+    def shortest(
+        self, where: np.ndarray, form: Callable[..., np.ndarray], values: tuple[float, ...]
+    ) -> tuple[float, tuple[float, ...]] | None:
+        """The misfit of a form and its numbers, written as short as they fit about as well; None where it does not fit."""
+        with np.errstate(over="ignore"):
+            least = self.fits(where, form(*values))
+            if least is None:
+                return None
+            allowed, found = max(2 * least, 0.1 * self.tolerance), list(values)
+            for place, value in enumerate(values):  # one after the other
+                for digits in (1, 2, 3, 4):
+                    near = [*found[:place], float(f"{value:.{digits}g}"), *found[place + 1 :]]
+                    if self.misfit(form(*near), where) <= allowed:
+                        found = near
+                        break
+        return self.misfit(form(*found), where), tuple(found)
+
+
+def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
+    """The features of one reading, by name; ids of groups differ from reading to reading."""
+    tokens = seen.tokens.with_precision(torch.float64)
+    p, size = tokens.probs, tokens.logits.shape[1]
+    noise = seen.noise if isinstance(seen.noise, Tensor) else torch.full((len(tokens),), seen.noise)
+    made = {
+        "b": seen.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
+        "entropy": -expectation(p, tokens.log_probs),
+        "rank": (tokens.logits > tokens.gather(tokens.logits)[:, None]).sum(-1),
+    }  # fmt: skip
+    made |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
+    made |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
+    for name in ("reference", "old", "teacher"):
+        if getattr(tokens, name) is not None:
+            made[name] = tokens.gather(tokens.log_probs_of(name))
+    arrays = {name: numpy_of(value) for name, value in made.items()}
+    for name in ("advantage", "weight", "critical", "hint", "sequence", "pair"):
+        value = getattr(tokens, name)
+        if value is not None:
+            arrays[name] = value.detach().cpu().numpy() + (place * 10**6 if name in ("sequence", "pair") else 0)
+    return arrays
 
 
 def plain(value: float) -> str:

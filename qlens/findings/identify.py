@@ -1,6 +1,7 @@
 """Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
 
 from collections.abc import Iterator, Mapping
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -11,14 +12,17 @@ from torch import Tensor
 
 from qlens import matching, params
 from qlens.errors import InputError
+from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import Match
 from qlens.registry import methods
-from qlens.scales import effective_trust
 from qlens.tokens import Tokens
 from qlens.variant import Method
 
 SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
+CHOICES = 2  # settings of what is no number, from which the numbers are fitted
 STARTS = 4  # points of a method that the search sets out from
+STEPS = 12  # of least squares
+PROMISING = 0.05  # what is left, as a share of the gradient, where more is tried
 ROUNDS = 2  # over the parameters of one method, one at a time
 NUMBERS = (
     -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0
@@ -27,14 +31,17 @@ FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitte
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 
 
-def search(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED) -> list[Match]:
+def search(
+    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+) -> list[Match]:
     """Matches of registered methods at fitted parameters, the gradient's own up to a factor, simplest first; or none.
 
     Args:
-        grad: logit gradients of the unreduced loss, (N, V).
+        grad: logit gradients of the unreduced loss, (N, V); a few dozen rows are enough.
         tokens: where they were taken.
         skip: the name of a method to leave out (the loss's own).
         most: how many methods to fit.
+        noise: the rounding of the gradient; by default what its digits show.
 
     Example:
         >>> import qlens
@@ -42,41 +49,43 @@ def search(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int
         >>> search(qlens.get("gce(q=0.35)").target(t).grad, t, skip="gce")[0].spec
         'beyond_log(alpha=0.35)'
     """
-    fits = [_Fit(method, grad, tokens) for method in methods().values() if method.name != skip]
-    pushed = pushes_only(grad, tokens)
+    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    fits = [_Fit(method, grad, tokens, noise) for method in methods().values() if method.name != skip]
+    pushed = pushes_only(grad, tokens, noise)
     fits = [fit for fit in fits if np.isfinite(fit.best) and pushed in fit.kinds]
     for fit in fits:
         fit.glance()
-    found = [match for fit in fits if fit.best <= fit.goal and (match := _found(fit))]
+    found = [match for fit in fits if fit.best <= TOLERANCE and (match := _found(fit))]
     for fit in sorted(fits, key=lambda fit: fit.best)[: 0 if found else most]:
         if fit.search() and (match := _found(fit)):
             found.append(match)
             break
-    return sorted(found, key=matching.order)
+    return matching.ranked(found)
 
 
-def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens) -> bool:
+def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> bool:
     """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
+    tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
-    push = effective_trust(log_probs, tokens.labels, grad)[:, None].nan_to_num()
-    off = (grad - push * (log_probs.exp() - tokens.one_hot)).norm(dim=-1)
-    return bool((off <= (1e-6 if grad.dtype == torch.float64 else 1e-3) * (grad.norm(dim=-1) + 1e-6)).all())
+    along = log_probs.exp() - tokens.one_hot
+    push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
+    off = (grad - push * along).norm(dim=-1)
+    return bool((off <= TOLERANCE * grad.norm(dim=-1) + noise.rows).all())
 
 
 def _found(fit: "_Fit") -> Match | None:
-    match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens)
+    match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens, fit.noise)
     return match if match and match.same else None
 
 
 class _Fit:
     """One method beside a gradient: its parameters one at a time over a grid, then all numbers at once to the last digit."""
 
-    def __init__(self, method: Method, grad: Tensor, tokens: Tokens):
-        self.method, self.tokens, self.grad = method, tokens, grad
-        self.g = grad.double()
-        self.goal, floor = (1e-7, 1e-9) if grad.dtype == torch.float64 else (1e-3, 1e-4)
-        self.weight = 1 / (self.g.norm(dim=-1, keepdim=True) + floor)  # a token counts as much as any other
-        self.scaled = True
+    def __init__(self, method: Method, grad: Tensor, tokens: Tokens, noise: Noise):
+        self.method, self.tokens, self.grad, self.noise = method, tokens, grad.double(), noise
+        self.g, self.goal = self.grad, 0.1 * TOLERANCE
+        rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
+        self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
         taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
         self.kinds = {pushes_only(made, tokens) for made, _ in taught if made is not None}
         self.starts = sorted(((self.size(made), given) for made, given in taught), key=lambda start: start[0])
@@ -94,7 +103,7 @@ class _Fit:
     def left(self, made: Tensor) -> np.ndarray:
         """What is left of the gradient beside another, up to the best factor, (N V,)."""
         a, b = made.double() * self.weight, self.g * self.weight
-        factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300) if self.scaled else 1.0
+        factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
         return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
 
     def cost(self, given: dict[str, Any]) -> float:
@@ -107,34 +116,35 @@ class _Fit:
         return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
 
     def glance(self) -> None:
-        """All numbers fitted from the best start, then each tried over its grid and all fitted again."""
-        if self.best > self.goal:
+        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest."""
+        for start in self.choices():
+            self.best, self.params = start
             self.polish()
-        if self.best > self.goal:
-            self.scan(self.numbers)
-            self.polish()
+            if self.best <= TOLERANCE:
+                return
+
+    def choices(self) -> list[tuple[float, dict[str, Any]]]:
+        """The best start for the defaults of whatever is no number, and for the choices that come nearest."""
+        plain, made = params.defaults(self.method.fn), {}
+        for best, given in self.starts:
+            others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
+            made.setdefault(others, (best, given))
+        rank = sorted(made, key=lambda others: (len(others) > 0, made[others][0]))
+        return [made[others] for others in rank[:CHOICES] if np.isfinite(made[others][0])]
 
     def search(self) -> bool:
         """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""
-        tried = [(self.best, self.params), *self.starts[:STARTS]]
-        for self.best, self.params in tried:
+        for start in [(self.best, self.params), *self.starts[:STARTS]]:
+            self.best, self.params = start
             for _ in range(ROUNDS):
                 before = self.best
-                if self.best > self.goal:
-                    self.polish()
                 self.scan(list(self.params))
-                if self.best > self.goal:
-                    self.polish()
-                if self.best <= self.goal:
+                self.polish()
+                if self.best <= TOLERANCE:
                     return True
                 if self.best > 0.9 * before:
                     break
         return False
-
-    @property
-    def numbers(self) -> list[str]:
-        """The parameters that are numbers."""
-        return [n for n, v in self.params.items() if isinstance(v, int | float) and not isinstance(v, bool)]
 
     def scan(self, names: list[str]) -> None:
         """One parameter at a time over its grid."""
@@ -155,17 +165,14 @@ class _Fit:
             self.best, self.params = cost, given
 
     def polish(self) -> None:
-        """Every number by itself, then all at once, by least squares; with a factor of its own only where it is needed."""
+        """All numbers at once by least squares, up to the best factor; one by one where that is not enough."""
         free = [(name, i) for name, value in self.params.items() for i in _numbers(value)]
         free = [(name, i) for name, i in free if abs(_part(self.params[name], i)) > TINY or name not in FLOORS]
-        for self.scaled in (False, True):
-            self.best = self.cost(self.params)
-            for some in ([one] for one in free) if len(free) > 1 else ():
-                self.descend(some)
-            if free and self.best > self.goal:
-                self.descend(free)
-            if self.best <= self.goal:
-                return
+        if free and self.best > self.goal:
+            self.descend(free)
+        for one in free if len(free) > 1 else ():
+            if TOLERANCE < self.best < PROMISING:
+                self.descend([one])
 
     def descend(self, free: list[tuple[str, int | None]]) -> None:
         """To the bottom beside here, if it is lower."""
@@ -176,15 +183,21 @@ class _Fit:
             off = self.off(_filled(start, free, x))
             return nothing if off is None else off
 
-        size, end = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=15)
+        size, end = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-13, ftol=1e-13, gtol=1e-15, max_nfev=STEPS)
         self.take(_filled(start, free, least_squares(residuals, x0, x_scale=size, **end).x))
 
     def simpler(self) -> dict[str, Any]:
-        """The same with numbers that somebody wrote, and with defaults where these do as well."""
+        """The same with defaults where these do about as well, one or two at a time, and with short numbers."""
         made, plain = dict(self.params), params.defaults(self.method.fn)
+        allowed = max(matching.WORSE * self.cost(made), self.goal)
+        changed = [name for name, value in made.items() if value != plain[name]]
+        for names in (*combinations(changed, 1), *combinations(changed, 2)):
+            other = made | {name: plain[name] for name in names}
+            if other != made and self.cost(other) <= allowed:
+                made = other
         for name, value in made.items():
-            for other in (plain[name], *_rounded(value)):
-                if other != value and self.cost(made | {name: other}) <= self.goal:
+            for other in _rounded(value) if value != plain[name] else ():
+                if other != value and self.cost(made | {name: other}) <= allowed:
                     made[name] = other
                     break
         return made

@@ -1,14 +1,14 @@
 """Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from qlens.findings.features import Features, line, plain
+from qlens.findings.features import Features, Seen, line, plain
 from qlens.tokens import Tokens
 
 FEWEST = 5  # tokens that a law must hold on beyond its parameters
@@ -36,17 +36,21 @@ class Law:
         return f"{self.formula} ({self.domain})" if self.domain else self.formula
 
 
-def law(pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: float = 1e-15) -> Law | None:
+def law(
+    pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: Tensor | float = 1e-15, further: Sequence[Seen] = ()
+) -> Law | None:
     """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
 
     Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the entropy (of the top k too), and of the ratio to another
     model; those with a weight that carries its gradient; a + b p_y; thresholds, clips, masks; one value per sequence or pair;
-    any of them times the advantage.
+    any of them times the advantage or the token's weight.
 
     Args:
         pull: the pull in unit scale, NaN where it is not known.
-        tolerance: the relative misfit that counts as rounding.
-        noise: the absolute rounding of a gradient; divided by 1 - p_y, that of a pull.
+        tokens: where it was read.
+        tolerance: the relative misfit that counts as exact.
+        noise: the rounding of the gradient, absolute, (N,) or one number; divided by 1 - p_y, that of a pull.
+        further: the same pull at other tokens, of another vocabulary, say; the formula holds on all of them.
 
     Example:
         >>> import qlens
@@ -54,12 +58,17 @@ def law(pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: float = 1e
         >>> law(t.label_probs.sqrt(), t).formula
         'p_y^0.5'
     """
-    known = ~pull.isnan()
-    if int(known.sum()) < FEWEST:
+    seen = [one for one in (Seen(pull, tokens, noise).known(), *(other.known() for other in further)) if len(one.pull)]
+    if sum(len(one.pull) for one in seen) < FEWEST:
         return None
-    features = _Laws(tokens[known.to(tokens.logits.device)], pull[known].double().numpy(), tolerance, noise)
+    features = _Laws(seen, tolerance)
     found = next(iter(features.laws()), None)
     return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain)
+
+
+def thresholds(seen: Seen, on: np.ndarray) -> Iterator[str]:
+    """What tells some tokens from the others, in words: a mask, or a threshold of a signal."""
+    yield from (rule for rule, _, _ in _Laws([seen], 1e-6).rules(on))
 
 
 class _Laws(Features):
@@ -83,8 +92,9 @@ class _Laws(Features):
         yield from self.powers(where, self.b, "")
         yield from self.affine(where)
         yield from self.carried(where)
-        if self.advantage is not None and np.abs(self.advantage[where]).min() > 0:
-            yield from self.powers(where, self.b / self.advantage, "A ")
+        for said, factor in self.factors.items():
+            if np.abs(factor[where]).min() > 0:
+                yield from self.powers(where, self.b / factor, f"{said} ")
 
     def powers(self, where: np.ndarray, values: np.ndarray, times: str) -> Iterator[Law]:
         """c times a power of one feature, by a line through the logarithms."""
@@ -92,7 +102,7 @@ class _Laws(Features):
         sign = np.sign(b)
         if not (sign == sign[0]).all() or sign[0] == 0:
             return
-        factor = 1.0 if not times else self.advantage
+        factor = self.factors[times.strip()] if times else 1.0
         logs, named = np.log(np.abs(b)), "-" if sign[0] < 0 else ""
         weight = 1 / (1 + self.floor[where] / np.abs(b))  # what is rounding says little
         for name, feature in self.powered():
@@ -107,14 +117,14 @@ class _Laws(Features):
                 if name and abs(a) < 1e-3:
                     continue
                 base = np.where(np.isfinite(feature), feature, 0.0)
-                for power, size in _tries(a, math.exp(min(c, 700.0))):
-                    with np.errstate(over="ignore"):
-                        made = sign[0] * size * np.exp(power * base) * factor
-                    miss = self.fits(where, made)
-                    if miss is not None:
-                        said = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
-                        yield Law(_product(named, size, name, power, times), int(free) + int(bool(name)), miss, said)
-                        break
+
+                def form(power: float, size: float, base: np.ndarray = base) -> np.ndarray:
+                    return sign[0] * size * np.exp(power * base) * factor
+
+                if found := self.shortest(where, form, (a, math.exp(min(c, 700.0)))):
+                    miss, (power, size) = found
+                    said = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
+                    yield Law(_product(named, size, name, power, times), int(free) + int(bool(name)), miss, said)
 
     def powered(self) -> Iterator[tuple[str, np.ndarray]]:
         """Logarithms of what may be raised to a power, by name."""
@@ -130,6 +140,8 @@ class _Laws(Features):
             yield "(1 + H)", np.log1p(self.entropy)
             for k, entropy in self.top.items():
                 yield f"H_top-{k}", np.log(np.maximum(entropy, 0))
+            for k, mass in self.mass.items():
+                yield f"p_top-{k}", np.log(mass)
 
     def affine(self, where: np.ndarray) -> Iterator[Law]:
         """a + b p_y, and p_y's own ratio to other models: a + b r_y / p_y."""
@@ -141,12 +153,9 @@ class _Laws(Features):
             a = np.stack([np.ones_like(x), x], 1)
             weight = 1 / (np.abs(self.b[where]) + self.floor[where])
             (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
-            low, slope = next(
-                (tried for tried in _tries(low, slope) if self.fits(where, tried[0] + tried[1] * x) is not None),
-                (low, slope),
-            )
-            miss = self.fits(where, low + slope * x)
-            if miss is not None and abs(slope) > 1e-6:
+            found = self.shortest(where, lambda low, slope, x=x: low + slope * x, (float(low), float(slope)))
+            if found is not None and abs(slope) > 1e-6:
+                miss, (low, slope) = found
                 between = "-" if slope < 0 else "+"
                 yield Law(f"{plain(low)} {between} {_times(abs(slope))}{name}", 2, miss, {"a": low, "b": slope})
 
@@ -164,13 +173,9 @@ class _Laws(Features):
         }
         for name, (form, (low, high)) in forms.items():
             a = _best(lambda a, form=form: self.misfit(self._scaled(form(a), where)[0], where), low, high)
-            a = next(
-                (tried for (tried,) in _tries(a) if self.fits(where, self._scaled(form(tried), where)[0]) is not None),
-                a,
-            )
-            made, c = self._scaled(form(a), where)
-            miss = self.fits(where, made)
-            if miss is not None and abs(a) > 1e-3:
+            found = self.shortest(where, lambda a, c, form=form: c * form(a), (a, self._scaled(form(a), where)[1]))
+            if found is not None and abs(a) > 1e-3:
+                miss, (a, c) = found
                 text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
                 formula = f"{_times(c)}{text} carrying its own gradient"
                 yield Law(formula, 2, miss, {"c": c, "a": a})
@@ -202,6 +207,7 @@ class _Laws(Features):
         signals = {"p_y": np.exp(self.log_p)}
         signals |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
         signals |= {f"{n}_y": np.exp(q) for n, q in self.models.items()} | {"H": self.entropy}
+        signals |= {"the label's rank (0 first)": self.rank}
         for name, x in signals.items():
             low, high = x[on].min(), x[on].max()
             tie = 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
@@ -209,11 +215,12 @@ class _Laws(Features):
             if len(below) + len(above) != (~on).sum():
                 continue
             ends, said = {}, []
+            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
             if len(below):
-                ends["low"] = between(below.max(), low)
+                ends["low"] = low if whole else between(below.max(), low)
                 said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(below.max())} and {plain(low)})")
             if len(above):
-                ends["high"] = between(high, above.min())
+                ends["high"] = high if whole else between(high, above.min())
                 said.append(f"{name} <= {plain(ends['high'])} (seen between {plain(high)} and {plain(above.min())})")
             yield "where " + " and ".join(said), ends, len(said)
 
@@ -233,20 +240,20 @@ class _Laws(Features):
             yield rule, {"high": high, "low": low}, 2
 
     def clipped(self) -> Iterator[Law]:
-        """A law that is held at a least or a greatest value."""
-        for end, word in ((self.b.max(), "at most"), (self.b.min(), "at least")):
-            held = np.abs(self.b - end) <= self.tolerance * abs(end)
-            if not 2 <= held.sum() <= len(held) - FEWEST:
+        """A law that is held at a least or a greatest value, or at both."""
+        ends = {"at most": self.b.max(), "at least": self.b.min()}
+        held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
+        there = [word for word in ends if held[word].sum() >= 2]
+        for words in ([word] for word in there) if len(there) < 2 else (*([word] for word in there), there):
+            cut = np.any([held[word] for word in words], axis=0)
+            if (~cut).sum() < FEWEST:
                 continue
-            for inner in self.smooth(~held):
+            for inner in self.smooth(~cut):
                 if inner.formula == "0":
                     continue  # that is a switch
-                yield Law(
-                    f"{inner.formula}, {word} {plain(end)}",
-                    inner.parameters + 1,
-                    inner.misfit,
-                    inner.values | {word: end},
-                )
+                said = ", ".join(f"{word} {plain(ends[word])}" for word in words)
+                numbers = inner.values | {word: float(ends[word]) for word in words}
+                yield Law(f"{inner.formula}, {said}", inner.parameters + len(words), inner.misfit, numbers)
 
     def grouped(self) -> Iterator[Law]:
         """One value per sequence, or per side of a pair up to its length."""
@@ -264,15 +271,6 @@ def _best(cost: Callable[[float], float], low: float, high: float) -> float:
     at = int(np.argmin([cost(a) for a in grid]))
     bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
     return float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
-
-
-def _tries(*values: float) -> Iterator[tuple[float, ...]]:
-    """Numbers that somebody wrote, where these are nearly that; then these themselves."""
-    written = [float(f"{value:.4g}") for value in values]
-    yield tuple(
-        near if abs(near - value) <= 1e-6 * abs(near) else value for near, value in zip(written, values, strict=True)
-    )
-    yield values
 
 
 def between(low: float, high: float) -> float:

@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from qlens.findings.noise import TOLERANCE, Noise, rounding
+from qlens.matching import written
 from qlens.tokens import Tokens
 
 CAPS = (0.5, 400.0)  # soft-caps looked for, in logits
@@ -33,12 +35,17 @@ class Leak:
     rows: Int[Tensor, " M"]
 
 
-def leak(grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float = 1e-6) -> Leak | None:
-    r"""The likely cause of :math:`\sum_k g_k \ne 0`, or None where the sums are zero.
+def leak(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Leak | None:
+    r"""The likely cause of :math:`\sum_k g_k \ne 0`, or None where the sums are zero up to rounding.
 
     A z-loss :math:`\lambda \log^2 Z` has :math:`\sum_k g_k = 2 \lambda \log Z`; a penalty on the logits' squares, on their mean
     square or on log Z itself is told by its own sums; behind a soft-cap :math:`c \tanh(z / c)` the sums are zero again once g is
     divided by the cap's slope; clamped logits have no gradient beyond a level.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        noise: the rounding of the gradient; by default what its digits show.
 
     Example:
         >>> import qlens
@@ -49,18 +56,27 @@ def leak(grad: Float[Tensor, "N V"], tokens: Tokens, tolerance: float = 1e-6) ->
         >>> leak(gradient(resolve(loss).loss, t), t).cause
         'a z-loss: 0.01 log(Z)^2'
     """
-    g, z = grad.detach().double(), tokens.logits.detach().double()
-    total, size = g.sum(-1), g.norm(dim=-1) + 1e-300
-    if bool((total.abs() <= tolerance * size + 1e-12).all()):
+    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    g, z = grad.detach().double(), tokens.logits.detach()
+    total, size = g.sum(-1), g.norm(dim=-1)
+    seen = total.abs() > TOLERANCE * size + noise.sums
+    if not bool(seen.any()):
         return None
-    for found in (*_penalties(g, z, total, tokens), *_capped(g, z, tokens, tolerance), *_clamped(g, z, tokens)):
-        balanced = found.grad.double()
-        if bool((balanced.sum(-1).abs() <= 10 * tolerance * (balanced.norm(dim=-1) + size[found.rows])).all()):
+    digits = TOLERANCE + float((noise.sums / total.abs())[seen].min())  # to which the number is known
+    for found in (
+        *_penalties(g, z, total, tokens, digits),
+        *_capped(g, z, tokens, noise, digits),
+        *_clamped(g, z, tokens),
+    ):
+        balanced, rows = found.grad, found.rows.to(g.device)
+        grown = (balanced.norm(dim=-1) / size[rows].clamp(min=1e-300)).clamp(min=1)
+        allowed = 10 * TOLERANCE * (balanced.norm(dim=-1) + size[rows]) + 4 * noise.sums[rows] * grown
+        if bool((balanced.sum(-1).abs() <= allowed).all()):
             return found
-    return Leak("", math.nan, grad, tokens, torch.arange(len(tokens)))
+    return Leak("", math.nan, g, tokens, torch.arange(len(tokens)))
 
 
-def _penalties(g: Tensor, z: Tensor, total: Tensor, tokens: Tokens) -> Iterator[Leak]:
+def _penalties(g: Tensor, z: Tensor, total: Tensor, tokens: Tokens, digits: float) -> Iterator[Leak]:
     """Terms added to the loss, each by the one weight at which it accounts for all the sums."""
     p, log_z, finite = z.softmax(-1), z.logsumexp(-1, keepdim=True), z.masked_fill(z.isinf(), 0.0)
     terms = {
@@ -72,36 +88,33 @@ def _penalties(g: Tensor, z: Tensor, total: Tensor, tokens: Tokens) -> Iterator[
     for cause, term in terms.items():
         sums = term.sum(-1)
         weight = float((total * sums).sum() / (sums * sums).sum())
-        weight = near if abs((near := float(f"{weight:.4g}")) - weight) <= 1e-6 * abs(weight) else weight
-        yield Leak(
-            cause.format(f"{weight:.5g}"), weight, (g - weight * term).to(tokens.logits), tokens, torch.arange(len(g))
-        )
+        weight = written(weight, digits)
+        yield Leak(cause.format(f"{weight:.5g}"), weight, g - weight * term, tokens, torch.arange(len(g)))
 
 
-def _capped(g: Tensor, z: Tensor, tokens: Tokens, tolerance: float) -> Iterator[Leak]:
+def _capped(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise, digits: float) -> Iterator[Leak]:
     """A soft-cap by the one height at which the sums vanish."""
     finite = z.masked_fill(z.isinf(), 0.0)
+
+    rounded = noise.sums / TOLERANCE + 1e-300  # a sum that is rounding says nothing of a cap
 
     def uncapped(log_c: float) -> Tensor:
         return g / (1 - torch.tanh(finite / math.exp(log_c)) ** 2).clamp(min=1e-12)
 
     def off(log_c: float) -> float:
         made = uncapped(log_c)
-        return float((made.sum(-1).abs() / (made.norm(dim=-1) + 1e-300)).square().mean())
+        return float((made.sum(-1).abs() / (made.norm(dim=-1) + rounded)).square().mean())
 
     grid = torch.linspace(*map(math.log, CAPS), 80).tolist()
     best = min(range(len(grid)), key=lambda i: off(grid[i]))
-    bounds = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    if best in (0, len(grid) - 1):  # no cap in this range
+        return
+    bounds = grid[best - 1], grid[best + 1]
     log_c = float(minimize_scalar(off, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
-    cap = near if abs((near := float(f"{math.exp(log_c):.4g}")) - math.exp(log_c)) <= 1e-5 * near else math.exp(log_c)
-    capped = tokens.replace(logits=(cap * torch.tanh(z / cap)).to(tokens.logits))
-    yield Leak(
-        f"a soft-cap: {cap:.5g} tanh(z / {cap:.5g})",
-        cap,
-        uncapped(math.log(cap)).to(tokens.logits),
-        capped,
-        torch.arange(len(g)),
-    )
+    cap = written(math.exp(log_c), 10 * digits)
+    capped = tokens.replace(logits=cap * torch.tanh(z / cap))
+    cause = f"a soft-cap: {cap:.5g} tanh(z / {cap:.5g})"
+    yield Leak(cause, cap, uncapped(math.log(cap)), capped, torch.arange(len(g)))
 
 
 def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[Leak]:
@@ -117,10 +130,7 @@ def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[Leak]:
             p = held.softmax(-1) * still  # what the clamped entries would have had to give
             share = -g.sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp(min=1e-300)
             rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own pull is lost
-            grad, kept = (
-                (g + share * p)[rows].to(tokens.logits),
-                tokens[rows].replace(logits=held[rows].to(tokens.logits)),
-            )
+            grad, kept = (g + share * p)[rows], tokens[rows].replace(logits=held[rows])
             yield Leak(f"clamped logits: no gradient {word} about {at:.3g}", at, grad, kept, rows.cpu())
 
 

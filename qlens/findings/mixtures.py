@@ -10,10 +10,12 @@ from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
 from qlens.errors import InputError
+from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.findings.residuals import Residual, dictionary
 from qlens.tokens import Tokens, spread
 
 MOST_PARTS = 4
+FEWEST_TOKENS, ENTRIES = 24, 2**20  # fewer tokens where the vocabulary is large
 MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
 REFINED = 8  # sets of residuals whose parameter is fitted to the last digit, of each size
 TOGETHER = 2**22  # entries of columns solved at a time
@@ -34,6 +36,8 @@ class Mixture:
         parameter: name and value of what was fitted for all tokens at once, or None.
         closest: for a gradient that nothing explains, the misfit of the best non-negative mixture of everything known.
         alike: residuals that coincide here, as pairs of names: the first stands for both.
+        digits: how precisely a pull is known, relative.
+        noise: how precisely every token's pulls are known, absolute, (N,).
     """
 
     parts: dict[str, Float[Tensor, " N"]]
@@ -45,11 +49,26 @@ class Mixture:
     parameter: tuple[str, float] | None = None
     closest: float | None = None
     alike: tuple[tuple[str, str], ...] = ()
+    digits: float = TOLERANCE
+    noise: Float[Tensor, " N"] | None = None
+
+    @property
+    def sure(self) -> Bool[Tensor, " N"]:
+        """The tokens whose pulls are known to a hundredth of the largest of them, beyond rounding."""
+        if self.noise is None or not self.parts:
+            return self.unique
+        largest = torch.stack([pull.abs() for pull in self.parts.values()]).amax(0)
+        return self.unique & (self.noise <= 0.01 * largest)
 
     @property
     def signed(self) -> bool:
         """Whether some token is pushed away from one of the distributions."""
-        return any(bool((c[self.unique] < -1e-6 * c.abs().max().clamp(min=1)).any()) for c in self.parts.values())
+        return any(bool(self.away(name).any()) for name in self.parts)
+
+    def away(self, name: str) -> Bool[Tensor, " n"]:
+        """Which of the tokens that can tell the parts apart are pushed away from a distribution."""
+        known = self.parts[name][self.unique]
+        return known < -self.digits * known.abs().max().clamp(min=1) if len(known) else known < 0
 
     @property
     def pull(self) -> Float[Tensor, " N"]:
@@ -66,8 +85,7 @@ def decompose(
     grad: Float[Tensor, "N V"],
     tokens: Tokens,
     residuals: Mapping[str, Tensor] | None = None,
-    tolerance: float = 1e-6,
-    noise: float = 1e-15,
+    noise: Noise | None = None,
 ) -> Mixture:
     r"""The fewest pulls toward named distributions that make up a gradient: :math:`g = b(p - d) + \sum_j c_j (p - R_j)`.
 
@@ -78,8 +96,7 @@ def decompose(
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken.
         residuals: further distributions of your own, (N, V) by name.
-        tolerance: the relative misfit that counts as rounding.
-        noise: the gradient's own rounding, absolute.
+        noise: the rounding of the gradient; by default what its digits show.
 
     Raises:
         InputError: a residual does not fit the tokens.
@@ -95,21 +112,38 @@ def decompose(
             raise InputError(
                 f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {tuple(tokens.logits.shape)}"
             )
-    picked = spread(len(tokens), MOST_TOKENS).to(tokens.logits.device)
-    tokens, g = tokens[picked], grad[picked].detach().double()
+    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    number = min(MOST_TOKENS, max(FEWEST_TOKENS, ENTRIES // tokens.logits.shape[1]))
+    picked = spread(len(tokens), number).to(tokens.logits.device)
     own = {name: probs[picked] for name, probs in (residuals or {}).items()}
-    return _Search(g, tokens, own, tolerance, noise).run(picked.cpu())
+    return _Search(grad[picked].detach().double(), tokens[picked], own, noise[picked]).run(picked.cpu())
+
+
+def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
+    """The same parts on other tokens: their pulls, and whether they explain that gradient; else what does."""
+    search = _Search(grad.detach().double(), tokens.with_precision(torch.float64), {}, noise)
+    value = mixture.parameter and mixture.parameter[1]
+    by_name = {entry.says(value): entry for entry in search.entries}
+    if mixture.explains and set(mixture.parts) <= set(by_name):
+        made = search.made(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
+        if made.explains:
+            return made
+    return decompose(grad, tokens, None, noise)
 
 
 class _Search:
-    def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], tolerance: float, noise: float):
-        self.g, self.tokens, self.tolerance = g, tokens, tolerance
+    def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], noise: Noise):
+        self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
         self.p = tokens.probs.detach().double()
-        self.size = g.norm(dim=-1) + noise / tolerance  # so that what is off by the noise alone is off by the tolerance
+        self.rounding = noise.rows
+        self.digits = float((noise.rows / g.norm(dim=-1).clamp(min=1e-300)).median())
+        self.size = (
+            g.norm(dim=-1) + noise.rows / TOLERANCE
+        )  # so that what is off by rounding alone is off by the tolerance
         self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
         self.known: dict[tuple[str, float | None], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))
-        if not bool((g.sum(-1).abs() <= max(tolerance, 1e-9) * self.size).all()):
+        if not bool((g.sum(-1).abs() <= TOLERANCE * g.norm(dim=-1) + noise.sums).all()):
             self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
 
     def _distinct(self, entries: list[Residual]) -> tuple[list[Residual], tuple[tuple[str, str], ...]]:
@@ -174,15 +208,15 @@ class _Search:
     def run(self, picked: Tensor) -> Mixture:
         """The first size at which something explains the gradient; else the best of the last."""
         if float(self.g.abs().max()) == 0:
-            return self._made((), None, picked)
+            return self.made((), None, picked)
         best = None
         for size in range(1, min(MOST_PARTS, self.g.shape[1] - 2) + 1):
             found = self._of_size(size)
             good = [one for one in found if self._explains(*one)]
             if good:
-                return self._made(*min(good, key=self._order), picked)
+                return self.made(*min(good, key=self._order), picked)
             best = min([*found, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
-        return self._made(*best, picked) if best else self._made((), None, picked)
+        return self.made(*best, picked) if best else self.made((), None, picked)
 
     def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
         """Sets of residuals of a size with at most one parameter between them, the most promising ones fitted."""
@@ -209,18 +243,14 @@ class _Search:
             wholes = range(int(low), int(high) + 1)
             return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), self.fitted)))
         low, high = (low / 2, high) if at == 0 else (low, high * 4 if at == len(grid) - 1 else high)
-        low, high = (
-            (max(low, 1.05), high)
-            if value > 1
-            else (low, min(high, 0.95))
-            if entry.parameter == "temperature"
-            else (low, high)
-        )
+        if value > 1:
+            low = max(low, 1.05)
+        elif entry.parameter == "temperature":
+            high = min(high, 0.95)
         found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
         near = float(f"{found.x:.6g}")  # a number that somebody wrote, if it does as well
-        return chosen, near if self.miss(chosen, near, self.fitted) <= max(
-            self.tolerance, float(found.fun)
-        ) else found.x
+        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(found.fun))
+        return chosen, near if as_well else found.x
 
     def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
         return all(
@@ -228,11 +258,12 @@ class _Search:
         )
 
     def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
-        made = self._made(*one, torch.arange(len(self.g)))
+        made = self.made(*one, torch.arange(len(self.g)))
         varied = sum(float(c[made.unique].std() / c[made.unique].abs().mean()) for c in made.parts.values())
         return one[1] is not None, made.signed, -int(made.unique.sum()), round(varied, 6), made.misfit
 
-    def _made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
+    def made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
+        """The mixture of a set of residuals, with its pulls and its misfits."""
         everywhere = torch.ones(len(self.g), dtype=torch.bool)
         if not chosen:
             return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), everywhere, alike=self.alike)
@@ -254,6 +285,8 @@ class _Search:
             (entry.parameter, float(value)) if entry is not None and value is not None else None,
             None if explains else self._closest(),
             self.alike,
+            TOLERANCE + self.digits,
+            (self.rounding / lengths.amin(-1).clamp(min=1e-300)).cpu(),
         )
 
     def _closest(self) -> float:

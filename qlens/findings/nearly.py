@@ -1,0 +1,142 @@
+"""Near identities: a method whose gradient a loss has on most tokens, and what is different on the others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens import matching
+from qlens.findings.features import Seen, plain
+from qlens.findings.laws import thresholds
+from qlens.findings.reading import Reading
+from qlens.registry import get
+from qlens.tokens import Tokens
+
+LOOSE, EXACT = 0.01, 2e-6  # relative distance that still is the method's gradient here, and that is its own
+CORE, SURE = 1e-4, 0.4  # the share of tokens that must agree to the first number
+SIMPLE = 0.4  # of the tokens that a parameter must win
+ASKED = 8  # tokens whose loss is asked for one at a time
+MOST_LIKE = 0.5  # of the tokens that must have the method's gradient
+EPSILONS = 1.6  # factor between the epsilons that tokens show, where it is one
+
+
+@dataclass(frozen=True)
+class Nearly:
+    """A method that a loss is on most tokens.
+
+    Args:
+        spec: the method.
+        factor: c in g = c g_m.
+        share: of the tokens on which that holds.
+        tokens: how many there are.
+        why: what is different on the others, in words; "" where there are none.
+        distance: the largest relative distance on the tokens where it holds.
+    """
+
+    spec: str
+    factor: float
+    share: float
+    tokens: int
+    why: str
+    distance: float = 0.0
+
+    @property
+    def named(self) -> str:
+        """The method with its factor."""
+        return self.spec if abs(self.factor - 1) < CORE else f"{self.spec} times {self.factor:.5g}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the method's own gradient where it holds, at its defaults."""
+        return self.distance <= EXACT and "(" not in self.spec
+
+    def __str__(self) -> str:
+        count = round(self.share * self.tokens)
+        near = f"{self.named}, up to {self.distance:.0e}," if self.distance > EXACT else self.named
+        return f"{near} on {count} of {self.tokens} tokens" + (f"; {self.why}" if self.why else "")
+
+
+def nearly(seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str]) -> Nearly | None:
+    """The simplest of the methods named that has the gradient on most tokens, up to a hundredth, or None.
+
+    Args:
+        seen: the gradient, and where it was read.
+        loss: the unreduced loss, to ask for the value of one token where only their mean is known.
+        specs: the methods.
+    """
+    found = []
+    for spec in specs:
+        other = matching.taught(get(spec), seen.tokens)
+        if other is None or not bool(other.any()):
+            continue
+        factor, agree, _ = matching.agreement(seen.grad, other, seen.noise, LOOSE)
+        told = ~seen.silent | (other.norm(dim=-1) > seen.noise.rows)
+        share = float((agree & told).sum() / told.sum().clamp(min=1))
+        close = (seen.grad - factor * other.double()).norm(dim=-1) <= CORE * seen.grad.norm(dim=-1) + seen.noise.rows
+        if share >= MOST_LIKE and factor != 0 and float((close & told).sum() / told.sum().clamp(min=1)) >= SURE:
+            found.append((share, spec, factor, other.double(), agree))
+    if not found:
+        return None
+    # a simpler method counts for more than some tokens
+    _, spec, factor, other, agree = max(
+        found, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
+    )
+    there = agree & ~seen.silent
+    off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
+    distance = float(off[there].max())
+    why = "" if bool(agree.all()) else _difference(seen, loss, factor * other, agree)
+    return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance)
+
+
+def _simple(spec: str, factor: float) -> tuple:
+    return matching.order(matching.Match(spec, 0.0, factor, 0.0, "up to a factor"))
+
+
+def _difference(seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor) -> str:
+    """What a gradient does where it is not the method's, in words."""
+    g, apart = seen.grad, ~agree
+    sizes, others = g.norm(dim=-1), other.norm(dim=-1)
+    rule = _rule(seen, agree)
+    if bool(seen.silent[apart].all()):
+        return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}"
+    ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
+    along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + seen.noise.rows
+    far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
+    most, at = float(far[apart].max()), int(torch.where(apart, far, -1.0).argmax())
+    p = seen.tokens.label_probs
+    size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
+    shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
+    if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
+        epsilon = (p * (1 / ratio - 1))[shrunk]
+        if bool((epsilon > 0).all()) and float(epsilon.max() / epsilon.min()) < EPSILONS:
+            return f"on the others {size}: an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
+    return f"on the others {size}{_not(rule)}"
+
+
+def _held(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
+    """Whether the loss of tokens without a gradient is held at one value, in words."""
+    values = seen.losses.double()
+    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known: one at a time
+        rows = apart.nonzero()[:ASKED, 0].tolist()
+        with torch.no_grad():
+            values = torch.stack([loss(seen.given[[row]]).sum().double() for row in rows])
+    else:
+        values = values[apart]
+    if float(values.max() - values.min()) > 1e-6 * max(1.0, float(values.abs().max())):
+        return ": a threshold or a mask"
+    return f", where the loss is held at {plain(float(values[0]) + 0.0)}: a clamp{'' if values[0] else ' or a mask'}"
+
+
+def _not(rule: str) -> str:
+    return f"; it is that method {rule}" if rule else ""
+
+
+def _rule(seen: Reading, agree: torch.Tensor) -> str:
+    """What tells the tokens where a method's gradient is there from the others, in words; "" where nothing simple does."""
+    on = agree.cpu().numpy()
+    if on.all() or not on.any():
+        return ""
+    features = Seen(torch.where(agree, 1.0, 0.0).double().cpu(), seen.tokens, seen.noise.rows)
+    return next(thresholds(features, np.asarray(on)), "")

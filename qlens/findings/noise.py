@@ -1,0 +1,136 @@
+"""Noise: what rounding alone makes of a gradient, from the precision that its loss computes in."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from qlens.lens import carried, gradient
+from qlens.tokens import MODELS, Tokens
+
+TOLERANCE = 1e-6  # relative difference between two exact formulas of one gradient; rounding comes on top
+MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding that measure it; the second on large tokens
+SUSPECT = 1e4  # gradients below this many units of rounding are tried again at logits moved a little
+MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The rounding error that a gradient may hold, in float64.
+
+    Args:
+        rows: of the norm of every row, (N,).
+        sums: of the sum of every row, (N,).
+    """
+
+    rows: Float[Tensor, " N"]
+    sums: Float[Tensor, " N"]
+
+    def __getitem__(self, index: Any) -> "Noise":
+        """Of the chosen rows."""
+        return Noise(self.rows[index], self.sums[index])
+
+
+def rounding(
+    grad: Float[Tensor, "N V"],
+    tokens: Tokens,
+    precision: torch.dtype | None = None,
+    moved: Sequence[Float[Tensor, "N V"]] = (),
+) -> Noise:
+    r"""The one model of rounding: a relative error of :math:`2 u (2 + |\log p_k| + |\log Z|)` per entry, and what is measured.
+
+    u is the unit roundoff of the precision, log Z the row's log-sum-exp. What is rounded is an entry before it cancels:
+    :math:`|g_k| + s p_k`, where :math:`s = \max_k |g_k| / (1 - p_k)`, also over all entries but the top one together, is the
+    size of the pulls in the row (at p_y near 1 the gradient is their small difference), at most twice the largest entry of
+    all rows. Sums add the errors of all entries up, because an error of log Z has one sign in a whole row. Where gradients at
+    logits moved by rounding are given, twice their distance counts if it is larger: it holds whatever cancels in the loss.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        precision: what the loss computes in; by default the precision that the digits of the gradient show.
+        moved: the same at logits moved by rounding (``moves``).
+    """
+    unit = torch.finfo(precision or carried(grad)).eps / 2
+    g, z = grad.detach().double(), tokens.logits.detach().double()
+    log_z = z.logsumexp(-1, keepdim=True)
+    log_p = (z - log_z).clamp(min=-100.0)  # beyond, p is nothing
+    p = log_p.exp()
+    size = g.abs()
+    left = torch.where(p > 0.5, p.sum(-1, keepdim=True) - p, 1 - p).clamp(min=1e-16)
+    top = p.argmax(-1, keepdim=True)
+    others = size.scatter(-1, top, 0.0).sum(-1, keepdim=True) / left.gather(-1, top)
+    pulls = (size / left).amax(-1, keepdim=True).maximum(others).clamp(max=size.amax() * 2)
+    entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p)
+    label = 2 * unit * (2 - tokens.gather(log_p) + log_z[:, 0].abs()) * g.norm(dim=-1)
+    constants = 8 * unit * pulls.median()  # coefficients that are rounded themselves, whose errors add up
+    formulas = 4 * torch.finfo(torch.float64).eps * pulls.amax()  # two formulas of one gradient differ by this
+    rows = 2 * (entry.norm(dim=-1) + label + constants / 8) + formulas
+    sums = 3 * (entry.sum(-1) + label + constants)
+    for other in moved:
+        off = other.detach().double() - g
+        rows, sums = rows.maximum(2 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
+    return Noise(rows, sums)
+
+
+def moves(tokens: Tokens, precision: torch.dtype, number: int) -> Iterator[Tokens]:
+    """The same tokens with logits moved by one unit of rounding of a precision, at random."""
+    draw, unit, z = torch.Generator().manual_seed(0), torch.finfo(precision).eps, tokens.logits.detach()
+    for _ in range(number):
+        by = 2 * unit * (torch.rand(z.shape, generator=draw, dtype=torch.float64) - 0.5).to(z)
+        yield tokens.replace(logits=torch.where(z.isfinite(), z + 2 * by * (0.1 + z.abs()), z))
+
+
+class _Trace(TorchDispatchMode):
+    """Watches every operation on values that depend on the logits, and keeps the coarsest floating-point type among them."""
+
+    def __init__(self, roots: list[Tensor]):
+        super().__init__()
+        self.dependent, self.coarsest = WeakTensorKeyDictionary(), torch.float64
+        for root in roots:
+            self.dependent[root] = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        made = func(*args, **kwargs)
+        if any(isinstance(value, Tensor) and value in self.dependent for value in tree_leaves((args, kwargs))):
+            for value in tree_leaves(made):
+                if isinstance(value, Tensor) and value.is_floating_point():
+                    self.dependent[value] = True
+                    self.coarsest = coarser(self.coarsest, value.dtype)
+        return made
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """The less precise of two floating-point types."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def traced(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, torch.dtype]:
+    """The values of an unreduced loss, and the coarsest type that it computes in on the way from the logits, (N,)."""
+    roots = [value for name, value in tokens.fields().items() if name in ("logits", *MODELS)]
+    with torch.no_grad(), _Trace(roots) as trace:
+        values = loss(tokens)
+    return values, trace.coarsest
+
+
+def nothing_but_rounding(
+    loss: Callable[[Tokens], Tensor], tokens: Tokens, grad: Float[Tensor, "N V"], precision: torch.dtype
+) -> bool:
+    """Whether a gradient is zero up to rounding: so small that rounding reaches it, and another at logits moved a little."""
+    unit, size = torch.finfo(precision).eps, grad.norm()
+    if float(grad.abs().max()) > SUSPECT * unit or not bool(grad.any()):
+        return not bool(grad.any())
+    draw, z = torch.Generator().manual_seed(0), tokens.logits.detach()
+    for _ in range(2):
+        by = max(1e-3, 2 * unit) * torch.randn(z.shape, generator=draw, dtype=torch.float64).to(z)
+        other = gradient(loss, tokens.replace(logits=torch.where(z.isfinite(), z + by, z)))
+        if float((other - grad).norm()) <= MOVED * float(size):
+            return False
+    return True

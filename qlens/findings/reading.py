@@ -1,0 +1,191 @@
+"""Readings: a loss's gradient at some tokens, with the precision it was computed in and the rounding it holds."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens import calling
+from qlens.errors import InputError
+from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
+from qlens.lens import carried, gradient, read
+from qlens.notes import supplied
+from qlens.probes import VOCABULARY, WIDE, probes, trials
+from qlens.tokens import Tokens
+from qlens.variant import Variant
+
+SAME = 1e-6  # two calls of one loss differ by no more, in float64
+MOST = 2**26  # logits read in float64; more are read in the precision they are given in
+LARGE = 2**20  # logits from which on fewer moved gradients measure the rounding
+NAMED = 4  # vocabularies tried that a loss's error message names
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """The gradient of an unreduced loss at tokens.
+
+    Args:
+        given: the tokens as the loss saw them.
+        grad: its gradient, (N, V), in float64.
+        noise: the rounding in it.
+        precision: what the loss computed in.
+        losses: its values, (N,).
+    """
+
+    given: Tokens
+    grad: Float[Tensor, "N V"]
+    noise: Noise
+    precision: torch.dtype
+    losses: Float[Tensor, " N"]
+
+    @classmethod
+    def of(cls, variant: Variant, tokens: Tokens) -> "Reading":
+        """One reading; two where the loss may be random.
+
+        Raises:
+            InputError: it fails, or two calls on the same tokens differ; what it raised is named.
+        """
+        try:
+            tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
+            losses, precision = traced(variant.loss, tokens)
+            grad = read(variant, tokens, variant.loss)
+            again = read(variant, tokens, variant.loss)
+            precision = coarser(precision, carried(grad))
+            finite = bool(grad.isfinite().all() and grad.any())
+            off = float((grad - again).norm() / grad.norm()) if finite else 0.0
+            if off > max(SAME, 10 * torch.finfo(precision).eps):
+                raise InputError(
+                    f"{variant.spec} is random: two calls on the same tokens differ by {off:.0%}. Seed it, or switch dropout off"
+                )
+            number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
+            moved = [read(variant, other, variant.loss) for other in moves(tokens, precision, number)]
+        except InputError:
+            raise
+        except Exception as error:  # anything at all may go wrong inside a user's loss
+            raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
+        return cls(tokens, grad.double(), rounding(grad, tokens, precision, moved), precision, losses)
+
+    @cached_property
+    def tokens(self) -> Tokens:
+        """The tokens in float64: what everything but the loss is computed from."""
+        return self.given.with_precision(torch.float64)
+
+    @property
+    def finite(self) -> bool:
+        """Whether the gradient is a number everywhere."""
+        return bool(self.grad.isfinite().all())
+
+    @property
+    def silent(self) -> Tensor:
+        """The tokens without a gradient beyond rounding, (N,)."""
+        return self.grad.norm(dim=-1) <= self.noise.rows
+
+    def __getitem__(self, rows: Any) -> "Reading":
+        """The chosen rows of it, not read anew."""
+        return Reading(self.given[rows], self.grad[rows], self.noise[rows], self.precision, self.losses[rows])
+
+    def anew(self, variant: Variant, rows: Any) -> "Reading":
+        """The chosen rows, read as a batch of their own."""
+        few = self.given[rows]
+        return replace(self[rows], grad=gradient(variant.loss, few).double())
+
+    def undone(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
+        """With something taken off the gradient, and the tokens as the rest of the loss sees them."""
+        return replace(self, grad=grad, given=self.given if tokens is None else tokens)
+
+
+def on_probes(variant: Variant) -> Reading:
+    """A reading on the built-in probes: in float64 where the loss allows, at a vocabulary that it takes.
+
+    Where it computes in a coarser type, the probes' logits are rounded to that type first, so that its cast changes nothing.
+
+    Raises:
+        InputError: the loss fails at every vocabulary tried.
+    """
+    failed: InputError | None = None
+    sizes, tried = [VOCABULARY, WIDE], []
+    while sizes:
+        size = sizes.pop(0)
+        tried.append(size)
+        for dtype in (torch.float64, torch.float32):
+            try:
+                found = Reading.of(variant, fed(probes(dtype, vocabulary=size), variant))
+                return _rounded(variant, found)
+            except InputError as error:
+                if error.__cause__ is None:  # it was refused, not tried
+                    raise
+                failed = failed or error
+                if size in (VOCABULARY, WIDE):
+                    sizes += [n for n in _sizes(str(error), tried + sizes)][: NAMED - len(tried) + 1]
+    assert failed is not None
+    at = ", ".join(map(str, tried))
+    raise InputError(
+        f"{failed} (tried at vocabularies {at}; on tokens of your own: explain(loss, tokens))"
+    ) from failed.__cause__
+
+
+def on_trials(variant: Variant, shown: Reading) -> Reading | str:
+    """A reading on the wider trial tokens, at their own vocabulary or else at the one shown; or why there is none."""
+    size = shown.given.logits.shape[1]
+    dtype = torch.float64 if shown.given.logits.dtype == torch.float64 else torch.float32
+    failed = ""
+    for vocabulary in dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
+        try:
+            found = _rounded(variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant)))
+        except InputError as error:
+            failed = failed or f"at V = {vocabulary} {str(error).partition(chr(10))[0][:140]}"
+            continue
+        if failed:
+            failed = f"{failed}; what is said holds at V = {vocabulary}"
+        kept = found.grad.isfinite().all(-1) & found.tokens.logits.isfinite().all(-1)
+        if not bool(kept.any() and found.grad[kept].any()):
+            failed = failed or f"at V = {vocabulary} the gradient is zero or not finite"
+            continue
+        return found
+    return failed
+
+
+def asked(variant: Variant) -> tuple[str, ...]:
+    """The fields of Tokens that a loss asks for, weights among them where it takes them itself."""
+    fn = variant.method.fn
+    takes = calling.kind(fn) != "tokens" and calling.takes(fn, "weight") and "weight" not in variant.needs
+    return (*variant.needs, *(("weight",) if takes else ()))
+
+
+def fed(tokens: Tokens, variant: Variant) -> Tokens:
+    """Made-up tokens with weights, where the loss asks for them."""
+    if "weight" not in asked(variant):
+        return tokens
+    weights = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.5, 3.0, 0.7], dtype=tokens.logits.dtype)
+    return tokens.replace(weight=weights[torch.arange(len(tokens)) % 7].to(tokens.logits.device))
+
+
+def upcast(variant: Variant, tokens: Tokens) -> Reading:
+    """A reading of a user's tokens: all models' logits in float64, where the loss allows that and memory does."""
+    if tokens.logits.numel() <= MOST and tokens.logits.dtype != torch.float64:
+        try:
+            return Reading.of(variant, tokens.with_precision(torch.float64))
+        except InputError as error:
+            if not isinstance(error.__cause__, RuntimeError):
+                raise
+    return Reading.of(variant, tokens.upcast())
+
+
+def _rounded(variant: Variant, found: Reading) -> Reading:
+    """The same on tokens whose logits the loss's own precision holds exactly."""
+    if found.precision == torch.float64 or not found.finite:
+        return found
+    exact = found.given.with_precision(found.precision).with_precision(torch.float32)
+    return Reading.of(variant, exact)
+
+
+def _sizes(message: str, tried: list[int]) -> Iterator[int]:
+    """Numbers in an error message that may be the vocabulary which a loss is made for."""
+    for text in reversed(re.findall(r"\d+", message)):
+        if text and len(text) < 7 and 2 <= int(text) <= 300_000 and int(text) not in tried:
+            yield int(text)

@@ -1,0 +1,149 @@
+"""Summaries: what was found, as a person would say it."""
+
+from typing import Any
+
+import pandas as pd
+
+from qlens.findings.mixtures import RAW
+from qlens.findings.words import constant, digits, floor, net, short
+from qlens.params import parse
+
+ALIKE = 1e-6
+
+
+def paragraph(e: Any) -> str:
+    """What a person would say about this loss."""
+    if not bool(e.target.grad.isfinite().all()):
+        return "This loss cannot be trained on as it is: its gradient is not a number."
+    if e.silent:
+        up_to = "everywhere" if not bool(e.target.grad.any()) else "up to rounding"
+        return f"This loss teaches nothing: its gradient is zero {up_to}."
+    said = [_identity(e), _said_of_trust(e), _said_of_rest(e)]
+    if e.leak is not None:
+        why = e.leak.cause or "in a way that is not one of the known ones"
+        said.append(f"It sees raw logits beyond their softmax ({why}), so that its target does not add up to one.")
+    if e.label_weights is not None:
+        said.append(
+            f"It depends on which token the label is: {e.label_weights}; what else is said holds at a weight of 1."
+        )
+    negative = e.table["negative_mass"]
+    if (negative > floor(e)).any() and e.leak is None:
+        said.append(
+            f"Its target is signed, with up to {negative.max():.2g} of negative mass: it pushes some tokens down harder than any "
+            "distribution could."
+        )
+    if e.scope is not None and e.scope.through == ("number",):
+        where = "there are" if e.scope.of == "batch" else f"its {e.scope.of} has"
+        said.append(f"What one token learns depends on how many tokens {where}.")
+    elif e.scope is not None and e.scope.of != "token":
+        said.append(f"What one token learns depends on the rest of its {e.scope.of}.")
+    return " ".join(part for part in said if part)
+
+
+def _identity(e: Any) -> str:
+    best = e.nearest[0] if e.nearest else None
+    apart = (e.leak is not None and e.leak.cause) or e.label_weights is not None
+    besides = " (that apart)" if apart else ""
+    if e.registered:
+        return f"This is {e.spec}, registered{_title(e)}.{_relative(e)}"
+    if best is None:
+        return ""
+    if best.relation == "identical":
+        kin = [m for m in e.nearest[1:] if m.spec == best.spec.partition("(")[0] and m.relation == "up to a factor"]
+        that_is = f", which is {kin[0].spec} times {kin[0].factor:.5g}" if kin else ""
+        return f"This is {best.spec}{besides}{that_is}."
+    if best.relation == "up to a factor":
+        if best.factor < 0:
+            return f"This is {best.spec} with the wrong sign, times {abs(best.factor):.5g}: training on it unlearns{besides}."
+        return f"This is {best.spec} times {best.factor:.5g}{besides}: the same target for an optimizer that ignores scale."
+    if e.nearly is not None:
+        return f"This is {e.nearly}{besides}."
+    return f"No registered method has this gradient; the nearest, {best.spec}, is {_away(best)}."
+
+
+def _title(e: Any) -> str:
+    title = e.variant.title.strip().rstrip(".")
+    return f": {title}" if title else ""
+
+
+def _relative(e: Any) -> str:
+    """What else has a registered method's gradient, or comes nearest to it."""
+    others = [match for match in e.nearest if parse(match.spec)[0] != e.variant.name]
+    if not others:
+        return ""
+    best = others[0]
+    if best.same:
+        factor = "" if best.factor == 1 else f" times {best.factor:.5g}"
+        return f" {best.spec}{factor} has the same gradient."
+    return f" The nearest other method, {best.spec}, is {_away(best)}."
+
+
+def _away(match: Any) -> str:
+    return f"{match.angle:.0f} degrees away" if match.angle >= 0.5 else f"{match.misfit:.1g} of the gradient away"
+
+
+def _said_of_trust(e: Any) -> str:
+    m = e.mixture
+    if m is not None and m.explains:
+        if "the label" not in m.parts:
+            return "The label has no pull of its own."
+        trust = pd.Series(m.trust[m.sure].numpy(), index=e.table.index[m.index[m.sure].numpy()])
+        if constant(e):
+            trust = pd.Series(e.law.values["c"], index=e.table.index)
+    else:
+        trust = net(e)
+    if trust.empty:
+        return ""
+    law = f", by the law {e.law.formula}" if e.law is not None else ""
+    low, high = trust.min(), trust.max()
+    if high - low < digits(e) * max(abs(high), 1):
+        whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
+        return f"It trusts every label alike, {whole}, however unlikely the model finds it."
+    p_y = e.table.loc[trust.index, "p_y"]
+    if (trust < -digits(e)).any():
+        down = p_y[trust < -digits(e)]
+        return (
+            f"Some labels are pushed down, not up ({len(down)} of {len(trust)} tokens, p_y from {down.min():.2g} to "
+            f"{down.max():.2g}){law}."
+        )
+    order = trust.corr(p_y, method="spearman")
+    if order > 0.95:
+        return f"The more the model already believes a label, the more it is trusted{law}; labels that surprise it hardly count."
+    if order < -0.95:
+        return f"The less the model believes a label, the harder it pulls{law}."
+    return f"How far a label is trusted varies from {low:.3g} to {high:.3g}{law}."
+
+
+def _said_of_rest(e: Any) -> str:
+    if e.mixture is None:
+        return ""
+    if not e.mixture.explains:
+        return (
+            "Where the rest goes is no mixture of the distributions at hand: the best of them leaves "
+            f"{e.mixture.closest:.0%} of the gradient unexplained."
+        )
+    others = [name for name in e.mixture.parts if name not in ("the label", RAW)]
+    if not others:
+        return "What a label does not get stays with the student's own distribution."
+    some = {name: bool(e.mixture.away(name).any()) for name in others}
+    always = {name: bool(e.mixture.away(name).all()) for name in others}
+    toward = [name for name in others if not some[name]]
+    away = [name for name in others if some[name] and always[name]]
+    mixed = [name for name in others if some[name] and not always[name]]
+    said = []
+    if toward:
+        said.append(f"The rest goes to {_and(toward)}{_left_over(e)}.")
+    if away:
+        said.append(f"It pushes away from {_and(away)}.")
+    if mixed:
+        said.append(f"It pulls toward {_and(mixed)} on some tokens and pushes away from it on others.")
+    return " ".join(said)
+
+
+def _left_over(e: Any) -> str:
+    share = 1 - e.mixture.pull[e.mixture.unique]
+    return ", what is left stays with the student" if len(share) and float(share.max()) > 1e-3 else ""
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)

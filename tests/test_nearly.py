@@ -1,0 +1,96 @@
+"""Near identities and label ids: methods that a loss is on most tokens, and weights that depend on which token a label is."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from losses import label_log_probs
+
+import qlens
+from qlens.findings.labels import label_weights
+from qlens.findings.nearly import nearly
+from qlens.findings.reading import Reading
+from qlens.probes import trials
+from qlens.registry import resolve
+
+T = trials()
+NAMES = ("sft", "dft", "focal", "topk_kd(k=4)", "kd")
+
+
+def found(loss):
+    variant = resolve(loss)
+    return nearly(Reading.of(variant, T), variant.loss, NAMES)
+
+
+def nll(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def entropy(logits):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def test_a_truncated_divergence_that_is_clamped_is_said_to_be():
+    def clamped(logits, labels, teacher):
+        log_t, ids = teacher.log_softmax(-1).topk(4, -1)
+        return (log_t.exp() * (log_t - logits.log_softmax(-1).gather(-1, ids))).sum(-1).clamp_min(0).mean()
+
+    near = found(clamped)
+    assert near.spec == "topk_kd(k=4)" and near.factor == 1
+    assert "its gradient is zero, where the loss is held at 0: a clamp" in str(near)
+
+
+def test_clamps_and_gates_are_found_where_they_act():
+    for loss, said in (
+        (lambda logits, labels: nll(logits, labels).clamp(max=10).mean(), "held at 10: a clamp"),
+        (lambda logits, labels: -label_log_probs(logits, labels).exp().clamp(min=1e-8).log(), "p_y >= "),
+        (lambda logits, labels: nll(logits, labels) * (entropy(logits.detach()) < 4), "where H <= 4 "),
+        (
+            lambda logits, labels: nll(logits, labels) * ((logits > logits.gather(1, labels[:, None])).sum(-1) <= 60),
+            "rank (0 first) <= 60",
+        ),
+    ):
+        near = found(loss)
+        assert near.spec == "sft" and said in str(near), str(near)
+
+
+def test_an_epsilon_inside_a_logarithm_is_named():
+    def focal(logits, labels):
+        p = label_log_probs(logits, labels).exp()
+        return (-((1 - p) ** 2) * (p + 1e-8).log()).mean()
+
+    near = found(focal)
+    assert near.spec == "focal" and "an epsilon of about 1e-08 beside p_y" in str(near)
+
+
+def test_what_is_near_nothing_is_not_called_nearly_anything():
+    assert (
+        found(lambda logits, labels: nll(logits, labels) * (1 + 0.3 * torch.sin(7 * logits.detach().amax(-1)))) is None
+    )
+
+
+def test_weights_by_label_id_are_found_with_their_ids():
+    weights = torch.arange(1, 161, dtype=torch.float64)
+    for loss, unusual in (
+        (lambda logits, labels: nll(logits, labels) * torch.where(labels == 2, 10.0, 1.0), {2: 10.0}),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels, weights, reduction="none"),
+            {i: i + 1.0 for i in range(1, 160)},
+        ),
+    ):
+        got = label_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
+        assert got.equal and got.unusual == unusual
+    ids = T.labels.unique().tolist()
+    assert label_weights(qlens.get("eaft").loss, T, 26, ids, torch.float64) is None
+    assert math.isclose(got.of(torch.tensor([4]))[0], 5.0)
+
+
+def test_a_column_that_is_treated_apart_is_no_weight():
+    def suppressed(logits, labels):
+        mask = torch.zeros_like(logits)
+        mask[:, 7] = -5.0
+        return nll(logits + mask, labels)
+
+    got = label_weights(resolve(suppressed).loss, T, 26, range(160), torch.float64)
+    assert got is not None and not got.equal
