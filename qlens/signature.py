@@ -179,6 +179,8 @@ def _inputs(fn: Callable) -> Inputs:
     if {"logits", "head"} <= set(kernel.values()):
         return Inputs("hidden", kernel, {}, tuple(name for name in bare if name not in kernel))
     roles = {name: ROLE[name.lower().lstrip("_")] for name in params if name.lower().lstrip("_") in ROLE}
+    if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
+        roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
     _by_place(params, bare, roles)
     if "labels" not in roles.values():  # f(logits, input_ids): a text is its own labels
         roles |= {name: "labels" for name, role in roles.items() if role == "input ids"}

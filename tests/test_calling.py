@@ -67,7 +67,7 @@ def test_the_layout_taken_is_named():
 
 def test_weights_are_handed_on_and_not_multiplied_twice():
     weight = torch.arange(12, dtype=torch.float64) / 4
-    for loss in (weighted, scale_of_swift):
+    for loss in (weighted, scale_of_swift, ce, rows_by_mask):
         grad = implied(loss, tokens().replace(weight=weight)).grad
         assert_close(grad, weight[:, None] * (tokens().probs - tokens().one_hot))
 
