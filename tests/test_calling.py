@@ -88,13 +88,20 @@ def distils_from_a_column(model, inputs, return_outputs=False):
     return distils(model(**inputs).logits[:, :-1][kept], teacher[:, :-1][kept])
 
 
+def distils_from_a_model(model, teacher_model, inputs):
+    labels = inputs.pop("labels")
+    kept = labels[:, 1:] != -100
+    return distils(*(each(**inputs).logits[:, :-1][kept] for each in (model, teacher_model)))
+
+
 def needs_a_temperature(student_logits, teacher_logits, temperature):
     return distils(student_logits, teacher_logits, temperature=temperature) * temperature**2
 
 
 def test_a_teacher_is_known_by_the_names_of_the_field():
     given = tokens()
-    for loss in (distils, distils_from_outputs, distils_from_probs, distils_from_a_column, needs_a_temperature):
+    from_others = (distils_from_outputs, distils_from_probs, distils_from_a_column, distils_from_a_model)
+    for loss in (distils, *from_others, needs_a_temperature):
         assert_close(implied(loss, given).q, given.teacher.softmax(-1), msg=lambda text, loss=loss: f"{loss}: {text}")
     with pytest.raises(qlens.InputError, match="needs a teacher"):
         implied(distils, given.replace(teacher=None))
