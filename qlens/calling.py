@@ -174,6 +174,10 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
 
         ids = model_inputs(view)["input_ids"]
         return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)), view.style.head)
+    if role.endswith(" model"):
+        from qlens.trainers import Companion
+
+        return Companion(FIELD[role], view.spread(tokens.require(FIELD[role])))
     if role == "batch":
         return model_inputs(view)
     if role.endswith("chosen log probs") or role.endswith("rejected log probs"):

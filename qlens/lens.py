@@ -24,8 +24,9 @@ def implied_target(
     r"""The target that a loss drives the model toward, from its logit gradient: Q = p - g / s.
 
     Args:
-        loss: a Variant, a spec, or a callable f(tokens), f(logits, labels) or f(outputs, labels, num_items_in_batch);
-            its reduction is found and undone, so g is the gradient of the unreduced loss.
+        loss: a Variant, a spec, or a callable: f(logits, labels) on rows (N, V) or batches (B, T, V), f(outputs, labels),
+            f(model, inputs), f(tokens), f(log_probs, ...), a Trainer's class and so on. Its layout and its reduction are
+            found by trying; the reduction is undone, so that g is the gradient of the unreduced loss.
         tokens: N supervised positions, (N, V).
         scale: "unit" (s = 1) or "natural" (the smallest s that leaves Q no negative entry).
 

@@ -25,7 +25,8 @@ SOURCES = {
     "vocabulary": "the size of the vocabulary", "ignore": "-100", "temperature": "1", "input ids": "made-up token ids",
     "position ids": "0, 1, 2, ...", "log probs": "log-probabilities of the student", "probs": "probabilities of the student",
     "chosen log probs": "sums over each pair's chosen sequence", "rejected log probs": "sums over the rejected one",
-    "advantage": "the tokens' advantages",
+    "advantage": "the tokens' advantages", "teacher model": "a model whose logits are the tokens' teacher",
+    "reference model": "a model whose logits are the tokens' reference",
 }  # fmt: skip
 
 PLAIN = (

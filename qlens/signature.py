@@ -33,6 +33,8 @@ NAMES: dict[str, tuple[str, ...]] = {
     "reference": ("reference", "ref", "ref_logits", "reference_logits", "base_logits", "reference_model_logits"),
     "old": ("old", "old_logits", "old_policy_logits", "behavior_logits", "rollout_logits"),
     "second": ("second", "second_logits", "logits2", "logits_2"),
+    "teacher model": ("teacher_model", "teacher_net", "frozen_teacher"),
+    "reference model": ("ref_model", "reference_model", "base_model", "sft_model", "initial_model"),
     "teacher outputs": ("teacher_outputs", "teacher_output", "outputs_teacher"),
     "reference outputs": ("ref_outputs", "ref_output", "reference_outputs", "reference_output"),
     "log probs": (
@@ -103,7 +105,9 @@ KERNEL: dict[str, tuple[str, ...]] = {
 FIELD = {
     "teacher": "teacher", "reference": "reference", "old": "old", "second": "second", "weight": "weight",
     "advantage": "advantage", "critical": "critical", "hint": "hint", "sequence": "sequence", "chosen": "chosen",
-    "pair": "pair", "negatives": "negatives", "teacher outputs": "teacher", "reference outputs": "reference",
+    "pair": "pair", "negatives": "negatives",
+    "teacher model": "teacher",
+    "reference model": "reference", "teacher outputs": "teacher", "reference outputs": "reference",
     "old log probs": "old", "reference log probs": "reference", "teacher log probs": "teacher", "teacher probs": "teacher",
     "chosen log probs": "pair", "rejected log probs": "pair", "reference chosen log probs": "reference",
     "reference rejected log probs": "reference",
@@ -179,6 +183,8 @@ def _inputs(fn: Callable) -> Inputs:
     if {"logits", "head"} <= set(kernel.values()):
         return Inputs("hidden", kernel, {}, tuple(name for name in bare if name not in kernel))
     roles = {name: ROLE[name.lower().lstrip("_")] for name in params if name.lower().lstrip("_") in ROLE}
+    if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
+        roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
     _by_place(params, bare, roles)
     if "labels" not in roles.values():  # f(logits, input_ids): a text is its own labels
         roles |= {name: "labels" for name, role in roles.items() if role == "input ids"}
@@ -189,6 +195,8 @@ def _inputs(fn: Callable) -> Inputs:
             "and labels, model and inputs, or hidden, head and labels"
         )
     kind = {"tokens": "tokens", "outputs": "outputs", "model": "model"}.get(students[0], "logits")
+    if kind == "model":  # beside a model, a teacher is one too
+        roles = {name: f"{role} model" if role in ("teacher", "reference") else role for name, role in roles.items()}
     if kind == "tokens":
         roles = {name: "tokens" if roles.get(name) == "tokens" else FIELD.get(roles.get(name, "")) for name in bare}
         roles = {name: role for name, role in roles.items() if role}

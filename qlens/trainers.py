@@ -28,15 +28,19 @@ class Companion(nn.Module):
 
     Args:
         field: teacher, reference or old.
+        logits: these, (B, T, V); by default those that its student says.
     """
 
-    def __init__(self, field: str):
+    def __init__(self, field: str, logits: Tensor | None = None):
         super().__init__()
+        self.logits = logits
         self.field, self.config = field, StubConfig()
         self.student: StubModel | None = None
 
     def forward(self, input_ids: Tensor | None = None, *args: Any, **kwargs: Any) -> CausalLMOutput:
         """Logits (B, T, V)."""
+        if self.logits is not None:
+            return CausalLMOutput(logits=self.logits)  # pyright: ignore[reportArgumentType]
         assert self.student is not None and self.student.other is not None
         return CausalLMOutput(logits=self.student.other(self.field))  # pyright: ignore[reportArgumentType]
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, calling, params
+from qlens import adapters, calling, params, styles
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
@@ -211,10 +211,14 @@ class Variant:
         assert self.method.printed is not None
         return adapters.rows(self.method.printed, self.params, f"the loss of {self.spec}")
 
-    @cached_property
-    def _weighs(self) -> bool:
-        """Whether the loss takes the weights itself, so that they are not multiplied in again."""
-        return calling.kind(self.method.fn) != "tokens" and calling.takes(self.method.fn, "weight")
+    def _weighs(self, tokens: Tokens) -> bool:
+        """Whether the loss takes the tokens' weights itself, so that they are not multiplied in again."""
+        if tokens.weight is None or self.method.printed is not None or calling.kind(self.method.fn) == "tokens":
+            return False
+        wanted = calling.inputs(self.method.fn)
+        if "weight" in wanted.required.values():
+            return True
+        return "weight" in wanted.optional.values() and styles.style_of(self.method.fn, self.params, tokens).optional
 
     def target(self, tokens: Tokens) -> Target:
         """Q and s at every token, detached; ``tokens.weight`` multiplies the scale.
@@ -242,7 +246,7 @@ class Variant:
         """
         self._check(tokens)
         bare = (
-            tokens if self._weighs else tokens.unweighted()
+            tokens if self._weighs(tokens) else tokens.unweighted()
         ).upcast()  # printed losses softmax for themselves, in the logits' own dtype
         if self.method.printed is not None:
             rows = self._printed(bare)
@@ -250,11 +254,11 @@ class Variant:
             rows = self._rows(bare)
             if isinstance(rows, Target):
                 rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if tokens.weight is None or self._weighs else rows * tokens.weight
+        return rows if tokens.weight is None or self._weighs(tokens) else rows * tokens.weight
 
     def total(self, tokens: Tokens) -> Tensor:
         """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
-        alone = tokens.weight is None or self._weighs
+        alone = tokens.weight is None or self._weighs(tokens)
         if self.method.printed is None and alone and calling.kind(self.method.fn) != "tokens":
             self._check(tokens)
             return self._undone(tokens.upcast()).sum()

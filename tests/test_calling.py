@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,13 +13,13 @@ from written_losses import (
     V,
     by_batch_size,
     by_text,
+    distils,
     first_name,
     label_log_probs_only,
     labels_are_ids,
     rows_by_mask,
     scale_of_swift,
     transposed,
-    twice,
     unknown_names,
     weighted,
 )
@@ -68,16 +67,9 @@ def test_the_layout_taken_is_named():
 
 def test_weights_are_handed_on_and_not_multiplied_twice():
     weight = torch.arange(12, dtype=torch.float64) / 4
-    for loss in (weighted, scale_of_swift):
+    for loss in (weighted, scale_of_swift, ce, rows_by_mask):
         grad = implied(loss, tokens().replace(weight=weight)).grad
         assert_close(grad, weight[:, None] * (tokens().probs - tokens().one_hot))
-
-
-def distils(student_logits, teacher_logits, labels=None, temperature=1.0):
-    if labels is not None:
-        student_logits, teacher_logits = student_logits[labels != -100], teacher_logits[labels != -100]
-    student, teacher = (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).softmax(-1)
-    return F.kl_div(student, teacher, reduction="batchmean")
 
 
 def distils_from_outputs(student_outputs, teacher_outputs, labels):
@@ -96,13 +88,20 @@ def distils_from_a_column(model, inputs, return_outputs=False):
     return distils(model(**inputs).logits[:, :-1][kept], teacher[:, :-1][kept])
 
 
+def distils_from_a_model(model, teacher_model, inputs):
+    labels = inputs.pop("labels")
+    kept = labels[:, 1:] != -100
+    return distils(*(each(**inputs).logits[:, :-1][kept] for each in (model, teacher_model)))
+
+
 def needs_a_temperature(student_logits, teacher_logits, temperature):
     return distils(student_logits, teacher_logits, temperature=temperature) * temperature**2
 
 
 def test_a_teacher_is_known_by_the_names_of_the_field():
     given = tokens()
-    for loss in (distils, distils_from_outputs, distils_from_probs, distils_from_a_column, needs_a_temperature):
+    from_others = (distils_from_outputs, distils_from_probs, distils_from_a_column, distils_from_a_model)
+    for loss in (distils, *from_others, needs_a_temperature):
         assert_close(implied(loss, given).q, given.teacher.softmax(-1), msg=lambda text, loss=loss: f"{loss}: {text}")
     with pytest.raises(qlens.InputError, match="needs a teacher"):
         implied(distils, given.replace(teacher=None))
@@ -151,80 +150,6 @@ def test_how_a_batch_is_divided_is_found():
     found = {by_text: "mean of each text, mean over texts", by_batch_size: "sum of each text, mean over texts"}
     for loss, reduction in found.items():
         assert find_reduction(loss, {}, tokens(), "loss") == reduction
-
-
-# --- what else a loss does
-
-
-class Embedded(nn.Module):
-    def __init__(self, size=V):
-        super().__init__()
-        self.table = nn.Embedding(size, size, dtype=torch.float64)
-
-    def forward(self, input_ids, attention_mask=None):
-        return SimpleNamespace(logits=self.table(input_ids))
-
-
-def notes(loss, given=None):
-    return " ".join(resolve(loss).account(tokens() if given is None else given).notes)
-
-
-def test_another_model_is_noticed_and_sees_no_label():
-    other = Embedded()
-
-    def distils_from_a_closure(model, inputs):
-        labels = inputs.pop("labels")
-        with torch.no_grad():
-            teacher = other(**inputs).logits
-        kept = labels[:, 1:] != -100
-        return distils(model(**inputs).logits[:, :-1][kept], teacher[:, :-1][kept])
-
-    assert "It runs another model (Embedded)" in notes(distils_from_a_closure)
-    given = tokens()
-    changed = given.replace(labels=(given.labels + 1) % V)
-    assert_close(implied(distils_from_a_closure, given).q, implied(distils_from_a_closure, changed).q)
-    with pytest.raises(
-        qlens.InputError, match=r"runs another model \(Embedded\), and is tried with a vocabulary of 24"
-    ):
-        qlens.check(distils_from_a_closure)
-    explained = qlens.explain(distils_from_a_closure, tokens(24))
-    assert explained.nearest[0].spec == "kd" and explained.nearest[0].relation == "identical"
-    other = Embedded(24)
-    assert qlens.check(distils_from_a_closure)["shift"].state == "not applicable"
-
-
-def test_passes_heads_hidden_states_and_further_labels_are_noticed():
-    head = nn.Linear(V, 3, dtype=torch.float64)
-
-    def auxiliary(model, inputs):
-        outputs = model(**inputs, output_hidden_states=True)
-        return outputs.loss + head(outputs.hidden_states[-1]).square().mean()
-
-    def two_ahead(outputs, labels):
-        def term(k):
-            return ce(outputs.logits[:, :-k].flatten(0, 1), labels[:, k:].flatten(), reduction="sum")
-
-        return (term(1) + 0.25 * term(2)) / (labels[:, 1:] != -100).sum()
-
-    assert "It runs the model 2 times" in notes(twice)
-    said = notes(auxiliary)
-    assert "layers of its own (Linear)" in said and "reaches the hidden states past the head" in said
-    said = notes(two_ahead)
-    assert "the one 1 further on (0.25 times as strongly)" in said and "multi-token prediction" in said
-    assert implied(two_ahead).q.isfinite().all()
-
-
-def test_an_input_without_effect_is_named():
-    def drops(logits, labels, sample_weight, advantages):
-        return (ce(logits, labels, reduction="none") * advantages).mean()
-
-    assert notes(drops) == "sample_weight has no effect on its gradient."
-    assert notes(weighted) == ""
-
-
-def test_the_part_that_is_the_loss_is_named():
-    assert "the entry 'total' of what it returns" in notes(lambda logits, labels: {"total": ce(logits, labels)})
-    assert "number 2 of the 2 things" in notes(lambda logits, labels: (logits.argmax(-1), ce(logits, labels)))
 
 
 # --- what cannot be called
@@ -309,11 +234,11 @@ def test_a_printed_loss_may_reduce_itself():
 
 
 def test_no_loss_is_kept_alive():
-    teacher = Embedded()
+    teacher = nn.Embedding(V, V)
 
     def build():
         def loss(logits, labels):
-            return ce(logits, labels) + 0 * teacher.table.weight.sum().detach()
+            return ce(logits, labels) + 0 * teacher.weight.sum().detach()
 
         return loss
 

@@ -1,4 +1,4 @@
-"""Losses that are all SFT, written for every layout, name, mask, return and class of the field; Q is the one-hot label."""
+"""Losses that are all SFT, in the layouts, names, masks, returns and classes of the field; and a distillation."""
 
 import collections
 import dataclasses
@@ -150,6 +150,14 @@ class Unhashable:
 
 
 Named = collections.namedtuple("Named", "loss logits")
+
+
+def distils(student_logits, teacher_logits, labels=None, temperature=1.0):
+    if labels is not None:
+        student_logits, teacher_logits = student_logits[labels != -100], teacher_logits[labels != -100]
+    student, teacher = (student_logits / temperature).log_softmax(-1), (teacher_logits / temperature).softmax(-1)
+    return F.kl_div(student, teacher, reduction="batchmean")
+
 
 SFT = [
     first_name, transposed, shifts_inside_unreduced, label_first, unknown_names, rows_by_mask, batch_by_mask,
