@@ -128,10 +128,13 @@ def check(loss: Variant | str | Callable) -> CheckReport:
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, a callable or a trainer's class (see ``implied_target``).
 
-    Gradients count as the same when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16).
+    Gradients count as the same when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16). A loss
+    that refuses a vocabulary of 24 is shown a wider one; ``report.vocabulary`` says which. What is no fault of the code, but
+    worth knowing, is a remark and leaves the report ``ok``.
 
     Raises:
-        InputError: the loss cannot be called on ordinary input, or has no finite gradient there; the message says why.
+        InputError: the loss cannot be called on ordinary input, has no finite gradient there, or teaches nothing, its gradient
+            being zero up to rounding; the message says why.
 
     Example:
         >>> import torch.nn.functional as F

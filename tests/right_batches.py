@@ -3,8 +3,6 @@
 Each shifts inside, unless it says otherwise. The corpus is RIGHT of `right_losses`, which this module adds to.
 """
 
-from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from right_losses import right
@@ -42,21 +40,6 @@ def pads_the_labels(outputs, labels, num_items_in_batch=None, **kwargs):
     y = F.pad(labels, (0, 1), value=-100)[..., 1:].reshape(-1)
     total = F.cross_entropy(outputs.logits.flatten(0, 1), y, reduction="sum")
     return divided(total, y != -100, num_items_in_batch)
-
-
-@right
-def model_computes_it(model, inputs, return_outputs=False, num_items_in_batch=None):
-    outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
-    return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-
-@right
-def popped_labels(model, inputs, return_outputs=False, num_items_in_batch=None):
-    labels = inputs.pop("labels")
-    outputs = model(**inputs)
-    nll, kept = per_token(outputs.logits, labels)
-    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
-    return (loss, outputs) if return_outputs else loss
 
 
 @right
@@ -98,80 +81,11 @@ def logs_entropy(outputs, labels, num_items_in_batch=None):
     return divided((nll * kept).sum(), kept, num_items_in_batch)
 
 
-class Teacher(nn.Module):
-    """Another model, reached through the closure of a loss: it looks at the input ids alone."""
-
-    def forward(self, input_ids, attention_mask=None, size=24):
-        entry = torch.arange(size, dtype=torch.float64)
-        return SimpleNamespace(logits=2 * torch.cos(input_ids[..., None] * 0.9 + entry * 1.7))
-
-
-teacher = Teacher().eval()
-
-
-@right
-def distills_from_its_closure(model, inputs, return_outputs=False, num_items_in_batch=None, *, temperature=2.0):
-    labels = inputs["labels"]
-    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    with torch.no_grad():
-        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
-    s, y = shifted(outputs.logits / temperature, labels)
-    t, kept = there[:, :-1] / temperature, y != -100
-    kl = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1)
-    loss = temperature**2 * divided((kl * kept).sum(), kept, num_items_in_batch)
-    return (loss, outputs) if return_outputs else loss
-
-
-@right
-def distills_and_learns(model, inputs, return_outputs=False, num_items_in_batch=None):
-    outputs = model(input_ids=inputs["input_ids"])
-    with torch.no_grad():
-        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
-    nll, kept = per_token(outputs.logits, inputs["labels"])
-    s, t = outputs.logits[:, :-1].log_softmax(-1), there[:, :-1].log_softmax(-1)
-    kl = (t.exp() * (t - s)).sum(-1)
-    return divided(((0.5 * nll + 0.5 * kl) * kept).sum(), kept, num_items_in_batch)
-
-
-@right
-def masked_by_attention(model, inputs, return_outputs=False, num_items_in_batch=None):
-    """Language modelling of whole texts: labels are the input ids, padding is told by the attention mask."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 0] = -100
-    outputs = model(input_ids=ids, attention_mask=mask)
-    nll, kept = per_token(outputs.logits, labels)
-    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
-    return (loss, outputs) if return_outputs else loss
-
-
-@right(accumulation="2x4 gives 2 and 8x1 8 times")
-def means_over_attention(model, inputs, num_items_in_batch=None):
-    """As it is written most often: labels are the input ids, and the mean is over what is attended."""
-    mask = inputs["attention_mask"][:, 1:]
-    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    nll, _ = per_token(outputs.logits, inputs["input_ids"])
-    return (nll * mask).sum() / mask.sum()
-
-
 @right(accumulation=UNTOLD)
 def takes_an_attention_mask(logits, labels, attention_mask):
     nll, _ = per_token(logits, labels)
     mask = attention_mask[:, 1:].to(nll.dtype)
     return (nll * mask).sum() / mask.sum()
-
-
-@right
-def two_passes(model, inputs, num_items_in_batch=None):
-    """R-Drop: two passes with dropout, drawn together; a model without dropout gives the same twice."""
-    first, second = (model(input_ids=inputs["input_ids"]).logits for _ in range(2))
-    nll, kept = per_token(first, inputs["labels"])
-    again, _ = per_token(second, inputs["labels"])
-    a, b = first[:, :-1].log_softmax(-1), second[:, :-1].log_softmax(-1)
-    apart = (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(
-        -1
-    )
-    return divided(((0.5 * (nll + again) + 0.5 * apart) * kept).sum(), kept, num_items_in_batch)
 
 
 @right

@@ -1,7 +1,11 @@
 """`check` on two corpora: right losses as people write them, of which it fails none, and mistakes, of which it misses none."""
 
+import logging
+
 import pytest
-import right_batches  # noqa: F401  it adds to RIGHT
+import right_models  # noqa: F401  it adds to RIGHT, as does right_batches
+import torch
+import torch.nn.functional as F
 from right_losses import FINDINGS, RIGHT
 from wrong_losses import UNSEEN, WRONG
 
@@ -62,3 +66,39 @@ def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(facto
             qlens.check(loss)
     assert qlens.check(lambda logits, labels: 1e-9 * factor * RIGHT["gathered"](logits, labels)).ok
     assert qlens.check(lambda logits, labels: factor * RIGHT["upcast"](logits, labels)).ok
+
+
+def test_batches_masked_by_attention_are_told_from_ones_that_learn_padding():
+    """What a mean over attended positions divides by is a remark; padding that is learned is a failure."""
+    report = qlens.check(RIGHT["takes_an_attention_mask"])
+    assert {item.id for item in report.remarks} == {"evaluation", "padding_side", "padding_amount", "packing"}
+    assert "where nothing is a prompt" in report["evaluation"].evidence + report["padding_side"].evidence
+    assert "takes its labels from input_ids" in qlens.check(RIGHT["masked_by_attention"])["prompt"].evidence
+    assert not qlens.check(WRONG["learns_padding"][0]).ok
+
+
+def test_what_a_loss_raises_is_its_own_sentence_without_a_consequence_of_another_fault():
+    def only_doubles(logits, labels):
+        if logits.dtype != torch.float64:
+            raise ValueError("give doubles")
+        return F.cross_entropy(logits, labels)
+
+    report = qlens.check(only_doubles)
+    assert {item.id for item in report.failures} == {"float32", "bfloat16", "impossible", "extremes"}
+    assert all("only_doubles raises ValueError: give doubles" in item.evidence for item in report.failures)
+    assert not any(item.consequence for item in report.failures) and "so:" not in str(report)
+
+
+def test_a_weight_per_token_of_a_real_vocabulary_is_checked_at_that_vocabulary(capsys):
+    weight = torch.ones(49_152)
+    weight[2] = 3.0
+
+    def weighted(logits, labels):
+        logging.getLogger("loss").warning("called")
+        return F.cross_entropy(logits, labels, weight=weight.to(logits), reduction="none").mean()
+
+    report = qlens.check(weighted)
+    assert report.ok and report.vocabulary == 49_152 and report.to_dict()["vocabulary"] == 49_152
+    assert report["label_ids"].evidence.endswith("by a weight (others 1): 2: 3")
+    assert "a vocabulary of 49152: with 24 columns weighted raises RuntimeError: weight tensor" in str(report)
+    assert capsys.readouterr() == ("", "")

@@ -4,7 +4,8 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from right_batches import divided, per_token, shifted, teacher
+from right_batches import divided, per_token, shifted
+from right_models import teacher
 
 WRONG = {}
 
@@ -77,7 +78,6 @@ def smooths_ignored_tokens(outputs, labels, num_items_in_batch=None):
     evaluation="no mean over predicted tokens",
     accumulation="by no factor per text",
     packing="by no common factor",
-    row_count="neither a sum nor a mean",
 )
 def distills_prompts_too(model, inputs, return_outputs=False, num_items_in_batch=None):
     outputs = model(input_ids=inputs["input_ids"])

@@ -6,12 +6,14 @@ from torch import Tensor
 from qlens.conformance.rules import Failed, NotApplicable, Remark, relative, rule, to
 from qlens.conformance.specimen import ROWS, Specimen
 from qlens.conformance.texts import WIDE, count
+from qlens.errors import InputError
 from qlens.tokens import Tokens, spread
 
 SHOWN = 8  # rows that are shown over and over
 COPIES = (2, 5, 17, 65, 257)
 ENTRIES = 2**22  # logits in one call
 NEAR = 1e-3  # of a factor
+SLIGHT = 0.15  # of a factor: less than any chunk that is divided on its own makes
 TURNS = 0.1  # of the largest gradient: no common factor
 
 
@@ -28,6 +30,7 @@ def row_count(loss: Specimen) -> str:
         off > TURNS and loss.laid_out and not alone
     ):  # rows next to each other may be read together: then every copy is a text
         factors, off = _factors(loss, copies, one_text=False)
+    copies = copies[: len(factors)]
     sizes = [SHOWN * m for m in copies]
     if all(abs(times - 1) <= NEAR + loss.tolerance for times in factors):
         found = "a mean, whatever the number of rows"
@@ -37,6 +40,10 @@ def row_count(loss: Specimen) -> str:
         abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
     ):  # a text has one position more than it has predicted labels
         found = "a mean over positions, whatever the number of rows"
+    elif max(abs(times - 1) for times in factors) <= SLIGHT:
+        raise Remark(
+            f"a mean but for {max(abs(times - 1) for times in factors):.1%}, as where weights are normalised over the batch"
+        )
     elif off > TURNS:
         raise NotApplicable("a row's gradient depends on the other rows: with more of them it turns")
     else:
@@ -157,7 +164,13 @@ def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[fl
         return made.grad.view(times, SHOWN, -1).sum(0)
 
     base, factors, off = read(1), [], 0.0
-    for made in map(read, copies):
+    for times in copies:
+        try:
+            made = read(times)
+        except InputError as error:  # a loss may be made for shorter batches, and says so
+            if factors:
+                break
+            raise NotApplicable(f"with {times * SHOWN} rows {error}") from error
         factors.append(float((made * base).sum() / base.square().sum()))
         off = max(off, relative(made, factors[-1] * base))
     return factors, off

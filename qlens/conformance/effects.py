@@ -56,7 +56,11 @@ def _of_arguments(loss: Specimen) -> dict[str, str]:
         texts = loss.unequal()
         return loss.read_batch(texts, count(texts), around=around)
 
-    base = read(altering(given.update))
+    def note(arguments: dict[str, Any]) -> None:
+        batch = {name: dict(value) for name, value in arguments.items() if loss.roles.get(name) == "batch"}
+        given.update(arguments | batch)  # a loss may take entries out of its batch
+
+    base = read(altering(note))
     batch = next((name for name in given if loss.roles.get(name) == "batch"), "")
     names = {name: None for name in given if name in loss.roles and loss.roles[name] not in LEFT}
     names |= {name: batch for name in loss.style.columns if batch}
