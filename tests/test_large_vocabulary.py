@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from real import smollm2
 from tiny import llama, rows, steps_of, trainer_in
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlens
+from qlens.analysis.readings import along
 from qlens.batching import IGNORE
 from qlens.comparables import Tally
 from qlens.target import Target
@@ -238,3 +241,26 @@ def test_means_over_distributions_say_how_many_tokens_are_left_out(tmp_path):
     assert metrics["eval_signed_share"] == pytest.approx(float((labels % 2 == 0).double().mean()))
     assert 0 < metrics["eval_signed_share"] < 1
     assert metrics["eval_target_entropy"] == pytest.approx(0, abs=1e-5) and metrics["eval_kl_target"] > 0
+
+
+@pytest.mark.real
+def test_targets_on_a_chat_model_are_drawn_without_false_signs():
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    row = (
+        "How many clips are 48 and half of 48?",
+        "Half of 48 is <<48/2=24>>24, so there are <<48+24=72>>72 clips.\n#### 72",
+    )
+    tokens = Tokens.from_text(model, tokenizer, [row])
+    tokens = tokens.replace(teacher=tokens.logits.roll(1, 0))
+    for given in (tokens, tokens.replace(logits=tokens.logits.bfloat16(), teacher=tokens.teacher.bfloat16())):
+        frame = along(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], given)
+        proper = frame[frame["method"] != "gem"]
+        assert proper.notna().all().all() and (proper["negative_mass"] == 0).all()
+        assert (frame[frame["method"] == "sft"]["entropy"] == 0).all()
+        assert (frame[frame["method"] == "gem"]["negative_mass"] > 0).any()
+        exact = along(["dft", "target_sft", "gem"], double(given))
+        for name in ("entropy", "kl", "negative_mass", "trust", "reshape"):
+            found = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
+            assert found.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name
