@@ -111,7 +111,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
                     "q_y": _array(tokens.gather(target.q)),
                     "trust": _array(target.effective_trust),
                     "pull": _array(target.pull),
-                    "ignored": _array(tokens.rest_log_probs.detach().exp() - target.pull),
+                    "ignored": _array(target.room - target.pull),
                     "reshape": _array(target.reshape),
                     "kl": _array(target.kl),
                     "entropy": _array(target.entropy),

@@ -83,7 +83,7 @@
     const values = of(shown.metric, method), first = Number(spans[0].dataset.n), { high } = shown.metric;
     const masses = [method, ...(shown.metric.method || shown.right < 0 ? [] : [shown.right])].map((side) => numbers[`negative_mass ${side}`]);
     spans.forEach((span, at) => {
-      const x = values[first + at], none = Number.isNaN(x), off = masses.some((mass) => mass[first + at] > 1e-6);
+      const x = values[first + at], none = Number.isNaN(x), off = masses.some((mass) => mass[first + at] > 0);
       const size = none ? 0 : Math.round(1000 * Math.min(1, Math.abs(x) / high)) / 1000, marks = (x < 0) + 2 * none + 4 * off;
       const [oldSize, oldMarks] = seen[at] ?? [0, 0];
       if (size !== oldSize) span.style.setProperty("--v", size);
@@ -207,7 +207,7 @@
       const first = cell(metric.name);
       first.title = metric.says;
       const values = metric.method ? sides.map((side) => of(metric, side)[n]) : [of(metric, 0)[n]];
-      const cells = values.map((x) => cell(number(x), metric.key === "negative_mass" && x > 1e-6 ? "minus" : ""));
+      const cells = values.map((x) => cell(number(x), metric.key === "negative_mass" && x > 0 ? "minus" : ""));
       if (!metric.method) cells[0].colSpan = sides.length;
       body.append(el("tr", "", "", first, ...cells));
     }

@@ -3,9 +3,9 @@
 What the construction of a target says is not measured on its V entries: see ``Target.label_only`` and ``Target.named``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -31,23 +31,6 @@ class Diagnostics:
     sums over the other entries. A mixture with another residual is a distribution where its coefficients and the residual are.
     Any other is measured entry by entry.
     """
-
-    if TYPE_CHECKING:
-        logits: Float[Tensor, "N V"]
-        labels: Int[Tensor, " N"]
-        scale: Float[Tensor, " N"]
-        constructed: Float[Tensor, " N"] | None
-        pushed: Float[Tensor, " N"] | None
-        named: str | Float[Tensor, "N V"] | None
-        proper: Bool[Tensor, " N"] | None
-        rounding: torch.dtype | None
-        label_only: bool
-        log_probs: Float[Tensor, "N V"]
-        q: Float[Tensor, "N V"]
-        grad: Float[Tensor, "N V"]
-        trust: Float[Tensor, " N"]
-
-        q_rows: Callable[[slice], Float[Tensor, "n V"]]
 
     @cached_property
     def total(self) -> Float[Tensor, " N"]:

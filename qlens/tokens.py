@@ -240,9 +240,9 @@ class _LogSoftmax(torch.autograd.Function):
         return log_p
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
+    def backward(ctx: Any, *grads: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
         (log_p,) = ctx.saved_tensors
-        return torch.ops.aten._log_softmax_backward_data(grad, log_p, -1, log_p.dtype)
+        return torch.ops.aten._log_softmax_backward_data(grads[0], log_p, -1, log_p.dtype)
 
 
 def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:

@@ -3,9 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from real import smollm2
+from tiny import llama, rows, steps_of, trainer_in
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlens
+from qlens.analysis.readings import along
+from qlens.batching import IGNORE
 from qlens.comparables import Tally
 from qlens.target import Target
 from qlens.tokens import MODELS, Tokens, log_softmax
@@ -193,8 +198,8 @@ def test_logged_means_are_those_of_float64_over_batches_of_any_size():
         given = Tokens(**{field: value for field, value in tokens.fields().items() if field in kept})
         for each, parts in ((given, (slice(0, 3), slice(3, 8))), (double(given), (slice(0, 8),))):
             tally = Tally()
-            for rows in parts:
-                tally.look(variant, each[rows], variant.loss(each[rows]))
+            for part in parts:
+                tally.look(variant, each[part], variant.loss(each[part]))
             means.append(tally.means(Alone()))
         found, exact = means
         assert found["signed_share"] == exact["signed_share"], name
@@ -202,3 +207,60 @@ def test_logged_means_are_those_of_float64_over_batches_of_any_size():
         assert {key: found[key] for key in known} == pytest.approx(known, rel=2e-5, abs=2e-5), name
         if name in ("sft", "psft"):
             assert (found["trust"], found["target_entropy"], found["ess"]) == (1, 0, 1) if name == "sft" else True
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_training_and_watching_at_this_size_log_exact_values(dtype, tmp_path):
+    model, teacher = (llama(seed, vocab=V).to(dtype) for seed in (0, 1))
+    watch = qlens.Watch(["sft", "dft", "target_sft", "kd"], rows(4), teacher=teacher, every=1, tokens=6)
+    trainer = trainer_in(tmp_path, "sft", model=model, steps=1, eval_dataset=rows(4))
+    trainer.add_callback(watch)
+    trainer.train()
+    log, metrics = steps_of(trainer)[0], trainer.evaluate()
+    for trust, entropy, ess, signed in (
+        (log["trust"], log["target_entropy"], log["ess"], log["signed_share"]),
+        (metrics["eval_trust"], metrics["eval_target_entropy"], metrics["eval_ess"], metrics["eval_signed_share"]),
+    ):
+        assert (trust, entropy, ess, signed) == (1, 0, 1, 0)
+    assert log["kl_target"] == pytest.approx(log["nll"], rel=1e-6)
+    frame = watch.frame
+    assert frame.notna().all().all() and (frame["negative_mass"] == 0).all()
+    sft = frame[frame["variant"] == "sft"]
+    assert (sft["entropy"] == 0).all() and (sft["trust"] == 1).all() and (sft["drift_kl"] == 0).all()
+    assert (frame[frame["step"] == 0]["drift_kl"] == 0).all()
+
+
+def test_means_over_distributions_say_how_many_tokens_are_left_out(tmp_path):
+    def doubled(logits, labels):
+        """Twice the loss on even labels, whose targets are signed."""
+        return (1 + (labels % 2 == 0).to(logits)) * F.cross_entropy(logits, labels, reduction="none")
+
+    examples = rows(4)
+    metrics = trainer_in(tmp_path, doubled, steps=1, eval_dataset=examples).evaluate()
+    labels = torch.tensor([label for row in examples for label in row["labels"][1:] if label != IGNORE])
+    assert metrics["eval_signed_share"] == pytest.approx(float((labels % 2 == 0).double().mean()))
+    assert 0 < metrics["eval_signed_share"] < 1
+    assert metrics["eval_target_entropy"] == pytest.approx(0, abs=1e-5) and metrics["eval_kl_target"] > 0
+
+
+@pytest.mark.real
+def test_targets_on_a_chat_model_are_drawn_without_false_signs():
+    folder = smollm2()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    row = (
+        "How many clips are 48 and half of 48?",
+        "Half of 48 is <<48/2=24>>24, so there are <<48+24=72>>72 clips.\n#### 72",
+    )
+    tokens = Tokens.from_text(model, tokenizer, [row])
+    tokens = tokens.replace(teacher=tokens.logits.roll(1, 0))
+    for given in (tokens, tokens.replace(logits=tokens.logits.bfloat16(), teacher=tokens.teacher.bfloat16())):
+        frame = along(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], given)
+        proper = frame[frame["method"] != "gem"]
+        assert proper.notna().all().all() and (proper["negative_mass"] == 0).all()
+        assert (frame[frame["method"] == "sft"]["entropy"] == 0).all()
+        assert (frame[frame["method"] == "gem"]["negative_mass"] > 0).any()
+        exact = along(["dft", "target_sft", "gem"], double(given))
+        for name in ("entropy", "kl", "negative_mass", "trust", "reshape"):
+            found = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
+            assert found.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name

@@ -143,3 +143,26 @@ def test_losses_of_half_precision_logits_are_float32_losses_of_them():
         loss = qlens.get(name).loss(half)
         assert loss.dtype == torch.float32, name
         assert_close(loss, qlens.get(name).loss(full), rtol=0, atol=0)
+
+
+def test_rows_of_a_target_are_the_target_of_the_rows():
+    tokens = random_tokens(6, 9)
+    for name in ("dft", "focal", "label_smoothing", "kd", "gem", "sft_kl"):
+        whole = qlens.get(name).target(tokens)
+        joined = qlens.Target.join([whole[:2], whole[2:].cpu()])
+        for target in (joined, joined.at("unit")):
+            wanted = whole if target is joined else whole.at("unit")
+            for figure in ("q", "grad", "scale", "trust", "effective_trust", "negative_mass", "in_simplex", "reshape"):
+                assert_close(getattr(target, figure), getattr(wanted, figure), msg=f"{name}: {figure}")
+        assert_close(whole[torch.tensor([4, 1])].q, whole.q[[4, 1]])
+
+
+def test_a_weight_multiplies_the_gradient_and_leaves_the_target():
+    tokens = random_tokens(6, 9)
+    weight = torch.linspace(0.5, 2, 6, dtype=torch.float64)
+    for name in ("dft", "focal", "label_smoothing", "kd", "gem"):
+        plain = qlens.get(name).target(tokens)
+        weighted = qlens.get(name).target(tokens.replace(weight=weight))
+        assert_close(weighted.q, plain.q, msg=name)
+        assert_close(weighted.grad, weight[:, None] * plain.grad, msg=name)
+        assert_close(weighted.at("unit").effective_trust, weight * plain.effective_trust, msg=name)
