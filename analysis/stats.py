@@ -17,9 +17,8 @@ class Interval:
 
     Args:
         mean, low, high: over all seeds and items, and the ends, which are NaN for a single score.
-        p: of the two-sided t test that the mean is zero, which is below 1 - level where the interval leaves out zero. NaN
-            for a single score, and of a ``paired_difference`` on a single item, which says nothing of others; where all
-            scores are the same the interval is a point, and p is 1 at zero and 0 elsewhere.
+        p: of the two-sided t test that the mean is zero, below 1 - level where the interval leaves out zero; NaN for a single
+            score and for the ``paired_difference`` on one item; where nothing varies, 1 at zero and 0 elsewhere.
         df: degrees of freedom of t; NaN where nothing varies.
         seeds, items: how many of each.
         note: in words, which variation could not be seen.
@@ -113,7 +112,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     a, b = _table(a, "a"), _table(b, "b")
     _same_shape({"a": a, "b": b})
     found = crossed_interval(a - b, level)
-    return found if found.items > 1 else replace(found, p=float("nan"))
+    return found if found.items > 1 else replace(found, p=np.nan)  # one item says nothing of others
 
 
 def holm(p: ArrayLike) -> np.ndarray:

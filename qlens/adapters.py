@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.calling import Layout, call, inputs, kind, name_of, written
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
@@ -52,7 +53,9 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
         if not safe:
-            safe.append(_leaves_alone(fn, params, tokens))
+            with Replay(tokens.logits.device).again():  # what is tried first must not change what a loss draws
+                safe.append(_leaves_alone(fn, params, tokens))
+                style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
         if kind(fn) == "tokens" and not isinstance(made, Tensor | dict | tuple):
@@ -67,7 +70,8 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
         if not reduction:
-            reduction.append(find_reduction(fn, params, tokens, name))
+            with Replay(tokens.logits.device).again():
+                reduction.append(find_reduction(fn, params, tokens, name))
         divisor = REDUCTIONS[reduction[0]](counts(tokens, Layout(), style, pairwise(fn)))
         return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
 

@@ -88,7 +88,7 @@ class Body:
     def _passing(self):
         """The head lets one entry through, and its input is kept: everything else of the model runs as it always does."""
         caught: list[Tensor] = []
-        thread, plain = threading.get_ident(), self.head.forward
+        thread = threading.get_ident()
 
         def forward(hidden: Tensor) -> Tensor:
             if threading.get_ident() != thread:  # another thread runs the same model as it is
@@ -97,7 +97,7 @@ class Body:
             return hidden[..., :1]
 
         with _lock_of(self.head):
-            before = self.head.__dict__.get("forward")
+            plain, before = self.head.forward, self.head.__dict__.get("forward")
             self.head.forward = forward
             try:
                 yield caught

@@ -3,7 +3,7 @@
 What the construction of a target says is not measured on its V entries: see ``Target.label_only`` and ``Target.named``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,15 +13,6 @@ from torch import Tensor
 
 from qlens.scales import balanced, coefficient_tolerance, label_pull, tolerance
 from qlens.tokens import BLOCK_ENTRIES, expectation
-
-
-class Measures(NamedTuple):
-    """Figures of Q measured on all entries, (N,) each: sum(Q), negative mass, H(Q) and KL(Q || p) in nats."""
-
-    total: Float[Tensor, " N"]
-    negative: Float[Tensor, " N"]
-    entropy: Float[Tensor, " N"]
-    kl: Float[Tensor, " N"]
 
 
 class Residual(NamedTuple):
@@ -56,7 +47,7 @@ class Diagnostics:
         grad: Float[Tensor, "N V"]
         trust: Float[Tensor, " N"]
 
-        def q_rows(self, rows: slice) -> Float[Tensor, "n V"]: ...
+        q_rows: Callable[[slice], Float[Tensor, "n V"]]
 
     @cached_property
     def total(self) -> Float[Tensor, " N"]:
@@ -66,7 +57,7 @@ class Diagnostics:
         if self.named is not None:
             t, r = self.trust, self._of_residual
             return torch.where(r.fits, 1.0, t + (1 - t) * (r.at_label + r.others))
-        total = self._measured.total
+        total = self._signs[0]
         return total if self.proper is None else torch.where(self.proper, 1.0, total)
 
     @cached_property
@@ -90,7 +81,7 @@ class Diagnostics:
         if self.named is not None and bool(self._of_residual.positive.all()):
             t, r = self.trust, self._of_residual
             return self._excess(t, r.others) + _below(t, (1 - t) * r.at_label)
-        negative = self._measured.negative
+        negative = self._signs[1]
         return negative if self.proper is None else torch.where(self.proper, 0.0, negative)
 
     @cached_property
@@ -143,7 +134,7 @@ class Diagnostics:
     def entropy(self) -> Float[Tensor, " N"]:
         """H(Q) in nats; NaN where Q is signed."""
         if not self.label_only:
-            return torch.where(self.in_simplex, self._measured.entropy, torch.nan)
+            return torch.where(self.in_simplex, self._divergences[0], torch.nan)
         others = (1 - self.trust).clamp(min=0)
         made = others * self._beside[1] - self.rest * _xlogx(others) - _xlogx(self._label_mass.clamp(0, 1))
         return torch.where(self.in_simplex, made.clamp(min=0), torch.nan)
@@ -152,7 +143,7 @@ class Diagnostics:
     def kl(self) -> Float[Tensor, " N"]:
         """KL(Q || p) in nats; NaN where Q is signed."""
         if not self.label_only:
-            return torch.where(self.in_simplex, self._measured.kl, torch.nan)
+            return torch.where(self.in_simplex, self._divergences[1], torch.nan)
         t, q_y, p_y = self.trust, self._label_mass.clamp(0, 1), self.label_probs
         gain = t * self.rest
         ratio = torch.where(gain.abs() < p_y, (gain / p_y).log1p(), q_y.log() - self.label_log_probs)
@@ -206,20 +197,26 @@ class Diagnostics:
         return Residual(at_label, others, positive, fits)
 
     @cached_property
-    def _measured(self) -> Measures:
-        """The figures of any Q, from all its entries, some rows at a time."""
-        slack, found = tolerance(self._carried), []
+    def _signs(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """sum(Q) and the mass below zero of any Q, from all its entries."""
+        total, negative = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         for rows in self._blocks():
-            log_p, q = self.log_probs[rows], self.q_rows(rows)
-            rounding = log_p.exp().sub_(q).abs_().add_(log_p.exp()).mul_(slack)  # of p_k - g_k / s
-            negative = torch.where(q < -rounding, -q, 0.0).sum(-1)
-            inside = q.clamp(min=0)
-            log_q = inside.log()
-            kl = torch.where(inside > 0, inside * (log_q - log_p), 0.0).sum(-1)
-            found.append((q.sum(-1), negative, -torch.where(inside > 0, inside * log_q, 0.0).sum(-1), kl.clamp(min=0)))
-        if not found:
-            return Measures(*(self.scale.new_zeros(0) for _ in Measures._fields))
-        return Measures(*(torch.cat(values) for values in zip(*found, strict=True)))
+            p, q = self.log_probs[rows].exp(), self.q_rows(rows)
+            total[rows] = q.sum(-1)
+            rounding = (p - q).abs_().add_(p).mul_(tolerance(self._carried))  # of p_k - g_k / s
+            negative[rows] = torch.where(q < rounding.neg_(), q, 0.0).sum(-1).abs()
+        return total, negative
+
+    @cached_property
+    def _divergences(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+        """H(Q) and KL(Q || p) of any Q, from its positive entries."""
+        entropy, kl = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
+        for rows in self._blocks():
+            q = self.q_rows(rows).clamp(min=0)
+            log_q = q.log()
+            entropy[rows] = -expectation(q, log_q)
+            kl[rows] = expectation(q, log_q.sub_(self.log_probs[rows])).clamp(min=0)
+        return entropy, kl
 
     def _excess(self, t: Float[Tensor, " N"], others: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
         """What (1 - t) times the residual's other entries has below zero."""

@@ -32,7 +32,7 @@ def fit(
     """Train a model in place, on its own device, with QTrainer: AdamW, 5 % warm-up, linear decay.
 
     At one seed every method sees the same batches in the same order; ``tick`` is called after every step, and
-    ``callbacks`` are the Trainer's.
+    ``callbacks`` are the Trainer's. One fit at a time in a process: seed, threads and garbage collection are the process's.
 
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
@@ -52,8 +52,9 @@ def fit(
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = None
-        gc.freeze()  # a Trainer ends by collecting garbage: that of this run, not in all that was ever imported
+        trainer, frozen = None, gc.get_freeze_count() == 0
+        if frozen:  # unless somebody else has, whose objects unfreezing would take in
+            gc.freeze()  # a Trainer ends by collecting garbage: that of this run, not in all that was ever imported
         try:
             trainer = QTrainer(
                 model=model,
@@ -69,7 +70,8 @@ def fit(
         finally:
             del trainer  # a cycle that holds model and optimizer
             gc.collect()
-            gc.unfreeze()
+            if frozen:
+                gc.unfreeze()
     return model.eval()
 
 
@@ -87,6 +89,8 @@ class Ticker(TrainerCallback):
 @contextmanager
 def isolated(seed: int, threads: int | None = 1) -> Iterator[None]:
     """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed.
+
+    Random states and the number of torch's threads are those of the whole process: other threads of it see them changed.
 
     Args:
         seed: of torch, on every device in use.

@@ -221,14 +221,15 @@ def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
 
 
 class _LogSoftmax(torch.autograd.Function):
-    """torch.log_softmax with the rest of the normalisation, log sum(p), taken off, some rows at a time."""
+    """z - max(z) - log sum exp(z - max(z)), some rows at a time, with sums that torch adds up pairwise."""
 
     @staticmethod
     def forward(ctx: Any, z: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
-        log_p = torch.log_softmax(z, -1)
-        rows = log_p.view(-1, log_p.shape[-1])
-        for few in rows.split(max(1, BLOCK_ENTRIES // rows.shape[-1])):
-            few.sub_(few.exp().sum(-1, keepdim=True).log_()).clamp_(max=0)
+        log_p, size = torch.empty_like(z, memory_format=torch.contiguous_format), z.shape[-1]
+        step = max(1, BLOCK_ENTRIES // size)
+        for few, made in zip(z.reshape(-1, size).split(step), log_p.view(-1, size).split(step), strict=True):
+            torch.sub(few, few.amax(-1, keepdim=True), out=made)
+            made.sub_(made.exp().sum(-1, keepdim=True).log_())
         ctx.save_for_backward(log_p)
         return log_p
 

@@ -1,53 +1,54 @@
 """Training with any variant: QLossMixin puts a qlens loss into a transformers Trainer, QTrainer is the plain one."""
 
 import functools
-import logging
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import has_length
 
 from qlens.batching import COLUMNS, Supervised, collate, packed, positions
 from qlens.bodies import Bodies, Body
 from qlens.checkpoints import RunState
-from qlens.comparables import Tally
 from qlens.draws import Replay, draws_of
 from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
+from qlens.measurements import SHARDED, Measurements
 from qlens.packing import Separation, inputs_of, uncached
 from qlens.registry import Variant, resolve
 from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
-from qlens.updates import UpdateNorm
 
-logger = logging.getLogger(__name__)
 LAYOUT = ("labels", "attention_mask", "position_ids")
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
-EVALUATION = -1  # instead of a step: every evaluation of a set draws the same
 
 
-class QLossMixin(Trainer):
+class QLossMixin(Measurements):
     """A qlens loss for any transformers Trainer: ``class MyTrainer(QLossMixin, Trainer)``.
 
     The loss of an optimizer step is the sum of the variant's per-token losses over all its supervised tokens, divided
-    by their number, plus the variant's penalty once: the same however the step is cut into micro-batches, padded or
-    packed, and on however many devices (methods of scope "batch" or "pair" excepted, which see one micro-batch at a
-    time). The number is that of all supervised tokens; for a method with ``denominator`` "selected" the sum of every
-    micro-batch is first raised by its supervised over its selected tokens, those with a trust other than 0.
+    by their number (by the number of pairs, for a loss of pairs), plus the variant's penalty once: the same however the
+    step is cut into micro-batches, padded or packed, and on however many devices (methods of scope "batch" excepted, which
+    see one micro-batch at a time; both texts of a pair must be in one micro-batch, and half a pair is refused). For a
+    method with ``denominator`` "selected" the sum of every micro-batch is first raised by its supervised over its selected
+    tokens, those with a trust other than 0. A mixture-of-experts model's router loss is added in training, weighted as its
+    configuration says, where ``config.output_router_logits`` is set: the mean over the micro-batches of a step (transformers
+    adds it once for every micro-batch, so that it grows with their number).
+
+    Packed rows (``position_ids`` start again) are trained as rows of their own; a model that does not keep their texts apart
+    is refused, as found on a few tokens.
 
     Beside ``loss``, every log holds the comparables of ``Tally.means`` over all supervised tokens of the logged step,
-    and ``update_norm``, the norm of that step's change of the parameters; they are computed for logged steps only.
-    Evaluation returns ``eval_loss``, the mean over all supervised tokens of the set whatever the batch size (no
-    penalty), and the same comparables as ``eval_*``.
+    ``update_norm``, the norm of that step's change of the parameters (estimated from 4 million of them where more are
+    trained, see ``qlens.updates.UpdateNorm``), and ``aux_loss``, the router loss without its weight; they are computed for
+    logged steps only. Evaluation returns ``eval_loss``, the mean over all supervised tokens (pairs) of the set whatever the
+    batch size (no penalty, no router loss), and the same comparables as ``eval_*``.
+
+    Checkpoints hold the old policy and what a penalty is measured from, so that a resumed run is the uninterrupted one.
 
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
@@ -88,7 +89,7 @@ class QLossMixin(Trainer):
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
         if log_every < 0:
             raise InputError(f"log_every must be 0 (never) or more, got {log_every}")
-        self.log_every, self._bodies, self._loss_only = log_every, Bodies(fused), False
+        self._bodies, self._loss_only = Bodies(fused), False
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
@@ -96,14 +97,8 @@ class QLossMixin(Trainer):
         self._feed.settle(self.model, self.args.device)
         self._run = RunState(self.variant, self._feed, old_every)
         self.add_callback(self._run)
-        self._tally, self._evaluating, self._items = Tally(), False, (0, 0)
-        self._router: list[Tensor] = []
-        self._separation, self._place = Separation(), (-1, 0)
-        self._update = UpdateNorm(lambda: self.model, self._is_told)
-        if self.accelerator.distributed_type in SHARDED:
-            logger.warning("qlens logs no update_norm where parameters are sharded over processes")
-        else:
-            self.add_callback(self._update)
+        self._separation = Separation()
+        self._measure(log_every)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's training; see QLossMixin for what a resumed run restores."""
@@ -139,7 +134,7 @@ class QLossMixin(Trainer):
         rows, own_items = where.take(values), self._count(where, inputs)
         items = self._denominator(num_items_in_batch, own_items)
         if self._evaluating:
-            self._items = (self._items[0] + len(where), self._items[1] + own_items)
+            self._count_evaluated(len(where), own_items)
         with draws_of(*self._next_place()):
             if body is None:
                 loss = self._plain(rows, where, features, inputs, items)
@@ -168,7 +163,7 @@ class QLossMixin(Trainer):
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
         shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
-        observe = self._tally.add if self._is_told() else None
+        observe = self._tally.add if self._is_measured() else None
         loss, made = fused_pass(
             self.variant,
             hidden,
@@ -196,7 +191,7 @@ class QLossMixin(Trainer):
         replay = Replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
-        told, some = self._is_told(), self.variant.denominator == "selected"
+        told, some = self._is_measured(), self.variant.denominator == "selected"
         share = 1.0
         if told or some:
             with replay.again():  # a loss that draws numbers has drawn these, and a logged step draws no others
@@ -210,7 +205,7 @@ class QLossMixin(Trainer):
         if (found := router_loss(self.model, outputs)) is None:
             return loss
         value, weight = found
-        if self._evaluating or self._is_told():
+        if self._is_measured():
             self._router.append(value.detach())
         return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
 
@@ -218,14 +213,6 @@ class QLossMixin(Trainer):
     def _micro_batches(self) -> int:
         """Of the optimizer step under way."""
         return getattr(self, "current_gradient_accumulation_steps", 1)
-
-    def _next_place(self) -> tuple[int, ...]:
-        """Where in the run the next micro-batch is: none outside of training and evaluation."""
-        if not (self.is_in_train or self._evaluating):
-            return ()
-        step = EVALUATION if self._evaluating else self.state.global_step
-        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
-        return (self.args.seed, *self._place, self.accelerator.process_index)
 
     def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
         """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
@@ -257,14 +244,6 @@ class QLossMixin(Trainer):
         if self.accelerator.num_processes > 1 or self.args.n_gpu > 1 or self.args.torch_compile:
             return self._bodies.refuse("where models are compiled, or on several devices")
         return self._bodies.of(self.model, features)
-
-    def _is_told(self) -> bool:
-        """Whether the comparables of this batch are wanted."""
-        if self._evaluating:
-            return True
-        if not (self.is_in_train and self.log_every and self.logs_this_step()):
-            return False
-        return sum("loss" in entry for entry in self.state.log_history) % self.log_every == 0
 
     def _selected(self, tokens: Tokens) -> float:
         """What raises a sum over all supervised tokens to one that counts the selected only."""
@@ -316,51 +295,6 @@ class QLossMixin(Trainer):
         counts = [self._count(Supervised.of(batch), batch) for batch in batch_samples if "labels" in batch]
         items = [torch.zeros(count, dtype=torch.long) for count in counts]
         return super()._get_num_items_in_batch([{"labels": each, "shift_labels": each} for each in items], device)
-
-    def logs_this_step(self) -> bool:
-        """Whether the optimizer step under way will be logged."""
-        step, args = self.state.global_step + 1, self.args
-        if step == 1 and args.logging_first_step:
-            return True
-        if args.logging_strategy == "steps":
-            return step % self.state.logging_steps == 0
-        if args.logging_strategy == "epoch":
-            batches = self.callback_handler.train_dataloader
-            ends = has_length(batches) and step % math.ceil(len(batches) / args.gradient_accumulation_steps) == 0
-            return ends or step == self.state.max_steps
-        return False
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log, with the comparables of the step beside its loss."""
-        if "loss" in logs:
-            means, self._tally = self._tally.means(self.accelerator), Tally()
-            logs |= {name: value for name, value in means.items() if name != "loss"} | self._update.take()
-            logs |= self._router_mean()
-        super().log(logs, *args, **kwargs)
-
-    def _router_mean(self) -> dict[str, float]:
-        """The mean of the router losses that were remembered, on all processes."""
-        values, self._router = self._router, []
-        if not values:
-            return {}
-        return {"aux_loss": self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()}
-
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set."""
-        training = self._tally, self._router, self._place
-        self._tally, self._evaluating, self._router, self._items = Tally(), True, [], (0, 0)
-        try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            means = self._tally.means(self.accelerator)
-            if means:
-                counts = torch.tensor(self._items, dtype=torch.float64, device=self.args.device)
-                tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
-                means["loss"] *= tokens / items
-            means |= self._router_mean()
-        finally:
-            (self._tally, self._router, self._place), self._evaluating = training, False
-        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
-        return output._replace(metrics={**(output.metrics or {}), **named})
 
 
 class QTrainer(QLossMixin, Trainer):

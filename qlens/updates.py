@@ -1,23 +1,28 @@
 """Update norm: how far an optimizer step moves the trained parameters, without a copy of them."""
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-ENTRIES = 2**22  # that are remembered over a step, 50 MB at most
+ENTRIES = 2**24  # that are remembered over a step: 64 MB in float32
+WIDEST = 8192  # entries of a row
 
 
 class UpdateNorm(TrainerCallback):
     r"""The norm of an optimizer step's change of the trained parameters, :math:`\|\theta_{t+1} - \theta_t\|_2`, where asked for.
 
-    Exact where at most ``entries`` numbers are trained. Beyond that, estimated from so many entries, drawn anew every time
-    and from every parameter by its size: :math:`\sqrt{\sum_i (n_i / m_i) \sum_j \Delta_{ij}^2}` over the m_i of the n_i
-    entries of parameter i. Its standard error is c / (2 sqrt(entries)) of the norm, where c is the standard deviation of the
-    squared changes by their mean: 0.07 % for normally distributed changes, 1 % where one entry in 400 moves at all. The
-    generator is its own, so that a run draws the same numbers whether it is logged or not.
+    Exact where at most ``entries`` numbers are trained. Beyond that, estimated from m rows of the parameters (the last
+    dimension) that hold about so many: :math:`\sqrt{\sum_j \|\Delta_j\|^2 / (m \pi_j)}`. Row j is drawn with probability
+    :math:`\pi_j`: a third of it is proportional to the row's size, a third to the size of rows with a gradient, a third to
+    the squared gradient. Where an optimizer moves all entries alike, those with a gradient alike (Adam), or follows the
+    gradient (SGD), the standard error is at most 0.71 / sqrt(m) of the norm: 0.4 % for rows of 576 entries, 1.1 % for rows
+    of 4,096. The generator is the callback's own, so that a run draws the same numbers whether it is logged or not.
 
     Args:
         model: returns the model in training.
@@ -27,45 +32,88 @@ class UpdateNorm(TrainerCallback):
 
     def __init__(self, model: Callable[[], nn.Module], wanted: Callable[[], bool], entries: int = ENTRIES):
         self.model, self.wanted, self.entries = model, wanted, entries
-        self.before: list[tuple[Tensor, Tensor | None, Tensor]] = []
+        self.before: list[Rows] = []
         self.norm: dict[str, float] = {}
-        self.generators: dict[torch.device, torch.Generator] = {}
+        self.generator = torch.Generator()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Remember entries of the parameters."""
+        """Remember rows of the parameters."""
         if not self.wanted():
             return
-        trained = [p.detach() for p in self.model().parameters() if p.requires_grad and p.numel()]
-        share = min(1.0, self.entries / max(sum(p.numel() for p in trained), 1))
-        for parameter in trained:
-            index = self._drawn(parameter, share)
-            self.before.append((parameter, index, _entries(parameter, index).clone()))
+        trained = [p for p in self.model().parameters() if p.requires_grad and p.numel()]
+        if sum(p.numel() for p in trained) <= self.entries:
+            self.before = [Rows.of(p, None, torch.ones(1)) for p in trained]
+        else:
+            self.before = self._drawn(trained)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure how far they went."""
         if not self.before:
             return
-        squares = [
-            (_entries(parameter, index) - old).float().square().sum() * (parameter.numel() / old.numel())
-            for parameter, index, old in self.before
-        ]
-        self.before = []
-        self.norm = {"update_norm": torch.stack([each.to(squares[0].device) for each in squares]).sum().sqrt().item()}
+        squares = torch.stack([rows.moved().cpu() for rows in self.before])
+        self.before, self.norm = [], {"update_norm": squares.sum().sqrt().item()}
 
     def take(self) -> dict[str, float]:
         """The last norm measured, once."""
         norm, self.norm = self.norm, {}
         return norm
 
-    def _drawn(self, parameter: Tensor, share: float) -> Tensor | None:
-        """Which entries of a parameter to remember; None for all."""
-        count = round(share * parameter.numel())
-        if share == 1 or not parameter.is_contiguous():
-            return None
-        generator = self.generators.setdefault(parameter.device, torch.Generator(parameter.device))
-        return torch.randint(parameter.numel(), (max(count, 1),), device=parameter.device, generator=generator)
+    def _drawn(self, trained: list[nn.Parameter]) -> list["Rows"]:
+        """Rows of all parameters, with what their squares count."""
+        shapes = [_as_rows(p.detach()).shape for p in trained]
+        widths = torch.cat([torch.full((rows,), float(width), dtype=torch.float64) for rows, width in shapes])
+        gradients = torch.cat([_squares(p, rows) for p, (rows, _) in zip(trained, shapes, strict=True)])
+        gradients = gradients if gradients.isfinite().all() and gradients.any() else widths
+        parts = (widths, widths * (gradients > 0), gradients)
+        chance = torch.stack([part / part.sum() for part in parts]).mean(0)
+        count = max(1, int(self.entries / (chance * widths).sum()))
+        draws = torch.rand(count, dtype=torch.float64, generator=self.generator)
+        index = torch.searchsorted(chance.cumsum(0), draws).clamp(max=len(chance) - 1).sort().values
+        remembered, start = [], 0
+        for parameter, (rows, _) in zip(trained, shapes, strict=True):
+            own = index[(index >= start) & (index < start + rows)]
+            if len(own):
+                remembered.append(Rows.of(parameter, own - start, 1 / (count * chance[own])))
+            start += rows
+        return remembered
 
 
-def _entries(parameter: Tensor, index: Tensor | None) -> Tensor:
-    """Entries of a parameter by their places in it; all of them for None."""
-    return parameter if index is None else parameter.view(-1)[index]
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows of a parameter before a step: their places (None: all of them), values, and what their squares count."""
+
+    parameter: Tensor
+    index: Int[Tensor, " n"] | None
+    values: Float[Tensor, "n w"]
+    weight: Float[Tensor, " n"]
+
+    @classmethod
+    def of(cls, parameter: Tensor, index: Tensor | None, weight: Tensor) -> "Rows":
+        """The rows as they are now."""
+        parameter, device = parameter.detach(), parameter.device
+        index = None if index is None else index.to(device)
+        return cls(parameter, index, _taken(parameter, index).clone(), weight.to(device, torch.float32))
+
+    def moved(self) -> Tensor:
+        """What the squares of their changes sum to, by their weights."""
+        changes = (_taken(self.parameter, self.index) - self.values).float()
+        return (changes.square().sum(-1) * self.weight).sum()
+
+
+def _taken(parameter: Tensor, index: Tensor | None) -> Tensor:
+    rows = _as_rows(parameter)
+    return rows if index is None else rows[index]
+
+
+def _as_rows(parameter: Tensor) -> Tensor:
+    """A parameter as rows of at most ``WIDEST`` entries, without a copy where it lies in one piece."""
+    width = parameter.shape[-1] if parameter.ndim else 1
+    return parameter.reshape(-1, width if width <= WIDEST else math.gcd(width, 4096))
+
+
+def _squares(parameter: nn.Parameter, rows: int) -> Tensor:
+    """The squared norms of the gradient's rows, (rows,), on the CPU; zero without a gradient."""
+    if parameter.grad is None:
+        return torch.zeros(rows, dtype=torch.float64)
+    norms = torch.linalg.vector_norm(_as_rows(parameter.grad.detach()), dim=-1, dtype=torch.float32)
+    return norms.double().square().cpu()

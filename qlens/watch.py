@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from qlens.fitting import isolated
 from qlens.reading import token_batches
 from qlens.registry import Variant, resolve
 from qlens.sources import check_same_vocabulary
-from qlens.target import NO_PULLS, Target
-from qlens.tokens import Tokens, spread
+from qlens.target import Target
+from qlens.tokens import spread
 
 WHOLE = ("step", "token", "label")
 NUMBERS = ("p_y", "trust", "reshape", "entropy", "kl", "negative_mass", "drift", "drift_kl")
@@ -91,6 +91,7 @@ class Watch(TrainerCallback):
         self.tokenizer, self.every, self.tokens, self.batch_size, self.name = tokenizer, every, tokens, batch_size, name
         self._records: list[pd.DataFrame] = []
         self._first: dict[str, Float[Tensor, "N V"]] = {}
+        self._first_inside: dict[str, Bool[Tensor, " N"]] = {}
 
     @property
     def frame(self) -> pd.DataFrame:
@@ -111,7 +112,7 @@ class Watch(TrainerCallback):
             if other is model:
                 raise InputError(f"{name} is the model being trained: give a copy of it")
             check_same_vocabulary(model, other, name)
-        self._records, self._first = [], {}
+        self._records, self._first, self._first_inside = [], {}, {}
         if state.global_step:
             self._load(Path(args.output_dir), state.global_step)
         if not self._records:
@@ -147,27 +148,29 @@ class Watch(TrainerCallback):
         needs = sorted({need for variant in self.variants.values() for need in variant.needs})
         total = sum(label != IGNORE for example in self.examples for label in example["labels"][1:])
         kept, seen = spread(total, self.tokens), 0
-        parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in self.variants}
+        parts: dict[str, list[Target]] = {name: [] for name in self.variants}
         with closing(token_batches(model, self.examples, self.batch_size, needs, **self.others)) as batches:
             for tokens in batches:
                 mine = kept[(kept >= seen) & (kept < seen + len(tokens))] - seen
                 seen += len(tokens)
                 for name, variant in self.variants.items():
-                    parts[name].append(_rows(variant, tokens, mine))
-        return {name: _joined(found) for name, found in parts.items()}
+                    target = variant.target(tokens)
+                    parts[name].append(target[mine.to(target.labels.device)].cpu().at("unit"))
+        return {name: Target.join(targets) for name, targets in parts.items()}
 
     def _columns(self, step: int, name: str, target: Target) -> dict[str, Any]:
         first, labels = self._first.setdefault(name, target.q), target.labels
+        inside = self._first_inside.setdefault(name, target.in_simplex)
         texts = {"text": [self.tokenizer.decode([int(y)]) for y in labels]} if self.tokenizer is not None else {}
         values = {
-            "p_y": target.probs.gather(1, labels[:, None].long())[:, 0],
+            "p_y": target.label_probs,
             "trust": target.effective_trust,
             "reshape": target.reshape,
             "entropy": target.entropy,
             "kl": target.kl,
             "negative_mass": target.negative_mass,
             "drift": (target.q - first).abs().sum(1) / 2,
-            "drift_kl": _divergence(target, first),
+            "drift_kl": _divergence(target, first, inside),
         }
         place = {"step": step, "variant": name, "token": range(len(labels)), "label": labels.tolist()}
         return place | texts | {key: value.double().tolist() for key, value in values.items()}
@@ -199,6 +202,8 @@ class Watch(TrainerCallback):
         kinds = dict.fromkeys(WHOLE, int) | {name: lambda text: float(text or "nan") for name in NUMBERS}
         frame = frame.assign(**{name: frame[name].map(kind) for name, kind in kinds.items()})
         self._records = [rows for _, rows in frame[frame["step"] <= step].groupby(["step", "variant"], sort=False)]
+        for rows in self._records[: len(self.variants)]:  # the entropy of Q0 is NaN where Q0 is signed
+            self._first_inside[rows["variant"].iloc[0]] = torch.tensor(rows["entropy"].notna().to_numpy())
 
     @property
     def _identity(self) -> str:
@@ -206,24 +211,11 @@ class Watch(TrainerCallback):
         return json.dumps([list(self.variants), [list(e["labels"]) for e in self.examples], self.tokens])
 
 
-def _rows(variant: Variant, tokens: Tokens, mine: Tensor) -> tuple[Tensor, ...]:
-    """The chosen rows of logits, labels, Q and gradient, in unit scale, on the CPU."""
-    target = variant.target(tokens).at("unit")
-    found = (tokens.logits, tokens.labels, target.q, target.grad)
-    return tuple(value[mine.to(value.device)].detach().cpu() for value in found)
-
-
-def _joined(parts: Sequence[tuple[Tensor, ...]]) -> Target:
-    """One target from such rows of several batches."""
-    logits, labels, q, grad = (torch.cat(each) for each in zip(*parts, strict=True))
-    return Target(logits, labels, q, grad, torch.ones_like(q[:, 0]), None, NO_PULLS)
-
-
-def _divergence(target: Target, first: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+def _divergence(target: Target, first: Float[Tensor, "N V"], first_inside: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
     """KL(Q || Q0) in nats; NaN where either is no distribution."""
-    q, known = target.q.clamp(min=0), target.in_simplex & (first >= -1e-5).all(-1)
+    q = target.q.clamp(min=0)
     terms = torch.where(q > 0, q * (q.log() - first.clamp(min=0).log()), 0.0)
-    return torch.where(known, terms.sum(-1), torch.nan)
+    return torch.where(target.in_simplex & first_inside, terms.sum(-1).clamp(min=0), torch.nan)
 
 
 def _check(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None:

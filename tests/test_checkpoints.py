@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from tiny import llama, parameters, steps_of, trainer_in
 from torch.testing import assert_close
@@ -50,6 +51,15 @@ def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, spec, options, f
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
     logs = [[sorted(map(repr, entry.items())) for entry in steps_of(trainer)] for trainer in (whole, resumed)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
+
+
+def test_a_resumed_loss_that_draws_numbers_draws_what_it_would_have_drawn(make, tmp_path):
+    def dropped(logits, labels):
+        return F.cross_entropy(logits * (torch.rand_like(logits) < 0.9), labels, reduction="none")
+
+    for fused in (None, False):
+        whole, resumed = straight_and_resumed(make, tmp_path, dropped, llama(), fused=fused)
+        assert torch.equal(parameters(whole.model), parameters(resumed.model))
 
 
 def test_a_penalty_is_measured_from_the_first_run_whatever_model_is_resumed(make, tmp_path):

@@ -6,13 +6,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
 from tiny import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
+from torch import nn
+from transformers import TrainerCallback
 
 from qlens.batching import IGNORE, collate
 from qlens.comparables import Tally
 from qlens.registry import resolve
 from qlens.target import Target
+from qlens.updates import UpdateNorm
 
 
 @pytest.fixture
@@ -156,3 +160,82 @@ def test_compute_metrics_gets_predictions(make):
     width = max(len(example["labels"]) for example in examples)
     assert seen == [((4, width, VOCAB), (4, width))]
     assert metrics["eval_one"] == 1.0 and metrics["eval_nll"] > 0
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor"])
+def test_the_update_norm_is_exact_where_few_numbers_are_trained(make, optim):
+    model = llama()
+    model.lm_head.weight.requires_grad_(False)
+    trainer = make("dft", model=model, steps=1, optim=optim)
+    start = parameters(model).clone()
+    trainer.train()
+    assert steps_of(trainer)[0]["update_norm"] == pytest.approx(float((parameters(model) - start).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["as the gradient", "all", "few rows"])
+def test_the_update_norm_of_many_is_an_estimate_with_the_error_that_is_stated(kind):
+    draw = torch.Generator().manual_seed(0)
+    model = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in ((3000, 40), (7,), (20, 30, 40), (9000,)))
+    changes = []
+    for parameter in model:  # gradients of some rows are thousands of times those of others, as an embedding's are
+        size = torch.randn(parameter.shape[:-1], generator=draw).mul(3).exp()[..., None]
+        parameter.grad = torch.randn(parameter.shape, generator=draw) * size
+        if kind == "few rows" and len(parameter) == 3000:
+            parameter.grad[100:] = 0
+        alike = torch.randn(parameter.shape, generator=draw)
+        changes.append(
+            {"as the gradient": -0.1 * parameter.grad, "all": alike, "few rows": parameter.grad.sign()}[kind]
+        )
+    norm = math.sqrt(sum(float(change.square().sum()) for change in changes))
+    entries = 20_000
+    callback, found = UpdateNorm(lambda: model, lambda: True, entries), []
+    for _ in range(40):
+        for parameter in model:
+            parameter.data.zero_()
+        callback.on_pre_optimizer_step(None, None, None)
+        assert sum(rows.values.numel() for rows in callback.before) < 1.5 * entries
+        for parameter, change in zip(model, changes, strict=True):
+            parameter.data += change
+        callback.on_optimizer_step(None, None, None)
+        found.append(callback.take()["update_norm"] / norm)
+    error = 0.71 / math.sqrt(entries / 40)
+    assert abs(np.mean(found) - 1) < 4 * error / math.sqrt(40)
+    assert 0 < np.std(found) < 1.3 * error
+
+
+def test_the_update_norm_draws_none_of_torchs_numbers(make):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    model = nn.Linear(30, 30)
+    callback = UpdateNorm(lambda: model, lambda: True, entries=10)
+    torch.manual_seed(5)
+    callback.on_pre_optimizer_step(None, None, None)
+    callback.on_optimizer_step(None, None, None)
+    assert torch.equal(torch.rand(3), expected) and callback.take() == {"update_norm": 0.0}
+    assert callback.take() == {}
+
+
+@pytest.mark.parametrize("options", [dict(log_every=0), dict(log_every=1, logging_strategy="no")], ids=["0", "no logs"])
+def test_what_is_not_logged_is_not_remembered(make, options):
+    trainer, held = make("dft", steps=3, **options), []
+    trainer.add_callback(Before(lambda: held.append(len(trainer._update.before))))
+    trainer.train()
+    assert held == [0, 0, 0]
+    assert not any("update_norm" in entry for entry in trainer.state.log_history)
+
+
+def test_thinned_logs_remember_for_those_they_show(make):
+    trainer, held = make("dft", steps=4, log_every=2), []
+    trainer.add_callback(Before(lambda: held.append(bool(trainer._update.before))))
+    trainer.train()
+    assert held == [True, False, True, False] == ["update_norm" in entry for entry in steps_of(trainer)]
+
+
+class Before(TrainerCallback):
+    """Calls a function right before every optimizer step."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.call()

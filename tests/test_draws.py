@@ -115,11 +115,17 @@ def test_what_was_drawn_can_be_drawn_again_without_drawing_more():
     assert torch.equal(torch.rand(3), after)
 
 
-def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make):
-    noisy = lambda tokens: -tokens.label_log_probs * torch.rand(len(tokens))  # noqa: E731
+def noisy(tokens):
+    """A loss that draws numbers from torch's own generator."""
+    return -tokens.label_log_probs * torch.rand(len(tokens))
+
+
+@pytest.mark.parametrize("scope", ["token", ""], ids=["fused", "whole logits"])
+def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make, scope):
     ends, shown = [], []
     for every in (1, 1000):
-        trainer = make(noisy, steps=4, logging_steps=every, logging_first_step=True)
+        method = qlens.variant.Method(name="noisy", fn=noisy, scope=scope)
+        trainer = make(method.variant(), steps=4, logging_steps=every, logging_first_step=True)
         trainer.train()
         ends.append(parameters(trainer.model))
         shown.append(steps_of(trainer)[0])

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from qlens.batching import collate
 from qlens.bodies import Body, NoBody
 from qlens.data import encode
 from qlens.engine import fusible
-from qlens.sources import load_model, load_tokenizer
+from qlens.sources import load_model, load_tokenizer, model_logits
 
 MODELS = Path(__file__).resolve().parents[2] / "shared/data/models"
 SHAPE = dict(
@@ -143,10 +144,11 @@ class Headless(LlamaForCausalLM):
     ("variant", "kind", "says"),
     [
         ("mile", LlamaForCausalLM, "for mile: it weighs tokens by a statistic of whole distributions"),
+        (lambda logits, labels: logits.sum() * 0, LlamaForCausalLM, "a loss of your own may look at all tokens"),
         ("sft", Shifted, "of the model: its logits are not its head's: they differ by"),
         ("sft", Headless, "of the model: it has no plain linear head: its output embedding is a Sequential"),
     ],
-    ids=["batch statistic", "bent logits", "no linear head"],
+    ids=["batch statistic", "own loss", "bent logits", "no linear head"],
 )
 def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
     model = kind(llama().config)
@@ -223,6 +225,29 @@ def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
     assert_close(alone, value, rtol=0, atol=0)
     assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
     assert sizes.largest < head.numel()
+
+
+def test_threads_that_share_a_model_get_what_each_asked_for(make):
+    teacher, batch = llama(1).eval(), collate(rows(4))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    bodies = [Body(teacher, inputs) for _ in range(2)]
+    logits, hidden = model_logits(teacher, inputs), bodies[0].hidden(inputs).detach()
+    wrong = []
+
+    def differs(read, expected):
+        for _ in range(40):
+            with torch.no_grad():
+                if not torch.equal(read(), expected):
+                    wrong.append(read)
+
+    jobs = [(lambda body=body: body.hidden(inputs), hidden) for body in bodies]
+    jobs += [(lambda: model_logits(teacher, inputs), logits)]
+    threads = [threading.Thread(target=differs, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and "forward" not in teacher.lm_head.__dict__
 
 
 def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):

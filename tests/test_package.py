@@ -108,6 +108,7 @@ def test_dependencies_point_one_way():
                 "feeding.py",
                 "checkpoints.py",
                 "updates.py",
+                "measurements.py",
                 "stub.py",
                 "watch.py",
             )

@@ -6,7 +6,6 @@ import pandas as pd
 
 from qlens.findings.mixtures import RAW
 from qlens.lens import COARSE, carried
-from qlens.scales import tolerance
 from qlens.target import Target
 
 ALIKE = 1e-6
@@ -43,7 +42,7 @@ def paragraph(e: Any) -> str:
         why = e.leak.cause or "in a way that is not one of the known ones"
         said.append(f"It sees raw logits beyond their softmax ({why}), so that its target does not add up to one.")
     negative = e.table["negative_mass"]
-    if (negative > tolerance(e.target.q)).any() and e.leak is None:
+    if (negative > 0).any() and e.leak is None:
         said.append(
             f"Its target is signed, with up to {negative.max():.2g} of negative mass: it pushes some tokens down harder than any "
             "distribution could."
@@ -195,7 +194,7 @@ def _simplex(e: Any) -> list[str]:
             e.leak.cause if e.leak is not None and e.leak.cause else "the loss sees raw logits, not only their softmax"
         )
         said.append(f"WARNING: sum(Q) is not 1 on {shifted} of {n} tokens (off by up to {off.max():.3g}): {cause}.")
-    signed = table["negative_mass"] > tolerance(target.q)
+    signed = table["negative_mass"] > 0
     if signed.any():
         at = table["p_y"][signed]
         said.append(

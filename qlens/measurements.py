@@ -1,0 +1,101 @@
+"""Measurements: what a Trainer logs beside its loss, in training and in evaluation."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+from transformers import Trainer
+from transformers.trainer_utils import has_length
+
+from qlens.comparables import Tally
+from qlens.updates import UpdateNorm
+
+logger = logging.getLogger(__name__)
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM)
+EVALUATION = -1  # instead of a step
+
+
+class Measurements(Trainer):
+    """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
+
+    def _measure(self, log_every: int) -> None:
+        """Begin to measure; every so many logs hold the measurements, 0: none."""
+        self.log_every = log_every
+        self._tally, self._evaluating = Tally(), False
+        self._evaluated = (0, 0)  # tokens, and items that the evaluation's loss is a mean of
+        self._router: list[Tensor] = []
+        self._place = (EVALUATION, -1)  # step and micro-batch
+        self._update = UpdateNorm(lambda: self.model, self._is_measured)
+        if self.accelerator.distributed_type in SHARDED:
+            logger.warning("qlens logs no update_norm where parameters are sharded over processes")
+        else:
+            self.add_callback(self._update)
+
+    def _next_place(self) -> tuple[int, ...]:
+        """Where in the run the next micro-batch is: none outside of training and evaluation."""
+        if not (self.is_in_train or self._evaluating):
+            return ()
+        step = EVALUATION if self._evaluating else self.state.global_step
+        self._place = (step, self._place[1] + 1 if self._place[0] == step else 0)
+        return (self.args.seed, *self._place, self.accelerator.process_index)
+
+    def _count_evaluated(self, tokens: int, items: int) -> None:
+        """Count a micro-batch of an evaluation in."""
+        self._evaluated = (self._evaluated[0] + tokens, self._evaluated[1] + items)
+
+    def _is_measured(self) -> bool:
+        """Whether this batch is measured."""
+        if self._evaluating:
+            return True
+        if not (self.is_in_train and self.log_every and self.logs_this_step()):
+            return False
+        return sum("loss" in entry for entry in self.state.log_history) % self.log_every == 0
+
+    def logs_this_step(self) -> bool:
+        """Whether the optimizer step under way will be logged."""
+        step, args = self.state.global_step + 1, self.args
+        if step == 1 and args.logging_first_step:
+            return True
+        if args.logging_strategy == "steps":
+            return step % self.state.logging_steps == 0
+        if args.logging_strategy == "epoch":
+            batches = self.callback_handler.train_dataloader
+            ends = has_length(batches) and step % math.ceil(len(batches) / args.gradient_accumulation_steps) == 0
+            return ends or step == self.state.max_steps
+        return False
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log, with the comparables of the step beside its loss."""
+        if "loss" in logs:
+            means, self._tally = self._tally.means(self.accelerator), Tally()
+            logs |= {name: value for name, value in means.items() if name != "loss"} | self._update.take()
+            logs |= self._router_mean()
+        super().log(logs, *args, **kwargs)
+
+    def _router_mean(self) -> dict[str, float]:
+        """The mean of the router losses that were remembered, on all processes."""
+        values, self._router = self._router, []
+        if not values:
+            return {}
+        return {"aux_loss": self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()}
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set."""
+        training = self._tally, self._router, self._place
+        self._tally, self._evaluating, self._router, self._evaluated = Tally(), True, [], (0, 0)
+        self._place = (EVALUATION, -1)  # every evaluation of a set draws the same
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            means = self._tally.means(self.accelerator)
+            if means:
+                counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
+                tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
+                means["loss"] *= tokens / items
+            means |= self._router_mean()
+        finally:
+            (self._tally, self._router, self._place), self._evaluating = training, False
+        named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return output._replace(metrics={**(output.metrics or {}), **named})
