@@ -111,8 +111,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     """
     a, b = _table(a, "a"), _table(b, "b")
     _same_shape({"a": a, "b": b})
-    found = crossed_interval(a - b, level)
-    return found if found.items > 1 else replace(found, p=np.nan)  # one item says nothing of others
+    return replace(crossed_interval(a - b, level), **({} if a.shape[1] > 1 else {"p": np.nan}))  # one item: no test
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -265,8 +264,7 @@ def ranked(x: np.ndarray, level: float) -> np.ndarray:
     methods = x.shape[-3]
     one, other = np.triu_indices(methods, 1)
     mean, variance, df = fit(x[..., one, :, :] - x[..., other, :, :])
-    p = p_value(mean, variance, df) if x.shape[-1] > 1 else np.full(mean.shape, np.nan)  # one item tells no two apart
-    told = adjusted(p) < 1 - level
+    told = (adjusted(p_value(mean, variance, df)) < 1 - level) & (x.shape[-1] > 1)  # one item tells no two apart
     above = np.zeros((2, *mean.shape[:-1], methods, methods), dtype=int)  # the first of two: at all, and told so
     above[..., one, other] = [mean > 0, told & (mean > 0)]
     above[..., other, one] = [mean < 0, told & (mean < 0)]

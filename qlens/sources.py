@@ -194,16 +194,25 @@ def shortest_context(*models: PreTrainedModel | None) -> int | None:
     return min((length for length in known if length is not None), default=None)
 
 
+def check_model(model: Any, name: str) -> None:
+    """Whether this is a loaded model, not, say, the path of one.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+        raise InputError(
+            f"{name} must be a loaded model, got {brief(model)}: load it by AutoModelForCausalLM.from_pretrained"
+        )
+
+
 def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: str) -> None:
     """Whether another model's logits have the width of the model's.
 
     Raises:
         InputError: they do not; both sizes are named. Or the other is no model but, say, the path of one.
     """
-    if not isinstance(other, nn.Module):
-        raise InputError(
-            f"{name} must be a loaded model, got {other!r}: load it by AutoModelForCausalLM.from_pretrained"
-        )
+    check_model(other, name)
     mine, its = vocabulary_size(model), vocabulary_size(other)
     if mine != its:
         raise InputError(
