@@ -11,7 +11,7 @@ from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
-from qlens.styles import grad_of, inputs_masked, style_of
+from qlens.styles import few, grad_of, inputs_masked, style_of
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
@@ -119,7 +119,10 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     from qlens.probes import probes
 
     style = style_of(fn, params, tokens)
-    for rows_shown in (_spread(tokens), probes(tokens.logits.dtype, tokens.logits.device)):
+    for rows_shown in (
+        few(tokens) if pairwise(fn) else _spread(tokens),
+        probes(tokens.logits.dtype, tokens.logits.device),
+    ):
         base = grad_of(fn, params, rows_shown, style)
         if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
             break
@@ -133,7 +136,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
         if style.laid_out or inputs_masked(fn):
-            layouts += [Layout(1, 40), Layout(2, 70, False, interleave)]
+            layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
         grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
         for reduction in REDUCTIONS:
             off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
@@ -141,7 +144,8 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     best = min(misfits, key=misfits.__getitem__)
     alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
     if misfits[best] <= ALIKE:
-        return _by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else best
+        of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
+        return of_any_length or (alike[0] if len(alike) > 1 else best)
     ratio = float(grads[1].norm() / grads[0].norm())
     raise InputError(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
@@ -149,16 +153,16 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     )
 
 
-def _by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
-    """Of reductions that texts of one length do not tell apart, the one that texts of unequal lengths speak for."""
+def by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
+    """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
     layouts = [Layout(), Layout(split=True)]
     try:
         grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
     except InputError:  # a loss of pairs, say, takes no texts in other numbers
-        return alike[0]
+        return ""
     off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
     best = min(off, key=off.__getitem__)
-    return best if off[best] <= ALIKE else alike[0]
+    return best if off[best] <= ALIKE else ""
 
 
 def _multiplied(

@@ -159,12 +159,11 @@ def arguments(fn: Callable, view: View) -> dict[str, Any]:
 def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     """What an argument of this role is given."""
     tokens, whole = view.tokens, "labels" in wanted.values()
-    size = view.logits.shape[-1]
     if wanted and "head" in wanted.values():
         if role.endswith("head"):
             from qlens.stub import identity_head
 
-            return identity_head(size, view.logits)
+            return identity_head(view.logits.shape[-1], view.logits)
         return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits
@@ -174,7 +173,7 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         from qlens.stub import StubModel
 
         ids = model_inputs(view)["input_ids"]
-        return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)))
+        return StubModel(view.logits, ids, lambda field: view.spread(tokens.require(field)), view.style.head)
     if role == "batch":
         return model_inputs(view)
     if role.endswith("chosen log probs") or role.endswith("rejected log probs"):
@@ -194,6 +193,8 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role == "weight":
         ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
         return view.spread(ones if tokens.weight is None else tokens.weight)
+    if role == "advantage" and view.style.fields == "texts":
+        return view.by_text(tokens.require("advantage"))
     if role in FIELD:
         return view.spread(tokens.require(FIELD[role]))
     return _simple(role, view)
@@ -215,10 +216,20 @@ def _simple(role: str, view: View) -> Any:
     return settings[role]
 
 
-def model_inputs(view: View) -> dict[str, Any]:
+class Columns(dict):
+    """A model's inputs, read as a dict or by attribute, as what a tokenizer gives."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+def model_inputs(view: View) -> Columns:
     """A model's inputs: ids that depend on no label (unless the loss takes its labels from there), mask, labels, columns."""
     ids = view.labels.clamp(min=0) if view.style.ids else view.ids
-    found: dict[str, Any] = {"input_ids": ids, "attention_mask": view.attention, "labels": view.labels}
+    found = Columns(input_ids=ids, attention_mask=view.attention, labels=view.labels)
     for name in view.style.columns:
         found.setdefault(name, _value(ROLE[name], view, {}))
     return found

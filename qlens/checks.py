@@ -17,6 +17,7 @@ from qlens.variant import Variant
 
 State = Literal["passed", "failed", "remark", "not applicable"]
 STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
+BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules of what a loss divides by
 WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
 
 
@@ -40,6 +41,8 @@ class CheckReport:
     Args:
         spec: the loss.
         kind: how it is called: tokens, logits, outputs, hidden or model.
+        called_as: how it was called, in words.
+        notes: what it does beside: another model run, an input without effect, ...
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
         vocabulary: number of columns of the logits that it was called with.
         refused: what it raised at a vocabulary of 24, where it asked for a wider one.
@@ -55,6 +58,8 @@ class CheckReport:
     items: tuple[Item, ...]
     vocabulary: int = VOCABULARY
     refused: str = ""
+    called_as: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def remarks(self) -> tuple[Item, ...]:
@@ -83,11 +88,13 @@ class CheckReport:
             "vocabulary": self.vocabulary,
             "ok": self.ok,
             "items": [asdict(item) for item in self.items],
+            "called_as": self.called_as,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
-        lines = [f"{self.spec}: how it is implemented (called with {self.kind}{self._width()})", ""]
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
         for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
             lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
             lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
@@ -104,7 +111,9 @@ class CheckReport:
             state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
         ]
         counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
-        return "\n".join([*lines, "", counts])
+        called = [f"Called with {self.called_as}{self._width()}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
+        return "\n".join([*lines, "", *said, counts])
 
     def _width(self) -> str:
         if self.vocabulary == VOCABULARY:
@@ -140,8 +149,9 @@ def check(loss: Variant | str | Callable) -> CheckReport:
             if rule.compares:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
+        called_as, notes = variant.account(tested.tokens())
     found = tuple(items[name] for name in RULES)
-    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused)
+    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:
@@ -154,11 +164,24 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
+        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
+            return Item(name, "remark", f"{failure}; {spared}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except InputError as error:
         return Item(name, "failed", str(error), rule.raising)
     except Exception as error:
         return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
+
+
+def _spared(rule: Rule, tested: Specimen) -> str:
+    """That a loss which may go by the attention mask keeps the rule on texts without prompts, or nothing."""
+    try:
+        rule.run(tested.without_prompts())
+    except (Failed, NotApplicable, InputError):
+        return ""
+    except Remark as remark:
+        return f"where nothing is a prompt: {remark}"
+    return "not so where nothing is a prompt: it goes by the attention mask, prompts included"
 
 
 def _entry(state: str, name: str, said: str) -> list[str]:

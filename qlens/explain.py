@@ -15,6 +15,7 @@ from qlens.findings.leaks import leak
 from qlens.findings.mixtures import Mixture, decompose
 from qlens.findings.scope import scope
 from qlens.lens import carried, gradient, read
+from qlens.notes import supplied
 from qlens.probes import probes
 from qlens.registry import Variant, methods, resolve
 from qlens.target import Target
@@ -80,6 +81,7 @@ def _read(
     variant: Variant, tokens: Tokens, pieces: Callable[[int], str] | None, own: Mapping[str, Tensor]
 ) -> Explanation:
     try:
+        tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
         with torch.no_grad():
             losses = variant.loss(tokens)
         grad = read(variant, tokens, variant.loss)
@@ -153,6 +155,7 @@ def _elsewhere(e: Explanation, tolerance: float, noise: float) -> str:
     assert e.mixture is not None
     other = probes(e.tokens.logits.dtype, vocabulary=ELSEWHERE)
     try:
+        other = supplied(e.variant.method.fn, e.variant.params, other) if e.variant.derived else other
         grad = gradient(e.variant.loss, other)
     except Exception as error:  # a loss may be written for one vocabulary
         return f"at V = {ELSEWHERE} the loss raises {type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"

@@ -100,6 +100,18 @@ class Explanation:
         return words.lines(self)
 
     @cached_property
+    def called_as(self) -> str:
+        """How the loss was called, in words."""
+        with quiet():
+            return self.variant.account(self.tokens).called_as
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What the loss does beside its gradient on these rows: another model run, an input without effect, ..."""
+        with quiet():
+            return self.variant.account(self.tokens).notes
+
+    @cached_property
     def summary(self) -> str:
         """A paragraph that a person would say about this loss."""
         ends = self.destination.sentence if isinstance(self.destination, Destination) else ""
@@ -158,6 +170,8 @@ class Explanation:
             "vocabulary": self.tokens.logits.shape[1],
             "summary": self.summary,
             "findings": self.findings,
+            "called_as": self.called_as,
+            "notes": list(self.notes),
             "nearest": [vars(match) for match in self.nearest],
             "mixture": m and {
                 "explains": m.explains, "signed": m.signed, "misfit": m.misfit, "held": m.held, "parameter": m.parameter,
@@ -183,7 +197,9 @@ class Explanation:
         lines = [f"{self.spec}: the target it trains toward, Q = p - g ({n} {where}, V = {v}, {dtype})", ""]
         lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
-        found = [*self.findings, f"Ends: {getattr(self.destination, 'sentence', self.destination)}"]
+        called = [f"Called with {self.called_as}."] if self.called_as else []
+        ends = f"Ends: {getattr(self.destination, 'sentence', self.destination)}"
+        found = [*self.findings, *self.notes, *called, ends]
         lines += [textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in found]
         if self.nearest:
             lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]

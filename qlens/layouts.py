@@ -37,7 +37,7 @@ class Style:
             labels that are shifted already.
         boxed: whether logits are given as the ``logits`` of a model's outputs.
         fields: where per-token values of a batch stand: at the "labels", at the "logits" that predict them, "shifted"
-            (B, T - 1), or "rows" (N,).
+            (B, T - 1), or "rows" (N,); "texts": at the logits, but advantages (B,), a text's own being its first token's.
         clean: whether unsupervised labels are ordinary ids, with a mask to tell them, instead of -100.
         optional: whether inputs that default to None are given.
         flag: type of the masks.
@@ -45,6 +45,7 @@ class Style:
         several: whether rows without sequences are dealt to four, because the loss compares rows of a batch.
         counted: whether a count that defaults to None is given.
         ids: whether a model's input_ids are the labels, because the loss takes its labels from there.
+        head: the diagonal of a model's head, which leaves its logits as they are.
         columns: further columns of a model's inputs that the loss asks for.
     """
 
@@ -58,6 +59,7 @@ class Style:
     several: bool = False
     counted: bool = False
     ids: bool = False
+    head: float = 1.0
     columns: tuple[str, ...] = ()
 
     @property
@@ -106,13 +108,21 @@ class View:
         if not self.style.laid_out:
             return values.new_zeros(*shape, *values.shape[1:]).index_copy(0, self.place, values)
         at, fields = self.place, self.style.fields
-        if values.ndim == 1 and self.style.shape == "batch" and fields != "logits":
+        if values.ndim == 1 and self.style.shape == "batch" and fields not in ("logits", "texts"):
             if fields == "shifted":
                 at, shape = at - at // shape[1], (shape[0], shape[1] - 1)
             else:
                 at = at + 1
         flat = values.new_zeros(shape[0] * shape[1], *values.shape[1:])
         return flat.index_copy(0, at, values).view(*shape, *values.shape[1:])
+
+    def by_text(self, values: Tensor) -> Tensor:
+        """The value of every text's first token, (B,)."""
+        texts, width = self.labels.shape
+        text, column = self.place // width, self.place % width
+        first = torch.full((texts,), width, device=column.device).scatter_reduce(0, text, column, "amin")
+        starts = column == first[text]
+        return values.new_zeros(texts).index_copy(0, text[starts], values[starts])
 
     def mask(self) -> Tensor:
         """1 (or True) on supervised positions; the opposite in an inverted style."""
@@ -267,6 +277,10 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
         "hidden": "hidden states, a head that is the identity, and labels, as rows",
         "model": "a model whose logits (B, T, V) are a free table, and inputs with unshifted labels (B, T)",
     }.get(kind, shapes[style.shape])
+    if kind == "sums":
+        first = "log-probabilities summed over the chosen and the rejected sequence of each pair, (P,)"
+    elif kind == "log probs":
+        first = f"log-probabilities of the labels, {'(B, T)' if style.laid_out else '(N,)'}"
     first = first.replace("logits", "outputs.logits", 1) if style.boxed else first
     first = first.replace(" with -100", "") if style.clean else first
     if style.ids:

@@ -7,14 +7,15 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from qlens import calling
 from qlens.errors import InputError, ParameterError, brief
+from qlens.signature import Memo
 
 LONGEST = 10_000  # characters of a spec, or of several
 WHOLE = 2**63  # what torch takes for a whole number lies below
+_HINTS = Memo()
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
             raise ParameterError(lacks(fn, name))
     for name, value in given.items():
         if name not in bound and name not in bare:
-            known = ", ".join([*bare, *bound]) or "it has none"
+            known = ", ".join(dict.fromkeys([*bare, *defaults(fn)])) or "it has none"
             raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {known})")
         hint = annotated.get(name, type(bound[name]) if bound.get(name) is not None else Any)
         if (wanted := _misfit(value, hint)) is not None:
@@ -75,6 +76,8 @@ def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
 def lacks(fn: Callable, name: str) -> str:
     """The sentence about a parameter that nothing can be given to."""
     who = calling.name_of(fn)
+    if name == "self":
+        return f"{who} is a method without its object: name the class, or give the method of an instance"
     return (
         f"{who}: {name!r} has no default and is no input that qlens knows: give {name!r} a default, or a value, "
         f'FILE.py:"{who}({name}=...)" on the command line, functools.partial({who}, {name}=...) in Python'
@@ -171,13 +174,16 @@ def telling(hint: Any) -> list[Any]:
     return {bool: [False, True], float: [0.0, 1.0], type(None): [None]}.get(hint, [])
 
 
-@lru_cache(maxsize=1024)
 def hints(fn: Callable) -> Mapping[str, Any]:
     """The annotations of a function's arguments; a callable object has none that can be read this way.
 
     Raises:
         InputError: an annotation, which is code of the user's, cannot be evaluated.
     """
+    return _HINTS.get(fn, "hints", lambda: _hints(fn))
+
+
+def _hints(fn: Callable) -> Mapping[str, Any]:
     if not inspect.isroutine(fn):
         return {}
     try:

@@ -6,6 +6,7 @@ from typing import Any
 
 from qlens import calling, params, userfiles
 from qlens.errors import InputError, UnknownName, brief
+from qlens.guards import blamed
 from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
 
@@ -94,7 +95,8 @@ def resolve(thing: Variant | str | Callable) -> Variant:
     if isinstance(thing, Method):
         return thing.variant()
     if callable(thing):
-        return _method(calling.name_of(thing), thing).variant()
+        with blamed(calling.name_of(thing)):
+            return _method(calling.name_of(thing), thing).variant()
     raise InputError(f"a loss is a Variant, a spec string or a callable, got {type(thing).__name__}")
 
 

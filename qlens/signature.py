@@ -192,7 +192,11 @@ def _inputs(fn: Callable) -> Inputs:
     if kind == "tokens":
         roles = {name: "tokens" if roles.get(name) == "tokens" else FIELD.get(roles.get(name, "")) for name in bare}
         roles = {name: role for name, role in roles.items() if role}
+    needed = (*STUDENT, "labels", "batch")  # a default of None is no way to call a loss without these
     required = {name: roles[name] for name in bare if name in roles}
+    for name, role in roles.items():
+        if role in needed and params[name].default is None and role not in required.values():
+            required[name] = role
     optional = {}
     for name, p in params.items():
         if name in roles and name not in required and p.default is None and roles[name] not in _LEFT:
@@ -239,12 +243,11 @@ def name_of(fn: Any) -> str:
     """What a callable is called in messages."""
     if isinstance(fn, functools.partial):
         return name_of(fn.func)
-    return getattr(fn, "__name__", type(fn).__name__)
+    return fn.__name__ if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__name__
 
 
 def _owner(fn: Callable) -> tuple[Any, str]:
-    """What a callable lives in, and the part of it that is called: of a bound method its object, of a wrapper what it wraps."""
-    fn = inspect.unwrap(fn)
+    """What a callable lives in, and the part of it that is called: of a bound method its object."""
     if inspect.ismethod(fn):
         return fn.__self__, fn.__func__.__name__
     return fn, "forward" if isinstance(fn, nn.Module) else ""

@@ -53,11 +53,12 @@ class StubDecoder(nn.Module):
 
 
 class IdentityHead(nn.Linear):
-    """A linear head whose weight is the identity, (V, V): built only where somebody reads it."""
+    """A linear head whose weight is ``scale`` times the identity, (V, V): built only where somebody reads it."""
 
-    def __init__(self, size: int, like: Tensor):
+    def __init__(self, size: int, like: Tensor, scale: float = 1.0):
         nn.Module.__init__(self)
         self.in_features = self.out_features = size
+        self.scale = scale
         self.like = nn.Parameter(
             like.detach().new_zeros(())
         )  # a trainer asks a model's parameters for dtype and device
@@ -65,12 +66,12 @@ class IdentityHead(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The identity."""
-        return identity_head(self.in_features, self.like)
+        """The matrix."""
+        return self.scale * identity_head(self.in_features, self.like)
 
     def forward(self, input: Tensor) -> Tensor:
-        """The input itself."""
-        return input
+        """The input times ``scale``."""
+        return input if self.scale == 1 else self.scale * input
 
 
 def identity_head(size: int, like: Tensor) -> Tensor:
@@ -94,6 +95,7 @@ class StubModel(PreTrainedModel):
         table: the logits, (B, T, V); gradients flow back into it, through the head or through a fused kernel.
         ids: the token ids of the texts, (B, T).
         other: the logits (B, T, V) of another model on the same texts, by the name of its field in Tokens.
+        scale: the diagonal of the head; hidden states are that much smaller.
 
     Example:
         >>> StubModel(torch.zeros(1, 3, 5))(input_ids=torch.zeros(1, 3, dtype=torch.long)).logits.shape
@@ -104,11 +106,13 @@ class StubModel(PreTrainedModel):
     base_model_prefix = "model"
     accepts_loss_kwargs = True
 
-    def __init__(self, table: Tensor, ids: Tensor | None = None, other: Callable[[str], Tensor] | None = None):
+    def __init__(
+        self, table: Tensor, ids: Tensor | None = None, other: Callable[[str], Tensor] | None = None, scale: float = 1.0
+    ):
         size = table.shape[-1]
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
-        self.model = StubDecoder(table, ids)
-        self.lm_head = IdentityHead(size, table)
+        self.model = StubDecoder(table / scale if scale != 1 else table, ids)
+        self.lm_head = IdentityHead(size, table, scale)
         self.loss_type, self.other = "ForCausalLM", other
 
     def get_output_embeddings(self) -> nn.Module:

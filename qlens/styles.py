@@ -1,5 +1,6 @@
 """Styles: the layout that a loss wants, found by trying all that its parameters allow."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from qlens.calling import call
 from qlens.errors import InputError
-from qlens.guards import LossError
+from qlens.guards import LossError, blamed
 from qlens.layouts import Layout, Style
+from qlens.noticing import watched
 from qlens.results import loss_of
 from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
 from qlens.tokens import Tokens, spread
@@ -26,16 +28,18 @@ _STYLES = Memo()
 
 
 class Trial(NamedTuple):
-    """What a call in one style showed: whether supervised rows have gradient, and react to their own labels."""
+    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to
+    the per-token values of others."""
 
     style: Style
     lit: float
     reacts: float
+    mislaid: bool = False
 
     @property
     def full(self) -> bool:
         """Whether nothing speaks against this style."""
-        return self.lit == 1 and self.reacts == 1
+        return self.lit == 1 and self.reacts == 1 and not self.mislaid
 
 
 def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
@@ -45,8 +49,8 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
         InputError: it cannot be called in any style; what it raised in the likeliest is named.
     """
     grouped = tokens.sequence is not None
-    key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())))
-    return _STYLES.get(fn, key, lambda: _search(fn, params, _few(tokens)))
+    key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
+    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
@@ -58,21 +62,40 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     for styles in _styles(fn):
         if tried and (tried[-1].full or _contract(fn)):
             break
+        works: Style | None = None  # of styles that differ in types only, the first that raises nothing
         for style in styles:
+            if works is not None and dataclasses.replace(style, fields=works.fields) != works:
+                continue
             try:
                 tried.append(_with_columns(fn, params, tokens, style))
             except InputError as error:  # a loss may be written with qlens' own checks
                 failures.append(error)
                 continue
-            break  # of styles that differ in types and places only, the first that raises nothing
+            works = style
+            if tried[-1].full:
+                break
     if not any(trial.lit for trial in tried) and tokens.sequence is None:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [_try(fn, params, tokens, style) for style in several]
     if not tried:
-        raise next((error for error in failures if not isinstance(error, LossError)), failures[0])
-    best = max(tried, key=lambda trial: (trial.lit > 0, trial.reacts, trial.lit))
-    best = next(trial for trial in tried if trial[1:] == best[1:])
+        error = next((error for error in failures if not isinstance(error, LossError)), failures[0])
+        raise _of_another_size(fn, params, tokens, error)
+    best = max(
+        tried, key=lambda trial: (trial.lit > 0, not trial.mislaid, trial.reacts, trial.lit)
+    )  # the first of equals
     return _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
+
+
+def _of_another_size(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
+    """The error of a loss that cannot be called, with what is likely where it runs a model of its own."""
+    with watched(fn) as seen, contextlib.suppress(InputError):
+        call(fn, params, tokens, AS_GIVEN, style=next(_styles(fn))[0])
+    if not seen.started:
+        return error
+    return LossError(
+        f"{error}; it runs another model ({seen.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: if "
+        "that model has another, give tokens with logits as wide as its own, explain(loss, tokens)"
+    )
 
 
 def _contract(fn: Callable) -> bool:
@@ -98,7 +121,8 @@ def _styles(fn: Callable) -> Iterator[list[Style]]:
     else:
         shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True), Style("aligned", boxed=True)]
     masked = "mask" in roles
-    flags = [torch.float32, torch.bool, torch.long] if masked or "attention mask" in roles else [torch.float32]
+    attended = "attention mask" in roles
+    flags = [torch.float32, torch.bool, torch.long] if masked or attended else [torch.float32]
     others = set(wanted.optional.values())
     optional = [True, False] if others - {"count"} else [True]
     counted = [False, True] if "count" in others else [False]
@@ -106,7 +130,8 @@ def _styles(fn: Callable) -> Iterator[list[Style]]:
         places = ["labels"]
         if shape.laid_out and roles & set(PER_TOKEN):
             places = ["labels", "logits", "shifted", "rows"] if shape.shape == "batch" else ["logits", "rows"]
-        cleans = [False]
+            places += ["texts"] if "advantage" in roles else []
+        cleans = [False, True] if attended else [False]
         if masked:
             cleans = [False, True] if shape.shape == "batch" else [True, False]
         for inverted in (False, True) if masked else (False,):
@@ -136,13 +161,11 @@ def _try(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
     lit = float((size > 0).double().mean())
     some = torch.arange(len(tokens)) % 3 == 1
     turned = across(grad_of(fn, params, changed(tokens, some), style, layout), base) > TURNED * float(size.max())
-    if not bool(turned.any()):
-        return Trial(style, lit, 1.0)
+    mislaid = _mislaid(fn, params, tokens, style, layout, base)
     mine = some.to(turned.device) & (size > 0)
-    own = float(turned[mine].double().mean()) if bool(mine.any()) else 0.0
-    if inputs_weigh_wrongly(fn, params, tokens, style, layout, base):
-        return Trial(style, lit, 0.5 * own)
-    return Trial(style, lit, own)
+    if not bool(turned.any()) or not bool(mine.any()):
+        return Trial(style, lit, float(not bool(turned.any())), mislaid)
+    return Trial(style, lit, float(turned[mine].double().mean()), mislaid)
 
 
 def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
@@ -174,21 +197,27 @@ def inputs_masked(fn: Callable) -> bool:
     return "mask" in wanted.required.values() or "mask" in wanted.optional.values()
 
 
-def inputs_weigh_wrongly(
+def _mislaid(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
 ) -> bool:
-    """Whether the weight of a row changes another row's gradient and not its own: the weights stand at another place."""
-    if not style.laid_out or len(tokens) < 3:
-        return False
-    for field in ("weight", "advantage"):
-        given = getattr(tokens, field)
-        if given is None or field not in {*inputs(fn).required.values(), *inputs(fn).optional.values()}:
+    """Whether a per-token value moves the gradient of other rows than its own: it stands at another place, or is broadcast."""
+    wanted = inputs(fn)
+    fields = {FIELD.get(role) for role in (*wanted.required.values(), *wanted.optional.values())}
+    fields |= {FIELD.get(ROLE[name]) for name in style.columns}
+    last = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1  # the second text, where there are two
+    one = torch.arange(len(tokens), device=base.device) == 1
+    for field in fields & {"weight", "advantage"}:
+        value = getattr(tokens, str(field))
+        if value is None and field == "weight":
+            value = torch.ones(len(tokens), dtype=base.dtype, device=base.device)
+        if value is None:
             continue
-        more = given.clone()
-        more[1] = 3 * more[1] + 1
-        moved = (grad_of(fn, params, tokens.replace(**{field: more}), style, layout) - base).norm(dim=-1)
-        if float(moved.max()) > TURNED * float(base.norm(dim=-1).max()) and float(moved[1]) < 0.1 * float(moved.max()):
-            return True
+        for rows in (last,) if style.fields == "texts" else (last, one):
+            other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
+            moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
+            seen = moved > TURNED * float(base.norm(dim=-1).max())
+            if bool(seen[~rows].any()):
+                return True
     return False
 
 
@@ -221,14 +250,12 @@ def grad_of(
             raise LossError(
                 f"{name_of(fn)} returned a value without a graph, so without a gradient: the logits are detached somewhere inside"
             )
-        try:
+        with blamed(name_of(fn)):
             (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-        except RuntimeError as error:
-            raise LossError.of(name_of(fn), error) from error
     return torch.zeros_like(leaf) if grad is None else grad / layout.copies
 
 
-def _few(tokens: Tokens) -> Tokens:
+def few(tokens: Tokens) -> Tokens:
     """A few rows in two sequences, one of which is chosen, where the tokens have sequences and pairs at all."""
     index = spread(len(tokens), ROWS).to(tokens.logits.device)
     if len(index) < ROWS:
@@ -241,8 +268,6 @@ def _few(tokens: Tokens) -> Tokens:
 
 def _labels_in_ids(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Style:
     """The style with input_ids that are the labels, for a loss that reads no labels of its own but reacts to the ids."""
-    from qlens.noticing import watched
-
     base = grad_of(fn, params, tokens, style)
     other = grad_of(fn, params, changed(tokens, torch.ones(len(tokens), dtype=torch.bool)), style)
     if not torch.allclose(base, other):

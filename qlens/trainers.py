@@ -56,6 +56,7 @@ def trained_by(trainer: type) -> Callable:
 
     @functools.wraps(built.compute_loss)
     def compute_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
+        built.model = built.model_wrapped = model
         for companion in companions.values():  # no part of it, as a module's attribute would be
             object.__setattr__(companion, "student", model)
         try:
@@ -68,6 +69,7 @@ def trained_by(trainer: type) -> Callable:
             for companion in companions.values():
                 object.__setattr__(companion, "student", None)
 
+    compute_loss.__name__ = f"{trainer.__name__}.compute_loss"
     return compute_loss
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,9 @@ from qlens.pairs import Pairs
 from qlens.structure import Structure, check_structure
 from qlens.target import Target
 from qlens.tokens import Tokens, expectation
+
+if TYPE_CHECKING:
+    from qlens import notes
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
@@ -221,7 +224,8 @@ class Variant:
         """
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
-            made = self.method.fn(tokens.unweighted(), **self.params)
+            with blamed(self.spec):
+                made = self.method.fn(tokens.unweighted(), **self.params)
             if isinstance(made, Target):
                 return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
         from qlens.lens import gradient
@@ -255,6 +259,12 @@ class Variant:
             self._check(tokens)
             return self._undone(tokens.upcast()).sum()
         return self.loss(tokens).sum()
+
+    def account(self, tokens: Tokens) -> "notes.Account":
+        """How the loss is called on such tokens, and sentences about what else it does (another model run, say)."""
+        from qlens import notes
+
+        return notes.account(self.method.fn, self.params, tokens)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """The term on the model's parameters, a scalar; zero for methods that have none."""

@@ -1,0 +1,259 @@
+"""Notes: how a loss was called, and what it does beyond its gradient's own rows, in sentences."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlens.adapters import REDUCTIONS, by_length, find_reduction, pairwise
+from qlens.calling import call, on_view
+from qlens.errors import InputError
+from qlens.layouts import Layout, Style, batch_view, described
+from qlens.noticing import Seen, watched
+from qlens.results import loss_of
+from qlens.signature import FIELD, ROLE, Inputs, Memo, inputs, name_of
+from qlens.styles import TURNED, across, changed, few, grad_of, style_of
+from qlens.tokens import MODELS, Tokens
+
+ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
+_ACCOUNTS = Memo()
+SOURCES = {
+    "weight": "the tokens' weights, one where they have none", "mask": "a mask of the supervised tokens",
+    "attention mask": "a mask of all that is no padding", "count": "the number of supervised tokens",
+    "vocabulary": "the size of the vocabulary", "ignore": "-100", "temperature": "1", "input ids": "made-up token ids",
+    "position ids": "0, 1, 2, ...", "log probs": "log-probabilities of the student", "probs": "probabilities of the student",
+    "chosen log probs": "sums over each pair's chosen sequence", "rejected log probs": "sums over the rejected one",
+    "advantage": "the tokens' advantages",
+}  # fmt: skip
+
+PLAIN = (
+    "logits", "labels", "outputs", "model", "batch", "tokens", "return outputs", "head", "teacher head", "reference head",
+)  # fmt: skip
+
+
+class Account(NamedTuple):
+    """How a loss was called, and sentences about what else it does."""
+
+    called_as: str
+    notes: tuple[str, ...]
+
+
+def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
+    """How a loss is called on such tokens, and what else it does; nothing where it cannot be called at all."""
+    key = (
+        repr(sorted(params.items(), key=str)),
+        tuple(sorted(tokens.fields())),
+        tokens.logits.shape[1],
+        tokens.logits.dtype,
+    )
+    return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, few(tokens)))
+
+
+def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
+    wanted = inputs(fn)
+    try:
+        style = style_of(fn, params, tokens)
+        with watched(fn) as seen:
+            value = loss_of(
+                call(fn, params, tokens.with_logits(_leaf(tokens)), style=style, layout=Layout()), name_of(fn)
+            )
+        base = grad_of(fn, params, tokens, style)
+    except InputError:
+        return Account("", ())
+    given = _given(wanted.required, tokens, optional=True)
+    given |= _given(wanted.optional, tokens, style.optional, style.counted)
+    given |= {
+        name: SOURCES.get(ROLE[name], f"the tokens' {FIELD.get(ROLE[name], ROLE[name])}") for name in style.columns
+    }
+    if style.fields == "texts" and "advantages" in given:
+        given["advantages"] = "one for each text, its first token's"
+    notes = [f"The loss is {value.part}."] if value.part else []
+    divides, by_length = _reduction(fn, params, tokens, value.value, style)
+    notes += _others(seen)
+    if wanted.kind == "model":
+        notes += _hidden(fn, params, tokens, style, base)
+    if wanted.kind != "tokens":
+        notes += _without_effect(fn, params, tokens, style, base)
+    further = _offsets(fn, params, tokens, style) if style.laid_out else []
+    notes += further or ([] if seen.models else by_length)
+    return Account(described(style, _seen_as(wanted), given) + divides, tuple(notes))
+
+
+def _seen_as(wanted: Inputs) -> str:
+    """What the student is to the loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
+    roles = set(wanted.required.values())
+    if any(role.endswith("chosen log probs") for role in roles):
+        return "sums"
+    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
+
+
+def _leaf(tokens: Tokens) -> Tensor:
+    return tokens.logits.detach().clone().requires_grad_()
+
+
+def _given(roles: Mapping[str, str], tokens: Tokens, optional: bool, counted: bool = True) -> dict[str, str]:
+    """What the arguments beside logits and labels were filled with, by name."""
+    said = {}
+    for name, role in roles.items():
+        if role in PLAIN:
+            continue
+        there = counted if role == "count" else optional
+        field = FIELD.get(role)
+        if there and (field in (None, "weight") or getattr(tokens, field) is not None):
+            said[name] = SOURCES.get(role) or f"the tokens' {role}"
+    return said
+
+
+def _reduction(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, value: Tensor, style: Style
+) -> tuple[str, list[str]]:
+    """How it divides, where it returns one number; and whether that is the same for texts of other lengths."""
+    if value.ndim:
+        return f"; it returns shape {tuple(value.shape)}, unreduced", []
+    try:
+        found = find_reduction(fn, dict(params), tokens, name_of(fn))
+    except InputError:
+        return "", []
+    many = "pairs" if pairwise(fn) else "tokens"
+    what = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
+    what |= {"mean over all": "a mean over all positions, the unsupervised included"}
+    what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
+    said = f"; it returns {what[found]}, which is undone"
+    if not style.laid_out or by_length([found], fn, dict(params), tokens, style):
+        return said, []
+    return said, [
+        "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on the rest of its text, "
+        "or terms of the loss are divided by different counts."
+    ]
+
+
+def _others(seen: Seen) -> list[str]:
+    """Other models, layers and passes that ran."""
+    said = []
+    if seen.models:
+        named = " and ".join(seen.models)
+        said.append(f"It runs another model ({named}), whose inputs here are made-up token ids that no label changes.")
+    if seen.layers:
+        named = " and ".join(seen.layers)
+        said.append(
+            f"It runs layers of its own ({named}) on what the model gives; their weights are trained too, unseen here."
+        )
+    if seen.passes > 1:
+        said.append(
+            f"It runs the model {seen.passes} times. In training, dropout makes the passes differ; here they are equal, so "
+            "that terms which compare them vanish."
+        )
+    if seen.hidden:
+        said.append("It asks for hidden states; here they are the logits themselves.")
+    return said
+
+
+def _hidden(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
+    """Whether part of the gradient reaches the hidden states past the head: with another head it is another one."""
+    try:
+        other = grad_of(fn, params, tokens, dataclasses.replace(style, head=2.0))
+    except InputError:
+        return []
+    share = float((other - base).norm() / base.norm())
+    if share < 10 * TURNED:
+        return []
+    return [
+        "Part of its gradient reaches the hidden states past the head, so that it is no function of the logits: what is "
+        "read here holds that part for logits too."
+    ]
+
+
+def _without_effect(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
+    """Inputs that it takes and that change nothing."""
+    wanted = inputs(fn)
+    said = []
+    fields: dict[str, list[str]] = {}
+    asked = {**wanted.required, **(wanted.optional if style.optional else {}), **{n: ROLE[n] for n in style.columns}}
+    for name, role in asked.items():
+        if role in FIELD and role not in ("sequence", "pair", "chosen") and not role.endswith("rejected log probs"):
+            fields.setdefault(FIELD[role], []).append(name)
+    for field, names in fields.items():
+        if field == "pair":
+            continue
+        other = _turned(tokens, field)
+        if other is None:
+            continue
+        try:
+            moved = (grad_of(fn, params, other, style) - base).norm() > 1e-6 * base.norm()
+        except InputError:
+            continue
+        if not bool(moved):
+            said.append(f"{' and '.join(names)} has no effect on its gradient.")
+    return said
+
+
+def _turned(tokens: Tokens, field: str) -> Tokens | None:
+    """The tokens with other values in a field."""
+    value = getattr(tokens, field)
+    if field == "weight":
+        value = (
+            torch.ones(len(tokens), dtype=tokens.logits.dtype, device=tokens.logits.device) if value is None else value
+        )
+        return tokens.replace(weight=value * (1 + torch.arange(len(tokens), device=value.device) % 3))
+    if value is None:
+        return None
+    if value.dtype is torch.bool:
+        return tokens.replace(**{field: ~value})
+    if field in MODELS:
+        return tokens.replace(**{field: 0.5 * value.roll(1, -1)})
+    if value.is_floating_point():
+        return tokens.replace(**{field: 2 * value.roll(1, 0) + 1})
+    return None
+
+
+def _offsets(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> list[str]:
+    """Labels further on, or back, that a row reacts to beside its own."""
+    if style.several:
+        return []
+    index = torch.arange(ORDER, device=tokens.logits.device) % len(tokens)
+    text = tokens[index]
+    if text.sequence is not None:
+        text = text.replace(sequence=torch.zeros_like(index))
+    label = ORDER // 2
+    try:
+        base = grad_of(fn, params, text, style)
+        one = torch.zeros(ORDER, dtype=torch.bool)
+        one[label] = True
+        grad = grad_of(fn, params, changed(text, one), style)
+        turned, moved = across(grad, base), (grad - base).norm(dim=-1)
+    except InputError:
+        return []
+    rows = (turned > TURNED * float(base.norm(dim=-1).max())).nonzero()[:, 0].tolist()
+    others = {label - row: float(moved[row] / moved[label]) for row in rows if row != label}
+    if label not in rows or not others or len(others) > 4:
+        return []
+    if min(others) > 0:
+        learns = " and ".join(f"the one {k} further on ({share:.2g} times as strongly)" for k, share in others.items())
+        return [
+            f"A row learns its own label and {learns}: another term, no function of its own label (multi-token prediction, "
+            "say). The rest of what is said here is about the sum of both."
+        ]
+    named = ", ".join(f"{abs(k)} {'after' if k > 0 else 'before'}" for k in sorted(others))
+    return [f"A row's gradient also turns with labels of other tokens of its text ({named} it)."]
+
+
+def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """The tokens with the logits of the one other model that the loss runs as their teacher, where it takes no teacher.
+
+    So that a distillation loss with its teacher in a closure can be told from others by that teacher.
+    """
+    wanted = inputs(fn)
+    style = style_of(fn, params, tokens)
+    asked = {*wanted.required.values(), *wanted.optional.values(), *(ROLE[name] for name in style.columns)}
+    if wanted.kind != "model" or "teacher" in asked:
+        return tokens
+    view = batch_view(tokens, Layout(), style)
+    with watched(fn) as seen, torch.no_grad():
+        on_view(fn, params, view)
+    found = [made for made in seen.logits if made.shape[-1] == tokens.logits.shape[1]]
+    if len(seen.models) != 1 or not found or found[0].shape != view.logits.shape:
+        return tokens
+    rows = found[0].reshape(-1, found[0].shape[-1])[view.place]
+    return tokens.replace(teacher=rows.to(tokens.logits.dtype))
