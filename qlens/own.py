@@ -71,6 +71,7 @@ def own_models(
         raise InputError("--text and --data: give one of them")
     from qlens import data as texts
     from qlens import sources
+    from qlens.vocabularies import match_vocabulary
 
     read = text if data is None else texts.read_rows(data)
     tokenizer = sources.load_tokenizer(model)
@@ -81,7 +82,7 @@ def own_models(
             sources.check_same_tokenizer(tokenizer, its)
             loaded[name] = sources.load_model(folder, device, dtype)
             width = sources.vocabulary_size(loaded["model"])
-            if done := sources.match_vocabulary(width, loaded[name], name, tokenizer, its):
+            if done := match_vocabulary(width, loaded[name], name, tokenizer, its):
                 typer.echo(done, err=True)
     return loaded, read
 
