@@ -19,6 +19,7 @@ from qlens.errors import InputError
 from qlens.files import refusal
 from qlens.lab import Problem, Setting, world
 from qlens.lab.worlds import VERSION
+from qlens.vocabularies import match_vocabulary
 
 HELD_OUT, LAB_HELD_OUT = 64, 256  # rows that nothing is trained on; never more than a fifth of them
 # On a user's own model; RATE from SMALL parameters up.
@@ -192,7 +193,7 @@ class Real:
             sources.check_same_tokenizer(tokenizer, its)
             models["teacher"] = self._load(self.teacher)
             width = sources.vocabulary_size(models["model"])
-            matched = sources.match_vocabulary(width, models["teacher"], "teacher", tokenizer, its)
+            matched = match_vocabulary(width, models["teacher"], "teacher", tokenizer, its)
         limit = sources.shortest_context(*models.values())
         encoded = encode(rows, tokenizer, limit)
         size = sources.vocabulary_size(models["model"])
@@ -230,7 +231,7 @@ class Real:
         """The teacher, its logits as wide as the model's."""
         assert self.teacher is not None
         teacher = self._load(self.teacher)
-        sources.match_vocabulary(width, teacher, "teacher", tokenizer, tokenizer)
+        match_vocabulary(width, teacher, "teacher", tokenizer, tokenizer)
         return teacher
 
     def _load(self, path: str) -> PreTrainedModel:

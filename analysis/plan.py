@@ -51,7 +51,11 @@ def lab_sources(settings: str | Setting | Sequence[str | Setting], steps: int | 
     Raises:
         InputError: none, doubles, or an unknown name.
     """
-    listed = [settings] if isinstance(settings, str | Setting) else list(settings)
+    listed: list[Any] = (
+        list(settings) if isinstance(settings, Iterable) and not isinstance(settings, str) else [settings]
+    )
+    if strange := [each for each in listed if not isinstance(each, str | Setting)]:
+        raise InputError(f"settings must be names or Settings, got {brief(strange[0])}")
     found: list[Source] = []
     for each in [name for given in listed for name in (SETTINGS if given == ALL else (given,))]:
         if isinstance(each, str) and each not in SETTINGS:

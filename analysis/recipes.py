@@ -4,7 +4,7 @@ A method's name stands for one recipe, or for several of which validation choose
 changed against ``target_sft`` or ``sft``, so that a difference between the two can have one cause only.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -124,7 +124,7 @@ def recipes(variants: Method | Sequence[Method]) -> dict[str, tuple[Recipe, ...]
         InputError: a name stands for two different rows, or nothing by that name.
     """
     single = isinstance(variants, str | Variant) or callable(variants)
-    listed = [variants] if single else list(variants)
+    listed = list(variants) if isinstance(variants, Iterable) and not single else [variants]
     if not listed:
         raise InputError("variants is empty: give at least one method, like 'sft'")
     spelled = [name for each in listed for name in (GROUPS[each] if each in tuple(GROUPS) else (each,))]

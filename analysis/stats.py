@@ -17,9 +17,8 @@ class Interval:
 
     Args:
         mean, low, high: over all seeds and items, and the ends, which are NaN for a single score.
-        p: of the two-sided t test that the mean is zero, which is below 1 - level where the interval leaves out zero. NaN
-            for a single score, and of a ``paired_difference`` on a single item, which says nothing of others; where all
-            scores are the same the interval is a point, and p is 1 at zero and 0 elsewhere.
+        p: of the two-sided t test that the mean is zero, below 1 - level where the interval leaves out zero; NaN for a single
+            score and for the ``paired_difference`` on one item; where nothing varies, 1 at zero and 0 elsewhere.
         df: degrees of freedom of t; NaN where nothing varies.
         seeds, items: how many of each.
         note: in words, which variation could not be seen.
@@ -112,8 +111,7 @@ def paired_difference(a: ArrayLike, b: ArrayLike, level: float = 0.95) -> Interv
     """
     a, b = _table(a, "a"), _table(b, "b")
     _same_shape({"a": a, "b": b})
-    found = crossed_interval(a - b, level)
-    return found if found.items > 1 else replace(found, p=float("nan"))
+    return replace(crossed_interval(a - b, level), **({} if a.shape[1] > 1 else {"p": np.nan}))  # one item: no test
 
 
 def holm(p: ArrayLike) -> np.ndarray:
@@ -266,8 +264,7 @@ def ranked(x: np.ndarray, level: float) -> np.ndarray:
     methods = x.shape[-3]
     one, other = np.triu_indices(methods, 1)
     mean, variance, df = fit(x[..., one, :, :] - x[..., other, :, :])
-    p = p_value(mean, variance, df) if x.shape[-1] > 1 else np.full(mean.shape, np.nan)  # one item tells no two apart
-    told = adjusted(p) < 1 - level
+    told = (adjusted(p_value(mean, variance, df)) < 1 - level) & (x.shape[-1] > 1)  # one item tells no two apart
     above = np.zeros((2, *mean.shape[:-1], methods, methods), dtype=int)  # the first of two: at all, and told so
     above[..., one, other] = [mean > 0, told & (mean > 0)]
     above[..., other, one] = [mean < 0, told & (mean < 0)]

@@ -22,7 +22,7 @@ from qlens.errors import InputError
 from qlens.files import output_file, write_text
 from qlens.reading import check_fits, row_of
 from qlens.registry import Variant, resolve
-from qlens.sources import check_same_vocabulary, shortest_context
+from qlens.sources import check_model, check_same_vocabulary, shortest_context
 
 DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
 CARRIED = ("old", "second", "sequence", "negatives")  # what a text and its model give of themselves
@@ -184,6 +184,7 @@ def view(
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
+    check_model(model, "model")
     for name, other in others.items():
         check_same_vocabulary(model, other, name)
     examples, skipped = _read(text, tokenizer, shortest_context(model, *others.values()), rows)

@@ -3,7 +3,6 @@
 import json
 import sys
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -15,7 +14,7 @@ import qlens
 from qlens import cards, console, params
 from qlens.errors import InputError
 from qlens.files import output_file
-from qlens.own import ROWS, own_models, own_tokens
+from qlens.own import ROWS, figure_path, own_models, own_tokens, slug
 
 app = typer.Typer(
     help="See and design the target distribution behind any supervised fine-tuning loss.",
@@ -90,7 +89,7 @@ def _list_distances(
 ) -> None:
     from qlens.distances import distances
 
-    path = None if figure is None else _figure_path(figure)
+    path = None if figure is None else figure_path(figure)
     needs = ("old", "second", "negatives")
     where = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)
     found = distances(where.get("tokens"))
@@ -101,12 +100,6 @@ def _list_distances(
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     if path is not None:
         typer.echo(f"Figure: {path}", err=as_json)
-
-
-def _figure_path(figure: str | Path) -> Path:
-    from qlens.analysis.saving import check_path
-
-    return check_path(figure, "--figure")
 
 
 @app.command()
@@ -147,9 +140,9 @@ def explain(
     """Show the target a loss trains toward, on built-in probes or on your own model and text."""
     with redirect_stdout(sys.stderr):  # what a user's file prints is no part of the answer
         variant = qlens.get(loss)
-        unasked = None if as_json or latex else f"explain-{_slug(loss)}.png"
+        unasked = None if as_json or latex else f"explain-{slug(loss)}.png"
         path = unasked if figure is None else figure
-        path = None if path is None else _figure_path(path)
+        path = None if path is None else figure_path(path)
         thin = variant.scope == "token"
         where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
         read = qlens.explain(variant, **where)
@@ -295,11 +288,6 @@ def view(
         print(made.to_jsonl())
     if path is not None:
         typer.echo(f"View: {path} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
-
-
-def _slug(spec: str) -> str:
-    name = Path(spec.partition("(")[0]).name.replace(".py:", "-")
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:100]
 
 
 def main() -> None:

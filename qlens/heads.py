@@ -39,6 +39,8 @@ class Head:
 
     def __post_init__(self):
         h, w, b = self.hidden, self.weight, self.bias
+        if not isinstance(h, Tensor) or not isinstance(w, Tensor):
+            raise InputError(f"hidden and head must be tensors, got {type(h).__name__} and {type(w).__name__}")
         if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
             raise InputError(f"hidden must be (N, H) and head (V, H), got {tuple(h.shape)} and {tuple(w.shape)}")
         if h.dtype != w.dtype:
@@ -92,6 +94,8 @@ class TopK:
     tail: Literal["renorm", "uniform", "student"] = "renorm"
 
     def __post_init__(self):
+        if not isinstance(self.ids, Tensor) or not isinstance(self.log_probs, Tensor) or self.ids.is_floating_point():
+            raise InputError("TopK: ids must be an integer tensor (N, k), and log_probs a tensor (N, k)")
         if self.ids.shape != self.log_probs.shape or self.ids.ndim != 2:
             shapes = f"{tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
             raise InputError(f"TopK: ids and log_probs must both be (N, k), got {shapes}")

@@ -1,5 +1,6 @@
 """The user's own models and text, as the command line names them: folders and files, loaded."""
 
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -70,6 +71,7 @@ def own_models(
         raise InputError("--text and --data: give one of them")
     from qlens import data as texts
     from qlens import sources
+    from qlens.vocabularies import match_vocabulary
 
     read = text if data is None else texts.read_rows(data)
     tokenizer = sources.load_tokenizer(model)
@@ -80,6 +82,23 @@ def own_models(
             sources.check_same_tokenizer(tokenizer, its)
             loaded[name] = sources.load_model(folder, device, dtype)
             width = sources.vocabulary_size(loaded["model"])
-            if done := sources.match_vocabulary(width, loaded[name], name, tokenizer, its):
+            if done := match_vocabulary(width, loaded[name], name, tokenizer, its):
                 typer.echo(done, err=True)
     return loaded, read
+
+
+def figure_path(figure: str) -> Path:
+    """Where ``--figure`` puts a figure.
+
+    Raises:
+        InputError: no figure can go there.
+    """
+    from qlens.analysis.saving import check_path
+
+    return check_path(figure, "--figure")
+
+
+def slug(spec: str) -> str:
+    """A file name for a spec: letters, digits, - and _."""
+    name = Path(spec.partition("(")[0]).name.replace(".py:", "-")
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:100]

@@ -12,7 +12,7 @@ from qlens.batching import COLUMNS, Supervised, collate
 from qlens.bodies import Bodies
 from qlens.data import Row, encode
 from qlens.errors import InputError
-from qlens.sources import check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
+from qlens.sources import check_model, check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
 from qlens.tokens import Tokens, spread
 
 ENTRIES = 2**22  # logits of one model at a time, where little of them is kept
@@ -66,6 +66,7 @@ def tokens_from_examples(
         InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
     """
     others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
+    check_model(model, "model")
     for name, other in others.items():
         check_same_vocabulary(model, other, name)
     check_fits(examples, {"model": model, **others})

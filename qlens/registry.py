@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlens import calling, params, userfiles
-from qlens.errors import InputError, UnknownName
+from qlens.errors import InputError, UnknownName, brief
 from qlens.guards import blamed
 from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
@@ -31,8 +31,8 @@ def register(name: str, **card: Any) -> Callable[[Callable], Method]:
         >>> qlens.get("half_nll_example").derived
         True
     """
-    if not name.isidentifier():
-        raise InputError(f"a method's name must be an identifier like 'my_loss', got {name!r}")
+    if not isinstance(name, str) or not name.isidentifier():
+        raise InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}")
 
     def add(fn: Callable) -> Method:
         method = _method(name, fn, **card)

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHARACTERS, letters, llama
 
+import qlens
 from qlens.batching import IGNORE
-from qlens.data import encode, read_rows, split
+from qlens.data import encode, ignored_keys, read_rows, split
 from qlens.errors import InputError
-from qlens.reading import tokens_from_text
+from qlens.reading import tokens_from_examples, tokens_from_text
 from qlens.sources import check_same_tokenizer, load_model, load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[2] / "shared/data"
@@ -232,3 +233,39 @@ def test_real_models_are_the_measured_ones():
     nll = F.cross_entropy(tokens.logits, tokens.labels).item()
     teacher_nll = F.cross_entropy(tokens.teacher, tokens.labels).item()
     assert nll == pytest.approx(2.08, abs=0.25) and teacher_nll == pytest.approx(1.46, abs=0.25)
+
+
+def test_columns_of_the_data_become_fields_of_tokens(write):
+    rows = [
+        {"text": "ab", "id": 7, "weight": 0.5, "critical": [True, False, True], "pair": 3},
+        {"text": "c", "id": 8, "weight": 2, "critical": [1, 1], "pair": 4},
+    ]
+    read = read_rows(write(*rows))
+    assert read == rows and ignored_keys(read) == ["id"]
+    examples = encode(read, letters(), None).examples
+    tokens = tokens_from_examples(llama(), examples)
+    assert tokens.weight.tolist() == [0.5, 0.5, 2.0] and tokens.pair.tolist() == [3, 3, 4]
+    assert tokens.critical.tolist() == [False, True, True]  # of the labels a, b and c
+    assert qlens.explain("cft", tokens).table is not None
+    with pytest.raises(InputError, match="row 1: critical has 2 values, but the row has 3 tokens"):
+        encode([rows[0] | {"critical": [True, False]}], letters(), None)
+    with pytest.raises(InputError, match="line 2: column 'weight' must be in every row or in none"):
+        read_rows(write({"text": "a", "weight": 1}, {"text": "b"}))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 1 / 0 }}", "row 1: the chat template fails on these turns: ZeroDivisionError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not ended after 0.2 s"),
+        ("{{ 9**9**9 }}", "raises to a power"),
+        ("{{ 'a' * 2000 }}", "writes 2000 characters: at most 1000"),
+        ("{{ '\ud800' }}", "half of a surrogate pair"),
+    ],
+)
+def test_chat_templates_run_in_bounded_time_and_length(monkeypatch, template, message):
+    monkeypatch.setattr("qlens.templates.SECONDS", 0.2)
+    monkeypatch.setattr("qlens.templates.CHARACTERS", 1000)
+    with pytest.raises(InputError, match=message):
+        encode([PAIR], letters(template=template), None)

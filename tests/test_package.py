@@ -103,6 +103,8 @@ def test_dependencies_point_one_way():
                 "fitting.py",
                 "sources.py",
                 "templates.py",
+                "vocabularies.py",
+                "trainers.py",
                 "data.py",
                 "reading.py",
                 "feeding.py",

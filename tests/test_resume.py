@@ -177,10 +177,12 @@ def test_a_damaged_record_is_made_again_and_said_to_be(compare, tmp_path, capsys
     study = compare("sft", seeds=1)
     jobs = sorted((tmp_path / "run" / "jobs").iterdir())
     whole = {path: json.loads(path.read_text(encoding="utf-8")) for path in jobs}
-    for damage in ("[]", "null", "{", jobs[1].read_text()[:200], json.dumps(whole[jobs[1]] | {"scores": ["a"]})):
-        jobs[1].write_text(damage, encoding="utf-8")
+    strange = json.dumps(whole[jobs[1]] | {"scores": ["a"]})
+    for damages in (("[]", jobs[1].read_text()[:200]), ("null", strange)):
+        for path, damage in zip(jobs, damages, strict=True):
+            path.write_text(damage, encoding="utf-8")
         again = compare("sft", seeds=1, progress=True)
-        assert f"{jobs[1]} is damaged and made again" in capsys.readouterr().err
+        assert capsys.readouterr().err.count("is damaged and made again") == 2
         assert again.results.equals(study.results)
     for content in ("[]", "null", "{"):
         (tmp_path / "run" / "config.json").write_text(content, encoding="utf-8")

@@ -14,6 +14,7 @@ from qlens.bodies import Body
 from qlens.data import encode
 from qlens.errors import InputError
 from qlens.own import own_tokens
+from qlens.vocabularies import match_vocabulary
 
 
 def test_tokenizers_are_compared_piece_by_piece():
@@ -128,8 +129,8 @@ def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mi
 
 def test_vocabularies_of_other_tokenizers_are_not_matched():
     with pytest.raises(InputError, match="the tokenizers have"):
-        sources.match_vocabulary(32, llama(vocab=40), "teacher", letters(), letters(order=[*CHARACTERS, "é"]))
+        match_vocabulary(32, llama(vocab=40), "teacher", letters(), letters(order=[*CHARACTERS, "é"]))
     with pytest.raises(InputError, match="a token 31: they cannot be matched"):
-        sources.match_vocabulary(33, llama(vocab=30), "teacher", letters(), letters())
+        match_vocabulary(33, llama(vocab=30), "teacher", letters(), letters())
     with pytest.raises(InputError, match="match_vocabulary"):
         sources.check_same_vocabulary(llama(), llama(vocab=40), "teacher")
