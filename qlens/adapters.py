@@ -134,6 +134,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
             f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
         )
     misfits: dict[str, float] = {}
+    grads: list[Tensor] = []
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
         if style.laid_out or inputs_masked(fn):

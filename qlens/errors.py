@@ -38,7 +38,8 @@ def brief(value: Any, most: int = 80) -> str:
         return f"a whole number of {value.bit_length()} bits"  # longer ones have no repr
     text = repr(value[: 2 * most] if isinstance(value, str | bytes | list | tuple) else value)
     if isinstance(value, str | bytes) and len(value) > 2 * most:
-        text = repr(value[:most] + value[-most:])
+        ends: Any = value
+        text = repr(ends[:most] + ends[-most:])
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 
