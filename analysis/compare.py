@@ -25,8 +25,8 @@ from qlens.analysis.recipes import DEFAULT, Method, recipes
 from qlens.analysis.search import Choice, chosen, gathered, trials
 from qlens.analysis.study import Study
 from qlens.errors import InputError, brief
-from qlens.files import user_path
-from qlens.lab import Setting, build
+from qlens.files import make_folder, user_path
+from qlens.lab import Setting, build, cache
 from qlens.probes import probes
 
 MOST = 10**9  # steps or jobs
@@ -109,6 +109,8 @@ def compare(
     folder = default_folder("lab" if model is None else sources[0].name, config) if given is None else given
     say = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
     processes = 1 if device != "cpu" else jobs
+    if any(isinstance(source, Lab) for source in sources):
+        make_folder(cache.root(), "cache folder (QLENS_CACHE)")  # before anything is written elsewhere
     with claimed(folder, config):
         _prepare(sources, progress, say)
         tried = _search(rows, sources, settled, folder, processes, progress)

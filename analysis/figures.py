@@ -32,7 +32,6 @@ from qlens.analysis.overview import method_keys
 from qlens.analysis.targets import (
     LINES,
     METRICS,
-    ROUNDING,
     SHAPES,
     color_limits,
     plot_sequence,
@@ -177,7 +176,7 @@ def figure_sequence(
         bar.ax.locator_params(nbins=2)
         bar.outline.set_visible(False)
         bar.ax.set_visible(line == 0)  # what it says holds for all lines
-    if (data["negative_mass"] > ROUNDING).any():
+    if (data["negative_mass"] > 0).any():
         legend_below(figure, [SIGNED])
     return figure
 

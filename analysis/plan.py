@@ -36,10 +36,10 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     """
     if isinstance(seeds, bool) or not isinstance(seeds, Integral | Sequence) or isinstance(seeds, str):
         raise InputError(f"seeds must be a number, or a list of seeds, got {brief(seeds)}")
-    if isinstance(seeds, Integral) and not 1 <= seeds <= MOST_SEEDS:
+    if isinstance(seeds, Integral) and not 1 <= int(seeds) <= MOST_SEEDS:
         raise InputError(f"seeds must be a number from 1 to {MOST_SEEDS}, or a list of seeds, got {brief(seeds)}")
     chosen: list[Any] = list(range(int(seeds))) if isinstance(seeds, Integral) else list(seeds)
-    fits = all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= s < 2**32 for s in chosen)
+    fits = all(isinstance(s, Integral) and not isinstance(s, bool) and 0 <= int(s) < 2**32 for s in chosen)
     if not chosen or not fits or len(set(chosen)) < len(chosen):
         raise InputError(f"seeds must be at least one, distinct, each from 0 to 2^32 - 1, got {brief(seeds)}")
     return [int(seed) for seed in chosen]

@@ -110,7 +110,7 @@ def check_results(results: pd.DataFrame, config: Mapping[str, Any], path: Path) 
     for setting, cells in results.groupby("setting"):
         counts = cells.groupby(["method", "seed"])["item"].agg(["size", "nunique"])
         if counts.to_numpy().min() != counts.to_numpy().max():
-            short = counts["size"].idxmin()
+            short: Any = counts["size"].idxmin()
             raise InputError(
                 f"{path} is damaged: {setting}: {short[0]} at seed {short[1]} lacks items, or has them twice"
             )

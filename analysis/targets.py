@@ -64,7 +64,7 @@ METRICS = {
 }
 """What ``plot_sequence`` can show, with its unit."""
 COLORS = "Blues"  # from light to dark in grey too, and for the colour-blind
-ROUNDING = 1e-6  # of Q: less below zero than this is no negative mass
+ROUNDING = 1e-6  # a largest value below this is rounding, and gets no colour scale of its own
 STILL = 0.02  # of the axis: a move too short for an arrow is a dot
 
 
@@ -224,7 +224,7 @@ def plot_sequence(
     table = {
         key: data.pivot(index="method", columns="position", values=key).loc[names] for key in {show, "negative_mass"}
     }
-    values, signed = table[show].to_numpy(), (table["negative_mass"] > ROUNDING).to_numpy()
+    values, signed = table[show].to_numpy(), (table["negative_mass"] > 0).to_numpy()
     norm = PowerNorm(0.5 if show == "kl" else 1.0, low, high)
     options = {"cmap": COLORS, "norm": norm, "aspect": "auto", "interpolation": "nearest"} | image
     ax.imshow(np.ma.masked_invalid(values), **options)

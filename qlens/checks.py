@@ -17,6 +17,7 @@ from qlens.variant import Variant
 
 State = Literal["passed", "failed", "remark", "not applicable"]
 STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
+BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules of what a loss divides by
 WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
 
 
@@ -85,15 +86,15 @@ class CheckReport:
             "loss": self.spec,
             "kind": self.kind,
             "vocabulary": self.vocabulary,
-            "called_as": self.called_as,
-            "notes": list(self.notes),
             "ok": self.ok,
             "items": [asdict(item) for item in self.items],
+            "called_as": self.called_as,
+            "notes": list(self.notes),
         }
 
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
-        lines = [f"{self.spec}: how it is implemented (called with {self.kind}{self._width()})", ""]
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
         for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
             lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
             lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
@@ -106,12 +107,12 @@ class CheckReport:
                 names if "," not in names else "",
                 reason if "," not in names else f"{names}: {reason}",
             )
-        called = [f"Called with {self.called_as}."] if self.called_as else []
-        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
         shown = [
             state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
         ]
         counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
+        called = [f"Called with {self.called_as}{self._width()}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
         return "\n".join([*lines, "", *said, counts])
 
     def _width(self) -> str:
@@ -163,11 +164,24 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
+        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
+            return Item(name, "remark", f"{failure}; {spared}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except InputError as error:
         return Item(name, "failed", str(error), rule.raising)
     except Exception as error:
         return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
+
+
+def _spared(rule: Rule, tested: Specimen) -> str:
+    """That a loss which may go by the attention mask keeps the rule on texts without prompts, or nothing."""
+    try:
+        rule.run(tested.without_prompts())
+    except (Failed, NotApplicable, InputError):
+        return ""
+    except Remark as remark:
+        return f"where nothing is a prompt: {remark}"
+    return "not so where nothing is a prompt: it goes by the attention mask, prompts included"
 
 
 def _entry(state: str, name: str, said: str) -> list[str]:

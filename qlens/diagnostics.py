@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qlens.scales import balanced, coefficient_tolerance, label_pull, tolerance
+from qlens.scales import balanced, coefficient_tolerance, gradient_tolerance, label_pull, tolerance
 from qlens.tokens import BLOCK_ENTRIES, expectation
 
 
@@ -147,13 +147,15 @@ class Diagnostics:
         t, q_y, p_y = self.trust, self._label_mass.clamp(0, 1), self.label_probs
         gain = t * self.rest
         ratio = torch.where(gain.abs() < p_y, (gain / p_y).log1p(), q_y.log() - self.label_log_probs)
+        ratio = torch.where(t == 1, -self.label_log_probs, ratio)
         made = torch.where(q_y > 0, q_y * ratio, 0.0) + self.rest * _xlogx((1 - t).clamp(min=0))
         return torch.where(self.in_simplex, made.clamp(min=0), torch.nan)
 
     @cached_property
     def label_log_probs(self) -> Float[Tensor, " N"]:
-        """log p_y."""
-        return self.log_probs.gather(1, self._index)[:, 0]
+        """log p_y; near p_y = 1 it is log(1 - (1 - p_y)), which keeps the digits of 1 - p_y."""
+        direct = self.log_probs.gather(1, self._index)[:, 0]
+        return torch.where(direct > -0.5, (-self.rest.clamp(max=0.5)).log1p(), direct)
 
     @property
     def label_probs(self) -> Float[Tensor, " N"]:
@@ -203,7 +205,7 @@ class Diagnostics:
         for rows in self._blocks():
             p, q = self.log_probs[rows].exp(), self.q_rows(rows)
             total[rows] = q.sum(-1)
-            rounding = (p - q).abs_().add_(p).mul_(tolerance(self._carried))  # of p_k - g_k / s
+            rounding = (p - q).abs_().add_(p).mul_(gradient_tolerance(self._carried))  # of p_k - g_k / s
             negative[rows] = torch.where(q < rounding.neg_(), q, 0.0).sum(-1).abs()
         return total, negative
 

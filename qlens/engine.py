@@ -248,7 +248,8 @@ def fusible(variant: Variant) -> bool:
 
 
 def _check(variant: Variant, given: dict[str, Any]) -> None:
-    missing = [name for name in variant.needs if name not in given]
+    needs = (*variant.needs, "pair") if variant.scope == "pair" else variant.needs  # the mean is over the pairs
+    missing = [name for name in needs if name not in given]
     if missing:
         raise InputError(f"{variant.name} needs a {missing[0]}: give fused_loss({missing[0]}=...)")
     if not fusible(variant):

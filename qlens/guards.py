@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import io
+import logging
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,10 +49,19 @@ def blamed(name: str, file: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what a loss prints off standard output, which holds the answer alone; its warnings are not shown either."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+    """Silence a loss that is called hundreds of times: what it prints, logs or warns would drown the answer."""
+    before = logging.root.manager.disable
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
-        yield
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def file_of(fn: Callable) -> str:

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlens.batching import restarts
+from qlens.batching import packed, positions, restarts
 from qlens.errors import InputError
 from qlens.sources import evaluating, model_logits
 
+BOUNDARIES = (
+    "cu_seq_lens_q",
+    "seq_idx",
+)  # what tells packed texts apart for some models, but not which labels are theirs
 TRIED = 6  # tokens of two neighbouring texts on which their separation is tried
-ROUNDING = 100  # units in the last place of the largest logit
+SHARE = 0.05  # of what another first text moves where it is the same text: less is rounding
 
 
 def inputs_of(model: nn.Module) -> dict[str, inspect.Parameter]:
@@ -24,6 +28,41 @@ def inputs_of(model: nn.Module) -> dict[str, inspect.Parameter]:
 def uncached(model: nn.Module) -> dict[str, bool]:
     """The argument that keeps a model from filling a key-value cache, with which it would not tell packed texts apart."""
     return {"use_cache": False} if "use_cache" in inputs_of(model) else {}
+
+
+def features_of(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch's inputs with positions that ignore padding on the left, and without what would hide that rows are packed.
+
+    transformers' models look for position ids that start again only where there is no attention mask; padding then has
+    position 0, as a text of its own. Positions that a model takes none of are left out where every row is one text.
+
+    Raises:
+        InputError: rows are packed by something else than position ids.
+    """
+    features = dict(inputs)
+    mask, places = features.get("attention_mask"), features.get("position_ids")
+    if places is None and (named := [name for name in BOUNDARIES if name in features]):
+        raise InputError(
+            f"the data are packed by {named[0]} alone: position_ids that start again where a text begins are needed too "
+            "(DataCollatorWithFlattening(return_position_ids=True) makes both)"
+        )
+    takes = "position_ids" in inputs_of(model)
+    if places is not None and places.ndim == 2 and (kept := packed(places, mask)) is not None:
+        features.pop("attention_mask", None)
+        return {**features, "position_ids": kept}
+    if places is not None and not takes:
+        del features["position_ids"]
+    if places is None and takes and mask is not None and not mask[:, 0].all():
+        features["position_ids"] = positions(mask)
+    return features
+
+
+def is_packed(features: Mapping[str, Any]) -> bool:
+    """Whether rows of ``features_of`` hold several texts: they have positions and no mask, with a start inside a row."""
+    places = features.get("position_ids")
+    if places is None or places.ndim != 2 or "attention_mask" in features:
+        return False
+    return bool(restarts(places)[:, 1:].any())
 
 
 class Separation:
@@ -61,11 +100,11 @@ class Separation:
         first = at + 1 - begin
         other = part["input_ids"].clone()
         other[:, :first] = torch.where(other[:, :first] == 0, 1, 0)
+        joined = torch.arange(end - begin, device=ids.device).expand_as(part["position_ids"])
         with evaluating(model):
-            logits = model_logits(model, part)[:, first:]
-            moved = model_logits(model, {**part, "input_ids": other})[:, first:]
-        gap, size = float((logits - moved).abs().amax()), max(1.0, float(logits.abs().amax()))
-        if not gap <= ROUNDING * torch.finfo(logits.dtype).eps * size:
+            gap, size = _moved(model, part, other, first)
+            reach, _ = _moved(model, {**part, "position_ids": joined}, other, first)  # as one text, where it must move
+        if not gap <= max(SHARE * reach, 2 * torch.finfo(size.dtype).eps * float(size)):
             kernel = getattr(getattr(model, "config", None), "_attn_implementation", None)
             way = (
                 "per_device_train_batch_size=1 or attn_implementation='sdpa'"
@@ -81,3 +120,10 @@ class Separation:
 
 def _per_token(value: Any, ids: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == ids.shape
+
+
+def _moved(model: nn.Module, part: Mapping[str, Tensor], other: Tensor, first: int) -> tuple[float, Tensor]:
+    """How far the second text's logits move with other tokens before it, and the largest of them."""
+    logits = model_logits(model, part)[:, first:]
+    moved = model_logits(model, {**part, "input_ids": other})[:, first:]
+    return float((logits - moved).abs().amax()), logits.abs().amax()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -131,12 +132,15 @@ def _short(error: BaseException) -> str:
 def quiet() -> Iterator[None]:
     """Without transformers' bars for reading and writing weights, which would tear our own apart, and without its warnings."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    hub_level = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(level)
+        hub_logging.set_verbosity(hub_level)
         if shown:
             transformers_logging.enable_progress_bar()
 

@@ -182,7 +182,7 @@ class Tokens:
     def others(self) -> Float[Tensor, "N V"]:
         """p_{-y}: p with the label removed and renormalised, 0 at the label and where nothing is left; without gradient."""
         rest = self.log_probs.detach().scatter(-1, self.labels[:, None].long(), -torch.inf)
-        return torch.where(rest.amax(-1, keepdim=True) > -torch.inf, torch.softmax(rest, -1), 0.0)
+        return torch.where(rest.amax(-1, keepdim=True) > -torch.inf, log_softmax(rest).exp(), 0.0)
 
     @property
     def one_hot(self) -> Float[Tensor, "N V"]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from qlens.batching import COLUMNS, Supervised, collate, packed, positions
+from qlens.batching import COLUMNS, Supervised, collate
 from qlens.bodies import Bodies, Body
 from qlens.checkpoints import RunState
 from qlens.draws import Replay, draws_of
@@ -17,12 +17,16 @@ from qlens.engine import fused_pass, fusible
 from qlens.errors import InputError
 from qlens.feeding import Feed
 from qlens.measurements import SHARDED, Measurements
-from qlens.packing import Separation, inputs_of, uncached
+from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
 from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
 
+BOUNDARIES = (
+    "cu_seq_lens_q",
+    "seq_idx",
+)  # what tells packed texts apart for some models, but not which labels are theirs
 LAYOUT = ("labels", "attention_mask", "position_ids")
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
@@ -43,7 +47,7 @@ class QLossMixin(Measurements):
     is refused, as found on a few tokens.
 
     Beside ``loss``, every log holds the comparables of ``Tally.means`` over all supervised tokens of the logged step,
-    ``update_norm``, the norm of that step's change of the parameters (estimated from 4 million of them where more are
+    ``update_norm``, the norm of that step's change of the parameters (estimated from 16 million of them where more are
     trained, see ``qlens.updates.UpdateNorm``), and ``aux_loss``, the router loss without its weight; they are computed for
     logged steps only. Evaluation returns ``eval_loss``, the mean over all supervised tokens (pairs) of the set whatever the
     batch size (no penalty, no router loss), and the same comparables as ``eval_*``.
@@ -270,24 +274,17 @@ class QLossMixin(Measurements):
         return getattr(self.data_collator, "func", self.data_collator) is collate
 
     def _features(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """What the models see: no labels, positions that ignore padding on the left, packed texts that can be told apart.
+        """What the models see: no labels and no columns of the data.
 
         Raises:
             InputError: the data are packed, and a model does not keep the texts apart.
         """
-        features = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
-        mask, places = features.get("attention_mask"), features.get("position_ids")
-        if places is not None and places.ndim == 2 and (places := packed(places, mask)) is not None:
-            features = {name: value for name, value in features.items() if name != "attention_mask"}
-            features["position_ids"] = places
-            if self.accelerator.distributed_type not in SHARDED:
-                for name, model in {"model": self.model, **self._feed.others}.items():
-                    self._separation.prove(model, features, name)
-        takes = "position_ids" in inputs_of(self.model)
-        if mask is not None and "position_ids" not in features and takes and not mask[:, 0].all():
-            features["position_ids"] = positions(mask)
-        if not takes:
-            features.pop("position_ids", None)  # those of rows that are one text each, which the model counts itself
+        features = features_of(
+            {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}, self.model
+        )
+        if is_packed(features) and self.accelerator.distributed_type not in SHARDED:
+            for name, model in {"model": self.model, **self._feed.others}.items():
+                self._separation.prove(model, features, name)
         return features
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

@@ -11,6 +11,8 @@ from right_losses import right
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+UNTOLD = "it takes no num_items_in_batch: 2x4 gives 2 and 8x1 8 times"
+
 
 def shifted(logits, labels):
     return logits[..., :-1, :].contiguous(), labels[..., 1:].contiguous()
@@ -141,6 +143,22 @@ def masked_by_attention(model, inputs, return_outputs=False, num_items_in_batch=
     nll, kept = per_token(outputs.logits, labels)
     loss = divided((nll * kept).sum(), kept, num_items_in_batch)
     return (loss, outputs) if return_outputs else loss
+
+
+@right(accumulation="2x4 gives 2 and 8x1 8 times")
+def means_over_attention(model, inputs, num_items_in_batch=None):
+    """As it is written most often: labels are the input ids, and the mean is over what is attended."""
+    mask = inputs["attention_mask"][:, 1:]
+    outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    nll, _ = per_token(outputs.logits, inputs["input_ids"])
+    return (nll * mask).sum() / mask.sum()
+
+
+@right(accumulation=UNTOLD)
+def takes_an_attention_mask(logits, labels, attention_mask):
+    nll, _ = per_token(logits, labels)
+    mask = attention_mask[:, 1:].to(nll.dtype)
+    return (nll * mask).sum() / mask.sum()
 
 
 @right
@@ -295,7 +313,6 @@ def masked_targets(logits, targets, loss_mask):
     return (nll * loss_mask.flatten()).sum() / loss_mask.sum()
 
 
-UNTOLD = "it takes no num_items_in_batch: 2x4 gives 2 and 8x1 8 times"
 right(GPTLMLoss, accumulation=UNTOLD, all_masked="loss nan")  # a mean over no labels is 0 / 0
 right(KDLoss)
 right(PolicyLoss)

@@ -126,7 +126,6 @@ WRONG = {
         "prompt": "31 of 32 positions labelled -100 are pulled",
     },
     no_graph_when_all_masked: {"all_masked": "it returns a value without a graph"},
-    wants_contiguous: {"contiguous": "raises RuntimeError: view size"},
     writes_on_logits: {"inputs": "it writes in place on outputs"},
     writes_on_labels: {"inputs": "it writes in place on labels"},
     compute_loss_that_writes: {"inputs": "it writes in place on the model's outputs"},
@@ -159,6 +158,12 @@ def test_the_factor_of_a_forgotten_count_is_that_of_the_gradients_themselves():
     whole, half = loss.read_batch(texts, 48).grad, loss.read_batch(texts[:4], 48).grad
     assert_close(half, 4 * whole[: len(half)])
     assert not rules.same(loss, loss.read_batch(texts, 48), loss.read_batch(texts, 48), "itself")
+
+
+def test_a_loss_that_refuses_strided_logits_is_a_remark():
+    report = qlens.check(wants_contiguous)
+    assert report.ok and [item.id for item in report.remarks] == ["contiguous"]
+    assert "wants_contiguous raises RuntimeError: view size" in report["contiguous"].evidence
 
 
 def test_infinite_logits_are_a_remark_where_masked_columns_are_finite():

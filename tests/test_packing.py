@@ -6,7 +6,16 @@ import pytest
 import torch
 from tiny import VOCAB, llama, parameters, rows, trainer_in
 from torch.testing import assert_close
-from transformers import DataCollatorWithFlattening, GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM, Trainer
+from transformers import (
+    DataCollatorWithFlattening,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+)
 
 import qlens
 from qlens.batching import IGNORE, Supervised, collate, restarts
@@ -46,6 +55,14 @@ def eager(seed: int = 0):
     return model
 
 
+def mixtral(seed: int = 0) -> MixtralForCausalLM:
+    torch.manual_seed(seed)
+    shape = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2
+    )
+    return MixtralForCausalLM(MixtralConfig(vocab_size=VOCAB, num_local_experts=4, **shape))
+
+
 def gradient(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and gradient of a batch, without dropout."""
     trainer.model.eval()
@@ -65,6 +82,7 @@ def gradient(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
         ("kd", gpt2, False),
         ("r_drop", eager, False),
         ("psft", llama, None),
+        ("sft", mixtral, None),
     ],
 )
 def test_packed_texts_are_trained_as_rows_of_their_own(make, spec, build, fused):
@@ -96,6 +114,9 @@ def test_transformers_flattened_batches_are_taken(make):
     trainer = make("sft", examples=examples)
     flat = DataCollatorWithFlattening(return_tensors="pt")(examples)
     assert_close(gradient(trainer, flat), gradient(trainer, collate(examples)), rtol=1e-4, atol=1e-6)
+    options = dict(return_tensors="pt", return_position_ids=False, return_flash_attn_kwargs=True)
+    with pytest.raises(InputError, match="packed by cu_seq_lens_q alone: position_ids"):
+        gradient(trainer, DataCollatorWithFlattening(**options)(examples))
 
 
 def test_sft_of_packed_rows_is_transformers_own(make):
@@ -129,6 +150,11 @@ def test_a_model_that_does_not_keep_texts_apart_is_refused(make):
     packs = [pack(texts(4))] * 4
     with pytest.raises(InputError, match="the data are packed .* but the model takes no position_ids"):
         make("sft", model=mamba, examples=packs).train()
+    for dtype in (torch.float32, torch.bfloat16):
+        leaky, sound = Leaky(llama().config).to(dtype), llama().to(dtype)
+        with pytest.raises(InputError, match=r"in the model .* a text sees those before it in its row"):
+            make("sft", model=leaky, examples=packs).train()
+        make("sft", model=sound, examples=packs, steps=1).train()
     leaky = Leaky(llama().config)
     with pytest.raises(InputError, match=r"in the model \(attention 'sdpa'\) a text sees those before it in its row"):
         make("sft", model=leaky, examples=packs).train()

@@ -117,3 +117,11 @@ def test_half_a_pair_is_refused_with_what_to_do(make):
         trainer.train()
     with pytest.raises(InputError, match="simpo needs 'pair': give the data a column of that name"):
         make("simpo").train()
+
+
+def test_a_method_of_pairs_needs_their_ids():
+    method = qlens.variant.Method(
+        name="mine", fn=lambda tokens: -tokens.label_log_probs, scope="pair", structure="label"
+    )
+    with pytest.raises(InputError, match=r"mine needs a pair: give fused_loss\(pair=...\)"):
+        qlens.fused_loss(method.variant(), torch.randn(4, 8), torch.randn(9, 8), torch.arange(4))

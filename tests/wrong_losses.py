@@ -91,7 +91,7 @@ def labels_wide(inputs):
     return inputs["labels"].size(1)
 
 
-@wrong(padding_side="padding", padding_amount="padding", all_masked="", accumulation="", evaluation="")
+@wrong(padding_side="padding", padding_amount="padding", accumulation="", evaluation="")
 def learns_padding(model, inputs, num_items_in_batch=None):
     """Labels are the input ids, padding included."""
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
@@ -216,11 +216,13 @@ def forgets_its_teacher(logits, labels, teacher):
     )
 
 
-@wrong(contiguous="raises RuntimeError: view size")
-def views_what_is_strided(outputs, labels, num_items_in_batch=None):
-    z = outputs.logits.view(-1, outputs.logits.size(-1))
-    y = F.pad(labels, (0, 1), value=-100)[:, 1:].reshape(-1)
-    return divided(F.cross_entropy(z, y, reduction="sum"), y != -100, num_items_in_batch)
+@wrong(contiguous="by no common factor")
+def reads_the_storage(outputs, labels, num_items_in_batch=None):
+    """Takes rows out of the memory of the logits, whatever their strides."""
+    size = outputs.logits.shape
+    z = outputs.logits.as_strided(size, (size[1] * size[2], size[2], 1))[:, :-1]
+    y = labels[:, 1:]
+    return divided(F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum"), y != -100, num_items_in_batch)
 
 
 @wrong(all_masked="without a graph")

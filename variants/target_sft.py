@@ -10,14 +10,14 @@ from qlens.params import Share
 from qlens.registry import register
 from qlens.structure import GeometricMixture
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation
+from qlens.tokens import Tokens, expectation, log_softmax
 
 
 def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
     r"""The geometric student-teacher mix, detached: :math:`\tilde\pi \propto p^{1 - \eta}\, \pi_T^{\eta}`, (N, V)."""
     log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
     mixed = {0.0: log_p, 1.0: log_t}.get(eta)  # 0 times -inf is not 0
-    return torch.softmax((1 - eta) * log_p + eta * log_t if mixed is None else mixed, -1)
+    return log_softmax((1 - eta) * log_p + eta * log_t if mixed is None else mixed).exp()
 
 
 @register(

@@ -11,7 +11,7 @@ from qlens.citations import bibtex
 from qlens.params import Weight
 from qlens.registry import register
 from qlens.target import Target
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, log_softmax
 
 
 @register(
@@ -61,7 +61,7 @@ def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floo
     bound = math.log(floor) if floor else -torch.inf
     apart = (pushed.gather(1, first) & (rest.logsumexp(-1, keepdim=True) >= bound)).to(p)
     odds = torch.where(pushed & (1 - p >= floor), p / (1 - p), 0.0).scatter(1, first, 0.0)
-    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - torch.softmax(rest.clamp(min=-1e30), -1))
+    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(rest.clamp(min=-1e30)).exp())
     label = Target.push(tokens, torch.full_like(p[:, 0], nll))
     return Target.from_grad(tokens, label.grad + alpha * grad)
 

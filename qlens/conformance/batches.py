@@ -1,5 +1,8 @@
 """Rules for losses that see (B, T) batches: padding, packing, and batches without a label."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from qlens.batching import IGNORE
@@ -21,8 +24,10 @@ def padding_side(loss: Specimen) -> str:
     texts = loss.unequal()
     offs = []
     for columns in (0, 7):
-        right, left = (_padded(loss, texts, side, columns) for side in ("right", "left"))
-        offs.append(same(loss, left, right, f"padded left instead of right ({columns} further columns)"))
+        right = _padded(loss, texts, "right", columns)
+        with _first_tokens_counted(loss):
+            left = _padded(loss, texts, "left", columns)
+            offs.append(same(loss, left, right, f"padded left instead of right ({columns} further columns)"))
     return f"same gradient {to(max(offs))} on either side, none on padding"
 
 
@@ -32,8 +37,9 @@ def padding_amount(loss: Specimen) -> str:
     texts = loss.unequal()
     offs = []
     for side in ("right", "left"):
-        none, more = (_padded(loss, texts, side, columns) for columns in (0, 7))
-        offs.append(same(loss, more, none, f"7 further columns of padding on the {side}"))
+        with _first_tokens_counted(loss) if side == "left" else contextlib.nullcontext():
+            none, more = (_padded(loss, texts, side, columns) for columns in (0, 7))
+            offs.append(same(loss, more, none, f"7 further columns of padding on the {side}"))
     return f"same gradient {to(max(offs))} with 7 further columns, none on padding"
 
 
@@ -51,6 +57,10 @@ def packing(loss: Specimen) -> str:
     try:
         off = same(loss, loss.read_batch(packed, n), loss.read_batch(texts, n), what)
     except Failed as failure:
+        if loss.attends:
+            raise Remark(
+                f"{failure}; it goes by the attention mask, which hides no packed text's first token"
+            ) from failure
         if loss.scope == "token":
             raise
         raise NotApplicable(f"scope batch: a token's gradient depends on the other texts ({failure})") from failure
@@ -67,11 +77,24 @@ def all_masked(loss: Specimen) -> str:
     made = loss.read_batch(texts, 48, attended=not loss.labels_from_ids)
     pull = float(torch.cat([made.grad.flatten(), made.grad.new_tensor([made.outside])]).abs().max())
     if pull != 0 or not bool(made.value.isfinite()):  # NaN is neither
+        if loss.labels_from_ids:
+            raise NotApplicable("it takes its labels from input_ids: no micro-batch is without any")
         logged = "the logged loss turns NaN, and with it every mean that it enters" if pull == 0 else ""
         raise Failed(f"loss {float(made.value):.4g}, largest gradient {pull:.4g}, where both should be 0", logged)
     if float(made.value) and loss.scope != "batch":
         raise Remark(f"gradient 0, but the loss is {float(made.value):.4g}: it counts in what is logged")
     return f"loss {float(made.value):.4g} with a graph, gradient 0{_in_evaluation(loss, texts)}"
+
+
+@contextlib.contextmanager
+def _first_tokens_counted(loss: Specimen) -> Iterator[None]:
+    """What fails on the left alone is a remark for a loss of whole texts: padding comes before a first token, and learns it."""
+    try:
+        yield
+    except Failed as failure:
+        if not loss.labels_from_ids and loss.prompts:
+            raise
+        raise Remark(f"{failure}: the padding before a text learns its first token, or counts it") from failure
 
 
 def _padded(loss: Specimen, texts: list[Text], side: str, columns: int) -> Reading:

@@ -5,15 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qlens.conformance.rules import Failed, relative, rule, same, to
+from qlens.conformance.rules import Failed, Remark, relative, rule, same, to
 from qlens.conformance.specimen import TOLERANCE, Reading, Specimen
 from qlens.conformance.texts import count
 from qlens.conformance.wrapping import changing, watching
+from qlens.errors import InputError
 
-STRIDED = "it fails, or trains on wrong numbers, after a transpose or a slice"
 
-
-@rule(STRIDED, raising=STRIDED)
+@rule("it trains on wrong numbers after a transpose or a slice")
 def contiguous(loss: Specimen) -> str:
     """Strided input."""
     texts = loss.texts((5, 5)) if loss.laid_out else []  # the strides of a single text hide from view()
@@ -23,7 +22,12 @@ def contiguous(loss: Specimen) -> str:
             return loss.read_batch(texts, count(texts), around=changing(change))
         return loss.read(loss.tokens(), changing(change))
 
-    off = same(loss, read(_strided), read(Tensor.contiguous), "non-contiguous logits and labels")
+    wanted = read(Tensor.contiguous)
+    try:
+        made = read(_strided)
+    except InputError as error:
+        raise Remark(f"non-contiguous logits and labels, as after a transpose or a slice: {error}") from error
+    off = same(loss, made, wanted, "non-contiguous logits and labels")
     return f"non-contiguous logits and labels give the same gradient {to(off)}"
 
 

@@ -9,8 +9,9 @@ from qlens.conformance.texts import cast, everywhere
 from qlens.errors import InputError
 from qlens.lens import COARSE, carried, gradient, slopes
 from qlens.probes import probes
-from qlens.testing import PRECISION, random_tokens
+from qlens.testing import PRECISION
 from qlens.tokens import Tokens
+from qlens.trial_tokens import random_tokens
 
 GAP = 1e4  # between the label's logit and the rest: p_y is 0 or 1 in every precision
 STEP = 1e-3  # of a numerical derivative: float32 inside still leaves three digits
@@ -131,7 +132,12 @@ def _rounding(loss: Specimen, dtype: torch.dtype, tolerance: float) -> tuple[flo
         Failed: it is not finite.
     """
     narrow = cast(loss.tokens(), dtype)
-    made = loss.read(narrow).grad
+    try:
+        made = loss.read(narrow).grad
+    except InputError as error:
+        if isinstance(error.__cause__, NotImplementedError):
+            raise Remark(f"{error} (on this device)") from error
+        raise
     _finite(made, "ordinary logits")
     if carried(made) in COARSE:  # it computes in less, under autocast say
         tolerance = max(tolerance, COARSE_TOLERANCE)

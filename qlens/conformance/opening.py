@@ -12,11 +12,13 @@ from qlens.conformance.wrapping import watching
 from qlens.errors import InputError
 from qlens.layouts import Style
 from qlens.lens import COARSE, carried
+from qlens.signature import inputs
 from qlens.variant import Variant
 
 WIDER = (64, 1024, 50_304)  # tried in turn where a loss refuses a vocabulary of 24: a top-50, a wide top-k, a token id
 WIDEST = 300_000
 PLACE = re.compile(r" \([^()]*, line \d+\)")  # where in a file an error was raised
+WIDEST_HEAD = 2048  # where the head is a matrix of that size, squared
 NUDGE = {torch.float64: 1e-4, torch.float32: 1e-2}  # of the logits; 0.1 in coarser types
 SMALL = 256  # roundings of a softmax gradient, below which a gradient may be rounding alone
 SIZE_ERRORS = (RuntimeError, IndexError, ValueError, AssertionError)
@@ -57,7 +59,7 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
     first: InputError | None = None
     written: list[str] = []
     said: list[str] = []
-    for vocabulary in _vocabularies(said):
+    for vocabulary in _vocabularies(said, _widest(variant)):
         for dtype in (torch.float64, torch.float32):  # a loss with float32 inside may refuse float64
             try:
                 loss = Specimen(variant, dtype, vocabulary)
@@ -66,14 +68,19 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
                 return loss, made, refused
             except InputError as error:
                 first = first or error
-                said.append(str(error))
-                if not isinstance(error.__cause__, SIZE_ERRORS):
+                said.append(str(error.__cause__))
+                if not _may_be_size(error):
                     break
-        if not isinstance(first.__cause__, SIZE_ERRORS):
+        if not _may_be_size(first):
             break
     names = ", ".join(dict.fromkeys(_written(variant, written)))
     why = f" (it writes in place on {names})" if names else ""
     raise InputError(f"{variant.spec} cannot be checked{why}: {first}") from first
+
+
+def _may_be_size(error: InputError) -> bool:
+    """Whether what the loss raised may come of too few columns."""
+    return isinstance(error.__cause__, SIZE_ERRORS) and not isinstance(error.__cause__, InputError)
 
 
 def _written(variant: Variant, seen: list[str]) -> list[str]:
@@ -86,7 +93,12 @@ def _written(variant: Variant, seen: list[str]) -> list[str]:
         return []
 
 
-def _vocabularies(said: list[str]) -> Iterator[int]:
+def _widest(variant: Variant) -> int:
+    """The widest vocabulary to try: a loss that is given a head, or a model with one, takes a square matrix."""
+    return WIDEST_HEAD if variant.derived and inputs(variant.method.fn).kind in ("model", "hidden") else WIDEST
+
+
+def _vocabularies(said: list[str], widest: int) -> Iterator[int]:
     """24, then the sizes that error messages name (a weight per class, an index out of range), then ever wider ones."""
     tried = {VOCABULARY}
     yield VOCABULARY
@@ -95,10 +107,10 @@ def _vocabularies(said: list[str]) -> Iterator[int]:
             int(number) for message in said for number in re.findall(r"\d+", PLACE.sub("", message))[:20]
         )
         for size in [size for number in named for size in (number, number + 1)][:12]:
-            if VOCABULARY < size <= WIDEST and size not in tried:
+            if VOCABULARY < size <= widest and size not in tried:
                 tried.add(size)
                 yield size
-        if wider not in tried:
+        if wider not in tried and wider <= widest:
             tried.add(wider)
             yield wider
 

@@ -59,6 +59,10 @@ def reactions(loss: Specimen) -> dict[int, list[int]]:
 
     Losses of batches see two texts without a prompt, any other a few rows.
     """
+    return loss.kept(("reactions",), lambda: _reactions(loss))
+
+
+def _reactions(loss: Specimen) -> dict[int, list[int]]:
     if loss.laid_out:
         size = _reacting(loss)
         shown = cut(loss.tokens(2 * (size - 1)), size - 1)

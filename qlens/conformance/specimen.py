@@ -1,5 +1,6 @@
 """Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
 
+import copy
 import inspect
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -50,6 +51,7 @@ class Specimen:
     Attributes:
         tolerance: what counts as rounding, as a share of the largest gradient.
         digits: the dtype that holds every digit of its gradient: what it computes in.
+        prompts: whether texts begin with a prompt that is labelled -100.
 
     Raises:
         InputError: a function of tokens that fails on the built-in probes.
@@ -63,7 +65,8 @@ class Specimen:
         self.kind = self.takes.kind
         groups = [name for name in ("pair", "sequence") if name in variant.needs]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
-        self._drawn: dict[tuple, Any] = {}
+        self.prompts = True
+        self._made: dict[tuple, Any] = {}
 
     @cached_property
     def style(self) -> Style:
@@ -98,6 +101,17 @@ class Specimen:
         return next((name for name, role in self.roles.items() if role == "count"), "")
 
     @property
+    def attends(self) -> bool:
+        """Whether it is given an attention mask, and may know by that, not by labels, which tokens count."""
+        return self.laid_out and "attention mask" in self.roles.values()
+
+    def without_prompts(self) -> "Specimen":
+        """The same loss, shown texts of which every token is learned."""
+        made = copy.copy(self)
+        made.prompts, made._made = False, {}
+        return made
+
+    @property
     def nothing(self) -> float:
         """Up to which share of the largest gradient an entry counts as zero."""
         return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
@@ -121,23 +135,21 @@ class Specimen:
 
     def tokens(self, rows: int = ROWS) -> Tokens:
         """Ordinary rows, every field filled."""
-        return self._kept(
-            ("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype))
-        )
+        return self.kept(("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype)))
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
         """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
 
-        A third of these lengths at wide vocabularies. A loss that reads its labels from ``input_ids`` sees no prompts: all of
-        a text is learned, but its first token.
+        A third of these lengths at wide vocabularies. Without prompts all of a text is learned, but its first token; a loss
+        that reads its labels from ``input_ids`` sees no others.
         """
         if self.vocabulary > WIDE:
             lengths, prompts = ([-(-n // 3) for n in each] for each in (lengths, prompts))
-        if self.labels_from_ids:
+        if self.labels_from_ids or not self.prompts:
             lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
             prompts = (1,)
         key = ("texts", tuple(lengths), tuple(prompts))
-        return self._kept(
+        return self.kept(
             key,
             lambda: [
                 text._replace(tokens=self._weighted(text.tokens))
@@ -152,11 +164,11 @@ class Specimen:
         ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
         return tokens.replace(weight=ramp.to(tokens.logits.dtype))
 
-    def _kept(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What is drawn once: random logits of a wide vocabulary take longer than the loss."""
-        if key not in self._drawn:
-            self._drawn[key] = make()
-        return self._drawn[key]
+    def kept(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What is made once: random logits of a wide vocabulary take longer than the loss."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def unequal(self) -> list[Text]:
         """Eight texts of unequal lengths."""
@@ -229,8 +241,8 @@ class Specimen:
             at = slice(start, start + len(text.labels))
             table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
             ids[row, at] = text.ids
-        names = texts[0].tokens.fields()
-        rows = Tokens(**{name: torch.cat([t.tokens.fields()[name] for t in texts]) for name in names})
+        parts = [text.tokens.fields() for text in texts]
+        rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
         name = self.count or COUNT
         given = {}
         if self.counted and count is not None:
