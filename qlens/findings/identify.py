@@ -193,8 +193,14 @@ class _Fit:
         changed = [name for name, value in made.items() if value != plain[name]]
         for names in (*combinations(changed, 1), *combinations(changed, 2)):
             other = made | {name: plain[name] for name in names}
-            if other != made and self.cost(other) <= allowed:
-                made = other
+            if other == made:
+                continue
+            self.best, self.params = self.cost(other), other
+            free = [(name, i) for name in changed if name not in names for i in _numbers(other[name])]
+            if allowed < self.best < PROMISING and free:
+                self.descend(free)
+            if self.best <= allowed:
+                made = self.params
         for name, value in made.items():
             for other in _rounded(value) if value != plain[name] else ():
                 if other != value and self.cost(made | {name: other}) <= allowed:
