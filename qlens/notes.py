@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlens.adapters import REDUCTIONS, by_length, find_reduction, pairwise
+from qlens.adapters import REDUCTIONS, ROUNDING, by_length, find_reduction, pairwise
 from qlens.calling import call, on_view
 from qlens.errors import InputError
 from qlens.layouts import Layout, Style, batch_view, described
@@ -73,6 +73,8 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     notes = [f"The loss is {value.part}."] if value.part else []
     divides, by_length = _reduction(fn, params, tokens, value.value, style)
     notes += _others(seen)
+    if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
+        return Account(described(style, _seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":
         notes += _hidden(fn, params, tokens, style, base)
     if wanted.kind != "tokens":

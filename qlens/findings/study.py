@@ -58,6 +58,8 @@ class Study:
         seen, trial = _undone(self.shown, found, ids), self.trial and _undone(self.trial, wide, ids)
         mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
         laws, elsewhere = self.laws(mixture, seen, trial)
+        if reach.of == "batch":  # ends that pulls seem to be held at are then those of this batch
+            laws = {name: None if found is None or _has_end(found) else found for name, found in laws.items()}
         if found is not None:
             mixture = replace(mixture, index=found.rows[mixture.index])
         changed = found is not None or wide is not None or ids is not None
@@ -240,6 +242,10 @@ def _laws(
         ]
         found[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
     return found
+
+
+def _has_end(law: Law) -> bool:
+    return any(end in law.values for end in ("at most", "at least"))
 
 
 def _in_short(mixture: Mixture, laws: Mapping[str, Law | None]) -> str:
