@@ -244,3 +244,14 @@ class Supervised:
         ids = input_ids[row].masked_fill(~(before & own), vocabulary)
         seen = torch.zeros(len(index), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(1, ids, True)
         return seen[:, :vocabulary].scatter(1, labels[:, None].long(), False)
+
+
+def count_pairs(method: str, where: Supervised, batch: Mapping[str, Tensor]) -> int:
+    """How many pairs the supervised tokens of a batch belong to.
+
+    Raises:
+        InputError: the batch has no column ``pair``, which the method needs.
+    """
+    if "pair" not in batch:
+        raise InputError(f"{method} needs 'pair': give the data a column of that name")
+    return where.at_labels(batch["pair"].to(where.labels.device)).unique().numel()

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qlens.scales import balanced, coefficient_tolerance, gradient_tolerance, label_pull, tolerance
+from qlens.scales import balanced, carried, coefficient_tolerance, gradient_tolerance, label_pull, tolerance
 from qlens.tokens import BLOCK_ENTRIES, expectation
 
 
@@ -50,7 +50,7 @@ class Diagnostics:
             return torch.ones_like(self.rest, dtype=torch.bool)
         if self.named is not None and bool(self._of_residual.fits.all()):
             return self._of_residual.fits
-        return balanced(self.log_probs, self.grad, self.rounding)
+        return balanced(self.log_probs, self.grad, self._carried)
 
     @cached_property
     def negative_mass(self) -> Float[Tensor, " N"]:
@@ -216,9 +216,11 @@ class Diagnostics:
     def _index(self) -> Int[Tensor, "N 1"]:
         return self.labels[:, None].long()
 
-    @property
+    @cached_property
     def _carried(self) -> torch.dtype:
         """The dtype that the given numbers had."""
+        if isinstance(self.rounding, Tensor):
+            return carried(self.rounding)
         return self.rounding or self.log_probs.dtype
 
 

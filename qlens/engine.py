@@ -247,6 +247,16 @@ def fusible(variant: Variant) -> bool:
     return variant.scope in ALONE or variant.structure == "label"
 
 
+def why_whole_logits(variant: Variant) -> str:
+    """Why a trainer has to hold the whole logits of a batch for a method, "" where it has not."""
+    if variant.derived and not variant.method.scope:
+        return (
+            f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, register it "
+            "with scope='token'"
+        )
+    return "" if fusible(variant) else f"for {variant.spec}: it weighs tokens by a statistic of whole distributions"
+
+
 def _check(variant: Variant, given: dict[str, Any]) -> None:
     needs = (*variant.needs, "pair") if variant.scope == "pair" else variant.needs  # the mean is over the pairs
     missing = [name for name in needs if name not in given]

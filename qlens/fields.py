@@ -55,3 +55,38 @@ def check_ids(labels: Tensor, vocabulary: int) -> None:
     if low < 0 or high >= vocabulary:
         wrong = low if low < 0 else high
         raise InputError(f"labels hold {wrong}, outside the vocabulary 0..{vocabulary - 1}")
+
+
+def check_logits(name: str, logits: Any) -> None:
+    """Whether a model's logits are a floating-point tensor (N, V) with V of at least 2, no NaN, no +inf, no row of -inf.
+
+    Raises:
+        InputError: they are not; the first such row is named.
+    """
+    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
+        shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
+    if logits.shape[1] < 2:
+        raise InputError(f"{name} has a vocabulary of {logits.shape[1]}: at least 2 entries are needed")
+    if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax hands NaN on
+        rows = (~top.isfinite()).nonzero()[:, 0].tolist()
+        raise InputError(f"{name} holds NaN, +inf or nothing but -inf in row {rows[0]} ({len(rows)} such rows)")
+
+
+def check_labels(labels: Any, shape: tuple[int, ...]) -> None:
+    """Whether labels are ids of the vocabulary, an integer tensor (N,), for logits of the given shape (N, V).
+
+    Raises:
+        InputError: another dtype or shape, -100, or an id outside the vocabulary.
+    """
+    if (
+        not isinstance(labels, Tensor)
+        or labels.is_floating_point()
+        or labels.is_complex()
+        or labels.dtype == torch.bool
+    ):
+        raise InputError(
+            f"labels must be an integer tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
+        )
+    check_shape("labels", labels, shape[:1])
+    check_ids(labels, shape[1])

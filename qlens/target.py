@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlens.diagnostics import Diagnostics
 from qlens.errors import InputError
-from qlens.scales import carried, natural_scale, with_sum_
+from qlens.scales import natural_scale, with_sum_
 from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 
 Scale = Literal["unit", "structural", "natural"]
@@ -30,11 +30,12 @@ class Target(Diagnostics):
         dense_grad: the logit gradient g = s (p - Q), (N, V); kept beside Q because p - Q cancels where p is tiny.
         scale: s, (N,).
         constructed: the label coefficient of the construction, (N,); None where the target is no mixture of known parts.
-        structural: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
+        pulls: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
         pushed: a in g = a (p - d), (N,), of a target with no other pull.
         named: the residual of a mixture, "student", "uniform" or probabilities (N, V).
         proper: rows whose Q is a distribution by construction, (N,); None where that has to be measured.
-        rounding: the least precise dtype that holds the given Q, gradient or residual; None: that of p.
+        rounding: the least precise dtype that holds the given Q, gradient or residual, or these numbers themselves, looked at
+            when that is asked; None: the dtype of p.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
 
@@ -51,11 +52,11 @@ class Target(Diagnostics):
     dense_grad: Float[Tensor, "N V"] | None
     scale: Float[Tensor, " N"]
     constructed: Float[Tensor, " N"] | None
-    structural: Float[Tensor, " N"] | str
+    pulls: Float[Tensor, " N"] | str
     pushed: Float[Tensor, " N"] | None = None
     named: str | Float[Tensor, "N V"] | None = None
     proper: Bool[Tensor, " N"] | None = None
-    rounding: torch.dtype | None = None
+    rounding: torch.dtype | Tensor | None = None
 
     @classmethod
     def mix(
@@ -72,20 +73,17 @@ class Target(Diagnostics):
         """
         trust, scale = _per_token("trust", trust, tokens), _per_token("scale", scale, tokens)
         named = _residual(residual, tokens)
-        if isinstance(residual, str) and residual == "student":  # no pull but the label's
-            pulls = scale * trust
-        else:
-            pulls = scale
-        negative = bool((pulls < 0).any() | (trust < 0).any())
-        structural = "a pull has negative weight" if negative else pulls
-        made = cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, structural, named=named)
-        return replace(made, rounding=carried(residual)) if isinstance(residual, Tensor) else made
+        only = isinstance(residual, str) and residual == "student"  # no pull but the label's
+        pulls = scale * trust if only else torch.where(trust < 0, torch.nan, scale)  # a negative trust pulls nowhere
+        given = residual.detach() if isinstance(residual, Tensor) else None
+        return cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, pulls, named=named, rounding=given)
 
     @classmethod
     def dense(cls, tokens: Tokens, q: Tensor, scale: Tensor | float = 1.0) -> "Target":
         """Any Q, (N, V), written out; its trust is the effective one."""
         log_probs = tokens.log_probs.detach()
-        q, given = q.detach().to(log_probs.dtype), carried(q.detach())
+        given = q.detach()
+        q = given.to(log_probs.dtype)
         if q.shape != log_probs.shape:
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
         scale = _per_token("scale", scale, tokens)
@@ -95,12 +93,10 @@ class Target(Diagnostics):
     @classmethod
     def from_grad(cls, tokens: Tokens, grad: Float[Tensor, "N V"]) -> "Target":
         """The target that a logit gradient implies, in unit scale: Q = p - g."""
-        logits, given = tokens.logits.detach(), carried(grad.detach())
-        grad = grad.detach().to(precision(logits.dtype))
+        logits, given = tokens.logits.detach(), grad.detach()
+        grad = given.to(precision(logits.dtype))
         q = torch.empty_like(grad)
-        for z, g, q_rows in zip(
-            *(x.split(BLOCK) for x in (logits, grad, q)), strict=True
-        ):  # while they are in the cache
+        for z, g, q_rows in zip(*(x.split(BLOCK) for x in (logits, grad, q)), strict=True):  # a few rows stay cached
             torch.exp(log_softmax(z).to(g.dtype), out=q_rows).sub_(g)
         return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=given)
 
@@ -111,9 +107,8 @@ class Target(Diagnostics):
         As ``mix`` with the student as residual, but keeps its digits where a grows as 1 / (1 - p_y).
         """
         push = _per_token("push", push, tokens)
-        structural = "a pull has negative weight" if bool((push < 0).any()) else push
         logits = tokens.logits.detach()
-        return cls(logits, tokens.labels, None, None, torch.ones_like(push), push, structural, pushed=push)
+        return cls(logits, tokens.labels, None, None, torch.ones_like(push), push, push, pushed=push)
 
     @classmethod
     def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], push: Tensor | float = 0.0) -> "Target":
@@ -134,6 +129,13 @@ class Target(Diagnostics):
     def log_probs(self) -> Float[Tensor, "N V"]:
         """The student's log p."""
         return log_softmax(self.logits)
+
+    @cached_property
+    def structural(self) -> Float[Tensor, " N"] | str:
+        """The structural scale, the total weight of the pulls toward fixed targets, or the reason why there is none."""
+        if isinstance(self.pulls, str) or bool((self.pulls >= 0).all()):
+            return self.pulls
+        return "a pull has negative weight"
 
     @property
     def label_only(self) -> bool:
@@ -219,7 +221,7 @@ class Target(Diagnostics):
             q = with_sum_(q, self.log_probs, 1.0, rows=proper)
         q = torch.where(same[:, None], self.q, q)  # nothing is lost on the way to the scale it already has
         trust = torch.where(same, self.trust, torch.where(some, self.trust * self.scale / wanted, 0.0))
-        made = Target(self.logits, self.labels, q, self.grad, wanted, trust, self.structural)
+        made = Target(self.logits, self.labels, q, self.grad, wanted, trust, self.pulls)
         return replace(made, proper=proper, rounding=self.rounding)
 
     def _natural_scale(self) -> Float[Tensor, " N"]:
@@ -231,8 +233,8 @@ class Target(Diagnostics):
 
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":
         """The same Q, pulled ``weight`` times as hard."""
-        structural = self.structural if isinstance(self.structural, str) else self.structural * weight
-        made = replace(self, scale=self.scale * weight, structural=structural)
+        pulls = self.pulls if isinstance(self.pulls, str) else self.pulls * weight
+        made = replace(self, scale=self.scale * weight, pulls=pulls)
         if self.pushed is not None:
             return replace(made, pushed=self.pushed * weight)
         return made if self.dense_grad is None else replace(made, dense_grad=self.dense_grad * weight[:, None])

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError
-from qlens.fields import check_field, check_ids, check_shape
+from qlens.fields import check_field, check_labels, check_logits, check_shape
 
 MODELS = ("reference", "teacher", "old", "second")
 BLOCK_ENTRIES = 2**18  # entries worked on at a time, so that passes over them stay in the cache
@@ -143,13 +143,13 @@ class Tokens:
             InputError: naming the field, its shape or value, and what would be right.
         """
         if "logits" in given:
-            _check_logits("logits", self.logits)
+            check_logits("logits", self.logits)
         shape = tuple(self.logits.shape)
         if "labels" in given:
-            _check_labels(self.labels, shape)
+            check_labels(self.labels, shape)
         for name in given:
             if name in MODELS:
-                _check_logits(name, given[name])
+                check_logits(name, given[name])
                 check_shape(name, given[name], shape)
             elif name in PER_TOKEN:
                 check_field(name, given[name], shape[:1])
@@ -281,28 +281,3 @@ def log_mix(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"], share: flo
     neither = (one == -torch.inf) & (two == -torch.inf)
     mixed = torch.logaddexp(one.masked_fill(neither, 0.0), two.masked_fill(neither, 0.0))
     return mixed.masked_fill(neither, -torch.inf)
-
-
-def _check_logits(name: str, logits: Any) -> None:
-    if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
-        shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
-    if logits.shape[1] < 2:
-        raise InputError(f"{name} has a vocabulary of {logits.shape[1]}: at least 2 entries are needed")
-    if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax hands NaN on
-        rows = (~top.isfinite()).nonzero()[:, 0].tolist()
-        raise InputError(f"{name} holds NaN, +inf or nothing but -inf in row {rows[0]} ({len(rows)} such rows)")
-
-
-def _check_labels(labels: Any, shape: tuple[int, ...]) -> None:
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.is_complex()
-        or labels.dtype == torch.bool
-    ):
-        raise InputError(
-            f"labels must be an integer tensor (N,), got {getattr(labels, 'dtype', type(labels).__name__)}"
-        )
-    check_shape("labels", labels, shape[:1])
-    check_ids(labels, shape[1])

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
-from qlens.batching import COLUMNS, Supervised, collate
+from qlens.batching import COLUMNS, Supervised, collate, count_pairs
 from qlens.bodies import Bodies, Body
 from qlens.checkpoints import RunState
 from qlens.draws import Replay, draws_of
-from qlens.engine import fused_pass, fusible
+from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
 from qlens.measurements import SHARDED, Measurements
@@ -213,38 +213,24 @@ class QLossMixin(Measurements):
             self._router.append(value.detach())
         return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
 
-    @property
-    def _micro_batches(self) -> int:
-        """Of the optimizer step under way."""
-        return getattr(self, "current_gradient_accumulation_steps", 1)
+    _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
     def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
         """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
-        if self.variant.scope != "pair":
-            return len(where)
-        if "pair" not in inputs:
-            raise InputError(f"{self.variant.name} needs 'pair': give the data a column of that name")
-        return where.at_labels(inputs["pair"].to(where.labels.device)).unique().numel()
+        return count_pairs(self.variant.name, where, inputs) if self.variant.scope == "pair" else len(where)
 
     def _denominator(self, items: Any, own: int) -> float:
         """What the sum of a micro-batch's losses is divided by: the items of all micro-batches, or its own."""
         if items is None:
             return max(own, 1)
         count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
-        if self.args.average_tokens_across_devices:  # the processes' gradients are averaged, the count is of all
-            count /= self.accelerator.num_processes // self.get_tp_size()
-        return count
+        averaged = self.args.average_tokens_across_devices  # the processes' gradients, while the count is of all
+        return count / (self.accelerator.num_processes // self.get_tp_size()) if averaged else count
 
     def _body(self, features: dict[str, Any]) -> Body | None:
         """The student as hidden states and head, where model, method and machine allow."""
-        variant = self.variant
-        if variant.derived and not variant.method.scope:
-            return self._bodies.refuse(
-                f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, "
-                f"register it with scope='token'"
-            )
-        if not fusible(variant):
-            return self._bodies.refuse(f"for {variant.spec}: it weighs tokens by a statistic of whole distributions")
+        if reason := why_whole_logits(self.variant):
+            return self._bodies.refuse(reason)
         if self.accelerator.num_processes > 1 or self.args.n_gpu > 1 or self.args.torch_compile:
             return self._bodies.refuse("where models are compiled, or on several devices")
         return self._bodies.of(self.model, features)
@@ -279,9 +265,8 @@ class QLossMixin(Measurements):
         Raises:
             InputError: the data are packed, and a model does not keep the texts apart.
         """
-        features = features_of(
-            {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}, self.model
-        )
+        seen = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
+        features = features_of(seen, self.model)
         if is_packed(features) and self.accelerator.distributed_type not in SHARDED:
             for name, model in {"model": self.model, **self._feed.others}.items():
                 self._separation.prove(model, features, name)

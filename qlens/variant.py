@@ -106,40 +106,23 @@ class Variant:
     method: Method
     params: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def name(self) -> str:
-        """The registered name."""
-        return self.method.name
+    name = property(lambda self: self.method.name, doc="The registered name.")
 
     @property
     def spec(self) -> str:
         """The string that ``get`` turns into this variant again."""
         return params.show(self.name, self.params, params.defaults(self.method.fn))
 
-    @property
-    def title(self) -> str:
-        """One line for people."""
-        return self.method.title
-
-    @property
-    def paper(self) -> str:
-        """Where the method comes from."""
-        return self.method.paper
-
-    @property
-    def family(self) -> str:
-        """The group it is listed under."""
-        return self.method.family
+    title = property(lambda self: self.method.title, doc="One line for people.")
+    paper = property(lambda self: self.method.paper, doc="Where the method comes from.")
+    family = property(lambda self: self.method.family, doc="The group it is listed under.")
 
     @property
     def scope(self) -> str:
         """What one token's gradient depends on: token (also where nothing is declared), sequence, batch, pair or parameters."""
         return self._declared("scope") or "token"
 
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """The fields of Tokens it cannot do without, beside logits and labels."""
-        return self._declared("needs")
+    needs = property(lambda self: self._declared("needs"), doc="Fields of Tokens it needs beside logits and labels.")
 
     @property
     def structure(self) -> Structure:
@@ -151,20 +134,18 @@ class Variant:
         """Whether it is one of qlens' own methods, whose card the tests prove."""
         return str(getattr(self.method.fn, "__module__", "")).startswith("qlens.variants.")
 
-    @property
-    def denominator(self) -> str:
-        """What a mean divides by: 'valid' tokens, or only the 'selected' ones."""
-        return self._declared("denominator")
-
-    @property
-    def simplex(self) -> bool | None:
-        """Whether Q, at the method's own scale, is always a distribution; None where nobody has said."""
-        return self._declared("simplex")
-
-    @property
-    def invariant(self) -> bool:
-        """Whether adding a constant to the logits changes nothing, so that sum(Q) = 1."""
-        return self._declared("invariant")
+    denominator = property(
+        lambda self: self._declared("denominator"),
+        doc="What a mean divides by: 'valid' tokens, or only the 'selected' ones.",
+    )
+    simplex = property(
+        lambda self: self._declared("simplex"),
+        doc="Whether Q, at the method's own scale, is always a distribution; None where nobody has said.",
+    )
+    invariant = property(
+        lambda self: self._declared("invariant"),
+        doc="Whether adding a constant to the logits changes nothing, so that sum(Q) = 1.",
+    )
 
     @cached_property
     def derived(self) -> bool:
