@@ -91,7 +91,8 @@ def compare(
     for name, value in (("steps", steps), ("jobs", jobs)):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and not (whole and 1 <= value <= MOST):
-            raise InputError(f"{name} must be a whole number from 1 to {MOST}, got {brief(value)}")
+            wanted = "at least 1" if whole and value < 1 else f"a whole number from 1 to {MOST}"
+            raise InputError(f"{name} must be {wanted}, got {brief(value)}")
     number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
     if learning_rate is not None and not (number and 0 < learning_rate < float("inf")):
         raise InputError(f"learning_rate must be positive and finite, got {brief(learning_rate)}")

@@ -107,7 +107,7 @@ def _difference(before: Any, now: Any, key: str = "") -> str:
             return _changed(before, now)
         for name in dict.fromkeys([*now, *before]):
             inner = f"{key}.{name}" if key else name
-            absent = "not there"
+            absent: Any = {} if name == "files" else "not there"
             if found := _difference(before.get(name, absent), now.get(name, absent), inner):
                 return found
         return ""

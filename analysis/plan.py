@@ -128,11 +128,12 @@ def configuration(
     for (setting, method), found in settled.items():
         search = {"origin": "search", "rates": found, "seeds": SEEDS, "rule": RULE}
         rates[setting][method] = found.told() if isinstance(found, Choice) else search
+    files = _loss_files(rows) | {file: found for s in sources if isinstance(s, Real) for file, found in s.files}
     config = {
         "versions": versions(),
         "code": code(),
+        **({"files": files} if files else {}),
         "methods": {name: _code(among) for name, among in rows.items()},
-        "files": _loss_files(rows) | {file: found for s in sources if isinstance(s, Real) for file, found in s.files},
         "settings": {source.name: source.identity() for source in sources},
         "rates": rates,
         "seeds": list(seeds),

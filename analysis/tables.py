@@ -195,12 +195,12 @@ def _columns(frame: pd.DataFrame) -> list[str]:
 
 
 def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_md(str(cell)) for cell in cells) + " |"
+    return "| " + " | ".join(_md(str(cell)).replace("|", r"\|") for cell in cells) + " |"
 
 
 def _md(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, without the beginning of a cell, a code span, a link or a tag."""
-    return re.sub(r"[\\`|\[\]]|<(?=[A-Za-z/!?])", r"\\\g<0>", one_line(text, most=10_000))
+    """Text that Markdown shows as it is: on one line, without the beginning of a code span, a link or a tag."""
+    return re.sub(r"[\\`\[\]]|<(?=[A-Za-z/!?])", r"\\\g<0>", one_line(text, most=10_000))
 
 
 TEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}

@@ -150,7 +150,8 @@ def _gate(
 ) -> Float[Tensor, " N"]:
     """What weighs a token, from its normalised entropy."""
     if gate == "power":
-        return h.clamp(min=0) ** alpha if alpha else torch.ones_like(h)  # a floor may take h below 0
+        above = h > 0  # a floor may take h below 0; at 0 itself a power below 1 has no slope
+        return torch.where(above, torch.where(above, h, 1.0) ** alpha, 0.0) if alpha else torch.ones_like(h)
     if gate == "sigmoid":
         return torch.sigmoid(alpha * (h - beta))
     if not len(h):
