@@ -6,15 +6,18 @@ import logging
 import pytest
 import torch
 from detectors import detected
+from real import smollm2
 from tiny import llama, trainer_in
 from torch.testing import assert_close
 from user_methods import GATES, combination, drawn, hidden_and_head, rank_gate, student, teacher_top, user_method
 
 import qlens
 from qlens import GeometricMixture, Target, Tokens, fused_loss
+from qlens.engine import ROUNDING
 from qlens.errors import InputError
 from qlens.registry import methods
 from qlens.row_gradients import by_structure
+from qlens.sources import load_model, load_tokenizer
 from qlens.testing import CONTRACT, wide_tokens
 
 BUILT_IN = [name for name, method in methods().items() if qlens.get(name).built_in]
@@ -230,3 +233,29 @@ def test_two_hundred_methods_of_users_are_trained_as_they_are_written(tmp_path):
         steps = [(a - b + b.grad).abs().max() for a, b in zip(trained.parameters(), expected.parameters(), strict=True)]
         apart.append(float(torch.stack(steps).detach().max()))
     assert len(apart) == 200 and max(apart) < 1e-9
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_engine_on_a_real_model_is_autograd_on_its_logits(dtype):
+    """Built-in methods and gates of one's own at a vocabulary of 49,152, against float64 on the same hidden states."""
+    folder = smollm2()
+    model, tokenizer = load_model(folder, dtype=dtype), load_tokenizer(folder)
+    ids = tokenizer(
+        "Natalia sold clips to 48 of her friends in April, and then half as many in May.", return_tensors="pt"
+    )
+    with torch.no_grad():
+        hidden = model.model(ids["input_ids"]).last_hidden_state[0, :-1]
+    head, labels = model.lm_head.weight.detach(), ids["input_ids"][0, 1:]
+    teacher = (hidden @ head.T).double() * 0.7
+    gated = [combination((gate,), teacher_top, "token", form, 0.7) for gate in GATES[:2] for form in ("both", "loss")]
+    for variant in [qlens.get(spec) for spec in ("sft", "dft", "label_smoothing", "target_sft", "gem")] + gated:
+        models = {"teacher": teacher} if "teacher" in variant.needs else {}
+        leaf = hidden.clone().requires_grad_()
+        value = fused_loss(variant, leaf, head, labels, chunk=16, **models)
+        z = (hidden @ head.T).double().requires_grad_()
+        whole = variant.loss(Tokens(logits=z, labels=labels, **models)).sum() / len(labels)
+        (g,), (got,) = torch.autograd.grad(whole, z), torch.autograd.grad(value, leaf)
+        assert_close(value.double(), whole, rtol=1e-4, atol=1e-5)
+        expected = g @ head.double()
+        assert_close(got.double(), expected, rtol=0, atol=ROUNDING[dtype] * max(1.0, float(expected.abs().max())))
