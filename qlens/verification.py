@@ -86,30 +86,41 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
 def _dependence(variant: Variant, tokens: Tokens) -> str:
     """How a row's gradient or loss depends on the rows it is computed with; "" where it does not."""
     n = len(tokens)
-    whole, again = _read(variant, tokens), _read(variant, tokens)
-    if _apart(whole, again, variant):
+    (grad, total), (again, _) = _read(variant, tokens), _read(variant, tokens)
+    if _apart(grad, again):
         return "two calls on the same rows give two gradients"
-    parts = [slice(0, n // 2), slice(n // 2, n), slice(0, 1), slice(n // 3, n // 3 + 2)]
-    for part in parts:
-        some = tokens[part]
-        if len(some) and _apart(_read(variant, some), tuple(value[part] for value in whole), variant):
-            return (
-                f"it is taken for scope={variant.scope!r}, but a token's loss or gradient among {n} rows is another than "
-                f"among {len(some)}: declare scope='batch' (or 'sequence', 'pair')"
-            )
-    return ""
+    halves = [slice(0, n // 2), slice(n // 2, n)]
+    parts = {
+        (part.start, part.stop): _read(variant, tokens[part])
+        for part in (*halves, slice(0, 1), slice(n // 3, n // 3 + 2))
+    }
+    for (start, stop), (alone, _) in parts.items():
+        if _apart(alone, grad[start:stop]):
+            return _sentence(variant, "gradient", n, stop - start)
+    # values are compared as sums: a loss that reduces itself has none of its own for a row
+    sums = torch.stack([parts[half.start, half.stop][1] for half in halves])
+    apart = (sums.sum() - total).abs() > _tolerance(torch.cat([sums, total[None]]))
+    return _sentence(variant, "loss", n, n // 2) if bool(apart) else ""
+
+
+def _sentence(variant: Variant, what: str, among: int, few: int) -> str:
+    return (
+        f"it is taken for scope={variant.scope!r}, but a token's {what} among {among} rows is another than among {few}: "
+        "declare scope='batch' (or 'sequence', 'pair')"
+    )
 
 
 def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Gradient and losses as the engine takes them."""
+    """Gradient, (N, V), and summed loss as the engine takes them; N = 0 has none."""
+    if not len(tokens):
+        return torch.zeros_like(tokens.logits), tokens.logits.new_zeros(())
     with torch.no_grad():
-        losses = variant.loss(tokens)
-    return variant.target(tokens).grad, losses[:, None]
+        total = variant.loss(tokens).sum()
+    return variant.target(tokens).grad, total
 
 
-def _apart(one: tuple[Tensor, Tensor], other: tuple[Tensor, ...], variant: Variant) -> bool:
-    pairs = zip(one, other, strict=True)
-    return any(bool(((a - b).abs().amax(-1) > _tolerance(b)).any()) for a, b in pairs)
+def _apart(one: Tensor, other: Tensor) -> bool:
+    return bool(((one - other).abs() > _tolerance(other)).any())
 
 
 def _tolerance(values: Tensor) -> Tensor:

@@ -143,6 +143,16 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
     assert "declare scope='batch'" in line and loss.__name__ in line
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
+    def loss(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+
+    with caplog.at_level(logging.WARNING, "qlens"):
+        compare(user_method(loss=loss), 5000, chunk=5)
+    assert not caplog.messages
+
+
 def test_a_losss_own_tokens_hold_no_log_probs_of_other_logits():
     """A z-loss beside the label's log-probability: both parts have a gradient, in the engine and in the lens."""
 
