@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 
 from qlens.errors import InputError
 
+PLACE = re.compile(r" \([^()]*, line \d+\)")
 OWN = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
@@ -34,6 +36,11 @@ class LossError(InputError):
 def first_line(error: BaseException) -> str:
     """What an exception says, in one line."""
     return next(iter(str(error).strip().splitlines()), "(no message)")
+
+
+def numbers_of(message: str) -> list[str]:
+    """The whole numbers that an error message names, without the line of the file where it was raised."""
+    return re.findall(r"\d+", PLACE.sub("", message))
 
 
 @contextlib.contextmanager

@@ -249,3 +249,12 @@ def test_no_loss_is_kept_alive():
     del loss
     gc.collect()
     assert gone() is None
+
+
+def test_the_line_of_an_error_is_no_number_that_it_names():
+    from qlens.guards import numbers_of
+
+    assert numbers_of("f raises IndexError: index 40 is out of bounds for size 24 (losses.py, line 512)") == [
+        "40",
+        "24",
+    ]

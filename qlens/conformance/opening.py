@@ -1,6 +1,5 @@
 """Opening: the specimen of a loss, at a vocabulary and in a precision that it accepts, with a gradient to test."""
 
-import re
 from collections.abc import Iterator
 
 import torch
@@ -10,6 +9,7 @@ from qlens.conformance.specimen import COARSE_TOLERANCE, Reading, Specimen
 from qlens.conformance.texts import VOCABULARY, cast
 from qlens.conformance.wrapping import watching
 from qlens.errors import InputError
+from qlens.guards import numbers_of
 from qlens.layouts import Style
 from qlens.lens import COARSE, carried
 from qlens.signature import inputs
@@ -18,7 +18,6 @@ from qlens.variant import Variant
 WIDER = (64, 1024, 50_304)  # tried in turn where a loss refuses a vocabulary of 24: a top-50, a wide top-k, a token id
 WIDEST = 300_000
 WIDEST_HEAD = 2048  # where the head is a matrix of that size, squared
-PLACE = re.compile(r" \([^()]*, line \d+\)")  # where in a file an error was raised
 NUDGE = {torch.float64: 1e-4, torch.float32: 1e-2}  # of the logits; 0.1 in coarser types
 SMALL = 256  # roundings of a softmax gradient, below which a gradient may be rounding alone
 SIZE_ERRORS = (RuntimeError, IndexError, ValueError, AssertionError)
@@ -103,9 +102,7 @@ def _vocabularies(said: list[str], widest: int) -> Iterator[int]:
     tried = {VOCABULARY}
     yield VOCABULARY
     for wider in WIDER:
-        named = dict.fromkeys(
-            int(number) for message in said for number in re.findall(r"\d+", PLACE.sub("", message))[:20]
-        )
+        named = dict.fromkeys(int(number) for message in said for number in numbers_of(message)[:20])
         for size in [size for number in named for size in (number, number + 1)][:12]:
             if VOCABULARY < size <= widest and size not in tried:
                 tried.add(size)

@@ -1,6 +1,5 @@
 """Readings: a loss's gradient at some tokens, with the precision it was computed in and the rounding it holds."""
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,6 +12,7 @@ from torch import Tensor
 from qlens import calling
 from qlens.errors import InputError
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
+from qlens.guards import numbers_of
 from qlens.lens import carried, gradient, read
 from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
@@ -117,7 +117,7 @@ def on_probes(variant: Variant) -> Reading:
                 found = Reading.of(variant, fed(probes(dtype, vocabulary=size), variant))
                 return _rounded(variant, found)
             except InputError as error:
-                if error.__cause__ is None:  # it was refused, not tried
+                if error.__cause__ is None or isinstance(error.__cause__, SystemExit):  # refused, not tried
                     raise
                 failed = failed or error
                 if size in (VOCABULARY, WIDE):
@@ -186,6 +186,6 @@ def _rounded(variant: Variant, found: Reading) -> Reading:
 
 def _sizes(message: str, tried: list[int]) -> Iterator[int]:
     """Numbers in an error message that may be the vocabulary which a loss is made for."""
-    for text in reversed(re.findall(r"\d+", message)):
+    for text in reversed(numbers_of(message)):
         if text and len(text) < 7 and 2 <= int(text) <= 300_000 and int(text) not in tried:
             yield int(text)
