@@ -196,7 +196,8 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         return boxed(view.spread(tokens.require(FIELD[role])))
     if role == "weight":
         ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
-        return view.spread(ones if tokens.weight is None else tokens.weight)
+        weight = ones if tokens.weight is None else tokens.weight
+        return view.by_text(weight) if view.style.fields == "texts" else view.spread(weight)
     if role == "advantage" and view.style.fields == "texts":
         return view.by_text(tokens.require("advantage"))
     if role in FIELD:

@@ -37,7 +37,8 @@ class Style:
             labels that are shifted already.
         boxed: whether logits are given as the ``logits`` of a model's outputs.
         fields: where per-token values of a batch stand: at the "labels", at the "logits" that predict them, "shifted"
-            (B, T - 1), or "rows" (N,); "texts": at the logits, but advantages (B,), a text's own being its first token's.
+            (B, T - 1), or "rows" (N,); "texts": at the logits, but advantages and weights (B,), a text's own being its first
+            token's.
         clean: whether unsupervised labels are ordinary ids, with a mask to tell them, instead of -100.
         optional: whether inputs that default to None are given.
         flag: type of the masks.

@@ -68,8 +68,9 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     given |= {
         name: SOURCES.get(ROLE[name], f"the tokens' {FIELD.get(ROLE[name], ROLE[name])}") for name in style.columns
     }
-    if style.fields == "texts" and "advantages" in given:
-        given["advantages"] = "one for each text, its first token's"
+    if style.fields == "texts":
+        roles = wanted.required | wanted.optional
+        given |= {n: "one for each text, its first token's" for n in given if roles.get(n) in ("advantage", "weight")}
     notes = [f"The loss is {value.part}."] if value.part else []
     divides, by_length = _reduction(fn, params, tokens, value.value, style)
     notes += _others(seen)
@@ -124,7 +125,8 @@ def _reduction(
     what |= {"mean over all": "a mean over all positions, the unsupervised included"}
     what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
     said = f"; it returns {what[found]}, which is undone"
-    if not style.laid_out or by_length([found], fn, dict(params), tokens, style):
+    alike = tokens.unweighted() if style.fields == "texts" else tokens  # dealt anew, a text would have another weight
+    if not style.laid_out or by_length([found], fn, dict(params), alike, style):
         return said, []
     return said, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on the rest of its text, "
@@ -199,7 +201,7 @@ def _turned(tokens: Tokens, field: str) -> Tokens | None:
         value = (
             torch.ones(len(tokens), dtype=tokens.logits.dtype, device=tokens.logits.device) if value is None else value
         )
-        return tokens.replace(weight=value * (1 + torch.arange(len(tokens), device=value.device) % 3))
+        return tokens.replace(weight=value * (2 + torch.arange(len(tokens), device=value.device) % 3))
     if value is None:
         return None
     if value.dtype is torch.bool:

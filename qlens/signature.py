@@ -84,7 +84,7 @@ NAMES: dict[str, tuple[str, ...]] = {
         "num_valid_tokens", "total_tokens", "loss_denominator", "token_count", "normalizer", "denominator",
     ),
     "vocabulary": ("vocab_size", "vocab", "num_classes", "n_classes", "vocabulary_size", "padded_vocab_size"),
-    "ignore": ("ignore_index", "ignore_id", "ignore_token_id", "label_pad_token_id"),
+    "ignore": ("ignore_index", "ignore_id", "ignore_token_id", "label_pad_token_id", "pad_token_id", "pad_id", "padding_idx"),
     "temperature": ("temperature", "temp", "tau"),
     "return outputs": ("return_outputs",),
     "position ids": ("position_ids", "positions"),

@@ -121,6 +121,7 @@ def _styles(fn: Callable) -> Iterator[list[Style]]:
     else:
         shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True), Style("aligned", boxed=True)]
     masked = "mask" in roles
+    texts = any(ROLE.get(name) == "input ids" for name, role in wanted.required.items() if role == "labels")
     attended = "attention mask" in roles
     flags = [torch.float32, torch.bool, torch.long] if masked or attended else [torch.float32]
     others = set(wanted.optional.values())
@@ -130,8 +131,8 @@ def _styles(fn: Callable) -> Iterator[list[Style]]:
         places = ["labels"]
         if shape.laid_out and roles & set(PER_TOKEN):
             places = ["labels", "logits", "shifted", "rows"] if shape.shape == "batch" else ["logits", "rows"]
-            places += ["texts"] if "advantage" in roles else []
-        cleans = [False, True] if attended else [False]
+            places += ["texts"] if {"advantage", "weight"} & roles else []
+        cleans = [False, True] if attended or texts else [False]
         if masked:
             cleans = [False, True] if shape.shape == "batch" else [True, False]
         for inverted in (False, True) if masked else (False,):

@@ -18,7 +18,7 @@ from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
 from qlens.results import loss_of
-from qlens.signature import FIELD, Inputs, inputs
+from qlens.signature import FIELD, ROLE, Inputs, inputs
 from qlens.styles import style_of
 from qlens.tokens import Tokens
 from qlens.trial_tokens import random_tokens
@@ -81,7 +81,8 @@ class Specimen:
     @property
     def labels_from_ids(self) -> bool:
         """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
-        return self.style.ids
+        named = [name for name, role in self.takes.required.items() if role == "labels"]
+        return self.style.ids or (self.style.clean and any(ROLE.get(name) == "input ids" for name in named))
 
     @cached_property
     def roles(self) -> dict[str, str]:

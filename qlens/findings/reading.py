@@ -12,7 +12,7 @@ from torch import Tensor
 from qlens import calling
 from qlens.errors import InputError
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
-from qlens.guards import numbers_of
+from qlens.guards import first_line, numbers_of
 from qlens.lens import carried, gradient, read
 from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
@@ -121,7 +121,7 @@ def on_probes(variant: Variant) -> Reading:
                     raise
                 failed = failed or error
                 if size in (VOCABULARY, WIDE):
-                    sizes += [n for n in _sizes(str(error), tried + sizes)][: NAMED - len(tried) + 1]
+                    sizes += [n for n in _sizes(first_line(error.__cause__), tried + sizes)][: NAMED - len(tried) + 1]
     assert failed is not None
     at = ", ".join(map(str, tried))
     raise InputError(
@@ -187,5 +187,5 @@ def _rounded(variant: Variant, found: Reading) -> Reading:
 def _sizes(message: str, tried: list[int]) -> Iterator[int]:
     """Numbers in an error message that may be the vocabulary which a loss is made for."""
     for text in reversed(numbers_of(message)):
-        if text and len(text) < 7 and 2 <= int(text) <= 300_000 and int(text) not in tried:
+        if text and len(text) < 7 and 3 <= int(text) <= 300_000 and int(text) not in tried:
             yield int(text)
