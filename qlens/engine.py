@@ -125,7 +125,9 @@ def fused_pass(
     own = Head(rows.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
     labels = labels[kept].long()
     block = min(size, block_rows(head.shape[0]))
-    whole = bool(why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block))
+    whole = bool(
+        why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block, fields)
+    )
     if whole:
         size = len(labels)
     pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)

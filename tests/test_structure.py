@@ -200,6 +200,74 @@ def test_an_observer_changes_no_bit(dtype):
         assert all(torch.equal(a, b) for a, b in zip(*bits, strict=True)), spec
 
 
+def test_a_field_that_nobody_declared_reaches_a_method_of_any_structure():
+    def advantaged(tokens):
+        label = -tokens.label_log_probs
+        return label if tokens.advantage is None else label * tokens.advantage
+
+    hidden, head, labels = hidden_and_head(60, 20)
+    advantage = torch.linspace(-1, 1, 20, dtype=torch.float64)
+    tokens = Tokens(logits=(hidden @ head.T).detach(), labels=labels, advantage=advantage)
+    for structure in ("dense", "label"):
+        variant = user_method(loss=advantaged, structure=structure)
+        value = fused_loss(variant, hidden, head, labels, advantage=advantage, chunk=7)
+        assert_close(value.detach(), variant.loss(tokens).mean())
+
+
+def test_a_chunk_whose_rows_are_all_skipped_has_no_gradient():
+    def skipping(tokens):
+        kept = tokens.label_probs.detach() > 0.05
+        return -tokens.label_log_probs * kept if bool(kept.any()) else torch.zeros(len(tokens))
+
+    compare(user_method(loss=skipping), 300, chunk=1)
+    with pytest.raises(InputError, match="without a graph"):
+        compare(user_method(loss=lambda tokens: -tokens.label_log_probs.detach()), 300)
+    with pytest.raises(InputError, match="returns float"):
+        compare(user_method(loss=lambda tokens: 0.0), 300)
+
+
+def test_a_target_that_draws_numbers_is_no_other_than_its_loss():
+    def drawn_target(tokens):
+        return Target.mix(tokens, 1.0, "student", scale=torch.rand(len(tokens), dtype=tokens.logits.dtype))
+
+    def drawn_loss(tokens):
+        return -tokens.label_log_probs * torch.rand(len(tokens), dtype=tokens.logits.dtype)
+
+    for variant in (user_method(drawn_target), user_method(loss=drawn_loss, structure="label")):
+        hidden, head, labels = hidden_and_head(50, 30)
+        torch.manual_seed(3)
+        whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels)).mean()
+        torch.manual_seed(3)
+        value = fused_loss(variant, hidden, head, labels)
+        for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+            assert_close(got, wanted)
+
+
+def test_a_loss_of_pairs_is_verified_on_both_texts_of_a_pair():
+    hidden, head, labels = hidden_and_head(50, 200)
+    at = torch.arange(200)
+    fields = {"pair": at // 10, "chosen": at % 10 < 5}
+    printed = qlens.get("dpo").loss
+
+    variant = user_method(
+        loss=lambda tokens: printed(tokens), structure="label", scope="pair", needs=qlens.get("dpo").needs
+    )
+    fields["reference"] = torch.zeros(200, 50, dtype=torch.float64)
+    values = [fused_loss(each, hidden, head, labels, **fields).detach() for each in (variant, "dpo")]
+    assert_close(*values)
+
+
+def test_a_loss_in_low_precision_is_verified():
+    def products(tokens):
+        return -torch.einsum("nv,nv->n", tokens.one_hot, tokens.log_probs)
+
+    hidden, head, labels = (x.detach() for x in hidden_and_head(50, 20))
+    leaves = hidden.float().requires_grad_(), head.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, sft = (fused_loss(m, *leaves, labels) for m in (user_method(loss=products, structure="label"), "sft"))
+    assert_close(value.detach(), sft.detach())
+
+
 def test_logits_that_are_not_a_number_are_refused():
     for spec in ("sft", "kd", "gem", "label_smoothing"):
         hidden, head, labels = hidden_and_head(40, 12)
