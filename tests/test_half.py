@@ -1,7 +1,9 @@
-"""float16 under a loss scale, and other models that hold NaN: what only low precision and bad inputs show."""
+"""float16 under a loss scale, and other models that hold NaN: models of two precisions, batches without a gradient."""
 
 import pytest
 import torch
+from tiny import llama, parameters, trainer_in
+from torch.testing import assert_close
 from user_methods import hidden_and_head, user_method
 
 import qlens
@@ -34,3 +36,27 @@ def test_other_models_that_are_not_a_number_are_refused():
     for spec in ("kd", "target_sft", own):
         with pytest.raises(InputError, match="teacher holds NaN"):
             fused_loss(spec, hidden, head, labels, teacher=teacher, chunk=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_teachers_head_may_have_another_precision(dtype):
+    hidden, head, labels = (x.detach() for x in hidden_and_head(40, 12))
+    other = torch.float64 if dtype == torch.float32 else torch.float32
+    for spec in ("kd", "target_sft"):
+        values = [
+            fused_loss(spec, hidden.to(dtype), head.to(dtype), labels, teacher=((hidden / 2).to(kind), head.to(kind)))
+            for kind in (dtype, other)
+        ]
+        assert_close(values[1], values[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["", "token"])
+def test_a_batch_whose_tokens_are_all_skipped_changes_nothing(tmp_path, scope):
+    def skipping(tokens):
+        kept = tokens.label_probs.detach() > 2
+        return -tokens.label_log_probs * kept if bool(kept.any()) else torch.zeros(len(tokens))
+
+    model = llama()
+    before = parameters(model).clone()
+    trainer_in(tmp_path, user_method(loss=skipping, scope=scope), model=model, steps=1).train()
+    assert_close(parameters(model), before, rtol=0, atol=0)
