@@ -60,3 +60,10 @@ def test_a_batch_whose_tokens_are_all_skipped_changes_nothing(tmp_path, scope):
     before = parameters(model).clone()
     trainer_in(tmp_path, user_method(loss=skipping, scope=scope), model=model, steps=1).train()
     assert_close(parameters(model), before, rtol=0, atol=0)
+
+
+def test_label_smoothing_at_an_impossible_label_is_infinite():
+    hidden, head, labels = (x.detach() for x in hidden_and_head(40, 12))
+    bias = torch.zeros(40, dtype=torch.float64)
+    bias[labels[3]] = -torch.inf
+    assert fused_loss("label_smoothing", hidden, head, labels, bias=bias) == torch.inf
