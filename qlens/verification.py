@@ -41,7 +41,8 @@ def why_whole(
     if variant.built_in or not rows:
         return ""
     fn = variant.method.fn
-    key = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
+    seen = [(name, value.dtype == torch.bool and bool(value.any())) for name, value in sorted(fields.items())]
+    key = (*seen, variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
     try:
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time

@@ -67,3 +67,17 @@ def test_label_smoothing_at_an_impossible_label_is_infinite():
     bias = torch.zeros(40, dtype=torch.float64)
     bias[labels[3]] = -torch.inf
     assert fused_loss("label_smoothing", hidden, head, labels, bias=bias) == torch.inf
+
+
+def test_a_field_or_mask_that_a_later_batch_brings_is_verified_too():
+    def masked(tokens):
+        label = -tokens.label_log_probs
+        return label if tokens.critical is None else torch.where(tokens.critical, label * tokens.probs.amax(-1), label)
+
+    variant = user_method(loss=masked, structure="label")
+    hidden, head, labels = hidden_and_head(40, 12)
+    mask = torch.zeros(12, dtype=torch.bool)
+    fused_loss(variant, hidden, head, labels)
+    fused_loss(variant, hidden, head, labels, critical=mask)
+    with pytest.raises(InputError, match="declare structure='dense'"):
+        fused_loss(variant, hidden, head, labels, critical=~mask)
