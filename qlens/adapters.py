@@ -12,6 +12,7 @@ from qlens.errors import InputError
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
 from qlens.styles import few, grad_of, inputs_masked, style_of
+from qlens.target import Target
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
@@ -59,7 +60,7 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
                 style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
-        if kind(fn) == "tokens" and not isinstance(made, Tensor | dict | tuple):
+        if kind(fn) == "tokens" and isinstance(made, Target):
             return made
         made = loss_of(made, name).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:

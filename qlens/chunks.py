@@ -97,6 +97,7 @@ def smooth_(
     t, s = told(log_p, rest)
     z.scatter_(1, labels, ((1 - t) * log_p.exp() - t * rest.exp())[:, None])  # p_y - t without its cancellation
     far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.value == "kl" else 0.0)
+    far = far.masked_fill(along == -torch.inf, torch.inf)  # an impossible token, the label too: no inf - inf
     return s, 1 - t, s * _split(t, log_p, far)
 
 

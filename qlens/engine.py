@@ -125,7 +125,9 @@ def fused_pass(
     own = Head(rows.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
     labels = labels[kept].long()
     block = min(size, block_rows(head.shape[0]))
-    whole = bool(why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block))
+    whole = bool(
+        why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block, fields)
+    )
     if whole:
         size = len(labels)
     pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)
@@ -154,6 +156,7 @@ class _Fused(torch.autograd.Function):
         wanted = tuple(needed and grad_enabled for needed in ctx.needs_input_grad[:3])
         with torch.autocast(hidden.device.type, enabled=False):
             total, ctx.made = pass_.run(hidden, head, bias, wanted)
+        ctx.late = pass_.share if hidden.dtype == torch.float16 else None
         return total
 
     @staticmethod
@@ -162,6 +165,8 @@ class _Fused(torch.autograd.Function):
         if ctx.made is None:
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
+        if ctx.late is not None:
+            return *(g if g is None else g.mul_(upstream * ctx.late).half() for g in made), None, None
         if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
             return *made, None, None
         return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None, None

@@ -56,7 +56,7 @@ class Head:
     def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
-        if buffer is not None and wide == self.hidden.dtype:
+        if buffer is not None and buffer.dtype == self.hidden.dtype:
             z = torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
         else:
             z = (hidden @ self.weight.T).to(wide)

@@ -70,7 +70,20 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
     """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
     with torch.enable_grad():
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
-        (grad,) = torch.autograd.grad(rows(tokens.with_logits(leaf)).sum(), leaf)
+        return slope_of(rows(tokens.with_logits(leaf)), leaf)
+
+
+def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """The gradient of the summed losses by the logits, zeros where nothing but zeros came without a graph.
+
+    Raises:
+        InputError: the losses are other than zero and have no graph.
+    """
+    if not losses.requires_grad and not bool(losses.any()):  # a loss that skips all of these rows
+        return torch.zeros_like(leaf)
+    if not losses.requires_grad:
+        raise InputError("the loss has a value without a graph, so without a gradient: the logits are detached inside")
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
     return grad
 
 

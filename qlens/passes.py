@@ -51,11 +51,17 @@ class Pass:
         self.selected = 0
 
     def run(self, hidden: Tensor, head: Tensor, bias: Tensor | None, wanted: tuple[bool, ...]) -> tuple[Tensor, tuple]:
-        """The sum of the losses times ``share``, and the gradients of hidden, head and bias that are wanted."""
+        """The sum of the losses times ``share``, and the gradients of hidden, head and bias that are wanted.
+
+        Those of float16 are in float32 and without ``share``.
+        """
         own = Head(hidden.detach(), head.detach(), None if bias is None else bias.detach(), **self.shape)
         wide = precision(hidden.dtype)
         self.room = {"size": (self.chunk, head.shape[0]), "dtype": wide, "device": head.device}
-        d_hidden = torch.empty_like(own.hidden) if wanted[0] else None
+        # In float16 a share would underflow before a scaler's upstream gradient raises it: both come in at the end.
+        late = hidden.dtype == torch.float16
+        share = 1.0 if late else self.share
+        d_hidden = torch.empty_like(own.hidden, dtype=wide if late else None) if wanted[0] else None
         make = torch.empty if len(self.labels) else torch.zeros  # the first chunk fills it
         d_head = make(head.shape, dtype=wide, device=head.device) if wanted[1] else None
         d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
@@ -85,24 +91,32 @@ class Pass:
             if bent is not None:
                 z *= own.slope_(bent)
             # What is the same for a whole row is folded into the small sides of the products: g = a g', a scalar a row.
-            a = self.share * own.logit_scale * scale[:, None]
+            a = share * own.logit_scale * scale[:, None]
             g, h = z.to(hidden.dtype), own.hidden[rows]
             if d_bias is not None:
                 d_bias += (z.T @ a)[:, 0]
-            if d_hidden is not None:
+            if d_hidden is not None and late:
+                torch.mul(g @ own.weight, a, out=d_hidden[rows])
+            elif d_hidden is not None:
                 torch.mm(g, own.weight, out=d_hidden[rows]).mul_(a)
             if d_head is not None:
                 _add_product(d_head, g, (h * a).to(h.dtype), fresh=rows.start == 0)
             if kernels.uniform is not None and flat is not None:
                 few = None if d_hidden is None else d_hidden[rows]
                 flat.sub_(a * kernels.uniform[:, None] / len(own.weight), h, few)
-        self.selected, invalid = torch.stack([kernels.selected, kernels.invalid]).tolist()
+        self.selected, invalid, unknown = torch.stack(
+            [kernels.selected, kernels.invalid, total.isnan().long()]
+        ).tolist()
         if invalid:
             raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {invalid} rows")
+        if unknown:
+            self._refuse_models(own)
         if flat is not None and d_head is not None:
             d_head += flat.head
         if flat is not None and d_bias is not None:
             d_bias += flat.bias
+        if late:
+            return self.share * total, (d_hidden, d_head, d_bias)
         gradients = (
             d_hidden,
             None if d_head is None else d_head.to(head.dtype),
@@ -122,6 +136,16 @@ class Pass:
             log_p, rest, *others = (torch.cat(values) for values in zip(*chunks, strict=True))
             named = {name: (others[2 * i], others[2 * i + 1]) for i, name in enumerate(self.models)}
             kernels.collect(log_p, rest, named)
+
+    def _refuse_models(self, own: Head) -> None:
+        """Name the model whose logits made the loss NaN, if one did."""
+        for name in self.models:
+            bad = 0
+            for rows in slices(len(self.labels), self.chunk):
+                logits = self._logits_of(name, rows, own.logits(rows, self._buffer("logits", rows)))
+                bad += int((~logits.amax(-1).isfinite()).sum())
+            if bad:
+                raise InputError(f"{name} holds NaN, +inf or nothing but -inf in {bad} rows")
 
     def _copies(self, z: Tensor, rows: slice, others: dict[str, Tensor], kernels: GradientKernels) -> Tokens:
         """A chunk's tokens on memory of their own, for the observer: the pass writes on its buffers."""

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
+from qlens.draws import Replay
 from qlens.heads import Head, TopK
+from qlens.lens import slope_of
 from qlens.registry import Variant
 from qlens.structure import GeometricMixture
 from qlens.target import Target
@@ -146,14 +148,17 @@ class GradientKernels:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             losses = self.variant.loss(tokens.with_logits(leaf))
-            (grad,) = torch.autograd.grad(losses.sum(), leaf)
+            grad = slope_of(losses, leaf)
         z.copy_(grad)
         return ones, losses.detach()
 
     def _by_target(self, z: Tensor, tokens: Chunk) -> tuple[Tensor, Tensor]:
         """g' in place of the logits, from the explicit target."""
+        replay = Replay(z.device)
         with torch.no_grad():
-            losses, target = self.variant.loss(tokens), self.variant.target(tokens)
+            losses = self.variant.loss(tokens)
+            with replay.again():  # a method that draws numbers has one target and loss
+                target = self.variant.target(tokens)
             self._count(target)
             return grad_(z, tokens, target), losses
 
@@ -169,9 +174,12 @@ class GradientKernels:
 
     def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
         """The push on the label and the loss of some rows, from the method itself, on two entries."""
+        replay = Replay(log_p.device)
         with torch.no_grad():
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
-            return target.effective_trust.nan_to_num(), self.variant.loss(tokens)
+            with replay.again():
+                losses = self.variant.loss(tokens)
+            return target.effective_trust.nan_to_num(), losses.to(log_p.dtype)
 
     def _target(self, rows: slice, models: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tokens, Target]:
         """Tokens of two entries, from log p_y and log(1 - p_y) by model, and the method's target there."""
@@ -195,9 +203,9 @@ def block_rows(vocabulary: int) -> int:
 def inputs(variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
     """Those of the given models and per-token fields that a method is shown.
 
-    qlens' own methods need no more than they declare; a user's "dense" method may look at anything.
+    qlens' own methods need no more than they declare; a user's method may look at anything.
     """
-    if not variant.built_in and variant.structure == "dense":
+    if not variant.built_in:
         return given
     return {name: value for name, value in given.items() if name in (*variant.needs, "weight", "sequence", "pair")}
 

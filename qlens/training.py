@@ -195,6 +195,8 @@ class QLossMixin(Measurements):
         replay = Replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+        if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs
+            losses = losses + rows[:, :0].sum(-1)
         measured, selects = self._is_measured(), self.variant.denominator == "selected"
         share = 1.0
         if measured or selects:

@@ -23,7 +23,9 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _VERDICTS: WeakKeyDictionary[Callable, dict[tuple, str]] = WeakKeyDictionary()  # no callable is kept alive
 
 
-def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, block: int) -> str:
+def why_whole(
+    variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, block: int, fields: dict[str, Tensor]
+) -> str:
     """Why the rows of a batch must not be cut into parts, "" where they may; proved once for every method of a user's own.
 
     Args:
@@ -31,6 +33,7 @@ def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, b
         sample: tokens at some of the batch's rows, by index.
         rows: how many rows the batch has.
         block: how many rows would be taken at a time.
+        fields: what is known of every row; a loss of pairs is tried on rows of both texts of some pairs.
 
     Raises:
         InputError: the declared structure is not the loss's, or target and printed loss have different gradients.
@@ -38,14 +41,18 @@ def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, b
     if variant.built_in or not rows:
         return ""
     fn = variant.method.fn
-    key = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
+    seen = [(name, value.dtype == torch.bool and bool(value.any())) for name, value in sorted(fields.items())]
+    key = (*seen, variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
     try:
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time
         verdicts = {}
     if key not in verdicts:
-        few = sample(spread(rows, SAMPLE))
-        with Replay(few.logits.device).again():  # a loss that draws numbers trains by the same ones, verified or not
+        few = sample(_some(variant, rows, fields))
+        with (
+            torch.autocast(few.logits.device.type, enabled=False),
+            Replay(few.logits.device).again(),
+        ):  # a loss that draws numbers trains by the same ones, verified or not
             _verify_gradient(variant, few)
             cut = rows > block and variant.scope in ALONE
             more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
@@ -56,16 +63,29 @@ def why_whole(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, b
     return verdicts[key]
 
 
+def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
+    """Indices of a few rows, spread over the batch; of pairs, two rows of both texts."""
+    if variant.scope in ALONE or not {"pair", "chosen"} <= fields.keys():
+        return spread(rows, SAMPLE)
+    pair, chosen = fields["pair"], fields["chosen"].bool()
+    ids = pair.unique()
+    sides = [(pair == i) & (chosen == side) for i in ids[spread(len(ids), SAMPLE // 2)] for side in (True, False)]
+    return torch.cat([side.nonzero()[:2, 0] for side in sides]).sort().values
+
+
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     """Whether what the engine would compute on these rows is the gradient of the printed loss."""
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
-    wanted, (got, values) = gradient(variant.loss, tokens), by_structure(variant, tokens)
+    replay = Replay(tokens.logits.device)
+    wanted = gradient(variant.loss, tokens)
+    with replay.again():
+        got, values = by_structure(variant, tokens)
     off = (wanted - got).abs().amax(-1)
-    wrong = off > _tolerance(wanted)
+    wrong = ~(off <= _tolerance(wanted)) & wanted.isfinite().all(-1)  # NaN beside a number is wrong too
     if variant.structure != "dense":
-        with torch.no_grad():
-            losses = variant.loss(tokens)
+        with torch.no_grad(), replay.again():
+            losses = variant.loss(tokens).to(values.dtype)
         wrong |= (losses - values).abs() > _tolerance(losses)
     rows = wrong.nonzero()[:, 0].tolist()
     if not rows:
@@ -116,7 +136,8 @@ def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
         return torch.zeros_like(tokens.logits), tokens.logits.new_zeros(())
     with torch.no_grad():
         total = variant.loss(tokens).sum()
-    return variant.target(tokens).grad, total
+    grad = variant.target(tokens).grad
+    return grad, total.to(grad.dtype)
 
 
 def _apart(one: Tensor, other: Tensor) -> bool:

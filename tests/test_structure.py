@@ -1,7 +1,6 @@
 """The structure on a method's card: proved for qlens' own methods, and trained by it alone for anybody's."""
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -9,7 +8,17 @@ from detectors import detected
 from real import smollm2
 from tiny import llama, trainer_in
 from torch.testing import assert_close
-from user_methods import GATES, combination, drawn, hidden_and_head, rank_gate, student, teacher_top, user_method
+from user_methods import (
+    GATES,
+    combination,
+    compare,
+    drawn,
+    hidden_and_head,
+    rank_gate,
+    student,
+    teacher_top,
+    user_method,
+)
 
 import qlens
 from qlens import GeometricMixture, Target, Tokens, fused_loss
@@ -41,20 +50,6 @@ def test_structures_that_are_none_are_refused():
     for wrong in (dict(model="student"), dict(model="teacher", value="ce"), dict(model=None, other=1.0)):
         with pytest.raises(InputError, match="GeometricMixture"):
             GeometricMixture(**wrong)
-
-
-def compare(variant, vocabulary, n=22, **options):
-    """The engine's value and gradients against autograd on whole logits, float64."""
-    hidden, head, labels = hidden_and_head(vocabulary, n)
-    draw = torch.Generator().manual_seed(5)
-    fields = {"sequence": torch.arange(n) // 4}
-    if "teacher" in variant.needs:
-        fields["teacher"] = 2 * torch.randn(n, vocabulary, generator=draw, dtype=torch.float64)
-    whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels, **fields)).sum() / n
-    value = fused_loss(variant, hidden, head, labels, **fields, **options)
-    assert_close(value, whole, rtol=1e-9, atol=1e-12)
-    for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
-        assert_close(got, wanted, rtol=0, atol=1e-9 * max(1e-3, float(wanted.abs().max())))
 
 
 def test_anybodys_method_is_trained_as_it_is_written():
@@ -113,44 +108,6 @@ def test_target_and_printed_loss_that_differ_are_refused():
     )
     with pytest.raises(InputError, match="printed loss and s \\(p - Q\\) of its target differ"):
         compare(variant, 5000)
-
-
-def mean_weighted(tokens):
-    weight = tokens.label_probs.detach()
-    return -tokens.label_log_probs * weight / weight.mean()
-
-
-def by_rows(tokens):
-    return -tokens.label_log_probs / len(tokens)
-
-
-def hardest(logits, labels):
-    rows = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    return rows * (rows >= rows.detach().quantile(0.8))
-
-
-def neighbours(tokens):
-    return -tokens.label_log_probs * (1 + 0.5 * tokens.label_probs.detach().roll(1))
-
-
-@pytest.mark.parametrize("loss", [mean_weighted, by_rows, hardest, neighbours])
-def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
-    variant = user_method(loss=loss, name=loss.__name__)
-    with caplog.at_level(logging.WARNING, "qlens"):
-        compare(variant, 5000, chunk=5)
-        compare(variant, 5000, chunk=5)
-    (line,) = caplog.messages
-    assert "declare scope='batch'" in line and loss.__name__ in line
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
-    def loss(logits, labels):
-        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
-
-    with caplog.at_level(logging.WARNING, "qlens"):
-        compare(user_method(loss=loss), 5000, chunk=5)
-    assert not caplog.messages
 
 
 def test_a_losss_own_tokens_hold_no_log_probs_of_other_logits():

@@ -4,8 +4,9 @@ import itertools
 import random
 
 import torch
+from torch.testing import assert_close
 
-from qlens import Target, Tokens
+from qlens import Target, Tokens, fused_loss
 from qlens.registry import Method
 from qlens.tokens import log_softmax
 
@@ -127,3 +128,17 @@ def hidden_and_head(vocabulary, n, seed=0):
     ranked = (hidden @ head.T).argsort(-1, descending=True)
     rank = torch.tensor([0, 3, 50, 80, vocabulary // 2]).clamp(max=vocabulary - 1)[torch.arange(n) % 5]
     return hidden.requires_grad_(), head.requires_grad_(), ranked.gather(1, rank[:, None])[:, 0]
+
+
+def compare(variant, vocabulary, n=22, **options):
+    """The engine's value and gradients against autograd on whole logits, float64."""
+    hidden, head, labels = hidden_and_head(vocabulary, n)
+    draw = torch.Generator().manual_seed(5)
+    fields = {"sequence": torch.arange(n) // 4}
+    if "teacher" in variant.needs:
+        fields["teacher"] = 2 * torch.randn(n, vocabulary, generator=draw, dtype=torch.float64)
+    whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels, **fields)).sum() / n
+    value = fused_loss(variant, hidden, head, labels, **fields, **options)
+    assert_close(value, whole, rtol=1e-9, atol=1e-12)
+    for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+        assert_close(got, wanted, rtol=0, atol=1e-9 * max(1e-3, float(wanted.abs().max())))

@@ -1,0 +1,118 @@
+"""Verification of users' methods before the engine trains by their cards: what they are given, rows, draws and pairs."""
+
+import logging
+
+import pytest
+import torch
+from torch.testing import assert_close
+from user_methods import compare, hidden_and_head, user_method
+
+import qlens
+from qlens import Target, Tokens, fused_loss
+from qlens.errors import InputError
+
+
+def mean_weighted(tokens):
+    weight = tokens.label_probs.detach()
+    return -tokens.label_log_probs * weight / weight.mean()
+
+
+def by_rows(tokens):
+    return -tokens.label_log_probs / len(tokens)
+
+
+def hardest(logits, labels):
+    rows = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return rows * (rows >= rows.detach().quantile(0.8))
+
+
+def neighbours(tokens):
+    return -tokens.label_log_probs * (1 + 0.5 * tokens.label_probs.detach().roll(1))
+
+
+@pytest.mark.parametrize("loss", [mean_weighted, by_rows, hardest, neighbours])
+def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
+    variant = user_method(loss=loss, name=loss.__name__)
+    with caplog.at_level(logging.WARNING, "qlens"):
+        compare(variant, 5000, chunk=5)
+        compare(variant, 5000, chunk=5)
+    (line,) = caplog.messages
+    assert "declare scope='batch'" in line and loss.__name__ in line
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
+    def loss(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
+
+    with caplog.at_level(logging.WARNING, "qlens"):
+        compare(user_method(loss=loss), 5000, chunk=5)
+    assert not caplog.messages
+
+
+def test_a_field_that_nobody_declared_reaches_a_method_of_any_structure():
+    def advantaged(tokens):
+        label = -tokens.label_log_probs
+        return label if tokens.advantage is None else label * tokens.advantage
+
+    hidden, head, labels = hidden_and_head(60, 20)
+    advantage = torch.linspace(-1, 1, 20, dtype=torch.float64)
+    tokens = Tokens(logits=(hidden @ head.T).detach(), labels=labels, advantage=advantage)
+    for structure in ("dense", "label"):
+        variant = user_method(loss=advantaged, structure=structure)
+        value = fused_loss(variant, hidden, head, labels, advantage=advantage, chunk=7)
+        assert_close(value.detach(), variant.loss(tokens).mean())
+
+
+def test_a_chunk_whose_rows_are_all_skipped_has_no_gradient():
+    def skipping(tokens):
+        kept = tokens.label_probs.detach() > 0.05
+        return -tokens.label_log_probs * kept if bool(kept.any()) else torch.zeros(len(tokens))
+
+    compare(user_method(loss=skipping), 300, chunk=1)
+    with pytest.raises(InputError, match="without a graph"):
+        compare(user_method(loss=lambda tokens: -tokens.label_log_probs.detach()), 300)
+    with pytest.raises(InputError, match="returns float"):
+        compare(user_method(loss=lambda tokens: 0.0), 300)
+
+
+def test_a_target_that_draws_numbers_is_no_other_than_its_loss():
+    def drawn_target(tokens):
+        return Target.mix(tokens, 1.0, "student", scale=torch.rand(len(tokens), dtype=tokens.logits.dtype))
+
+    def drawn_loss(tokens):
+        return -tokens.label_log_probs * torch.rand(len(tokens), dtype=tokens.logits.dtype)
+
+    for variant in (user_method(drawn_target), user_method(loss=drawn_loss, structure="label")):
+        hidden, head, labels = hidden_and_head(50, 30)
+        torch.manual_seed(3)
+        whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels)).mean()
+        torch.manual_seed(3)
+        value = fused_loss(variant, hidden, head, labels)
+        for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+            assert_close(got, wanted)
+
+
+def test_a_loss_of_pairs_is_verified_on_both_texts_of_a_pair():
+    hidden, head, labels = hidden_and_head(50, 200)
+    at = torch.arange(200)
+    fields = {"pair": at // 10, "chosen": at % 10 < 5}
+    printed = qlens.get("dpo").loss
+
+    variant = user_method(
+        loss=lambda tokens: printed(tokens), structure="label", scope="pair", needs=qlens.get("dpo").needs
+    )
+    fields["reference"] = torch.zeros(200, 50, dtype=torch.float64)
+    values = [fused_loss(each, hidden, head, labels, **fields).detach() for each in (variant, "dpo")]
+    assert_close(*values)
+
+
+def test_a_loss_in_low_precision_is_verified():
+    def products(tokens):
+        return -torch.einsum("nv,nv->n", tokens.one_hot, tokens.log_probs)
+
+    hidden, head, labels = (x.detach() for x in hidden_and_head(50, 20))
+    leaves = hidden.float().requires_grad_(), head.float().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        value, sft = (fused_loss(m, *leaves, labels) for m in (user_method(loss=products, structure="label"), "sft"))
+    assert_close(value.detach(), sft.detach())
