@@ -132,3 +132,14 @@ def test_raw_logits_are_a_part_of_their_own():
 def test_no_gradient_is_no_pull():
     found = decompose(torch.zeros(60, 24).double(), TOKENS)
     assert found.parts == {} and found.explains and float(found.pull.abs().max()) == 0
+
+
+def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
+    def anchored(logits, labels, ref_logits):
+        log_p, log_r = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
+        label = log_p.gather(-1, labels[:, None])[:, 0]
+        return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
+
+    said = str(qlens.explain(anchored))
+    assert "asft_anchored(weight=0.1)" in said and "pull toward the label: p_y\n" in said
+    assert "0 elsewhere" not in said and "pushes away" not in said

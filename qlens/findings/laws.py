@@ -150,6 +150,9 @@ class _Laws(Features):
             features[f"{name}_y / p_y"] = np.exp(log_q - self.log_p)
             features[f"log({name}_y / p_y)"] = log_q - self.log_p
         for name, x in features.items():
+            if (alone := self.shortest(where, lambda c, x=x: c * x, (self._scaled(x, where)[1],))) is not None:
+                miss, (c,) = alone
+                yield Law(f"{'-' if c < 0 else ''}{_times(abs(c))}{name}", 1, miss, {"c": c})
             a = np.stack([np.ones_like(x), x], 1)
             weight = 1 / (np.abs(self.b[where]) + self.floor[where])
             (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
@@ -190,8 +193,9 @@ class _Laws(Features):
         """A law on some tokens and nothing on the others, told apart by a threshold or a mask."""
         on = np.abs(self.b) > self.tolerance * max(np.abs(self.b).max(), 1e-300) * 1e-3
         on &= np.abs(self.b) > 10 * self.floor * self.tolerance
-        if on.all() or not on.any():
-            return
+        usual = np.median(np.abs(self.b[on])) if on.any() else 0.0
+        if not usual or bool((10 * self.floor * self.tolerance >= usual)[~on].all()):
+            return  # a usual pull would not be seen where none is
         for rule, values, count in (*self.rules(on), *self.sided(on)):
             for inner in self.smooth(on):
                 formula = f"{inner.formula} {rule}, 0 elsewhere"

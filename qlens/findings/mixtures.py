@@ -37,7 +37,7 @@ class Mixture:
         closest: for a gradient that nothing explains, the misfit of the best non-negative mixture of everything known.
         alike: residuals that coincide here, as pairs of names: the first stands for both.
         digits: how precisely a pull is known, relative.
-        noise: how precisely every token's pulls are known, absolute, (N,).
+        noise: how precisely every token's pulls are known, absolute, (N,): the nearer two distributions, the less.
     """
 
     parts: dict[str, Float[Tensor, " N"]]
@@ -67,8 +67,8 @@ class Mixture:
 
     def away(self, name: str) -> Bool[Tensor, " n"]:
         """Which of the tokens that can tell the parts apart are pushed away from a distribution."""
-        known = self.parts[name][self.unique]
-        return known < -self.digits * known.abs().max().clamp(min=1) if len(known) else known < 0
+        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return known < -self.digits * known.abs().max().clamp(min=1) - rounding if len(known) else known < 0
 
     @property
     def pull(self) -> Float[Tensor, " N"]:
@@ -264,13 +264,13 @@ class _Search:
 
     def made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
         """The mixture of a set of residuals, with its pulls and its misfits."""
-        everywhere = torch.ones(len(self.g), dtype=torch.bool)
         if not chosen:
-            return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), everywhere, alike=self.alike)
+            return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), torch.ones(len(self.g)) > 0, alike=self.alike)
         unit, miss = self.solve(chosen, value)
         lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
         a = torch.stack([self.column(entry, value) for entry in chosen], -1)
-        unique = (torch.linalg.eigvalsh(a.mT @ a)[:, 0] > 1e-8) & (lengths > 1e-13).all(-1)
+        apart = torch.linalg.eigvalsh(a.mT @ a)[:, 0].clamp(min=0).sqrt()
+        unique = (apart > 1e-4) & (lengths > 1e-13).all(-1)
         c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
         explains = self._explains(chosen, value)
         held = float(miss[~self.fitted].square().mean().sqrt()) if (~self.fitted).any() else 0.0
@@ -286,7 +286,7 @@ class _Search:
             None if explains else self._closest(),
             self.alike,
             TOLERANCE + self.digits,
-            (self.rounding / lengths.amin(-1).clamp(min=1e-300)).cpu(),
+            (self.rounding / (lengths.amin(-1) * apart).clamp(min=1e-300)).cpu(),
         )
 
     def _closest(self) -> float:

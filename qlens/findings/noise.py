@@ -49,7 +49,8 @@ def rounding(
     :math:`|g_k| + s p_k`, where :math:`s = \max_k |g_k| / (1 - p_k)`, also over all entries but the top one together, is the
     size of the pulls in the row (at p_y near 1 the gradient is their small difference), at most twice the largest entry of
     all rows. Sums add the errors of all entries up, because an error of log Z has one sign in a whole row. Where gradients at
-    logits moved by rounding are given, twice their distance counts if it is larger: it holds whatever cancels in the loss.
+    logits moved by rounding are given, three times their distance (of sums, twice) counts if it is larger: it holds whatever
+    cancels in the loss.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
@@ -75,7 +76,7 @@ def rounding(
     sums = 3 * (entry.sum(-1) + label + constants)
     for other in moved:
         off = other.detach().double() - g
-        rows, sums = rows.maximum(2 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
+        rows, sums = rows.maximum(3 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
     return Noise(rows, sums)
 
 

@@ -236,12 +236,18 @@ def _laws(
     found = {}
     for name in mixture.parts:
         first, *further = [
-            Seen(torch.where(m.unique, m.parts[name], torch.nan), at.tokens[m.index], at.noise.rows[m.index].cpu())
+            Seen(torch.where(m.unique, m.parts[name], torch.nan), at.tokens[m.index], _noise(m, at))
             for m, at in ((mixture, seen), (wide, trial))
             if m is not None and at is not None
         ]
         found[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
     return found
+
+
+def _noise(mixture: Mixture, at: Reading) -> Tensor:
+    """The rounding of a gradient, larger where less is known of its pulls, (N,): a law divides it by 1 - p_y."""
+    rows, tokens = at.noise.rows[mixture.index].cpu(), at.tokens[mixture.index]
+    return rows if mixture.noise is None else rows.maximum(mixture.noise * tokens.rest_log_probs.exp().cpu())
 
 
 def _has_end(law: Law) -> bool:
