@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch import Tensor
 
 from qlens.tokens import Tokens, one_hot
 
@@ -66,15 +67,28 @@ def probes(
 
     teacher = 0.5 * logits + noise(1.5)
     teacher[rows[rows % 3 > 0], labels[rows % 3 > 0]] += 3.0  # a teacher that backs two labels in three
-    fields = dict(logits=logits, teacher=teacher, reference=logits + noise(0.7), old=logits + noise(0.2))
-    fields["second"] = logits + noise(0.1)
-    fields["advantage"] = torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]
+    models = dict(logits=logits, teacher=teacher, reference=logits + noise(0.7), old=logits + noise(0.2))
+    models["second"] = logits + noise(0.1)
+    negatives = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
+    negatives[rows, rival] = rows % 2 == 1
+    return _dealt(labels, models, rows % 2 == 0, negatives, dtype, device)
+
+
+def _dealt(
+    labels: Tensor,
+    models: dict[str, Tensor],
+    critical: Tensor,
+    negatives: Tensor,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tokens:
+    """Tokens of these logits, dealt to eight sequences in four pairs, with hints and advantages in turn."""
+    rows = torch.arange(len(labels))
+    fields = models | {"advantage": torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]}
     fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
     sequence = rows % 8
     marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
-    marks |= dict(critical=rows % 2 == 0, hint=rows % 4 == 1)
-    marks["negatives"] = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
-    marks["negatives"][rows, rival] = rows % 2 == 1
+    marks |= dict(critical=critical, hint=rows % 4 == 1, negatives=negatives)
     return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)
 
 
@@ -137,15 +151,10 @@ def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     teacher = logits * torch.tensor([0.5, 0.3, 1.5, 0.0], dtype=torch.float64)[rows % 4, None]
     teacher = teacher + noise(1.0) * torch.tensor([1.5, 0.05, 0.7, 2.0], dtype=torch.float64)[rows % 4, None]
     size = torch.tensor([0.05, 0.3, 1.0, 3.0], dtype=torch.float64)[rows % 4, None]
-    fields = dict(logits=logits, teacher=teacher, reference=logits + noise(size), old=logits + noise(size.flip(0) / 2))
+    models = dict(logits=logits, teacher=teacher, reference=logits + noise(size), old=logits + noise(size.flip(0) / 2))
     for name, apart in (("reference", RATIOS), ("old", RATIOS[::-1])):  # at the label, both ways
-        fields[name][rows, labels] += torch.tensor(apart, dtype=torch.float64)[rows // 2 % len(RATIOS)]
-    fields["second"] = logits + noise(0.1)
-    fields["advantage"] = torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]
-    fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
-    sequence = rows % 8
-    marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
-    marks |= dict(critical=rows % 3 == 0, hint=rows % 4 == 1)
-    marks["negatives"] = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
-    marks["negatives"][rows, order[:, 0]] = (rows % 2 == 1) & (order[:, 0] != labels)
-    return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)
+        models[name][rows, labels] += torch.tensor(apart, dtype=torch.float64)[rows // 2 % len(RATIOS)]
+    models["second"] = logits + noise(0.1)
+    negatives = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
+    negatives[rows, order[:, 0]] = (rows % 2 == 1) & (order[:, 0] != labels)
+    return _dealt(labels, models, rows % 3 == 0, negatives, dtype, device)
