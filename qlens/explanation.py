@@ -19,6 +19,7 @@ from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
 from qlens.findings.nearly import Nearly
 from qlens.findings.scope import Scope
+from qlens.findings.vocabulary import VocabularyFactor
 from qlens.guards import quiet
 from qlens.probes import shapes
 from qlens.target import Target
@@ -52,6 +53,7 @@ class Explanation:
         silent: whether its gradient is zero up to rounding.
         label_weights: how it weighs tokens by the id of their label, where it does.
         nearly: the method that it is on most tokens, where it is none on all.
+        by_vocabulary: the method that it is times a factor of the vocabulary's size, where it is.
         unused: fields that it asks for and that change nothing.
         tried: the wider trial tokens on which it was read too.
         broken: on how many of these its gradient is not finite.
@@ -77,6 +79,7 @@ class Explanation:
     silent: bool = False
     label_weights: LabelWeights | None = None
     nearly: Nearly | None = None
+    by_vocabulary: VocabularyFactor | None = None
     unused: tuple[str, ...] = ()
     tried: Tokens | None = None
     broken: int = 0
@@ -201,6 +204,7 @@ class Explanation:
             "scope": self.scope and vars(self.scope),
             "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal},
             "nearly": self.nearly and vars(self.nearly),
+            "by_vocabulary": self.by_vocabulary and vars(self.by_vocabulary),
             "unused": list(self.unused),
             "precision": str(self.precision).removeprefix("torch."),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},

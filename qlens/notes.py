@@ -129,8 +129,8 @@ def _reduction(
     if not style.laid_out or by_length([found], fn, dict(params), alike, style):
         return said, []
     return said, [
-        "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on the rest of its text, "
-        "or terms of the loss are divided by different counts."
+        "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on its position or the "
+        "rest of its text, or terms of the loss are divided by different counts."
     ]
 
 

@@ -1,13 +1,17 @@
 """Laws: the formula of a pull, recovered from pulls that were made by it, with its numbers."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from qlens.findings.laws import law
-from qlens.probes import probes
+from qlens.findings.features import Seen
+from qlens.findings.laws import law, thresholds
+from qlens.probes import probes, trials
 from qlens.testing import random_tokens
 
 T = probes()
@@ -94,3 +98,71 @@ def test_float32_pulls_are_read_at_their_own_digits():
     found = law(pull, T, tolerance=1e-3, noise=1e-6)
     assert found is not None
     assert_close(found.values["a"], 0.5, rtol=1e-3, atol=0)
+
+
+WIDE = trials()
+
+
+def on_both(pull):
+    """The law of a pull, a function of tokens, on the probes and the trial tokens."""
+    return law(pull(T), T, further=[Seen(pull(WIDE), WIDE, 1e-15)])
+
+
+def p_of(tokens):
+    return tokens.label_probs
+
+
+def share_of_entropy(tokens):
+    return -(tokens.probs * tokens.log_probs).sum(-1) / math.log(tokens.logits.shape[1])
+
+
+def teacher_agrees(tokens):
+    return tokens.teacher.argmax(-1) == tokens.labels
+
+
+def test_an_epsilon_beside_p_y_is_part_of_the_law():
+    for pull, formula in (
+        (lambda t: p_of(t) / (p_of(t) + 1e-8), "p_y / (p_y + 1e-08)"),
+        (lambda t: p_of(t) ** 2 / (p_of(t) + 1e-10), "p_y^2 / (p_y + 1e-10)"),
+        (lambda t: 0.5 * (1 - p_of(t)) * p_of(t) / (p_of(t) + 1e-6), "0.5 (1 - p_y) p_y / (p_y + 1e-06)"),
+    ):
+        assert on_both(pull).formula == formula
+
+
+def test_entropies_are_shares_of_the_largest_where_the_vocabulary_changes():
+    assert on_both(share_of_entropy).formula == "(H / ln V)"
+    assert on_both(lambda t: 1 - share_of_entropy(t)).formula == "1 - H / ln V"
+    assert law(0.9 - 0.1 * H, T).formula == "0.9 - 0.1 H"
+
+
+def test_a_pull_of_two_values_has_no_end_but_a_rule_or_two_values():
+    for pull, formula in (
+        (
+            lambda t: torch.where(p_of(t) < 0.91, 1.0, -1.0),
+            "1 where p_y <= 0.92 (seen between 0.9 and 0.92), -1 elsewhere",
+        ),
+        (
+            lambda t: torch.where(p_of(t) < 0.42, p_of(t), 2.0),
+            "p_y where p_y <= 0.45 (seen between 0.4 and 0.45), 2 elsewhere",
+        ),
+        (
+            lambda t: torch.where(teacher_agrees(t), 1.0, 1e-16),
+            "1 where the label's rank for the teacher (0 first) <= 0 (seen between 0 and 1), 0 elsewhere",
+        ),
+        (lambda t: torch.where(t.labels % 2 == 0, 0.1, 1.0), "two values, 0.1 and 1"),
+        (lambda t: p_of(t).clamp(0.01, 0.5), "p_y, at most 0.5, at least 0.01"),
+        (lambda t: torch.full_like(p_of(t), 1e-17), "0"),
+    ):
+        found = on_both(lambda t, pull=pull: pull(t).double())
+        assert found.formula == formula
+
+
+def test_one_value_for_each_vocabulary_is_no_law():
+    assert on_both(lambda t: torch.full_like(p_of(t), 1 / t.logits.shape[1])) is None
+
+
+def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
+    found = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
+    assert found.formula == "1 where p_y <= 1 - 0.001 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
+    on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
+    assert list(thresholds(Seen(torch.ones(57), T, 0.0), on)) == []

@@ -89,7 +89,65 @@ def test_the_number_of_tokens_counts():
 
     found = scope(resolve(by_sequences).loss, probes(), needs=("sequence",))
     assert (found.of, found.through) == ("sequence", ("number",)), found.evidence
-    for loss in (by_chunks, squared):
+    for loss, through in ((by_chunks, ("number", "position")), (squared, ("number",))):
         found = scope(resolve(loss).loss, probes())
-        assert (found.of, found.through) == ("batch", ("number",)) and "how many tokens" in found.evidence
+        assert (found.of, found.through) == ("batch", through) and "how many tokens" in found.evidence
     assert scope(resolve(lambda logits, labels: nll(logits, labels).sum() / 512).loss, probes()).of == "token"
+
+
+def label_log_probs(logits, labels):
+    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+
+
+def test_thresholds_on_a_statistic_of_the_batch_are_seen():
+    def flooded(logits, labels):
+        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
+
+    def cooled(logits, labels):
+        loss = nll(logits, labels).mean()
+        return loss * 0.1 if loss.item() > 5 else loss
+
+    def largest(logits, labels):
+        return nll(logits, labels).max()
+
+    def where_accurate(logits, labels):
+        right = (logits.argmax(-1) == labels).double().mean()
+        return nll(logits, labels).mean() * (2.0 if right > 0.9 else 1.0)
+
+    for loss, effect in (
+        (flooded, "at p_y = 0.999999 it is -1 times"),
+        (cooled, "at p_y = 0.001 it is 0.1 times"),
+        (largest, "no longer zero"),
+        (where_accurate, "at p_y = 0.999999 it is 2 times"),
+    ):
+        found = scope(resolve(loss).loss, probes())
+        assert (found.of, found.through[0]) == ("batch", "losses") and effect in found.effect, found.evidence
+        assert "labels" not in found.through
+
+
+def test_positions_are_no_other_tokens():
+    def decayed(logits, labels):  # (B, T, V)
+        losses = nll(logits[:, :-1].transpose(1, 2), labels[:, 1:])
+        there = labels[:, 1:] != -100
+        return (0.9 ** torch.arange(losses.shape[1]) * losses * there).sum() / there.sum()
+
+    found = scope(resolve(decayed).loss, probes())
+    assert (found.of, found.through) == ("token", ("position",)) and "on its position" in found.evidence
+
+
+def test_a_label_that_repeats_the_one_before_is_seen():
+    def repeats_count_less(logits, labels):
+        repeated = torch.zeros_like(logits[:, 0])
+        repeated[1:] = (labels[1:] == labels[:-1]).to(logits.dtype)
+        return (nll(logits, labels) * (1 - 0.9 * repeated)).mean()
+
+    found = scope(resolve(repeats_count_less).loss, probes())
+    assert (found.of, found.through) == ("batch", ("labels",)), found.evidence
+
+
+def test_no_more_is_claimed_than_was_tried():
+    evidence = scope(resolve(forgot_detach).loss, probes()).evidence
+    assert (
+        "as far as tried (12 changed, one at a time; batches of mean loss 0.15 to 13; repeated labels; other orders)"
+        in evidence
+    )

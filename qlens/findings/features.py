@@ -41,7 +41,12 @@ class Features:
             if all(name in part for part in parts)
         }
         self.b, self.log_p, self.log_rest, self.entropy = (joined[n] for n in ("b", "log_p", "log_rest", "entropy"))
-        self.rank = joined["rank"]
+        self.rank, self.largest, self.log_size = (joined[n] for n in ("rank", "largest", "log_size"))
+        self.reading = joined["reading"]
+        self.ranks, self.entropies = (
+            {n: joined[f"{n} {what}"] for n in ("reference", "old", "teacher") if f"{n} {what}" in joined}
+            for what in ("rank", "entropy")
+        )
         self.top = {k: joined[f"top {k}"] for k in TOP_K if f"top {k}" in joined}
         self.mass = {k: joined[f"mass {k}"] for k in TOP_K if f"mass {k}" in joined}
         self.models = {name: joined[name] for name in ("reference", "old", "teacher") if name in joined}
@@ -97,20 +102,27 @@ def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
     noise = seen.noise if isinstance(seen.noise, Tensor) else torch.full((len(tokens),), seen.noise)
     made = {
         "b": seen.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
-        "entropy": -expectation(p, tokens.log_probs),
-        "rank": (tokens.logits > tokens.gather(tokens.logits)[:, None]).sum(-1),
+        "entropy": -expectation(p, tokens.log_probs), "reading": torch.full_like(p[:, 0], place),
+        "rank": _rank(tokens, tokens.logits), "largest": p.amax(-1), "log_size": torch.full_like(p[:, 0], math.log(size)),
     }  # fmt: skip
     made |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
     made |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
     for name in ("reference", "old", "teacher"):
         if getattr(tokens, name) is not None:
-            made[name] = tokens.gather(tokens.log_probs_of(name))
+            log_q = tokens.log_probs_of(name)
+            made[name], made[f"{name} rank"] = tokens.gather(log_q), _rank(tokens, log_q)
+            made[f"{name} entropy"] = -expectation(log_q.exp(), log_q)
     arrays = {name: numpy_of(value) for name, value in made.items()}
     for name in ("advantage", "weight", "critical", "hint", "sequence", "pair"):
         value = getattr(tokens, name)
         if value is not None:
             arrays[name] = value.detach().cpu().numpy() + (place * 10**6 if name in ("sequence", "pair") else 0)
     return arrays
+
+
+def _rank(tokens: Tokens, values: Tensor) -> Tensor:
+    """How many entries are above the label's, (N,)."""
+    return (values > tokens.gather(values)[:, None]).sum(-1)
 
 
 def plain(value: float) -> str:

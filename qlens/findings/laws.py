@@ -1,17 +1,17 @@
 """Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from qlens.findings.features import Features, Seen, line, plain
+from qlens.findings.features import Seen, plain
+from qlens.findings.smooth import FEWEST, Smooth
 from qlens.tokens import Tokens
 
-FEWEST = 5  # tokens that a law must hold on beyond its parameters
+FEWEST_CUT = 2  # tokens on either side of a threshold on anything but p_y
+NEAR_ONE = 0.99  # probabilities above which thresholds are written as 1 - x
 
 
 @dataclass(frozen=True)
@@ -71,124 +71,18 @@ def thresholds(seen: Seen, on: np.ndarray) -> Iterator[str]:
     yield from (rule for rule, _, _ in _Laws([seen], 1e-6).rules(on))
 
 
-class _Laws(Features):
+class _Laws(Smooth):
     """The formulas that are known, each tried on a pull."""
 
     def laws(self) -> Iterator[Law]:
         """Everything that fits, simplest first."""
         everywhere = np.ones(len(self.b), bool)
-        yield from self.smooth(everywhere)
+        yield from (Law(f.formula, f.parameters, f.misfit, f.values) for f in self.smooth(everywhere))
         yield from self.switched()
         yield from self.clipped()
+        yield from self.in_pieces()
+        yield from self.two_valued()
         yield from self.grouped()
-
-    def smooth(self, where: np.ndarray) -> Iterator[Law]:
-        """Laws without steps that hold on the tokens ``where``."""
-        b = self.b[where]
-        if len(b) < FEWEST or np.abs(b).max() == 0:
-            if len(b) and np.abs(b).max() == 0:
-                yield Law("0", 0, 0.0, {})
-            return
-        yield from self.powers(where, self.b, "")
-        yield from self.affine(where)
-        yield from self.carried(where)
-        for said, factor in self.factors.items():
-            if np.abs(factor[where]).min() > 0:
-                yield from self.powers(where, self.b / factor, f"{said} ")
-
-    def powers(self, where: np.ndarray, values: np.ndarray, times: str) -> Iterator[Law]:
-        """c times a power of one feature, by a line through the logarithms."""
-        b = values[where]
-        sign = np.sign(b[np.abs(self.b[where]) > self.floor[where] * self.tolerance])  # of a pull beyond rounding
-        if not len(sign) or not (sign == sign[0]).all():
-            return
-        factor = self.factors[times.strip()] if times else 1.0
-        size = np.maximum(np.abs(b), 1e-300)
-        logs, named = np.log(size), "-" if sign[0] < 0 else ""
-        weight = 1 / (1 + self.floor[where] / size)  # what is rounding says little
-        for name, feature in self.powered():
-            x = feature[where]
-            for free in (False, True):
-                if name == "" and not free:
-                    c, a = float(np.average(logs, weights=weight)), 0.0
-                elif name == "" or not np.isfinite(x).all() or np.ptp(x) < 1e-9:
-                    continue
-                else:
-                    c, a = line(x, logs, weight, free)
-                if name and abs(a) < 1e-3:
-                    continue
-                base = np.where(np.isfinite(feature), feature, 0.0)
-
-                def form(power: float, size: float, base: np.ndarray = base) -> np.ndarray:
-                    return sign[0] * size * np.exp(power * base) * factor
-
-                if found := self.shortest(where, form, (a, math.exp(min(c, 700.0)))):
-                    miss, (power, size) = found
-                    said = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
-                    yield Law(_product(named, size, name, power, times), int(free) + int(bool(name)), miss, said)
-
-    def powered(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Logarithms of what may be raised to a power, by name."""
-        yield "", np.zeros(len(self.b))
-        yield "p_y", self.log_p
-        yield "(1 - p_y)", self.log_rest
-        yield "(p_y / (1 - p_y))", self.log_p - self.log_rest
-        for name, log_q in self.models.items():
-            yield f"(p_y / {name}_y)", self.log_p - log_q
-            yield f"{name}_y", log_q
-        with np.errstate(divide="ignore"):
-            yield "H", np.log(self.entropy)
-            yield "(1 + H)", np.log1p(self.entropy)
-            for k, entropy in self.top.items():
-                yield f"H_top-{k}", np.log(np.maximum(entropy, 0))
-            for k, mass in self.mass.items():
-                yield f"p_top-{k}", np.log(mass)
-
-    def affine(self, where: np.ndarray) -> Iterator[Law]:
-        """a + b p_y, and p_y's own ratio to other models: a + b r_y / p_y."""
-        features = {"p_y": np.exp(self.log_p)}
-        for name, log_q in self.models.items():
-            features[f"{name}_y / p_y"] = np.exp(log_q - self.log_p)
-            features[f"log({name}_y / p_y)"] = log_q - self.log_p
-        for name, x in features.items():
-            if (alone := self.shortest(where, lambda c, x=x: c * x, (self._scaled(x, where)[1],))) is not None:
-                miss, (c,) = alone
-                yield Law(f"{'-' if c < 0 else ''}{_times(abs(c))}{name}", 1, miss, {"c": c})
-            a = np.stack([np.ones_like(x), x], 1)
-            weight = 1 / (np.abs(self.b[where]) + self.floor[where])
-            (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
-            found = self.shortest(where, lambda low, slope, x=x: low + slope * x, (float(low), float(slope)))
-            if found is not None and abs(slope) > 1e-6:
-                miss, (low, slope) = found
-                between = "-" if slope < 0 else "+"
-                yield Law(f"{plain(low)} {between} {_times(abs(slope))}{name}", 2, miss, {"a": low, "b": slope})
-
-    def carried(self, where: np.ndarray) -> Iterator[Law]:
-        """A weight w(p_y) on -log p_y that carries its own gradient: w + p_y w' log p_y."""
-        forms: dict[str, tuple[Callable[[float], np.ndarray], tuple[float, float]]] = {
-            "p_y^{0} (1 + {0} log p_y), the weight p_y^{0}": (
-                lambda a: np.exp(a * self.log_p) * (1 + a * self.log_p),
-                (-0.99, 8.0),
-            ),
-            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the weight (1 - p_y)^{0}": (
-                lambda a: np.exp(a * self.log_rest) * (1 - a * np.exp(self.log_p - self.log_rest) * self.log_p),
-                (0.05, 12.0),
-            ),
-        }
-        for name, (form, (low, high)) in forms.items():
-            a = _best(lambda a, form=form: self.misfit(self._scaled(form(a), where)[0], where), low, high)
-            found = self.shortest(where, lambda a, c, form=form: c * form(a), (a, self._scaled(form(a), where)[1]))
-            if found is not None and abs(a) > 1e-3:
-                miss, (a, c) = found
-                text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
-                formula = f"{_times(c)}{text} carrying its own gradient"
-                yield Law(formula, 2, miss, {"c": c, "a": a})
-
-    def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
-        x, weight = made[where], 1 / (np.abs(self.b[where]) + self.floor[where])
-        c = float((x * self.b[where] * weight**2).sum() / max((x * x * weight**2).sum(), 1e-300))
-        c = float(f"{c:.9g}")  # an exact 1 comes out as 1
-        return c * made, c
 
     def switched(self) -> Iterator[Law]:
         """A law on some tokens and nothing on the others, told apart by a threshold or a mask."""
@@ -209,25 +103,44 @@ class _Laws(Features):
                 yield f"where {name}", {}, 0
             if (~mask == on).all():
                 yield f"where not {name}", {}, 0
-        signals = {"p_y": np.exp(self.log_p)}
-        signals |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
-        signals |= {f"{n}_y": np.exp(q) for n, q in self.models.items()} | {"H": self.entropy}
-        signals |= {"the label's rank (0 first)": self.rank}
-        for name, x in signals.items():
+        few = min(int(on.sum()), int((~on).sum())) < FEWEST_CUT  # then one of many signals may tell them by chance
+        for name, x in list(self.signals().items())[: 1 if few else None]:
             low, high = x[on].min(), x[on].max()
-            tie = 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
-            below, above = x[~on & (x <= low + tie)], x[~on & (x >= high - tie)]
-            if len(below) + len(above) != (~on).sum():
+            whole = bool((x == np.round(x)).all())
+            tie = 0.0 if whole else 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
+            below, above = ~on & (x <= low + tie), ~on & (x >= high - tie)
+            if (below | above).sum() != (~on).sum():
+                continue
+            under, over = below & (x < low - tie), above & (x > high + tie)  # what each end is seen to exclude
+            if (below.any() and not under.any()) or (above.any() and not over.any()):
                 continue
             ends, said = {}, []
-            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
-            if len(below):
-                ends["low"] = low if whole else between(below.max(), low)
-                said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(below.max())} and {plain(low)})")
-            if len(above):
-                ends["high"] = high if whole else between(high, above.min())
-                said.append(f"{name} <= {plain(ends['high'])} (seen between {plain(high)} and {plain(above.min())})")
+            if below.any():
+                cut = x[under].max()
+                ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
+                said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(cut)} and {plain(low)})")
+            if above.any():
+                cut = x[over].min()
+                ends["high"] = high if whole else between(high, cut)
+                text = f"{plain(ends['high'])} (seen between {plain(high)} and {plain(cut)})"
+                if name == "p_y" and high > NEAR_ONE:
+                    rest = np.exp(self.log_rest)
+                    least, most = rest[over].max(), rest[on].min()
+                    ends["high"] = 1 - between(least, most)
+                    text = f"1 - {plain(between(least, most))} (seen between 1 - {plain(most)} and 1 - {plain(least)})"
+                said.append(f"{name} <= {text}")
             yield "where " + " and ".join(said), ends, len(said)
+
+    def signals(self) -> dict[str, np.ndarray]:
+        """What a threshold may be on, by name."""
+        found = {"p_y": np.exp(self.log_p)}
+        found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
+        found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
+        found |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
+        found |= {"the label's rank (0 first)": self.rank}
+        found |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
+        found |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}
+        return found | {f"H_top-{k}": entropy for k, entropy in self.top.items()}
 
     def sided(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
         """The clip of a policy's objective: on while the ratio has not gone too far the way that the advantage pays."""
@@ -245,7 +158,7 @@ class _Laws(Features):
             yield rule, {"high": high, "low": low}, 2
 
     def clipped(self) -> Iterator[Law]:
-        """A law that is held at a least or a greatest value, or at both."""
+        """A law that is held at a least or a greatest value, or at both, where it would go beyond."""
         ends = {"at most": self.b.max(), "at least": self.b.min()}
         held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
         there = [word for word in ends if held[word].sum() >= 2]
@@ -254,46 +167,81 @@ class _Laws(Features):
             if (~cut).sum() < FEWEST:
                 continue
             for inner in self.smooth(~cut):
-                if inner.formula == "0":
+                if not self._varies(inner.made, ~cut):
                     continue  # that is a switch
+                if not all(self._beyond(inner.made, ends[word], word, held[word]) for word in words):
+                    continue
                 said = ", ".join(f"{word} {plain(ends[word])}" for word in words)
                 numbers = inner.values | {word: float(ends[word]) for word in words}
                 yield Law(f"{inner.formula}, {said}", inner.parameters + len(words), inner.misfit, numbers)
+
+    def _varies(self, made: np.ndarray, where: np.ndarray) -> bool:
+        """Whether a law takes more than one value there."""
+        return bool(np.ptp(made[where]) > 10 * self.tolerance * np.abs(made[where]).max())
+
+    def _beyond(self, made: np.ndarray, end: float, word: str, held: np.ndarray) -> bool:
+        """Whether a law would go beyond its end wherever the pull is held there."""
+        slack = 10 * self.tolerance * (abs(end) + self.floor[held])
+        return bool((made[held] >= end - slack if word == "at most" else made[held] <= end + slack).all())
+
+    def in_pieces(self) -> Iterator[Law]:
+        """A law on some tokens and one other value on the rest, told apart by a threshold or a mask."""
+        for value in self.repeated():
+            on = ~self._near(value)
+            if not value or int(on.sum()) < FEWEST:
+                continue
+            for rule, values, count in (*self.rules(on), *self.sided(on)):
+                for inner in self.smooth(on):
+                    formula = f"{inner.formula} {rule}, {plain(value)} elsewhere"
+                    numbers = inner.values | values | {"elsewhere": value}
+                    yield Law(formula, inner.parameters + count + 1, inner.misfit, numbers)
+
+    def two_valued(self) -> Iterator[Law]:
+        """A pull that has one of two values, where nothing is known that tells which."""
+        values = self.repeated(2)
+        if len(values) != 2 or len(self.b) < 2 * FEWEST:
+            return
+        near = np.array([self._near(value) for value in values])
+        alone = any((near[0] == (self.reading == one)).all() for one in set(self.reading))
+        if near.any(0).all() and not alone:  # one value per reading is a factor
+            low, high = sorted(values)
+            formula = f"two values, {plain(low)} and {plain(high)}"
+            made = np.where(near[0], *values)
+            yield Law(formula, 2, self.misfit(made, ~self.rounded), {"low": low, "high": high})
+
+    def _near(self, value: float) -> np.ndarray:
+        """Where the pull has this value, (N,)."""
+        return np.abs(self.b - value) <= 10 * self.tolerance * (abs(value) + self.floor)
+
+    def repeated(self, least: int = 3) -> list[float]:
+        """Values that the pull has at several tokens, at most three, the rarest first."""
+        found: list[tuple[int, float]] = []
+        left = np.ones(len(self.b), bool)
+        while left.any() and len(found) < 3:
+            values = np.where(self.rounded, 0.0, self.b)[left]
+            value = float(values[np.argmax([(np.abs(values - v) <= 1e-9 * abs(v)).sum() for v in values])])
+            value = float(f"{value:.9g}")  # an exact 1 comes out as 1
+            near = left & self._near(value)
+            if int(near.sum()) < least:
+                break
+            found.append((int(near.sum()), value))
+            left &= ~near
+        return [value for _, value in sorted(found)]
 
     def grouped(self) -> Iterator[Law]:
         """One value per sequence, or per side of a pair up to its length."""
         for name, ids in self.groups.items():
             means = np.array([self.b[ids == i].mean() for i in ids])
+            if all(
+                np.ptp(means[self.reading == one]) <= self.tolerance * np.abs(means).max() for one in set(self.reading)
+            ):
+                continue  # one value per reading is a factor
             miss = self.fits(np.ones(len(ids), bool), means)
             if miss is not None and len(set(ids)) < len(ids):
                 low, high = plain(self.b.min()), plain(self.b.max())
                 yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
 
 
-def _best(cost: Callable[[float], float], low: float, high: float) -> float:
-    """The least of a one-dimensional cost: the best of a grid, then the bottom beside it."""
-    grid = np.linspace(low, high, 60)
-    at = int(np.argmin([cost(a) for a in grid]))
-    bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
-    return float(minimize_scalar(cost, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
-
-
 def between(low: float, high: float) -> float:
     """The shortest number in (low, high], high above 0; what somebody may have written."""
     return next((n for d in range(1, 17) if low < (n := float(f"{high:.{d}g}")) <= high), high)
-
-
-def _times(c: float) -> str:
-    return "" if c == 1 else f"{plain(c)} "
-
-
-def _product(sign: str, size: float, name: str, a: float, times: str = "") -> str:
-    """sign size times name^a as somebody would write it."""
-    power = "" if a == 1 or not name else f"^{plain(a)}"
-    if name.startswith("H_top-"):
-        k = int(name.removeprefix("H_top-"))
-        if abs(math.log(size) + a * math.log(math.log(k))) < 1e-6:
-            whole = f"{name} / ln {k}"
-            return sign + times + (f"({whole}){power}" if power else whole)
-    words = [plain(size)] if size != 1 or not (name or times) else []
-    return sign + " ".join([*words, *([times.strip()] if times else []), *([name + power] if name else [])])

@@ -133,12 +133,14 @@ def on_probes(variant: Variant) -> Reading:
     ) from failed.__cause__
 
 
-def on_trials(variant: Variant, shown: Reading) -> Reading | str:
-    """A reading on the wider trial tokens, at their own vocabulary or else at the one shown; or why there is none."""
+def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> Reading | str:
+    """A reading on the wider trial tokens, at their own vocabulary or else at the one shown, or at the first of ``sizes``
+    that works; or why there is none.
+    """
     size = shown.given.logits.shape[1]
     dtype = torch.float64 if shown.given.logits.dtype == torch.float64 else torch.float32
     failed = ""
-    for vocabulary in dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
+    for vocabulary in sizes or dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
         try:
             found = _rounded(variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant)))
         except InputError as error:

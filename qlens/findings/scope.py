@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from qlens.findings.batches import Batches, Seen
 from qlens.findings.noise import moves, rounding
 from qlens.layouts import Layout, tiled
 from qlens.lens import carried, gradient, slopes
@@ -29,7 +30,9 @@ class Scope:
         detached: whether some factor is held constant: the gradient is not the derivative of the printed value; None
             where that cannot be told.
         gap: how far gradient and derivative are apart, as a share of the larger.
-        through: what of other tokens it depends on: "logits", "labels", "weight", ...; "number" is how many there are.
+        through: what of other tokens it depends on: "logits", "labels", "weight", ...; "losses" is how likely all of them
+            are, "number" how many there are; "position" is its own.
+        effect: how a gradient changes as all other tokens become likely or unlikely, in words, where no single one moves it.
     """
 
     of: str
@@ -37,6 +40,7 @@ class Scope:
     detached: bool | None = None
     gap: float = 0.0
     through: tuple[str, ...] = ()
+    effect: str = ""
 
     def __str__(self) -> str:
         held = {
@@ -80,20 +84,17 @@ def scope(
     detached, gap = _held(rows, tokens, before, tolerance)
     if not bool(reached.any()):
         number, everywhere = _by_number(rows, tokens, before, tolerance, noise)
-        if number:
-            of = "sequence" if tokens.sequence is not None and not everywhere else "batch"
-            where = "its sequence has" if of == "sequence" else "there are"
-            said = f"a token's gradient depends on how many tokens {where}: {number}"
-            return Scope(of, said, detached, gap, ("number",))
-        said = f"a token's gradient depends on no other token ({len(reached)} changed, one at a time)"
-        return Scope("token", said, detached, gap)
+        group = tokens.pair if tokens.pair is not None else tokens.sequence
+        seen = Batches(rows, tokens, before, tolerance, noise, group).seen()
+        of, said, through = _of_batches(seen, tokens, number, everywhere, len(reached))
+        return Scope(of, said, detached, gap, through, effect=seen.losses)
     through = tuple(f for f in draw.fields if bool(_reached(rows, draw, (f,), before, tolerance, noise, most=4).any()))
     by = f" through {' and '.join(through)}" if through and through != ("logits",) else ""
     for name in ("sequence", "pair"):
         ids = getattr(tokens, name)
         if ids is not None:
             outside = ids[draw.rows][:, None] != ids
-            if not bool((reached & outside).any()):
+            if not bool((reached & outside).any()) and not _from_outside(rows, tokens, before, tolerance, noise, ids):
                 said = f"a token's gradient depends on its {name}{by}, and on nothing beyond"
                 return Scope(name, said, detached, gap, through)
     share = float(reached.double().mean())
@@ -105,6 +106,46 @@ def scope(
         gap,
         through,
     )
+
+
+def _of_batches(
+    seen: Seen, tokens: Tokens, number: str, everywhere: bool, changed: int
+) -> tuple[str, str, tuple[str, ...]]:
+    """How far a token's gradient reaches that no single other token moves: of what, the evidence, and through what."""
+    said, through, of = [], [], "token"
+    if seen.losses:
+        grouped = seen.inside and not seen.outside
+        of = "batch" if not grouped else "pair" if tokens.pair is not None else "sequence"
+        said.append(f"on how likely the other labels of its {of} are: {seen.losses}")
+        through.append("losses")
+    if seen.labels:
+        of = "batch"
+        said.append("on whether other tokens have its label")
+        through.append("labels")
+    if number:
+        of = "sequence" if tokens.sequence is not None and not everywhere and of != "batch" else "batch"
+        where = "its sequence has" if of == "sequence" else "there are"
+        said.append(f"on how many tokens {where}: {number}")
+        through.append("number")
+    if seen.position and not seen.labels:
+        said.append(f"on its position: {seen.position}")
+        through.append("position")
+    evidence = f"a token's gradient depends {', and '.join(said)}"
+    if of == "token":
+        nothing = " and on no other token" if said else "a token's gradient depends on no other token"
+        evidence = evidence if said else ""
+        evidence += (
+            f"{nothing} as far as tried ({changed} changed, one at a time; batches of mean loss {seen.lowest:.2g} to "
+            f"{seen.highest:.2g}; repeated labels{'' if said else '; other orders'})"
+        )
+    return of, evidence, tuple(through)
+
+
+def _from_outside(
+    rows: Callable[[Tokens], Tensor], tokens: Tokens, before: Tensor, tolerance: float, noise: Tensor, ids: Tensor
+) -> bool:
+    """Whether tokens of other sequences or pairs move a gradient once all of them are likely or unlikely."""
+    return bool(Batches(rows, tokens, before, tolerance, noise, ids).seen().outside)
 
 
 class _Changed:

@@ -18,6 +18,7 @@ from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
+from qlens.findings.vocabulary import EQUAL, FORMS, VocabularyFactor, listed, scaled
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
 
@@ -25,6 +26,7 @@ MATCHED = 400_000  # entries of the logits: on more, methods are compared on som
 FITTED = 28  # tokens on which parameters are fitted
 LIKELY = 8  # nearest methods that may be it on most tokens, beside all at their defaults
 FACTOR = 1e-3  # relative difference of two factors that are one
+FEW_ENTRIES = 2**12  # vocabulary up to which the trial tokens are read at the one shown, too
 IDS = 64  # label ids tried on tokens of one's own
 
 
@@ -39,6 +41,8 @@ class Study:
     def __init__(self, e: Explanation, shown: Reading, own: Mapping[str, Tensor]):
         self.e, self.variant, self.own, self.own_spec = e, e.variant, own, own_spec(e.variant)
         self.shown, self.broken, self.ids_untried = shown, 0, ""
+        self.same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown, read where it is needed
+        self.by_vocabulary: list[VocabularyFactor] = []
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
 
@@ -58,7 +62,7 @@ class Study:
         wide = None if self.trial is None else leak(self.trial.grad, self.trial.tokens, self.trial.noise)
         seen, trial = _undone(self.shown, found, ids), self.trial and _undone(self.trial, wide, ids)
         mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
-        laws, elsewhere = self.laws(mixture, seen, trial)
+        laws, elsewhere = self.laws(mixture, seen, trial, reach)
         if reach.of == "batch":  # ends that pulls seem to be held at are then those of this batch
             laws = {name: None if found is None or _has_end(found) else found for name, found in laws.items()}
         if found is not None:
@@ -74,6 +78,9 @@ class Study:
             leak=found or wide,
             label_weights=ids,
             nearly=partly,
+            by_vocabulary=None
+            if near and near[0].same
+            else min(self.by_vocabulary, key=VocabularyFactor.order, default=None),
             elsewhere=elsewhere,
             unused=unused,
             tried=self.trial.tokens if self.trial is not None else None,
@@ -113,7 +120,9 @@ class Study:
             self.ids_untried = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
             return None
 
-    def laws(self, mixture: Mixture, seen: Reading, trial: Reading | None) -> tuple[dict[str, Law | None], str]:
+    def laws(
+        self, mixture: Mixture, seen: Reading, trial: Reading | None, reach: Scope
+    ) -> tuple[dict[str, Law | None], str]:
         """The law of every pull, on the trial tokens too where these are made of the same; and whether they are."""
         if trial is None:
             return _laws(mixture, seen), self.untried
@@ -122,8 +131,11 @@ class Study:
         if set(wide.parts) == set(mixture.parts) and wide.explains and mixture.explains:
             alone, found = _laws(mixture, seen), _laws(mixture, seen, wide, trial)
             if all(found[name] is not None or alone[name] is None for name in found):
-                return found, f"the same at {where}."
+                unknown = " (pulls without a law)" if None in found.values() else ""
+                return found, f"the same mixture at {where}{unknown}." if unknown else f"the same at {where}."
             others = _laws(wide, trial)
+            if reach.of == "token" and (by_size := _by_vocabulary(mixture, seen, wide, trial, alone, others)):
+                return by_size, f"the same, up to a factor that changes with the vocabulary, at {where}."
             return alone, f"at {where} it reads {_in_short(wide, others)}."
         if not mixture.explains and not wide.explains:
             return {}, f"as here at {where}: no mixture."
@@ -196,9 +208,25 @@ class Study:
             if here is None:
                 continue
             if match.same and here.same and alone and abs(here.factor - match.factor) > equal * abs(match.factor):
+                self.by_vocabulary += [f for f in [self.vocabulary_factor(here, match.factor)] if f is not None]
                 here = replace(here, relation=matching.RELATIONS[2])
             kept.append(here)
         return matching.ranked(kept)
+
+    def vocabulary_factor(self, here: matching.Match, wide: float) -> VocabularyFactor | None:
+        """A method's factors here and on the trial tokens as those of two vocabularies, if these are what makes them differ."""
+        assert self.trial is not None
+        sizes = [at.given.logits.shape[1] for at in (self.shown, self.trial)]
+        if sizes[0] == sizes[1]:
+            return None
+        if self.same_size is None:
+            self.same_size = on_trials(self.variant, self.shown, (sizes[0],)) if sizes[0] <= FEW_ENTRIES else ""
+        if isinstance(self.same_size, Reading):
+            one = self.same_size
+            there = matching.at(get(here.spec), one.grad, one.tokens, one.noise)
+            if there is None or not there.same or abs(there.factor - here.factor) > EQUAL * abs(here.factor):
+                return None
+        return VocabularyFactor.of(here.spec, ((sizes[0], here.factor), (sizes[1], wide)))
 
     def unused(self) -> tuple[str, ...]:
         """Fields that the loss asks for and that change neither its values nor its gradient."""
@@ -229,17 +257,53 @@ def _undone(at: Reading, found: Leak | None, ids: LabelWeights | None) -> Readin
     return at[rows].undone(found.grad, found.tokens)
 
 
+def _by_vocabulary(
+    mixture: Mixture,
+    seen: Reading,
+    wide: Mixture,
+    trial: Reading,
+    alone: Mapping[str, Law | None],
+    others: Mapping[str, Law | None],
+) -> dict[str, Law | None] | None:
+    """The laws that all pulls follow up to one factor of the vocabulary's size; None where they follow none."""
+    sizes = [at.given.logits.shape[1] for at in (seen, trial)]
+    if sizes[0] == sizes[1] or any(found is None for found in (*alone.values(), *others.values())):
+        return None
+    for form, at in FORMS.items():
+        found = _laws(mixture, seen, wide, trial, (at(sizes[0]), at(sizes[1])))
+        if None not in found.values():
+            return {name: law and scaled(law, form) for name, law in found.items()}
+    factors = [[law.values.get("c") if law else None for law in laws.values()] for laws in (alone, others)]
+    if factors[0][0] is None or factors[1][0] is None:
+        return None
+    found = _laws(mixture, seen, wide, trial, (factors[0][0], factors[1][0]))
+    if None in found.values():
+        return None
+    said = listed([(size, each[0]) for size, each in zip(sizes, factors, strict=True) if each[0] is not None])
+    return {
+        name: law and replace(law, formula=f"{law.formula} times a factor that changes with the vocabulary: {said}")
+        for name, law in found.items()
+    }
+
+
 def _laws(
-    mixture: Mixture, seen: Reading, wide: Mixture | None = None, trial: Reading | None = None
+    mixture: Mixture,
+    seen: Reading,
+    wide: Mixture | None = None,
+    trial: Reading | None = None,
+    factors: tuple[float, float] = (1.0, 1.0),
 ) -> dict[str, Law | None]:
-    """The law of every pull of a mixture that explains the gradient, on further tokens too where these are given."""
+    """The law of every pull of a mixture that explains the gradient, on further tokens too where these are given.
+
+    The pulls of the first and of the further tokens are divided by ``factors``.
+    """
     if not mixture.explains:
         return {}
     found = {}
     for name in mixture.parts:
         first, *further = [
-            Seen(torch.where(m.unique, m.parts[name], torch.nan), at.tokens[m.index], _noise(m, at))
-            for m, at in ((mixture, seen), (wide, trial))
+            Seen(torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by))
+            for (m, at), by in zip(((mixture, seen), (wide, trial)), factors, strict=True)
             if m is not None and at is not None
         ]
         found[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
@@ -259,5 +323,14 @@ def _has_end(law: Law) -> bool:
 def _in_short(mixture: Mixture, laws: Mapping[str, Law | None]) -> str:
     if not mixture.explains:
         return "as no mixture"
-    formulas = {name: law.formula if law else "(...)" for name, law in laws.items()}
-    return " + ".join(f"{formulas[name]} of {name}" for name in mixture.parts)
+    return " + ".join(f"{_formula(mixture, laws.get(name), name)} of {name}" for name in mixture.parts)
+
+
+def _formula(mixture: Mixture, found: Law | None, name: str) -> str:
+    """A pull's law, or its ends where no law is known."""
+    if found is not None:
+        return found.formula
+    known = mixture.parts[name][mixture.sure]
+    return (
+        f"{float(known.min()):.4g} to {float(known.max()):.4g} (by no known law)" if len(known) else "an unknown part"
+    )

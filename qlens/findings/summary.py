@@ -6,10 +6,14 @@ import pandas as pd
 
 from qlens.findings.features import percent
 from qlens.findings.mixtures import RAW
-from qlens.findings.words import constant, digits, floor, net, short
+from qlens.findings.words import constant, digits, floor, net, short, zeroed
 from qlens.params import parse
 
 ALIKE = 1e-6
+LEAST, HARDLY = (
+    0.1,
+    0.05,
+)  # the share of tokens with the least likely labels, and a trust in them that is next to nothing
 
 
 def paragraph(e: Any) -> str:
@@ -33,22 +37,37 @@ def paragraph(e: Any) -> str:
             f"Its target is signed, with up to {negative.max():.2g} of negative mass: it pushes some tokens down harder than any "
             "distribution could."
         )
-    if e.scope is not None and e.scope.through == ("number",):
-        where = "there are" if e.scope.of == "batch" else f"its {e.scope.of} has"
-        said.append(f"What one token learns depends on how many tokens {where}.")
-    elif e.scope is not None and e.scope.of != "token":
-        said.append(f"What one token learns depends on the rest of its {e.scope.of}.")
+    if e.scope is not None:
+        said += _said_of_scope(e.scope)
     return " ".join(part for part in said if part)
+
+
+def _said_of_scope(scope: Any) -> list[str]:
+    """What else a token's gradient depends on."""
+    said = []
+    if "position" in scope.through:
+        said.append("How much a token counts depends on its position.")
+    if set(scope.through) - {"position"} == {"number"}:
+        where = "there are" if scope.of == "batch" else f"its {scope.of} has"
+        said.append(f"What one token learns depends on how many tokens {where}.")
+    elif scope.of != "token":
+        effect = f": {scope.effect}" if scope.effect else ""
+        said.append(f"What one token learns depends on the rest of its {scope.of}{effect}.")
+    return said
 
 
 def _identity(e: Any) -> str:
     best = e.nearest[0] if e.nearest else None
     apart = (e.leak is not None and e.leak.cause) or e.label_weights is not None
     besides = " (that apart)" if apart else ""
+    if e.scope is not None and e.scope.effect:
+        besides += " on the tokens shown, not on every batch"
     if e.registered:
         return f"This is {e.spec}, registered{_title(e)}.{_relative(e)}"
     if best is None:
         return ""
+    if e.by_vocabulary is not None:
+        return f"This is {e.by_vocabulary}{besides}."
     if best.relation == "identical":
         kin = [m for m in e.nearest[1:] if m.spec == best.spec.partition("(")[0] and m.relation == "up to a factor"]
         that_is = f", which is {kin[0].spec} times {kin[0].factor:.5g}" if kin else ""
@@ -95,6 +114,7 @@ def _said_of_trust(e: Any) -> str:
         trust = net(e)
     if trust.empty:
         return ""
+    trust = zeroed(trust)
     law = f", by the law {e.law.formula}" if e.law is not None else ""
     low, high = trust.min(), trust.max()
     if high - low < digits(e) * max(abs(high), 1):
@@ -109,7 +129,11 @@ def _said_of_trust(e: Any) -> str:
         )
     order = trust.corr(p_y, method="spearman")
     if order > 0.95:
-        return f"The more the model already believes a label, the more it is trusted{law}; labels that surprise it hardly count."
+        surprised = trust[p_y <= p_y.quantile(LEAST)].abs().max()
+        count = (
+            "; labels that surprise it hardly count" if surprised < HARDLY * high else f", by {low:.3g} to {high:.3g}"
+        )
+        return f"The more the model already believes a label, the more it is trusted{law}{count}."
     if order < -0.95:
         return f"The less the model believes a label, the harder it pulls{law}."
     return f"How far a label is trusted varies from {low:.3g} to {high:.3g}{law}."

@@ -100,6 +100,7 @@ def _trust(e: Any) -> list[str]:
         trust = pd.Series(m.trust[m.sure].numpy(), index=e.table.index[m.index[m.sure].numpy()])
     if constant(e):
         trust = pd.Series(e.law.values["c"], index=trust.index)
+    own, trust = trust, zeroed(trust)
     said, low, high = [], trust.idxmin(), trust.idxmax()
     if trust[high] - trust[low] < digits(e) * max(abs(trust[high]), 1):
         said.append(f"Trust: the label is trusted by {short(trust.median(), e)} on every token.")
@@ -113,7 +114,7 @@ def _trust(e: Any) -> list[str]:
         alarm = (
             "WARNING: the" if (rows["q_label"] < -floor(e)).any() else "The"
         )  # below p_y is a choice, below 0 hardly
-        reason = "" if trust is whole or trust.min() < 0 else ": there the other pulls are stronger"
+        reason = "" if own is whole or trust.min() < 0 else ": there the other pulls are stronger"
         said.append(f"{alarm} label is pushed DOWN on {count} (p_y from {at.min():.6g} to {at.max():.6g}){reason}.")
     return said
 
@@ -131,6 +132,11 @@ def net(e: Any) -> pd.Series:
     rest = 1 - e.table["p_y"][trust.index]
     known = trust[rest > 100 * torch.finfo(e.precision).eps]
     return known if len(known) else trust
+
+
+def zeroed(trust: pd.Series) -> pd.Series:
+    """The same with 0 for what is nothing beside the largest."""
+    return trust.where(trust.abs() > 1e-12 * trust.abs().max(), 0.0)
 
 
 def digits(e: Any) -> float:
