@@ -1,22 +1,27 @@
 """Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qlens.calling import Layout, call, inputs, kind, name_of, written
-from qlens.draws import Replay
-from qlens.errors import InputError
+from qlens.draws import Replay, why_calls_differ
+from qlens.errors import InputError, UnknownReduction
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
 from qlens.styles import few, grad_of, inputs_masked, style_of
 from qlens.target import Target
 from qlens.tokens import Tokens, spread
 
+if TYPE_CHECKING:
+    from qlens.variant import Variant
+
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
 ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
+SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 
 # What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
@@ -112,6 +117,34 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     return value + (grad * zero).sum(-1)
 
 
+def whole(variant: "Variant") -> "Variant":
+    """A loss whose reduction is not known, as a variant that leaves its value as it is, times the number of rows.
+
+    What it divides by is not undone, so that its gradient is that of the batch. A loss whose gradient stays about the same as
+    every row is shown twice is a sum already.
+    """
+    fn, given, name = variant.method.fn, variant.params, variant.spec
+    ratios: list[float] = []
+
+    def value(tokens: Tokens) -> Tensor:
+        made = loss_of(call(fn, given, tokens, Layout(), style=style_of(fn, given, tokens)), name).value
+        return made.sum() if made.ndim else made
+
+    def total(tokens: Tokens) -> Tensor:
+        if not len(tokens):
+            return tokens.logits[:, :0].sum()
+        if not ratios:
+            some = few(tokens) if pairwise(fn) else _spread(tokens)
+            style = style_of(fn, given, tokens)
+            sizes = [float(grad_of(fn, given, some, style, Layout(copies)).norm()) for copies in (1, 2)]
+            ratios.append(sizes[1] / sizes[0] if sizes[0] else 0.0)
+        return value(tokens) * (len(tokens) if ratios[0] < SUM_LIKE else 1)
+
+    made = replace(variant)
+    made.__dict__.update(_undone=total, _rows=lambda tokens: _shared(total(tokens), tokens.logits))
+    return made
+
+
 def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
     """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
 
@@ -131,9 +164,8 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     else:
         return "sum"
     if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
-        raise InputError(
-            f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
-        )
+        why = why_calls_differ(lambda: grad_of(fn, params, rows_shown, style), tokens.logits.device)
+        raise InputError(f"{name} is not deterministic: it {why.format('')}.")
     misfits: dict[str, float] = {}
     grads: list[Tensor] = []
     for interleave in (False, True) if style.laid_out else (False,):
@@ -152,7 +184,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
         return "sum"  # nothing but rounding: there is no gradient to be divided
     ratio = float(grads[1].norm() / grads[0].norm())
-    raise InputError(
+    raise UnknownReduction(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
         f"{ratio:.4g}, where a sum gives 1 and a mean 0.5. Return the unreduced loss (N,) instead."
     )

@@ -1,7 +1,7 @@
 """Random draws of methods: new ones at every micro-batch of a run, the same ones whenever that is looked at again."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -59,6 +59,25 @@ class Replay:
             yield
         finally:
             _restore(self.device, later)
+
+
+def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
+    """Why two readings of a loss on the same tokens differ: it draws numbers from torch, or it keeps a state.
+
+    Args:
+        read: reads it once more.
+        device: where it draws.
+    """
+    replay, found = Replay(device), []
+    for _ in range(2):
+        with replay.again():
+            found.append(read())
+    if torch.allclose(found[0], found[1], rtol=1e-9, atol=0.0, equal_nan=True):
+        return "is random: two calls on the same tokens differ{}. Seed it, or switch dropout off"
+    return (
+        "has a state, or draws numbers that torch does not seed: two calls on the same tokens differ{}. Give its state as an "
+        "argument, or start it anew at every call"
+    )
 
 
 def _states(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,10 @@ class UnknownName(InputError, KeyError):
         return cls(f"unknown {kind} {brief(name)}.{hint} Known: {', '.join(known) or 'none'}.")
 
 
+class UnknownReduction(InputError):
+    """A loss divides by nothing known, so that its rows cannot be told apart from its batch."""
+
+
 class ParameterError(InputError, TypeError):
     """A method's parameter is unknown, of the wrong type or out of range."""
 

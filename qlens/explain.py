@@ -9,7 +9,7 @@ from qlens import calling, guards, matching
 from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings.noise import nothing_but_rounding
-from qlens.findings.reading import Reading, on_probes, on_trials, upcast
+from qlens.findings.reading import Reading, on_probes, on_trials, upcast, whole_where_needed
 from qlens.findings.study import Study, own_spec
 from qlens.registry import Variant, resolve
 from qlens.target import Target
@@ -47,6 +47,7 @@ def explain(
         ('label_smoothing', 'identical')
     """
     variant, own = resolve(loss), residuals or {}
+    variant, whole = whole_where_needed(variant, tokens)
     if own and tokens is None:
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
@@ -64,6 +65,7 @@ def explain(
         precision=shown.precision,
         stored=None if tokens is None else tokens.logits.dtype,
         registered=bool(own_spec(variant)),
+        whole=whole,
     )
     if not shown.finite:
         return e
@@ -81,6 +83,6 @@ def _widened(e: Explanation) -> Explanation:
         return e
     made = Explanation(
         e.variant, wide.given, Target.from_grad(wide.given, wide.grad), wide.losses, [], on_probes=True,
-        written=e.written, precision=wide.precision, registered=e.registered,
+        written=e.written, precision=wide.precision, registered=e.registered, whole=e.whole,
     )  # fmt: skip
     return Study(made, wide, {}).run()

@@ -54,6 +54,7 @@ class Explanation:
         label_weights: how it weighs tokens by the id of their label, where it does.
         nearly: the method that it is on most tokens, where it is none on all.
         by_vocabulary: the method that it is times a factor of the vocabulary's size, where it is.
+        whole: why the loss is read as a whole batch, its reduction left as it is; "" where it is undone.
         unused: fields that it asks for and that change nothing.
         tried: the wider trial tokens on which it was read too.
         broken: on how many of these its gradient is not finite.
@@ -80,6 +81,7 @@ class Explanation:
     label_weights: LabelWeights | None = None
     nearly: Nearly | None = None
     by_vocabulary: VocabularyFactor | None = None
+    whole: str = ""
     unused: tuple[str, ...] = ()
     tried: Tokens | None = None
     broken: int = 0
@@ -205,6 +207,7 @@ class Explanation:
             "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal},
             "nearly": self.nearly and vars(self.nearly),
             "by_vocabulary": self.by_vocabulary and vars(self.by_vocabulary),
+            "whole": self.whole,
             "unused": list(self.unused),
             "precision": str(self.precision).removeprefix("torch."),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},

@@ -61,3 +61,11 @@ def test_softmax_alone_leaks_nothing():
 def test_an_unknown_leak_is_not_given_a_name():
     found = read(lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.sin().sum(-1).mean())
     assert found is not None and found.cause == ""
+
+
+def test_logits_clamped_at_both_ends_are_told_with_both():
+    for low, high, cause in ((-5, 5, "beyond about -5 and 5"), (-8, 4, "below about -8 or above about 4")):
+        found = read(lambda logits, labels, low=low, high=high: F.cross_entropy(logits.clamp(low, high), labels))
+        assert found is not None and found.cause == f"clamped logits: no gradient {cause}"
+        held = T[found.rows].replace(logits=T.logits[found.rows].clamp(low, high))
+        assert_close(found.grad, qlens.get("sft").target(held).grad, rtol=1e-9, atol=1e-9)

@@ -122,16 +122,29 @@ def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[Leak]:
     still = (g == 0) & z.isfinite()
     if not bool(still.any()) or bool(still.all()):
         return
-    for sign, word in ((1, "above"), (-1, "below")):
-        level, moved = float((sign * z[still]).min()), float((sign * z[~still]).max())
-        if level >= moved:
-            at = _shortest(*sorted((sign * level, sign * moved)))
-            held = z.clamp(max=at) if sign > 0 else z.clamp(min=at)
-            p = held.softmax(-1) * still  # what the clamped entries would have had to give
-            share = -g.sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp(min=1e-300)
-            rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own pull is lost
-            grad, kept = (g + share * p)[rows], tokens[rows].replace(logits=held[rows])
-            yield Leak(f"clamped logits: no gradient {word} about {at:.3g}", at, grad, kept, rows.cpu())
+    low, high = float(z[~still].min()), float(z[~still].max())  # what has a gradient lies between
+    over, under = still & (z >= high), still & (z <= low)
+    if not bool((over | under == still).all()):
+        return
+    ends, said = {}, []
+    if bool(under.any()):
+        ends["min"] = _shortest(float(z[under].max()), low)
+        said.append(f"below about {ends['min']:.3g}")
+    if bool(over.any()):
+        ends["max"] = _shortest(high, float(z[over].min()))
+        said.append(f"above about {ends['max']:.3g}")
+    if len(ends) == 2:  # one number for both ends, where they agree on one
+        least, most = max(high, -low), min(float(z[over].min()), -float(z[under].max()))
+        if least <= most:
+            size = _shortest(least, most)
+            ends, said = {"min": -size, "max": size}, [f"beyond about -{size:.3g} and {size:.3g}"]
+    held = z.clamp(**ends)
+    p = held.softmax(-1) * still  # what the clamped entries would have had to give
+    share = -g.sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp(min=1e-300)
+    rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own pull is lost
+    grad, kept = (g + share * p)[rows], tokens[rows].replace(logits=held[rows])
+    value = ends.get("max", ends.get("min", 0.0))
+    yield Leak(f"clamped logits: no gradient {' or '.join(said)}", value, grad, kept, rows.cpu())
 
 
 def _shortest(low: float, high: float) -> float:

@@ -9,19 +9,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens import calling
-from qlens.errors import InputError
+from qlens import adapters, calling
+from qlens.draws import why_calls_differ
+from qlens.errors import InputError, UnknownReduction
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.guards import first_line, numbers_of
 from qlens.lens import carried, gradient, read
 from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
-from qlens.tokens import Tokens
+from qlens.tokens import Tokens, spread
 from qlens.variant import Variant
 
 SAME = 1e-6  # two calls of one loss differ by no more, in float64
 MOST = 2**26  # logits read in float64; more are read in the precision they are given in
 LARGE = 2**20  # logits from which on fewer moved gradients measure the rounding
+FEW = 57  # tokens on which a reduction is looked for first
 NAMED = 4  # vocabularies tried that a loss's error message names
 
 
@@ -61,9 +63,8 @@ class Reading:
             finite = bool(grad.isfinite().all() and grad.any())
             off = float((grad - again).norm() / grad.norm()) if finite else 0.0
             if off > max(SAME, 10 * torch.finfo(precision).eps):
-                raise InputError(
-                    f"{variant.spec} is random: two calls on the same tokens differ by {off:.0%}. Seed it, or switch dropout off"
-                )
+                why = why_calls_differ(lambda: read(variant, tokens, variant.loss), tokens.logits.device)
+                raise InputError(f"{variant.spec} {why.format(f' by {off:.0%}')}")
             number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
             moved = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
@@ -101,6 +102,25 @@ class Reading:
     def undone(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
         """With something taken off the gradient, and the tokens as the rest of the loss sees them."""
         return replace(self, grad=grad, given=self.given if tokens is None else tokens)
+
+
+def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
+    """A loss, left as it is where its reduction cannot be found because it needs its batch; and why, "" where it can.
+
+    Args:
+        variant: the loss.
+        tokens: where it is going to be read; None for the probes.
+    """
+    at = probes() if tokens is None else tokens
+    if len(at) > FEW and "pair" not in variant.needs:
+        at = at[spread(len(at), FEW).to(at.logits.device)]
+    try:
+        gradient(variant.loss, fed(at, variant))
+    except UnknownReduction as error:
+        return adapters.whole(variant), str(error).partition(" Return the")[0]
+    except Exception:  # whatever else it raises, it raises again where it is read
+        return variant, ""
+    return variant, ""
 
 
 def on_probes(variant: Variant) -> Reading:

@@ -208,6 +208,7 @@ def best(cost: Callable[[float], float], low: float, high: float) -> float:
 
 
 def multiple(c: float) -> str:
+    """A factor as it is written before what it multiplies, "" where it is 1."""
     return "" if c == 1 else f"{plain(c)} "
 
 

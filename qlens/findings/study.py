@@ -9,16 +9,16 @@ from torch import Tensor
 from qlens import matching, params
 from qlens.explanation import Explanation
 from qlens.findings import identify
-from qlens.findings.features import Seen
 from qlens.findings.labels import LabelWeights, label_weights
-from qlens.findings.laws import Law, law
+from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak, leak
 from qlens.findings.mixtures import Mixture, again, decompose
 from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
+from qlens.findings.pulls import by_vocabulary, in_short, laws_of
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
-from qlens.findings.vocabulary import EQUAL, FORMS, VocabularyFactor, listed, scaled
+from qlens.findings.vocabulary import EQUAL, VocabularyFactor
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
 
@@ -53,6 +53,8 @@ class Study:
             self.shown = self.shown.undone(self.shown.grad, self.shown.given.unweighted())
             self.trial = self.trial and self.trial.undone(self.trial.grad, self.trial.given.unweighted())
         reach = self.scope()
+        if self.e.whole and reach.of == "token":  # it divides by something of its batch that no change has shown
+            reach = replace(reach, of="batch", through=(*reach.through, "number"))
         if self.trial is not None and not self.trial.finite:
             kept = self.trial.grad.isfinite().all(-1)
             self.broken = int((~kept).sum())
@@ -125,21 +127,21 @@ class Study:
     ) -> tuple[dict[str, Law | None], str]:
         """The law of every pull, on the trial tokens too where these are made of the same; and whether they are."""
         if trial is None:
-            return _laws(mixture, seen), self.untried
+            return laws_of(mixture, seen), self.untried
         wide = again(mixture, trial.grad, trial.tokens, trial.noise)
         where = f"V = {trial.tokens.logits.shape[1]}, on {len(trial.tokens)} wider tokens"
         if set(wide.parts) == set(mixture.parts) and wide.explains and mixture.explains:
-            alone, found = _laws(mixture, seen), _laws(mixture, seen, wide, trial)
+            alone, found = laws_of(mixture, seen), laws_of(mixture, seen, wide, trial)
             if all(found[name] is not None or alone[name] is None for name in found):
                 unknown = " (pulls without a law)" if None in found.values() else ""
                 return found, f"the same mixture at {where}{unknown}." if unknown else f"the same at {where}."
-            others = _laws(wide, trial)
-            if reach.of == "token" and (by_size := _by_vocabulary(mixture, seen, wide, trial, alone, others)):
+            others = laws_of(wide, trial)
+            if reach.of == "token" and (by_size := by_vocabulary(mixture, seen, wide, trial, alone, others)):
                 return by_size, f"the same, up to a factor that changes with the vocabulary, at {where}."
-            return alone, f"at {where} it reads {_in_short(wide, others)}."
+            return alone, f"at {where} it reads {in_short(wide, others)}."
         if not mixture.explains and not wide.explains:
             return {}, f"as here at {where}: no mixture."
-        return _laws(mixture, seen), f"at {where} it reads {_in_short(wide, _laws(wide, trial))}."
+        return laws_of(mixture, seen), f"at {where} it reads {in_short(wide, laws_of(wide, trial))}."
 
     def identified(
         self, seen: Reading, trial: Reading | None, changed: bool, alone: bool
@@ -257,80 +259,5 @@ def _undone(at: Reading, found: Leak | None, ids: LabelWeights | None) -> Readin
     return at[rows].undone(found.grad, found.tokens)
 
 
-def _by_vocabulary(
-    mixture: Mixture,
-    seen: Reading,
-    wide: Mixture,
-    trial: Reading,
-    alone: Mapping[str, Law | None],
-    others: Mapping[str, Law | None],
-) -> dict[str, Law | None] | None:
-    """The laws that all pulls follow up to one factor of the vocabulary's size; None where they follow none."""
-    sizes = [at.given.logits.shape[1] for at in (seen, trial)]
-    if sizes[0] == sizes[1] or any(found is None for found in (*alone.values(), *others.values())):
-        return None
-    for form, at in FORMS.items():
-        found = _laws(mixture, seen, wide, trial, (at(sizes[0]), at(sizes[1])))
-        if None not in found.values():
-            return {name: law and scaled(law, form) for name, law in found.items()}
-    factors = [[law.values.get("c") if law else None for law in laws.values()] for laws in (alone, others)]
-    if factors[0][0] is None or factors[1][0] is None:
-        return None
-    found = _laws(mixture, seen, wide, trial, (factors[0][0], factors[1][0]))
-    if None in found.values():
-        return None
-    said = listed([(size, each[0]) for size, each in zip(sizes, factors, strict=True) if each[0] is not None])
-    return {
-        name: law and replace(law, formula=f"{law.formula} times a factor that changes with the vocabulary: {said}")
-        for name, law in found.items()
-    }
-
-
-def _laws(
-    mixture: Mixture,
-    seen: Reading,
-    wide: Mixture | None = None,
-    trial: Reading | None = None,
-    factors: tuple[float, float] = (1.0, 1.0),
-) -> dict[str, Law | None]:
-    """The law of every pull of a mixture that explains the gradient, on further tokens too where these are given.
-
-    The pulls of the first and of the further tokens are divided by ``factors``.
-    """
-    if not mixture.explains:
-        return {}
-    found = {}
-    for name in mixture.parts:
-        first, *further = [
-            Seen(torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by))
-            for (m, at), by in zip(((mixture, seen), (wide, trial)), factors, strict=True)
-            if m is not None and at is not None
-        ]
-        found[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
-    return found
-
-
-def _noise(mixture: Mixture, at: Reading) -> Tensor:
-    """The rounding of a gradient, larger where less is known of its pulls, (N,): a law divides it by 1 - p_y."""
-    rows, tokens = at.noise.rows[mixture.index].cpu(), at.tokens[mixture.index]
-    return rows if mixture.noise is None else rows.maximum(mixture.noise * tokens.rest_log_probs.exp().cpu())
-
-
 def _has_end(law: Law) -> bool:
     return any(end in law.values for end in ("at most", "at least"))
-
-
-def _in_short(mixture: Mixture, laws: Mapping[str, Law | None]) -> str:
-    if not mixture.explains:
-        return "as no mixture"
-    return " + ".join(f"{_formula(mixture, laws.get(name), name)} of {name}" for name in mixture.parts)
-
-
-def _formula(mixture: Mixture, found: Law | None, name: str) -> str:
-    """A pull's law, or its ends where no law is known."""
-    if found is not None:
-        return found.formula
-    known = mixture.parts[name][mixture.sure]
-    return (
-        f"{float(known.min()):.4g} to {float(known.max()):.4g} (by no known law)" if len(known) else "an unknown part"
-    )

@@ -60,7 +60,7 @@ def _identity(e: Any) -> str:
     best = e.nearest[0] if e.nearest else None
     apart = (e.leak is not None and e.leak.cause) or e.label_weights is not None
     besides = " (that apart)" if apart else ""
-    if e.scope is not None and e.scope.effect:
+    if e.whole or (e.scope is not None and e.scope.effect):
         besides += " on the tokens shown, not on every batch"
     if e.registered:
         return f"This is {e.spec}, registered{_title(e)}.{_relative(e)}"

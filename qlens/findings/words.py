@@ -23,6 +23,10 @@ def lines(e: Any) -> list[str]:
         said = "" if not bool(e.target.grad.any()) else " up to rounding"
         return [f"WARNING: the gradient is zero on every token{said}: Q = p, nothing is taught."]
     said = []
+    if e.whole:
+        said.append(
+            f"WARNING: read whole, its division left as it is: what is said holds for the batches shown. {e.whole}"
+        )
     if e.precision in COARSE:
         said.append(f"Precision: the gradient holds {str(e.precision).removeprefix('torch.')} digits only.")
     undefined = int((~e.losses.isfinite()).sum())
