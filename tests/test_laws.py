@@ -165,4 +165,4 @@ def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
     found = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
     assert found.formula == "1 where p_y <= 1 - 0.001 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
     on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
-    assert list(thresholds(Seen(torch.ones(57), T, 0.0), on)) == []
+    assert list(thresholds([Seen(torch.ones(57), T, 0.0)], on)) == []

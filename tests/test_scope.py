@@ -111,8 +111,8 @@ def test_thresholds_on_a_statistic_of_the_batch_are_seen():
         return nll(logits, labels).max()
 
     def where_accurate(logits, labels):
-        right = (logits.argmax(-1) == labels).double().mean()
-        return nll(logits, labels).mean() * (2.0 if right > 0.9 else 1.0)
+        right = (logits.argmax(-1) == labels).double().mean()  # 0.95 needs all but two
+        return nll(logits, labels).mean() * (2.0 if right > 0.95 else 1.0)
 
     for loss, effect in (
         (flooded, "at p_y = 0.999999 it is -1 times"),
@@ -147,7 +147,4 @@ def test_a_label_that_repeats_the_one_before_is_seen():
 
 def test_no_more_is_claimed_than_was_tried():
     evidence = scope(resolve(forgot_detach).loss, probes()).evidence
-    assert (
-        "as far as tried (12 changed, one at a time; batches of mean loss 0.15 to 13; repeated labels; other orders)"
-        in evidence
-    )
+    assert "as far as tried (12 changed, one at a time; batches of mean loss 0.0024 to 20; repeated labels" in evidence

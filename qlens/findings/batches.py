@@ -10,7 +10,7 @@ from torch import Tensor
 from qlens.lens import gradient
 from qlens.tokens import MODELS, Tokens
 
-LEVELS = (1 - 1e-6, 0.9, 0.5, 0.1, 1e-3, 1e-6)  # label probabilities that all other tokens are given
+LEVELS = (1 - 1e-6, 0.9, 0.5, 0.1, 1e-3, 1e-6, 1e-9)  # label probabilities that all other tokens are given
 WATCHED = (0.95, 0.8, 0.5, 0.3, 0.1, 0.01)  # label probabilities of the tokens whose gradient is watched
 FEWEST = 4  # tokens of a batch of which one can be watched
 
@@ -83,9 +83,10 @@ class Batches:
         found.lowest, found.highest = min(means), max(means)
         return found
 
-    def change(self, batch: Tokens) -> str:
+    def change(self, batch: Tokens, watched: Int[Tensor, " W"] | None = None) -> str:
         """By how much the gradient of the watched tokens changes in a batch, in words; "" where it stays."""
-        return self.compared(gradient(self.rows, batch)[self.watched], self.watched)
+        watched = self.watched if watched is None else watched
+        return self.compared(gradient(self.rows, batch)[watched], watched)
 
     def compared(self, after: Float[Tensor, "M V"], where: Int[Tensor, " M"]) -> str:
         """The same of gradients that are there already, of some of the tokens."""
@@ -105,21 +106,32 @@ class Batches:
     def by_level(self, where: Bool[Tensor, " N"], found: Seen) -> str:
         """How the gradient of the watched tokens changes as these others are made likely or unlikely, in words."""
         said = ""
-        for name, batch in self.levels(where):
+        for name, batch, watched in self.levels(where):
             found._means.append(float(-batch.label_log_probs.mean()))
-            if (change := self.change(batch)) and not said:
+            if (change := self.change(batch, watched)) and not said:
                 said = f"with other tokens {name} it is {change}"
         return said
 
-    def levels(self, where: Bool[Tensor, " N"]) -> Iterator[tuple[str, Tokens]]:
-        """Batches in which these tokens' labels all have one probability, and one in which they are flat."""
+    def levels(self, where: Bool[Tensor, " N"]) -> Iterator[tuple[str, Tokens, Int[Tensor, " W"]]]:
+        """Batches in which these tokens' labels all have one probability, one in which they are flat, and what is watched.
+
+        At the ends only the two likeliest, or unlikeliest, of the watched tokens stay as they are.
+        """
+        ranked = self.watched[self.tokens.label_probs[self.watched].argsort(descending=True)]
         z, index = self.tokens.logits.detach(), self.tokens.labels[:, None].long()
         rest = z.scatter(1, index, -torch.inf).logsumexp(-1, keepdim=True)
-        for level in LEVELS:
+        watching = [(level, self.watched) for level in LEVELS]
+        if bool(where[self.others].all()):
+            watching += [(LEVELS[0], ranked[:2]), (LEVELS[-1], ranked[-2:])]
+        for level, watched in watching:
             moved = z.scatter(1, index, rest + torch.logit(torch.tensor(level, dtype=torch.float64)).to(z))
-            yield f"at p_y = {level:.6g}", self.tokens.replace(logits=torch.where(where[:, None], moved, z))
+            there = where.clone()
+            if len(watched) < len(ranked):
+                there[:] = True
+                there[watched] = False
+            yield f"at p_y = {level:.6g}", self.tokens.replace(logits=torch.where(there[:, None], moved, z)), watched
         flat = torch.where(z.isfinite() & where[:, None], 0.0, z)
-        yield "flat", self.tokens.replace(logits=flat)
+        yield "flat", self.tokens.replace(logits=flat), self.watched
 
     def relabelled(self) -> Iterator[Tokens]:
         """Batches in which the tokens before a watched one have its label, in the order of the rows and in every text.

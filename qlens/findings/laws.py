@@ -66,9 +66,9 @@ def law(
     return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain)
 
 
-def thresholds(seen: Seen, on: np.ndarray) -> Iterator[str]:
-    """What tells some tokens from the others, in words: a mask, or a threshold of a signal."""
-    yield from (rule for rule, _, _ in _Laws([seen], 1e-6).rules(on))
+def thresholds(seen: Sequence[Seen], on: np.ndarray) -> Iterator[str]:
+    """What tells some tokens of one or more readings from the others, in words: a mask, or a threshold of a signal."""
+    yield from (rule for rule, _, _ in _Laws(seen, 1e-6).rules(on))
 
 
 class _Laws(Smooth):

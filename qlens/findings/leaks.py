@@ -13,6 +13,7 @@ from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import written
 from qlens.tokens import Tokens
 
+CLAMPED = "clamped logits"
 CAPS = (0.5, 400.0)  # soft-caps looked for, in logits
 
 
@@ -144,7 +145,7 @@ def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[Leak]:
     rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own pull is lost
     grad, kept = (g + share * p)[rows], tokens[rows].replace(logits=held[rows])
     value = ends.get("max", ends.get("min", 0.0))
-    yield Leak(f"clamped logits: no gradient {' or '.join(said)}", value, grad, kept, rows.cpu())
+    yield Leak(f"{CLAMPED}: no gradient {' or '.join(said)}", value, grad, kept, rows.cpu())
 
 
 def _shortest(low: float, high: float) -> float:

@@ -58,13 +58,16 @@ class Nearly:
         return f"{near} on {count} of {self.tokens} tokens" + (f"; {self.why}" if self.why else "")
 
 
-def nearly(seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str]) -> Nearly | None:
+def nearly(
+    seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str], further: Reading | None = None
+) -> Nearly | None:
     """The simplest of the methods named that has the gradient on most tokens, up to a hundredth, or None.
 
     Args:
         seen: the gradient, and where it was read.
         loss: the unreduced loss, to ask for the value of one token where only their mean is known.
         specs: the methods.
+        further: the gradient on other tokens, on which what is different must be told by the same rule.
     """
     found = []
     for spec in specs:
@@ -86,7 +89,8 @@ def nearly(seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str]
     there = agree & ~seen.silent
     off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
     distance = float(off[there].max())
-    why = "" if bool(agree.all()) else _difference(seen, loss, factor * other, agree)
+    rule = _rule([(seen, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
+    why = "" if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
     return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance)
 
 
@@ -94,11 +98,21 @@ def _simple(spec: str, factor: float) -> tuple:
     return matching.order(matching.Match(spec, 0.0, factor, 0.0, "up to a factor"))
 
 
-def _difference(seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor) -> str:
+def _agrees(seen: Reading, spec: str, factor: float) -> torch.Tensor:
+    """Where a gradient is that of a method times a factor, (N,)."""
+    other = matching.taught(get(spec), seen.tokens)
+    if other is None:
+        return torch.zeros(len(seen.grad), dtype=torch.bool, device=seen.grad.device)
+    off = (seen.grad - factor * other.double()).norm(dim=-1)
+    return off <= LOOSE * seen.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1)) + seen.noise.rows
+
+
+def _difference(
+    seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
+) -> str:
     """What a gradient does where it is not the method's, in words."""
     g, apart = seen.grad, ~agree
     sizes, others = g.norm(dim=-1), other.norm(dim=-1)
-    rule = _rule(seen, agree)
     if bool(seen.silent[apart].all()):
         return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}"
     ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
@@ -133,10 +147,10 @@ def _not(rule: str) -> str:
     return f"; it is that method {rule}" if rule else ""
 
 
-def _rule(seen: Reading, agree: torch.Tensor) -> str:
+def _rule(readings: Sequence[tuple[Reading, torch.Tensor]]) -> str:
     """What tells the tokens where a method's gradient is there from the others, in words; "" where nothing simple does."""
-    on = agree.cpu().numpy()
+    on = np.concatenate([agree.cpu().numpy() for _, agree in readings])
     if on.all() or not on.any():
         return ""
-    features = Seen(torch.where(agree, 1.0, 0.0).double().cpu(), seen.tokens, seen.noise.rows)
-    return next(thresholds(features, np.asarray(on)), "")
+    features = [Seen(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
+    return next(thresholds(features, on), "")

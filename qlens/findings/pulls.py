@@ -26,10 +26,13 @@ def by_vocabulary(
     sizes = [at.given.logits.shape[1] for at in (seen, trial)]
     if sizes[0] == sizes[1] or any(found is None for found in (*alone.values(), *others.values())):
         return None
+    fitting = []
     for form, at in FORMS.items():
         found = laws_of(mixture, seen, wide, trial, (at(sizes[0]), at(sizes[1])))
         if None not in found.values():
-            return {name: law and scaled(law, form) for name, law in found.items()}
+            fitting.append({name: law and scaled(law, form) for name, law in found.items()})
+    if fitting:
+        return min(fitting, key=lambda laws: sum(len(law.formula) for law in laws.values() if law))
     factors = [[law.values.get("c") if law else None for law in laws.values()] for laws in (alone, others)]
     if factors[0][0] is None or factors[1][0] is None:
         return None

@@ -102,6 +102,7 @@ class Smooth(Features):
             yield "(H / ln V)", np.log(self.entropy) - np.log(self.log_size)
             yield "H", np.log(self.entropy)
             yield "(1 + H)", np.log1p(self.entropy)
+            yield "exp(H)", self.entropy
             for k, entropy in self.top.items():
                 yield f"H_top-{k}", np.log(np.maximum(entropy, 0))
             for k, mass in self.mass.items():

@@ -11,7 +11,7 @@ from qlens.explanation import Explanation
 from qlens.findings import identify
 from qlens.findings.labels import LabelWeights, label_weights
 from qlens.findings.laws import Law
-from qlens.findings.leaks import Leak, leak
+from qlens.findings.leaks import CLAMPED, Leak, leak
 from qlens.findings.mixtures import Mixture, again, decompose
 from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
@@ -77,7 +77,7 @@ class Study:
             mixture=mixture,
             laws=laws,
             scope=reach,
-            leak=found or wide,
+            leak=_clearer(found, wide),
             label_weights=ids,
             nearly=partly,
             by_vocabulary=None
@@ -151,15 +151,15 @@ class Study:
         some = self.thinned(base, MATCHED, changed)
         few = self.few(some, changed)
         near = self.on_all(matching.nearest(few.grad, few.tokens, self.own_spec, few.noise), some)
-        partly = None
+        partly, further = None, None if trial is None else self.thinned(seen, MATCHED, changed)
         if alone and not (self.own_spec or (near and near[0].same)):
             likely = [match.spec for match in near[:LIKELY]] + list(methods())
-            partly = nearly(some, self.variant.loss, list(dict.fromkeys(likely)))
+            partly = nearly(some, self.variant.loss, list(dict.fromkeys(likely)), further)
         if not (self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
             fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
             if alone and fits and not near[0].same:
-                partly = nearly(some, self.variant.loss, [fit.spec for fit in fits]) or partly
+                partly = nearly(some, self.variant.loss, [fit.spec for fit in fits], further) or partly
         if trial is not None:
             near = self.confirmed(near, seen, changed, alone)
         return near, None if near and near[0].same else partly
@@ -257,6 +257,12 @@ def _undone(at: Reading, found: Leak | None, ids: LabelWeights | None) -> Readin
         return at
     rows = found.rows.to(at.given.logits.device)
     return at[rows].undone(found.grad, found.tokens)
+
+
+def _clearer(found: Leak | None, wide: Leak | None) -> Leak | None:
+    """What leaks on the tokens shown; clamped logits as they show on the trial tokens, whose logits reach further."""
+    both = found is not None and wide is not None and all(one.cause.startswith(CLAMPED) for one in (found, wide))
+    return wide if both else found or wide
 
 
 def _has_end(law: Law) -> bool:

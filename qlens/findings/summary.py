@@ -116,7 +116,11 @@ def _said_of_trust(e: Any) -> str:
         return ""
     trust = zeroed(trust)
     law = f", by the law {e.law.formula}" if e.law is not None else ""
+    if law and e.law.formula.startswith("two values"):
+        law = f": {e.law.formula}"
     low, high = trust.min(), trust.max()
+    if e.law is not None and low >= 0 and {"elsewhere", "high", "low"} & set(e.law.values):
+        return f"How far a label is trusted: {e.law.formula}."
     if high - low < digits(e) * max(abs(high), 1):
         whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
         return f"It trusts every label alike, {whole}, however unlikely the model finds it."

@@ -41,11 +41,12 @@ class VocabularyFactor:
     @classmethod
     def of(cls, spec: str, seen: Sequence[tuple[int, float]]) -> "VocabularyFactor":
         """The simplest form that the factors of a method have at several vocabularies."""
+        found = []
         for form, at in FORMS.items():
             made = [factor / at(size) for size, factor in seen]
             if max(made) - min(made) <= EQUAL * max(map(abs, made)):
-                return cls(spec, form, written(made[0], EQUAL), tuple(seen))
-        return cls(spec, "", 1.0, tuple(seen))
+                found.append(cls(spec, form, written(made[0], EQUAL), tuple(seen)))
+        return min(found, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(seen)))
 
     def order(self) -> tuple:
         """Known forms first, then by simplicity."""
