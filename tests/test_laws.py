@@ -166,3 +166,20 @@ def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
     assert found.formula == "1 where p_y <= 1 - 0.001 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
     on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
     assert list(thresholds([Seen(torch.ones(57), T, 0.0)], on)) == []
+
+
+def test_values_of_one_reading_are_not_those_of_another():
+    made = [torch.where(t.labels % 3 == 0, 0.0, 2.0 + 1 / len(t)).double() for t in (T, WIDE)]
+    assert law(made[0], T, further=[Seen(made[1], WIDE, 1e-15)]) is None
+    assert on_both(lambda t: (t.labels % 3 / 2).double()).formula == "three values, 0, 0.5 and 1"
+
+
+def test_ends_at_which_rounding_decides_are_found():
+    found = on_both(lambda t: ((p_of(t) >= 1e-7) & (p_of(t) <= 1 - 1e-7)).double())
+    assert found.formula.startswith("1 where p_y >= ") and "p_y <= 1 - 1e-07" in found.formula
+
+
+def test_the_entropy_of_a_teacher_may_weigh():
+    log_t = T.log_probs_of("teacher")
+    found = law(1 + (log_t.exp() * log_t).sum(-1) / math.log(32), T)
+    assert found is not None and found.formula == "1 - H of the teacher / ln V"

@@ -11,6 +11,7 @@ from qlens.findings.smooth import FEWEST, Smooth
 from qlens.tokens import Tokens
 
 FEWEST_CUT = 2  # tokens on either side of a threshold on anything but p_y
+COUNTS = {2: "two", 3: "three"}  # of values that a pull may have without a rule
 NEAR_ONE = 0.99  # probabilities above which thresholds are written as 1 - x
 
 
@@ -81,7 +82,7 @@ class _Laws(Smooth):
         yield from self.switched()
         yield from self.clipped()
         yield from self.in_pieces()
-        yield from self.two_valued()
+        yield from self.few_valued()
         yield from self.grouped()
 
     def switched(self) -> Iterator[Law]:
@@ -107,23 +108,31 @@ class _Laws(Smooth):
         for name, x in list(self.signals().items())[: 1 if few else None]:
             low, high = x[on].min(), x[on].max()
             whole = bool((x == np.round(x)).all())
-            tie = 0.0 if whole else 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
-            below, above = ~on & (x <= low + tie), ~on & (x >= high - tie)
+            key = self.log_p - self.log_rest if name == "p_y" else x  # tells probabilities near 1 apart
+            tie = 0.0 if whole else 1e-12 if name == "p_y" else 1e-9 * max(abs(low), abs(high))
+            first, last = key[on].min(), key[on].max()  # at the threshold itself rounding decides
+            near_one = name == "p_y" and high > NEAR_ONE
+            slack = tie + (4 * np.finfo(float).eps * np.exp(last) if near_one else 0.0)  # 1 - p_y is rounded as p_y is
+            below, above = ~on & (key <= first + tie), ~on & (key >= last - slack)
             if (below | above).sum() != (~on).sum():
                 continue
-            under, over = below & (x < low - tie), above & (x > high + tie)  # what each end is seen to exclude
-            if (below.any() and not under.any()) or (above.any() and not over.any()):
+            under, over = below & (key < first - tie), above & (key > last + slack)  # what each end is seen to exclude
+            at_end = near_one and above.any() and not over.any()
+            if (below.any() and not under.any()) or (above.any() and not over.any() and not at_end):
                 continue
             ends, said = {}, []
             if below.any():
                 cut = x[under].max()
                 ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
                 said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(cut)} and {plain(low)})")
-            if above.any():
+            if at_end:
+                ends["high"] = high
+                said.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
+            elif above.any():
                 cut = x[over].min()
                 ends["high"] = high if whole else between(high, cut)
                 text = f"{plain(ends['high'])} (seen between {plain(high)} and {plain(cut)})"
-                if name == "p_y" and high > NEAR_ONE:
+                if near_one:
                     rest = np.exp(self.log_rest)
                     least, most = rest[over].max(), rest[on].min()
                     ends["high"] = 1 - between(least, most)
@@ -196,18 +205,23 @@ class _Laws(Smooth):
                     numbers = inner.values | values | {"elsewhere": value}
                     yield Law(formula, inner.parameters + count + 1, inner.misfit, numbers)
 
-    def two_valued(self) -> Iterator[Law]:
-        """A pull that has one of two values, where nothing is known that tells which."""
-        values = self.repeated(2)
-        if len(values) != 2 or len(self.b) < 2 * FEWEST:
+    def few_valued(self) -> Iterator[Law]:
+        """A pull that has one of two or three values, where nothing is known that tells which."""
+        values = sorted(self.repeated(2))
+        if len(values) not in COUNTS or len(self.b) < FEWEST * len(values):
             return
         near = np.array([self._near(value) for value in values])
-        alone = any((near[0] == (self.reading == one)).all() for one in set(self.reading))
-        if near.any(0).all() and not alone:  # one value per reading is a factor
-            low, high = sorted(values)
-            formula = f"two values, {plain(low)} and {plain(high)}"
-            made = np.where(near[0], *values)
-            yield Law(formula, 2, self.misfit(made, ~self.rounded), {"low": low, "high": high})
+        within = np.array(
+            [near[:, self.reading == place].any(1) for place in set(self.reading)]
+        )  # which reading has which
+        apart = within & (within.sum(0) == 1) if len(within) > 1 else within & False
+        if (
+            near.any(0).all() and apart.any(1).sum() < 2
+        ):  # readings with a value of their own each have their own factor
+            *first, last = map(plain, values)
+            made = np.select(list(near), values)
+            formula = f"{COUNTS[len(values)]} values, {', '.join(first)} and {last}"
+            yield Law(formula, len(values), self.misfit(made, ~self.rounded), {"low": values[0], "high": values[-1]})
 
     def _near(self, value: float) -> np.ndarray:
         """Where the pull has this value, (N,)."""

@@ -77,8 +77,9 @@ class Mixture:
 
     @property
     def trust(self) -> Float[Tensor, " N"]:
-        """The pull toward the label."""
-        return self.parts.get("the label", torch.zeros(len(self.index), dtype=torch.float64))
+        """The pull toward the label, 0 where it is no more than rounding."""
+        pull = self.parts.get("the label", torch.zeros(len(self.index), dtype=torch.float64))
+        return pull if self.noise is None else torch.where(pull.abs() <= self.noise, 0.0, pull)
 
 
 def decompose(

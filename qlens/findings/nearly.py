@@ -19,6 +19,7 @@ CORE, SURE = 1e-4, 0.4  # the share of tokens that must agree to the first numbe
 SIMPLE = 0.4  # of the tokens that a parameter must win
 ASKED = 8  # tokens whose loss is asked for one at a time
 MOST_LIKE = 0.5  # of the tokens that must have the method's gradient
+LARGEST = 0.1  # number beside p_y that somebody may have meant as an epsilon
 EPSILONS = 1.6  # factor between the epsilons that tokens show, where it is one
 
 
@@ -124,7 +125,8 @@ def _difference(
     shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
     if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
         epsilon = (p * (1 / ratio - 1))[shrunk]
-        if bool((epsilon > 0).all()) and float(epsilon.max() / epsilon.min()) < EPSILONS:
+        small = bool((epsilon > 0).all()) and float(epsilon.max()) < LARGEST
+        if small and float(epsilon.max() / epsilon.min()) < EPSILONS:
             return f"on the others {size}: an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
     return f"on the others {size}{_not(rule)}"
 

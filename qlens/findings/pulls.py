@@ -33,17 +33,56 @@ def by_vocabulary(
             fitting.append({name: law and scaled(law, form) for name, law in found.items()})
     if fitting:
         return min(fitting, key=lambda laws: sum(len(law.formula) for law in laws.values() if law))
-    factors = [[law.values.get("c") if law else None for law in laws.values()] for laws in (alone, others)]
-    if factors[0][0] is None or factors[1][0] is None:
+    common = _up_to_factors(mixture, seen, wide, trial, alone, others)
+    if common is None:
         return None
-    found = laws_of(mixture, seen, wide, trial, (factors[0][0], factors[1][0]))
-    if None in found.values():
-        return None
-    said = listed([(size, each[0]) for size, each in zip(sizes, factors, strict=True) if each[0] is not None])
+    found, factors = common
+    said = listed(list(zip(sizes, factors, strict=True)))
     return {
         name: law and replace(law, formula=f"{law.formula} times a factor that changes with the vocabulary: {said}")
         for name, law in found.items()
     }
+
+
+def own_of_batch(
+    mixture: Mixture,
+    seen: Reading,
+    wide: Mixture,
+    trial: Reading,
+    alone: Mapping[str, Law | None],
+    others: Mapping[str, Law | None],
+) -> dict[str, Law | None]:
+    """The laws of one batch, without those whose thresholds other tokens do not share, be it up to a factor."""
+    if not any(map(has_threshold, alone.values())):
+        return dict(alone)
+    common = _up_to_factors(mixture, seen, wide, trial, alone, others)
+    if common is not None and any(map(has_threshold, common[0].values())):
+        return dict(alone)
+    return {name: None if has_threshold(law) else law for name, law in alone.items()}
+
+
+def has_threshold(law: Law | None) -> bool:
+    """Whether a law holds on one side of a threshold only."""
+    ends = {"low", "high", "at most", "at least"}
+    return law is not None and bool(ends & set(law.values)) and " values, " not in law.formula
+
+
+def _up_to_factors(
+    mixture: Mixture,
+    seen: Reading,
+    wide: Mixture,
+    trial: Reading,
+    alone: Mapping[str, Law | None],
+    others: Mapping[str, Law | None],
+) -> tuple[dict[str, Law | None], tuple[float, float]] | None:
+    """The laws that all pulls share on both once each reading's are divided by a factor of its own, and these; or None."""
+    factors = [
+        next((law.values["c"] for law in laws.values() if law and law.values.get("c")), 0.0) for laws in (alone, others)
+    ]
+    if not all(factors):
+        return None
+    found = laws_of(mixture, seen, wide, trial, (factors[0], factors[1]))
+    return None if None in found.values() else (found, (factors[0], factors[1]))
 
 
 def laws_of(

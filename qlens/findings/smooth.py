@@ -103,6 +103,8 @@ class Smooth(Features):
             yield "H", np.log(self.entropy)
             yield "(1 + H)", np.log1p(self.entropy)
             yield "exp(H)", self.entropy
+            for name, entropy in self.entropies.items():
+                yield f"(H of the {name})", np.log(entropy)
             for k, entropy in self.top.items():
                 yield f"H_top-{k}", np.log(np.maximum(entropy, 0))
             for k, mass in self.mass.items():
@@ -150,6 +152,7 @@ class Smooth(Features):
     def affine(self, where: np.ndarray) -> Iterator[Fit]:
         """a + b p_y, the same of entropies, and p_y's own ratio to other models: a + b r_y / p_y."""
         features = {"p_y": np.exp(self.log_p), "H / ln V": self.entropy / self.log_size, "H": self.entropy}
+        features |= {f"H of the {n} / ln V": entropy / self.log_size for n, entropy in self.entropies.items()}
         features |= {f"H_top-{k} / ln {k}": entropy / math.log(k) for k, entropy in self.top.items()}
         for name, log_q in self.models.items():
             features[f"{name}_y / p_y"] = np.exp(log_q - self.log_p)

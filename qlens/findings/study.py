@@ -15,7 +15,7 @@ from qlens.findings.leaks import CLAMPED, Leak, leak
 from qlens.findings.mixtures import Mixture, again, decompose
 from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
-from qlens.findings.pulls import by_vocabulary, in_short, laws_of
+from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
 from qlens.findings.vocabulary import EQUAL, VocabularyFactor
@@ -138,6 +138,8 @@ class Study:
             others = laws_of(wide, trial)
             if reach.of == "token" and (by_size := by_vocabulary(mixture, seen, wide, trial, alone, others)):
                 return by_size, f"the same, up to a factor that changes with the vocabulary, at {where}."
+            if reach.of == "batch":
+                alone = own_of_batch(mixture, seen, wide, trial, alone, others)
             return alone, f"at {where} it reads {in_short(wide, others)}."
         if not mixture.explains and not wide.explains:
             return {}, f"as here at {where}: no mixture."

@@ -115,9 +115,10 @@ def _said_of_trust(e: Any) -> str:
     if trust.empty:
         return ""
     trust = zeroed(trust)
-    law = f", by the law {e.law.formula}" if e.law is not None else ""
-    if law and e.law.formula.startswith("two values"):
-        law = f": {e.law.formula}"
+    formula = e.law.formula if e.law is not None else ""
+    law = f", by the law {formula}" if formula else ""
+    if " values, " in formula:
+        law = f": {formula}"
     low, high = trust.min(), trust.max()
     if e.law is not None and low >= 0 and {"elsewhere", "high", "low"} & set(e.law.values):
         return f"How far a label is trusted: {e.law.formula}."

@@ -58,8 +58,10 @@ def _reached(e: Any) -> list[str]:
         return []
     p, log_p, size = e.tried.label_probs, e.tried.log_probs, e.tried.logits.shape[1]
     entropy = -float(expectation(log_p.exp(), log_p).min())
+    z = e.tried.logits[e.tried.logits.isfinite()]
     return [
-        f"Tried: p_y down to {float(p.min()):.0e}, entropies up to {entropy:.3g} nats, label ids and ranks up to {size - 1}; "
+        f"Tried: p_y down to {float(p.min()):.0e}, entropies up to {entropy:.3g} nats, logits {float(z.min()):.0f} to "
+        f"{float(z.max()):.0f}, label ids and ranks up to {size - 1}; "
         "not reached: clamps and thresholds beyond these."
     ]
 
