@@ -1,6 +1,8 @@
 """Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -29,6 +31,19 @@ REDUCTIONS: dict[str, Callable[[Counts], Any]] = {
     "mean of each text, mean over texts": lambda c: c.texts * c.own,
     "mean of each text, sum over texts": lambda c: c.own,
 }
+
+
+_SCALED = ContextVar("scaled", default=True)
+
+
+@contextmanager
+def value_alone() -> Iterator[None]:
+    """Within it a loss that divides each row by a count of its own keeps its gradient as it is, the slope of its value."""
+    before = _SCALED.set(False)
+    try:
+        yield
+    finally:
+        _SCALED.reset(before)
 
 
 def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
@@ -88,7 +103,7 @@ def pairwise(fn: Callable) -> bool:
 def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, style: Style, divisor: Tensor) -> Tensor:
     """The loss with the gradient of every row multiplied by its own divisor, as one scalar."""
     through = tokens.logits * 1
-    if through.requires_grad:
+    if through.requires_grad and _SCALED.get():
         through.register_hook(lambda grad: grad * (divisor / len(tokens)).to(grad)[:, None])
     made = call(fn, params, tokens.with_logits(through), Layout(), safe, style)
     return loss_of(made, name_of(fn)).value * len(tokens)
