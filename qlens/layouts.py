@@ -48,6 +48,10 @@ class Style:
         ids: whether a model's input_ids are the labels, because the loss takes its labels from there.
         head: the diagonal of a model's head, which leaves its logits as they are.
         columns: further columns of a model's inputs that the loss asks for.
+        alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
+        order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T).
+        chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
+        cut: how they are cut: by torch's "chunk" or "tensor_split".
     """
 
     shape: str = "rows"
@@ -62,6 +66,10 @@ class Style:
     ids: bool = False
     head: float = 1.0
     columns: tuple[str, ...] = ()
+    alike: bool = True
+    order: str = "texts"
+    chunks: int = 0
+    cut: str = "chunk"
 
     @property
     def laid_out(self) -> bool:
@@ -190,6 +198,24 @@ def supervised(labels: Int[Tensor, "B T"]) -> Int[Tensor, " N"]:
     return follows.flatten().nonzero()[:, 0]
 
 
+def arranged(value: Any, style: Style, wide: bool, listed: bool) -> Any:
+    """An input in the order of its style, and as a list of chunks where it is ``listed``.
+
+    Args:
+        value: (B, T), (B, T, V) or rows; what is no tensor of texts stays.
+        style: the order and the chunks.
+        wide: whether it has an entry for every token of the vocabulary.
+        listed: whether the loss takes it in chunks.
+    """
+    if not isinstance(value, Tensor) or value.ndim < (2 if style.laid_out else 1):
+        return value
+    if style.order == "positions" or (style.order == "mixed" and wide):
+        return value.transpose(0, 1).contiguous()
+    if style.chunks and listed:
+        return list(getattr(value, style.cut)(style.chunks, dim=int(style.laid_out)))
+    return value
+
+
 def sequences(tokens: Tokens, style: Style, layout: Layout) -> Int[Tensor, " N"]:
     """The sequence of every row: its own, or one for all, or four for a loss that compares rows of a batch."""
     n, device = len(tokens), tokens.logits.device
@@ -278,11 +304,25 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
         "hidden": "hidden states, a head that is the identity, and labels, as rows",
         "model": "a model whose logits (B, T, V) are a free table, and inputs with unshifted labels (B, T)",
     }.get(kind, shapes[style.shape])
-    if kind == "sums":
+    if kind == "dict":
+        first = f"a dict of {shapes[style.shape]}"
+    elif kind == "sums":
         first = "log-probabilities summed over the chosen and the rejected sequence of each pair, (P,)"
     elif kind == "log probs":
         first = f"log-probabilities of the labels, {'(B, T)' if style.laid_out else '(N,)'}"
     first = first.replace("logits", "outputs.logits", 1) if style.boxed else first
+    if style.order != "texts":
+        first = first.replace("(B, T, V)", "(T, B, V), sequence first,")
+        first = first.replace("(B, T)", "(T, B)") if style.order == "positions" else first
+    if style.chunks:
+        cut = first.replace(
+            ", V)", f", V), in a list of {style.chunks} chunks along the tokens (torch.{style.cut}),", 1
+        )
+        first = (
+            cut.replace("(B, T, V)", "(B, T / n, V)")
+            .replace("(N, V)", "(N / n, V)")
+            .replace(" n,", f" {style.chunks},")
+        )
     first = first.replace(" with -100", "") if style.clean else first
     if style.ids:
         first += ", which it takes from input_ids"

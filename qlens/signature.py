@@ -2,8 +2,9 @@
 
 import functools
 import inspect
+import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -22,7 +23,10 @@ NAMES: dict[str, tuple[str, ...]] = {
     ),
     "outputs": ("outputs", "output", "model_output", "model_outputs", "student_outputs", "student_output"),
     "model": ("model", "student_model", "student", "policy", "policy_model", "net", "unwrapped_model"),
-    "batch": ("inputs", "batch", "features", "batch_data", "mini_batch", "micro_batch"),
+    "batch": (
+        "inputs", "batch", "features", "batch_data", "mini_batch", "micro_batch", "data", "sample", "no_model_batch",
+        "model_batch", "batch_dict", "data_dict", "minibatch",
+    ),
     "labels": (
         "labels", "label", "target", "targets", "y", "y_true", "true_labels", "lm_labels", "shift_labels", "target_ids", "gold",
         "golds", "label_ids", "target_labels", "gt", "ground_truth", "response_ids", "responses", "completion_ids", "token_ids",
@@ -82,6 +86,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "count": (
         "num_items_in_batch", "num_items", "n_items", "batch_num_tokens", "num_tokens", "global_valid_tokens", "n_tokens",
         "num_valid_tokens", "total_tokens", "loss_denominator", "token_count", "normalizer", "denominator",
+        "global_valid_toks", "num_valid_toks", "num_loss_tokens", "num_label_tokens", "loss_num", "num_target_tokens",
+        "global_batch_tokens", "n_valid_tokens", "valid_tokens", "num_loss_counted_tokens", "batch_num_loss_counted_tokens",
+    ),
+    "texts": (
+        "global_valid_seqs", "num_sequences", "num_seqs", "global_batch_size", "batch_size", "bsz", "n_sequences",
+        "num_samples", "num_texts",
     ),
     "vocabulary": ("vocab_size", "vocab", "num_classes", "n_classes", "vocabulary_size", "padded_vocab_size"),
     "ignore": ("ignore_index", "ignore_id", "ignore_token_id", "label_pad_token_id", "pad_token_id", "pad_id", "padding_idx"),
@@ -114,7 +124,7 @@ FIELD = {
 }  # fmt: skip
 """The field of Tokens that an input is made from, beside logits and labels."""
 
-STUDENT = ("logits", "outputs", "model", "log probs", "probs", "chosen log probs", "tokens")
+STUDENT = ("logits", "outputs", "model", "log probs", "probs", "chosen log probs", "tokens", "dict")
 """Inputs that carry the student's gradient: a loss has one of them."""
 
 
@@ -176,6 +186,57 @@ def inputs(fn: Callable) -> Inputs:
     return _SIGNATURES.get(fn, "inputs", lambda: _inputs(fn))
 
 
+def lists_of(fn: Callable) -> tuple[str, ...]:
+    """The parameters that are annotated as lists of tensors."""
+    return _SIGNATURES.get(fn, "lists", lambda: tuple(n for n, p in signature(fn).items() if _is_list(p.annotation)))
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether an annotation, or its text, is a list, tuple or sequence of tensors."""
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    return bool(re.match(r"(?:[\w.]*\.)?(?:list|tuple|sequence|iterable)\[.*tensor", text, re.IGNORECASE))
+
+
+MODEL_WORDS = {
+    "teacher": {"teacher", "t", "tea", "tch"}, "reference": {"ref", "reference"},
+    "old": {"old", "behavior", "behaviour", "rollout", "prev"},
+    "student": {"student", "s", "stu", "policy", "new", "current", "curr"},
+}  # fmt: skip
+LOGIT_WORDS = {"logits", "logit", "scores", "preds", "pred", "y", "z"}
+LOG_PROB_WORDS = {"logps", "logp", "logprobs", "logprob", "lprobs"}
+
+
+def role_by_words(name: str, others: Collection[str]) -> str | None:
+    """The input that a name of several words asks for: shifted_teacher_logits, answer_mask, y_t, ...
+
+    Args:
+        name: the parameter.
+        others: all parameters of the loss: a ``t`` beside an ``s`` is the teacher's logits.
+    """
+    if name in ("s", "t") and {"s", "t"} <= set(others):
+        return "logits" if name == "s" else "teacher"
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")
+    known = set(words)
+    if len(words) < 2:
+        return None
+    model = next((model for model, said in MODEL_WORDS.items() if said & known), "")
+    if known & LOG_PROB_WORDS or ("log" in known and known & {"probs", "prob"}):
+        return "log probs" if model in ("", "student") else f"{model} log probs"
+    if known & {"outputs", "output", "out"} and model in ("student", "teacher", "reference"):
+        return "outputs" if model == "student" else f"{model} outputs"
+    if known & LOGIT_WORDS and (model or "logits" in known):
+        return "logits" if model in ("", "student") else model
+    if known & {"probs", "prob"} and model in ("student", "teacher"):
+        return "probs" if model == "student" else "teacher probs"
+    if "mask" in known and not model:
+        return (
+            None if known & {"causal", "vocab", "special", "inf"} else "attention mask" if "attn" in known else "mask"
+        )
+    if known & {"weights", "weight"} and known & {"token", "tokens", "sample", "label", "labels", "loss", "seq"}:
+        return "weight"
+    return "labels" if known & {"labels", "label", "targets"} and not model else None
+
+
 def _inputs(fn: Callable) -> Inputs:
     params = signature(fn)
     bare = [name for name, p in params.items() if p.default is p.empty]
@@ -183,6 +244,10 @@ def _inputs(fn: Callable) -> Inputs:
     if {"logits", "head"} <= set(kernel.values()):
         return Inputs("hidden", kernel, {}, tuple(name for name in bare if name not in kernel))
     roles = {name: ROLE[name.lower().lstrip("_")] for name in params if name.lower().lstrip("_") in ROLE}
+    for name in bare:
+        role = None if name in roles else role_by_words(name, params)
+        if role and not (role in STUDENT and any(given in STUDENT for given in roles.values())):
+            roles[name] = role
     if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
         roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
     _by_place(params, bare, roles)
@@ -216,7 +281,7 @@ def _inputs(fn: Callable) -> Inputs:
 
 _LEFT = (
     "vocabulary", "ignore", "temperature", "return outputs", "logits", "outputs", "model", "batch", "tokens",
-    "position ids", "input ids",
+    "position ids", "input ids", "texts", "dict",
 )  # fmt: skip
 """Inputs that keep their default where they have one: it is the way that a loss is called without a Trainer."""
 
@@ -228,6 +293,11 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
     if not any(roles.get(name) in STUDENT for name in params):
         second = roles.get(places[1]) if len(places) > 1 else None
         first = unknown[0] if unknown else None
+        if (
+            first is None and len(places) == 1 and roles[places[0]] == "batch"
+        ):  # f(batch), which holds logits and labels
+            roles[places[0]] = "dict"
+            return
         if first is None and places and roles[places[0]] in ("batch", "labels"):  # f(inputs, targets), f(x, y)
             first = places[0] if len(places) > 1 else None
         if first is None:
@@ -245,6 +315,21 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
 
 def _kernel_role(name: str) -> str | None:
     return next((role for role, names in KERNEL.items() if name in names), None)
+
+
+def role_of(name: str) -> str | None:
+    """The input that a key of a batch stands for."""
+    return ROLE.get(name.lower()) or role_by_words(name, ())
+
+
+def seen_as(wanted: Inputs) -> str:
+    """What the student is to a loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
+    roles = set(wanted.required.values())
+    if any(role.endswith("chosen log probs") for role in roles):
+        return "sums"
+    if "dict" in roles:
+        return "dict"
+    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
 
 
 def name_of(fn: Any) -> str:

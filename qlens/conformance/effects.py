@@ -15,7 +15,9 @@ from qlens.signature import STUDENT
 from qlens.tokens import MODELS, Tokens
 
 FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them
-LEFT = ("batch", "head", "return outputs", "vocabulary", "ignore", "temperature", "position ids", "input ids", *STUDENT)
+LEFT = (
+    "batch", "head", "return outputs", "vocabulary", "ignore", "temperature", "position ids", "input ids", "texts", *STUDENT,
+)  # fmt: skip
 
 
 @rule("what was computed or collected for that input is thrown away: training is the same without it")

@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qlens import graphs
 from qlens.batching import IGNORE
 from qlens.calling import Layout, call, on_batch
 from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
 from qlens.conformance.wrapping import Around, as_it_is
-from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
 from qlens.results import loss_of
@@ -32,12 +32,14 @@ COUNT = "num_items_in_batch"
 
 
 class Reading(NamedTuple):
-    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned."""
+    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned, and whether
+    the value had a graph."""
 
     value: Tensor
     grad: Float[Tensor, "K V"]
     outside: float
     shape: tuple[int, ...]
+    graph: bool = True
 
 
 class Specimen:
@@ -191,8 +193,12 @@ class Specimen:
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = self._loss(call(around(self.fn), self.params, shown, Layout(), style=self.style))
-            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
+
+            def run() -> Any:
+                return call(around(self.fn), self.params, shown, Layout(), style=self.style)
+
+            made, graph = self._graded(run, leaf)
+            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""
@@ -204,14 +210,17 @@ class Specimen:
     def _loss(self, made: Any) -> Tensor:
         return loss_of(made, self.variant.spec).value
 
+    def _graded(self, run: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
+        """The loss of one call on these logits, with a graph, and whether it had one itself."""
+        result = loss_of(run(), self.variant.spec)
+        return graphs.checked(result, self.variant.spec, run, logits).value, result.value.requires_grad
+
     def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and its gradient by the logits.
 
         Raises:
-            InputError: there is none, or the backward pass raises.
+            InputError: the backward pass raises.
         """
-        if not made.requires_grad:
-            raise InputError("it returns a value without a graph: no gradient leads back to the logits")
         with blamed(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
         return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
@@ -253,14 +262,18 @@ class Specimen:
         with torch.enable_grad():
             leaf = table.requires_grad_()
             mask = real.long() * attended
-            made = on_batch(around(self.fn), leaf.clone(), labels, rows, self.params, self.style, mask, ids, **given)
-            made = self._loss(made)
+            shown = leaf.clone()
+
+            def run() -> Any:
+                return on_batch(around(self.fn), shown, labels, rows, self.params, self.style, mask, ids, **given)
+
+            made, graph = self._graded(run, shown)
             value, grad = self._derived(made, leaf)
         padding = ~real
         if self.labels_from_ids:  # whatever stands before a text's first token learns it
             padding[:, :-1] &= ~real[:, 1:]
         outside = float(grad[padding].abs().max()) if bool(padding.any()) else 0.0
-        return Reading(value, grad[real], outside, tuple(made.shape))
+        return Reading(value, grad[real], outside, tuple(made.shape), graph)
 
 
 def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
