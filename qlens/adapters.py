@@ -16,6 +16,7 @@ from qlens.results import loss_of
 from qlens.styles import style_of
 from qlens.target import Target
 from qlens.tokens import Tokens, spread
+from qlens.trying import value_of
 
 
 def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
@@ -47,6 +48,8 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
                 style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
+        if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+            made = value_of(fn, params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(fn) == "tokens" and isinstance(made, Target):
             return made
         if kind(fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each

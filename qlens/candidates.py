@@ -15,9 +15,10 @@ CHUNKS = (8, 4, 2, 3, 16)  # numbers of chunks tried beside those that the loss 
 MOST_CHUNKS = 64
 
 
-def contract(fn: Callable) -> bool:
+def contract(fn: Callable, style: Style) -> bool:
     """Whether a Trainer says how the loss is called: what does not shift then is found out, not helped."""
-    return bool({"model", "outputs"} & set(inputs(fn).required.values()))
+    roles = {*inputs(fn).required.values()}
+    return "model" in roles or ("outputs" in roles and style.boxed)
 
 
 def plain(fn: Callable) -> Iterator[list[Style]]:
@@ -45,11 +46,11 @@ def plain(fn: Callable) -> Iterator[list[Style]]:
 
 
 def reordered(fn: Callable) -> Iterator[list[Style]]:
-    """Styles with logits (T, B, V), sequence first, and labels (T, B) or (B, T)."""
+    """Styles with logits (B, V, T), or (T, B, V), sequence first, and labels (T, B) or (B, T)."""
     roles = {*inputs(fn).required.values()}
-    if {"model", "outputs", "tokens", "head"} & roles or not {"logits", "dict"} & roles:
+    if {"model", "tokens", "head"} & roles or not {"logits", "outputs", "dict"} & roles:
         return
-    for order in ("positions", "mixed"):
+    for order in ("classes", "positions", "mixed"):
         for shape in ("aligned", "batch"):
             yield from _filled(fn, Style(shape, order=order))
 

@@ -49,7 +49,8 @@ class Style:
         head: the diagonal of a model's head, which leaves its logits as they are.
         columns: further columns of a model's inputs that the loss asks for.
         alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
-        order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T).
+        order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T);
+            "classes": logits (B, V, T), all else (B, T).
         chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
         cut: how they are cut: by torch's "chunk" or "tensor_split".
     """
@@ -209,6 +210,8 @@ def arranged(value: Any, style: Style, wide: bool, listed: bool) -> Any:
     """
     if not isinstance(value, Tensor) or value.ndim < (2 if style.laid_out else 1):
         return value
+    if style.order == "classes" and wide and value.ndim == 3:
+        return value.transpose(1, 2).contiguous()
     if style.order == "positions" or (style.order == "mixed" and wide):
         return value.transpose(0, 1).contiguous()
     if style.chunks and listed:
@@ -311,7 +314,9 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
     elif kind == "log probs":
         first = f"log-probabilities of the labels, {'(B, T)' if style.laid_out else '(N,)'}"
     first = first.replace("logits", "outputs.logits", 1) if style.boxed else first
-    if style.order != "texts":
+    if style.order == "classes":
+        first = first.replace("(B, T, V)", "(B, V, T)")
+    elif style.order != "texts":
         first = first.replace("(B, T, V)", "(T, B, V), sequence first,")
         first = first.replace("(B, T)", "(T, B)") if style.order == "positions" else first
     if style.chunks:

@@ -82,10 +82,13 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
     if not any(trial.full for trial in tried):
         _try_all(fn, params, tokens, candidates.plain(fn), tried, failures)
-    if not any(trial.full for trial in tried) and not (tried and candidates.contract(fn)):
-        _try_all(fn, params, tokens, candidates.reordered(fn), tried, failures)
-    if not any(trial.lit for trial in tried) and not listed:
-        _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
+    others: list[Trial] = []
+    if not any(trial.full for trial in tried) and not any(candidates.contract(fn, trial.style) for trial in tried):
+        _try_all(fn, params, tokens, candidates.reordered(fn), others, failures)
+    if not any(trial.lit for trial in (*tried, *others)) and not listed:
+        _try_all(fn, params, tokens, candidates.chunked(fn), others, failures)
+    # a loss that runs in a usual layout, and skips these rows, is not called in an unusual one for what it shows by accident
+    tried += [trial for trial in others if trial.full or not tried]
     if not any(trial.lit for trial in tried) and tokens.sequence is None:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [attempt(fn, params, tokens, style) for style in several]
@@ -121,7 +124,7 @@ def _try_all(
             works = style
             if tried[-1].full:
                 return
-        if works is not None and candidates.contract(fn):
+        if works is not None and candidates.contract(fn, works):
             return
 
 

@@ -163,6 +163,13 @@ def gradient(
     return Gradient(made, result.value.requires_grad and grad is not None)
 
 
+def value_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Tensor:
+    """The loss without its graph, in a call with one: of several things returned, the one that has a graph is the loss."""
+    with torch.inference_mode(False), torch.enable_grad():
+        leaf = tokens.logits.detach().clone().requires_grad_()
+        return loss_of(call(fn, params, tokens.with_logits(leaf), AS_GIVEN, style=style), name_of(fn)).value.detach()
+
+
 def first_copy(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout = AS_GIVEN
 ) -> Tensor:

@@ -70,6 +70,20 @@ def sequence_first_by_mask(output_tensor, labels, loss_mask):
     return (losses * loss_mask).sum() / loss_mask.sum()
 
 
+def classes_second(logits, labels):
+    batch, _, width = logits.shape
+    assert labels.shape == (batch, width)
+    return ce(logits, labels)
+
+
+def output_is_a_tensor(output, labels, loss_mask):
+    """Of outputs by name, yet rows of logits with the sequence first."""
+    width, batch, _ = output.shape
+    kept = loss_mask.view(batch, width).transpose(0, 1)
+    losses = nll(output, labels.transpose(0, 1).clamp(min=0))
+    return (losses * kept).sum() / kept.sum()
+
+
 class ReadsADict(nn.Module):
     def forward(self, batch):
         return ce(batch["logits"].flatten(0, -2), batch["labels"].flatten())
@@ -87,7 +101,8 @@ def mask_of_another_name(x, target_tokens, answer_mask):
 
 SFT = [
     Chunked, Chunked(3), split_evenly, joins_chunks, chunks_of_rows, labels_in_chunks_too, sequence_first,
-    sequence_first_labels_too, sequence_first_by_mask, ReadsADict, columns_beside_logits, mask_of_another_name,
+    sequence_first_labels_too, sequence_first_by_mask, classes_second,
+    output_is_a_tensor, ReadsADict, columns_beside_logits, mask_of_another_name,
 ]  # fmt: skip
 
 

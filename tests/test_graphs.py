@@ -143,6 +143,18 @@ def test_numbers_and_passes_without_gradient_inside_a_loss_are_its_own_business(
     assert_close(qlens.implied_target(logs, tokens).q, tokens.one_hot)
 
 
+def test_the_part_with_a_graph_is_the_loss_without_gradients_too():
+    def accuracy_first(logits, labels):
+        return {"accuracy": (logits.argmax(-1) == labels).float().mean(), "nll": ce(logits, labels)}
+
+    tokens = random_tokens(12, V)
+    variant = qlens.registry.resolve(accuracy_first)
+    with torch.no_grad():
+        assert_close(variant.loss(tokens).sum(), -tokens.label_log_probs.sum())
+    report = qlens.check(accuracy_first)
+    assert not {"stop_gradient", "row_count"} & {item.id for item in report.failures}, str(report)
+
+
 def test_tokens_and_callers_may_be_in_inference_mode():
     given = random_tokens(12, V)
     with torch.inference_mode():

@@ -2,7 +2,17 @@
 
 import pytest
 import torch
-from chunk_losses import KD, SFT, Chunked, ReadsADict, ce, sequence_first, sequence_first_by_mask
+from chunk_losses import (
+    KD,
+    SFT,
+    Chunked,
+    ChunkedDistillation,
+    ReadsADict,
+    ce,
+    classes_second,
+    sequence_first,
+    sequence_first_by_mask,
+)
 from torch.testing import assert_close
 
 import qlens
@@ -27,12 +37,14 @@ def test_the_layout_taken_is_said_and_checked():
         Chunked: "logits (B, T / 8, V), in a list of 8 chunks along the tokens (torch.chunk), and labels (B, T) that are shifted",
         sequence_first: "logits (T, B, V), sequence first, and labels (B, T) that are shifted already",
         sequence_first_by_mask: "logits (T, B, V), sequence first,",
+        classes_second: "logits (B, V, T) and labels (B, T)",
         ReadsADict: "a dict of logits (N, V) and labels (N,)",
     }
     for loss, said in words.items():
         assert said in resolve(loss).account(random_tokens(12, V)).called_as, loss
     report = qlens.check(Chunked)
     assert {item.id for item in report.failures} == {"accumulation", "all_masked"}, str(report)  # both are true of it
+    assert qlens.check(ChunkedDistillation)["inputs_have_effect"].state == "passed"
 
 
 def test_the_error_told_is_that_of_the_layout_that_came_furthest():

@@ -106,7 +106,7 @@ def _effect(readings: Iterator, base: Reading) -> str:
 
 def _others(value: Any, vocabulary: int) -> Iterator[Any]:
     """Other values of an argument: a tensor, or a mapping of tensors."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | list):
         yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
     if not isinstance(value, Tensor):
         return

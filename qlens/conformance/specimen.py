@@ -22,6 +22,7 @@ from qlens.signature import FIELD, ROLE, Inputs, inputs
 from qlens.styles import style_of
 from qlens.tokens import Tokens
 from qlens.trial_tokens import random_tokens
+from qlens.trying import value_of
 from qlens.variant import Variant
 
 ROWS = 24
@@ -204,11 +205,7 @@ class Specimen:
         """The sum of what it returns for these rows."""
         if self.laid_out:
             return self.read(tokens).value
-        with torch.no_grad():
-            return self._loss(call(self.fn, self.params, tokens, Layout(), style=self.style)).sum()
-
-    def _loss(self, made: Any) -> Tensor:
-        return loss_of(made, self.variant.spec).value
+        return value_of(self.fn, self.params, tokens, self.style).sum()
 
     def _graded(self, run: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
         """The loss of one call on these logits, with a graph, and whether it had one itself."""
