@@ -23,7 +23,8 @@ from qlens.layouts import (
     tiled,
     token_ids,
 )
-from qlens.signature import CALLERS, FIELD, inputs, lists_of, name_of, role_of, signature
+from qlens.names import FIELD, role_of
+from qlens.signature import CALLERS, inputs, lists_of, name_of, signature
 from qlens.tokens import Tokens
 
 WIDE = ("logits", "outputs", "probs", "teacher", "reference", "old", "second", "teacher outputs", "reference outputs",

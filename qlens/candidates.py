@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from qlens.layouts import Style
-from qlens.signature import ROLE, inputs, lists_of, signature
+from qlens.names import ROLE
+from qlens.signature import inputs, lists_of, signature
 
 PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
              "teacher log probs", "log probs", "teacher")  # fmt: skip

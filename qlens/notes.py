@@ -9,14 +9,16 @@ from torch import Tensor
 
 from qlens.calling import call, on_view
 from qlens.errors import InputError
-from qlens.layouts import Layout, Style, batch_view, described
+from qlens.layouts import Layout, Style, batch_view
+from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
 from qlens.reductions import REDUCTIONS, ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
-from qlens.signature import FIELD, Memo, inputs, name_of, role_of, seen_as
+from qlens.signature import Memo, inputs, name_of, seen_as
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
 from qlens.trying import TURNED, across, changed, few, grad_of
+from qlens.wording import described
 
 ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
 _ACCOUNTS = Memo()

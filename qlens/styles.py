@@ -12,11 +12,13 @@ from qlens.calling import call
 from qlens.errors import InputError
 from qlens.graphs import NoGraphError
 from qlens.guards import EndedError, LossError, depth, file_of
-from qlens.layouts import Style, described
+from qlens.layouts import Style
+from qlens.names import FIELD, role_of
 from qlens.noticing import watched
-from qlens.signature import FIELD, Memo, inputs, name_of, role_of, seen_as
+from qlens.signature import Memo, inputs, name_of, seen_as
 from qlens.tokens import Tokens
 from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
+from qlens.wording import described
 
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
 PROBES = 57  # their rows

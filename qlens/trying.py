@@ -10,8 +10,9 @@ from qlens import graphs
 from qlens.calling import call
 from qlens.guards import EndedError, blamed
 from qlens.layouts import Layout, Style, tiled
+from qlens.names import FIELD, role_of
 from qlens.results import loss_of
-from qlens.signature import FIELD, inputs, name_of, role_of
+from qlens.signature import inputs, name_of
 from qlens.tokens import Tokens, spread
 
 ROWS = 8  # rows that a layout is tried on

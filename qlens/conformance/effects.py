@@ -11,7 +11,7 @@ from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
 from qlens.conformance.specimen import Reading, Specimen
 from qlens.conformance.texts import count
 from qlens.conformance.wrapping import Around, altering, as_it_is, each_tensor
-from qlens.signature import STUDENT
+from qlens.names import STUDENT
 from qlens.tokens import MODELS, Tokens
 
 FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them

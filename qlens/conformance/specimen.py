@@ -17,8 +17,9 @@ from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, ca
 from qlens.conformance.wrapping import Around, as_it_is
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
+from qlens.names import FIELD, ROLE
 from qlens.results import loss_of
-from qlens.signature import FIELD, ROLE, Inputs, inputs
+from qlens.signature import Inputs, inputs
 from qlens.styles import style_of
 from qlens.tokens import Tokens
 from qlens.trial_tokens import random_tokens
