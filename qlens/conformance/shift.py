@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from qlens.batching import IGNORE
-from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
+from qlens.conformance.ignored import ignored_rows
+from qlens.conformance.rules import Failed, NotApplicable, Remark, rule, sees_no_batches
 from qlens.conformance.specimen import Specimen
 from qlens.conformance.texts import WIDE, count, cut, relabelled
 
@@ -33,9 +34,13 @@ def shift(loss: Specimen) -> str:
     return f"row t learns {_label(wanted)}: {len(strongest)} labels changed one at a time"
 
 
-@rule("prompts, or other tokens meant to be ignored, are trained on", laid_out=True)
+@rule("prompts, or other tokens meant to be ignored, are trained on")
 def prompt(loss: Specimen) -> str:
     """-100 is ignored."""
+    if not loss.laid_out:
+        return ignored_rows(loss)
+    if reason := sees_no_batches(loss):
+        raise NotApplicable(reason)
     if loss.labels_from_ids:
         raise Remark("it takes its labels from input_ids, whatever labels say: all but padding is learned, prompts too")
     texts = loss.unequal()
