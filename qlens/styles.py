@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlens.autograd import ordinary, recorded
 from qlens.calling import call
 from qlens.errors import InputError
 from qlens.guards import LossError, blamed
@@ -243,7 +244,8 @@ def grad_of(
         LossError: the loss, or its backward, raised.
         InputError: it returns nothing that has a gradient.
     """
-    with torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().clone().requires_grad_()
         made = call(fn, params, tokens.with_logits(leaf), layout, style=style)
         value = loss_of(made, name_of(fn)).value

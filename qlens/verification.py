@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from qlens.autograd import ordinary
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.lens import gradient
@@ -48,14 +49,20 @@ def why_whole(
     except TypeError:  # it has no weak reference or no hash: verified anew every time
         verdicts = {}
     if key not in verdicts:
-        few = sample(_some(variant, rows, fields))
+        with torch.inference_mode(False):
+            few = ordinary(sample(_some(variant, rows, fields)))
         with (
+            torch.inference_mode(False),
             torch.autocast(few.logits.device.type, enabled=False),
             Replay(few.logits.device).again(),
         ):  # a loss that draws numbers trains by the same ones, verified or not
             _verify_gradient(variant, few)
             cut = rows > block and variant.scope in ALONE
-            more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
+            more = (
+                ordinary(sample(torch.arange(min(rows, 2 * block))))
+                if cut and min(rows, 2 * block) > len(few)
+                else None
+            )
             reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
             verdicts[key] = next(filter(None, reasons), "")
         if verdicts[key]:
