@@ -39,7 +39,8 @@ def why_whole(
     Raises:
         InputError: the declared structure is not the loss's, or target and printed loss have different gradients.
     """
-    if variant.built_in or not rows:
+    declared = why_declared_whole(variant)
+    if not rows or (variant.built_in and not declared):
         return ""
     fn = variant.method.fn
     seen = [(name, value.dtype == torch.bool and bool(value.any())) for name, value in sorted(fields.items())]
@@ -48,6 +49,9 @@ def why_whole(
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time
         verdicts = {}
+    if key not in verdicts and variant.built_in:
+        verdicts[key] = declared
+        _report(variant, declared)
     if key not in verdicts:
         with torch.inference_mode(False):
             few = ordinary(sample(_some(variant, rows, fields)))
@@ -64,10 +68,21 @@ def why_whole(
                 else None
             )
             reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
-            verdicts[key] = next(filter(None, reasons), "")
-        if verdicts[key]:
-            logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, verdicts[key])
+            verdicts[key] = declared or next(filter(None, reasons), "")
+        _report(variant, verdicts[key])
     return verdicts[key]
+
+
+def why_declared_whole(variant: Variant) -> str:
+    """Why a method's rows cannot be taken a few at a time by its card alone, "" where they can."""
+    if variant.scope in ALONE or variant.structure == "label":
+        return ""
+    return f"it weighs tokens by a statistic of whole distributions (scope {variant.scope!r})"
+
+
+def _report(variant: Variant, reason: str) -> None:
+    if reason:
+        logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, reason)
 
 
 def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:

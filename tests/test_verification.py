@@ -42,6 +42,22 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
     assert "declare scope='batch'" in line and loss.__name__ in line
 
 
+def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_path):
+    """By the engine as by QTrainer, which say so in the same words, and train by the same gradient."""
+    declared = user_method(loss=mean_weighted, name="declared", scope="batch")
+    said = "it weighs tokens by a statistic of whole distributions (scope 'batch')"
+    for variant in (declared, qlens.get("mile")):
+        with caplog.at_level(logging.WARNING, "qlens"):
+            compare(variant, 5000, chunk=5)
+            compare(variant, 5000, chunk=5)
+            trainer_in(tmp_path, variant, model=llama(), eval_dataset=examples(4)).evaluate()
+        assert caplog.messages == [
+            f"qlens holds the logits of a batch whole for {variant.spec}: {said}",
+            f"qlens holds whole logits for {variant.spec}: {said}",
+        ]
+        caplog.clear()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
     def loss(logits, labels):

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from qlens.batching import IGNORE
+from qlens.calling import on_view
 from qlens.conformance.rules import ROWS_ONLY, Failed, NotApplicable, Remark, relative
 from qlens.conformance.specimen import Reading, Specimen
 from qlens.errors import InputError
+from qlens.layouts import View, token_ids
 
 EVERY = 5  # of the rows shown, one is ignored
 NAMED = 128  # columns, so that an index of -100 is inside the vocabulary, as at real ones
@@ -59,10 +61,26 @@ def _wide(loss: Specimen) -> tuple[Specimen, Reading]:
 
 
 def _among(loss: Specimen, label: int) -> tuple[Reading, Tensor]:
-    """A reading of ordinary rows with ignored ones between them, which carry ``label``, and which these are."""
-    tokens = loss.tokens()
+    """A reading of ordinary rows with ignored ones between them, all M of them, and which these are.
+
+    Masks and weights are 0 at ignored rows; they carry ``label``, unless a mask tells them from ordinary ids.
+    """
+    tokens, style = loss.tokens(), loss.style
     ignored = torch.arange(len(tokens) * EVERY // (EVERY - 1)) % EVERY == 0
-    return loss.read_among(tokens, ignored, label), ignored
+    place, rows, size = (~ignored).nonzero()[:, 0], len(ignored), tokens.logits.shape[1]
+    draw = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, size, generator=draw, dtype=torch.float64).to(tokens.logits)
+    logits = logits.index_copy(0, place, tokens.logits.detach())
+    labels = torch.full((rows,), 0 if style.clean else label).index_copy(0, place, tokens.labels)
+    if loss.kind == "hidden":  # other models' hidden states stand at every row
+        tokens = tokens[torch.zeros(rows, dtype=torch.long).index_copy(0, place, torch.arange(len(place)))]
+        place = torch.arange(rows)
+    given = {loss.count: (~ignored).sum()} if loss.count and style.counted else {}
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        shown = tokens.with_logits(leaf[place])
+        view = View(leaf.clone(), labels, shown, place, (~ignored).long(), token_ids(torch.arange(rows), size), style)
+        return loss.reading(on_view(loss.fn, loss.params, view, **given), leaf), ignored
 
 
 def _pulled(loss: Specimen, made: Reading, ignored: Tensor, rows: str, share: float) -> Exception:

@@ -7,16 +7,16 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.batching import IGNORE
-from qlens.calling import Layout, call, on_batch, on_view
+from qlens.calling import Layout, call, on_batch
 from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
 from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
 from qlens.guards import blamed, file_of
-from qlens.layouts import Style, View, token_ids
+from qlens.layouts import Style
 from qlens.results import loss_of
 from qlens.signature import FIELD, ROLE, Inputs, inputs
 from qlens.styles import style_of
@@ -197,36 +197,7 @@ class Specimen:
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = self._loss(call(around(self.fn), self.params, shown, Layout(), style=self.style))
-            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
-
-    def read_among(self, tokens: Tokens, ignored: Bool[Tensor, " M"], label: int) -> Reading:
-        """One call of a loss of rows on the tokens with ignored rows between them; the gradient is of all M rows.
-
-        Args:
-            tokens: the supervised rows.
-            ignored: which of the M rows shown are none of these; masks and weights are 0 there.
-            label: what ignored rows are labelled with, where a mask does not tell them from ordinary ids.
-
-        Raises:
-            InputError: it returns no floating-point tensor, or one without a graph, or raises.
-        """
-        place, size = (~ignored).nonzero()[:, 0], tokens.logits.shape[1]
-        draw = torch.Generator().manual_seed(len(ignored))
-        logits = torch.randn(len(ignored), size, generator=draw, dtype=torch.float64).to(tokens.logits)
-        logits = logits.index_copy(0, place, tokens.logits.detach())
-        labels = torch.full(ignored.shape, 0 if self.style.clean else label).index_copy(0, place, tokens.labels)
-        if self.kind == "hidden":  # other models' hidden states stand at every row
-            at = place.new_zeros(ignored.shape).index_copy(0, place, torch.arange(len(place)))
-            tokens, place = tokens[at], torch.arange(len(ignored))
-        given = {self.count: (~ignored).sum()} if self.count and self.style.counted else {}
-        ids = token_ids(torch.arange(len(ignored)), size)
-        with torch.enable_grad():
-            leaf = logits.requires_grad_()
-            shown = tokens.with_logits(leaf[place])
-            view = View(leaf.clone(), labels, shown, place, (~ignored).long(), ids, self.style)
-            made = self._loss(on_view(self.fn, self.params, view, **given))
-            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
+            return self.reading(call(around(self.fn), self.params, shown, Layout(), style=self.style), leaf)
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""
@@ -237,6 +208,15 @@ class Specimen:
 
     def _loss(self, made: Any) -> Tensor:
         return loss_of(made, self.variant.spec).value
+
+    def reading(self, returned: Any, leaf: Tensor) -> Reading:
+        """What a call returned, and its gradient by the logits it was given.
+
+        Raises:
+            InputError: it is no floating-point tensor, or one without a graph.
+        """
+        made = self._loss(returned)
+        return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
 
     def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and its gradient by the logits.
