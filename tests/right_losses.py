@@ -177,6 +177,14 @@ def policy_gradient(logits, labels, old, advantage):
 
 
 @right
+def entropy_over_its_mean(logits, labels):
+    """A batch of nothing but sure tokens has no entropy to divide by: a remark."""
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    return (F.cross_entropy(logits, labels, reduction="none") * entropy / entropy.mean()).mean()
+
+
+@right
 def penalised_by_k3(logits, labels, reference):
     """A penalty that grows as r / p itself: overflow at impossible labels is no fault of the code."""
     log_ratio = label_log_probs(reference, labels) - label_log_probs(logits, labels)

@@ -48,6 +48,7 @@ def test_a_mistake_is_caught_by_the_item_that_is_about_it():
 def test_what_no_code_could_hold_is_a_remark_with_its_size():
     report = qlens.check(RIGHT["penalised_by_k3"])
     assert "grows exponentially with the gap between the logits (1.5e+06 at 20" in report["extremes"].evidence
+    assert "only where all tokens of a batch are" in qlens.check(RIGHT["entropy_over_its_mean"])["extremes"].evidence
     for name in ("floors_nothing", "log_of_the_rest", "overflows_float16"):
         assert qlens.check(WRONG[name][0])["extremes"].state == "failed"  # gradients that are small, badly computed
 
@@ -55,6 +56,7 @@ def test_what_no_code_could_hold_is_a_remark_with_its_size():
 def test_what_the_code_cannot_show_is_no_failure():
     reports = {name: qlens.check(loss) for name, loss in UNSEEN.items()}
     assert all(report.ok for report in reports.values())
+    assert "less probable, in every one of 24 rows" in reports["flips_the_sign"]["shift"].evidence
     assert reports["ignores_token_zero"]["label_ids"].evidence.endswith("0: 0")
 
 

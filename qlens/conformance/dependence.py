@@ -83,6 +83,7 @@ def row_order(loss: Specimen) -> str:
         base, moved = loss.read(tokens).grad[index], loss.read(tokens[index]).grad
     off = relative(moved, base)
     if off <= loss.tolerance:
+        _rows_alone(loss)
         return f"the same gradient {to(off)} in another order"
     size = base.square().sum(-1)
     times = (moved * base).sum(-1) / size
@@ -91,6 +92,33 @@ def row_order(loss: Specimen) -> str:
         raise Remark("a row's gradient depends on the rows around it: in another order it turns")
     low, high = float(times[known].min()), float(times[known].max())
     raise Failed(f"in another order rows weigh {low:.4g} to {high:.4g} times as much: they are weighed by their place")
+
+
+def _rows_alone(loss: Specimen) -> None:
+    """Whether a row of a loss of rows learns the same beside other rows.
+
+    Raises:
+        Failed: its rows are normalised together, instead of the entries of each.
+        Remark: the gradient of a row depends on the logits of others.
+    """
+    if loss.laid_out or loss.scope != "token":
+        return  # losses of batches: see coupling
+    tokens = loss.tokens()
+    other = torch.arange(len(tokens)) % 3 == 0
+    changed = torch.where(other[:, None], tokens.logits.roll(5, -1), tokens.logits)
+    base, made = loss.read(tokens).grad, loss.read(tokens.replace(logits=changed)).grad
+    off = float((made - base)[~other].abs().max() / base.abs().max())
+    if off <= loss.tolerance:
+        return
+    by_row, by_column = (float(base.sum(dim).abs().max() / base.abs().max()) for dim in (-1, 0))
+    if by_column <= loss.nothing < by_row:
+        raise Failed(
+            "the gradients of an entry sum to zero over the rows, not those of a row over its entries: a softmax over rows",
+            "probabilities are compared between tokens of the batch, and no distribution over the vocabulary is learned",
+        )
+    raise Remark(
+        f"a row's gradient depends on the logits of other rows (by {off:.2g} of the largest): in smaller batches it is another"
+    )
 
 
 @rule("")

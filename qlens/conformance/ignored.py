@@ -7,6 +7,7 @@ from qlens.batching import IGNORE
 from qlens.calling import on_view
 from qlens.conformance.rules import ROWS_ONLY, Failed, NotApplicable, Remark, relative
 from qlens.conformance.specimen import Reading, Specimen
+from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
 from qlens.layouts import View, token_ids
 
@@ -22,13 +23,13 @@ def ignored_rows(loss: Specimen) -> str:
         Remark: they are trained, or count, and nothing but their label tells them.
         NotApplicable: it refuses them, knows no labels, or leaves adding up to its caller.
     """
-    if loss.kind == "tokens" or not {"labels", "mask"} & set(loss.roles.values()) or loss.declared == "pair":
+    if not knows_labels(loss):
         raise NotApplicable(ROWS_ONLY)
     told = "mask" in loss.roles.values()
     rows = "rows that its mask leaves out" if told else f"rows labelled {IGNORE}"
     loss, alone = _wide(loss)
     try:
-        made, ignored = _among(loss, IGNORE)
+        made, ignored = among(loss, IGNORE)
     except InputError as error:
         raise NotApplicable(f"{ROWS_ONLY}; {rows} are refused: {error}") from error
     others, pulled = made.grad[~ignored], made.grad[ignored].abs().amax(-1)
@@ -49,6 +50,11 @@ def ignored_rows(loss: Specimen) -> str:
     )
 
 
+def knows_labels(loss: Specimen) -> bool:
+    """Whether a loss of rows is given labels or a mask, which may say that a row is ignored."""
+    return loss.kind != "tokens" and loss.declared != "pair" and bool({"labels", "mask"} & set(loss.roles.values()))
+
+
 def _wide(loss: Specimen) -> tuple[Specimen, Reading]:
     """The loss at a vocabulary in which -100 is an index, where it accepts one, and its reading of supervised rows alone."""
     if loss.vocabulary < NAMED:
@@ -60,7 +66,7 @@ def _wide(loss: Specimen) -> tuple[Specimen, Reading]:
     return loss, loss.read(loss.tokens())
 
 
-def _among(loss: Specimen, label: int) -> tuple[Reading, Tensor]:
+def among(loss: Specimen, label: int, around: Around = as_it_is) -> tuple[Reading, Tensor]:
     """A reading of ordinary rows with ignored ones between them, all M of them, and which these are.
 
     Masks and weights are 0 at ignored rows; they carry ``label``, unless a mask tells them from ordinary ids.
@@ -80,7 +86,7 @@ def _among(loss: Specimen, label: int) -> tuple[Reading, Tensor]:
         leaf = logits.requires_grad_()
         shown = tokens.with_logits(leaf[place])
         view = View(leaf.clone(), labels, shown, place, (~ignored).long(), token_ids(torch.arange(rows), size), style)
-        return loss.reading(on_view(loss.fn, loss.params, view, **given), leaf), ignored
+        return loss.reading(on_view(around(loss.fn), loss.params, view, **given), leaf), ignored
 
 
 def _pulled(loss: Specimen, made: Reading, ignored: Tensor, rows: str, share: float) -> Exception:
@@ -108,7 +114,7 @@ def _trained_as(loss: Specimen, made: Reading) -> int | None:
     equal = []
     for token in (0, loss.vocabulary + IGNORE, loss.vocabulary - 1):
         try:
-            same = token >= 0 and relative(_among(loss, token)[0].grad, made.grad) <= loss.tolerance
+            same = token >= 0 and relative(among(loss, token)[0].grad, made.grad) <= loss.tolerance
         except InputError:  # a negative index is refused, say
             same = False
         equal += [token] if same else []

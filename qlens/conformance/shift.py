@@ -31,6 +31,12 @@ def shift(loss: Specimen) -> str:
         said = " and ".join(f"row t learns {_label(offset)}" for offset in offsets)
         name = SHIFTS[loss.laid_out].get(offsets[0]) if len(offsets) == 1 else None
         raise Failed(said + (f": {name}" if name else ""))
+    seen = loss.tokens()
+    pulls = loss.read(seen).grad.gather(1, seen.labels[:, None])
+    if bool((pulls >= 0).all()):
+        raise Remark(
+            f"row t makes {_label(wanted)} less probable, in every one of {len(pulls)} rows: a sign is wrong, or it unlearns"
+        )
     return f"row t learns {_label(wanted)}: {len(strongest)} labels changed one at a time"
 
 
