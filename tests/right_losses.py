@@ -151,6 +151,12 @@ def hardest_half(logits, labels):
 
 
 @right
+def easiest_tenth(logits, labels):
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return nll.topk(max(1, nll.numel() // 10), largest=False).values.mean()
+
+
+@right
 def drops_rare_tokens(logits, labels):
     nll = F.cross_entropy(logits, labels, reduction="none")
     kept = (nll.detach() < 4.0).to(nll.dtype)

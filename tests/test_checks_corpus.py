@@ -6,6 +6,7 @@ import pytest
 import right_models  # noqa: F401  it adds to RIGHT, as does right_batches
 import torch
 import torch.nn.functional as F
+import wrong_calls  # noqa: F401  it adds to WRONG
 from right_losses import FINDINGS, RIGHT
 from wrong_losses import UNSEEN, WRONG
 

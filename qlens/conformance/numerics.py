@@ -30,6 +30,11 @@ def float32(loss: Specimen) -> str:
     off, tolerance, remark = _rounding(loss, torch.float32, max(PRECISION[torch.float32], loss.tolerance))
     if off > tolerance:
         raise Failed(f"off by {off:.2g} of the largest gradient in float64, where {tolerance:g} is rounding")
+    if loss.digits in COARSE:
+        raise Remark(
+            f"it computes in {str(loss.digits).removeprefix('torch.')}, whatever it is given: within {off:.0e} of the largest "
+            f"gradient in float64{remark}"
+        )
     return (f"within {off:.0e} of the largest gradient in float64" if off else "as in float64") + remark
 
 

@@ -228,7 +228,9 @@ class Specimen:
             raise InputError("it returns a value without a graph: no gradient leads back to the logits")
         with blamed(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
-        return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
+        if grad is None:
+            raise InputError("it returns a value whose graph does not lead back to the logits")
+        return made.detach().sum(), grad
 
     def read_batch(
         self,
