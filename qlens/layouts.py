@@ -260,9 +260,9 @@ def _dealt(sequence: Int[Tensor, " N"]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _noise(number: int, tokens: Tokens) -> Tensor:
-    """Logits of unsupervised positions: constants, of the size of ordinary ones."""
+    """Logits of unsupervised positions: constants, of the size of ordinary ones, exact in every precision."""
     draw = torch.Generator().manual_seed(number)
-    made = torch.randn(1, tokens.logits.shape[1], generator=draw, dtype=torch.float32)
+    made = torch.randn(1, tokens.logits.shape[1], generator=draw, dtype=torch.float32).bfloat16()
     return made.to(tokens.logits).expand(number, -1)
 
 

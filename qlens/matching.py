@@ -190,7 +190,7 @@ def _parallel(g: Tensor, m: Tensor, noise: Noise) -> bool:
     sizes = g.norm(dim=-1), m.norm(dim=-1)
     there = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
     unit_g, unit_m = (x[there] / s[there, None] for x, s in zip((g, m), sizes, strict=True))
-    allowed = 10 * TOLERANCE + 2 * noise.rows[there] / sizes[0][there]
+    allowed = 10 * TOLERANCE + noise.rows[there] / sizes[0][there]
     return bool(there.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= allowed).all())
 
 

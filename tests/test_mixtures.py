@@ -141,5 +141,27 @@ def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
         return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
 
     said = str(qlens.explain(anchored))
-    assert "asft_anchored(weight=0.1)" in said and "pull toward the label: p_y\n" in said
+    assert "This is asft_anchored(weight=0.1)." in said and "Nearly" not in said
+    assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said
     assert "0 elsewhere" not in said and "pushes away" not in said
+
+
+def test_half_precision_keeps_the_name_and_the_parts():
+    """A cast of the logits to bfloat16 costs digits of the gradient; all operations in bfloat16 cost some more."""
+
+    def anchored(z, labels, r):
+        log_p, log_r = z.log_softmax(-1), r.log_softmax(-1)
+        label = log_p.gather(-1, labels[:, None])[:, 0]
+        return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
+
+    def cast_only(logits, labels, ref_logits):
+        return anchored(logits.bfloat16().float(), labels, ref_logits.bfloat16().float())
+
+    def whole(logits, labels, ref_logits):
+        return anchored(logits.bfloat16(), labels, ref_logits.bfloat16())
+
+    for loss in (cast_only, whole):
+        said = str(qlens.explain(loss))
+        assert "This is asft_anchored(weight=0.1)." in said, loss
+        assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said, loss
+        assert "dft: parallel" not in said, loss

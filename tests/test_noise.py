@@ -94,6 +94,10 @@ def test_the_precision_is_seen_where_the_digits_do_not_show_it():
 
     tokens = probes()
     assert traced(resolve(detached).loss, tokens)[1] == torch.bfloat16
+    half = tokens.with_precision(torch.bfloat16).with_precision(torch.float64)
+    exact = Reading.of(resolve(out_of_bfloat16), half)  # its cast loses no digit of the logits, but the gradient's
+    assert (exact.arithmetic, exact.precision) == (torch.float32, torch.bfloat16)
+    assert Reading.of(resolve(out_of_bfloat16), tokens).arithmetic == torch.bfloat16
     assert traced(resolve(masked).loss, tokens)[1] == torch.float64  # a mask is exact in any type
 
 

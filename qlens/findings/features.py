@@ -118,6 +118,11 @@ def plain(value: float) -> str:
     return f"{value:.5g}"
 
 
+def percent(share: float) -> str:
+    """A share as it is printed: whole per cent, of less than one two digits."""
+    return f"{share:.0%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"
+
+
 def _top_entropy(tokens: Tokens, k: int) -> Tensor:
     top = tokens.logits.double().topk(k, -1).values.log_softmax(-1)
     return -(top.exp() * top).sum(-1)

@@ -99,12 +99,13 @@ class _Laws(Features):
     def powers(self, where: np.ndarray, values: np.ndarray, times: str) -> Iterator[Law]:
         """c times a power of one feature, by a line through the logarithms."""
         b = values[where]
-        sign = np.sign(b)
-        if not (sign == sign[0]).all() or sign[0] == 0:
+        sign = np.sign(b[np.abs(self.b[where]) > self.floor[where] * self.tolerance])  # of a pull beyond rounding
+        if not len(sign) or not (sign == sign[0]).all():
             return
         factor = self.factors[times.strip()] if times else 1.0
-        logs, named = np.log(np.abs(b)), "-" if sign[0] < 0 else ""
-        weight = 1 / (1 + self.floor[where] / np.abs(b))  # what is rounding says little
+        size = np.maximum(np.abs(b), 1e-300)
+        logs, named = np.log(size), "-" if sign[0] < 0 else ""
+        weight = 1 / (1 + self.floor[where] / size)  # what is rounding says little
         for name, feature in self.powered():
             x = feature[where]
             for free in (False, True):

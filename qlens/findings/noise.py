@@ -17,6 +17,7 @@ from qlens.tokens import MODELS, Tokens
 TOLERANCE = 1e-6  # relative difference between two exact formulas of one gradient; rounding comes on top
 MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding that measure it; the second on large tokens
 SUSPECT = 1e4  # gradients below this many units of rounding are tried again at logits moved a little
+HALF = 1e-4  # the unit of rounding of half precisions is above it
 MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
 
 
@@ -55,10 +56,14 @@ def rounding(
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken.
-        precision: what the loss computes in; by default the precision that the digits of the gradient show.
+        precision: of the loss's operations; by default the precision that the digits of the gradient show. Fewer digits of the
+            gradient (after a cast of the logits, say) are a relative error of its entries.
         moved: the same at logits moved by rounding (``moves``).
     """
-    unit = torch.finfo(precision or carried(grad)).eps / 2
+    digits = carried(grad)
+    unit, kept = (torch.finfo(dtype).eps / 2 for dtype in (precision or digits, digits))
+    if unit > HALF:
+        unit /= 4  # half precision is summed in float32: an operation rounds once, at its end
     g, z = grad.detach().double(), tokens.logits.detach().double()
     log_z = z.logsumexp(-1, keepdim=True)
     log_p = (z - log_z).clamp(min=-100.0)  # beyond, p is nothing
@@ -68,11 +73,12 @@ def rounding(
     top = p.argmax(-1, keepdim=True)
     others = size.scatter(-1, top, 0.0).sum(-1, keepdim=True) / left.gather(-1, top)
     pulls = (size / left).amax(-1, keepdim=True).maximum(others).clamp(max=size.amax() * 2)
-    entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p)
+    entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p) + kept * size
     label = 2 * unit * (2 - tokens.gather(log_p) + log_z[:, 0].abs()) * g.norm(dim=-1)
-    constants = 8 * unit * pulls.median()  # coefficients that are rounded themselves, whose errors add up
+    # intermediate values like 1 - p_y and coefficients are rounded at the size of a large pull, in rows of a small one too
+    constants = 8 * unit * pulls.quantile(0.9)
     formulas = 4 * torch.finfo(torch.float64).eps * pulls.amax()  # two formulas of one gradient differ by this
-    rows = 2 * (entry.norm(dim=-1) + label + constants / 8) + formulas
+    rows = 3 * (entry.norm(dim=-1) + label + constants / 8) + formulas
     sums = 3 * (entry.sum(-1) + label + constants)
     for other in moved:
         off = other.detach().double() - g
@@ -100,12 +106,21 @@ class _Trace(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
-        if any(isinstance(value, Tensor) and value in self.dependent for value in tree_leaves((args, kwargs))):
-            for value in tree_leaves(made):
-                if isinstance(value, Tensor) and value.is_floating_point():
-                    self.dependent[value] = True
-                    self.coarsest = coarser(self.coarsest, value.dtype)
+        inputs = [
+            value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value in self.dependent
+        ]
+        exact = func is torch.ops.aten._to_copy.default and _equal(
+            made, args[0]
+        )  # a cast that loses no digit rounds nothing
+        for value in tree_leaves(made) if inputs else ():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.dependent[value] = True
+                self.coarsest = self.coarsest if exact else coarser(self.coarsest, value.dtype)
         return made
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return bool(torch.equal(one.double().nan_to_num(), other.double().nan_to_num()))
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -33,7 +33,8 @@ class Reading:
         given: the tokens as the loss saw them.
         grad: its gradient, (N, V), in float64.
         noise: the rounding in it.
-        precision: what the loss computed in.
+        precision: of the gradient: the coarser of the loss's operations and of what its digits show.
+        arithmetic: of the loss's operations on the way from the logits.
         losses: its values, (N,).
     """
 
@@ -41,6 +42,7 @@ class Reading:
     grad: Float[Tensor, "N V"]
     noise: Noise
     precision: torch.dtype
+    arithmetic: torch.dtype
     losses: Float[Tensor, " N"]
 
     @classmethod
@@ -52,10 +54,10 @@ class Reading:
         """
         try:
             tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
-            losses, precision = traced(variant.loss, tokens)
             grad = read(variant, tokens, variant.loss)
+            losses, arithmetic = traced(variant.loss, tokens)  # by now it is known how the loss is called
             again = read(variant, tokens, variant.loss)
-            precision = coarser(precision, carried(grad))
+            precision = coarser(arithmetic, carried(grad))
             finite = bool(grad.isfinite().all() and grad.any())
             off = float((grad - again).norm() / grad.norm()) if finite else 0.0
             if off > max(SAME, 10 * torch.finfo(precision).eps):
@@ -63,12 +65,13 @@ class Reading:
                     f"{variant.spec} is random: two calls on the same tokens differ by {off:.0%}. Seed it, or switch dropout off"
                 )
             number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
-            moved = [read(variant, other, variant.loss) for other in moves(tokens, precision, number)]
+            moved = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
             raise
         except Exception as error:  # anything at all may go wrong inside a user's loss
             raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
-        return cls(tokens, grad.double(), rounding(grad, tokens, precision, moved), precision, losses)
+        noise = rounding(grad, tokens, arithmetic, moved)
+        return cls(tokens, grad.double(), noise, precision, arithmetic, losses)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -87,7 +90,8 @@ class Reading:
 
     def __getitem__(self, rows: Any) -> "Reading":
         """The chosen rows of it, not read anew."""
-        return Reading(self.given[rows], self.grad[rows], self.noise[rows], self.precision, self.losses[rows])
+        some = {name: getattr(self, name)[rows] for name in ("given", "grad", "noise", "losses")}
+        return replace(self, **some)
 
     def anew(self, variant: Variant, rows: Any) -> "Reading":
         """The chosen rows, read as a batch of their own."""

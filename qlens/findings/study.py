@@ -24,6 +24,7 @@ from qlens.tokens import spread
 MATCHED = 400_000  # entries of the logits: on more, methods are compared on some of the tokens only
 FITTED = 28  # tokens on which parameters are fitted
 LIKELY = 8  # nearest methods that may be it on most tokens, beside all at their defaults
+FACTOR = 1e-3  # relative difference of two factors that are one
 IDS = 64  # label ids tried on tokens of one's own
 
 
@@ -90,7 +91,7 @@ class Study:
         at = self.shown if self.e.on_probes else self.base
         most = max(48, MATCHED // at.given.logits.shape[1])
         some = at.given if len(at.given) <= most else at.given[:most]
-        return scope(self.variant.loss, some, TOLERANCE, asked(self.variant), at.precision)
+        return scope(self.variant.loss, some, TOLERANCE, asked(self.variant), at.arithmetic)
 
     def label_ids(self) -> LabelWeights | None:
         """Whether label ids count, for every id of the trial tokens and for those among one's own labels."""
@@ -107,7 +108,7 @@ class Study:
             return None
         off = torch.where(loud, (at.tokens.label_probs - 0.35).abs(), torch.inf)
         try:
-            return label_weights(self.variant.loss, at.given, int(off.argmin()), list(ids), at.precision)
+            return label_weights(self.variant.loss, at.given, int(off.argmin()), list(ids), at.arithmetic)
         except Exception as error:  # a loss may be made for just these rows
             self.ids_untried = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
             return None
@@ -188,12 +189,13 @@ class Study:
         The factor is that of the tokens shown; where every token stands ``alone`` it must be the same on both.
         """
         some = self.thinned(seen, MATCHED, changed)
+        equal = FACTOR + 2 * torch.finfo(seen.precision).eps  # factors read in half precision have three digits
         kept = []
         for match in near:
             here = matching.at(get(match.spec), some.grad, some.tokens, some.noise) if match.same else match
             if here is None:
                 continue
-            if match.same and here.same and alone and abs(here.factor - match.factor) > 1e-3 * abs(match.factor):
+            if match.same and here.same and alone and abs(here.factor - match.factor) > equal * abs(match.factor):
                 here = replace(here, relation=matching.RELATIONS[2])
             kept.append(here)
         return matching.ranked(kept)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from qlens.findings.features import percent
 from qlens.findings.mixtures import RAW
 from qlens.findings.words import constant, digits, floor, net, short
 from qlens.params import parse
@@ -120,7 +121,7 @@ def _said_of_rest(e: Any) -> str:
     if not e.mixture.explains:
         return (
             "Where the rest goes is no mixture of the distributions at hand: the best of them leaves "
-            f"{e.mixture.closest:.0%} of the gradient unexplained."
+            f"{percent(e.mixture.closest)} of the gradient unexplained."
         )
     others = [name for name in e.mixture.parts if name not in ("the label", RAW)]
     if not others:

@@ -5,6 +5,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from qlens.findings.features import percent
 from qlens.findings.noise import TOLERANCE
 from qlens.lens import COARSE
 from qlens.matching import written
@@ -70,14 +71,14 @@ def _mixture(e: Any) -> list[str]:
         return []
     if not m.explains:
         return [
-            f"Mixture: none explains the gradient; the best non-negative one of all known distributions leaves {m.closest:.1%}, "
-            f"the best signed one of {len(m.parts)} leaves {max(m.misfit, m.held):.1%}."
+            "Mixture: none explains the gradient; the best non-negative one of all known distributions leaves "
+            f"{percent(m.closest)}, the best signed one of {len(m.parts)} leaves {percent(max(m.misfit, m.held))}."
         ]
     said = [
         f"Mixture: {'signed, ' if m.signed else ''}misfit {_rounded(m.misfit)} ({_rounded(m.held)} on the tokens held out)"
     ]
     for name, pull in m.parts.items():
-        known = pull[m.unique]
+        known = pull[m.sure]
         law = e.laws.get(name)
         span = f"{float(known.min()):.4g} to {float(known.max()):.4g}, by no known law" if len(known) else "not known"
         said.append(f"  pull toward {name}: {law.formula if law else span}")
