@@ -1,7 +1,7 @@
 """Verification of a user's method, once, before the engine trains by its card: structure, identity and scope."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
@@ -44,7 +44,10 @@ def why_whole(
         return ""
     fn = variant.method.fn
     seen = [(name, value.dtype == torch.bool and bool(value.any())) for name, value in sorted(fields.items())]
-    key = (*seen, variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
+    cut = rows > block and variant.scope in ALONE
+    run = min(rows, max(2 * block, 4 * SAMPLE)) if cut else 0  # rows next to each other that are tried
+    card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
+    key = (*seen, *card, run.bit_length())
     try:
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time
@@ -61,14 +64,8 @@ def why_whole(
             Replay(few.logits.device).again(),
         ):  # a loss that draws numbers trains by the same ones, verified or not
             _verify_gradient(variant, few)
-            cut = rows > block and variant.scope in ALONE
-            more = (
-                ordinary(sample(torch.arange(min(rows, 2 * block))))
-                if cut and min(rows, 2 * block) > len(few)
-                else None
-            )
-            reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
-            verdicts[key] = declared or next(filter(None, reasons), "")
+            tried = (few, *(ordinary(sample(index)) for index in _together(run, fields))) if cut else ()
+            verdicts[key] = declared or next(filter(None, (_dependence(variant, tokens) for tokens in tried)), "")
         _report(variant, verdicts[key])
     return verdicts[key]
 
@@ -93,6 +90,16 @@ def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
     ids = pair.unique()
     sides = [(pair == i) & (chosen == side) for i in ids[spread(len(ids), SAMPLE // 2)] for side in (True, False)]
     return torch.cat([side.nonzero()[:2, 0] for side in sides]).sort().values
+
+
+def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Indices of rows that may depend on each other: so many next to each other, and some of one sequence and one pair."""
+    yield torch.arange(run)
+    for name in ("sequence", "pair"):
+        if name in fields:
+            group = (fields[name] == fields[name][0]).nonzero()[:, 0].cpu()
+            if len(group) > 1:
+                yield group[spread(len(group), SAMPLE)]
 
 
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:

@@ -42,6 +42,24 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
     assert "declare scope='batch'" in line and loss.__name__ in line
 
 
+def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batches():
+    """However few rows are taken at a time, and although an earlier, shorter batch of the same method was cut."""
+
+    def over_its_sequence(tokens):
+        weight, index = tokens.label_probs.detach(), tokens.sequence
+        sums = torch.zeros(int(index.max()) + 1, dtype=weight.dtype).index_add(0, index, weight)
+        return -tokens.label_log_probs * weight / sums[index]
+
+    def after_its_sequence_began(tokens):
+        p, same = tokens.label_probs.detach(), tokens.sequence[1:] == tokens.sequence[:-1]
+        return -tokens.label_log_probs * (1 + torch.cat([torch.zeros(1, dtype=p.dtype), p[:-1] * same]))
+
+    for loss in (over_its_sequence, after_its_sequence_began):
+        variant = user_method(loss=loss, scope="token")
+        for n, chunk in ((200, 5), (200, 63), (1200, None)):
+            compare(variant, 2000, n=n, chunk=chunk)
+
+
 def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_path):
     """By the engine as by QTrainer, which say so in the same words, and train by the same gradient."""
     declared = user_method(loss=mean_weighted, name="declared", scope="batch")

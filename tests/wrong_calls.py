@@ -18,7 +18,7 @@ def forgets_the_log(outputs, labels, teacher, num_items_in_batch=None):
     return divided((kl * (y != -100)).sum(), y != -100, num_items_in_batch)
 
 
-@wrong(functions="nll_loss is given logits, where it takes log-probabilities")
+@wrong(functions="nll_loss is given entries above 0, where it takes log-probabilities")
 def forgets_the_softmax(logits, labels):
     return F.nll_loss(logits, labels)
 

@@ -103,14 +103,15 @@ def _rows_alone(loss: Specimen) -> None:
 
     Raises:
         Failed: its rows are normalised together, instead of the entries of each.
-        Remark: the gradient of a row depends on the logits of others.
+        Remark: the gradient of a row depends on the logits or labels of others.
     """
     if loss.laid_out or loss.scope != "token":
         return  # losses of batches: see coupling
     tokens = loss.tokens()
     other = torch.arange(len(tokens)) % 3 == 0
-    changed = torch.where(other[:, None], tokens.logits.roll(5, -1), tokens.logits)
-    base, made = loss.read(tokens).grad, loss.read(tokens.replace(logits=changed)).grad
+    logits = torch.where(other[:, None], tokens.logits.roll(5, -1), tokens.logits)
+    labels = torch.where(other, (tokens.labels + 7) % loss.vocabulary, tokens.labels)
+    base, made = loss.read(tokens).grad, loss.read(tokens.replace(logits=logits, labels=labels)).grad
     off = float((made - base)[~other].abs().max() / base.abs().max())
     if off <= loss.tolerance:
         return
@@ -121,7 +122,8 @@ def _rows_alone(loss: Specimen) -> None:
             "probabilities are compared between tokens of the batch, and no distribution over the vocabulary is learned",
         )
     raise Remark(
-        f"a row's gradient depends on the logits of other rows (by {off:.2g} of the largest): in smaller batches it is another"
+        f"a row's gradient depends on the logits or labels of other rows (by {off:.2g} of the largest): in smaller batches it "
+        "is another"
     )
 
 

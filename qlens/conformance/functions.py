@@ -66,7 +66,7 @@ class _Watched(TorchFunctionMode):
             else:
                 self.wrong.append(f"{name} is given probabilities, where it takes log-probabilities")
         elif name in LOG_PROBABILITIES and bool((given > SUM).any(dim).all()):
-            self.wrong.append(f"{name} is given logits, where it takes log-probabilities: there is no softmax in it")
+            self.wrong.append(f"{name} is given entries above 0, where it takes log-probabilities: are these logits?")
         if name == "kl_div" and _flag(args, kwargs):
             target = kwargs.get("target", args[1] if len(args) > 1 else None)
             if isinstance(target, Tensor) and _are_probabilities(target.detach(), dim):
