@@ -42,7 +42,7 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
     assert "declare scope='batch'" in line and loss.__name__ in line
 
 
-def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batches():
+def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batches(caplog):
     """However few rows are taken at a time, and although an earlier, shorter batch of the same method was cut."""
 
     def over_its_sequence(tokens):
@@ -58,6 +58,7 @@ def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batche
         variant = user_method(loss=loss, scope="token")
         for n, chunk in ((200, 5), (200, 63), (1200, None)):
             compare(variant, 2000, n=n, chunk=chunk)
+    assert len(caplog.messages) >= 2 and all("declare scope='batch' (or 'sequence'" in each for each in caplog.messages)
 
 
 def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_path):
