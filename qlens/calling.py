@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlens.autograd import ordinary
 from qlens.errors import InputError
 from qlens.guards import blamed, file_of, first_line
 from qlens.layouts import (
@@ -275,9 +276,12 @@ def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         from qlens.styles import style_of
 
         style = style_of(fn, params, tokens)
-    view = (batch_view if style.laid_out else rows_view)(tokens.with_logits(tokens.logits.detach()), Layout(), style)
-    given = {"logits": view.logits, "labels": view.labels}
-    fresh = {name: value._version for name, value in given.items()}
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is made under inference_mode has no version
+        tokens = ordinary(tokens)
+        view = (batch_view if style.laid_out else rows_view)(
+            tokens.with_logits(tokens.logits.detach()), Layout(), style
+        )
+        given = {"logits": view.logits, "labels": view.labels}
+        fresh = {name: value._version for name, value in given.items()}
         on_view(fn, params, view)
     return tuple(name for name, value in given.items() if value._version != fresh[name])

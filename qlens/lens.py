@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.autograd import ordinary, recorded
 from qlens.errors import InputError
 from qlens.guards import blamed
 from qlens.registry import Variant, resolve
@@ -46,7 +47,7 @@ def implied_target(
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
     variant = resolve(loss)
-    with blamed(variant.spec):
+    with blamed(variant.spec), torch.inference_mode(False):
         grad = read(variant, tokens, variant.total)
     return Target.from_grad(tokens, grad).at(scale)
 
@@ -68,7 +69,8 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
 
 def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
     """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
         return slope_of(rows(tokens.with_logits(leaf)), leaf)
 

@@ -85,7 +85,8 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not any(trial.full for trial in tried):
         _try_all(fn, params, tokens, candidates.plain(fn), tried, failures)
     others: list[Trial] = []
-    if not any(trial.full for trial in tried) and not any(candidates.contract(fn, trial.style) for trial in tried):
+    settled = any(trial.full or trial.plain_rows or candidates.contract(fn, trial.style) for trial in tried)
+    if not settled:
         _try_all(fn, params, tokens, candidates.reordered(fn), others, failures)
     if not any(trial.lit for trial in (*tried, *others)) and not listed:
         _try_all(fn, params, tokens, candidates.chunked(fn), others, failures)

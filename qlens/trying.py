@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens import graphs
+from qlens.autograd import ordinary, recorded
 from qlens.calling import call
 from qlens.guards import EndedError, blamed
 from qlens.layouts import Layout, Style, tiled
@@ -36,6 +37,11 @@ class Trial(NamedTuple):
     def full(self) -> bool:
         """Whether nothing speaks against this style."""
         return self.lit == 1 and self.reacts == 1 and not self.mislaid
+
+    @property
+    def plain_rows(self) -> bool:
+        """Whether the loss takes rows (N, V), and learns from some of them only: it selects."""
+        return self.style.shape == "rows" and self.lit > 0 and self.reacts == 1 and not self.mislaid
 
 
 class Gradient(NamedTuple):
@@ -150,7 +156,8 @@ def gradient(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None, layout: Layout = AS_GIVEN
 ) -> Gradient:
     """The gradient as of ``grad_of``, and whether the loss returned a value with a graph: zeros may come without one."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().clone().requires_grad_()
 
         def run() -> Any:
@@ -166,7 +173,8 @@ def gradient(
 
 def value_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Tensor:
     """The loss without its graph, in a call with one: of several things returned, the one that has a graph is the loss."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().clone().requires_grad_()
         return loss_of(call(fn, params, tokens.with_logits(leaf), AS_GIVEN, style=style), name_of(fn)).value.detach()
 
@@ -176,7 +184,8 @@ def first_copy(
 ) -> Tensor:
     """The gradient of the summed loss on the first copy of every row alone, the others being constants, (N, V)."""
     many = tiled(tokens, layout)
-    with torch.inference_mode(False), torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().clone().requires_grad_()
         logits = torch.cat([leaf, many.logits[len(tokens) :].detach()])
         made = call(fn, params, many.with_logits(logits), layout._replace(copies=1), style=style)

@@ -15,6 +15,7 @@ from qlens.batching import IGNORE
 from qlens.calling import Layout, call, on_batch
 from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
 from qlens.conformance.wrapping import Around, as_it_is
+from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
 from qlens.names import FIELD, ROLE
@@ -116,6 +117,12 @@ class Specimen:
         made.prompts, made._made = False, {}
         return made
 
+    def with_vocabulary(self, vocabulary: int) -> "Specimen":
+        """The same loss, shown logits of another width."""
+        made = Specimen(self.variant, self.dtype, vocabulary)
+        made.tolerance, made.digits, made.prompts = self.tolerance, self.digits, self.prompts
+        return made
+
     @property
     def nothing(self) -> float:
         """Up to which share of the largest gradient an entry counts as zero."""
@@ -199,8 +206,7 @@ class Specimen:
             def run() -> Any:
                 return call(around(self.fn), self.params, shown, Layout(), style=self.style)
 
-            made, graph = self._graded(run, leaf)
-            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
+            return self.reading(run(), leaf, run)
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""
@@ -208,10 +214,19 @@ class Specimen:
             return self.read(tokens).value
         return value_of(self.fn, self.params, tokens, self.style).sum()
 
-    def _graded(self, run: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
-        """The loss of one call on these logits, with a graph, and whether it had one itself."""
-        result = loss_of(run(), self.variant.spec)
-        return graphs.checked(result, self.variant.spec, run, logits).value, result.value.requires_grad
+    def _graded(self, returned: Any, again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
+        """The loss in what a call on these logits returned, with a graph, and whether it had one itself."""
+        result = loss_of(returned, self.variant.spec)
+        return graphs.checked(result, self.variant.spec, again, logits).value, result.value.requires_grad
+
+    def reading(self, returned: Any, leaf: Tensor, again: Callable[[], Any] | None = None) -> Reading:
+        """What a call returned, and its gradient by the logits it was given; ``again`` calls once more, to see what is lost.
+
+        Raises:
+            InputError: it is no floating-point tensor, or one other than zero without a graph.
+        """
+        made, graph = self._graded(returned, again or (lambda: returned), leaf)
+        return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
 
     def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and its gradient by the logits.
@@ -221,7 +236,9 @@ class Specimen:
         """
         with blamed(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
-        return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
+        if grad is None:
+            raise InputError("it returns a value whose graph does not lead back to the logits")
+        return made.detach().sum(), grad
 
     def read_batch(
         self,
@@ -265,7 +282,7 @@ class Specimen:
             def run() -> Any:
                 return on_batch(around(self.fn), shown, labels, rows, self.params, self.style, mask, ids, **given)
 
-            made, graph = self._graded(run, shown)
+            made, graph = self._graded(run(), run, shown)
             value, grad = self._derived(made, leaf)
         padding = ~real
         if self.labels_from_ids:  # whatever stands before a text's first token learns it
