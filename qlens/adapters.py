@@ -20,7 +20,6 @@ from qlens.target import Target
 from qlens.tokens import Tokens, spread
 from qlens.trying import value_of
 
-
 _SCALED = ContextVar("scaled", default=True)
 
 

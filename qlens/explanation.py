@@ -113,7 +113,7 @@ class Explanation:
         name = self.pieces or str
         frame.insert(0, "label", [name(int(i)) for i in y[:, 0]])
         frame.insert(1, "rival", [name(int(i)) for i in rival[:, 0]])
-        frame.insert(2, "shape", shapes() if self.on_probes else "text")
+        frame.insert(2, "shape", shapes() if self.on_probes and len(frame) == len(shapes()) else "text")
         return frame
 
     @cached_property

@@ -1,5 +1,6 @@
 """Batch statistics: a registered method whose gradient a loss has up to a factor that differs from batch to batch."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -161,9 +162,16 @@ def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise]]) -> Normalised | No
         rest = tokens.rest_log_probs.exp()
         weight = torch.where(rest > NEAR_ONE, -tokens.gather(grad.double()) / rest, 0.0)[rest > NEAR_ONE]
         of["the batch's mean weight"].append(float(weight.mean()))
-        of["the batch's largest weight"].append(float(weight.max()))
+        gate = (
+            float(weight[weight != 0].std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
+        )  # its largest is 1 anyway
+        of["the batch's largest weight"].append(float("nan") if gate else float(weight.max()))
     for by, values in of.items():
-        if max(values) - min(values) <= NEARLY * max(map(abs, values)) and max(map(abs, values)) > 0:
+        if (
+            not any(map(math.isnan, values))
+            and max(values) - min(values) <= NEARLY * max(map(abs, values))
+            and max(map(abs, values)) > 0
+        ):
             return Normalised("", by, 1.0, (), 1.0)
     return None
 

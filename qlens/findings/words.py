@@ -12,10 +12,7 @@ from qlens.matching import written
 from qlens.tokens import expectation
 
 ALIKE = 1e-6
-NOTHING, SURE = (
-    1e-16,
-    -30.0,
-)  # a gradient's share of the largest that is none; log(1 - p_y) above which it would be there
+NOTHING, CLOSE = 1e-15, 1e-12  # a pull's share of the largest that is none, where 1 - p_y is larger than so much
 
 
 def lines(e: Any) -> list[str]:
@@ -143,10 +140,12 @@ def trusted(e: Any) -> pd.Series:
 
 def untaught(e: Any) -> pd.Index:
     """The tokens without any gradient, other than those of p_y = 1 and of label ids that have no weight."""
-    grad, tokens = e.target.grad.double(), e.tokens.with_precision(torch.float64)
-    none = (grad.norm(dim=-1) <= NOTHING * grad.norm(dim=-1).max()) & (tokens.rest_log_probs > SURE)
+    size, rest = e.target.grad.double().norm(dim=-1), e.tokens.with_precision(torch.float64).rest_log_probs.exp()
+    there = rest > CLOSE
+    pull = torch.where(there, size / rest, 0.0)
+    none = there & (pull <= NOTHING * pull.max())
     if e.label_weights is not None and e.label_weights.equal:
-        none &= e.label_weights.of(tokens.labels) != 0
+        none &= e.label_weights.of(e.tokens.labels) != 0
     return e.table.index[none.cpu().numpy()]
 
 
