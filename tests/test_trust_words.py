@@ -81,3 +81,14 @@ def test_numbers_read_well_and_no_method_stands_twice(loss):
     specs = [match.spec for match in e.nearest]
     assert len(specs) == len(set(specs))
     assert not re.search(r"(?<![\w.])-0(?![.\d])", " ".join([e.summary, *e.findings]))
+
+
+def test_pulls_that_rounding_blurs_are_not_called_alike():
+    def coarse(logits, labels):
+        log_p = logits.to(torch.bfloat16).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        return -(log_p.exp().detach() * log_p).mean()
+
+    e = explained(coarse)
+    assert " to " in trust_line(e) and "alike" not in e.summary
+    low, high = e.table["trust"].min(), e.table["trust"].max()
+    assert low < 0.01 and high > 0.9

@@ -12,6 +12,7 @@ from qlens.matching import written
 from qlens.tokens import expectation
 
 ALIKE = 1e-6
+ROUGH = 0.05  # two pulls that differ by more are never called alike
 NOTHING, CLOSE = 1e-15, 1e-12  # a pull's share of the largest that is none, where 1 - p_y is larger than so much
 
 
@@ -131,8 +132,9 @@ def trusted(e: Any) -> pd.Series:
     rows = e.table.index[m.index.numpy()]
     trust = pd.Series(m.trust.numpy(), index=rows)[m.sure.numpy()]
     trust = trust[~trust.index.isin(zero)]
-    if len(trust) * 2 < int((~rows.isin(zero)).sum()) and not bool((~m.unique).any()):
-        return whole  # rounding leaves too few
+    few = len(trust) * 2 < int((m.unique.numpy() & ~rows.isin(zero)).sum())
+    if (few or digits(e) >= ROUGH) and not constant(e):
+        return whole  # rounding leaves too few, or too little of them
     if constant(e):
         trust = pd.Series(e.law.values["c"], index=trust.index)
     return trust
@@ -216,13 +218,13 @@ def net(e: Any) -> pd.Series:
     if e.precision == torch.float64:
         return trust
     rest = 1 - e.table["p_y"][trust.index]
-    known = trust[rest > 100 * torch.finfo(e.precision).eps]
+    known = trust[rest > min(100 * torch.finfo(e.precision).eps, ROUGH)]
     return known if len(known) else trust
 
 
 def digits(e: Any) -> float:
     """What counts as a difference between two pulls."""
-    return ALIKE if e.mixture is None else max(ALIKE, 2 * (e.mixture.digits - TOLERANCE))
+    return ALIKE if e.mixture is None else min(max(ALIKE, 2 * (e.mixture.digits - TOLERANCE)), ROUGH)
 
 
 def short(value: float, e: Any) -> str:
