@@ -92,3 +92,14 @@ def test_pulls_that_rounding_blurs_are_not_called_alike():
     assert " to " in trust_line(e) and "alike" not in e.summary
     low, high = e.table["trust"].min(), e.table["trust"].max()
     assert low < 0.01 and high > 0.9
+
+
+def test_a_gate_beyond_the_tokens_shown_is_said():
+    def few_nats(logits, labels):
+        log_p = logits.detach().log_softmax(-1)
+        return nll(logits, labels) * (-(log_p.exp() * log_p).sum(-1) < 4)
+
+    e = explained(few_nats)
+    assert not bool((e.table["trust"].abs() < 1e-9).any())
+    for said in (e.summary, trust_line(e)):
+        assert "on every token shown; on wider tokens it is 0 except where H <= 4 " in said

@@ -101,9 +101,9 @@ def scope(
     through = tuple(f for f in draw.fields if bool(_reached(rows, draw, (f,), before, tolerance, noise, most=4).any()))
     by = f" through {' and '.join(through)}" if through and through != ("logits",) else ""
     for name in ("sequence", "pair"):
-        ids = getattr(tokens, name)
-        if ids is not None:
-            outside = ids[draw.rows][:, None] != ids
+        groups = getattr(tokens, name)
+        if groups is not None:
+            outside = groups[draw.rows][:, None] != groups
             if not bool((reached & outside).any()):
                 said = f"a token's gradient depends on its {name}{by}, and on nothing beyond"
                 return Scope(name, said, detached, gap, through, backward)

@@ -34,9 +34,8 @@ def paragraph(e: Any) -> str:
         why = e.leak.cause or "in a way that is not one of the known ones"
         said.append(f"It sees raw logits beyond their softmax ({why}), so that its target does not add up to one.")
     if e.label_weights is not None:
-        said.append(
-            f"It depends on which token the label is: {e.label_weights}; what else is said holds at a weight of 1."
-        )
+        rest = "; what else is said holds at a weight of 1" if e.label_weights.equal else ""
+        said.append(f"It depends on which token the label is: {e.label_weights}{rest}.")
     negative = e.table["negative_mass"]
     if (negative > floor(e)).any() and e.leak is None:
         said.append(

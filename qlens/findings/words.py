@@ -154,11 +154,12 @@ def untaught(e: Any) -> pd.Index:
 def told_on(e: Any, trust: pd.Series) -> str:
     """On which tokens the label is trusted so, and what the others get, in words."""
     n, zero = len(e.table), untaught(e)
-    rule = f" ({e.law.where})" if e.law is not None and e.law.where else ""
+    where = "" if e.law is None else e.law.where
     if len(zero):
+        rule = f" ({where})" if where else ""
         return f"{n - len(zero)} of {n} tokens{rule}{beside(e)}; {others_zero(len(zero))}"
-    if rule:
-        return f"every token shown{beside(e)}; on wider tokens it is 0 except {e.law.where}"
+    if where:
+        return f"every token shown{beside(e)}; on wider tokens it is 0 except {where}"
     known = len(trust) if e.mixture is None or len(trust) < len(e.mixture.index) else n
     if known == n or constant(e) or not (e.mixture is not None and e.mixture.explains):
         return f"every token{beside(e)}"
