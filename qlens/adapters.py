@@ -1,39 +1,41 @@
 """Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from qlens.calling import Layout, call, inputs, kind, name_of, written
-from qlens.draws import Replay, why_calls_differ
-from qlens.errors import InputError, UnknownReduction
-from qlens.layouts import Counts, Style, counts
+from qlens import graphs
+from qlens.calling import Layout, call, kind, name_of, written
+from qlens.draws import Replay
+from qlens.errors import InputError
+from qlens.layouts import Style, counts
+from qlens.reductions import FOUND_ON, Division, find_division, pairwise
 from qlens.results import loss_of
-from qlens.styles import few, grad_of, inputs_masked, style_of
+from qlens.styles import style_of
 from qlens.target import Target
 from qlens.tokens import Tokens, spread
+from qlens.trying import few, grad_of, value_of
 
 if TYPE_CHECKING:
     from qlens.variant import Variant
 
-FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
-ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
 SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
-ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
+_SCALED = ContextVar("scaled", default=True)
 
-# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
-REDUCTIONS: dict[str, Callable[[Counts], Any]] = {
-    "sum": lambda c: 1,
-    "mean over unmasked": lambda c: c.rows,
-    "mean over all": lambda c: c.positions,
-    "mean over all, the unused last position included": lambda c: c.columns,
-    "sum of each text, mean over texts": lambda c: c.texts,
-    "mean of each text, mean over texts": lambda c: c.texts * c.own,
-    "mean of each text, sum over texts": lambda c: c.own,
-}
+
+@contextmanager
+def value_alone() -> Iterator[None]:
+    """Within it a loss that divides each row by a count of its own keeps its gradient as it is, the slope of its value."""
+    before = _SCALED.set(False)
+    try:
+        yield
+    finally:
+        _SCALED.reset(before)
 
 
 def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
@@ -53,7 +55,7 @@ def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], 
 
 def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
     """The loss with its reduction undone, as a function of tokens: rows (N,), or a scalar that is their sum."""
-    reduction: list[str] = []  # found at the first call that needs it
+    division: list[Division] = []  # found at the first call that learns from a row
     safe: list[bool] = []  # whether it leaves its inputs alone: seen on a few rows, so that the others need no copy
 
     def run(tokens: Tokens) -> Any:
@@ -65,9 +67,15 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
                 style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
+        if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+            made = value_of(fn, params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(fn) == "tokens" and isinstance(made, Target):
             return made
-        made = loss_of(made, name).value
+        if kind(fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
+            raise InputError(f"{name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
+        made = graphs.checked(
+            loss_of(made, name), name, lambda: call(fn, params, tokens, Layout(), style=style), tokens.logits
+        ).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
         if made.ndim and not style.laid_out and not (pairwise(fn) or made.ndim == 1):
@@ -76,24 +84,22 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
             )
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
-        if not reduction:
+        if not division:
             with Replay(tokens.logits.device).again():
-                reduction.append(find_reduction(fn, params, tokens, name))
-        divisor = REDUCTIONS[reduction[0]](counts(tokens, Layout(), style, pairwise(fn)))
+                found = find_division(fn, params, tokens, name)
+            if found is None:  # no row taught it anything
+                return made
+            division.append(found)
+        divisor = division[0].divisor(counts(tokens, Layout(), style, pairwise(fn)))
         return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
 
     return run
 
 
-def pairwise(fn: Callable) -> bool:
-    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
-    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
-
-
 def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, style: Style, divisor: Tensor) -> Tensor:
     """The loss with the gradient of every row multiplied by its own divisor, as one scalar."""
     through = tokens.logits * 1
-    if through.requires_grad:
+    if through.requires_grad and _SCALED.get():
         through.register_hook(lambda grad: grad * (divisor / len(tokens)).to(grad)[:, None])
     made = call(fn, params, tokens.with_logits(through), Layout(), safe, style)
     return loss_of(made, name_of(fn)).value * len(tokens)
@@ -102,7 +108,7 @@ def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, sty
 def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
     """Whether a loss does not write on its inputs, seen on a few rows."""
     try:
-        return not written(fn, params, _spread(tokens))
+        return not written(fn, params, tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)])
     except InputError:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
         return False
 
@@ -112,7 +118,9 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
-    (grad,) = torch.autograd.grad(total, logits)
+    (grad,) = torch.autograd.grad(total, logits, allow_unused=True)
+    if grad is None:
+        return value
     zero = torch.where(logits.isfinite(), logits - logits.detach(), 0.0)
     return value + (grad * zero).sum(-1)
 
@@ -134,7 +142,7 @@ def whole(variant: "Variant") -> "Variant":
         if not len(tokens):
             return tokens.logits[:, :0].sum()
         if not ratios:
-            some = few(tokens) if pairwise(fn) else _spread(tokens)
+            some = few(tokens) if pairwise(fn) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
             style = style_of(fn, given, tokens)
             sizes = [float(grad_of(fn, given, some, style, Layout(copies)).norm()) for copies in (1, 2)]
             ratios.append(sizes[1] / sizes[0] if sizes[0] else 0.0)
@@ -143,81 +151,3 @@ def whole(variant: "Variant") -> "Variant":
     made = replace(variant)
     made.__dict__.update(_undone=total, _rows=lambda tokens: _shared(total(tokens), tokens.logits))
     return made
-
-
-def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
-    """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
-
-    Raises:
-        InputError: no count explains it, or two calls on the same rows differ.
-    """
-    from qlens.probes import probes
-
-    style = style_of(fn, params, tokens)
-    for rows_shown in (
-        few(tokens) if pairwise(fn) else _spread(tokens),
-        probes(tokens.logits.dtype, tokens.logits.device),
-    ):
-        base = grad_of(fn, params, rows_shown, style)
-        if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
-            break
-    else:
-        return "sum"
-    if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
-        why = why_calls_differ(lambda: grad_of(fn, params, rows_shown, style), tokens.logits.device)
-        raise InputError(f"{name} is not deterministic: it {why.format('')}.")
-    misfits: dict[str, float] = {}
-    grads: list[Tensor] = []
-    for interleave in (False, True) if style.laid_out else (False,):
-        layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
-        if style.laid_out or inputs_masked(fn):
-            layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
-        for reduction in REDUCTIONS:
-            off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
-            misfits[reduction] = min(off, misfits.get(reduction, off))
-    best = min(misfits, key=misfits.__getitem__)
-    alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
-    if misfits[best] <= ALIKE:
-        of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
-        return of_any_length or (alike[0] if len(alike) > 1 else best)
-    if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
-        return "sum"  # nothing but rounding: there is no gradient to be divided
-    ratio = float(grads[1].norm() / grads[0].norm())
-    raise UnknownReduction(
-        f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
-        f"{ratio:.4g}, where a sum gives 1 and a mean 0.5. Return the unreduced loss (N,) instead."
-    )
-
-
-def by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
-    """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
-    layouts = [Layout(), Layout(split=True)]
-    try:
-        grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
-    except InputError:  # a loss of pairs, say, takes no texts in other numbers
-        return ""
-    off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
-    best = min(off, key=off.__getitem__)
-    return best if off[best] <= ALIKE else ""
-
-
-def _multiplied(
-    reduction: str, fn: Callable, grads: list[Tensor], tokens: Tokens, layouts: list[Layout], style: Style
-) -> list[Tensor]:
-    """Gradients in several layouts, each multiplied by what this reduction divides by there."""
-    made = []
-    for grad, layout in zip(grads, layouts, strict=True):
-        divisor = REDUCTIONS[reduction](counts(tokens, layout, style, pairwise(fn)))
-        made.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
-    return made
-
-
-def _spread(tokens: Tokens) -> Tokens:
-    """A few rows from all over."""
-    return tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-
-
-def _misfit(grads: list[Tensor]) -> float:
-    """How far gradients that should be one are apart, as a share of the first."""
-    return max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])

@@ -139,11 +139,11 @@ def test_a_pull_of_two_values_has_no_end_but_a_rule_or_two_values():
     for pull, formula in (
         (
             lambda t: torch.where(p_of(t) < 0.91, 1.0, -1.0),
-            "1 where p_y <= 0.92 (seen between 0.9 and 0.92), -1 elsewhere",
+            "1 where p_y <= 0.91 (seen between 0.9 and 0.92), -1 elsewhere",
         ),
         (
             lambda t: torch.where(p_of(t) < 0.42, p_of(t), 2.0),
-            "p_y where p_y <= 0.45 (seen between 0.4 and 0.45), 2 elsewhere",
+            "p_y where p_y <= 0.4 (seen between 0.4 and 0.45), 2 elsewhere",
         ),
         (
             lambda t: torch.where(teacher_agrees(t), 1.0, 1e-16),
@@ -163,7 +163,7 @@ def test_one_value_for_each_vocabulary_is_no_law():
 
 def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
     found = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
-    assert found.formula == "1 where p_y <= 1 - 0.001 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
+    assert found.formula == "1 where p_y <= 1 - 0.0005 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
     on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
     assert list(thresholds([Seen(torch.ones(57), T, 0.0)], on)) == []
 

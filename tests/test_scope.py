@@ -15,8 +15,21 @@ REACH = {
     "asft_absolute": "sequence",
     "rpsft": "token",
 }  # pairs that never meet; a penalty elsewhere
-DETACHED = {"dft", "eaft", "iw_sft", "target_sft", "gem", "deft", "idft", "mile", "cayley", "bootstrap_hard"}
-WHOLE = {"sft", "beyond_log", "gce", "focal", "kd", "reverse_kl", "brier", "label_smoothing", "ppo_clip", "dpo", "poly"}
+DETACHED = {"dft", "eaft", "iw_sft", "target_sft", "gem", "deft", "idft", "mile", "cayley"}
+WHOLE = {
+    "sft",
+    "beyond_log",
+    "gce",
+    "focal",
+    "kd",
+    "reverse_kl",
+    "brier",
+    "label_smoothing",
+    "ppo_clip",
+    "dpo",
+    "poly",
+    "bootstrap_hard",
+}
 
 
 @pytest.mark.parametrize("name", qlens.names())
@@ -107,9 +120,6 @@ def test_thresholds_on_a_statistic_of_the_batch_are_seen():
         loss = nll(logits, labels).mean()
         return loss * 0.1 if loss.item() > 5 else loss
 
-    def largest(logits, labels):
-        return nll(logits, labels).max()
-
     def where_accurate(logits, labels):
         right = (logits.argmax(-1) == labels).double().mean()  # 0.95 needs all but two
         return nll(logits, labels).mean() * (2.0 if right > 0.95 else 1.0)
@@ -117,12 +127,12 @@ def test_thresholds_on_a_statistic_of_the_batch_are_seen():
     for loss, effect in (
         (flooded, "at p_y = 0.999999 it is -1 times"),
         (cooled, "at p_y = 0.001 it is 0.1 times"),
-        (largest, "no longer zero"),
         (where_accurate, "at p_y = 0.999999 it is 2 times"),
     ):
         found = scope(resolve(loss).loss, probes())
         assert (found.of, found.through[0]) == ("batch", "losses") and effect in found.effect, found.evidence
         assert "labels" not in found.through
+    assert scope(resolve(lambda logits, labels: nll(logits, labels).max()).loss, probes()).of == "batch"
 
 
 def test_positions_are_no_other_tokens():
@@ -148,3 +158,50 @@ def test_a_label_that_repeats_the_one_before_is_seen():
 def test_no_more_is_claimed_than_was_tried():
     evidence = scope(resolve(forgot_detach).loss, probes()).evidence
     assert "as far as tried (12 changed, one at a time; batches of mean loss 0.0024 to 20; repeated labels" in evidence
+
+
+def test_ties_and_thresholds_are_no_constants():
+    def half(logits, labels):
+        return nll(logits, labels).topk(len(labels) // 2).values.mean()
+
+    def gated(logits, labels):
+        losses = nll(logits, labels)
+        return (losses * ((-losses).exp() < 0.3)).mean()
+
+    def clamped(logits, labels):
+        return -(-nll(logits, labels)).exp().clamp(1e-4, 1 - 1e-4).log().mean()
+
+    def margin(logits, labels):
+        label = labels[:, None]
+        others = logits.scatter(1, label, -torch.inf).amax(-1)
+        return (1 + others - logits.gather(1, label)[:, 0]).relu().mean()
+
+    def means_of_texts(logits, labels):
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+    for loss in (half, gated, clamped, margin, means_of_texts):
+        found = scope(resolve(loss).loss, probes())
+        assert found.detached is False and found.gap < 1e-7, (loss.__name__, found.gap)
+
+
+class _Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        return nll(logits, labels).mean()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, labels = ctx.saved_tensors
+        one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
+        return grads[0] * (logits.softmax(-1) ** 2 - one_hot) / len(labels), None
+
+
+def test_a_backward_of_its_own_is_named():
+    variant = resolve(lambda logits, labels: _Squared.apply(logits, labels))
+    found = scope(variant.loss, probes(), total=variant.total)
+    assert found.backward == "_Squared" and "its backward (_Squared" in str(found) and "detached" not in str(found)
+    variant = resolve("dft")
+    found = scope(variant.loss, probes(), total=variant.total)
+    assert found.backward == "" and "a detached weight" in str(found)

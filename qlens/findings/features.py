@@ -127,7 +127,7 @@ def _rank(tokens: Tokens, values: Tensor) -> Tensor:
 
 def plain(value: float) -> str:
     """A number as it is printed: five digits."""
-    return f"{value:.5g}"
+    return f"{value + 0.0:.5g}"
 
 
 def percent(share: float) -> str:

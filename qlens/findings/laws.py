@@ -25,6 +25,7 @@ class Law:
         misfit: relative, root mean square over the tokens.
         values: the numbers, by name.
         domain: where it was seen.
+        where: the tokens on which it holds, in words, where it is 0 on the others; else "".
     """
 
     formula: str
@@ -32,6 +33,7 @@ class Law:
     misfit: float
     values: dict[str, float]
     domain: str = ""
+    where: str = ""
 
     def __str__(self) -> str:
         return f"{self.formula} ({self.domain})" if self.domain else self.formula
@@ -64,7 +66,7 @@ def law(
         return None
     features = _Laws(seen, tolerance)
     found = next(iter(features.laws()), None)
-    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain)
+    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain, found.where)
 
 
 def thresholds(seen: Sequence[Seen], on: np.ndarray) -> Iterator[str]:
@@ -95,7 +97,7 @@ class _Laws(Smooth):
         for rule, values, count in (*self.rules(on), *self.sided(on)):
             for inner in self.smooth(on):
                 formula = f"{inner.formula} {rule}, 0 elsewhere"
-                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values)
+                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
 
     def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
         """What tells the tokens that are on from the others."""
@@ -257,5 +259,6 @@ class _Laws(Smooth):
 
 
 def between(low: float, high: float) -> float:
-    """The shortest number in (low, high], high above 0; what somebody may have written."""
-    return next((n for d in range(1, 17) if low < (n := float(f"{high:.{d}g}")) <= high), high)
+    """The shortest number in (low, high], high above 0, the nearer to the middle: what somebody may have written."""
+    tried = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
+    return next((n for n in tried if low < n <= high), high)
