@@ -17,6 +17,7 @@ from qlens.noticing import watched
 from qlens.results import loss_of
 from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
 from qlens.tokens import Tokens, spread
+from qlens.trial_tokens import trial_rows
 
 ROWS = 8  # rows that a layout is tried on
 MASKED = 5  # further positions: no two sizes are alike, so that nothing broadcasts by accident
@@ -51,13 +52,22 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
+    return _STYLES.get(fn, key, lambda: _found(fn, params, tokens), lambda found: found.lit > 0).style
 
 
-def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
+def _found(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
+    """The best style on trial rows, which show every kind of token; on the tokens' own where those show no gradient."""
+    if inputs(fn).kind in ("tokens", "hidden"):
+        return Trial(Style(), 1.0, 1.0)
+    with contextlib.suppress(InputError):  # it may be written for its own data
+        found = _search(fn, params, few(trial_rows(tokens, 2 * ROWS)))
+        if found.lit:
+            return found
+    return _search(fn, params, few(tokens))
+
+
+def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     wanted = inputs(fn)
-    if wanted.kind in ("tokens", "hidden"):
-        return Style()
     tried: list[Trial] = []
     failures: list[InputError] = []
     for styles in _styles(fn):
@@ -84,7 +94,8 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     best = max(
         tried, key=lambda trial: (trial.lit > 0, not trial.mislaid, trial.reacts, trial.lit)
     )  # the first of equals
-    return _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
+    style = _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
+    return best._replace(style=style)
 
 
 def _of_another_size(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
@@ -249,6 +260,8 @@ def grad_of(
         leaf = tokens.logits.detach().clone().requires_grad_()
         made = call(fn, params, tokens.with_logits(leaf), layout, style=style)
         value = loss_of(made, name_of(fn)).value
+        if not value.requires_grad and not bool(value.any()):  # it skips all of these rows
+            return torch.zeros_like(leaf)
         if not value.requires_grad:
             raise LossError(
                 f"{name_of(fn)} returned a value without a graph, so without a gradient: the logits are detached somewhere inside"
