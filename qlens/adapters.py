@@ -6,32 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.calling import Layout, call, inputs, kind, takes
+from qlens import graphs
+from qlens.calling import Layout, call, kind
 from qlens.draws import Replay
 from qlens.errors import InputError
-from qlens.layouts import Counts, Style, counts, sequences
+from qlens.layouts import Style, counts, sequences
+from qlens.reductions import ALIKE, Division, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import settings_of
-from qlens.styles import few, grad_of, inputs_masked, style_of
+from qlens.styles import style_of
 from qlens.target import Target
-from qlens.tokens import Tokens, spread
-from qlens.trial_tokens import trial_rows
+from qlens.tokens import Tokens
+from qlens.trying import value_of
 
-FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
-ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
-ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
-
-# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
-REDUCTIONS: dict[str, Callable[[Counts], Any]] = {
-    "sum": lambda c: 1,
-    "mean over unmasked": lambda c: c.rows,
-    "mean over all": lambda c: c.positions,
-    "mean over all, the unused last position included": lambda c: c.columns,
-    "mean over all but padding": lambda c: c.attended,
-    "sum of each text, mean over texts": lambda c: c.texts,
-    "mean of each text, mean over texts": lambda c: c.texts * c.own,
-    "mean of each text, sum over texts": lambda c: c.own,
-}
+SUM = Division("sum", lambda c: 1)
 
 
 class Unreduced:
@@ -48,7 +36,7 @@ class Unreduced:
 
     def __init__(self, fn: Callable, params: dict[str, Any], name: str):
         self.fn, self.params, self.name = fn, params, name
-        self.known = ""  # the reduction, a key of REDUCTIONS
+        self.division: Division | None = None  # None as long as no row has taught it anything
         self.settings: tuple = ()  # under which it was found
 
     def rows(self, tokens: Tokens, weight: Tensor | None = None) -> Any:
@@ -75,10 +63,18 @@ class Unreduced:
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
         style = self.style(tokens)
-        made = call(self.fn, self.params, tokens, Layout(), style=style)
+
+        def run() -> Any:
+            return call(self.fn, self.params, tokens, Layout(), style=style)
+
+        made = run()
+        if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+            made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(self.fn) == "tokens" and isinstance(made, Target):
             return made
-        made = loss_of(made, self.name).value
+        if kind(self.fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
+            raise InputError(f"{self.name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
+        made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
         if made.ndim and not style.laid_out and not (pairwise(self.fn) or made.ndim == 1):
@@ -87,34 +83,34 @@ class Unreduced:
             )
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
-        divisor = REDUCTIONS[self.reduction(tokens)](counts(tokens, Layout(), style, pairwise(self.fn)))
-        return self._by_text(tokens, style, made) if isinstance(divisor, Tensor) else made * divisor
+        divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))
+        return self._by_text(tokens, style, made, divisor) if isinstance(divisor, Tensor) else made * divisor
 
     def style(self, tokens: Tokens) -> Style:
         """How the loss is called, remembered; what is tried first does not change what a loss draws."""
         with Replay(tokens.logits.device).again():
             return style_of(self.fn, self.params, tokens)
 
-    def reduction(self, tokens: Tokens) -> str:
-        """How a scalar loss divides, a key of ``REDUCTIONS``; "sum" as long as no row has had a gradient."""
+    def reduction(self, tokens: Tokens) -> Division:
+        """How a scalar loss divides; a sum as long as no row has had a gradient."""
         settings = settings_of(self.fn)
-        if not self.known or settings != self.settings:
+        if self.division is None or settings != self.settings:
             self.settings = settings
             with Replay(tokens.logits.device).again():
-                self.known = _reduction(self.fn, self.params, tokens, self.name)
-        return self.known or "sum"
+                self.division = find_division(self.fn, self.params, tokens, self.name)
+        return self.division or SUM
 
-    def _by_text(self, tokens: Tokens, style: Style, made: Tensor) -> Tensor:
-        """The sum over tokens of a loss that is a mean of each text: of every text alone, times its tokens."""
-        sequence = sequences(tokens, style, Layout())
-        whole = self._alone(tokens, sequence, style)
-        sizes = [int((sequence == each).sum()) for each in sequence.unique()]
-        return add_up(whole, sizes, made, self.known, self.name)
-
-    def _alone(self, tokens: Tokens, groups: Tensor, style: Style) -> list[Tensor]:
-        """The value of the loss on every group of rows alone, as it was written."""
-        given = [tokens[groups == each] for each in groups.unique()]
-        return [loss_of(call(self.fn, self.params, some, Layout(), style=style), self.name).value for some in given]
+    def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
+        """The sum over tokens of a loss that divides by each text's length: of every text alone, times what it divides by."""
+        sequence, division = sequences(tokens, style, Layout()), self.reduction(tokens)
+        parts, alone, together = [], [], []
+        for each in sequence.unique():
+            mine = sequence == each
+            text = tokens[mine]
+            parts.append(loss_of(call(self.fn, self.params, text, Layout(), style=style), self.name).value)
+            alone.append(float(division.divisor(counts(text, Layout(), style))[0]))
+            together.append(float(divisors[mine.to(divisors.device)][0]))
+        return add_up(parts, alone, together, made, self.name)
 
     def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
         """Rows' values times their weights, (N,): those that weigh alike are called together, and share their sum."""
@@ -136,25 +132,28 @@ class Unreduced:
         return values
 
 
-def add_up(parts: list[Tensor], sizes: list[int], made: Tensor, reduction: str, name: str) -> Tensor:
-    """The sum over tokens of a loss that is a mean of each text, from its value on every text alone.
+def add_up(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor, name: str) -> Tensor:
+    """The sum over tokens of a loss that divides by each text's length.
+
+    Args:
+        parts: the loss of every text alone.
+        alone: what it divides by there.
+        together: what the same text is divided by in the batch.
+        made: the loss of the batch.
+        name: what messages call it.
 
     Raises:
         InputError: the texts alone do not add up to the loss of the batch.
     """
-    total = torch.stack(parts).sum()
-    mean = total / len(parts) if reduction.endswith("mean over texts") else total
-    if not (mean - made).detach().abs() <= ALIKE / 10 * made.detach().abs().clamp(min=1e-6):
+    sums = [part * divisor for part, divisor in zip(parts, alone, strict=True)]
+    back = float(sum(each.detach() / divisor for each, divisor in zip(sums, together, strict=True)))
+    whole = float(made.detach())
+    if not abs(back - whole) <= ALIKE / 10 * max(abs(whole), 1e-6):
         raise InputError(
-            f"{name} is a {reduction}, but its texts depend on each other ({float(made):.6g} together, {float(mean):.6g} apart), "
-            "so that its reduction cannot be undone: return the unreduced loss"
+            f"{name} divides by the length of each text, but its texts depend on each other ({whole:.6g} together, "
+            f"{back:.6g} apart), so that its reduction cannot be undone: return the unreduced loss"
         )
-    return torch.stack([part * size for part, size in zip(parts, sizes, strict=True)]).sum()
-
-
-def pairwise(fn: Callable) -> bool:
-    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
-    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
+    return torch.stack(sums).sum()
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:
@@ -162,103 +161,8 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
-    (grad,) = torch.autograd.grad(total, logits)
+    (grad,) = torch.autograd.grad(total, logits, allow_unused=True)
+    if grad is None:
+        return value
     zero = torch.where(logits.isfinite(), logits - logits.detach(), 0.0)
     return value + (grad * zero).sum(-1)
-
-
-def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
-    """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
-
-    Raises:
-        InputError: no count explains it, or two calls on the same rows differ.
-    """
-    return _reduction(fn, params, tokens, name) or "sum"
-
-
-def _reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
-    """``find_reduction``, "" where no row that was tried has a gradient."""
-    style = style_of(fn, params, tokens)
-    own = few(tokens) if pairwise(fn) else _spread(tokens)
-    for rows_shown in (few(trial_rows(tokens)), own):
-        try:
-            base = grad_of(fn, params, rows_shown, style)
-        except InputError:  # it is written for its own data
-            if rows_shown is own:
-                raise
-            continue
-        if (
-            base.isfinite().all() and base.abs().max() > 0
-        ):  # a loss that skips these rows tells nothing about its division
-            break
-    else:
-        return ""
-    if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
-        raise InputError(
-            f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
-        )
-    misfits: dict[str, float] = {}
-    grads: list[Tensor] = []
-    for interleave in (False, True) if style.laid_out else (False,):
-        layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
-        if style.laid_out or inputs_masked(fn):
-            layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
-        for reduction in REDUCTIONS:
-            off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
-            misfits[reduction] = min(off, misfits.get(reduction, off))
-    best = min(misfits, key=misfits.__getitem__)
-    alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
-    if misfits[best] <= ALIKE:
-        if style.laid_out and takes(fn, "attention mask"):
-            alike = _with_prompts(alike, fn, params, rows_shown, style)
-        of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
-        return of_any_length or (alike[0] if len(alike) > 1 else best)
-    if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
-        return "sum"  # nothing but rounding: there is no gradient to be divided
-    ratio = float(grads[1].norm() / grads[0].norm())
-    raise InputError(
-        f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
-        f"{ratio:.4g}, where a sum gives 1 and a mean 0.5. Return the unreduced loss (N,) instead."
-    )
-
-
-def _with_prompts(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> list[str]:
-    """Those of these reductions that hold for texts with a prompt too; all of them where none does."""
-    layouts = [Layout(), Layout(before=3)]
-    grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
-    held = [name for name in alike if _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) <= ALIKE]
-    return held or alike
-
-
-def by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
-    """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
-    layouts = [Layout(), Layout(split=True)]
-    try:
-        grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
-    except InputError:  # a loss of pairs, say, takes no texts in other numbers
-        return ""
-    off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
-    best = min(off, key=off.__getitem__)
-    return best if off[best] <= ALIKE else ""
-
-
-def _multiplied(
-    reduction: str, fn: Callable, grads: list[Tensor], tokens: Tokens, layouts: list[Layout], style: Style
-) -> list[Tensor]:
-    """Gradients in several layouts, each multiplied by what this reduction divides by there."""
-    made = []
-    for grad, layout in zip(grads, layouts, strict=True):
-        divisor = REDUCTIONS[reduction](counts(tokens, layout, style, pairwise(fn)))
-        made.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
-    return made
-
-
-def _spread(tokens: Tokens) -> Tokens:
-    """A few rows from all over."""
-    return tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-
-
-def _misfit(grads: list[Tensor]) -> float:
-    """How far gradients that should be one are apart, as a share of the first."""
-    return max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])

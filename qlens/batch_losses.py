@@ -7,17 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.adapters import ALIKE, REDUCTIONS, add_up, find_reduction
+from qlens.adapters import SUM, add_up
 from qlens.batching import IGNORE, Supervised
 from qlens.calling import kind, on_view
 from qlens.errors import InputError
 from qlens.layouts import Counts, Layout, Style, batch_of, batch_view, counts
+from qlens.names import role_of
+from qlens.reductions import ALIKE, find_division
 from qlens.registry import Variant
 from qlens.results import loss_of
-from qlens.signature import ROLE, Memo, inputs
-from qlens.styles import few, grad_of, inputs_masked
+from qlens.signature import Memo, inputs
 from qlens.tokens import Tokens
 from qlens.trial_tokens import trial_rows, wide_tokens
+from qlens.trying import few, grad_of, inputs_masked
 
 PROMPT = Layout(before=3)
 _PLACES = Memo()
@@ -91,24 +93,23 @@ def summed_loss(
     text = where.index // where.shape[1]
     attended, positions = int(attention[:, 1:].sum()), len(labels) * (where.shape[1] - 1)
     number = Counts(len(where), positions, labels.numel(), len(labels), 1, attended)
-    reduction = variant.unreduced.reduction(variant.shown(tokens).upcast())
-    divisor = REDUCTIONS[reduction](number._replace(own=torch.ones(1)))
-    if not isinstance(divisor, Tensor):
-        return made * divisor
-    parts, sizes = [], []
+    divisor = variant.unreduced.reduction(variant.shown(tokens).upcast()).divisor
+    if not isinstance(divisor(number._replace(own=torch.ones(1))), Tensor):
+        return made * divisor(number)
+    parts, alone, together = [], [], []
     for row in range(len(labels)):
         mine = text == row
         if size := int(mine.sum()):
             parts.append(value_on(slice(row, row + 1), mine))
-            sizes.append(size)
-    return add_up(
-        parts, sizes, made * (len(labels) / len(parts) if reduction.endswith("over texts") else 1), reduction, name
-    )
+            own = number._replace(own=torch.tensor([float(size)]))
+            together.append(float(divisor(own)))
+            alone.append(float(divisor(own._replace(rows=size, texts=1))))
+    return add_up(parts, alone, together, made, name)
 
 
 def _takes_ids(fn: Callable) -> bool:
     """Whether a loss takes its labels from token ids, f(logits, input_ids)."""
-    return any(role == "labels" and ROLE.get(name) == "input ids" for name, role in inputs(fn).required.items())
+    return any(role == "labels" and role_of(name) == "input ids" for name, role in inputs(fn).required.items())
 
 
 def why_whole_batches(variant: Variant, vocabulary: int) -> str:
@@ -139,10 +140,10 @@ def _place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
     fn, params = variant.method.fn, variant.params
     one = torch.zeros_like(tokens.labels)
     tokens = few(trial_rows(Tokens.unchecked(**{"sequence": one, **tokens.fields()})))  # copies are texts of their own
-    reduction = REDUCTIONS[find_reduction(fn, params, tokens, variant.spec)]
+    divisor_of = (find_division(fn, params, tokens, variant.spec) or SUM).divisor
     grads = []
     for layout in (Layout(), PROMPT):
-        divisor = reduction(counts(tokens, layout, style))
+        divisor = divisor_of(counts(tokens, layout, style))
         grad = grad_of(fn, params, tokens, style, layout)
         grads.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
     if (grads[0] - grads[1]).norm() > ALIKE * grads[0].norm():

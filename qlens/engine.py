@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
 from qlens.errors import InputError, brief
-from qlens.fields import check_ids, checked_field
+from qlens.fields import check_ids, check_vocabulary, checked_field
 from qlens.heads import Head, TopK
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
@@ -180,6 +180,7 @@ def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: A
         if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
             shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
             raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+    check_vocabulary("head", len(head))
     if bias is not None and not isinstance(bias, Tensor):
         raise InputError(f"bias must be a tensor (V,) or None, got {brief(bias)}")
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()

@@ -77,7 +77,9 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
 
 
 def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """The gradient of the summed losses by the logits, zeros where nothing but zeros came without a graph.
+    """The gradient of the summed losses by the logits, zeros where they do not depend on these.
+
+    So it is where nothing but zeros came without a graph.
 
     Raises:
         InputError: the losses are other than zero and have no graph.
@@ -86,8 +88,8 @@ def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]
         return torch.zeros_like(leaf)
     if not losses.requires_grad:
         raise InputError("the loss has a value without a graph, so without a gradient: the logits are detached inside")
-    (grad,) = torch.autograd.grad(losses.sum(), leaf)
-    return grad
+    (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def slopes(

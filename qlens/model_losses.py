@@ -14,10 +14,11 @@ from qlens.calling import Columns
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.guards import blamed, file_of
+from qlens.names import FIELD
 from qlens.packing import is_packed
 from qlens.registry import Variant
 from qlens.results import loss_of
-from qlens.signature import FIELD, inputs, name_of, signature
+from qlens.signature import inputs, name_of, signature
 
 logger = logging.getLogger(__name__)
 SETTINGS = {"ignore": IGNORE, "temperature": 1.0, "return outputs": False}
@@ -55,9 +56,9 @@ class ModelLoss:
     def __init__(self, variant: Variant, models: Mapping[str, nn.Module]):
         self.fn, self.variant, self.models = variant.method.fn, variant, models
         self.reads_count: bool | None = None  # not known before a step has several micro-batches
-        if getattr(self.fn, "stand_ins", ()):
+        if stand_ins := getattr(self.fn, "stand_ins", ()):
             raise InputError(
-                f"{variant.name} is a Trainer's class, built with stand-ins for its models ({', '.join(self.fn.stand_ins)}): "
+                f"{variant.name} is a Trainer's class, built with stand-ins for its models ({', '.join(stand_ins)}): "
                 "train with that class itself, or give compute_loss of an instance of it, variant=trainer.compute_loss"
             )
 

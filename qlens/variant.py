@@ -217,8 +217,8 @@ class Variant:
             with blamed(self.spec):
                 made = self.method.fn(calling.shown(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(made, Target):
-                weighs = tokens.weight is None or self.weighs(tokens)
-                return made if weighs else made.weighted(tokens.weight.to(made.scale))
+                weight = None if self.weighs(tokens) else tokens.weight
+                return made if weight is None else made.weighted(weight.to(made.scale))
         from qlens.lens import gradient
 
         return Target.from_grad(tokens, gradient(self.loss, tokens))

@@ -99,7 +99,8 @@ class WholeBatches(Measurements):
 
     def _say_reduction(self) -> None:
         """Say once how the reduction of a loss was undone, where its mean over tokens is another loss than the one written."""
-        reduction = self.variant.unreduced.known
+        division = self.variant.unreduced.division
+        reduction = "" if division is None else division.name
         if reduction not in ("", "mean over unmasked", self._said_reduction):
             self._said_reduction = reduction
             logger.warning(
