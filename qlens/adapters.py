@@ -1,6 +1,8 @@
 """Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -20,6 +22,17 @@ from qlens.tokens import Tokens
 from qlens.trying import value_of
 
 SUM = Division("sum", lambda c: 1)
+_SCALED = ContextVar("scaled", default=True)
+
+
+@contextmanager
+def value_alone() -> Iterator[None]:
+    """Within it a loss that divides each row by a count of its own keeps its gradient as it is, the slope of its value."""
+    before = _SCALED.set(False)
+    try:
+        yield
+    finally:
+        _SCALED.reset(before)
 
 
 class Unreduced:
@@ -110,7 +123,17 @@ class Unreduced:
             parts.append(loss_of(call(self.fn, self.params, text, Layout(), style=style), self.name).value)
             alone.append(float(division.divisor(counts(text, Layout(), style))[0]))
             together.append(float(divisors[mine.to(divisors.device)][0]))
-        return add_up(parts, alone, together, made, self.name)
+        if not apart(parts, alone, together, made):
+            return self._times(tokens, style, divisors)
+        return add_up(parts, alone)
+
+    def _times(self, tokens: Tokens, style: Style, divisors: Tensor) -> Tensor:
+        """The loss with the gradient of every row multiplied by its own divisor, for texts that depend on each other."""
+        through = tokens.logits * 1
+        if through.requires_grad and _SCALED.get():
+            through.register_hook(lambda grad: grad * (divisors / len(tokens)).to(grad)[:, None])
+        made = call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style)
+        return loss_of(made, self.name).value * len(tokens)
 
     def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
         """Rows' values times their weights, (N,): those that weigh alike are called together, and share their sum."""
@@ -132,28 +155,16 @@ class Unreduced:
         return values
 
 
-def add_up(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor, name: str) -> Tensor:
-    """The sum over tokens of a loss that divides by each text's length.
+def add_up(parts: list[Tensor], alone: list[float]) -> Tensor:
+    """The sum over tokens of a loss, from its value on every text alone and what it divides by there."""
+    return torch.stack([part * divisor for part, divisor in zip(parts, alone, strict=True)]).sum()
 
-    Args:
-        parts: the loss of every text alone.
-        alone: what it divides by there.
-        together: what the same text is divided by in the batch.
-        made: the loss of the batch.
-        name: what messages call it.
 
-    Raises:
-        InputError: the texts alone do not add up to the loss of the batch.
-    """
-    sums = [part * divisor for part, divisor in zip(parts, alone, strict=True)]
-    back = float(sum(each.detach() / divisor for each, divisor in zip(sums, together, strict=True)))
-    whole = float(made.detach())
-    if not abs(back - whole) <= ALIKE / 10 * max(abs(whole), 1e-6):
-        raise InputError(
-            f"{name} divides by the length of each text, but its texts depend on each other ({whole:.6g} together, "
-            f"{back:.6g} apart), so that its reduction cannot be undone: return the unreduced loss"
-        )
-    return torch.stack(sums).sum()
+def apart(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor) -> bool:
+    """Whether texts do not depend on each other: their losses alone, divided as ``together``, add up to that of the batch."""
+    ratios = [divisor / whole for divisor, whole in zip(alone, together, strict=True)]
+    gap = abs(float((add_up(parts, ratios) - made).detach()))
+    return gap <= ALIKE / 10 * max(abs(float(made.detach())), 1e-6)
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.adapters import SUM, add_up
+from qlens.adapters import SUM, add_up, apart
 from qlens.batching import IGNORE, Supervised
 from qlens.calling import kind, on_view
 from qlens.errors import InputError
@@ -104,7 +104,12 @@ def summed_loss(
             own = number._replace(own=torch.tensor([float(size)]))
             together.append(float(divisor(own)))
             alone.append(float(divisor(own._replace(rows=size, texts=1))))
-    return add_up(parts, alone, together, made, name)
+    if not apart(parts, alone, together, made):
+        raise InputError(
+            f"{name} divides by the length of each text, but its texts depend on each other, so that its reduction cannot be "
+            "undone: return the unreduced loss, (B, T)"
+        )
+    return add_up(parts, alone)
 
 
 def _takes_ids(fn: Callable) -> bool:

@@ -18,6 +18,7 @@ from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
 from qlens.findings.nearly import Nearly
+from qlens.findings.normalised import Normalised
 from qlens.findings.scope import Scope
 from qlens.guards import quiet
 from qlens.probes import shapes
@@ -56,6 +57,7 @@ class Explanation:
         tried: the wider trial tokens on which it was read too.
         broken: on how many of these its gradient is not finite.
         ids_untried: why label ids could not be tried, where that failed.
+        normalised: the method that it is times a factor of the batch, where it is.
     """
 
     variant: Variant
@@ -81,6 +83,7 @@ class Explanation:
     tried: Tokens | None = None
     broken: int = 0
     ids_untried: str = ""
+    normalised: Normalised | None = None
 
     @property
     def spec(self) -> str:
@@ -110,7 +113,7 @@ class Explanation:
         name = self.pieces or str
         frame.insert(0, "label", [name(int(i)) for i in y[:, 0]])
         frame.insert(1, "rival", [name(int(i)) for i in rival[:, 0]])
-        frame.insert(2, "shape", shapes() if self.on_probes else "text")
+        frame.insert(2, "shape", shapes() if self.on_probes and len(frame) == len(shapes()) else "text")
         return frame
 
     @cached_property
@@ -199,7 +202,9 @@ class Explanation:
             },
             "laws": {name: law and vars(law) for name, law in self.laws.items()},
             "scope": self.scope and vars(self.scope),
-            "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal},
+            "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal,
+                                                     "divided": self.label_weights.divided},
+            "normalised": self.normalised and vars(self.normalised),
             "nearly": self.nearly and vars(self.nearly),
             "unused": list(self.unused),
             "precision": str(self.precision).removeprefix("torch."),

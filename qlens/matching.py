@@ -65,7 +65,9 @@ def points(method: Method) -> list[Variant]:
     return list({variant.spec: variant for variant in variants}.values())
 
 
-def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: Noise | None = None) -> list[Match]:
+def nearest(
+    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: Noise | None = None, every: bool = False
+) -> list[Match]:
     """Every registered method that these tokens can feed, at the point nearest: by relation, simplicity and angle.
 
     Each is tried at its defaults, its modes and the ends of its parameters; ``identify.search`` goes between these.
@@ -75,6 +77,7 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: N
         tokens: where they were taken; methods that need a field that is missing are left out.
         skip: a spec to leave out (the loss itself, if it is registered).
         noise: the rounding of the gradient; by default what its digits show.
+        every: whether all points of a method are wanted, not the simplest alone.
 
     Example:
         >>> import qlens
@@ -91,18 +94,25 @@ def nearest(grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: N
         ]
         if method.name == params.parse(skip)[0]:  # a parameter that changes nothing makes no other method
             matches = [match for match in matches if match.relation != "identical"]
-        if matches:
-            best = min(matches, key=order)
-            default = [m for m in matches if m.spec == method.name and m is not best and m.relation == RELATIONS[1]]
-            found += [
-                best,
-                *default,
-            ]  # "eaft(normalizer=1.0)" says which released mode it is, "eaft x 2.9957" by how much
+        found += matches if every else simplest(matches)
+    return ranked(found)
+
+
+def simplest(matches: list[Match]) -> list[Match]:
+    """Of every method the simplest match, and the default too where that is the same up to a factor, ranked."""
+    found = []
+    for name in dict.fromkeys(params.parse(match.spec)[0] for match in matches):
+        own = [match for match in matches if params.parse(match.spec)[0] == name]
+        best = min(own, key=order)
+        # "eaft(normalizer=1.0)" says which released mode it is, "eaft x 2.9957" by how much
+        default = [m for m in own if m.spec == name and m is not best and m.relation == RELATIONS[1]]
+        found += [best, *default]
     return ranked(found)
 
 
 def ranked(matches: list[Match]) -> list[Match]:
     """In order; of those within rounding, what is clearly further than the best comes after what is not."""
+    matches = list({match.spec: match for match in reversed(matches)}.values())
     best = min((match.rounding for match in matches if match.same), default=math.inf)
     return sorted(matches, key=lambda match: (match.same and match.rounding > max(WORSE * best, 0.1), order(match)))
 

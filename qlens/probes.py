@@ -106,6 +106,10 @@ RANKS = (
     0, 0, 1, 2, 3, 4, 5, 7, 9, 10, 11, 15, 19, 20, 21, 29, 30, 31, 40, 49, 50, 51, 60, 61, 64, 65, 80, 99, 100, 101, 120, 159
 )  # fmt: skip
 RATIOS = (0.0, 0.15, -0.15, 0.4, -0.4, 1.0, -1.0, 2.5, -2.5, 5.0, -5.0)  # logarithms
+CLIPS = (  # ratios to the old policy on both sides of the clips that published losses have
+    1.0, 0.99, 1.01, 0.91, 0.89, 1.09, 1.11, 1.19, 1.21, 1.25, 1.27, 1.29, 1.31, 1.39, 1.41, 1.49, 1.51, 1.9, 2.1, 2.9, 3.1,
+    4.9, 5.1, 9.9, 10.1, 0.81, 0.79, 0.76, 0.74, 0.73, 0.71, 0.69, 0.51, 0.49, 0.34, 0.32, 0.21, 0.19,
+)  # fmt: skip
 SPREADS = (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # standard deviations of logits
 
 
@@ -154,6 +158,13 @@ def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     models = dict(logits=logits, teacher=teacher, reference=logits + noise(size), old=logits + noise(size.flip(0) / 2))
     for name, apart in (("reference", RATIOS), ("old", RATIOS[::-1])):  # at the label, both ways
         models[name][rows, labels] += torch.tensor(apart, dtype=torch.float64)[rows // 2 % len(RATIOS)]
+    clipped = rows % 3 > 0
+    wanted_ratio = torch.tensor(CLIPS, dtype=torch.float64)[(clipped.cumsum(0) - 1) % len(CLIPS)]
+    log_p = logits[rows, labels] - logits.logsumexp(-1) - wanted_ratio.log()
+    clipped &= log_p < -0.01  # an old policy cannot give a label more than all
+    rest = models["old"].scatter(1, labels[:, None], -math.inf).logsumexp(-1)
+    moved = rest + log_p - torch.log1p(-log_p.exp())
+    models["old"][rows[clipped], labels[clipped]] = moved[clipped]
     models["second"] = logits + noise(0.1)
     negatives = one_hot((labels + 2) % vocabulary, vocabulary, torch.float64).bool()
     negatives[rows, order[:, 0]] = (rows % 2 == 1) & (order[:, 0] != labels)

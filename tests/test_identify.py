@@ -6,8 +6,10 @@ from torch.testing import assert_close
 
 import qlens
 from qlens import matching, params
-from qlens.findings.identify import pushes_only, search
-from qlens.probes import probes
+from qlens.findings.identify import _Fit, pushes_only, refined, search
+from qlens.findings.noise import rounding
+from qlens.probes import probes, trials
+from qlens.registry import methods
 
 T = probes()
 
@@ -69,3 +71,32 @@ def test_default_and_mode_are_both_said():
     by_factor = [match for match in near if match.spec == "eaft" and match.relation == "up to a factor"]
     assert len(by_factor) == 1
     assert_close(by_factor[0].factor, 2.995732, rtol=1e-5, atol=0)
+
+
+def test_clips_beyond_the_defaults_are_found_on_the_trial_tokens():
+    tokens = trials()
+    for near, wanted in (
+        ("grpo", "grpo(eps_high=0.28)"),
+        ("grpo(objective='cispo')", "grpo(objective='cispo', eps_high=1.28)"),
+        ("ppo_clip", "ppo_clip(dual=3.0)"),
+        ("ppo_clip", "ppo_clip(eps_low=0.3, eps_high=0.4)"),
+    ):
+        grad = qlens.get(wanted).target(tokens).grad
+        got = refined(near, grad, tokens, rounding(grad, tokens))
+        assert got is not None and (got.spec, got.relation) == (wanted, "identical"), (near, wanted, got)
+    grad = qlens.get("profit(threshold=0.13)").target(tokens).grad  # no token has a p_y from .12 to .15
+    assert refined("profit", grad, tokens, rounding(grad, tokens)) is None
+
+
+def test_the_simplest_setting_is_named():
+    tokens = T
+    p = tokens.label_probs
+    push = (0.1 + 9.2103 * p)[:, None] * (tokens.probs - tokens.one_hot)
+    assert search(push, tokens)[0].spec == "sce(log_zero=-9.2103)"
+
+
+def test_a_parameter_that_is_nothing_is_zero():
+    grad = qlens.get("bootstrap_soft(beta=0.0, detach=False)").target(T).grad
+    fit = _Fit(methods()["bootstrap_soft"], grad, T, rounding(grad, T))
+    fit.params = {"beta": 8e-17, "detach": False}
+    assert fit.simpler() == {"beta": 0.0, "detach": False}

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from losses import label_log_probs
 
 import qlens
-from qlens.findings.labels import label_weights
-from qlens.findings.nearly import nearly
+from qlens.findings.labels import divided_by_mean, label_weights, relabelled
+from qlens.findings.laws import law
+from qlens.findings.nearly import gate, nearly
 from qlens.findings.reading import Reading
 from qlens.probes import trials
 from qlens.registry import resolve
@@ -94,3 +95,69 @@ def test_a_column_that_is_treated_apart_is_no_weight():
 
     got = label_weights(resolve(suppressed).loss, T, 26, range(160), torch.float64)
     assert got is not None and not got.equal
+
+
+def ids_of(loss):
+    return label_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
+
+
+def test_ids_of_weight_zero_are_counted():
+    got = ids_of(lambda logits, labels: nll(logits, labels) * (labels < 8))
+    assert got.equal and {i for i, w in got.weights.items() if w} == set(range(8))
+    assert "1 for ids 0 to 7, 0 for the others (152 of 160 ids)" in str(got)
+    assert got.of(torch.tensor([3, 8, 4000])).tolist() == [1.0, 0.0, 0.0]
+    got = ids_of(lambda logits, labels: nll(logits, labels) * (labels != 2))
+    assert "0 for id 2, 1 for the others" in str(got) and got.of(torch.tensor([4000])).tolist() == [1.0]
+
+
+def test_a_pull_toward_the_next_id_depends_on_ids():
+    def neighbour(logits, labels):
+        return 0.9 * nll(logits, labels) + 0.1 * nll(logits, (labels + 1) % logits.shape[-1])
+
+    assert not ids_of(neighbour).equal
+
+
+def test_places_in_the_batch_are_no_label_ids():
+    assert ids_of(lambda logits, labels: nll(logits, labels) * torch.linspace(0.5, 1.5, len(labels))) is None
+
+
+def test_weights_that_are_divided_by_their_mean_are_told_from_others():
+    weights = torch.ones(160, dtype=torch.float64)
+    weights[2] = 10.0
+
+    for loss in (
+        lambda logits, labels: F.cross_entropy(logits, labels, weights),
+        lambda logits, labels: F.cross_entropy(logits, labels, ignore_index=0),
+        lambda logits, labels: (nll(logits, labels) * (labels == 5)).sum() / (labels == 5).sum().clamp(min=1),
+    ):
+        run = resolve(loss).loss
+        got = label_weights(run, T, 26, range(160), torch.float64)
+        assert divided_by_mean(got, run, T, torch.float64).divided
+    run = resolve(lambda logits, labels: nll(logits, labels) * weights[labels]).loss
+    assert divided_by_mean(label_weights(run, T, 26, range(160), torch.float64), run, T, torch.float64) is None
+
+
+def test_one_label_id_for_all_keeps_every_distribution():
+    same = relabelled(T, 7)
+    assert bool((same.labels == 7).all())
+    assert torch.equal(same.gather(same.logits), T.gather(T.logits))
+    assert torch.equal(same.logits.sort(-1).values, T.logits.sort(-1).values)
+    assert torch.equal(same.gather(same.teacher), T.gather(T.teacher))
+
+
+def test_a_gate_is_the_method_it_is_where_it_is_on():
+    def truncated(logits, labels):
+        p = label_log_probs(logits, labels).exp()
+        return torch.where(p <= 0.5, 0.0, (1 - p**0.7) / 0.7).mean()
+
+    def backed(logits, labels, teacher):
+        return nll(logits, labels) * (teacher.softmax(-1).gather(1, labels[:, None])[:, 0] > 0.1)
+
+    for loss, spec, rule in ((truncated, "gce", "where p_y >= 0.5"), (backed, "sft", "where teacher_y >= 0.1")):
+        variant = resolve(loss)
+        seen = Reading.of(variant, T)
+        rows = ~seen.silent
+        pull = torch.where(rows, -seen.tokens.gather(seen.grad) / seen.tokens.rest_log_probs.exp(), 0.0)
+        known = law(pull, seen.tokens, noise=seen.noise.rows)
+        got = gate(seen, variant.loss, known)
+        assert got.spec == spec and got.why.startswith(f"it is that method {rule}"), str(got)

@@ -15,8 +15,21 @@ REACH = {
     "asft_absolute": "sequence",
     "rpsft": "token",
 }  # pairs that never meet; a penalty elsewhere
-DETACHED = {"dft", "eaft", "iw_sft", "target_sft", "gem", "deft", "idft", "mile", "cayley", "bootstrap_hard"}
-WHOLE = {"sft", "beyond_log", "gce", "focal", "kd", "reverse_kl", "brier", "label_smoothing", "ppo_clip", "dpo", "poly"}
+DETACHED = {"dft", "eaft", "iw_sft", "target_sft", "gem", "deft", "idft", "mile", "cayley"}
+WHOLE = {
+    "sft",
+    "beyond_log",
+    "gce",
+    "focal",
+    "kd",
+    "reverse_kl",
+    "brier",
+    "label_smoothing",
+    "ppo_clip",
+    "dpo",
+    "poly",
+    "bootstrap_hard",
+}
 
 
 @pytest.mark.parametrize("name", qlens.names())
@@ -93,3 +106,50 @@ def test_the_number_of_tokens_counts():
         found = scope(resolve(loss).loss, probes())
         assert (found.of, found.through) == ("batch", ("number",)) and "how many tokens" in found.evidence
     assert scope(resolve(lambda logits, labels: nll(logits, labels).sum() / 512).loss, probes()).of == "token"
+
+
+def test_ties_and_thresholds_are_no_constants():
+    def half(logits, labels):
+        return nll(logits, labels).topk(len(labels) // 2).values.mean()
+
+    def gated(logits, labels):
+        losses = nll(logits, labels)
+        return (losses * ((-losses).exp() < 0.3)).mean()
+
+    def clamped(logits, labels):
+        return -(-nll(logits, labels)).exp().clamp(1e-4, 1 - 1e-4).log().mean()
+
+    def margin(logits, labels):
+        label = labels[:, None]
+        others = logits.scatter(1, label, -torch.inf).amax(-1)
+        return (1 + others - logits.gather(1, label)[:, 0]).relu().mean()
+
+    def means_of_texts(logits, labels):
+        losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+
+    for loss in (half, gated, clamped, margin, means_of_texts):
+        found = scope(resolve(loss).loss, probes())
+        assert found.detached is False and found.gap < 1e-7, (loss.__name__, found.gap)
+
+
+class _Squared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels):
+        ctx.save_for_backward(logits, labels)
+        return nll(logits, labels).mean()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        logits, labels = ctx.saved_tensors
+        one_hot = torch.nn.functional.one_hot(labels, logits.shape[-1])
+        return grads[0] * (logits.softmax(-1) ** 2 - one_hot) / len(labels), None
+
+
+def test_a_backward_of_its_own_is_named():
+    variant = resolve(lambda logits, labels: _Squared.apply(logits, labels))
+    found = scope(variant.loss, probes(), total=variant.total)
+    assert found.backward == "_Squared" and "its backward (_Squared" in str(found) and "detached" not in str(found)
+    variant = resolve("dft")
+    found = scope(variant.loss, probes(), total=variant.total)
+    assert found.backward == "" and "a detached weight" in str(found)

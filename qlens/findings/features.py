@@ -115,7 +115,7 @@ def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
 
 def plain(value: float) -> str:
     """A number as it is printed: five digits."""
-    return f"{value:.5g}"
+    return f"{value + 0.0:.5g}"
 
 
 def percent(share: float) -> str:

@@ -14,7 +14,7 @@ from qlens import matching, params
 from qlens.errors import InputError
 from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import Match
-from qlens.registry import methods
+from qlens.registry import get, methods
 from qlens.tokens import Tokens
 from qlens.variant import Method
 
@@ -23,9 +23,13 @@ CHOICES = 2  # settings of what is no number, from which the numbers are fitted
 STARTS = 4  # points of a method that the search sets out from
 STEPS = 12  # of least squares
 PROMISING = 0.05  # what is left, as a share of the gradient, where more is tried
+SIMPLER, NARROWED = 2, 2  # rounds of setting parameters to their defaults; of closing in on a threshold
+PINNED = 0.05  # how closely a threshold must be known to be named
+NOTHING = 1e-6  # a number this small may be 0
 ROUNDS = 2  # over the parameters of one method, one at a time
 NUMBERS = (
-    -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 1.1, 1.3, 1.6, 2.0, 3.0, 5.0, 10.0
+    -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 0.28, 1.1, 1.2, 1.28, 1.3,
+    1.4, 1.6, 2.0, 3.0, 5.0, 10.0,
 )  # fmt: skip
 FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted where they are as good as nothing
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
@@ -61,6 +65,35 @@ def search(
             found.append(match)
             break
     return matching.ranked(found)
+
+
+def refined(spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Match | None:
+    """A method near a gradient, with every parameter tried on from these; None where none of its settings has the gradient.
+
+    Thresholds and clips tell on a few tokens only: this looks at all of them.
+
+    Args:
+        spec: the method, at parameters that have the gradient on most tokens.
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        noise: the rounding of the gradient.
+    """
+    variant = get(spec)
+    if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
+        return None
+    fit = _Fit(variant.method, grad, tokens.with_precision(torch.float64), noise)
+    fit.params = dict(variant.params)
+    fit.best = fit.cost(fit.params)
+    for _ in range(ROUNDS):
+        before = fit.best
+        for name in [name for name, value in fit.params.items() if not isinstance(value, bool | str)]:
+            fit.scan([name])
+            fit.narrow(name)
+        if fit.best <= TOLERANCE or fit.best >= before:
+            break
+    fit.polish()
+    found = _found(fit) if fit.best <= TOLERANCE else None
+    return found if found is not None and fit.pinned(dict(get(found.spec).params)) else None
 
 
 def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> bool:
@@ -190,23 +223,65 @@ class _Fit:
         """The same with defaults where these do about as well, one or two at a time, and with short numbers."""
         made, plain = dict(self.params), params.defaults(self.method.fn)
         allowed = max(matching.WORSE * self.cost(made), self.goal)
-        changed = [name for name, value in made.items() if value != plain[name]]
-        for names in (*combinations(changed, 1), *combinations(changed, 2)):
-            other = made | {name: plain[name] for name in names}
-            if other == made:
-                continue
-            self.best, self.params = self.cost(other), other
-            free = [(name, i) for name in changed if name not in names for i in _numbers(other[name])]
-            if allowed < self.best < PROMISING and free:
-                self.descend(free)
-            if self.best <= allowed:
-                made = self.params
+        for name, value in plain.items():  # what does nothing
+            if made[name] != value and self.cost(made | {name: value}) <= allowed:
+                made[name] = value
+        for _ in range(SIMPLER):
+            changed = [name for name, value in made.items() if value != plain[name]]
+            found = [made]
+            for names in (*combinations(changed, 1), *combinations(changed, 2)):
+                other = made | {name: plain[name] for name in names}
+                self.best, self.params = self.cost(other), other
+                free = [(name, i) for name in changed if name not in names for i in _numbers(other[name])]
+                if allowed < self.best < 1 and free:
+                    self.descend(free)
+                if self.best <= allowed:
+                    found.append(self.params)
+            found = [self.short(other, allowed) for other in found]
+            simplest = min(found, key=lambda other: matching.order(self.match(other)))
+            if simplest == made:
+                break
+            made = simplest
+        return made
+
+    def short(self, made: dict[str, Any], allowed: float) -> dict[str, Any]:
+        """The same with numbers as short as they do about as well."""
+        made, plain = dict(made), params.defaults(self.method.fn)
         for name, value in made.items():
             for other in _rounded(value) if value != plain[name] else ():
                 if other != value and self.cost(made | {name: other}) <= allowed:
                     made[name] = other
                     break
         return made
+
+    def match(self, given: dict[str, Any]) -> Match:
+        """The method at these parameters beside the gradient."""
+        found = matching.at(self.method.variant(**given), self.grad, self.tokens, self.noise)
+        assert found is not None
+        return found
+
+    def pinned(self, given: dict[str, Any]) -> bool:
+        """Whether these tokens tell every number that is no default from others near it: a threshold may lie between tokens."""
+        plain = params.defaults(self.method.fn)
+        for name, value in given.items():
+            for i in _numbers(value) if value != plain[name] else ():
+                near = [
+                    _filled(given, [(name, i)], np.array([_part(value, i) * by])) for by in (1 - PINNED, 1 + PINNED)
+                ]
+                if any(self.cost(other) <= self.goal for other in near if _part(value, i)):
+                    return False
+        return True
+
+    def narrow(self, name: str) -> None:
+        """A number that counts as a threshold, between its neighbours among the numbers tried."""
+        for _ in range(NARROWED):
+            value = self.params[name]
+            if not isinstance(value, float) or self.best <= self.goal:
+                return
+            low = max((n for n in NUMBERS if n < value), default=value / 2)
+            high = min((n for n in NUMBERS if n > value), default=value * 2)
+            for other in np.linspace(low, high, 9)[1:-1].tolist():
+                self.take(self.params | {name: other})
 
 
 def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
@@ -244,6 +319,7 @@ def _candidates(value: Any, hint: Any) -> list[Any]:
 
 def _rounded(value: Any) -> Iterator[Any]:
     if isinstance(value, float):
+        yield from (0.0,) if abs(value) < NOTHING else ()
         yield from (float(f"{value:.{digits}g}") for digits in (1, 2, 3, 4, 5, 6, 8))
     elif isinstance(value, tuple):
         yield from (tuple(float(f"{part:.{digits}g}") for part in value) for digits in (1, 2, 3, 4, 5, 6))

@@ -24,6 +24,7 @@ class Law:
         misfit: relative, root mean square over the tokens.
         values: the numbers, by name.
         domain: where it was seen.
+        where: the tokens on which it holds, in words, where it is 0 on the others; else "".
     """
 
     formula: str
@@ -31,6 +32,7 @@ class Law:
     misfit: float
     values: dict[str, float]
     domain: str = ""
+    where: str = ""
 
     def __str__(self) -> str:
         return f"{self.formula} ({self.domain})" if self.domain else self.formula
@@ -63,7 +65,7 @@ def law(
         return None
     features = _Laws(seen, tolerance)
     found = next(iter(features.laws()), None)
-    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain)
+    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain, found.where)
 
 
 def thresholds(seen: Seen, on: np.ndarray) -> Iterator[str]:
@@ -200,7 +202,7 @@ class _Laws(Features):
         for rule, values, count in (*self.rules(on), *self.sided(on)):
             for inner in self.smooth(on):
                 formula = f"{inner.formula} {rule}, 0 elsewhere"
-                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values)
+                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
 
     def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
         """What tells the tokens that are on from the others."""
@@ -215,12 +217,12 @@ class _Laws(Features):
         signals |= {"the label's rank (0 first)": self.rank}
         for name, x in signals.items():
             low, high = x[on].min(), x[on].max()
-            tie = 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
+            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
+            tie = -0.5 if whole else 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
             below, above = x[~on & (x <= low + tie)], x[~on & (x >= high - tie)]
             if len(below) + len(above) != (~on).sum():
                 continue
             ends, said = {}, []
-            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
             if len(below):
                 ends["low"] = low if whole else between(below.max(), low)
                 said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(below.max())} and {plain(low)})")
@@ -279,8 +281,9 @@ def _best(cost: Callable[[float], float], low: float, high: float) -> float:
 
 
 def between(low: float, high: float) -> float:
-    """The shortest number in (low, high], high above 0; what somebody may have written."""
-    return next((n for d in range(1, 17) if low < (n := float(f"{high:.{d}g}")) <= high), high)
+    """The shortest number in (low, high], high above 0, the nearer to the middle: what somebody may have written."""
+    tried = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
+    return next((n for n in tried if low < n <= high), high)
 
 
 def _times(c: float) -> str:

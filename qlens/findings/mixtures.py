@@ -136,7 +136,8 @@ class _Search:
         self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
         self.p = tokens.probs.detach().double()
         self.rounding = noise.rows
-        self.digits = float((noise.rows / g.norm(dim=-1).clamp(min=1e-300)).median())
+        there = g.norm(dim=-1) > noise.rows
+        self.digits = float((noise.rows / g.norm(dim=-1))[there].median()) if bool(there.any()) else 0.0
         self.size = (
             g.norm(dim=-1) + noise.rows / TOLERANCE
         )  # so that what is off by rounding alone is off by the tolerance

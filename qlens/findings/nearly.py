@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlens import matching
 from qlens.findings.features import Seen, plain
-from qlens.findings.laws import thresholds
+from qlens.findings.laws import Law, thresholds
 from qlens.findings.reading import Reading
 from qlens.registry import get
 from qlens.tokens import Tokens
@@ -88,6 +88,25 @@ def nearly(seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str]
     distance = float(off[there].max())
     why = "" if bool(agree.all()) else _difference(seen, loss, factor * other, agree)
     return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance)
+
+
+def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> Nearly | None:
+    """The method that a loss is where the law of its only pull says so, and 0 elsewhere; None where no method is that.
+
+    Args:
+        seen: the gradient, and where it was read.
+        loss: the unreduced loss.
+        law: of the pull toward the label, the only pull.
+    """
+    there = ~seen.silent
+    some = seen[there]
+    near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(there.any()) else []
+    if not near or not near[0].same:
+        return None
+    rest = int((~there).sum())
+    held = _held(seen, loss, ~there) if rest else ""
+    why = f"it is that method {law.where}; on the other {rest} its gradient is zero{held}"
+    return Nearly(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
 
 
 def _simple(spec: str, factor: float) -> tuple:

@@ -18,6 +18,7 @@ TOLERANCE = 1e-6  # relative difference between two exact formulas of one gradie
 MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding that measure it; the second on large tokens
 SUSPECT = 1e4  # gradients below this many units of rounding are tried again at logits moved a little
 HALF = 1e-4  # the unit of rounding of half precisions is above it
+SWITCHED, CLOSE = 0.01, 1e-8  # a change in float64 that is a threshold or a tie, where 1 - p of the top entry is larger
 MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
 
 
@@ -82,6 +83,10 @@ def rounding(
     sums = 3 * (entry.sum(-1) + label + constants)
     for other in moved:
         off = other.detach().double() - g
+        switched = (off.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (left.gather(-1, top)[:, 0] > CLOSE)
+        if unit > torch.finfo(torch.float64).eps:  # in coarser precisions rounding does as much
+            switched = torch.zeros_like(switched)
+        off = torch.where(switched[:, None], 0.0, off)
         rows, sums = rows.maximum(3 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
     return Noise(rows, sums)
 

@@ -1,11 +1,12 @@
 """Scope: which other tokens a token's gradient depends on, and whether a weight is held constant, found by perturbing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlens.adapters import value_alone
 from qlens.findings.noise import moves, rounding
 from qlens.layouts import Layout, tiled
 from qlens.lens import carried, gradient, slopes
@@ -13,6 +14,7 @@ from qlens.tokens import MODELS, Tokens, spread
 
 PERTURBED = 12  # tokens changed, one at a time
 STEP = 1e-5  # of the numerical derivative, in logits
+DRAWS, UNTIED = 3, 0.05  # batches with logits moved off ties and thresholds on which slopes are taken, and by how much
 SIZES = (7, 28)  # the first so many tokens, read as a batch of their own
 COPIES = (4, 40)  # of all tokens, in one batch
 MOST = 2**20  # entries of the logits in such a batch
@@ -30,6 +32,7 @@ class Scope:
             where that cannot be told.
         gap: how far gradient and derivative are apart, as a share of the larger.
         through: what of other tokens it depends on: "logits", "labels", "weight", ...; "number" is how many there are.
+        backward: the autograd function of the loss's own that its gradient comes from, "" where there is none.
     """
 
     of: str
@@ -37,10 +40,13 @@ class Scope:
     detached: bool | None = None
     gap: float = 0.0
     through: tuple[str, ...] = ()
+    backward: str = ""
 
     def __str__(self) -> str:
         held = {
-            True: "part of the loss is held constant (a detached weight): its gradient is not the slope of its value",
+            True: f"its backward ({self.backward}, an autograd function of its own) is not the slope of its value"
+            if self.backward
+            else "part of the loss is held constant (a detached weight): its gradient is not the slope of its value",
             False: "nothing is held constant: the gradient is the slope of the printed value",
             None: "whether something is held constant could not be told",
         }[self.detached]
@@ -53,6 +59,8 @@ def scope(
     tolerance: float = 1e-6,
     needs: Sequence[str] = (),
     precision: torch.dtype | None = None,
+    ids: Mapping[int, float] | None = None,
+    total: Callable[[Tokens], Tensor] | None = None,
 ) -> Scope:
     """Change one token at a time, and the number of tokens, and see whose gradients move; move all logits a little and see
     whether the value follows.
@@ -66,6 +74,8 @@ def scope(
         tolerance: the relative change of a gradient that counts as rounding.
         needs: the fields that the loss asks for.
         precision: what the loss computes in; by default what the digits of the gradient show.
+        ids: weights of label ids: some labels are changed to an id of another weight, the others to the next id.
+        total: the sum of the unreduced loss, with the graph of the loss itself, in which a backward of its own is looked for.
 
     Example:
         >>> import qlens
@@ -75,27 +85,28 @@ def scope(
     before = gradient(rows, tokens)
     moved = [gradient(rows, other) for other in moves(tokens, precision or carried(before), 1)]
     noise = rounding(before, tokens, precision, moved).rows
-    draw = _Changed(tokens, needs)
+    draw = _Changed(tokens, needs, ids or {})
     reached = _reached(rows, draw, draw.fields, before, tolerance, noise)
-    detached, gap = _held(rows, tokens, before, tolerance)
+    detached, gap = held_constant(rows, tokens, tolerance)
+    backward = _own_backward(total or rows, tokens) if detached else ""
     if not bool(reached.any()):
         number, everywhere = _by_number(rows, tokens, before, tolerance, noise)
         if number:
             of = "sequence" if tokens.sequence is not None and not everywhere else "batch"
             where = "its sequence has" if of == "sequence" else "there are"
             said = f"a token's gradient depends on how many tokens {where}: {number}"
-            return Scope(of, said, detached, gap, ("number",))
+            return Scope(of, said, detached, gap, ("number",), backward)
         said = f"a token's gradient depends on no other token ({len(reached)} changed, one at a time)"
-        return Scope("token", said, detached, gap)
+        return Scope("token", said, detached, gap, backward=backward)
     through = tuple(f for f in draw.fields if bool(_reached(rows, draw, (f,), before, tolerance, noise, most=4).any()))
     by = f" through {' and '.join(through)}" if through and through != ("logits",) else ""
     for name in ("sequence", "pair"):
-        ids = getattr(tokens, name)
-        if ids is not None:
-            outside = ids[draw.rows][:, None] != ids
+        groups = getattr(tokens, name)
+        if groups is not None:
+            outside = groups[draw.rows][:, None] != groups
             if not bool((reached & outside).any()):
                 said = f"a token's gradient depends on its {name}{by}, and on nothing beyond"
-                return Scope(name, said, detached, gap, through)
+                return Scope(name, said, detached, gap, through, backward)
     share = float(reached.double().mean())
     said = f"{share:.0%}" if share >= 0.005 else f"{float(reached.double().sum(-1).mean()):.2g}"
     return Scope(
@@ -104,20 +115,27 @@ def scope(
         detached,
         gap,
         through,
+        backward,
     )
 
 
 class _Changed:
     """Tokens to be changed one at a time, and what is to be changed of them."""
 
-    def __init__(self, tokens: Tokens, needs: Sequence[str]):
-        self.tokens = tokens
+    def __init__(self, tokens: Tokens, needs: Sequence[str], ids: Mapping[int, float]):
+        self.tokens, self.ids = tokens, ids
         self.rows = spread(len(tokens), PERTURBED).to(tokens.logits.device)
         left_out = () if "weight" in needs else ("weight",)
         self.fields = tuple(name for name in READ if name in tokens.fields() and name not in left_out)
         self.draw = torch.Generator().manual_seed(0)
         size = (len(self.rows), tokens.logits.shape[1])
         self.noise = 2 * torch.randn(size, generator=self.draw, dtype=torch.float64)
+
+    def other_id(self, label: int, place: int) -> int:
+        """An id to change a label to."""
+        apart = (i for i, weight in self.ids.items() if weight != self.ids.get(label))
+        following = (label + 1) % self.tokens.logits.shape[1]
+        return following if place % 3 == 0 else next(apart, following)
 
     def at(self, place: int, fields: Sequence[str]) -> Tokens:
         """The tokens with one of them changed."""
@@ -128,7 +146,7 @@ class _Changed:
                 by = self.noise[place] if name == "logits" else self.noise[place].roll(len(name))
                 value[row] += by.to(value)
             elif name == "labels":
-                value[row] = (value[row] + 1) % self.tokens.logits.shape[1]
+                value[row] = self.other_id(int(value[row]), place)
             elif value.dtype == torch.bool:
                 value[row] = ~value[row]
             else:
@@ -183,12 +201,40 @@ def _by_number(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float,
     return f"{', '.join(said)}, against {len(tokens)}" if said else "", everywhere
 
 
-def _held(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float) -> tuple[bool | None, float]:
-    """Whether the gradient differs from the numerical derivative of the value, over random directions."""
+def held_constant(rows: Callable, tokens: Tokens, tolerance: float = 1e-6) -> tuple[bool | None, float]:
+    """Whether the gradient differs from the numerical derivative of the value, along random directions.
+
+    It is tried on several batches with logits moved a little: at ties and on thresholds a value has no one slope.
+    """
     if tokens.logits.dtype != torch.float64:
         return None, 0.0
-    with torch.no_grad():
-        found = list(slopes(lambda moved: rows(moved).sum(), before, tokens, STEP, seed=1))
-    gaps = [abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in found]
-    gap = sorted(gaps)[1]  # a kink crossed by one direction says nothing
+    gaps = []
+    with value_alone():
+        for seed in range(DRAWS):
+            draw = torch.Generator().manual_seed(seed)
+            by = UNTIED * torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
+            untied = tokens.replace(logits=tokens.logits + by)
+            grad = gradient(rows, untied)
+            with torch.no_grad():
+                found = list(slopes(lambda moved: rows(moved).sum(), grad, untied, STEP, seed))
+            off = sorted(abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in found)
+            gaps.append(off[1])  # a kink crossed by one direction says nothing
+    gap = min(gaps)
     return gap > max(1e-4, tolerance), gap
+
+
+def _own_backward(total: Callable[[Tokens], Tensor], tokens: Tokens) -> str:
+    """The name of an autograd function in the graph of a loss that torch and qlens did not bring; "" where there is none."""
+    with torch.enable_grad():
+        value = total(tokens.with_logits(tokens.logits.detach().clone().requires_grad_()))
+    left, seen = [value.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        left += [other for other, _ in node.next_functions]
+        function = getattr(type(node), "_forward_cls", None)
+        if function is not None and function.__module__.partition(".")[0] not in ("torch", "qlens"):
+            return function.__name__
+    return ""

@@ -7,15 +7,17 @@ import torch
 from torch import Tensor
 
 from qlens import matching, params
+from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings import identify
 from qlens.findings.features import Seen
-from qlens.findings.labels import LabelWeights, label_weights
+from qlens.findings.labels import LabelWeights, divided_by_mean, label_weights, relabelled
 from qlens.findings.laws import Law, law
 from qlens.findings.leaks import Leak, leak
 from qlens.findings.mixtures import Mixture, again, decompose
-from qlens.findings.nearly import Nearly, nearly
+from qlens.findings.nearly import Nearly, gate, nearly
 from qlens.findings.noise import TOLERANCE
+from qlens.findings.normalised import Normalised, elsewhere
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
 from qlens.registry import Variant, get, methods
@@ -24,6 +26,11 @@ from qlens.tokens import spread
 MATCHED = 400_000  # entries of the logits: on more, methods are compared on some of the tokens only
 FITTED = 28  # tokens on which parameters are fitted
 LIKELY = 8  # nearest methods that may be it on most tokens, beside all at their defaults
+LEFT = 1e-9  # 1 - p_y below which no pull is read
+HALF, REFINED = (
+    0.5,
+    3,
+)  # methods that have the gradient on such a share of the tokens are fitted on all; so many of them
 FACTOR = 1e-3  # relative difference of two factors that are one
 IDS = 64  # label ids tried on tokens of one's own
 
@@ -48,23 +55,40 @@ class Study:
         if "weight" in unused:  # then no method is weighted either
             self.shown = self.shown.undone(self.shown.grad, self.shown.given.unweighted())
             self.trial = self.trial and self.trial.undone(self.trial.grad, self.trial.given.unweighted())
-        reach = self.scope()
+        ids = self.label_ids()
+        reach = self.scope(ids)
         if self.trial is not None and not self.trial.finite:
             kept = self.trial.grad.isfinite().all(-1)
             self.broken = int((~kept).sum())
             self.trial = self.trial[kept] if reach.of == "token" else None
-        ids = self.label_ids() if reach.of == "token" else None
-        found = leak(self.shown.grad, self.shown.tokens, self.shown.noise)
-        wide = None if self.trial is None else leak(self.trial.grad, self.trial.tokens, self.trial.noise)
-        seen, trial = _undone(self.shown, found, ids), self.trial and _undone(self.trial, wide, ids)
+        if ids is not None and reach.of != "token":
+            ids = self.divided(ids, reach)
+        alone = reach.of == "token" or (ids is not None and ids.divided)
+        shown, trial = self.alike(self.shown, ids), self.trial and self.alike(self.trial, ids)
+        found = leak(shown.grad, shown.tokens, shown.noise)
+        wide = None if trial is None else leak(trial.grad, trial.tokens, trial.noise)
+        seen, trial = _undone(shown, found), trial and _undone(trial, wide)
+        changed = found is not None or wide is not None or ids is not None
+        near, partly, normal = self.identified(seen, trial, changed, alone)
+        if normal is not None and not normal.spec:
+            seen, trial = self.unscaled(seen), trial and self.unscaled(trial)
+        elif normal is not None:
+            seen = seen.undone(seen.grad * (normal.constant / normal.here))
+            trial = trial and trial.undone(trial.grad * (normal.constant / (normal.wide or normal.here)))
         mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
-        laws, elsewhere = self.laws(mixture, seen, trial)
-        if reach.of == "batch":  # ends that pulls seem to be held at are then those of this batch
-            laws = {name: None if found is None or _has_end(found) else found for name, found in laws.items()}
+        laws, beyond = self.laws(mixture, seen, trial)
+        if (
+            reach.of == "batch" and not alone and normal is None
+        ):  # ends that pulls seem to be held at are then those of this batch
+            laws = {name: None if law is None or _has_end(law) else law for name, law in laws.items()}
+            if any(law is None for law in laws.values()) and beyond.startswith("the same at"):
+                beyond = (
+                    f"made of the same pulls {beyond.removeprefix('the same ').rstrip('.')}; not all by a known law."
+                )
         if found is not None:
             mixture = replace(mixture, index=found.rows[mixture.index])
-        changed = found is not None or wide is not None or ids is not None
-        near, partly = self.identified(seen, trial, changed, reach.of == "token")
+        if alone and not (near and near[0].same):
+            partly = self.gated(seen, trial, mixture, laws, partly)
         return replace(
             self.e,
             nearest=near,
@@ -74,11 +98,12 @@ class Study:
             leak=found or wide,
             label_weights=ids,
             nearly=partly,
-            elsewhere=elsewhere,
+            elsewhere=beyond,
             unused=unused,
             tried=self.trial.tokens if self.trial is not None else None,
             broken=self.broken,
             ids_untried=self.ids_untried,
+            normalised=normal,
         )
 
     @property
@@ -86,12 +111,20 @@ class Study:
         """The trial tokens, else those shown."""
         return self.shown if self.trial is None else self.trial
 
-    def scope(self) -> Scope:
+    def scope(self, ids: LabelWeights | None = None) -> Scope:
         """On the probes as they are; for tokens of one's own on the trial tokens, or on some of one's own."""
         at = self.shown if self.e.on_probes else self.base
         most = max(48, MATCHED // at.given.logits.shape[1])
         some = at.given if len(at.given) <= most else at.given[:most]
-        return scope(self.variant.loss, some, TOLERANCE, asked(self.variant), at.arithmetic)
+        return scope(
+            self.variant.loss,
+            some,
+            TOLERANCE,
+            asked(self.variant),
+            at.arithmetic,
+            ids.weights if ids else None,
+            self.variant.total,
+        )
 
     def label_ids(self) -> LabelWeights | None:
         """Whether label ids count, for every id of the trial tokens and for those among one's own labels."""
@@ -109,9 +142,30 @@ class Study:
         off = torch.where(loud, (at.tokens.label_probs - 0.35).abs(), torch.inf)
         try:
             return label_weights(self.variant.loss, at.given, int(off.argmin()), list(ids), at.arithmetic)
-        except Exception as error:  # a loss may be made for just these rows
-            self.ids_untried = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
+        except InputError as error:
+            self.ids_untried = str(error)
             return None
+
+    def divided(self, ids: LabelWeights, reach: Scope) -> LabelWeights | None:
+        """Weights by label id of a loss that needs its whole batch: as divided by the batch's mean weight, else none."""
+        if not ids.equal or "labels" not in reach.through:
+            return None
+        return divided_by_mean(ids, self.variant.loss, self.base.given, self.base.arithmetic)
+
+    def alike(self, at: Reading, ids: LabelWeights | None) -> Reading:
+        """A reading of the same tokens with one label id for all, where ids have weights: then none of these shows."""
+        if ids is None or not ids.equal:
+            return at
+        one = next(i for i, weight in ids.weights.items() if weight == ids.usual)
+        return Reading.of(self.variant, relabelled(at.given, one))
+
+    def unscaled(self, at: Reading) -> Reading:
+        """A reading whose weights the batch scales, without the factor of their law, or with 1 for the largest."""
+        found = _laws(decompose(at.grad, at.tokens, {}, at.noise), at).get("the label")
+        rest = at.tokens.rest_log_probs.exp()
+        largest = (-at.tokens.gather(at.grad) / rest)[rest > LEFT].abs()
+        scale = found.values.get("c") if found is not None else float(largest.max()) if len(largest) else None
+        return at.undone(at.grad / scale) if scale else at
 
     def laws(self, mixture: Mixture, seen: Reading, trial: Reading | None) -> tuple[dict[str, Law | None], str]:
         """The law of every pull, on the trial tokens too where these are made of the same; and whether they are."""
@@ -122,6 +176,8 @@ class Study:
         if set(wide.parts) == set(mixture.parts) and wide.explains and mixture.explains:
             alone, found = _laws(mixture, seen), _laws(mixture, seen, wide, trial)
             if all(found[name] is not None or alone[name] is None for name in found):
+                if any(law is None for law in found.values()):
+                    return found, f"made of the same pulls at {where}; not all by a known law."
                 return found, f"the same at {where}."
             others = _laws(wide, trial)
             return alone, f"at {where} it reads {_in_short(wide, others)}."
@@ -131,29 +187,62 @@ class Study:
 
     def identified(
         self, seen: Reading, trial: Reading | None, changed: bool, alone: bool
-    ) -> tuple[list[matching.Match], Nearly | None]:
-        """The registered methods nearest first, and the one that a loss of each token ``alone`` is on most, if none on all."""
+    ) -> tuple[list[matching.Match], Nearly | None, Normalised | None]:
+        """The registered methods nearest first, the one that a loss of each token ``alone`` is on most, if none on all, and
+        the one that another loss is times a factor of the batch.
+        """
         base = seen if trial is None else trial
         some = self.thinned(base, MATCHED, changed)
         few = self.few(some, changed)
-        near = self.on_all(matching.nearest(few.grad, few.tokens, self.own_spec, few.noise), some)
+        near = self.on_all(matching.nearest(few.grad, few.tokens, self.own_spec, few.noise, every=True), some)
         partly = None
         if alone and not (self.own_spec or (near and near[0].same)):
             likely = [match.spec for match in near[:LIKELY]] + list(methods())
             partly = nearly(some, self.variant.loss, list(dict.fromkeys(likely)))
+        if alone and not (self.own_spec or (near and near[0].same)):
+            likely = ([partly.spec] if partly is not None else []) + [
+                match.spec for match in near if match.share > HALF
+            ]
+            tried = (
+                identify.refined(s, some.grad, some.tokens, some.noise) for s in list(dict.fromkeys(likely))[:REFINED]
+            )
+            if found := next((match for match in tried if match is not None), None):
+                return self.settled([found, *near], seen, trial, changed, alone), None, None
         if not (self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
             fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
             if alone and fits and not near[0].same:
                 partly = nearly(some, self.variant.loss, [fit.spec for fit in fits]) or partly
-        if trial is not None:
-            near = self.confirmed(near, seen, changed, alone)
-        return near, None if near and near[0].same else partly
+        near = self.settled(near, seen, trial, changed, alone)
+        normal = None
+        if not (alone or self.own_spec or changed):
+            near, normal = elsewhere(near, self.variant, seen, trial)
+        return near, None if near and near[0].same else partly, normal
+
+    def settled(
+        self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, alone: bool
+    ) -> list[matching.Match]:
+        """The matches as they compare on the tokens shown, where they were read on the trial tokens."""
+        return matching.ranked(near) if trial is None else self.confirmed(near, seen, changed, alone)
+
+    def gated(
+        self,
+        seen: Reading,
+        trial: Reading | None,
+        mixture: Mixture,
+        laws: Mapping[str, Law | None],
+        partly: Nearly | None,
+    ) -> Nearly | None:
+        """The method that a loss is on some tokens by the exact law of its only pull, 0 on the others; else ``partly``."""
+        base, found = seen if trial is None else trial, laws.get("the label")
+        if self.own_spec or set(mixture.parts) != {"the label"} or found is None or not found.where:
+            return partly
+        return gate(base, self.variant.loss, found)
 
     def on_all(self, near: list[matching.Match], some: Reading) -> list[matching.Match]:
         """Matches found on a few tokens, compared on all."""
         again = [matching.at(get(match.spec), some.grad, some.tokens, some.noise) for match in near]
-        return matching.ranked([match for match in again if match is not None])
+        return matching.simplest([match for match in again if match is not None])
 
     def few(self, some: Reading, changed: bool) -> Reading:
         """A few dozen tokens on which parameters are fitted: without the extremes, where tokens stand alone."""
@@ -216,17 +305,11 @@ class Study:
         return tuple(found)
 
 
-def _undone(at: Reading, found: Leak | None, ids: LabelWeights | None) -> Reading:
-    """A reading without what leaks, where that has a cause, and without the weights of label ids."""
-    if ids is not None and ids.equal:
-        weight = ids.of(at.given.labels)
-        at = at.undone(at.grad / torch.where(weight == 0, 1.0, weight)[:, None])
-        if found is not None and found.cause:
-            found = replace(found, grad=found.grad / torch.where(weight == 0, 1.0, weight)[found.rows, None])
+def _undone(at: Reading, found: Leak | None) -> Reading:
+    """A reading without what leaks, where that has a cause."""
     if found is None or not found.cause:
         return at
-    rows = found.rows.to(at.given.logits.device)
-    return at[rows].undone(found.grad, found.tokens)
+    return at[found.rows.to(at.given.logits.device)].undone(found.grad, found.tokens)
 
 
 def _laws(

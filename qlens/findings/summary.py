@@ -2,11 +2,21 @@
 
 from typing import Any
 
-import pandas as pd
-
 from qlens.findings.features import percent
 from qlens.findings.mixtures import RAW
-from qlens.findings.words import constant, digits, floor, net, short
+from qlens.findings.words import (
+    alike,
+    beside,
+    digits,
+    floor,
+    pushed_down,
+    short,
+    span,
+    told_on,
+    trusted,
+    untaught,
+    where_read,
+)
 from qlens.params import parse
 
 ALIKE = 1e-6
@@ -24,9 +34,8 @@ def paragraph(e: Any) -> str:
         why = e.leak.cause or "in a way that is not one of the known ones"
         said.append(f"It sees raw logits beyond their softmax ({why}), so that its target does not add up to one.")
     if e.label_weights is not None:
-        said.append(
-            f"It depends on which token the label is: {e.label_weights}; what else is said holds at a weight of 1."
-        )
+        rest = "; what else is said holds at a weight of 1" if e.label_weights.equal else ""
+        said.append(f"It depends on which token the label is: {e.label_weights}{rest}.")
     negative = e.table["negative_mass"]
     if (negative > floor(e)).any() and e.leak is None:
         said.append(
@@ -57,6 +66,11 @@ def _identity(e: Any) -> str:
         if best.factor < 0:
             return f"This is {best.spec} with the wrong sign, times {abs(best.factor):.5g}: training on it unlearns{besides}."
         return f"This is {best.spec} times {best.factor:.5g}{besides}: the same target for an optimizer that ignores scale."
+    if e.normalised is not None and not e.normalised.spec:
+        away = f"the nearest, {best.spec}, is {_away(best)}"
+        return f"No registered method has this gradient ({away}): {e.normalised}."
+    if e.normalised is not None:
+        return f"This is {e.normalised.named if e.normalised.by else e.normalised}{besides}."
     if e.nearly is not None:
         return f"This is {e.nearly}{besides}."
     return f"No registered method has this gradient; the nearest, {best.spec}, is {_away(best)}."
@@ -85,34 +99,44 @@ def _away(match: Any) -> str:
 
 def _said_of_trust(e: Any) -> str:
     m = e.mixture
-    if m is not None and m.explains:
-        if "the label" not in m.parts:
-            return "The label has no pull of its own."
-        trust = pd.Series(m.trust[m.sure].numpy(), index=e.table.index[m.index[m.sure].numpy()])
-        if constant(e):
-            trust = pd.Series(e.law.values["c"], index=e.table.index)
-    else:
-        trust = net(e)
+    if m is not None and m.explains and "the label" not in m.parts:
+        return "The label has no pull of its own."
+    trust, n = trusted(e), len(e.table)
     if trust.empty:
         return ""
     law = f", by the law {e.law.formula}" if e.law is not None else ""
     low, high = trust.min(), trust.max()
-    if high - low < digits(e) * max(abs(high), 1):
+    if alike(trust, e):
         whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
-        return f"It trusts every label alike, {whole}, however unlikely the model finds it."
-    p_y = e.table.loc[trust.index, "p_y"]
+        on = told_on(e, trust)
+        if on.startswith("every token") and " shown" not in on:
+            return _begun(e, f"It trusts every label alike, {whole}{beside(e)}, however unlikely the model finds it.")
+        return _begun(e, f"It trusts labels alike, {whole}, on {on}.")
+    zero = len(untaught(e))
+    rest = f"; {zero} of {n} tokens {'teaches' if zero == 1 else 'teach'} nothing" if zero else ""
     if (trust < -digits(e)).any():
-        down = p_y[trust < -digits(e)]
-        return (
-            f"Some labels are pushed down, not up ({len(down)} of {len(trust)} tokens, p_y from {down.min():.2g} to "
-            f"{down.max():.2g}){law}."
+        down = pushed_down(e)
+        down = trust.index[trust < -digits(e)] if down.empty else down
+        p_y = e.table.loc[down, "p_y"]
+        return _begun(
+            e, f"Some labels are pushed down, not up ({len(down)} of {n} tokens, {span(p_y, '.2g')}){law}{rest}."
         )
-    order = trust.corr(p_y, method="spearman")
+    order = trust.corr(e.table.loc[trust.index, "p_y"], method="spearman")
     if order > 0.95:
-        return f"The more the model already believes a label, the more it is trusted{law}; labels that surprise it hardly count."
+        return _begun(
+            e,
+            "The more the model already believes a label, the more it is trusted"
+            f"{law}{rest}; labels that surprise it hardly count.",
+        )
     if order < -0.95:
-        return f"The less the model believes a label, the harder it pulls{law}."
-    return f"How far a label is trusted varies from {low:.3g} to {high:.3g}{law}."
+        return _begun(e, f"The less the model believes a label, the harder it pulls{law}{rest}.")
+    return _begun(e, f"How far a label is trusted varies from {low + 0.0:.3g} to {high + 0.0:.3g}{law}{rest}.")
+
+
+def _begun(e: Any, sentence: str) -> str:
+    """A sentence that begins with where it holds, if that is in one batch alone."""
+    where = where_read(e)
+    return f"{where.capitalize().strip()} {sentence[0].lower()}{sentence[1:]}" if where else sentence
 
 
 def _said_of_rest(e: Any) -> str:

@@ -12,6 +12,8 @@ from qlens.matching import written
 from qlens.tokens import expectation
 
 ALIKE = 1e-6
+ROUGH = 0.05  # two pulls that differ by more are never called alike
+NOTHING, CLOSE = 1e-15, 1e-12  # a pull's share of the largest that is none, where 1 - p_y is larger than so much
 
 
 def lines(e: Any) -> list[str]:
@@ -36,6 +38,8 @@ def lines(e: Any) -> list[str]:
     said += [*_trust(e), *_rest(e)]
     if e.nearly is not None:
         said.append(f"Nearly: {e.nearly}.")
+    if e.normalised is not None:
+        said.append(f"Batch: {e.normalised}.")
     if e.label_weights is not None:
         said.append(f"Label ids: {e.label_weights}.")
     elif e.ids_untried:
@@ -95,27 +99,113 @@ def _trust(e: Any) -> list[str]:
     whole, p_y, n = net(e), e.table["p_y"], len(e.table)
     if whole.empty:
         return ["Every p_y is 1 here: nothing is left to trust."]
-    m, trust = e.mixture, whole
-    if m is not None and m.explains and "the label" in m.parts and bool(m.sure.any()):
-        trust = pd.Series(m.trust[m.sure].numpy(), index=e.table.index[m.index[m.sure].numpy()])
+    trust, zero = trusted(e), untaught(e)
+    said = []
+    if trust.empty:
+        said.append("Trust: how far the label is trusted cannot be told from rounding here.")
+    elif alike(trust, e):
+        said.append(f"Trust: {where_read(e)}the label is trusted by {short(trust.median(), e)} on {told_on(e, trust)}.")
+    else:
+        low, high = trust.idxmin(), trust.idxmax()
+        ends = [f"{short(trust[row], e)} (p_y = {p_y[row]:.6g})" for row in (low, high)]
+        rest = f"; {others_zero(len(zero))}" if len(zero) else ""
+        said.append(f"Trust: {where_read(e)}the label is trusted by {' to '.join(ends)}{beside(e)}{rest}.")
+    down = pushed_down(e)
+    if len(down):
+        at, count = p_y[down], f"{len(down)} of {n} tokens"
+        alarm = (
+            "WARNING: the" if (e.table["q_label"][down] < -floor(e)).any() else "The"
+        )  # below p_y is a choice, below 0 hardly
+        pulls = e.mixture is not None and e.mixture.explains and "the label" in e.mixture.parts
+        reason = ": there the other pulls are stronger" if pulls and not trust.empty and trust.min() >= 0 else ""
+        said.append(f"{alarm} label is pushed DOWN on {count} ({span(at, '.6g')}){reason}.")
+    return said
+
+
+def trusted(e: Any) -> pd.Series:
+    """The label's pull on the tokens that teach something and on which it is known: from the mixture, else from the table."""
+    m, zero = e.mixture, untaught(e)
+    whole = net(e)
+    whole = whole[~whole.index.isin(zero)]
+    if m is None or not m.explains or "the label" not in m.parts:
+        return whole
+    rows = e.table.index[m.index.numpy()]
+    trust = pd.Series(m.trust.numpy(), index=rows)[m.sure.numpy()]
+    trust = trust[~trust.index.isin(zero)]
+    few = len(trust) * 2 < int((m.unique.numpy() & ~rows.isin(zero)).sum())
+    if (few or digits(e) >= ROUGH) and not constant(e):
+        return whole  # rounding leaves too few, or too little of them
     if constant(e):
         trust = pd.Series(e.law.values["c"], index=trust.index)
-    said, low, high = [], trust.idxmin(), trust.idxmax()
-    if trust[high] - trust[low] < digits(e) * max(abs(trust[high]), 1):
-        said.append(f"Trust: the label is trusted by {short(trust.median(), e)} on every token.")
-    else:
-        ends = [f"{short(trust[row], e)} (p_y = {p_y[row]:.6g})" for row in (low, high)]
-        said.append(f"Trust: the label is trusted by {' to '.join(ends)}.")
-    down = whole < -digits(e)
-    if down.any():
-        rows = e.table.loc[whole[down].index]
-        at, count = rows["p_y"], f"{int(down.sum())} of {n} tokens"
-        alarm = (
-            "WARNING: the" if (rows["q_label"] < -floor(e)).any() else "The"
-        )  # below p_y is a choice, below 0 hardly
-        reason = "" if trust is whole or trust.min() < 0 else ": there the other pulls are stronger"
-        said.append(f"{alarm} label is pushed DOWN on {count} (p_y from {at.min():.6g} to {at.max():.6g}){reason}.")
-    return said
+    return trust
+
+
+def untaught(e: Any) -> pd.Index:
+    """The tokens without any gradient, other than those of p_y = 1 and of label ids that have no weight."""
+    size, rest = e.target.grad.double().norm(dim=-1), e.tokens.with_precision(torch.float64).rest_log_probs.exp()
+    there = rest > CLOSE
+    pull = torch.where(there, size / rest, 0.0)
+    none = there & (pull <= NOTHING * pull.max())
+    if e.label_weights is not None and e.label_weights.equal:
+        none &= e.label_weights.of(e.tokens.labels) != 0
+    return e.table.index[none.cpu().numpy()]
+
+
+def told_on(e: Any, trust: pd.Series) -> str:
+    """On which tokens the label is trusted so, and what the others get, in words."""
+    n, zero = len(e.table), untaught(e)
+    where = "" if e.law is None else e.law.where
+    if len(zero):
+        rule = f" ({where})" if where else ""
+        return f"{n - len(zero)} of {n} tokens{rule}{beside(e)}; {others_zero(len(zero))}"
+    if where:
+        return f"every token shown{beside(e)}; on wider tokens it is 0 except {where}"
+    known = len(trust) if e.mixture is None or len(trust) < len(e.mixture.index) else n
+    if known == n or constant(e) or not (e.mixture is not None and e.mixture.explains):
+        return f"every token{beside(e)}"
+    return f"{known} of {n} tokens, on which it can be told{beside(e)}"
+
+
+def others_zero(number: int) -> str:
+    """That so many other tokens get no pull, in words."""
+    return "the other one gets 0" if number == 1 else f"the other {number} get 0"
+
+
+def beside(e: Any) -> str:
+    """What a pull is multiplied by beside what is said of it, in words."""
+    if e.normalised is not None and not e.normalised.spec:
+        return " (times a factor of the batch)"
+    if e.normalised is not None:
+        return f" (times {e.normalised.here / e.normalised.constant:.4g} in this batch)"
+    if e.label_weights is not None and e.label_weights.equal:
+        return " (times the weight of its id)"
+    return ""
+
+
+def where_read(e: Any) -> str:
+    """Whether what is said holds in the batch that was read alone, in words."""
+    if e.scope is None or e.scope.of == "token" or e.scope.through == ("number",) or e.registered:
+        return ""
+    if e.normalised is not None or (e.label_weights is not None and e.label_weights.divided):
+        return ""
+    return "" if e.nearest and e.nearest[0].same else "in this batch "
+
+
+def alike(trust: pd.Series, e: Any) -> bool:
+    """Whether all labels are trusted alike."""
+    return bool(trust.max() - trust.min() < digits(e) * max(abs(trust.max()), 1))
+
+
+def pushed_down(e: Any) -> pd.Index:
+    """The tokens whose label is pushed down by all pulls together."""
+    whole = net(e)
+    return whole.index[whole < -digits(e)]
+
+
+def span(p_y: pd.Series, form: str) -> str:
+    """From the least to the greatest p_y, in words."""
+    low, high = format(p_y.min(), form), format(p_y.max(), form)
+    return f"p_y = {low}" if low == high else f"p_y from {low} to {high}"
 
 
 def constant(e: Any) -> bool:
@@ -129,18 +219,18 @@ def net(e: Any) -> pd.Series:
     if e.precision == torch.float64:
         return trust
     rest = 1 - e.table["p_y"][trust.index]
-    known = trust[rest > 100 * torch.finfo(e.precision).eps]
+    known = trust[rest > min(100 * torch.finfo(e.precision).eps, ROUGH)]
     return known if len(known) else trust
 
 
 def digits(e: Any) -> float:
     """What counts as a difference between two pulls."""
-    return ALIKE if e.mixture is None else max(ALIKE, 2 * (e.mixture.digits - TOLERANCE))
+    return ALIKE if e.mixture is None else min(max(ALIKE, 2 * (e.mixture.digits - TOLERANCE)), ROUGH)
 
 
 def short(value: float, e: Any) -> str:
     """A pull as it is printed, without digits that are rounding."""
-    return f"{written(float(value), digits(e)):.4g}"
+    return f"{written(float(value), digits(e)) + 0.0:.4g}"
 
 
 def _rest(e: Any) -> list[str]:
@@ -165,7 +255,7 @@ def _simplex(e: Any) -> list[str]:
     if signed.any():
         at = table["p_y"][signed]
         said.append(
-            f"Simplex: Q has negative entries on {int(signed.sum())} of {n} tokens (p_y from {at.min():.3g} to {at.max():.3g}; "
+            f"Simplex: Q has negative entries on {int(signed.sum())} of {n} tokens ({span(at, '.3g')}; "
             f"negative mass up to {table['negative_mass'].max():.3g})."
         )
     elif not shifted:

@@ -1,0 +1,105 @@
+"""Trust in words: the summary, the line and the table agree on which tokens a label is trusted, and which get nothing."""
+
+import functools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qlens
+
+
+def nll(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def capped(logits, labels):
+    return nll(logits, labels).clamp(max=2.0).mean()
+
+
+def masked_where_sure(logits, labels):
+    return (nll(logits, labels) * ((-nll(logits, labels)).exp() < 0.3)).mean()
+
+
+def hardest_half(logits, labels):
+    return nll(logits, labels).topk(len(labels) // 2).values.mean()
+
+
+def weighted_ids(logits, labels):
+    weights = torch.ones(logits.shape[-1], dtype=logits.dtype)
+    weights[2] = 10.0
+    return F.cross_entropy(logits, labels, weights)
+
+
+def dft_by_sum(logits, labels):
+    weight = (-nll(logits, labels)).exp().detach()
+    return (weight * nll(logits, labels)).sum() / weight.sum()
+
+
+@functools.cache
+def explained(loss):
+    return qlens.explain(loss)
+
+
+def trust_line(e):
+    return next(line for line in e.findings if line.startswith("Trust:"))
+
+
+@pytest.mark.parametrize("loss", [capped, masked_where_sure, hardest_half])
+def test_tokens_that_get_nothing_are_counted_in_every_sentence(loss):
+    e = explained(loss)
+    silent = int((e.table["trust"].abs() < 1e-12).sum())
+    assert 0 < silent < len(e.table)
+    for said in (e.summary, trust_line(e)):
+        assert f"on {len(e.table) - silent} of 57 tokens" in said and f"the other {silent} get 0" in said
+        assert "every" not in said.replace("every token's weight is divided", "")
+
+
+def test_the_method_on_the_other_tokens_is_named_with_its_rule():
+    assert "This is sft on 35 of 163 tokens; it is that method where p_y >= " in explained(capped).summary
+    assert "held at 2: a clamp" in explained(capped).summary
+
+
+def test_what_a_batch_divides_by_stands_beside_the_trust():
+    e = explained(dft_by_sum)
+    assert e.summary.startswith("This is dft divided by the batch's mean weight.")
+    assert e.law.formula == "p_y" and "(times 2 in this batch)" in trust_line(e)
+    assert "mae: the same gradient" not in str(e) and e.to_dict()["normalised"]["spec"] == "dft"
+
+
+def test_weights_of_label_ids_stand_beside_the_trust():
+    e = explained(weighted_ids)
+    assert e.summary.startswith("This is sft (that apart).") and e.scope.through == ("labels",)
+    assert "divided by the batch's mean weight: 10 for id 2, 1 for the others" in e.summary
+    assert trust_line(e) == "Trust: the label is trusted by 1 on every token (times the weight of its id)."
+
+
+@pytest.mark.parametrize("loss", [capped, masked_where_sure, hardest_half, weighted_ids, dft_by_sum])
+def test_numbers_read_well_and_no_method_stands_twice(loss):
+    e = explained(loss)
+    specs = [match.spec for match in e.nearest]
+    assert len(specs) == len(set(specs))
+    assert not re.search(r"(?<![\w.])-0(?![.\d])", " ".join([e.summary, *e.findings]))
+
+
+def test_pulls_that_rounding_blurs_are_not_called_alike():
+    def coarse(logits, labels):
+        log_p = logits.to(torch.bfloat16).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        return -(log_p.exp().detach() * log_p).mean()
+
+    e = explained(coarse)
+    assert " to " in trust_line(e) and "alike" not in e.summary
+    low, high = e.table["trust"].min(), e.table["trust"].max()
+    assert low < 0.01 and high > 0.9
+
+
+def test_a_gate_beyond_the_tokens_shown_is_said():
+    def few_nats(logits, labels):
+        log_p = logits.detach().log_softmax(-1)
+        return nll(logits, labels) * (-(log_p.exp() * log_p).sum(-1) < 4)
+
+    e = explained(few_nats)
+    assert not bool((e.table["trust"].abs() < 1e-9).any())
+    for said in (e.summary, trust_line(e)):
+        assert "on every token shown; on wider tokens it is 0 except where H <= 4 " in said
