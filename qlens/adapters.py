@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from qlens import graphs
-from qlens.calling import Layout, call, kind, name_of, written
+from qlens.calling import Layout, call, kind
 from qlens.draws import Replay
 from qlens.errors import InputError
-from qlens.layouts import Style, counts
-from qlens.reductions import FOUND_ON, Division, find_division, pairwise
+from qlens.layouts import Style, counts, sequences
+from qlens.reductions import ALIKE, FOUND_ON, Division, find_division, pairwise
 from qlens.results import loss_of
+from qlens.signature import settings_of
 from qlens.styles import style_of
 from qlens.target import Target
 from qlens.tokens import Tokens, spread
@@ -24,6 +25,7 @@ from qlens.trying import few, grad_of, value_of
 if TYPE_CHECKING:
     from qlens.variant import Variant
 
+SUM = Division("sum", lambda c: 1)
 SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
 _SCALED = ContextVar("scaled", default=True)
 
@@ -38,79 +40,136 @@ def value_alone() -> Iterator[None]:
         _SCALED.reset(before)
 
 
-def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
-    """The loss as a function from tokens to rows, (N,); what a tokens function returns that is no tensor is handed on.
+class Unreduced:
+    """A loss with its reduction undone, as a function of tokens.
 
-    A scalar loss is multiplied by what it divided by; every row then has an equal share of its value, and the gradient
-    of its own logits.
+    Its rows as they are; of a scalar, rows that add up to the sum of what it reduced. A scalar's reduction is found at the first
+    call on rows that have a gradient.
+
+    Args:
+        fn: the loss.
+        params: its parameters.
+        name: what messages call it.
     """
-    unreduced = undone(fn, params, name)
 
-    def run(tokens: Tokens) -> Any:
-        made = unreduced(tokens)
-        return _shared(made, tokens.logits) if isinstance(made, Tensor) and not made.ndim else made
+    def __init__(self, fn: Callable, params: dict[str, Any], name: str):
+        self.fn, self.params, self.name = fn, params, name
+        self.division: Division | None = None  # None as long as no row has taught it anything
+        self.settings: tuple = ()  # under which it was found
 
-    return run
+    def rows(self, tokens: Tokens, weight: Tensor | None = None) -> Any:
+        """The loss of every row, (N,), times its weight; what a tokens function returns that is no tensor is handed on.
 
+        Every row of a loss that reduces itself has the gradient of its own logits, and an equal share of the sum of the rows that
+        weigh alike.
 
-def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
-    """The loss with its reduction undone, as a function of tokens: rows (N,), or a scalar that is their sum."""
-    division: list[Division] = []  # found at the first call that learns from a row
-    safe: list[bool] = []  # whether it leaves its inputs alone: seen on a few rows, so that the others need no copy
+        Raises:
+            InputError: rows of a loss that reduces itself weigh differently, and depend on each other.
+        """
+        made = self(tokens)
+        if not isinstance(made, Tensor):
+            return made
+        if made.ndim:
+            return made if weight is None else made * weight
+        if weight is None or not len(tokens):
+            return _shared(made, tokens.logits)
+        weighted = _shared(made, tokens.logits) * weight
+        return weighted + (self._by_weight(tokens, weight, made.detach()) - weighted.detach())
 
-    def run(tokens: Tokens) -> Any:
+    def __call__(self, tokens: Tokens) -> Any:
+        """Rows (N,), or a scalar that is their sum."""
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
-        if not safe:
-            with Replay(tokens.logits.device).again():  # what is tried first must not change what a loss draws
-                safe.append(_leaves_alone(fn, params, tokens))
-                style_of(fn, params, tokens)  # remembered
-        style = style_of(fn, params, tokens)
-        made = call(fn, params, tokens, Layout(), safe[0], style)
+        style = self.style(tokens)
+
+        def run() -> Any:
+            return call(self.fn, self.params, tokens, Layout(), style=style)
+
+        made = run()
         if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
-            made = value_of(fn, params, tokens, style)  # which part is the loss shows in the graphs alone
-        if kind(fn) == "tokens" and isinstance(made, Target):
+            made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
+        if kind(self.fn) == "tokens" and isinstance(made, Target):
             return made
-        if kind(fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
-            raise InputError(f"{name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
-        made = graphs.checked(
-            loss_of(made, name), name, lambda: call(fn, params, tokens, Layout(), style=style), tokens.logits
-        ).value
+        if kind(self.fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
+            raise InputError(f"{self.name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
+        made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
-        if made.ndim and not style.laid_out and not (pairwise(fn) or made.ndim == 1):
+        if made.ndim and not style.laid_out and not (pairwise(self.fn) or made.ndim == 1):
             raise InputError(
-                f"{name} returned shape {tuple(made.shape)} for {len(tokens)} tokens: it must be () or (N,)"
+                f"{self.name} returned shape {tuple(made.shape)} for {len(tokens)} tokens: it must be () or (N,)"
             )
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
-        if not division:
+        divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))
+        return self._by_text(tokens, style, made, divisor) if isinstance(divisor, Tensor) else made * divisor
+
+    def style(self, tokens: Tokens) -> Style:
+        """How the loss is called, remembered; what is tried first does not change what a loss draws."""
+        with Replay(tokens.logits.device).again():
+            return style_of(self.fn, self.params, tokens)
+
+    def reduction(self, tokens: Tokens) -> Division:
+        """How a scalar loss divides; a sum as long as no row has had a gradient."""
+        settings = settings_of(self.fn)
+        if self.division is None or settings != self.settings:
+            self.settings = settings
             with Replay(tokens.logits.device).again():
-                found = find_division(fn, params, tokens, name)
-            if found is None:  # no row taught it anything
-                return made
-            division.append(found)
-        divisor = division[0].divisor(counts(tokens, Layout(), style, pairwise(fn)))
-        return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
+                self.division = find_division(self.fn, self.params, tokens, self.name)
+        return self.division or SUM
 
-    return run
+    def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
+        """The sum over tokens of a loss that divides by each text's length: of every text alone, times what it divides by."""
+        sequence, division = sequences(tokens, style, Layout()), self.reduction(tokens)
+        parts, alone, together = [], [], []
+        for each in sequence.unique():
+            mine = sequence == each
+            text = tokens[mine]
+            parts.append(loss_of(call(self.fn, self.params, text, Layout(), style=style), self.name).value)
+            alone.append(float(division.divisor(counts(text, Layout(), style))[0]))
+            together.append(float(divisors[mine.to(divisors.device)][0]))
+        if not apart(parts, alone, together, made):
+            return self._times(tokens, style, divisors)
+        return add_up(parts, alone)
+
+    def _times(self, tokens: Tokens, style: Style, divisors: Tensor) -> Tensor:
+        """The loss with the gradient of every row multiplied by its own divisor, for texts that depend on each other."""
+        through = tokens.logits * 1
+        if through.requires_grad and _SCALED.get():
+            through.register_hook(lambda grad: grad * (divisors / len(tokens)).to(grad)[:, None])
+        made = call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style)
+        return loss_of(made, self.name).value * len(tokens)
+
+    def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
+        """Rows' values times their weights, (N,): those that weigh alike are called together, and share their sum."""
+        if bool((weight == weight[0]).all()):
+            return total * weight / len(tokens)
+        values, summed = torch.zeros_like(weight, dtype=total.dtype), torch.zeros_like(total)
+        with torch.no_grad(), Replay(tokens.logits.device).again():
+            for each in weight.unique():
+                mine = weight == each
+                part = self(tokens[mine]).sum()
+                values[mine] = part * each.to(part) / mine.sum()
+                summed += part
+        if not (summed - total).abs() <= ALIKE / 10 * total.abs().clamp(min=1e-6 * len(tokens)):
+            raise InputError(
+                f"{self.name} reduces itself, and its rows depend on each other ({float(total):.6g} together, "
+                f"{float(summed):.6g} apart), so that they cannot be weighted: return the unreduced loss (N,), or take weight as "
+                "an argument"
+            )
+        return values
 
 
-def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, style: Style, divisor: Tensor) -> Tensor:
-    """The loss with the gradient of every row multiplied by its own divisor, as one scalar."""
-    through = tokens.logits * 1
-    if through.requires_grad and _SCALED.get():
-        through.register_hook(lambda grad: grad * (divisor / len(tokens)).to(grad)[:, None])
-    made = call(fn, params, tokens.with_logits(through), Layout(), safe, style)
-    return loss_of(made, name_of(fn)).value * len(tokens)
+def add_up(parts: list[Tensor], alone: list[float]) -> Tensor:
+    """The sum over tokens of a loss, from its value on every text alone and what it divides by there."""
+    return torch.stack([part * divisor for part, divisor in zip(parts, alone, strict=True)]).sum()
 
 
-def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
-    """Whether a loss does not write on its inputs, seen on a few rows."""
-    try:
-        return not written(fn, params, tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)])
-    except InputError:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
-        return False
+def apart(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor) -> bool:
+    """Whether texts do not depend on each other: their losses alone, divided as ``together``, add up to that of the batch."""
+    ratios = [divisor / whole for divisor, whole in zip(alone, together, strict=True)]
+    gap = abs(float((add_up(parts, ratios) - made).detach()))
+    return gap <= ALIKE / 10 * max(abs(float(made.detach())), 1e-6)
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:

@@ -110,8 +110,20 @@ def call(
 
         style = style_of(fn, params, tokens)
     laid = tiled(tokens, layout)
+    if kind(fn) == "tokens":
+        return on_view(fn, params, rows_view(shown(fn, laid), layout, style, safe=True))
     view = batch_view(laid, layout, style) if style.laid_out else rows_view(laid, layout, style, safe)
     return on_view(fn, params, view)
+
+
+def shown(fn: Callable, tokens: Tokens) -> Tokens:
+    """What a method of tokens is shown: a user's own may write on it, and gets copies; qlens' own do not."""
+    return tokens if is_built_in(fn) else tokens.copied()
+
+
+def is_built_in(fn: Callable) -> bool:
+    """Whether it is one of qlens' own methods, whose card and manners the tests prove."""
+    return str(getattr(fn, "__module__", "")).startswith("qlens.variants.")
 
 
 def on_batch(

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlens.batching import Supervised
 from qlens.registry import Variant
 from qlens.target import Target
-from qlens.tokens import Tokens
+from qlens.tokens import PER_TOKEN, Tokens
+from qlens.verification import why_whole
 
 COMPARABLES = (
     "loss",
@@ -35,17 +37,30 @@ class Tally:
     def look(self, variant: Variant, tokens: Tokens, losses: Tensor) -> None:
         """Count tokens whose targets are still to be computed; some rows at a time where no row needs another."""
         tokens = tokens.with_logits(tokens.logits.detach())
-        if variant.scope != "token" or variant.derived:
-            return self.add(tokens, variant.target(tokens), losses)
-        for rows in _blocks(tokens):
+        if not _apart(variant, tokens):
+            return self.add(variant.target(tokens), losses)
+        for rows in _blocks(tokens.logits):
             few = tokens[rows]
             self._count(variant.target(few), losses[rows])
 
-    def add(self, tokens: Tokens, target: Target, losses: Tensor) -> None:
+    def observe(self, tokens: Tokens, target: Target, losses: Tensor) -> None:
+        """``add``, as an observer of the engine."""
+        self.add(target, losses)
+
+    def add(self, target: Target, losses: Tensor) -> None:
         """Count tokens whose targets are known."""
-        blocks = _blocks(tokens)
+        blocks = _blocks(target.logits)
         for rows in blocks:
             self._count(target if len(blocks) == 1 else target[rows], losses[rows])
+
+    def add_total(self, total: Tensor, target: Target) -> None:
+        """Count tokens whose targets are known, and of whose losses only the sum is."""
+        number = len(target.labels)
+        self.add(target, (total.detach() / number).expand(number))
+
+    def add_losses(self, total: Tensor, number: int) -> None:
+        """Count a summed loss of so many tokens of whose targets nothing is known."""
+        self.sums[COMPARABLES.index("loss")] += torch.tensor([float(total.detach()), number], dtype=torch.float64)
 
     def _count(self, target: Target, losses: Tensor) -> None:
         target = target.at("unit")
@@ -73,13 +88,32 @@ class Tally:
         total = dict(zip(COMPARABLES, sums.unbind(), strict=True))
         if not total["loss"][1]:
             return {}
+        if not total["nll"][1]:  # of no token is more known than the loss
+            return {"loss": (total["loss"][0] / total["loss"][1]).item()}
         means = {name: (value[0] / value[1]).item() for name, value in total.items()}
         pull, room, weight, squared = (means.pop(name) for name in ("pull", "room", "weight", "weight_squared"))
         means["trust"] = pull / room if room else math.nan
         return means | ({"ess": weight**2 / squared} if squared else {})
 
 
-def _blocks(tokens: Tokens) -> list[slice]:
+def _apart(variant: Variant, tokens: Tokens) -> bool:
+    """Whether rows may be looked at a few at a time, as the engine would: by the card of a built-in method, else as verified."""
+    if variant.scope != "token" or (variant.derived and not variant.method.scope):
+        return False
+    fields = {name: value for name, value in tokens.fields().items() if name in PER_TOKEN}
+    block = max(1, ENTRIES // tokens.logits.shape[1])
+    return not why_whole(variant, lambda index: tokens[index.to(tokens.logits.device)], len(tokens), block, fields)
+
+
+def read_target(total: Tensor, logits: Tensor, where: Supervised) -> Target:
+    """The targets of a batch's supervised tokens, read from the gradient of their summed loss by the logits, (B, T, V)."""
+    (grad,) = torch.autograd.grad(total, logits, retain_graph=True, allow_unused=True)
+    grad = torch.zeros_like(logits) if grad is None else grad
+    tokens = Tokens.unchecked(logits=where.take(logits.detach()), labels=where.labels.to(logits.device))
+    return Target.from_grad(tokens, where.take(grad))
+
+
+def _blocks(logits: Tensor) -> list[slice]:
     """Rows whose logits are computed on at a time."""
-    size = max(1, ENTRIES // tokens.logits.shape[1])
-    return [slice(start, start + size) for start in range(0, len(tokens), size)]
+    size = max(1, ENTRIES // logits.shape[1])
+    return [slice(start, start + size) for start in range(0, len(logits), size)]

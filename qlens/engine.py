@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
 from qlens.errors import InputError, brief
-from qlens.fields import check_field, check_ids, check_vocabulary
+from qlens.fields import check_ids, check_vocabulary, checked_field
 from qlens.heads import Head, TopK
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
@@ -56,8 +56,9 @@ def fused_loss(
     computed on the way forward and kept until ``backward``. A method of your own is verified once on a few rows of the
     batch: a structure that it has not, or a target that is not its printed loss's, is refused. Rows that depend on each other
     are computed together, their logits whole, with one log line that says so: those of a method that weighs tokens by a
-    statistic of whole distributions ("mile", or scope "batch" and structure "dense"), or that turn out to although the scope
-    is "token".
+    statistic of whole distributions ("mile", or scope "batch" and structure "dense"), of a loss without a target whose scope
+    nobody has declared, or that turn out to although the scope is "token". A loss that sees more of a batch than its
+    supervised rows, their places in the texts or the model itself, is refused: QTrainer trains it.
 
     Args:
         variant: as in ``explain``.
@@ -245,8 +246,7 @@ def _field(name: str, value: Tensor, kept: Tensor, rows: int, vocabulary: int) -
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
         raise InputError(f"{name} must be a tensor of {rows} rows, as labels have, got {found}")
     taken = value[kept]
-    check_field(name, taken, (len(kept),) if name in PER_TOKEN else (len(kept), vocabulary))
-    return taken
+    return checked_field(name, taken, (len(kept),) if name in PER_TOKEN else (len(kept), vocabulary))
 
 
 def fusible(variant: Variant) -> bool:

@@ -20,8 +20,8 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} has shape {tuple(value.shape)}, but logits and labels ask for {shape}")
 
 
-def check_field(name: str, value: Any, shape: tuple[int, ...]) -> None:
-    """Whether a field beside logits and labels has its shape and dtype, and values that mean something.
+def checked_field(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
+    """A field beside logits and labels that has its shape and dtype, and values that mean something; masks as bool.
 
     Raises:
         InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not finite.
@@ -37,6 +37,7 @@ def check_field(name: str, value: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} holds NaN or infinite values: they must be finite")
     if name in MASKS and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
         raise InputError(f"{name} is a mask: its values must be True and False, or 1 and 0")
+    return value.bool() if name in MASKS else value
 
 
 def check_vocabulary(name: str, size: int) -> None:

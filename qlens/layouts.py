@@ -20,12 +20,14 @@ class Layout(NamedTuple):
         masked: further positions that are not supervised, in each sequence.
         split: whether rows are dealt to sequences anew, of unequal lengths.
         interleave: whether the copies of a sequence follow it, instead of following all sequences.
+        before: positions that are not supervised before the rows of each sequence, as a prompt.
     """
 
     copies: int = 1
     masked: int = 0
     split: bool = False
     interleave: bool = False
+    before: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,15 @@ class Style:
 
 
 class Counts(NamedTuple):
-    """What a mean may divide by: supervised rows, positions, positions with the last of each text, texts, rows of each text."""
+    """What a mean may divide by: supervised rows, positions, positions with the last of each text, texts, rows of each text,
+    and positions that are no padding."""
 
     rows: int
     positions: int
     columns: int
     texts: int
     own: Float[Tensor, " N"] | int
+    attended: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,12 +161,12 @@ def batch_view(tokens: Tokens, layout: Layout, style: Style) -> View:
     device = tokens.logits.device
     sequence = sequences(tokens, style, layout)
     text, lengths, column = _dealt(sequence)
-    width = int(lengths.max()) + 1 + layout.masked
-    place = text * width + column
+    width = layout.before + int(lengths.max()) + 1 + layout.masked
+    place = text * width + layout.before + column
     size = len(lengths) * width
     logits = _noise(size, tokens).index_copy(0, place, tokens.logits).view(len(lengths), width, -1)
     labels = tokens.labels.new_full((size,), IGNORE).index_copy(0, place + 1, tokens.labels).view(-1, width)
-    attention = (torch.arange(width, device=device) <= lengths[:, None]).long()
+    attention = (torch.arange(width, device=device) <= layout.before + lengths[:, None]).long()
     texts = torch.arange(len(lengths), device=device)
     texts = texts // layout.copies if layout.interleave else texts % (len(lengths) // layout.copies or 1)
     ids = token_ids(13 * texts[:, None] + torch.arange(width, device=device), logits.shape[-1])
@@ -251,13 +255,14 @@ def counts(tokens: Tokens, layout: Layout, style: Style, pairs: bool = False) ->
     many = tiled(tokens, layout)
     if pairs:
         number = len(many.require("pair").unique())
-        return Counts(number, number, number, number, 1)
+        return Counts(number, number, number, number, 1, number)
     if not style.laid_out:
-        return Counts(len(many), len(many) + layout.masked, len(many) + layout.masked, 1, len(many))
+        return Counts(len(many), len(many) + layout.masked, len(many) + layout.masked, 1, len(many), len(many))
     text, lengths, _ = _dealt(sequences(many, style, layout))
-    width = int(lengths.max()) + 1 + layout.masked
+    width = layout.before + int(lengths.max()) + 1 + layout.masked
     own = lengths[text][: len(tokens)].to(torch.float64)
-    return Counts(len(many), len(lengths) * (width - 1), len(lengths) * width, len(lengths), own)
+    attended = len(many) + layout.before * len(lengths)
+    return Counts(len(many), len(lengths) * (width - 1), len(lengths) * width, len(lengths), own, attended)
 
 
 def pair_sums(values: Float[Tensor, " N"], tokens: Tokens, chosen: bool) -> Float[Tensor, " P"]:

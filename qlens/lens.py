@@ -59,7 +59,8 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
     nobody has declared so is shown all of them.
     """
     size = max(1, ENTRIES // tokens.logits.shape[1])
-    if len(tokens) <= size or variant.scope != "token" or variant.derived:
+    declared = variant.built_in or bool(variant.method.scope)
+    if len(tokens) <= size or variant.scope != "token" or variant.derived or not declared:
         return gradient(value, tokens)
     made = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
     for start in range(0, len(tokens), size):

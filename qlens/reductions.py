@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlens.calling import inputs
+from qlens.calling import inputs, takes
 from qlens.draws import why_calls_differ
 from qlens.errors import InputError, UnknownReduction
 from qlens.layouts import Counts, Layout, Style, counts
@@ -29,6 +29,7 @@ REDUCTIONS: dict[str, Divisor] = {
     "mean over unmasked": lambda c: c.rows,
     "mean over all": lambda c: c.positions,
     "mean over all, the unused last position included": lambda c: c.columns,
+    "mean over all but padding": lambda c: c.attended,
     "sum of each text, mean over texts": lambda c: c.texts,
     "mean of each text, mean over texts": lambda c: c.texts * c.own,
     "mean of each text, sum over texts": lambda c: c.own,
@@ -171,6 +172,8 @@ def _fitted(
     if not misfits[best] <= ALIKE:
         return None
     alike = [name for name, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
+    if style.laid_out and takes(fn, "attention mask"):
+        alike = _with_prompts(alike, known, fn, params, tokens, style)
     found = (alike or [best])[0]
     if style.laid_out:  # of those that no such view tells apart, the one that holds for texts of other lengths
         others = [] if known is UNUSUAL else list(UNUSUAL)
@@ -182,6 +185,21 @@ def _fitted(
         if len(alike) + len(others) > 1:
             found = by_length([*alike, *others], fn, params, tokens, style) or found
     return Division(found, (REDUCTIONS | UNUSUAL)[found], off=misfits[best])
+
+
+def _with_prompts(
+    alike: list[str],
+    known: Mapping[str, Divisor],
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    style: Style,
+) -> list[str]:
+    """Those of these reductions that hold for texts with a prompt too; all of them where none does."""
+    layouts = [Layout(), Layout(before=3)]
+    shown = Shown(layouts, [grad_of(fn, params, tokens, style, layout) for layout in layouts])
+    held = [name for name in alike if _misfit(_multiplied(known[name], fn, shown, tokens, style)) <= ALIKE]
+    return held or alike
 
 
 def by_length(alike: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:

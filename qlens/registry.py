@@ -10,6 +10,8 @@ from qlens.guards import blamed
 from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
 
+SCOPES = ("token", "sequence", "pair", "batch", "parameters", "")
+DENOMINATORS = ("valid", "selected")
 _METHODS: dict[str, Method] = {}
 
 
@@ -104,6 +106,11 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
     unknown = sorted(set(card) - set(Method.__dataclass_fields__))
     if unknown:
         raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card")
+    for key, allowed in (("scope", SCOPES), ("denominator", DENOMINATORS)):
+        if key in card and not callable(card[key]) and card[key] not in allowed:
+            raise InputError(
+                f"register({name!r}): {key} must be {' or '.join(repr(each) for each in allowed if each)}, got {brief(card[key])}"
+            )
     fn = calling.opened(fn)
     asked, needs = calling.extra_inputs(fn), card.get("needs", ())
     if callable(needs) and asked:

@@ -142,13 +142,16 @@ class GradientKernels:
     def _by_autograd(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """g in place of the logits, from a loss that has no target beside it."""
         ones = torch.ones_like(z[:, 0])
-        if not self.wanted:
+        selects = self.variant.denominator == "selected"
+        if not self.wanted and not selects:
             with torch.no_grad():
                 return ones, self.variant.loss(tokens)
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             losses = self.variant.loss(tokens.with_logits(leaf))
             grad = slope_of(losses, leaf)
+        if selects:
+            self._count(Target.from_grad(tokens, grad))
         z.copy_(grad)
         return ones, losses.detach()
 
@@ -211,15 +214,14 @@ def inputs(variant: Variant, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """The logit gradient, (N, V), and the losses, (N,), of a method as its declared structure says."""
+    """The logit gradient, (N, V), and the losses, (N,), of a method as its declared structure says, of all rows together."""
     given = inputs(
         variant, {name: value for name, value in tokens.fields().items() if name not in ("logits", "labels")}
     )
     fields = {name: value for name, value in given.items() if name not in MODELS}
     z = tokens.logits.detach().clone().to(precision(tokens.logits.dtype))
     models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in given.items() if name in MODELS}
-    whole = variant.scope not in ALONE
-    kernels = GradientKernels(variant, tokens.labels.long(), models, fields, z.shape[1], whole)
+    kernels = GradientKernels(variant, tokens.labels.long(), models, fields, z.shape[1], whole=True)
     rows = slice(0, len(z))
     if kernels.collects:
         others = {name: kernels.label_log_probs(name, rows, logits) for name, logits in models.items()}

@@ -21,12 +21,16 @@ class Memo:
     def __init__(self):
         self._held: dict[tuple, tuple[weakref.ref, Any]] = {}
 
-    def get(self, fn: Callable, name: Any, make: Callable[[], Any]) -> Any:
-        """The value under ``name``, made at the first call."""
+    def get(
+        self, fn: Callable, name: Any, make: Callable[[], Any], lasting: Callable[[Any], bool] = lambda value: True
+    ) -> Any:
+        """The value under ``name``, made at the first call, and held if it is ``lasting``."""
         owner, part = _owner(fn)
         key = (id(owner), part, name)
         if key not in self._held:
             value = make()
+            if not lasting(value):
+                return value
             try:
                 self._held[key] = (weakref.ref(owner, lambda _: self._held.pop(key, None)), value)
             except TypeError:  # a callable that takes no weak reference: nothing is held
@@ -162,6 +166,34 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
 
 def _kernel_role(name: str) -> str | None:
     return next((role for role, names in KERNEL.items() if name in names), None)
+
+
+def settings_of(fn: Any) -> tuple:
+    """The strings and flags that a callable holds or refers to, such as "mean" or True: what may change what it does.
+
+    Of a function its closure, defaults and the globals it names; of an object, or a bound method's object, its attributes;
+    lists and dicts among them one level deep.
+    """
+    held: list[Any] = []
+    if isinstance(fn, functools.partial):
+        held += [*fn.args, fn.keywords, *settings_of(fn.func)]
+    owner = fn.__self__ if inspect.ismethod(fn) else fn
+    if not inspect.isfunction(owner):
+        held.append(dict(getattr(owner, "__dict__", {})))
+    code = inspect.unwrap(fn.__func__ if inspect.ismethod(fn) else fn)
+    if inspect.isfunction(code):
+        held += [*(code.__defaults__ or ()), code.__kwdefaults__ or {}]
+        held += [code.__globals__[name] for name in code.__code__.co_names if name in code.__globals__]
+        for cell in code.__closure__ or ():
+            try:
+                held.append(cell.cell_contents)
+            except ValueError:  # an empty cell
+                continue
+    found: list[Any] = []
+    for value in held:
+        inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
+        found += [each for each in list(inner) if isinstance(each, str | bool) or each is None]
+    return tuple(found)
 
 
 def seen_as(wanted: Inputs) -> str:

@@ -17,6 +17,7 @@ from qlens.names import FIELD, role_of
 from qlens.noticing import watched
 from qlens.signature import Memo, inputs, name_of, seen_as
 from qlens.tokens import Tokens
+from qlens.trial_tokens import trial_rows
 from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
 from qlens.wording import described
 
@@ -35,13 +36,13 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _search(fn, params, tokens))
+    return _STYLES.get(fn, key, lambda: _search(fn, params, tokens), lambda found: found.lit > 0).style
 
 
-def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
+def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     wanted = inputs(fn)
     if wanted.kind in ("tokens", "hidden"):
-        return Style()
+        return Trial(Style(), 1.0, 1.0)
     some = few(tokens)
     found = _best(fn, params, some)
     if not found.lit and (others := probes_like(tokens)) is not None:
@@ -54,16 +55,18 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
             "logits; give tokens that it learns from, explain(loss, tokens), and return logits.sum() * 0 where it skips all"
         )
     reads_ids = {"model", "batch", "dict"} & {*wanted.required.values()}
-    return _labels_in_ids(fn, params, some, found.style) if reads_ids else found.style
+    return found._replace(style=_labels_in_ids(fn, params, some, found.style)) if reads_ids else found
 
 
 def probes_like(tokens: Tokens) -> Tokens | None:
-    """The probes at the tokens' vocabulary, with no more fields than these have; None where they would be too large."""
+    """The probes at the tokens' vocabulary, with no more fields than these have; fewer rows where they would be too large."""
     from qlens.probes import probes
 
     vocabulary = tokens.logits.shape[1]
-    if not 4 <= vocabulary <= MOST // PROBES:
+    if vocabulary < 4:
         return None
+    if vocabulary > MOST // PROBES:
+        return trial_rows(tokens)
     made = probes(tokens.logits.dtype, tokens.logits.device, vocabulary)
     given = {name: value for name, value in made.fields().items() if name in tokens.fields()}
     if tokens.weight is not None:

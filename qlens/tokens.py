@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError
-from qlens.fields import check_field, check_labels, check_logits, check_shape
+from qlens.fields import check_labels, check_logits, check_shape, checked_field
 
 MODELS = ("reference", "teacher", "old", "second")
 BLOCK_ENTRIES = 2**18  # entries worked on at a time, so that passes over them stay in the cache
@@ -116,6 +116,10 @@ class Tokens:
         """The same tokens without weights."""
         return self if self.weight is None else Tokens.unchecked(**{**self.fields(), "weight": None})
 
+    def copied(self) -> "Tokens":
+        """The same tokens on memory of their own, differentiable: for a method of a user's own, which may write on them."""
+        return Tokens.unchecked(**{name: value.clone() for name, value in self.fields().items()})
+
     def upcast(self) -> "Tokens":
         """The same tokens with every model's logits in float32 at least, differentiable."""
         models = {name: value for name, value in self.fields().items() if name in ("logits", *MODELS)}
@@ -155,9 +159,9 @@ class Tokens:
                 check_logits(name, given[name])
                 check_shape(name, given[name], shape)
             elif name in PER_TOKEN:
-                check_field(name, given[name], shape[:1])
+                object.__setattr__(self, name, checked_field(name, given[name], shape[:1]))
             elif name == "negatives":
-                check_field(name, given[name], shape)
+                object.__setattr__(self, name, checked_field(name, given[name], shape))
 
     @property
     def log_probs(self) -> Float[Tensor, "N V"]:

@@ -74,6 +74,7 @@ def trained_by(trainer: type) -> Callable:
                 object.__setattr__(companion, "student", None)
 
     compute_loss.__name__ = f"{trainer.__name__}.compute_loss"
+    compute_loss.stand_ins = tuple(companions)  # pyright: ignore[reportFunctionMemberAccess, reportAttributeAccessIssue]
     return compute_loss
 
 

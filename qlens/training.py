@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
 from qlens.batching import COLUMNS, Supervised, collate, count_pairs
 from qlens.bodies import Bodies, Body
 from qlens.checkpoints import RunState
@@ -16,22 +17,19 @@ from qlens.draws import Replay, draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
-from qlens.measurements import SHARDED, Measurements
+from qlens.measurements import SHARDED
+from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
 from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
+from qlens.whole_batches import LAYOUT, WholeBatches, selected_share
 
-BOUNDARIES = (
-    "cu_seq_lens_q",
-    "seq_idx",
-)  # what tells packed texts apart for some models, but not which labels are theirs
-LAYOUT = ("labels", "attention_mask", "position_ids")
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
 
-class QLossMixin(Measurements):
+class QLossMixin(WholeBatches):
     """A qlens loss for any transformers Trainer: ``class MyTrainer(QLossMixin, Trainer)``.
 
     The loss of an optimizer step is the sum of the variant's per-token losses over all its supervised tokens, divided
@@ -101,6 +99,9 @@ class QLossMixin(Measurements):
         self._feed.settle(self.model, self.args.device)
         self._run = RunState(self.variant, self._feed, old_every)
         self.add_callback(self._run)
+        self._model_loss = ModelLoss(self.variant, self._feed.others) if is_model_loss(self.variant) else None
+        self._said_reduction = ""
+        self._whole: str | None = None  # why a loss needs the layout of its batch, known at the first one
         self._separation = Separation()
         self._measure(log_every)
 
@@ -128,6 +129,8 @@ class QLossMixin(Measurements):
         Without ``num_items_in_batch``, the mean over the batch's own tokens. No token supervised: zero, with a graph.
         """
         features = self._features(inputs)
+        if self._model_loss is not None:
+            return self._as_written(model, features, inputs, return_outputs, num_items_in_batch)
         body = None if return_outputs and not self._loss_only else self._body(features)
         if body is None:
             outputs = model(**features, **uncached(self.model))
@@ -141,9 +144,10 @@ class QLossMixin(Measurements):
             self._count_evaluated(len(where), own_items)
         with draws_of(*self._next_place()):
             if body is None:
-                loss = self._plain(rows, where, features, inputs, items)
+                loss = self._plain(values, rows, where, features, inputs, items)
             else:
                 loss = self._fused(body, rows, where, features, inputs, items)
+        self._say_reduction()
         loss = self._with_router_loss(loss, outputs, model.training)
         if model.training:
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
@@ -167,7 +171,7 @@ class QLossMixin(Measurements):
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
         shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
-        observe = self._tally.add if self._is_measured() else None
+        observe = self._tally.observe if self._is_measured() else None
         loss, made = fused_pass(
             self.variant,
             hidden,
@@ -182,8 +186,10 @@ class QLossMixin(Measurements):
         )
         return loss * (len(where) / max(made.selected, 1)) if self.variant.denominator == "selected" else loss
 
-    def _plain(self, rows: Tensor, where: Supervised, features: dict, inputs: dict, items: float) -> Tensor:
-        """The loss by autograd, from whole logits."""
+    def _plain(
+        self, values: Tensor, rows: Tensor, where: Supervised, features: dict, inputs: dict, items: float
+    ) -> Tensor:
+        """The loss by autograd, from whole logits: ``values`` (B, T, V), of which ``rows`` (N, V) are supervised."""
         if not len(where):
             return rows.sum()  # zero, and backward still runs
 
@@ -192,6 +198,8 @@ class QLossMixin(Measurements):
 
         fields = self._feed.fields(where, features, inputs, rows.shape[1], read)
         tokens = Tokens(logits=rows, labels=where.labels, **fields)
+        if (style := style_on_batches(self.variant, tokens)) is not None:
+            return self._on_batch(values, tokens, where, inputs, style, items)
         replay = Replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
@@ -201,7 +209,7 @@ class QLossMixin(Measurements):
         share = 1.0
         if measured or selects:
             with replay.again():  # a loss that draws numbers has drawn these, and a logged step draws no others
-                share = self._selected(tokens) if selects else 1.0
+                share = selected_share(self.variant.target(tokens.with_logits(rows.detach()))) if selects else 1.0
                 if measured:
                     self._tally.look(self.variant, tokens, losses)
         return losses.sum() * share / items
@@ -214,8 +222,6 @@ class QLossMixin(Measurements):
         if self._is_measured():
             self._router.append(value.detach())
         return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
-
-    _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
     def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
         """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
@@ -235,12 +241,10 @@ class QLossMixin(Measurements):
             return self._bodies.refuse(reason)
         if self.accelerator.num_processes > 1 or self.args.n_gpu > 1 or self.args.torch_compile:
             return self._bodies.refuse("where models are compiled, or on several devices")
-        return self._bodies.of(self.model, features)
-
-    def _selected(self, tokens: Tokens) -> float:
-        """What raises a sum over all supervised tokens to one that counts the selected only."""
-        kept = self.variant.target(tokens.replace(logits=tokens.logits.detach())).trust != 0
-        return len(tokens) / max(int(kept.sum()), 1)
+        body = self._bodies.of(self.model, features)
+        if body is not None and self._whole is None:
+            self._whole = why_whole_batches(self.variant, body.head.weight.shape[0])
+        return self._bodies.refuse(f"for {self.variant.spec}: {self._whole}") if self._whole else body
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         """The Trainer's step; where nobody asks for predictions, the logits are not made whole for them either."""

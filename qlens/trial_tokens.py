@@ -54,6 +54,16 @@ def wide_tokens(v: int, n: int = 16, seed: int = 0) -> Tokens:
     return tokens.replace(logits=logits, **near)
 
 
+def trial_rows(tokens: Tokens, n: int = 16) -> Tokens:
+    """Rows of every kind, flat to peaked, with the same fields, vocabulary, dtype and device as the given ones."""
+    trial, given = wide_tokens(tokens.logits.shape[1], n), tokens.fields()
+    fields = trial.fields() | {"weight": torch.linspace(0.5, 1.5, len(trial), dtype=torch.float64)}
+    fields = {name: value for name, value in fields.items() if name in given}
+    floats = {name: value.to(given[name].dtype) for name, value in fields.items() if given[name].is_floating_point()}
+    fields = {name: value.to(tokens.logits.device) for name, value in (fields | floats).items()}
+    return Tokens.unchecked(**fields)
+
+
 def edge_tokens(v: int) -> Tokens:
     """p_y from 1e-12 to 1 - 1e-12, the label's logit moved to make it so."""
     tokens = random_tokens(6, v)

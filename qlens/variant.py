@@ -15,14 +15,17 @@ from qlens.errors import InputError
 from qlens.groups import Groups
 from qlens.guards import blamed
 from qlens.pairs import Pairs
+from qlens.signature import Memo
 from qlens.structure import Structure, check_structure
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation
+from qlens.tokens import Tokens, expectation, precision, spread
 
 if TYPE_CHECKING:
     from qlens import notes
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
+FEW = 4  # rows on which it is tried in training
+_KINDS = Memo()  # whether a function of tokens returns a target, by function and parameters
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 
 
@@ -132,7 +135,7 @@ class Variant:
     @property
     def built_in(self) -> bool:
         """Whether it is one of qlens' own methods, whose card the tests prove."""
-        return str(getattr(self.method.fn, "__module__", "")).startswith("qlens.variants.")
+        return calling.is_built_in(self.method.fn)
 
     denominator = property(
         lambda self: self._declared("denominator"),
@@ -161,9 +164,7 @@ class Variant:
         assert error is not None
         raise error
 
-    @property
-    def _may_return_target(self) -> bool:
-        return self.method.printed is None and calling.kind(self.method.fn) == "tokens"
+    _may_return_target = property(lambda self: self.method.printed is None and calling.kind(self.method.fn) == "tokens")
 
     def is_loss_alone(self, tokens: Tokens) -> bool:
         """Whether it has no target of its own, seen once by what it returns on some tokens.
@@ -173,33 +174,37 @@ class Variant:
         """
         if not self._may_return_target:
             return self.method.printed is None
-        if "_returns_target" not in self.__dict__:
-            with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):  # looked at, not drawn from
-                value = self.method.fn(tokens.unweighted(), **self.params)
-            self.__dict__["_returns_target"] = isinstance(value, Target)
-        return not self.__dict__["_returns_target"]
+        return not _KINDS.get(self.method.fn, repr(sorted(self.params.items())), lambda: self._returns_target(tokens))
+
+    def _returns_target(self, tokens: Tokens) -> bool:
+        """Whether the function returns a ``Target``, seen on a copy of a few rows; draws and gradients are left alone."""
+        few = tokens[spread(len(tokens), FEW).to(tokens.logits.device)]
+        with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):
+            return isinstance(self.method.fn(self.shown(few).copied(), **self.params), Target)
 
     @cached_property
-    def _undone(self) -> Callable[[Tokens], Any]:
-        return adapters.undone(self.method.fn, self.params, self.spec)
+    def unreduced(self) -> adapters.Unreduced:
+        """The loss with its reduction undone: the printed one, where there is one beside the target."""
+        name = self.spec if self.method.printed is None else f"the loss of {self.spec}"
+        return adapters.Unreduced(self.method.printed or self.method.fn, self.params, name)
 
-    @cached_property
-    def _rows(self) -> Callable[[Tokens], Tensor]:
-        return adapters.rows(self.method.fn, self.params, self.spec)
-
-    @cached_property
-    def _printed(self) -> Callable[[Tokens], Tensor]:
-        assert self.method.printed is not None
-        return adapters.rows(self.method.printed, self.params, f"the loss of {self.spec}")
-
-    def _weighs(self, tokens: Tokens) -> bool:
+    def weighs(self, tokens: Tokens) -> bool:
         """Whether the loss takes the tokens' weights itself, so that they are not multiplied in again."""
-        if tokens.weight is None or self.method.printed is not None or calling.kind(self.method.fn) == "tokens":
+        if tokens.weight is None:
             return False
+        if self.method.printed is not None or calling.kind(self.method.fn) == "tokens":
+            return "weight" in self.needs and calling.kind(self.method.fn) == "tokens"
         wanted = calling.inputs(self.method.fn)
         if "weight" in wanted.required.values():
             return True
         return "weight" in wanted.optional.values() and styles.style_of(self.method.fn, self.params, tokens).optional
+
+    def shown(self, tokens: Tokens) -> Tokens:
+        """What the function is shown of weights: none, unless it needs and takes them itself; ones where none are given."""
+        if tokens.weight is None and "weight" in self.needs:
+            ones = torch.ones_like(tokens.logits[:, 0].detach(), dtype=precision(tokens.logits.dtype))
+            return Tokens.unchecked(**tokens.fields(), weight=ones)
+        return tokens if self.weighs(tokens) else tokens.unweighted()
 
     def target(self, tokens: Tokens) -> Target:
         """Q and s at every token, detached; ``tokens.weight`` multiplies the scale.
@@ -210,9 +215,10 @@ class Variant:
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
             with blamed(self.spec):
-                made = self.method.fn(tokens.unweighted(), **self.params)
+                made = self.method.fn(calling.shown(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(made, Target):
-                return made if tokens.weight is None else made.weighted(tokens.weight.to(made.scale))
+                weight = None if self.weighs(tokens) else tokens.weight
+                return made if weight is None else made.weighted(weight.to(made.scale))
         from qlens.lens import gradient
 
         return Target.from_grad(tokens, gradient(self.loss, tokens))
@@ -226,23 +232,20 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        bare = (
-            tokens if self._weighs(tokens) else tokens.unweighted()
-        ).upcast()  # printed losses softmax for themselves, in the logits' own dtype
-        if self.method.printed is not None:
-            rows = self._printed(bare)
-        else:
-            rows = self._rows(bare)
-            if isinstance(rows, Target):
-                rows = -rows.scale * expectation(rows.q, bare.log_probs)
-        return rows if tokens.weight is None or self._weighs(tokens) else rows * tokens.weight
+        bare = self.shown(tokens).upcast()  # printed losses softmax for themselves, in the logits' own dtype
+        weight = None if self.weighs(tokens) else tokens.weight
+        rows = self.unreduced.rows(bare, weight)
+        if not isinstance(rows, Target):
+            return rows
+        rows = -rows.scale * expectation(rows.q, bare.log_probs)
+        return rows if weight is None else rows * weight
 
     def total(self, tokens: Tokens) -> Tensor:
         """The sum of ``loss``, a scalar; for a loss that reduces itself without the detour over rows."""
-        alone = tokens.weight is None or self._weighs(tokens)
+        alone = tokens.weight is None or self.weighs(tokens)
         if self.method.printed is None and alone and calling.kind(self.method.fn) != "tokens":
             self._check(tokens)
-            return self._undone(tokens.upcast()).sum()
+            return self.unreduced(tokens.upcast()).sum()
         return self.loss(tokens).sum()
 
     def account(self, tokens: Tokens) -> "notes.Account":
@@ -286,7 +289,7 @@ class Variant:
 
     def _check(self, tokens: Tokens) -> None:
         for name in self.needs:
-            if getattr(tokens, name) is None:
+            if getattr(tokens, name) is None and name != "weight":
                 raise InputError(f"{self.name} needs a {name}: give Tokens({name}=...), on the command line --{name}")
         group = self._declared("coupled")
         if group and tokens.weight is not None:

@@ -183,3 +183,13 @@ def test_penalty_is_zero_unless_registered():
 
     expected = 3 * sum(p.square().sum().item() for p in model.parameters())
     assert qlens.get("with_penalty(weight=3.0)").penalty(model).item() == pytest.approx(expected)
+
+
+def test_a_scope_or_denominator_that_does_not_exist_is_refused():
+    for card, says in (
+        ({"scope": "tokens"}, "scope must be 'token' or 'sequence' or 'pair' or 'batch' or 'parameters', got 'tokens'"),
+        ({"denominator": "select"}, "denominator must be 'valid' or 'selected', got 'select'"),
+    ):
+        with pytest.raises(qlens.InputError, match=says):
+            qlens.register("misdeclared", **card)(lambda logits, labels: logits.sum())
+    assert "misdeclared" not in qlens.names()

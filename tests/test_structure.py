@@ -121,7 +121,7 @@ def test_a_losss_own_tokens_hold_no_log_probs_of_other_logits():
         gaps.append(float((implied.grad - target.grad).abs().max()))
 
     hidden, head, labels = hidden_and_head(50, 9)
-    fused_loss(user_method(loss=loss), hidden, head, labels, chunk=4, observe=observe)
+    fused_loss(user_method(loss=loss, scope="token"), hidden, head, labels, chunk=4, observe=observe)
     assert len(gaps) == 3 and max(gaps) < 1e-12
     assert len(tokens) == 16
 

@@ -34,7 +34,7 @@ def neighbours(tokens):
 
 @pytest.mark.parametrize("loss", [mean_weighted, by_rows, hardest, neighbours])
 def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
-    variant = user_method(loss=loss, name=loss.__name__)
+    variant = user_method(loss=loss, name=loss.__name__, scope="token")
     with caplog.at_level(logging.WARNING, "qlens"):
         compare(variant, 5000, chunk=5)
         compare(variant, 5000, chunk=5)
@@ -83,8 +83,65 @@ def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
         return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
     with caplog.at_level(logging.WARNING, "qlens"):
-        compare(user_method(loss=loss), 5000, chunk=5)
+        compare(user_method(loss=loss, scope="token"), 5000, chunk=5)
     assert not caplog.messages
+
+
+def test_a_loss_whose_scope_nobody_declared_is_taken_whole(caplog):
+    """Alone, whatever its first batches show: here no row depends on another before there are more than a thousand."""
+
+    def hardest_thousand(tokens):
+        losses, n = -tokens.label_log_probs, len(tokens)
+        return losses if n <= 1000 else losses * (losses >= losses.detach().topk(1000).values[-1])
+
+    variant = user_method(loss=hardest_thousand, name="hardest")
+    for n in (600, 1600):
+        compare(variant, 100, n=n, chunk=50)
+    assert caplog.messages == [
+        "qlens holds the logits of a batch whole for hardest: a loss of your own may look at all of them together; if it does "
+        "not, register it with scope='token'"
+    ]
+
+
+def at_least_a_hundred(tokens):
+    losses = tokens.label_log_probs.detach().neg()
+    return (losses >= losses.topk(min(len(losses), max(100, len(losses) // 4))).values[-1]).double()
+
+
+def over_its_mean(tokens):
+    critical = tokens.critical.double() + 0.1
+    return critical / critical.mean()
+
+
+def normalised(tokens):
+    a = tokens.advantage
+    return (a - a.mean()) / (a.std() + 1e-6)
+
+
+@pytest.mark.parametrize("weight", [at_least_a_hundred, over_its_mean, normalised])
+@pytest.mark.parametrize("form", ["target", "loss"])
+def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut(weight, form):
+    """Rows are tried on random fields too, and more of them than most losses ask for: a verdict is not a first batch's luck."""
+
+    def target(tokens):
+        return Target.push(tokens, weight(tokens))
+
+    def printed(tokens):
+        return -weight(tokens) * tokens.label_log_probs
+
+    alone = {"loss": printed, "scope": "token"}
+    variant = user_method(target, printed) if form == "target" else user_method(**alone)
+    draw = torch.Generator().manual_seed(0)
+    mixed = {"critical": torch.rand(400, generator=draw) < 0.3, "advantage": torch.randn(400, generator=draw).double()}
+    same = {"critical": torch.ones(400), "advantage": torch.zeros(400).double()}
+    hidden, head, labels = hidden_and_head(50, 400)
+    for fields in (same, mixed):
+        value = fused_loss(variant, hidden, head, labels, chunk=50, **fields)
+        tokens = Tokens(logits=hidden @ head.T, labels=labels, **fields)
+        whole = printed(tokens).mean()
+        assert_close(value, whole)
+        for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+            assert_close(got, wanted)
 
 
 def test_a_field_that_nobody_declared_reaches_a_method_of_any_structure():
