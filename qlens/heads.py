@@ -62,15 +62,18 @@ class Head:
             z = (hidden @ self.weight.T).to(wide)
         if self.bias is not None:
             z += self.bias
-        if self.logit_scale != 1:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+        return capped_(z, self.softcap, self.logit_scale)
 
     def slope_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """The slope of the soft-cap at given logits, 1 - (z / c)^2; in their place."""
         return z.div_(self.softcap).square_().neg_().add_(1)
+
+
+def capped_(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """c tanh(s z / c) in place of a head's outputs z."""
+    if logit_scale != 1:
+        z *= logit_scale
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
 @dataclass(frozen=True, eq=False)

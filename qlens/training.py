@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from qlens.batching import COLUMNS, Supervised, collate, count_pairs
-from qlens.bodies import Bodies, Body
+from qlens.bodies import Bodies, Body, NoBody
 from qlens.checkpoints import RunState
 from qlens.draws import Replay, draws_of
 from qlens.engine import fused_pass, why_whole_logits
@@ -128,12 +128,8 @@ class QLossMixin(Measurements):
         Without ``num_items_in_batch``, the mean over the batch's own tokens. No token supervised: zero, with a graph.
         """
         features = self._features(inputs)
-        body = None if return_outputs and not self._loss_only else self._body(features)
-        if body is None:
-            outputs = model(**features, **uncached(self.model))
-            values = outputs["logits"]
-        else:
-            values, outputs = body.run(features, model)
+        whole = return_outputs and not self._loss_only
+        body, values, outputs = self._forward(model, features, None if whole else self._body(features))
         where = Supervised.of({name: value.to(values.device) for name, value in inputs.items() if name in LAYOUT})
         rows, own_items = where.take(values), self._count(where, inputs)
         items = self._denominator(num_items_in_batch, own_items)
@@ -149,20 +145,32 @@ class QLossMixin(Measurements):
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
         return (loss, {} if body is not None else outputs) if return_outputs else loss
 
+    def _forward(
+        self, model: nn.Module, features: dict[str, Any], body: Body | None
+    ) -> tuple[Body | None, Tensor, Any]:
+        """The student's pass over a batch: its body and hidden states, or None and its logits; and all its outputs."""
+        if body is not None:
+            try:
+                return body, *body.run(features, model)
+            except NoBody as reason:
+                self._bodies.give_up(self.model, "model", reason)
+        outputs = model(**features, **uncached(self.model))
+        return None, outputs["logits"], outputs
+
     def _fused(
         self, body: Body, hidden: Tensor, where: Supervised, features: dict, inputs: dict, items: float
     ) -> Tensor:
         """The loss by the engine, from hidden states and head."""
         head = body.head
         if not len(where):
-            return (hidden @ head.weight.T).sum()  # zero, and backward still runs
+            return (hidden @ head.weight.to(hidden.dtype).T).sum()  # zero, and backward still runs
 
         def read(name: str, other: nn.Module) -> Any:
-            its = self._bodies.of(other, features, name)
-            if its is None:
-                return where.take(model_logits(other, features))
             with torch.no_grad():
-                return its.of(where.take(its.hidden(features)))
+                states = self._bodies.states(other, features, name)
+                if states is None:
+                    return where.take(model_logits(other, features))
+                return states[0].of(where.take(states[1]))
 
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
@@ -171,9 +179,9 @@ class QLossMixin(Measurements):
         loss, made = fused_pass(
             self.variant,
             hidden,
-            head.weight,
+            head.weight.to(hidden.dtype),  # in mixed precision
             where.labels,
-            head.bias,
+            None if head.bias is None else head.bias.to(hidden.dtype),
             models,
             fields,
             shape,
