@@ -40,7 +40,8 @@ class NoBody(InputError):
 class Body:
     """A causal language model whose logits are those of a linear ``Head``, proved on a few tokens and again in every pass.
 
-    Soft-cap and logit scale are looked up in the model's configuration under the names in use (``SOFTCAPS``, Cohere's ``logit_scale``, Granite's ``logits_scaling``), never believed: the model's own logits
+    Soft-cap and logit scale are looked up in the model's configuration under the names in use (``SOFTCAPS``, Cohere's
+    ``logit_scale``, Granite's ``logits_scaling``), never believed: the model's own logits
     must be those of the head, at the few tokens and for outputs of the head up to 2048. In every later pass the head
     returns such outputs for one entry of the vocabulary, and the model's logits there are compared again.
 

@@ -23,10 +23,6 @@ from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
 
-BOUNDARIES = (
-    "cu_seq_lens_q",
-    "seq_idx",
-)  # what tells packed texts apart for some models, but not which labels are theirs
 LAYOUT = ("labels", "attention_mask", "position_ids")
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
