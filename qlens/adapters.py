@@ -1,5 +1,6 @@
 """Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from qlens.target import Target
 from qlens.tokens import Tokens, spread
 
 FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
+DRAWS = 800  # rows, over several calls, that the gradient of a loss that draws numbers is averaged over
 ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 
@@ -55,9 +57,8 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if not len(tokens):
             return tokens.logits[:, :0].sum(-1)  # no rows, but a graph
         if not safe:
-            with Replay(tokens.logits.device).again():  # what is tried first must not change what a loss draws
+            with Replay(tokens.logits.device, fn).again():  # what is tried first must not change what a loss draws
                 safe.append(_leaves_alone(fn, params, tokens))
-                style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
         if kind(fn) == "tokens" and isinstance(made, Target):
@@ -72,7 +73,7 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
         if not reduction:
-            with Replay(tokens.logits.device).again():
+            with Replay(tokens.logits.device, fn).again():
                 reduction.append(find_reduction(fn, params, tokens, name))
         divisor = REDUCTIONS[reduction[0]](counts(tokens, Layout(), style, pairwise(fn)))
         return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
@@ -120,19 +121,25 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     """
     from qlens.probes import probes
 
-    style = style_of(fn, params, tokens)
+    style, replay = style_of(fn, params, tokens), Replay(tokens.logits.device, fn)
+
+    def read(shown: Tokens, layout: Layout = Layout()) -> Tensor:
+        with replay.again():  # the same draws, from the same state
+            return grad_of(fn, params, shown, style, layout)
+
     for rows_shown in (
         few(tokens) if pairwise(fn) else _spread(tokens),
         probes(tokens.logits.dtype, tokens.logits.device),
     ):
-        base = grad_of(fn, params, rows_shown, style)
+        base = read(rows_shown)
         if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
             break
     else:
         return "sum"
-    if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
+    if _misfit([base, read(rows_shown)]) > ALIKE:
         raise InputError(
-            f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
+            f"{name} is not deterministic: two calls on the same tokens differ, and not by the random generators of torch, numpy "
+            "or Python. Draw by one of these, or return the unreduced loss (N,)."
         )
     misfits: dict[str, float] = {}
     grads: list[Tensor] = []
@@ -140,7 +147,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
         if style.laid_out or inputs_masked(fn):
             layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
+        grads = [read(rows_shown, layout) for layout in layouts]
         for reduction in REDUCTIONS:
             off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
             misfits[reduction] = min(off, misfits.get(reduction, off))
@@ -149,12 +156,41 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
     if misfits[best] <= ALIKE:
         of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
         return of_any_length or (alike[0] if len(alike) > 1 else best)
+    with replay.again():
+        draws = _misfit([base, *(grad_of(fn, params, rows_shown, style) for _ in range(16))]) > ALIKE
+    if draws:  # other numbers in every layout
+        return by_average(fn, params, rows_shown, style, name)
     if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
         return "sum"  # nothing but rounding: there is no gradient to be divided
     ratio = float(grads[1].norm() / grads[0].norm())
     raise InputError(
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
         f"{ratio:.4g}, where a sum gives 1 and a mean 0.5. Return the unreduced loss (N,) instead."
+    )
+
+
+def by_average(fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style, name: str) -> str:
+    """How a scalar loss divides that draws numbers: the count by which its gradients, averaged over many draws, are nearest.
+
+    Raises:
+        InputError: no count is much nearer than any other.
+    """
+    layouts = [Layout(), Layout(2), Layout(3)]
+    if style.laid_out or inputs_masked(fn):
+        layouts += [Layout(1, 7), Layout(2, 12)]
+    calls = math.ceil(DRAWS / len(tokens))
+    grads = [sum(grad_of(fn, params, tokens, style, layout) for _ in range(calls)) / calls for layout in layouts]
+    off: dict[str, float] = {}
+    for reduction in REDUCTIONS:
+        first, *others = _multiplied(reduction, fn, grads, tokens, layouts, style)
+        off[reduction] = max(abs(float((other * first).sum() / first.square().sum()) - 1) for other in others)
+    best = min(off, key=off.__getitem__)
+    rest = [far for far in off.values() if far - off[best] > 1e-9]  # those that are the same here are one
+    if off[best] < 0.2 and all(far > 2 * off[best] + 0.05 for far in rest):
+        return best
+    raise InputError(
+        f"{name} draws numbers and reduces them itself, by a count that could not be found from {calls} calls: return the "
+        "unreduced loss (N,) instead, or switch dropout off"
     )
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlens.batching import COLUMNS, Supervised
 from qlens.base_models import WithoutAdapters, has_adapters
+from qlens.batching import COLUMNS, Supervised
 from qlens.errors import InputError
 from qlens.registry import Variant
 from qlens.sources import check_same_vocabulary, freeze

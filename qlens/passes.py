@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from qlens.chunks import Flat, others_
-from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
 from qlens.registry import Variant
@@ -78,7 +77,7 @@ class Pass:
             bent = self._buffer("bent", rows).copy_(z) if own.softcap is not None and any(wanted) else None
             others = {} if kernels.collects else {name: self._logits_of(name, rows, z) for name in self.models}
             seen = self._copies(z, rows, others, kernels) if self.observe else None
-            replay = Replay(z.device) if self.observe else None
+            replay = self.variant.replay(z.device) if self.observe else None
             scale, losses, push = kernels.kernel(z, rows, others)
             total += losses.sum()
             if seen is not None and replay is not None:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
-from qlens.draws import Replay
 from qlens.heads import Head, TopK
 from qlens.lens import slope_of
 from qlens.registry import Variant
@@ -154,7 +153,7 @@ class GradientKernels:
 
     def _by_target(self, z: Tensor, tokens: Chunk) -> tuple[Tensor, Tensor]:
         """g' in place of the logits, from the explicit target."""
-        replay = Replay(z.device)
+        replay = self.variant.replay(z.device)
         with torch.no_grad():
             losses = self.variant.loss(tokens)
             with replay.again():  # a method that draws numbers has one target and loss
@@ -174,7 +173,7 @@ class GradientKernels:
 
     def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
         """The push on the label and the loss of some rows, from the method itself, on two entries."""
-        replay = Replay(log_p.device)
+        replay = self.variant.replay(log_p.device)
         with torch.no_grad():
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
             with replay.again():

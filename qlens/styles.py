@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlens.calling import call
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.guards import LossError, blamed
 from qlens.layouts import Layout, Style
@@ -50,7 +51,13 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
+    return _STYLES.get(fn, key, lambda: _found(fn, params, tokens))
+
+
+def _found(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
+    """The style, found by calls that leave what a loss draws and keeps as it was."""
+    with Replay(tokens.logits.device, fn).again():
+        return _search(fn, params, few(tokens))
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:

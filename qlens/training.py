@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments
 from qlens.batching import COLUMNS, Supervised, collate, count_pairs
 from qlens.bodies import Bodies, Body, NoBody
 from qlens.checkpoints import RunState
-from qlens.draws import Replay, draws_of
+from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
@@ -196,7 +196,7 @@ class QLossMixin(Measurements):
 
         fields = self._feed.fields(where, features, inputs, rows.shape[1], read)
         tokens = Tokens(logits=rows, labels=where.labels, **fields)
-        replay = Replay(rows.device)
+        replay = self.variant.replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
         if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs

@@ -165,6 +165,11 @@ class Variant:
     def _may_return_target(self) -> bool:
         return self.method.printed is None and calling.kind(self.method.fn) == "tokens"
 
+    def replay(self, device: torch.device) -> Replay:
+        """What it takes to call target and loss once more, with the same draws and from the same state, and to change nothing."""
+        functions = () if self.built_in else (self.method.fn, self.method.printed)
+        return Replay(device, *(fn for fn in functions if fn is not None))
+
     def is_loss_alone(self, tokens: Tokens) -> bool:
         """Whether it has no target of its own, seen once by what it returns on some tokens.
 
@@ -174,7 +179,11 @@ class Variant:
         if not self._may_return_target:
             return self.method.printed is None
         if "_returns_target" not in self.__dict__:
-            with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):  # looked at, not drawn from
+            with (
+                torch.no_grad(),
+                self.replay(tokens.logits.device).again(),
+                blamed(self.spec),
+            ):  # looked at, not drawn from
                 value = self.method.fn(tokens.unweighted(), **self.params)
             self.__dict__["_returns_target"] = isinstance(value, Target)
         return not self.__dict__["_returns_target"]

@@ -7,7 +7,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.lens import gradient
 from qlens.registry import Variant
@@ -51,7 +50,7 @@ def why_whole(
         few = sample(_some(variant, rows, fields))
         with (
             torch.autocast(few.logits.device.type, enabled=False),
-            Replay(few.logits.device).again(),
+            variant.replay(few.logits.device).again(),
         ):  # a loss that draws numbers trains by the same ones, verified or not
             _verify_gradient(variant, few)
             cut = rows > block and variant.scope in ALONE
@@ -77,7 +76,7 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     """Whether what the engine would compute on these rows is the gradient of the printed loss."""
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
-    replay = Replay(tokens.logits.device)
+    replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():
         got, values = by_structure(variant, tokens)
