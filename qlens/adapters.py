@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlens.calling import Layout, call, inputs, kind, name_of, written
 from qlens.draws import Replay
 from qlens.errors import InputError
+from qlens.graphs import leaves
 from qlens.layouts import Counts, Style, counts
 from qlens.results import loss_of
 from qlens.styles import few, grad_of, inputs_masked, style_of
@@ -104,13 +106,36 @@ def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:
-    """Rows that add up to ``total``, each with the gradient of its own logits and no other's: so that rows can be weighted."""
+    """Rows that add up to ``total``, each with the gradient of its own logits and no other's: so that rows can be weighted.
+
+    A parameter of the loss's own has its gradient by all rows together, where they are weighted alike.
+    """
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
-    (grad,) = torch.autograd.grad(total, logits)
-    zero = torch.where(logits.isfinite(), logits - logits.detach(), 0.0)
-    return value + (grad * zero).sum(-1)
+    learned = leaves(total, logits)
+    grads = torch.autograd.grad(total, (logits, *learned))
+    return _Shares.apply(value, grads, logits, *learned)
+
+
+class _Shares(torch.autograd.Function):
+    """Values of rows, (N,), with a given gradient each, (N, V), and gradients of parameters by all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (u,), (rows, *learned) = upstream, ctx.saved_tensors
+        if learned and bool((u != u[0]).any()):
+            raise InputError(
+                "a loss that returns a scalar and has a parameter of its own that requires a gradient has none of it for rows "
+                "that are weighted differently: return the unreduced loss (N,) instead, or detach the parameter"
+            )
+        return None, None, u[:, None] * rows, *(u[0] * grad for grad in learned)
 
 
 def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
@@ -123,7 +148,7 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
 
     style, replay = style_of(fn, params, tokens), Replay(tokens.logits.device, fn)
 
-    def read(shown: Tokens, layout: Layout = Layout()) -> Tensor:
+    def read(shown: Tokens, layout: Layout) -> Tensor:
         with replay.again():  # the same draws, from the same state
             return grad_of(fn, params, shown, style, layout)
 
@@ -131,12 +156,12 @@ def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: s
         few(tokens) if pairwise(fn) else _spread(tokens),
         probes(tokens.logits.dtype, tokens.logits.device),
     ):
-        base = read(rows_shown)
+        base = read(rows_shown, Layout())
         if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
             break
     else:
         return "sum"
-    if _misfit([base, read(rows_shown)]) > ALIKE:
+    if _misfit([base, read(rows_shown, Layout())]) > ALIKE:
         raise InputError(
             f"{name} is not deterministic: two calls on the same tokens differ, and not by the random generators of torch, numpy "
             "or Python. Draw by one of these, or return the unreduced loss (N,)."

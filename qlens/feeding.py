@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from qlens.base_models import WithoutAdapters, has_adapters
 from qlens.batching import COLUMNS, Supervised
 from qlens.errors import InputError
+from qlens.probes import widened
 from qlens.registry import Variant
-from qlens.sources import check_same_vocabulary, freeze
+from qlens.sources import check_same_vocabulary, freeze, vocabulary_size
+from qlens.tokens import precision
 
 GIVEN = ("teacher", "reference")
 COPY = "{name}=copy.deepcopy(...) of it before training, or load it anew"
@@ -56,6 +58,9 @@ class Feed:
             _check_apart(model, other, name)
             self.others[name] = freeze(other).to(device)
         self.student = model
+        if self.variant.may_return_target:
+            dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+            self.variant.is_loss_alone(widened(vocabulary_size(model), precision(dtype), device))
         if "old" in self.variant.needs:
             self.others["old"] = freeze(copy.deepcopy(model)).to(device)
 

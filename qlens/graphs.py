@@ -1,6 +1,11 @@
-"""Graphs: which tensors a value has a gradient for."""
+"""Graphs: which tensors a value has a gradient for, and gradients that have none."""
 
+from typing import Any
+
+import torch
 from torch import Tensor
+
+from qlens.errors import InputError
 
 
 def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
@@ -30,3 +35,17 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
             found.append(leaf)
         left += [following for following, _ in node.next_functions]
     return [leaf for leaf in found if not any(leaf is each for each in inputs)]
+
+
+class Once(torch.autograd.Function):
+    """A gradient that has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise InputError(
+            "fused_loss has no second derivative: take the plain path, Variant.loss(tokens), where gradients are differentiated"
+        )

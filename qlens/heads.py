@@ -1,6 +1,5 @@
 """Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError, brief
+from qlens.fields import number
 from qlens.tokens import log_softmax, precision
 
 
@@ -47,8 +47,11 @@ class Head:
             raise InputError(f"hidden is {h.dtype}, but head is {w.dtype}: they must have one dtype")
         if b is not None and tuple(b.shape) != (w.shape[0],):
             raise InputError(f"bias must be ({w.shape[0]},), got {tuple(b.shape)}")
-        for name, value in (("softcap", self.softcap), ("logit_scale", self.logit_scale)):
-            if value is not None and (not isinstance(value, int | float) or not 0 < abs(value) < math.inf):
+        for name in ("softcap", "logit_scale"):
+            if (value := getattr(self, name)) is None and name == "softcap":
+                continue
+            object.__setattr__(self, name, number(name, value, "a finite number other than 0"))
+            if not getattr(self, name):
                 raise InputError(f"{name} must be a finite number other than 0, got {brief(value)}")
         if self.softcap is not None and self.softcap < 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")

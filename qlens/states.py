@@ -161,9 +161,9 @@ def check_unchanged(seen: list[tuple[Tensor, int]]) -> None:
     for tensor, version in seen:
         if tensor._version != version:
             raise InputError(
-                f"the loss changes a tensor of shape {tuple(tensor.shape)} in place that it keeps from call to call, and qlens has "
-                f"to call it once more to look at it: keep it as an attribute, self.x, of at most {COPIED} numbers, or set a new "
-                "tensor instead of writing on it"
+                f"the loss changes a tensor of shape {tuple(tensor.shape)} in place that it keeps from call to call, and qlens "
+                f"has to call it once more to look at it: keep it as an attribute, self.x, of at most {COPIED} numbers, or set a "
+                "new tensor instead of writing on it"
             )
 
 

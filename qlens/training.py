@@ -52,7 +52,8 @@ class QLossMixin(Measurements):
 
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
-        teacher, reference: other causal language models, frozen here and moved to the device; run only if needed.
+        teacher, reference: other causal language models, frozen here and moved to the device; run only if needed. They share
+            no trained parameter with the model. A model with adapters (peft) needs no reference: it is the model without them.
         old_every: optimizer steps between refreshes of the old policy, for methods that need one: a copy of the model.
         fused: whether the engine makes the loss from hidden states and head, so that no model's logits are ever whole:
             None, wherever model, method and machine allow, and a log line says why where they do not; True, insist; False, never.
@@ -145,11 +146,11 @@ class QLossMixin(Measurements):
         self, model: nn.Module, features: dict[str, Any], body: Body | None
     ) -> tuple[Body | None, Tensor, Any]:
         """The student's pass over a batch: its body and hidden states, or None and its logits; and all its outputs."""
-        if body is not None:
-            try:
+        try:
+            if body is not None:
                 return body, *body.run(features, model)
-            except NoBody as reason:
-                self._bodies.give_up(self.model, "model", reason)
+        except NoBody as reason:
+            self._bodies.give_up(self.model, "model", reason)
         outputs = model(**features, **uncached(self.model))
         return None, outputs["logits"], outputs
 
@@ -172,17 +173,10 @@ class QLossMixin(Measurements):
         models = {name: fields.pop(name) for name in MODELS if name in fields}
         shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
         observe = self._tally.add if self._is_measured() else None
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)  # another one in mixed precision
+        weight, labels = head.weight.to(hidden.dtype), where.labels
         loss, made = fused_pass(
-            self.variant,
-            hidden,
-            head.weight.to(hidden.dtype),  # in mixed precision
-            where.labels,
-            None if head.bias is None else head.bias.to(hidden.dtype),
-            models,
-            fields,
-            shape,
-            items,
-            observe=observe,
+            self.variant, hidden, weight, labels, bias, models, fields, shape, items, observe=observe
         )
         return loss * (len(where) / max(made.selected, 1)) if self.variant.denominator == "selected" else loss
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens.errors import InputError
-from qlens.lens import gradient
+from qlens.lens import carried, gradient
 from qlens.registry import Variant
 from qlens.row_gradients import by_structure
 from qlens.tokens import Tokens, spread
@@ -90,6 +90,13 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     if not rows:
         return
     where = f"at a token with p_y = {float(tokens.label_probs[rows[0]]):.2g} ({len(rows)} of {len(tokens)} tokens)"
+    alone = variant.method.printed is None and not variant.is_loss_alone(tokens)
+    if variant.structure == "label" and alone and bool((off <= _tolerance(wanted)).all()):
+        raise InputError(
+            f"{variant.spec} declares structure='label', and its gradient is one of label probabilities, but its loss is not: "
+            "the value s CE(Q, p) of a target alone sees the whole of p; write its printed loss, "
+            f"@{variant.name}.loss, or leave structure out"
+        )
     if variant.structure != "dense":
         raise InputError(
             f"{variant.spec} declares structure={variant.structure!r}, but has another loss or gradient {where}: "
@@ -146,4 +153,5 @@ def _apart(one: Tensor, other: Tensor) -> bool:
 def _tolerance(values: Tensor) -> Tensor:
     """What counts as rounding beside these values."""
     size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
-    return TOLERANCE[values.dtype] * size.clamp(min=1e-30)
+    held = TOLERANCE[torch.float64 if carried(values) == torch.float64 else torch.float32]  # a loss may cast its logits
+    return held * size.clamp(min=1e-30)
