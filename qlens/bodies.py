@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.errors import InputError
-from qlens.graphs import leaves
 from qlens.heads import Head, capped_
+from qlens.leaves import leaves
 from qlens.packing import uncached
 from qlens.sources import evaluating, model_logits
 from qlens.tokens import precision

@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from qlens import calling, guards, matching
+from qlens.autograd import ordinary
 from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings.noise import nothing_but_rounding
@@ -17,6 +19,7 @@ from qlens.tokens import Tokens
 
 
 @guards.quiet()
+@torch.inference_mode(False)
 def explain(
     loss: Variant | str | Callable,
     tokens: Tokens | None = None,
@@ -51,7 +54,7 @@ def explain(
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
-    shown = on_probes(variant) if tokens is None else upcast(variant, tokens)
+    shown = on_probes(variant) if tokens is None else upcast(variant, ordinary(tokens))
     e = Explanation(
         variant,
         shown.given,

@@ -10,8 +10,8 @@ from torch import Tensor
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
 from qlens.errors import InputError
-from qlens.graphs import leaves
 from qlens.heads import Head, TopK
+from qlens.leaves import leaves
 from qlens.lens import slope_of
 from qlens.registry import Variant
 from qlens.structure import GeometricMixture, Structure
