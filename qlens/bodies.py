@@ -112,10 +112,10 @@ class Body:
         return Head(hidden.detach(), weight.to(hidden.dtype), bias, self.softcap, self.logit_scale)
 
     @contextmanager
-    def _passing(self, width: int):
+    def _passing(self, width: int, record: bool = False):
         """The head returns probes of so many entries; what it is given is kept, in the precision of its product.
 
-        Everything else of the model runs as it always does.
+        Everything else of the model runs as it always does; with ``record``, what follows the head is recorded by autograd.
         """
         caught: list[tuple[Tensor, Tensor]] = []
         thread, head = threading.get_ident(), self.head
@@ -127,7 +127,10 @@ class Body:
             dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
             size = (*hidden.shape[:-1], width)
             probe = hidden.new_tensor(PROBES, dtype=dtype).repeat(math.ceil(math.prod(size) / len(PROBES)))
-            probe = probe[: math.prod(size)].reshape(size).requires_grad_(torch.is_grad_enabled())
+            probe = probe[: math.prod(size)].reshape(size)
+            if record:  # until whoever switched it off leaves
+                torch.set_grad_enabled(True)
+                probe.requires_grad_()
             caught.append((hidden.to(dtype), probe))
             return probe
 
@@ -155,7 +158,7 @@ class Body:
         off = float((made - theirs).abs().amax()) if made.numel() else 0.0
         if not off <= rough * max(1.0, float(theirs.abs().amax())):
             raise NoBody(f"its logits are not its head's: they differ by {off:.3g}")
-        with evaluating(self.model), torch.enable_grad(), self._passing(logits.shape[-1]) as caught:
+        with evaluating(self.model), self._passing(logits.shape[-1], record=True) as caught:
             logits = self.model(**features, use_cache=False)["logits"]
         probe = caught[0][1]
         self._compare(logits.detach(), probe, rough)
