@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, calling, params, styles
+from qlens import adapters, calling, params, styles, trying
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
@@ -18,13 +18,12 @@ from qlens.pairs import Pairs
 from qlens.signature import Memo
 from qlens.structure import Structure, check_structure
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation, precision, spread
+from qlens.tokens import Tokens, expectation, precision
 
 if TYPE_CHECKING:
     from qlens import notes
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
-FEW = 4  # rows on which it is tried in training
 _KINDS = Memo()  # whether a function of tokens returns a target, by function and parameters
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 
@@ -182,7 +181,7 @@ class Variant:
 
     def _returns_target(self, tokens: Tokens) -> bool:
         """Whether the function returns a ``Target``, seen on a copy of a few rows; draws and gradients are left alone."""
-        few = tokens[spread(len(tokens), FEW).to(tokens.logits.device)]
+        few = trying.few(tokens)
         with torch.no_grad(), self.replay(tokens.logits.device).again(), blamed(self.spec):
             return isinstance(self.method.fn(self.shown(few).copied(), **self.params), Target)
 
