@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from qlens import graphs
 from qlens.calling import Layout, call, kind
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.layouts import Style, counts, sequences
+from qlens.leaves import leaves
 from qlens.reductions import ALIKE, FOUND_ON, Division, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import settings_of
@@ -85,9 +87,11 @@ class Unreduced:
         def run() -> Any:
             return call(self.fn, self.params, tokens, Layout(), style=style)
 
+        replay = Replay(tokens.logits.device, self.fn)
         made = run()
         if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
-            made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
+            with replay.again():
+                made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(self.fn) == "tokens" and isinstance(made, Target):
             return made
         if kind(self.fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
@@ -102,19 +106,21 @@ class Unreduced:
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
         divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))
-        return self._by_text(tokens, style, made, divisor) if isinstance(divisor, Tensor) else made * divisor
+        if not isinstance(divisor, Tensor):
+            return made * divisor
+        with replay.again():  # the same draws, from the same state
+            return self._by_text(tokens, style, made, divisor)
 
     def style(self, tokens: Tokens) -> Style:
-        """How the loss is called, remembered; what is tried first does not change what a loss draws."""
-        with Replay(tokens.logits.device).again():
-            return style_of(self.fn, self.params, tokens)
+        """How the loss is called, remembered."""
+        return style_of(self.fn, self.params, tokens)
 
     def reduction(self, tokens: Tokens) -> Division:
         """How a scalar loss divides; a sum as long as no row has had a gradient."""
         settings = settings_of(self.fn)
         if self.division is None or settings != self.settings:
             self.settings = settings
-            with Replay(tokens.logits.device).again():
+            with Replay(tokens.logits.device, self.fn).again():
                 self.division = find_division(self.fn, self.params, tokens, self.name)
         return self.division or SUM
 
@@ -145,7 +151,7 @@ class Unreduced:
         if bool((weight == weight[0]).all()):
             return total * weight / len(tokens)
         values, summed = torch.zeros_like(weight, dtype=total.dtype), torch.zeros_like(total)
-        with torch.no_grad(), Replay(tokens.logits.device).again():
+        with torch.no_grad(), Replay(tokens.logits.device, self.fn).again():
             for each in weight.unique():
                 mine = weight == each
                 part = self(tokens[mine]).sum()
@@ -173,15 +179,66 @@ def apart(parts: list[Tensor], alone: list[float], together: list[float], made: 
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:
-    """Rows that add up to ``total``, each with the gradient of its own logits and no other's: so that rows can be weighted."""
+    """Rows that add up to ``total``, each with the gradient of its own logits and no other's: so that rows can be weighted.
+
+    A parameter of the loss's own has its gradient by all rows together, where they are weighted alike.
+    """
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
-    (grad,) = torch.autograd.grad(total, logits, allow_unused=True)
-    if grad is None:
+    learned = leaves(total, logits)
+    grads = torch.autograd.grad(total, (logits, *learned), allow_unused=True)
+    if grads[0] is None:
         return value
-    zero = torch.where(logits.isfinite(), logits - logits.detach(), 0.0)
-    return value + (grad * zero).sum(-1)
+    return _Shares.apply(value, grads, logits, *learned)
+
+
+class _Shares(torch.autograd.Function):
+    """Values of rows, (N,), with a given gradient each, (N, V), and gradients of parameters by all of them."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grads: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*grads)
+        return value.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (u,), (rows, *learned) = upstream, ctx.saved_tensors
+        if learned and bool((u != u[0]).any()):
+            raise InputError(
+                "a loss that returns a scalar and has a parameter of its own that requires a gradient has none of it for rows "
+                "that are weighted differently: return the unreduced loss (N,) instead, or detach the parameter"
+            )
+        return None, None, u[:, None] * rows, *(u[0] * grad for grad in learned)
+
+
+class _Whole(Unreduced):
+    """A loss whose reduction is not known: its value times the number of rows, its gradient that of the batch."""
+
+    ratio: float | None = None  # of its gradient that a row keeps as every row is shown twice
+
+    def rows(self, tokens: Tokens, weight: Tensor | None = None) -> Any:
+        """Equal shares of the sum, (N,), times the weights."""
+        rows = _shared(self(tokens), tokens.logits) if len(tokens) else self(tokens).expand(0)
+        return rows if weight is None else rows * weight
+
+    def __call__(self, tokens: Tokens) -> Any:
+        """A scalar."""
+        if not len(tokens):
+            return tokens.logits[:, :0].sum()
+        style = self.style(tokens)
+        if self.ratio is None:
+            with Replay(tokens.logits.device, self.fn).again():
+                self.ratio = self._kept_twice(tokens, style)
+        made = loss_of(call(self.fn, self.params, tokens, Layout(), style=style), self.name).value.sum()
+        return made * (len(tokens) if self.ratio < SUM_LIKE else 1)
+
+    def _kept_twice(self, tokens: Tokens, style: Style) -> float:
+        pairs = pairwise(self.fn)
+        some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+        sizes = [float(grad_of(self.fn, self.params, some, style, Layout(copies)).norm()) for copies in (1, 2)]
+        return sizes[1] / sizes[0] if sizes[0] else 0.0
 
 
 def whole(variant: "Variant") -> "Variant":
@@ -190,23 +247,6 @@ def whole(variant: "Variant") -> "Variant":
     What it divides by is not undone, so that its gradient is that of the batch. A loss whose gradient stays about the same as
     every row is shown twice is a sum already.
     """
-    fn, given, name = variant.method.fn, variant.params, variant.spec
-    ratios: list[float] = []
-
-    def value(tokens: Tokens) -> Tensor:
-        made = loss_of(call(fn, given, tokens, Layout(), style=style_of(fn, given, tokens)), name).value
-        return made.sum() if made.ndim else made
-
-    def total(tokens: Tokens) -> Tensor:
-        if not len(tokens):
-            return tokens.logits[:, :0].sum()
-        if not ratios:
-            some = few(tokens) if pairwise(fn) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-            style = style_of(fn, given, tokens)
-            sizes = [float(grad_of(fn, given, some, style, Layout(copies)).norm()) for copies in (1, 2)]
-            ratios.append(sizes[1] / sizes[0] if sizes[0] else 0.0)
-        return value(tokens) * (len(tokens) if ratios[0] < SUM_LIKE else 1)
-
     made = replace(variant)
-    made.__dict__.update(_undone=total, _rows=lambda tokens: _shared(total(tokens), tokens.logits))
+    made.__dict__["unreduced"] = _Whole(variant.method.fn, variant.params, variant.spec)
     return made

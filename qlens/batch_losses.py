@@ -138,7 +138,12 @@ def place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
     """
     fn, params = variant.method.fn, variant.params
     key = (repr(sorted(params.items(), key=str)), style, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _PLACES.get(fn, key, lambda: _place_matters(variant, tokens, replace(style, several=False)))
+
+    def tried() -> str:
+        with variant.replay(tokens.logits.device).again():
+            return _place_matters(variant, tokens, replace(style, several=False))
+
+    return _PLACES.get(fn, key, tried)
 
 
 def _place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:

@@ -1,10 +1,11 @@
 """Checkpoints: what a run needs beside weights and optimizer, so that a resumed run is the uninterrupted one."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback
@@ -15,6 +16,7 @@ from qlens.feeding import Feed
 from qlens.files import written
 from qlens.registry import Variant
 
+logger = logging.getLogger(__name__)
 NAME = "qlens_state.safetensors"
 OLD, START = "old.", "start."  # how the names of their tensors begin
 
@@ -40,6 +42,8 @@ class RunState(TrainerCallback):
         """Begin the run at the model as it is, or where the checkpoint left it."""
         model = kwargs["model"]
         self.feed.begin(model)
+        if self.checkpoint is not None:
+            self._compare(self.checkpoint / NAME)
         if self.checkpoint is None:
             self.start = self.variant.start(model)
         elif self._needed():
@@ -53,9 +57,7 @@ class RunState(TrainerCallback):
             self.feed.refresh()
 
     def save(self, run: str, step: int) -> None:
-        """Write the file into the checkpoint folder of a step, whole or not at all; none where a method needs none."""
-        if not self._needed():
-            return
+        """Write the file into the checkpoint folder of a step, whole or not at all; it names the method, whatever that needs."""
         folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {OLD + name: value for name, value in self.feed.state().items()}
@@ -67,17 +69,41 @@ class RunState(TrainerCallback):
         """Whether a checkpoint of the method needs the file."""
         return "old" in self.variant.needs or self.variant.method.on_start is not None
 
-    def _read(self, path: Path) -> dict[str, Tensor]:
-        """The file's tensors by name."""
+    def _compare(self, path: Path) -> None:
+        """Warn where a checkpoint was trained by another method, or by this one with other parameters."""
+        if not path.is_file():
+            return
         try:
-            return load_file(path)
-        except FileNotFoundError:
-            raise InputError(
-                f"{path} is not there, so that {self.variant.spec} cannot be resumed: a checkpoint saved without it "
-                "(save_only_model=True, another method, an older qlens) can only begin a new run from its weights"
-            ) from None
+            with safe_open(path, "pt") as file:
+                trained = (file.metadata() or {}).get("variant", self.variant.spec)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
+        if trained != self.variant.spec:
+            logger.warning(
+                "the checkpoint %s was trained by %s and goes on as %s, from the other's optimizer state: to begin a new run "
+                "from its weights, load the model from that folder and leave resume_from_checkpoint out",
+                path.parent,
+                trained,
+                self.variant.spec,
+            )
+
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """The file's tensors by name.
+
+        Raises:
+            InputError: it is not there, has none, or is damaged.
+        """
+        try:
+            saved = load_file(path) if path.is_file() else {}
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{path} cannot be read: {error}") from None
+        if not saved:
+            lacks = "has no state of such a run" if path.is_file() else "is not there"
+            raise InputError(
+                f"{path} {lacks}, so that {self.variant.spec} cannot be resumed: a checkpoint saved without it "
+                "(save_only_model=True, another method, an older qlens) can only begin a new run from its weights"
+            )
+        return saved
 
 
 def _part(saved: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -1,12 +1,17 @@
 """Random draws of methods: new ones at every micro-batch of a run, the same ones whenever that is looked at again."""
 
 import hashlib
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from qlens.states import State, check_unchanged, copied
 
 _PLACE: ContextVar[tuple[int, ...]] = ContextVar("place", default=())
 
@@ -41,24 +46,51 @@ def uniform(count: int, seed: int) -> Tensor:
 
 
 class Replay:
-    """The state of torch's own generators at one moment, to draw the same numbers again without drawing any more.
+    """Generators and states of functions at one moment, to call these once more: the same draws, and nothing has changed.
 
     Args:
-        device: whose generator counts beside the CPU's.
+        device: whose torch generator counts beside the CPU's.
+        functions: a user's, which may keep a state or draw by numpy, ``random`` or generators of their own; none for functions
+            that draw by torch alone.
     """
 
-    def __init__(self, device: torch.device):
-        self.device, self.state = device, _states(device)
+    def __init__(self, device: torch.device, *functions: Callable):
+        self.device, self.users = device, bool(functions)
+        self.state = State(functions)
+        self.before = copied(self.state.read())
+        self.fixed = self.state.fixed()
+        self.draws = self._draws()
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, what was drawn since then is drawn again; outside, nothing has changed."""
-        later = _states(self.device)
-        _restore(self.device, self.state)
+        """Inside, what was drawn since then is drawn again, from the states of then; outside, nothing has changed.
+
+        Raises:
+            InputError: a function has written on a tensor that can be neither copied nor replaced.
+        """
+        check_unchanged(self.fixed)
+        later, draws = self.state.read(), self._draws()
+        self.state.write(copied(self.before))
+        self._restore(self.draws)
         try:
             yield
+            check_unchanged(self.fixed)
         finally:
-            _restore(self.device, later)
+            self._restore(draws)
+            self.state.write(later)
+
+    def _draws(self) -> tuple[Any, ...]:
+        """The states of the generators that everybody shares."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda, *((np.random.get_state(), random.getstate()) if self.users else ())
+
+    def _restore(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], self.device)
+        if self.users:
+            np.random.set_state(states[2])
+            random.setstate(states[3])
 
 
 def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
@@ -78,13 +110,3 @@ def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
         "has a state, or draws numbers that torch does not seed: two calls on the same tokens differ{}. Give its state as an "
         "argument, or start it anew at every call"
     )
-
-
-def _states(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _restore(device: torch.device, states: tuple[Tensor, Tensor | None]) -> None:
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.cuda.set_rng_state(states[1], device)

@@ -8,19 +8,21 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
 from qlens.errors import InputError, brief
-from qlens.fields import check_ids, check_vocabulary, checked_field
+from qlens.fields import check_floats, check_ids, check_vocabulary, checked_field, number
 from qlens.heads import Head, TopK
+from qlens.leaves import Once
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
-from qlens.row_gradients import block_rows, inputs
+from qlens.row_gradients import block_rows, inputs, structure_of
 from qlens.tokens import PER_TOKEN, Tokens, precision
 from qlens.verification import why_declared_whole, why_whole
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
+CHUNK = "a whole number of rows, at least 1, or None"
+DENOMINATOR = "a finite number above 0, or None"
 ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -123,7 +125,7 @@ def fused_pass(
     if denominator is None:
         pairs = fields["pair"].unique().numel() if method.scope == "pair" else len(kept)
         denominator = max(pairs, 1)
-    size = min(chunk or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
+    size = min(int(chunk or 0) or _even(len(kept), max(1, ENTRIES // head.shape[0])), max(len(kept), 1))
     own = Head(rows.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
     labels = labels[kept].long()
     block = min(size, block_rows(head.shape[0]))
@@ -132,7 +134,10 @@ def fused_pass(
     )
     if whole:
         size = len(labels)
-    pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole)
+    structure = None
+    if len(labels) and not method.built_in:
+        structure = structure_of(method, _sample(own, labels, given, fields, torch.zeros(1, dtype=torch.long)))
+    pass_ = Pass(method, labels, given, fields, shape, size, 1 / float(denominator), observe, whole, structure)
     return _Fused.apply(rows, head, bias, pass_, torch.is_grad_enabled()), pass_
 
 
@@ -159,43 +164,50 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             total, ctx.made = pass_.run(hidden, head, bias, wanted)
         ctx.late = pass_.share if hidden.dtype == torch.float16 else None
+        ctx.save_for_backward(hidden, head)
         return total
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx: Any, *upstreams: Tensor) -> tuple:
+        (upstream,) = upstreams
         if ctx.made is None:
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         made, ctx.made = ctx.made, None
-        if ctx.late is not None:
-            return *(g if g is None else g.mul_(upstream * ctx.late).half() for g in made), None, None
-        if upstream.device.type == "cpu" and float(upstream) == 1:  # a pass over the head saved
-            return *made, None, None
-        return *(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made), None, None
+        with torch.no_grad():
+            if ctx.late is not None:
+                made = tuple(g if g is None else g.mul_(upstream * ctx.late).half() for g in made)
+            elif upstream.device.type != "cpu" or float(upstream) != 1:  # a pass over the head saved
+                made = tuple(g if g is None else g.mul_(upstream.to(g.dtype)) for g in made)
+        if torch.is_grad_enabled():  # create_graph=True
+            made = (g if g is None else Once.apply(g, upstream, *ctx.saved_tensors) for g in made)
+        return *made, None, None
 
 
 def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: Any, chunk: Any) -> None:
     """Whether the arguments of ``fused_loss`` are what they are said to be."""
-    for name, value, shape in (("hidden", hidden, "(N, H)"), ("head", head, "(V, H)")):
-        if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
-            shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
-            raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise InputError(
+            "fused_loss does not run inside torch.func's transforms (grad, vmap, jvp ...): take torch.autograd.grad or backward"
+        )
+    check_floats("hidden", hidden, "(N, H)")
+    check_floats("head", head, "(V, H)", hidden.device)
     check_vocabulary("head", len(head))
     if bias is not None and not isinstance(bias, Tensor):
         raise InputError(f"bias must be a tensor (V,) or None, got {brief(bias)}")
+    if bias is not None:
+        check_floats("bias", bias, "(V,)", hidden.device)
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
-    if not whole or labels.ndim != 1 or labels.dtype == torch.bool:
+    if not whole or labels.ndim != 1 or labels.dtype == torch.bool or labels.layout != torch.strided:
         shown = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
-        raise InputError(f"labels must be an integer tensor (N,), got {shown}")
+        raise InputError(f"labels must be a dense integer tensor (N,), got {shown}")
+    if labels.device != hidden.device:
+        raise InputError(f"labels are on {labels.device}, but hidden on {hidden.device}: they must be on one device")
     if len(hidden) != len(labels):
         raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
-    if chunk is not None and (not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1):
-        raise InputError(f"chunk must be a whole number of rows, at least 1, or None, got {brief(chunk)}")
-    if denominator is not None:
-        number = isinstance(denominator, int | float) and not isinstance(denominator, bool)
-        single = isinstance(denominator, Tensor) and denominator.numel() == 1 and not denominator.is_complex()
-        if not (number or single) or not 0 < float(denominator) < math.inf:
-            raise InputError(f"denominator must be a finite number above 0, or None, got {brief(denominator)}")
+    if chunk is not None and not (number("chunk", chunk, CHUNK) >= 1 and number("chunk", chunk, CHUNK) % 1 == 0):
+        raise InputError(f"chunk must be {CHUNK}, got {brief(chunk)}")
+    if denominator is not None and number("denominator", denominator, DENOMINATOR) <= 0:
+        raise InputError(f"denominator must be {DENOMINATOR}, got {brief(denominator)}")
 
 
 def _check_width(name: str, model: Tensor | Head | TopK, vocabulary: int) -> None:
@@ -227,10 +239,13 @@ def _kept(name: str, model: Model, kept: Tensor, rows: int, shape: dict) -> Tens
                 f"{name} must be logits (N, V), a tuple (hidden, head), a Head or a TopK, got {brief(model)}"
             )
         hidden, head = model
+        check_floats(f"the hidden states of {name}", hidden, "(N, H)", kept.device)
+        check_floats(f"the head of {name}", head, "(V, H)", kept.device)
         sized, made = len(hidden), lambda: Head(hidden.detach()[kept], head.detach(), **shape)
     elif not isinstance(model, Tensor):
         raise InputError(f"{name} must be logits (N, V), a tuple (hidden, head), a Head or a TopK, got {brief(model)}")
     else:
+        check_floats(name, model, "(N, V)", kept.device)
         sized, made = len(model), lambda: model.detach()[kept]
     if sized != rows:
         raise InputError(f"{name} has {sized} rows, but labels have {rows}")
@@ -245,6 +260,11 @@ def _field(name: str, value: Tensor, kept: Tensor, rows: int, vocabulary: int) -
     if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != rows:
         found = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
         raise InputError(f"{name} must be a tensor of {rows} rows, as labels have, got {found}")
+    if value.requires_grad:
+        raise InputError(
+            f"{name} requires a gradient, and fused_loss makes none for it: give {name}.detach(), or take the plain path, "
+            "Variant.loss(tokens), whose gradient reaches it"
+        )
     taken = value[kept]
     return checked_field(name, taken, (len(kept),) if name in PER_TOKEN else (len(kept), vocabulary))
 
@@ -256,7 +276,7 @@ def fusible(variant: Variant) -> bool:
 
 def why_whole_logits(variant: Variant) -> str:
     """Why a trainer has to hold the whole logits of a batch for a method, "" where it has not."""
-    if variant.derived and not variant.method.scope:
+    if not variant.method.scope and variant.derived:
         return (
             f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, register it "
             "with scope='token'"

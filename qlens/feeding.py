@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlens.base_models import WithoutAdapters, has_adapters
 from qlens.batching import COLUMNS, Supervised
 from qlens.errors import InputError
+from qlens.probes import widened
 from qlens.registry import Variant
-from qlens.sources import check_same_vocabulary, freeze
+from qlens.sources import check_same_vocabulary, freeze, vocabulary_size
+from qlens.tokens import precision
 
 GIVEN = ("teacher", "reference")
+COPY = "{name}=copy.deepcopy(...) of it before training, or load it anew"
 FOUND = ("sequence", "old", "second", "negatives")
 
 
@@ -24,32 +28,48 @@ class Feed:
         models: ``teacher`` and ``reference``, None where not given.
 
     Raises:
-        InputError: a model that the method needs is missing, has another vocabulary or is the student itself.
+        InputError: a teacher that the method needs is missing, or it needs what there is no source for.
     """
 
     def __init__(self, variant: Variant, models: Mapping[str, Any]):
         for need in variant.needs:
-            if need in GIVEN and models[need] is None:
-                raise InputError(f"{variant.name} needs a {need}: give QTrainer({need}=...)")
+            if need == "teacher" and models[need] is None:
+                raise InputError(f"{variant.name} needs a teacher: give QTrainer(teacher=...)")
             if need not in (*GIVEN, *FOUND, *COLUMNS):
                 raise InputError(f"{variant.name} needs {need!r}, which QTrainer has no source for")
         self.variant = variant
         self.others: dict[str, Any] = {name: models[name] for name in variant.needs if name in GIVEN}
 
     def settle(self, model: Any, device: torch.device) -> None:
-        """Check the other models against the student, place them, and copy the student as the first old policy."""
+        """Check the other models against the student, place them, and copy the student as the first old policy.
+
+        The reference of a model with adapters, where none is given, is the model without them.
+
+        Raises:
+            InputError: another model is missing, has another vocabulary, or shares parameters that are trained.
+        """
         for name, other in self.others.items():
-            if other is model:
-                raise InputError(f"{name} is the model being trained, which would freeze it: give a copy")
+            if other is None and has_adapters(model):
+                self.others[name] = WithoutAdapters(model)
+                continue
+            if other is None:
+                raise InputError(f"{self.variant.name} needs a {name}: give QTrainer({name}=...)")
             check_same_vocabulary(model, other, name)
+            _check_apart(model, other, name)
             self.others[name] = freeze(other).to(device)
         self.student = model
+        if self.variant.may_return_target:
+            dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
+            self.variant.is_loss_alone(widened(vocabulary_size(model), precision(dtype), device))
         if "old" in self.variant.needs:
             self.others["old"] = freeze(copy.deepcopy(model)).to(device)
 
     def begin(self, model: Any) -> None:
         """Begin a run: the student is ``model``, and the old policy a copy of it."""
         self.student = model
+        for name, other in self.others.items():
+            if isinstance(other, WithoutAdapters):
+                self.others[name] = WithoutAdapters(model)
         self.refresh()
 
     def refresh(self) -> None:
@@ -110,3 +130,33 @@ class Feed:
             elif name in self.variant.needs:
                 raise InputError(f"{self.variant.name} needs {name!r}: give the data a column of that name")
         return fields
+
+
+def _check_apart(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Whether another model, which is frozen, has none of the parameters that are trained.
+
+    Raises:
+        InputError: it has; the first of them is named.
+    """
+    if other is model:
+        raise InputError(
+            f"{name} is the model being trained, which would freeze it: give a copy, {COPY.format(name=name)}"
+        )
+    frozen = {_memory(value) for value in other.parameters()}
+    trained = ((key, value) for key, value in model.named_parameters() if value.requires_grad)
+    shared = [key for key, value in trained if _memory(value) in frozen]
+    if not shared:
+        return
+    way = COPY.format(name=name)
+    if has_adapters(model):
+        way = "leave reference out (it is then the model without its adapters)" if name == "reference" else way
+        way += "; the base model beneath adapters holds them too"
+    raise InputError(
+        f"{name} shares {len(shared)} parameters with the model being trained, {shared[0]} among them: {name} is frozen, and a "
+        f"shared parameter would be frozen or move with the model: {way}"
+    )
+
+
+def _memory(value: Tensor) -> int:
+    """What tells whether two parameters lie in the same memory."""
+    return value.untyped_storage().data_ptr() or id(value)

@@ -1,5 +1,8 @@
 """What the fields of Tokens must be: shapes, dtypes and values."""
 
+import math
+import numbers
+import re
 from typing import Any
 
 import torch
@@ -102,3 +105,57 @@ def check_labels(labels: Any, shape: tuple[int, ...]) -> None:
         )
     check_shape("labels", labels, shape[:1])
     check_ids(labels, shape[1])
+
+
+def number(name: str, value: Any, wanted: str) -> float:
+    """A number from Python, numpy or torch as a float.
+
+    Args:
+        name: what the message calls it.
+        value: an int, a float, a numpy scalar or a tensor of one entry.
+        wanted: what would be right, for the message.
+
+    Raises:
+        InputError: no number, not finite, or a tensor that requires a gradient, which it would lose.
+    """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise InputError(f"{name} requires a gradient, which it gets none of here: give {name}.detach()")
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        found = float(value) if one or real else math.nan
+    except OverflowError:
+        found = math.inf
+    if not math.isfinite(found):
+        raise InputError(f"{name} must be {wanted}, got {brief(value)}")
+    return found
+
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(name: str, value: Any, shape: str, device: torch.device | None = None) -> None:
+    """Whether this is a dense tensor of numbers of two or one dimensions that products can be made of.
+
+    Args:
+        name: what the message calls it.
+        value: the tensor.
+        shape: its shape in words, "(N, H)" or "(V,)".
+        device: where the other tensors are.
+
+    Raises:
+        InputError: no tensor, another number of dimensions, another layout or dtype, no numbers in it, another device.
+    """
+    if not isinstance(value, Tensor) or value.ndim != len(re.findall(r"\w+", shape)) or not value.is_floating_point():
+        shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
+        raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+    if value.dtype not in FLOATS:
+        raise InputError(
+            f"{name} is {value.dtype}: it must be float64, float32, bfloat16 or float16, write {name}.bfloat16()"
+        )
+    if value.layout != torch.strided:
+        raise InputError(f"{name} is a {value.layout} tensor: it must be dense, write {name}.to_dense()")
+    if value.device.type == "meta":
+        raise InputError(f"{name} is on the device 'meta', which holds no numbers")
+    if device is not None and value.device != device:
+        raise InputError(f"{name} is on {value.device}, but hidden on {device}: they must be on one device")

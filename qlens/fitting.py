@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
+from qlens.errors import InputError, brief
 from qlens.registry import Variant
 from qlens.training import QTrainer
 
@@ -34,9 +35,14 @@ def fit(
     At one seed every method sees the same batches in the same order; ``tick`` is called after every step, and
     ``callbacks`` are the Trainer's. One fit at a time in a process: seed, threads and garbage collection are the process's.
 
+    Raises:
+        InputError: fewer than one step; what QTrainer raises.
+
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
     """
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise InputError(f"steps must be a whole number, at least 1, got {brief(steps)}")
     with tempfile.TemporaryDirectory() as folder, isolated(seed):
         arguments = TrainingArguments(
             output_dir=folder,

@@ -1,6 +1,5 @@
 """Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.errors import InputError, brief
+from qlens.fields import number
 from qlens.tokens import log_softmax, precision
 
 
@@ -47,8 +47,11 @@ class Head:
             raise InputError(f"hidden is {h.dtype}, but head is {w.dtype}: they must have one dtype")
         if b is not None and tuple(b.shape) != (w.shape[0],):
             raise InputError(f"bias must be ({w.shape[0]},), got {tuple(b.shape)}")
-        for name, value in (("softcap", self.softcap), ("logit_scale", self.logit_scale)):
-            if value is not None and (not isinstance(value, int | float) or not 0 < abs(value) < math.inf):
+        for name in ("softcap", "logit_scale"):
+            if (value := getattr(self, name)) is None and name == "softcap":
+                continue
+            object.__setattr__(self, name, number(name, value, "a finite number other than 0"))
+            if not getattr(self, name):
                 raise InputError(f"{name} must be a finite number other than 0, got {brief(value)}")
         if self.softcap is not None and self.softcap < 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")
@@ -62,15 +65,18 @@ class Head:
             z = (hidden @ self.weight.T).to(wide)
         if self.bias is not None:
             z += self.bias
-        if self.logit_scale != 1:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
+        return capped_(z, self.softcap, self.logit_scale)
 
     def slope_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """The slope of the soft-cap at given logits, 1 - (z / c)^2; in their place."""
         return z.div_(self.softcap).square_().neg_().add_(1)
+
+
+def capped_(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """c tanh(s z / c) in place of a head's outputs z."""
+    if logit_scale != 1:
+        z *= logit_scale
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
 
 
 @dataclass(frozen=True, eq=False)

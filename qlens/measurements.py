@@ -11,6 +11,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from qlens.comparables import Tally
+from qlens.errors import InputError
 from qlens.updates import UpdateNorm
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class Measurements(Trainer):
         """Begin to measure; every so many logs hold the measurements, 0: none."""
         self.log_every = log_every
         self._tally, self._evaluating = Tally(), False
-        self._evaluated = (0, 0)  # tokens, and items that the evaluation's loss is a mean of
+        self._evaluated = (0, 0, 0)  # batches, tokens, and items that the evaluation's loss is a mean of
         self._router: list[Tensor] = []
         self._place = (EVALUATION, -1)  # step and micro-batch
         self._update = UpdateNorm(lambda: self.model, self._is_measured)
@@ -44,7 +45,8 @@ class Measurements(Trainer):
 
     def _count_evaluated(self, tokens: int, items: int) -> None:
         """Count a micro-batch of an evaluation in."""
-        self._evaluated = (self._evaluated[0] + tokens, self._evaluated[1] + items)
+        batches, *counted = self._evaluated
+        self._evaluated = (batches + 1, counted[0] + tokens, counted[1] + items)
 
     def _is_measured(self) -> bool:
         """Whether this batch is measured."""
@@ -83,16 +85,25 @@ class Measurements(Trainer):
         return {"aux_loss": self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()}
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set."""
+        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set.
+
+        Raises:
+            InputError: there are losses, but none of a supervised token: their mean would be taken for a perfect 0.
+        """
         training = self._tally, self._router, self._place
-        self._tally, self._evaluating, self._router, self._evaluated = Tally(), True, [], (0, 0)
+        self._tally, self._evaluating, self._router, self._evaluated = Tally(), True, [], (0, 0, 0)
         self._place = (EVALUATION, -1)  # every evaluation of a set draws the same
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
             means = self._tally.means(self.accelerator)
+            counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
+            batches, tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
+            if batches and not tokens:
+                raise InputError(
+                    f"the evaluation set ({metric_key_prefix}) has no supervised token, so that it has no loss: give "
+                    "eval_dataset rows with labels other than -100 after their first token"
+                )
             if means:
-                counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
-                tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
                 means["loss"] *= tokens / items
             means |= self._router_mean()
         finally:

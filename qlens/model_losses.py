@@ -164,7 +164,7 @@ class ModelLoss:
 
     def _tried(self, model: nn.Module, given: Columns, where: Supervised, items: float) -> bool:
         """Whether the loss divides by the count that it is given: its value with twice as many, dropout drawn alike."""
-        replay = Replay(given["labels"].device)
+        replay = Replay(given["labels"].device, self.fn)
         values = []
         with torch.no_grad():
             for count in (items, 2 * items):

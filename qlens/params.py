@@ -1,6 +1,7 @@
 """Parameters of methods: declared by a function's keyword-only arguments, checked in one place."""
 
 import ast
+import hashlib
 import inspect
 import math
 import types
@@ -145,8 +146,30 @@ def split_specs(text: str) -> list[str]:
 
 def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """The spec of a point: the name, and the parameters that differ from their defaults."""
-    changed = {key: value for key, value in params.items() if key not in default or value != default[key]}
-    return f"{name}({', '.join(f'{k}={v!r}' for k, v in changed.items())})" if changed else name
+    changed = {key: value for key, value in params.items() if key not in default or not _alike(value, default[key])}
+    return f"{name}({', '.join(f'{k}={_shown(v)}' for k, v in changed.items())})" if changed else name
+
+
+def _alike(value: Any, other: Any) -> bool:
+    """Whether two values of a parameter are one; tensors and arrays, which compare by entry, too."""
+    if value is other:
+        return True
+    if type(value) is not type(other):
+        return not _by_entry(value) and not _by_entry(other) and bool(value == other)
+    return _shown(value) == _shown(other) if _by_entry(value) else bool(value == other)
+
+
+def _by_entry(value: Any) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype") and bool(getattr(value, "ndim", 0))
+
+
+def _shown(value: Any) -> str:
+    """A value's repr; of a tensor or an array, which has none that fits a line, its shape and a digest of its entries."""
+    if not _by_entry(value):
+        return repr(value)
+    entries = value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
+    digest = hashlib.blake2b(entries.tobytes(), digest_size=4).hexdigest()
+    return f"<{type(value).__name__} {tuple(value.shape)} {digest}>"
 
 
 def ends(fn: Callable) -> list[dict[str, Any]]:
@@ -159,7 +182,8 @@ def ends(fn: Callable) -> list[dict[str, Any]]:
     """
     annotated = hints(fn)
     points = [{name: value} for name in defaults(fn) for value in telling(annotated.get(name, Any))]
-    return [point for point in points if point.items() - defaults(fn).items()]
+    given = defaults(fn)
+    return [point for point in points if any(not _alike(value, given[name]) for name, value in point.items())]
 
 
 def telling(hint: Any) -> list[Any]:

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from qlens.chunks import Flat, others_
-from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.heads import Head, TopK
 from qlens.registry import Variant
 from qlens.row_gradients import GradientKernels, slices
+from qlens.structure import Structure
 from qlens.target import Target
 from qlens.tokens import Tokens, precision
 
@@ -28,6 +28,7 @@ class Pass:
         share: what the sum of the losses is multiplied by.
         observe: called with tokens, target and losses of a few rows at a time, all of them copies.
         whole: whether rows may depend on each other, so that a chunk of all rows is not cut any further.
+        structure: by which the gradient is computed; the declared one by default.
 
     Attributes:
         selected: how many rows were trusted at all, after ``run``.
@@ -44,8 +45,10 @@ class Pass:
         share: float,
         observe: Observer | None = None,
         whole: bool = False,
+        structure: Structure | None = None,
     ):
         self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
+        self.structure = structure
         self.shape, self.chunk, self.share, self.observe, self.whole = shape, chunk, share, observe, whole
         self.buffers: dict[str, Tensor] = {}  # of whole chunks, so that no two of one kind are ever there
         self.selected = 0
@@ -67,7 +70,14 @@ class Pass:
         d_bias = torch.zeros(head.shape[0], dtype=wide, device=head.device) if wanted[2] else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
         kernels = GradientKernels(
-            self.variant, self.labels, self.models, self.fields, head.shape[0], self.whole, any(wanted)
+            self.variant,
+            self.labels,
+            self.models,
+            self.fields,
+            head.shape[0],
+            self.whole,
+            any(wanted),
+            self.structure,
         )
         # Behind a cap, and where g is rounded to the inputs' dtype, u must be subtracted entry by entry.
         flat = Flat(own) if kernels.is_uniform and own.softcap is None and wide == hidden.dtype else None
@@ -78,7 +88,7 @@ class Pass:
             bent = self._buffer("bent", rows).copy_(z) if own.softcap is not None and any(wanted) else None
             others = {} if kernels.collects else {name: self._logits_of(name, rows, z) for name in self.models}
             seen = self._copies(z, rows, others, kernels) if self.observe else None
-            replay = Replay(z.device) if self.observe else None
+            replay = self.variant.replay(z.device) if self.observe else None
             scale, losses, push = kernels.kernel(z, rows, others)
             total += losses.sum()
             if seen is not None and replay is not None:

@@ -74,6 +74,16 @@ def probes(
     return _dealt(labels, models, rows % 2 == 0, negatives, dtype, device)
 
 
+def widened(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tokens:
+    """A few of the probes, as wide as a model's vocabulary."""
+    few = probes(dtype, device, min(vocabulary, VOCABULARY))[:4]
+    missing = vocabulary - few.logits.shape[1]
+    wide = {name: value for name, value in few.fields().items() if value.ndim == 2}
+    return Tokens.unchecked(
+        **few.fields() | {name: torch.nn.functional.pad(value, (0, missing)) for name, value in wide.items()}
+    )
+
+
 def _dealt(
     labels: Tensor,
     models: dict[str, Tensor],

@@ -120,12 +120,12 @@ def _logits(
     model: nn.Module, batch: dict[str, torch.Tensor], supervised: Supervised, bodies: Bodies | None, name: str
 ) -> Callable[[slice], torch.Tensor]:
     """A model's logits at some of the supervised positions, made when asked for where it has a body."""
-    body = bodies.of(model, batch, name) if bodies else None
-    if body is None:
+    states = bodies.states(model, batch, name) if bodies else None
+    if states is None:
         whole = supervised.take(model_logits(model, batch))
         return lambda rows: whole[rows]
-    head = body.of(supervised.take(body.hidden(batch)))
-    return head.logits
+    body, hidden = states
+    return body.of(supervised.take(hidden)).logits
 
 
 def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlens.averages import averaged, draws, nearest_count
 from qlens.calling import inputs, takes
-from qlens.draws import why_calls_differ
+from qlens.draws import Replay
 from qlens.errors import InputError, UnknownReduction
 from qlens.layouts import Counts, Layout, Style, counts
 from qlens.styles import probes_like, style_of
@@ -93,12 +94,25 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     lit = next(_lit(fn, params, tokens, style), None)
     if lit is None:
         return None
-    shown, base = lit
-    if _misfit([base, grad_of(fn, params, shown, style)]) > ALIKE:
-        why = why_calls_differ(lambda: grad_of(fn, params, shown, style), tokens.logits.device)
-        raise InputError(f"{name} is not deterministic: it {why.format('')}.")
-    views = list(_views(fn, params, shown, style, grad_of))
+    shown, replay = lit[0], Replay(tokens.logits.device, fn)
+
+    def read(*call: Any) -> Tensor:
+        with replay.again():  # the same draws, from the same state
+            return grad_of(*call)
+
+    base = read(fn, params, shown, style)
+    if _misfit([base, read(fn, params, shown, style)]) > ALIKE:
+        raise InputError(
+            f"{name} is not deterministic: it has a state, or draws numbers, that qlens cannot restore: two calls on the same "
+            "tokens differ. Draw by the generators of torch, numpy or Python, give its state as an argument, or return the "
+            "unreduced loss (N,)."
+        )
+    views = list(_views(fn, params, shown, style, read))
     found = _fitted(REDUCTIONS, fn, params, shown, style, views)
+    if found is None and draws(lambda: grad_of(fn, params, shown, style), replay, ALIKE):
+        view = next(_views(fn, params, shown, style, averaged(grad_of, len(shown))))
+        nearest = nearest_count({k: _multiplied(by, fn, view, shown, style) for k, by in REDUCTIONS.items()}, name)
+        return Division(nearest, REDUCTIONS[nearest])
     if found is None and float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return None  # nothing but rounding: there is no gradient to be divided
     if found is not None and found.off > EXACT:  # a small second term may hide in what is taken for rounding

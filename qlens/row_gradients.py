@@ -1,5 +1,6 @@
 """Logit gradients of one chunk, in place of its logits: one function per declared structure."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,15 +9,18 @@ from torch import Tensor
 
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
-from qlens.draws import Replay
+from qlens.errors import InputError
 from qlens.heads import Head, TopK
+from qlens.leaves import leaves
 from qlens.lens import slope_of
 from qlens.registry import Variant
-from qlens.structure import GeometricMixture
+from qlens.structure import GeometricMixture, Structure
 from qlens.target import Target
 from qlens.tokens import MODELS, Tokens, precision
 from qlens.variant import ALONE
 
+SUREST = -700.0  # of log(1 - p_y) where a push is read: float64 holds its inverse
+IMPOSSIBLE = -1e29  # of log(1 - p_y): less stands for no other token at all
 Kernel = Callable[[Tensor, slice, dict[str, Tensor]], "RowGradients"]
 
 
@@ -40,6 +44,7 @@ class GradientKernels:
         vocabulary: V.
         whole: whether rows may depend on each other, so that a chunk of all rows is not cut any further.
         wanted: whether gradients are wanted, or the losses alone.
+        structure: by which the gradient is computed, see ``structure_of``; the declared one by default.
 
     Attributes:
         uniform: 1 - t of a chunk's rows, (n,), where (1 - t) / V is still to be subtracted from every entry; else None.
@@ -57,9 +62,10 @@ class GradientKernels:
         vocabulary: int,
         whole: bool = False,
         wanted: bool = True,
+        structure: Structure | None = None,
     ):
         self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
-        self.structure, self.wanted = variant.structure, wanted
+        self.structure, self.wanted = structure or variant.structure, wanted
         self.block = len(labels) if whole else block_rows(vocabulary)
         self.uniform: Tensor | None = None
         self.pushed: tuple[Tensor, Tensor] | None = None
@@ -100,11 +106,11 @@ class GradientKernels:
         """Losses of label probabilities: g' = p_{-y} - d, the push found on two entries."""
         if self.pushed is not None:
             rest, (push, losses) = others_(z, self.labels[rows, None])[1], self.pushed
-            return RowGradients(push[rows] * rest.exp(), losses[rows], push[rows])
+            return RowGradients(_row_scale(push[rows], rest), losses[rows].to(z), _finite(push[rows], z))
         label_log_probs = {name: self.label_log_probs(name, rows, logits) for name, logits in others.items()}
         log_p, rest = others_(z, self.labels[rows, None])
         push, losses = self._pushes(rows, log_p, rest, label_log_probs)
-        return RowGradients(push * rest.exp(), losses, push)
+        return RowGradients(_row_scale(push, rest), losses.to(z), _finite(push, z))
 
     def _mixture(self, z: Tensor, rows: slice, others: dict[str, Tensor]) -> RowGradients:
         """Geometric mixtures of label, student and one other model: g' = p - t d - (1 - t) r."""
@@ -149,6 +155,12 @@ class GradientKernels:
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
             losses = self.variant.loss(tokens.with_logits(leaf))
+            if learned := leaves(losses, leaf):
+                raise InputError(
+                    f"{self.variant.spec} has a parameter of its own that requires a gradient, of shape "
+                    f"{tuple(learned[0].shape)}, and the engine makes none for it: to train it, take the plain path "
+                    "(QTrainer(fused=False), Variant.loss); else requires_grad_(False) or detach it"
+                )
             grad = slope_of(losses, leaf)
         if selects:
             self._count(Target.from_grad(tokens, grad))
@@ -157,7 +169,7 @@ class GradientKernels:
 
     def _by_target(self, z: Tensor, tokens: Chunk) -> tuple[Tensor, Tensor]:
         """g' in place of the logits, from the explicit target."""
-        replay = Replay(z.device)
+        replay = self.variant.replay(z.device)
         with torch.no_grad():
             losses = self.variant.loss(tokens)
             with replay.again():  # a method that draws numbers has one target and loss
@@ -171,31 +183,70 @@ class GradientKernels:
         def trust_and_scale(log_p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
             models = {"logits": (log_p, rest)} | {name: (log_p, rest) for name in self.models}
             target = self._target(rows, models)[1]
-            return target.trust, target.scale
+            return target.trust.to(log_p), target.scale.to(log_p)
 
         return trust_and_scale
 
     def _pushes(self, rows: slice, log_p: Tensor, rest: Tensor, others: dict) -> tuple[Tensor, Tensor]:
         """The push on the label and the loss of some rows, from the method itself, on two entries."""
-        replay = Replay(log_p.device)
+        replay = self.variant.replay(log_p.device)
         with torch.no_grad():
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
             with replay.again():
                 losses = self.variant.loss(tokens)
-            return target.effective_trust.nan_to_num(), losses.to(log_p.dtype)
+            return target.effective_trust.nan_to_num(), losses
 
     def _target(self, rows: slice, models: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tokens, Target]:
-        """Tokens of two entries, from log p_y and log(1 - p_y) by model, and the method's target there."""
+        """Tokens of two entries, from log p_y and log(1 - p_y) by model, and the method's target there, in float64.
+
+        In float32 the push 1 / (1 - p_y) of some methods would overflow where the label is sure by 88 nats; see ``SUREST``.
+        """
         self.invalid += models["logits"][0].isnan().sum()
-        log_p, rest = ({name: pair[i] for name, pair in models.items()} for i in (0, 1))
-        tokens = collapsed(log_p, rest, **self.fields_of(rows))
-        target = self.variant.target(tokens)
+        fields, made = self.fields_of(rows), []
+        for least in (-math.inf, SUREST):
+            log_p = {name: _wide(pair[0]) for name, pair in models.items()}
+            rest = {name: _clamped(_wide(pair[1]), least) for name, pair in models.items()}
+            made.append(collapsed(log_p, rest, **fields))
+        target = self.variant.target(made[1])
         self._count(target)
-        return tokens, target
+        return made[0], target
 
     def _count(self, target: Target) -> None:
         if self.variant.denominator == "selected":
             self.selected += (target.trust != 0).sum()
+
+
+def structure_of(variant: Variant, tokens: Tokens) -> Structure:
+    """The structure by which the gradient is computed: the declared one, but "dense" for a mixture that is a loss alone.
+
+    A mixture's trust and scale are read from the target, and a loss alone has none.
+
+    Args:
+        variant: the method.
+        tokens: at least one row, with the fields that it needs.
+    """
+    declared = variant.structure
+    mixed = isinstance(declared, GeometricMixture) and not variant.built_in
+    return "dense" if mixed and variant.is_loss_alone(tokens) else declared
+
+
+def _wide(values: Tensor) -> Tensor:
+    """In float64, where the device has it."""
+    return values if values.device.type == "mps" else values.double()
+
+
+def _clamped(rest: Tensor, least: float) -> Tensor:
+    """log(1 - p_y), no less than ``least`` where other tokens are possible at all."""
+    return torch.where(rest > IMPOSSIBLE, rest.clamp(min=least), rest)
+
+
+def _row_scale(push: Tensor, rest: Tensor) -> Tensor:
+    """a (1 - p_y) of every row, from a in float64, in the precision of log(1 - p_y)."""
+    return (push * _clamped(rest.to(push.dtype), SUREST).exp()).to(rest.dtype)
+
+
+def _finite(push: Tensor, like: Tensor) -> Tensor:
+    return push.to(like.dtype).nan_to_num()
 
 
 def block_rows(vocabulary: int) -> int:
@@ -221,7 +272,10 @@ def by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
     fields = {name: value for name, value in given.items() if name not in MODELS}
     z = tokens.logits.detach().clone().to(precision(tokens.logits.dtype))
     models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in given.items() if name in MODELS}
-    kernels = GradientKernels(variant, tokens.labels.long(), models, fields, z.shape[1], whole=True)
+    structure = structure_of(variant, tokens)
+    kernels = GradientKernels(
+        variant, tokens.labels.long(), models, fields, z.shape[1], whole=True, structure=structure
+    )
     rows = slice(0, len(z))
     if kernels.collects:
         others = {name: kernels.label_log_probs(name, rows, logits) for name, logits in models.items()}

@@ -9,6 +9,7 @@ import torch
 
 from qlens import candidates
 from qlens.calling import call
+from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.graphs import NoGraphError
 from qlens.guards import EndedError, LossError, depth, file_of
@@ -36,7 +37,13 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _search(fn, params, tokens), lambda found: found.lit > 0).style
+    return _STYLES.get(fn, key, lambda: _found(fn, params, tokens), lambda found: found.lit > 0).style
+
+
+def _found(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
+    """The style, found by calls that leave what a loss draws and keeps as it was."""
+    with Replay(tokens.logits.device, fn).again():
+        return _search(fn, params, tokens)
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:

@@ -11,9 +11,9 @@ from transformers import Trainer, TrainingArguments
 
 from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
 from qlens.batching import COLUMNS, Supervised, collate, count_pairs
-from qlens.bodies import Bodies, Body
+from qlens.bodies import Bodies, Body, NoBody
 from qlens.checkpoints import RunState
-from qlens.draws import Replay, draws_of
+from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
@@ -54,7 +54,8 @@ class QLossMixin(WholeBatches):
 
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
-        teacher, reference: other causal language models, frozen here and moved to the device; run only if needed.
+        teacher, reference: other causal language models, frozen here and moved to the device; run only if needed. They share
+            no trained parameter with the model. A model with adapters (peft) needs no reference: it is the model without them.
         old_every: optimizer steps between refreshes of the old policy, for methods that need one: a copy of the model.
         fused: whether the engine makes the loss from hidden states and head, so that no model's logits are ever whole:
             None, wherever model, method and machine allow, and a log line says why where they do not; True, insist; False, never.
@@ -131,12 +132,8 @@ class QLossMixin(WholeBatches):
         features = self._features(inputs)
         if self._model_loss is not None:
             return self._as_written(model, features, inputs, return_outputs, num_items_in_batch)
-        body = None if return_outputs and not self._loss_only else self._body(features)
-        if body is None:
-            outputs = model(**features, **uncached(self.model))
-            values = outputs["logits"]
-        else:
-            values, outputs = body.run(features, model)
+        whole = return_outputs and not self._loss_only
+        body, values, outputs = self._forward(model, features, None if whole else self._body(features))
         where = Supervised.of({name: value.to(values.device) for name, value in inputs.items() if name in LAYOUT})
         rows, own_items = where.take(values), self._count(where, inputs)
         items = self._denominator(num_items_in_batch, own_items)
@@ -153,36 +150,41 @@ class QLossMixin(WholeBatches):
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
         return (loss, {} if body is not None else outputs) if return_outputs else loss
 
+    def _forward(
+        self, model: nn.Module, features: dict[str, Any], body: Body | None
+    ) -> tuple[Body | None, Tensor, Any]:
+        """The student's pass over a batch: its body and hidden states, or None and its logits; and all its outputs."""
+        try:
+            if body is not None:
+                return body, *body.run(features, model)
+        except NoBody as reason:
+            self._bodies.give_up(self.model, "model", reason)
+        outputs = model(**features, **uncached(self.model))
+        return None, outputs["logits"], outputs
+
     def _fused(
         self, body: Body, hidden: Tensor, where: Supervised, features: dict, inputs: dict, items: float
     ) -> Tensor:
         """The loss by the engine, from hidden states and head."""
         head = body.head
         if not len(where):
-            return (hidden @ head.weight.T).sum()  # zero, and backward still runs
+            return (hidden @ head.weight.to(hidden.dtype).T).sum()  # zero, and backward still runs
 
         def read(name: str, other: nn.Module) -> Any:
-            its = self._bodies.of(other, features, name)
-            if its is None:
-                return where.take(model_logits(other, features))
             with torch.no_grad():
-                return its.of(where.take(its.hidden(features)))
+                states = self._bodies.states(other, features, name)
+                if states is None:
+                    return where.take(model_logits(other, features))
+                return states[0].of(where.take(states[1]))
 
         fields = self._feed.fields(where, features, inputs, head.weight.shape[0], read)
         models = {name: fields.pop(name) for name in MODELS if name in fields}
         shape = {"softcap": body.softcap, "logit_scale": body.logit_scale}
         observe = self._tally.observe if self._is_measured() else None
+        bias = None if head.bias is None else head.bias.to(hidden.dtype)  # another one in mixed precision
+        weight, labels = head.weight.to(hidden.dtype), where.labels
         loss, made = fused_pass(
-            self.variant,
-            hidden,
-            head.weight,
-            where.labels,
-            head.bias,
-            models,
-            fields,
-            shape,
-            items,
-            observe=observe,
+            self.variant, hidden, weight, labels, bias, models, fields, shape, items, observe=observe
         )
         return loss * (len(where) / max(made.selected, 1)) if self.variant.denominator == "selected" else loss
 
@@ -200,7 +202,7 @@ class QLossMixin(WholeBatches):
         tokens = Tokens(logits=rows, labels=where.labels, **fields)
         if (style := style_on_batches(self.variant, tokens)) is not None:
             return self._on_batch(values, tokens, where, inputs, style, items)
-        replay = Replay(rows.device)
+        replay = self.variant.replay(rows.device)
         losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
         if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs

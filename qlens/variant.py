@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, calling, params, styles
+from qlens import adapters, calling, params, styles, trying
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
@@ -18,13 +18,12 @@ from qlens.pairs import Pairs
 from qlens.signature import Memo
 from qlens.structure import Structure, check_structure
 from qlens.target import Target
-from qlens.tokens import Tokens, expectation, precision, spread
+from qlens.tokens import Tokens, expectation, precision
 
 if TYPE_CHECKING:
     from qlens import notes
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
-FEW = 4  # rows on which it is tried in training
 _KINDS = Memo()  # whether a function of tokens returns a target, by function and parameters
 ALONE = ("token", "parameters")  # scopes of methods whose gradient at a token needs no other token
 
@@ -156,7 +155,7 @@ class Variant:
         from qlens.probes import probes
 
         error: InputError | None = None
-        for vocabulary in TRIED if self._may_return_target else TRIED[:1]:
+        for vocabulary in TRIED if self.may_return_target else TRIED[:1]:
             try:
                 return self.is_loss_alone(probes(vocabulary=vocabulary)[:4])
             except InputError as raised:  # a loss may be written for more entries, or for one vocabulary
@@ -164,22 +163,26 @@ class Variant:
         assert error is not None
         raise error
 
-    _may_return_target = property(lambda self: self.method.printed is None and calling.kind(self.method.fn) == "tokens")
+    @property
+    def may_return_target(self) -> bool:
+        """Whether only a call shows if it returns a target or a loss."""
+        return self.method.printed is None and calling.kind(self.method.fn) == "tokens"
+
+    def replay(self, device: torch.device) -> Replay:
+        """What it takes to call target and loss once more, with the same draws and from the same state, and to change nothing."""
+        functions = () if self.built_in else (self.method.fn, self.method.printed)
+        return Replay(device, *(fn for fn in functions if fn is not None))
 
     def is_loss_alone(self, tokens: Tokens) -> bool:
-        """Whether it has no target of its own, seen once by what it returns on some tokens.
-
-        Args:
-            tokens: at least one row, with the fields that it needs.
-        """
-        if not self._may_return_target:
+        """Whether it has no target of its own, seen once by what it returns on some tokens (a row at least)."""
+        if not self.may_return_target:
             return self.method.printed is None
         return not _KINDS.get(self.method.fn, repr(sorted(self.params.items())), lambda: self._returns_target(tokens))
 
     def _returns_target(self, tokens: Tokens) -> bool:
         """Whether the function returns a ``Target``, seen on a copy of a few rows; draws and gradients are left alone."""
-        few = tokens[spread(len(tokens), FEW).to(tokens.logits.device)]
-        with torch.no_grad(), Replay(tokens.logits.device).again(), blamed(self.spec):
+        few = trying.few(tokens)
+        with torch.no_grad(), self.replay(tokens.logits.device).again(), blamed(self.spec):
             return isinstance(self.method.fn(self.shown(few).copied(), **self.params), Target)
 
     @cached_property
@@ -213,7 +216,7 @@ class Variant:
             InputError: a field that the method needs is missing.
         """
         self._check(tokens)
-        if calling.kind(self.method.fn) == "tokens" and not (self._may_return_target and self.is_loss_alone(tokens)):
+        if calling.kind(self.method.fn) == "tokens" and not (self.may_return_target and self.is_loss_alone(tokens)):
             with blamed(self.spec):
                 made = self.method.fn(calling.shown(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(made, Target):
@@ -224,9 +227,7 @@ class Variant:
         return Target.from_grad(tokens, gradient(self.loss, tokens))
 
     def loss(self, tokens: Tokens) -> Float[Tensor, " N"]:
-        """The printed loss of every token in nats, (N,), differentiable in ``tokens.logits``.
-
-        A method registered by its target alone has the loss s CE(sg Q, p), whose gradient is s (p - Q).
+        """The printed loss of every token in nats, (N,), differentiable; s CE(sg Q, p) of a method that is its target alone.
 
         Raises:
             InputError: a field that the method needs is missing.
@@ -261,14 +262,9 @@ class Variant:
         return self.method.on_model(model, **self.params)
 
     def start(self, model: nn.Module, saved: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Begin a run: ``penalty`` is measured from the model's present weights on, or from a ``saved`` start.
+        """Begin a run: ``penalty`` is measured from the model's present weights on, or from a ``saved`` start of such a run.
 
-        Args:
-            model: the model to be trained.
-            saved: what an earlier ``start`` returned, to resume its run.
-
-        Returns:
-            the start as named tensors, for a checkpoint; empty for a method whose penalty has no start.
+        Returns the start as named tensors, for a checkpoint; empty for a method whose penalty has no start.
 
         Raises:
             InputError: ``saved`` is not the start of such a model and method.
@@ -285,7 +281,7 @@ class Variant:
     def _declared(self, name: str) -> Any:
         """A field of the card, at these parameters."""
         declared = getattr(self.method, name)
-        return declared(**self.params) if callable(declared) else declared
+        return declared(**self.params) if callable(declared) and not isinstance(declared, type) else declared
 
     def _check(self, tokens: Tokens) -> None:
         for name in self.needs:

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from qlens.autograd import ordinary
 from qlens.batch_losses import is_model_loss, place_matters
-from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.guards import LossError
-from qlens.lens import gradient
+from qlens.lens import carried, gradient
 from qlens.registry import Variant
 from qlens.row_gradients import by_structure
 from qlens.tokens import Tokens, spread
@@ -70,7 +69,7 @@ def why_whole(
         with (
             torch.inference_mode(False),
             torch.autocast(few.logits.device.type, enabled=False),
-            Replay(few.logits.device).again(),
+            variant.replay(few.logits.device).again(),
             warnings.catch_warnings(),
         ):  # a loss that draws numbers trains by the same ones, verified or not
             warnings.simplefilter("ignore")  # a statistic of one row, say
@@ -160,7 +159,7 @@ def _verify_layout(variant: Variant, tokens: Tokens) -> None:
             f"{variant.spec} runs a model on its inputs, f(model, inputs), which hidden states and a head are not: train it "
             "with QTrainer(variant=...), or write it as a loss of f(logits, labels)"
         )
-    style = variant.unreduced.style(variant.shown(tokens).upcast()) if variant.derived else None
+    style = variant.unreduced.style(variant.shown(tokens).upcast()) if variant.is_loss_alone(tokens) else None
     if style is not None and style.laid_out and (reason := place_matters(variant, tokens, style)):
         raise InputError(
             f"{variant.spec} sees whole batches (B, T, V), and {reason}: hidden states of single tokens do not say that. Train "
@@ -172,7 +171,7 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     """Whether what the engine would compute on these rows is the gradient of the printed loss."""
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
-    replay = Replay(tokens.logits.device)
+    replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():
         got, values = by_structure(variant, tokens)
@@ -186,6 +185,13 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     if not rows:
         return
     where = f"at a token with p_y = {float(tokens.label_probs[rows[0]]):.2g} ({len(rows)} of {len(tokens)} tokens)"
+    alone = variant.method.printed is None and not variant.is_loss_alone(tokens)
+    if variant.structure == "label" and alone and bool((off <= _tolerance(wanted)).all()):
+        raise InputError(
+            f"{variant.spec} declares structure='label', and its gradient is one of label probabilities, but its loss is not: "
+            "the value s CE(Q, p) of a target alone sees the whole of p; write its printed loss, "
+            f"@{variant.name}.loss, or leave structure out"
+        )
     if variant.structure != "dense":
         raise InputError(
             f"{variant.spec} declares structure={variant.structure!r}, but has another loss or gradient {where}: "
@@ -246,4 +252,5 @@ def _apart(one: Tensor, other: Tensor) -> bool:
 def _tolerance(values: Tensor) -> Tensor:
     """What counts as rounding beside these values."""
     size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
-    return TOLERANCE[values.dtype] * size.clamp(min=1e-30)
+    held = TOLERANCE[torch.float64 if carried(values) == torch.float64 else torch.float32]  # a loss may cast its logits
+    return held * size.clamp(min=1e-30)

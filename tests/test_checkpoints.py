@@ -120,17 +120,23 @@ def test_tied_weights_are_saved_once(make, tmp_path):
 
 
 def test_a_checkpoint_holds_nothing_that_the_method_does_not_need(make, tmp_path):
-    make("dft", save_strategy="steps", save_steps=1).train()
     make("psft", save_strategy="steps", save_steps=1, steps=3, save_only_model=True).train()
     assert (tmp_path / "checkpoint-3").is_dir() and not list(tmp_path.glob(f"checkpoint-*/{NAME}"))
+    make("dft", save_strategy="steps", save_steps=1, steps=1).train()
+    assert load_file(tmp_path / "checkpoint-1" / NAME) == {}  # the name of the method alone
 
 
 def test_a_checkpoint_without_the_state_of_the_run_is_not_resumed_from(make, tmp_path):
     make("dft", save_strategy="steps", save_steps=2, steps=2).train()
     folder = tmp_path / "checkpoint-2"
     for spec in ("psft", "rpsft(k=4)"):
-        with pytest.raises(InputError, match=f"{NAME} is not there, so that {spec.split('(')[0]}.*cannot be resumed"):
+        with pytest.raises(
+            InputError, match=f"{NAME} has no state of such a run, so that {spec[:4]}.*cannot be resumed"
+        ):
             make(spec).train(resume_from_checkpoint=str(folder))
+    (folder / NAME).unlink()
+    with pytest.raises(InputError, match=f"{NAME} is not there, so that psft cannot be resumed"):
+        make("psft").train(resume_from_checkpoint=str(folder))
     (folder / NAME).write_bytes(b"no tensors")
     with pytest.raises(InputError, match=f"{NAME} cannot be read"):
         make("psft").train(resume_from_checkpoint=str(folder))
@@ -149,3 +155,16 @@ def test_a_new_run_of_a_resumed_trainer_begins_anew(make, tmp_path):
     for trainer in (whole, resumed):
         trainer.train()
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
+
+
+def test_a_checkpoint_that_goes_on_as_another_method_says_so(make, tmp_path, caplog):
+    make("sft", save_strategy="steps", save_steps=1, steps=2).train()
+    for spec, says in (
+        ("sft", ""),
+        ("dft", "was trained by sft and goes on as dft"),
+        ("label_smoothing(epsilon=0.2)", "trained by sft and goes on as label_smoothing(epsilon=0.2)"),
+    ):
+        caplog.clear()
+        make(spec, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+        told = [each.getMessage() for each in caplog.records if each.name == "qlens.checkpoints"]
+        assert (len(told) == 1 and says in told[0]) if says else not told

@@ -87,7 +87,7 @@ def test_a_wrong_declaration_is_refused_by_contract_and_engine():
         with pytest.raises(InputError, match="declare structure='dense'"):
             compare(variant, 5000)
     value = user_method(lambda tokens: Target.mix(tokens, 0.3, "student"), structure="label")
-    with pytest.raises(InputError, match="another loss or gradient"):
+    with pytest.raises(InputError, match="its gradient is one of label probabilities, but its loss is not"):
         compare(value, 500)  # s CE(Q, p), the value of a target alone, sees the whole of p
     right = user_method(
         lambda tokens: Target.mix(tokens, 0.3, "student"),

@@ -259,3 +259,19 @@ def test_a_fit_leaves_nothing_alive():
         fit(model, texts, steps=1, batch_size=2, learning_rate=1e-3, seed=0)
         del model
     assert [ref() for ref in alive] == [None] * 3
+
+
+def test_an_evaluation_without_a_supervised_token_has_no_loss(make):
+    nothing = [{"input_ids": [1, 2, 3], "labels": [-100] * 3}]
+    trainer = make("sft", fused=None)
+    with pytest.raises(InputError, match=r"the evaluation set \(eval\) has no supervised token"):
+        trainer.evaluate(nothing)
+    assert trainer.evaluate(nothing + rows(2))["eval_loss"] > 0
+
+
+def test_a_fit_of_no_steps_is_refused():
+    from qlens.fitting import fit
+
+    for steps in (0, -1, 1.5, True):
+        with pytest.raises(InputError, match="steps must be a whole number, at least 1"):
+            fit(llama(), rows(4), steps=steps, batch_size=2, learning_rate=0.1, seed=0)

@@ -1,0 +1,51 @@
+"""Leaves: which tensors a value has a gradient for, and gradients that have none."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlens.errors import InputError
+
+
+def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
+    """The leaf tensors that a value's graph reaches, without what lies behind ``inputs`` and without the inputs themselves.
+
+    Args:
+        value: a tensor, with a graph or without.
+        inputs: tensors, leaves or not, at which the search stops.
+
+    Example:
+        >>> import torch
+        >>> a, b = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+        >>> len(leaves((a * b).sum())), len(leaves((a * b).sum(), a))
+        (2, 1)
+    """
+    stops = {each.grad_fn for each in inputs if each.grad_fn is not None}
+    found: list[Tensor] = []
+    seen, left = set(stops), [value.grad_fn]
+    if value.grad_fn is None and value.requires_grad:
+        found.append(value)
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(leaf := getattr(node, "variable", None), Tensor):
+            found.append(leaf)
+        left += [following for following, _ in node.next_functions]
+    return [leaf for leaf in found if not any(leaf is each for each in inputs)]
+
+
+class Once(torch.autograd.Function):
+    """A gradient that has none of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise InputError(
+            "fused_loss has no second derivative: take the plain path, Variant.loss(tokens), where gradients are differentiated"
+        )
