@@ -13,6 +13,7 @@ from qlens import matching
 from qlens.destination import Destination, destination
 from qlens.errors import InputError
 from qlens.findings import summary, words
+from qlens.findings.exact import OwnPrecision
 from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
@@ -46,7 +47,8 @@ class Explanation:
         elsewhere: whether another vocabulary reads the same.
         written: which of its inputs the loss writes on.
         on_probes: whether the tokens are the built-in probes.
-        precision: what the loss computes in.
+        precision: of the gradient that was read.
+        own: what the loss itself computes in, where it was read in float64 instead; None where it was read as it is.
         stored: the dtype of the logits as a user gave them; None on the probes.
         registered: whether the loss is a registered method, at these parameters.
         silent: whether its gradient is zero up to rounding.
@@ -72,6 +74,7 @@ class Explanation:
     written: tuple[str, ...] = ()
     on_probes: bool = False
     precision: torch.dtype = torch.float64
+    own: OwnPrecision | None = None
     stored: torch.dtype | None = None
     registered: bool = False
     silent: bool = False
@@ -202,20 +205,25 @@ class Explanation:
             "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal},
             "nearly": self.nearly and vars(self.nearly),
             "unused": list(self.unused),
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": str(self.computes_in).removeprefix("torch."),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},
             "destination": self.destination if isinstance(self.destination, str) else self.destination.to_dict(),
             "table": self.table.to_dict("records"),
         }  # fmt: skip
 
     @property
+    def computes_in(self) -> torch.dtype:
+        """The coarsest type that the loss itself computes in."""
+        return self.precision if self.own is None else self.own.dtype
+
+    @property
     def read_in(self) -> str:
         """The precision of the reading, of the logits given and of the loss, as far as they differ."""
         used, stored, own = (
-            str(d).removeprefix("torch.") for d in (self.tokens.logits.dtype, self.stored, self.precision)
+            str(d).removeprefix("torch.") for d in (self.tokens.logits.dtype, self.stored, self.computes_in)
         )
         said = used if self.stored in (None, self.tokens.logits.dtype) else f"read in {used}; logits {stored}"
-        coarse = torch.finfo(self.precision).eps > torch.finfo(self.tokens.logits.dtype).eps
+        coarse = torch.finfo(self.computes_in).eps > torch.finfo(self.tokens.logits.dtype).eps
         return f"{said}; the loss computes in {own}" if coarse else said
 
     def __str__(self) -> str:

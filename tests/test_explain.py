@@ -80,12 +80,13 @@ def test_methods_whose_models_are_missing_are_left_out():
     assert not {"kd", "target_sft"} & {m.spec for m in matching.nearest(qlens.get("sft").target(tokens).grad, tokens)}
 
 
-def test_float32_losses_are_read_in_float32():
+def test_a_loss_that_insists_on_float32_is_read_in_float32():
     def typed(logits, labels):
-        return -(logits.log_softmax(-1) @ torch.eye(logits.shape[-1]))[torch.arange(len(labels)), labels].mean()
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, labels)
 
     read = qlens.explain(typed)
-    assert read.target.q.dtype == torch.float32 and "float32" in str(read)
+    assert read.target.q.dtype == torch.float32 and "V = 32, float32)" in str(read)
     assert read.nearest[0].spec == "sft" and read.nearest[0].relation == "identical"
 
 
@@ -131,18 +132,21 @@ def test_the_figure_shows_the_table():
     assert len(figure.axes) >= 3 and drawn
 
 
-def test_losses_that_cast_inside_are_read_at_their_own_precision():
+def test_losses_that_cast_inside_are_read_in_float64_and_their_precision_is_said():
     def casts(outputs, labels, num_items_in_batch=None):
         logits = outputs["logits"][..., :-1, :].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[..., 1:].flatten())
 
     read = qlens.explain(casts)
-    assert read.target.q.dtype == torch.float32
+    assert read.target.q.dtype == torch.float64 and read.to_dict()["precision"] == "float32"
+    assert "V = 32, float64; the loss computes in float32)" in str(read)
     assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")
     assert not any("WARNING" in finding for finding in read.findings)
     coarse = qlens.explain(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
-    assert coarse.findings[0] == "Precision: the gradient holds bfloat16 digits only."
-    assert coarse.nearest[0].spec == "sft"
+    assert coarse.findings[0].startswith(
+        "Precision: read with the loss's casts taken to float64; bfloat16 moves the gradient"
+    )
+    assert coarse.nearest[0].spec == "sft" and coarse.own is not None and 1e-4 < coarse.own.usual < 0.02
 
 
 def test_a_gradient_of_zero_and_a_target_below_the_label_are_said():
@@ -241,6 +245,14 @@ def test_methods_are_named_right_on_a_chat_model_in_any_precision():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokens = qlens.Tokens.from_text(model, tokenizer, [pair])
         tokens = tokens.replace(teacher=0.8 * tokens.logits)
+        clamped = qlens.explain(
+            lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none").clamp(max=2), tokens
+        )
+        assert (
+            clamped.leak is None
+            and clamped.nearly.spec == "sft"
+            and "the loss is held at 2: a clamp" in clamped.nearly.why
+        )
         for name in ("dft", "target_sft", "eaft"):
             variant = qlens.get(name)
             read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)

@@ -18,6 +18,7 @@ from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
+from qlens.lens import read
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
 
@@ -36,11 +37,12 @@ def own_spec(variant: Variant) -> str:
 class Study:
     """One explanation in the making: what is read on the tokens shown, and on the trial tokens where the loss takes them."""
 
-    def __init__(self, e: Explanation, shown: Reading, own: Mapping[str, Tensor]):
+    def __init__(self, e: Explanation, shown: Reading, own: Mapping[str, Tensor], given: Variant):
         self.e, self.variant, self.own, self.own_spec = e, e.variant, own, own_spec(e.variant)
         self.shown, self.broken, self.ids_untried = shown, 0, ""
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
+        self.given = given
 
     def run(self) -> Explanation:
         """The explanation, with everything that can be found."""
@@ -49,8 +51,8 @@ class Study:
             self.shown = self.shown.undone(self.shown.grad, self.shown.given.unweighted())
             self.trial = self.trial and self.trial.undone(self.trial.grad, self.trial.given.unweighted())
         reach = self.scope()
-        if self.trial is not None and not self.trial.finite:
-            kept = self.trial.grad.isfinite().all(-1)
+        kept = None if self.trial is None else self.finite(self.trial)
+        if self.trial is not None and kept is not None and not bool(kept.all()):
             self.broken = int((~kept).sum())
             self.trial = self.trial[kept] if reach.of == "token" else None
         ids = self.label_ids() if reach.of == "token" else None
@@ -85,6 +87,13 @@ class Study:
     def base(self) -> Reading:
         """The trial tokens, else those shown."""
         return self.shown if self.trial is None else self.trial
+
+    def finite(self, at: Reading) -> Tensor:
+        """Where the gradient is a number, (N,), in the loss's own precision too."""
+        kept = at.grad.isfinite().all(-1)
+        if self.given is self.variant:
+            return kept
+        return kept & read(self.given, at.given, self.given.loss).isfinite().all(-1)
 
     def scope(self) -> Scope:
         """On the probes as they are; for tokens of one's own on the trial tokens, or on some of one's own."""

@@ -23,7 +23,12 @@ def lines(e: Any) -> list[str]:
         said = "" if not bool(e.target.grad.any()) else " up to rounding"
         return [f"WARNING: the gradient is zero on every token{said}: Q = p, nothing is taught."]
     said = []
-    if e.precision in COARSE:
+    if e.own is not None and e.own.dtype in COARSE:
+        said.append(
+            f"Precision: read with the loss's casts taken to float64; {str(e.own.dtype).removeprefix('torch.')} moves the "
+            f"gradient by {percent(e.own.usual)} at the median token, by up to {percent(e.own.largest)}."
+        )
+    elif e.precision in COARSE:
         said.append(f"Precision: the gradient holds {str(e.precision).removeprefix('torch.')} digits only.")
     undefined = int((~e.losses.isfinite()).sum())
     if undefined:
