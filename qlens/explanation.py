@@ -20,12 +20,13 @@ from qlens.findings.leaks import Leak
 from qlens.findings.mixtures import Mixture
 from qlens.findings.nearly import Nearly
 from qlens.findings.scope import Scope
-from qlens.guards import quiet
+from qlens.guards import first_line, quiet
 from qlens.probes import shapes
 from qlens.target import Target
 from qlens.tokens import Tokens
 from qlens.variant import Variant
 
+FOLLOWED = (4, 12, 32)  # vocabularies on which training is followed, the first that the loss takes
 TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
 
 
@@ -53,6 +54,8 @@ class Explanation:
         registered: whether the loss is a registered method, at these parameters.
         silent: whether its gradient is zero up to rounding.
         label_weights: how it weighs tokens by the id of their label, where it does.
+        shifted: how many places after its own the label stands that a token is trained on; 0 for its own.
+        linear: whether its gradient stays as it is when the logits move a little: there is no softmax in it.
         nearly: the method that it is on most tokens, where it is none on all.
         unused: fields that it asks for and that change nothing.
         tried: the wider trial tokens on which it was read too.
@@ -79,6 +82,8 @@ class Explanation:
     registered: bool = False
     silent: bool = False
     label_weights: LabelWeights | None = None
+    shifted: int = 0
+    linear: bool = False
     nearly: Nearly | None = None
     unused: tuple[str, ...] = ()
     tried: Tokens | None = None
@@ -158,11 +163,18 @@ class Explanation:
             return "its gradient leads nowhere"
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
-        try:
-            with quiet():
-                return destination(self.variant)
-        except InputError as error:
-            return str(error)
+        if self.label_weights is not None:
+            return "which ids the labels have changes its gradient, and with it where training ends"
+        sizes = dict.fromkeys(min(size, self.tokens.logits.shape[1]) for size in FOLLOWED)
+        failed = ""
+        for size in sizes:
+            try:
+                with quiet():
+                    return destination(self.variant, size=size)
+            except InputError as error:
+                failed = failed or (first_line(error.__cause__) if error.__cause__ else str(error))
+        tried = ", ".join(map(str, sizes))
+        return f"not known, because the loss fails where it was followed, on vocabularies of {tried} ({failed})"
 
     @property
     def telling(self) -> pd.DataFrame:

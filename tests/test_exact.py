@@ -103,3 +103,5 @@ def test_a_gradient_of_zeros_and_ones_does_not_tell_its_precision():
     assert carried(torch.randn(99).bfloat16().double()) == torch.bfloat16
     assert read_exactly(resolve(forgotten_softmax), None)[1].precision == torch.float64
     assert traced(resolve(smoothed_by_constants).loss, tokens)[2] == torch.float32
+    batched = resolve(lambda logits, labels: F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+    assert traced(batched.loss, tokens)[1:] == (torch.float64, torch.float64)  # padding is exact

@@ -233,6 +233,24 @@ def test_own_tokens_are_no_probes_even_if_there_are_57():
     assert not read.on_probes and set(read.table["shape"]) == {"text"} and "57 tokens" in str(read)
 
 
+def test_a_forgotten_log_softmax_is_said_and_nothing_that_it_would_mean_with_one():
+    read = qlens.explain(F.nll_loss)
+    assert read.summary.startswith("It raises the label's raw logit by 1 and takes nothing from the others")
+    assert "so that Q = p + d" in read.summary and "log(Z)" not in str(read) and "trusted" not in str(read)
+    assert read.precision == torch.float64 and any("sum(Q) is not 1 on 57 of 57" in line for line in read.findings)
+
+
+def test_the_side_of_a_pair_that_is_raised_is_said():
+    def swapped(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+        margin = policy_chosen_logps - policy_rejected_logps - reference_chosen_logps + reference_rejected_logps
+        return -F.logsigmoid(-0.1 * margin).mean()
+
+    assert "It raises the chosen sequences and lowers the rejected ones" in qlens.explain("dpo").summary
+    read = qlens.explain(swapped)
+    assert "It raises the REJECTED sequences and lowers the chosen ones" in read.summary
+    assert any(line.startswith("WARNING: sides: it raises the REJECTED sequences") for line in read.findings)
+
+
 @pytest.mark.real
 def test_methods_are_named_right_on_a_chat_model_in_any_precision():
     from real import smollm2
@@ -248,11 +266,8 @@ def test_methods_are_named_right_on_a_chat_model_in_any_precision():
         clamped = qlens.explain(
             lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none").clamp(max=2), tokens
         )
-        assert (
-            clamped.leak is None
-            and clamped.nearly.spec == "sft"
-            and "the loss is held at 2: a clamp" in clamped.nearly.why
-        )
+        assert clamped.leak is None and clamped.nearly is not None
+        assert clamped.nearly.why == "on the other 2 its gradient is zero, where the loss is held at 2: a clamp"
         for name in ("dft", "target_sft", "eaft"):
             variant = qlens.get(name)
             read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from qlens.errors import InputError
-from qlens.findings.noise import TOLERANCE
+from qlens.findings.noise import TOLERANCE, coarser, traced
 from qlens.findings.reading import MOST, Reading, before_casts, on_own_tokens, rounded_to_precision
+from qlens.lens import gradient
 from qlens.tokens import Tokens
 from qlens.variant import Variant
 
@@ -153,3 +154,20 @@ def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, Own
         return None
     distance = off / size.maximum(found.noise.rows).clamp(min=1e-300)
     return exact, read, OwnPrecision(found.own, float(distance.median()), float(distance.max()))
+
+
+def without_casts(variant: Variant, tokens: Tokens) -> Variant:
+    """A loss computed in float64 where it casts to a coarser type, and is the same up to rounding; else the loss as it is."""
+    if isinstance(variant, Exact):
+        return variant
+    exact = Exact(variant.method, variant.params)
+    try:
+        _, arithmetic, constants = traced(variant.loss, tokens)
+        own = coarser(arithmetic, constants)
+        if own == torch.float64:
+            return variant
+        before, after = (gradient(one.loss, tokens).double() for one in (variant, exact))
+    except Exception:  # whatever is wrong with the loss, its caller meets it too, and says it
+        return variant
+    alike = (before - after).norm() <= 100 * torch.finfo(own).eps * after.norm()
+    return exact if bool(alike) else variant

@@ -215,12 +215,13 @@ class _Laws(Features):
         signals |= {"the label's rank (0 first)": self.rank}
         for name, x in signals.items():
             low, high = x[on].min(), x[on].max()
-            tie = 1e-9 * max(abs(low), abs(high))  # at the threshold itself rounding decides
+            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
+            # at the threshold itself rounding decides; whole numbers are not rounded
+            tie = -0.5 if whole else 1e-9 * max(abs(low), abs(high))
             below, above = x[~on & (x <= low + tie)], x[~on & (x >= high - tie)]
             if len(below) + len(above) != (~on).sum():
                 continue
             ends, said = {}, []
-            whole = bool((x == np.round(x)).all())  # of whole numbers the last that is on
             if len(below):
                 ends["low"] = low if whole else between(below.max(), low)
                 said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(below.max())} and {plain(low)})")

@@ -136,10 +136,10 @@ class _Search:
         self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
         self.p = tokens.probs.detach().double()
         self.rounding = noise.rows
-        self.digits = float((noise.rows / g.norm(dim=-1).clamp(min=1e-300)).median())
-        self.size = (
-            g.norm(dim=-1) + noise.rows / TOLERANCE
-        )  # so that what is off by rounding alone is off by the tolerance
+        sizes = g.norm(dim=-1)
+        share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient say nothing of its digits
+        self.digits = float(share.median()) if len(share) else 1.0
+        self.size = sizes + noise.rows / TOLERANCE  # what is off by rounding alone is off by the tolerance
         self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
         self.known: dict[tuple[str, float | None], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))

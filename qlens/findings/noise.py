@@ -123,7 +123,7 @@ class _Trace(TorchDispatchMode):
         if not any(value in self.dependent for value in given):
             for value in tree_leaves(made) if others != torch.float64 else ():
                 if _real(value):
-                    self.digits[value] = others
+                    self.digits[value] = torch.float64 if _short(value) else others
             return made
         self.constants = coarser(self.constants, others)
         # a cast that loses no digit rounds nothing
@@ -137,9 +137,13 @@ class _Trace(TorchDispatchMode):
     def _digits(self, value: Tensor) -> torch.dtype:
         """The precision of a constant; one that a half precision holds too (0, 1, a mask) is as good as exact."""
         if value not in self.digits:
-            short = value.dtype == torch.float64 or _equal(value, value.to(torch.bfloat16))
+            short = value.dtype == torch.float64 or _short(value)
             self.digits[value] = torch.float64 if short else value.dtype
         return self.digits[value]
+
+
+def _short(value: Tensor) -> bool:
+    return _equal(value, value.to(torch.bfloat16))
 
 
 def _real(value: Any) -> bool:

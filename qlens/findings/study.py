@@ -18,6 +18,8 @@ from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.reading import Reading, asked, on_trials
 from qlens.findings.scope import Scope, scope
+from qlens.findings.shifts import label_offset
+from qlens.findings.uncoupled import piecewise_linear, uncoupled
 from qlens.lens import read
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
@@ -55,9 +57,14 @@ class Study:
         if self.trial is not None and kept is not None and not bool(kept.all()):
             self.broken = int((~kept).sum())
             self.trial = self.trial[kept] if reach.of == "token" else None
+        at, shifted = self.shown, 0
+        if reach.of == "sequence" and reach.through == ("labels",):
+            shifted = label_offset(self.variant.loss, at.given, at.grad, at.noise.rows)
         ids = self.label_ids() if reach.of == "token" else None
         found = leak(self.shown.grad, self.shown.tokens, self.shown.noise)
         wide = None if self.trial is None else leak(self.trial.grad, self.trial.tokens, self.trial.noise)
+        found = uncoupled(self.variant, self.shown, found)
+        wide = None if self.trial is None else uncoupled(self.variant, self.trial, wide)
         seen, trial = _undone(self.shown, found, ids), self.trial and _undone(self.trial, wide, ids)
         mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
         laws, elsewhere = self.laws(mixture, seen, trial)
@@ -75,6 +82,8 @@ class Study:
             scope=reach,
             leak=found or wide,
             label_weights=ids,
+            shifted=shifted,
+            linear=piecewise_linear(self.variant, self.shown),
             nearly=partly,
             elsewhere=elsewhere,
             unused=unused,

@@ -6,7 +6,7 @@ import pandas as pd
 
 from qlens.findings.features import percent
 from qlens.findings.mixtures import RAW
-from qlens.findings.words import constant, digits, floor, net, short
+from qlens.findings.words import constant, digits, floor, net, shifted, short, sides, uncoupled
 from qlens.params import parse
 
 ALIKE = 1e-6
@@ -19,6 +19,10 @@ def paragraph(e: Any) -> str:
     if e.silent:
         up_to = "everywhere" if not bool(e.target.grad.any()) else "up to rounding"
         return f"This loss teaches nothing: its gradient is zero {up_to}."
+    if uncoupled(e):
+        return f"{e.leak.uncoupled}; its target does not add up to one."
+    if e.shifted:
+        return f"It trains the wrong token: {shifted(e)}."
     said = [_identity(e), _said_of_trust(e), _said_of_rest(e)]
     if e.leak is not None:
         why = e.leak.cause or "in a way that is not one of the known ones"
@@ -101,6 +105,8 @@ def _said_of_trust(e: Any) -> str:
         whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
         return f"It trusts every label alike, {whole}, however unlikely the model finds it."
     p_y = e.table.loc[trust.index, "p_y"]
+    if sides(e):
+        return f"I{sides(e)[1:]}{law}."
     if (trust < -digits(e)).any():
         down = p_y[trust < -digits(e)]
         return (
@@ -118,6 +124,8 @@ def _said_of_trust(e: Any) -> str:
 def _said_of_rest(e: Any) -> str:
     if e.mixture is None:
         return ""
+    if not e.mixture.explains and e.linear:
+        return "There is no softmax in it: it is a margin of raw logits; its gradient changes only where an entry crosses it."
     if not e.mixture.explains:
         return (
             "Where the rest goes is no mixture of the distributions at hand: the best of them leaves "
