@@ -1,7 +1,7 @@
 """Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -128,6 +128,13 @@ def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: N
         made = search.made(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
         if made.explains:
             return made
+    if (
+        not mixture.explains and len(tokens) > FEWEST_TOKENS
+    ):  # what explains no few of the tokens explains not all of them
+        few = spread(len(tokens), FEWEST_TOKENS).to(tokens.logits.device)
+        made = decompose(grad[few], tokens[few], None, noise[few])
+        if not made.explains:
+            return replace(made, index=few.cpu()[made.index])
     return decompose(grad, tokens, None, noise)
 
 
@@ -151,11 +158,8 @@ class _Search:
         kept, alike = [], []
         for entry in entries:
             twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
-            if (
-                twin is None
-                and not entry.parameter
-                and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12
-            ):
+            itself = twin is None and not entry.parameter
+            if itself and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12:
                 alike.append(("the student", entry.name))
             elif twin is not None:
                 alike.append((twin.name, entry.name))

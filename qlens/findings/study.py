@@ -73,7 +73,8 @@ class Study:
         if found is not None:
             mixture = replace(mixture, index=found.rows[mixture.index])
         changed = found is not None or wide is not None or ids is not None
-        near, partly = self.identified(seen, trial, changed, reach.of == "token")
+        none = found is not None and (bool(found.uncoupled) or not found.cause) or ids is not None and not ids.equal
+        near, partly = self.identified(seen, trial, changed, reach.of == "token", none)
         return replace(
             self.e,
             nearest=near,
@@ -148,9 +149,12 @@ class Study:
         return _laws(mixture, seen), f"at {where} it reads {_in_short(wide, _laws(wide, trial))}."
 
     def identified(
-        self, seen: Reading, trial: Reading | None, changed: bool, alone: bool
+        self, seen: Reading, trial: Reading | None, changed: bool, alone: bool, none: bool
     ) -> tuple[list[matching.Match], Nearly | None]:
-        """The registered methods nearest first, and the one that a loss of each token ``alone`` is on most, if none on all."""
+        """The registered methods nearest first, and the one that a loss of each token ``alone`` is on most, if none on all.
+
+        No parameters are searched where it is known that ``none`` is it: raw logits or ids count in an unknown way.
+        """
         base = seen if trial is None else trial
         some = self.thinned(base, MATCHED, changed)
         few = self.few(some, changed)
@@ -159,7 +163,7 @@ class Study:
         if alone and not (self.own_spec or (near and near[0].same)):
             likely = [match.spec for match in near[:LIKELY]] + list(methods())
             partly = nearly(some, self.variant.loss, list(dict.fromkeys(likely)))
-        if not (self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
+        if not (none or self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
             fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
             if alone and fits and not near[0].same:
