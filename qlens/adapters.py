@@ -6,29 +6,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.calling import Layout, call, inputs, kind, name_of, written
+from qlens import graphs
+from qlens.calling import Layout, call, kind, name_of, written
 from qlens.draws import Replay
 from qlens.errors import InputError
-from qlens.layouts import Counts, Style, counts
+from qlens.layouts import Style, counts
+from qlens.reductions import FOUND_ON, Division, find_division, pairwise
 from qlens.results import loss_of
-from qlens.styles import few, grad_of, inputs_masked, style_of
+from qlens.styles import style_of
 from qlens.target import Target
 from qlens.tokens import Tokens, spread
-
-FOUND_ON = 8  # rows: enough to see how a loss divides, few enough to be free
-ROUNDING = 1e3  # units of rounding below which a gradient that no count explains is none
-ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
-
-# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
-REDUCTIONS: dict[str, Callable[[Counts], Any]] = {
-    "sum": lambda c: 1,
-    "mean over unmasked": lambda c: c.rows,
-    "mean over all": lambda c: c.positions,
-    "mean over all, the unused last position included": lambda c: c.columns,
-    "sum of each text, mean over texts": lambda c: c.texts,
-    "mean of each text, mean over texts": lambda c: c.texts * c.own,
-    "mean of each text, sum over texts": lambda c: c.own,
-}
+from qlens.trying import value_of
 
 
 def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
@@ -48,7 +36,7 @@ def rows(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], 
 
 def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens], Any]:
     """The loss with its reduction undone, as a function of tokens: rows (N,), or a scalar that is their sum."""
-    reduction: list[str] = []  # found at the first call that needs it
+    division: list[Division] = []  # found at the first call that learns from a row
     safe: list[bool] = []  # whether it leaves its inputs alone: seen on a few rows, so that the others need no copy
 
     def run(tokens: Tokens) -> Any:
@@ -60,9 +48,15 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
                 style_of(fn, params, tokens)  # remembered
         style = style_of(fn, params, tokens)
         made = call(fn, params, tokens, Layout(), safe[0], style)
+        if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+            made = value_of(fn, params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(fn) == "tokens" and isinstance(made, Target):
             return made
-        made = loss_of(made, name).value
+        if kind(fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
+            raise InputError(f"{name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
+        made = graphs.checked(
+            loss_of(made, name), name, lambda: call(fn, params, tokens, Layout(), style=style), tokens.logits
+        ).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
         if made.ndim and not style.laid_out and not (pairwise(fn) or made.ndim == 1):
@@ -71,18 +65,16 @@ def undone(fn: Callable, params: dict[str, Any], name: str) -> Callable[[Tokens]
             )
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
-        if not reduction:
+        if not division:
             with Replay(tokens.logits.device).again():
-                reduction.append(find_reduction(fn, params, tokens, name))
-        divisor = REDUCTIONS[reduction[0]](counts(tokens, Layout(), style, pairwise(fn)))
+                found = find_division(fn, params, tokens, name)
+            if found is None:  # no row taught it anything
+                return made
+            division.append(found)
+        divisor = division[0].divisor(counts(tokens, Layout(), style, pairwise(fn)))
         return _times(fn, params, tokens, safe[0], style, divisor) if isinstance(divisor, Tensor) else made * divisor
 
     return run
-
-
-def pairwise(fn: Callable) -> bool:
-    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
-    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
 
 
 def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, style: Style, divisor: Tensor) -> Tensor:
@@ -97,7 +89,7 @@ def _times(fn: Callable, params: dict[str, Any], tokens: Tokens, safe: bool, sty
 def _leaves_alone(fn: Callable, params: dict[str, Any], tokens: Tokens) -> bool:
     """Whether a loss does not write on its inputs, seen on a few rows."""
     try:
-        return not written(fn, params, _spread(tokens))
+        return not written(fn, params, tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)])
     except InputError:  # it may be made for all of these very rows; a true mistake is raised again by the call itself
         return False
 
@@ -107,85 +99,8 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
-    (grad,) = torch.autograd.grad(total, logits)
+    (grad,) = torch.autograd.grad(total, logits, allow_unused=True)
+    if grad is None:
+        return value
     zero = torch.where(logits.isfinite(), logits - logits.detach(), 0.0)
     return value + (grad * zero).sum(-1)
-
-
-def find_reduction(fn: Callable, params: dict[str, Any], tokens: Tokens, name: str) -> str:
-    """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
-
-    Raises:
-        InputError: no count explains it, or two calls on the same rows differ.
-    """
-    from qlens.probes import probes
-
-    style = style_of(fn, params, tokens)
-    for rows_shown in (
-        few(tokens) if pairwise(fn) else _spread(tokens),
-        probes(tokens.logits.dtype, tokens.logits.device),
-    ):
-        base = grad_of(fn, params, rows_shown, style)
-        if base.abs().max() > 0:  # a loss that skips these rows tells nothing about its division
-            break
-    else:
-        return "sum"
-    if _misfit([base, grad_of(fn, params, rows_shown, style)]) > ALIKE:
-        raise InputError(
-            f"{name} is not deterministic: two calls on the same tokens differ. Seed it, or switch dropout off."
-        )
-    misfits: dict[str, float] = {}
-    grads: list[Tensor] = []
-    for interleave in (False, True) if style.laid_out else (False,):
-        layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
-        if style.laid_out or inputs_masked(fn):
-            layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        grads = [grad_of(fn, params, rows_shown, style, layout) for layout in layouts]
-        for reduction in REDUCTIONS:
-            off = _misfit(_multiplied(reduction, fn, grads, rows_shown, layouts, style))
-            misfits[reduction] = min(off, misfits.get(reduction, off))
-    best = min(misfits, key=misfits.__getitem__)
-    alike = [reduction for reduction, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
-    if misfits[best] <= ALIKE:
-        of_any_length = by_length(alike, fn, params, rows_shown, style) if style.laid_out and len(alike) > 1 else ""
-        return of_any_length or (alike[0] if len(alike) > 1 else best)
-    if float(grads[0].abs().max()) < ROUNDING * torch.finfo(grads[0].dtype).eps:
-        return "sum"  # nothing but rounding: there is no gradient to be divided
-    ratio = float(grads[1].norm() / grads[0].norm())
-    raise InputError(
-        f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "
-        f"{ratio:.4g}, where a sum gives 1 and a mean 0.5. Return the unreduced loss (N,) instead."
-    )
-
-
-def by_length(alike: list[str], fn: Callable, params: dict[str, Any], tokens: Tokens, style: Style) -> str:
-    """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
-    layouts = [Layout(), Layout(split=True)]
-    try:
-        grads = [grad_of(fn, params, tokens, style, layout) for layout in layouts]
-    except InputError:  # a loss of pairs, say, takes no texts in other numbers
-        return ""
-    off = {name: _misfit(_multiplied(name, fn, grads, tokens, layouts, style)) for name in alike}
-    best = min(off, key=off.__getitem__)
-    return best if off[best] <= ALIKE else ""
-
-
-def _multiplied(
-    reduction: str, fn: Callable, grads: list[Tensor], tokens: Tokens, layouts: list[Layout], style: Style
-) -> list[Tensor]:
-    """Gradients in several layouts, each multiplied by what this reduction divides by there."""
-    made = []
-    for grad, layout in zip(grads, layouts, strict=True):
-        divisor = REDUCTIONS[reduction](counts(tokens, layout, style, pairwise(fn)))
-        made.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
-    return made
-
-
-def _spread(tokens: Tokens) -> Tokens:
-    """A few rows from all over."""
-    return tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-
-
-def _misfit(grads: list[Tensor]) -> float:
-    """How far gradients that should be one are apart, as a share of the first."""
-    return max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlens.autograd import ordinary
 from qlens.errors import InputError
 from qlens.guards import blamed, file_of, first_line
 from qlens.layouts import (
     Layout,
     Style,
     View,
+    arranged,
     batch_of,
     batch_view,
     label_log_probs,
@@ -22,8 +24,12 @@ from qlens.layouts import (
     tiled,
     token_ids,
 )
-from qlens.signature import CALLERS, FIELD, ROLE, inputs, name_of, signature
+from qlens.names import FIELD, role_of
+from qlens.signature import CALLERS, inputs, lists_of, name_of, signature
 from qlens.tokens import Tokens
+
+WIDE = ("logits", "outputs", "probs", "teacher", "reference", "old", "second", "teacher outputs", "reference outputs",
+        "teacher probs", "negatives")  # fmt: skip
 
 __all__ = ["CALLERS", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature", "written"]
 
@@ -153,6 +159,10 @@ def arguments(fn: Callable, view: View) -> dict[str, Any]:
         if view.style.counted if role == "count" else view.style.optional:
             if field is None or getattr(view.tokens, field) is not None:
                 filled[name] = _value(role, view, wanted.required | wanted.optional)
+    roles, lists = wanted.required | wanted.optional, lists_of(fn)
+    for name, value in filled.items():
+        wide = roles[name] in WIDE or (roles[name].endswith("log probs") and "labels" in roles.values())
+        filled[name] = arranged(value, view.style, wide, name in lists if lists else wide)
     return filled
 
 
@@ -180,6 +190,8 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         return Companion(FIELD[role], view.spread(tokens.require(FIELD[role])))
     if role == "batch":
         return model_inputs(view)
+    if role == "dict":
+        return Columns(model_inputs(view), logits=arranged(view.logits, view.style, True, False))
     if role.endswith("chosen log probs") or role.endswith("rejected log probs"):
         logits = tokens.require("reference") if role.startswith("reference") else _rows(view)
         return pair_sums(label_log_probs(logits, tokens.labels), tokens, "chosen" in role)
@@ -193,7 +205,9 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role == "teacher probs":
         return view.spread(tokens.require("teacher").softmax(-1))
     if role.endswith("outputs") and role != "return outputs":
-        return boxed(view.spread(tokens.require(FIELD[role])))
+        value = view.spread(tokens.require(FIELD[role]))
+        as_outputs = view.style.boxed or not {"outputs", "model"} & {*wanted.values()}
+        return boxed(value) if as_outputs == view.style.alike else value
     if role == "weight":
         ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
         weight = ones if tokens.weight is None else tokens.weight
@@ -213,6 +227,8 @@ def _simple(role: str, view: View) -> Any:
         return view.attention.to(torch.bool if view.style.flag is torch.bool else torch.long)
     if role == "count":
         return torch.tensor(len(view.tokens), device=view.logits.device)
+    if role == "texts":
+        return torch.tensor(len(view.labels) if view.style.laid_out else 1, device=view.logits.device)
     if role == "position ids":
         return torch.arange(view.labels.shape[-1], device=view.labels.device).expand(view.labels.shape)
     if role == "input ids":
@@ -236,8 +252,8 @@ def model_inputs(view: View) -> Columns:
     ids = view.labels.clamp(min=0) if view.style.ids else view.ids
     found = Columns(input_ids=ids, attention_mask=view.attention, labels=view.labels)
     for name in view.style.columns:
-        found.setdefault(name, _value(ROLE[name], view, {}))
-    return found
+        found.setdefault(name, _value(role_of(name) or "", view, {}))
+    return Columns({name: arranged(value, view.style, role_of(name) in WIDE, False) for name, value in found.items()})
 
 
 def boxed(logits: Tensor) -> Any:
@@ -260,9 +276,12 @@ def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         from qlens.styles import style_of
 
         style = style_of(fn, params, tokens)
-    view = (batch_view if style.laid_out else rows_view)(tokens.with_logits(tokens.logits.detach()), Layout(), style)
-    given = {"logits": view.logits, "labels": view.labels}
-    fresh = {name: value._version for name, value in given.items()}
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():  # what is made under inference_mode has no version
+        tokens = ordinary(tokens)
+        view = (batch_view if style.laid_out else rows_view)(
+            tokens.with_logits(tokens.logits.detach()), Layout(), style
+        )
+        given = {"logits": view.logits, "labels": view.labels}
+        fresh = {name: value._version for name, value in given.items()}
         on_view(fn, params, view)
     return tuple(name for name, value in given.items() if value._version != fresh[name])

@@ -122,6 +122,7 @@ class CheckReport:
 
 
 @guards.quiet()
+@torch.inference_mode(False)
 def check(loss: Variant | str | Callable) -> CheckReport:
     """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
 

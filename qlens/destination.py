@@ -180,13 +180,13 @@ class _Field:
         fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
         fixed |= {"labels": torch.from_numpy(self.seen), "sequence": torch.arange(len(self.seen)), "advantage": ones}
         fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
-        self.fixed = fixed
+        self.fixed, self.dtype = fixed, torch.float64
         self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
 
     def tokens(self, z: np.ndarray) -> Tokens:
         """A row per label that occurs, at logits z, (size,)."""
         logits = torch.tensor(z).expand(len(self.seen), len(self.f))
-        return Tokens(logits=logits, second=logits, **self.fixed)
+        return Tokens(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
 
     def gradient(self, tokens: Tokens) -> np.ndarray:
         """g at every label, (labels, size)."""
@@ -194,6 +194,13 @@ class _Field:
         try:
             g = gradient(self.variant.loss, tokens)
         except InputError:
+            if self.dtype == torch.float32:
+                raise
+            self.dtype = torch.float32  # a loss may insist on it
+            try:
+                return self.gradient(tokens.with_precision(torch.float32))
+            except InputError:
+                self.dtype = torch.float64
             raise
         except Exception as error:  # anything at all may go wrong inside a user's loss
             raise InputError(f"loss: {spec} raised {type(error).__name__}: {error}") from error

@@ -12,14 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from qlens.batching import IGNORE
 from qlens.errors import InputError, brief
-from qlens.fields import check_field, check_ids
+from qlens.fields import check_field, check_ids, check_vocabulary
 from qlens.heads import Head, TopK
 from qlens.passes import Observer, Pass
 from qlens.registry import Variant, resolve
 from qlens.row_gradients import block_rows, inputs
 from qlens.tokens import PER_TOKEN, Tokens, precision
-from qlens.variant import ALONE
-from qlens.verification import why_whole
+from qlens.verification import why_declared_whole, why_whole
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
 ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
@@ -51,12 +50,14 @@ def fused_loss(
 ) -> Tensor:
     r"""The variant's printed loss from hidden states, with gradients for hidden, head and bias: :math:`g = s (p - Q)` in chunks.
 
-    No (N, V) tensor of any model is ever whole. How the gradient is computed is chosen by the method's declared ``structure``
-    alone. Losses of label probabilities cost a softmax beyond their three matrix products, those of sequences, batches and
-    pairs a product more, for a first pass that collects the labels' log-probabilities. Gradients are computed on the way
-    forward and kept until ``backward``. A method of your own is verified once on a few rows of the batch: a structure that it
-    has not, or a target that is not its printed loss's, is refused; rows that depend on each other although its scope is
-    "token" are computed together, with one log line that says so.
+    No (N, V) tensor of any model is whole where rows need no others. How the gradient is computed is chosen by the method's
+    declared ``structure`` alone. Losses of label probabilities cost a softmax beyond their three matrix products, those of
+    sequences, batches and pairs a product more, for a first pass that collects the labels' log-probabilities. Gradients are
+    computed on the way forward and kept until ``backward``. A method of your own is verified once on a few rows of the
+    batch: a structure that it has not, or a target that is not its printed loss's, is refused. Rows that depend on each other
+    are computed together, their logits whole, with one log line that says so: those of a method that weighs tokens by a
+    statistic of whole distributions ("mile", or scope "batch" and structure "dense"), or that turn out to although the scope
+    is "token".
 
     Args:
         variant: as in ``explain``.
@@ -71,8 +72,8 @@ def fused_loss(
         per_token_fields: weight, sequence, advantage, ... (N,), as in ``Tokens``.
 
     Raises:
-        InputError: shapes that do not fit, a missing model, or a batch statistic that needs more than label
-            probabilities; a card that does not fit the loss; logits that hold NaN; a second backward.
+        InputError: shapes that do not fit, a missing model; a card that does not fit the loss; logits that hold NaN; a
+            second backward.
 
     Rounding: ``ROUNDING``, by dtype.
 
@@ -178,6 +179,7 @@ def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: A
         if not isinstance(value, Tensor) or value.ndim != 2 or not value.is_floating_point():
             shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
             raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+    check_vocabulary("head", len(head))
     if bias is not None and not isinstance(bias, Tensor):
         raise InputError(f"bias must be a tensor (V,) or None, got {brief(bias)}")
     whole = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
@@ -249,7 +251,7 @@ def _field(name: str, value: Tensor, kept: Tensor, rows: int, vocabulary: int) -
 
 def fusible(variant: Variant) -> bool:
     """Whether rows can be taken a few at a time: all but batch statistics of whole distributions."""
-    return variant.scope in ALONE or variant.structure == "label"
+    return not why_declared_whole(variant)
 
 
 def why_whole_logits(variant: Variant) -> str:
@@ -259,7 +261,8 @@ def why_whole_logits(variant: Variant) -> str:
             f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, register it "
             "with scope='token'"
         )
-    return "" if fusible(variant) else f"for {variant.spec}: it weighs tokens by a statistic of whole distributions"
+    reason = why_declared_whole(variant)
+    return reason and f"for {variant.spec}: {reason}"
 
 
 def _check(variant: Variant, given: dict[str, Any]) -> None:
@@ -267,8 +270,3 @@ def _check(variant: Variant, given: dict[str, Any]) -> None:
     missing = [name for name in needs if name not in given]
     if missing:
         raise InputError(f"{variant.name} needs a {missing[0]}: give fused_loss({missing[0]}=...)")
-    if not fusible(variant):
-        raise InputError(
-            f"{variant.spec} weighs tokens by a statistic of the {variant.scope} that needs whole distributions: "
-            "use the plain path"
-        )

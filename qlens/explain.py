@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from qlens import calling, guards, matching
+from qlens.autograd import ordinary
 from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings.exact import read_exactly
@@ -18,6 +20,7 @@ from qlens.tokens import Tokens
 
 
 @guards.quiet()
+@torch.inference_mode(False)
 def explain(
     loss: Variant | str | Callable,
     tokens: Tokens | None = None,
@@ -53,7 +56,7 @@ def explain(
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
     given = variant
-    variant, shown, own = read_exactly(given, tokens)
+    variant, shown, own = read_exactly(given, None if tokens is None else ordinary(tokens))
     e = Explanation(
         variant,
         shown.given,

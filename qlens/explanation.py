@@ -172,7 +172,9 @@ class Explanation:
                 with quiet():
                     return destination(self.variant, size=size)
             except InputError as error:
-                failed = failed or (first_line(error.__cause__) if error.__cause__ else str(error))
+                cause = error.__cause__
+                said = str(error) if cause is None else f"{type(cause).__name__}: {first_line(cause)}"
+                failed = failed or said.removesuffix(": (no message)")
         tried = ", ".join(map(str, sizes))
         return f"not known, because the loss fails where it was followed, on vocabularies of {tried} ({failed})"
 

@@ -39,6 +39,18 @@ def check_field(name: str, value: Any, shape: tuple[int, ...]) -> None:
         raise InputError(f"{name} is a mask: its values must be True and False, or 1 and 0")
 
 
+def check_vocabulary(name: str, size: int) -> None:
+    """Whether there is anything to choose from.
+
+    Raises:
+        InputError: fewer than two entries.
+    """
+    if size < 2:
+        raise InputError(
+            f"{name} has a vocabulary of {size}: at least 2 entries are needed, for one token alone always has p = 1"
+        )
+
+
 def check_ids(labels: Tensor, vocabulary: int) -> None:
     """Whether labels are ids of a vocabulary.
 
@@ -66,8 +78,7 @@ def check_logits(name: str, logits: Any) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
         shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
-    if logits.shape[1] < 2:
-        raise InputError(f"{name} has a vocabulary of {logits.shape[1]}: at least 2 entries are needed")
+    check_vocabulary(name, logits.shape[1])
     if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax hands NaN on
         rows = (~top.isfinite()).nonzero()[:, 0].tolist()
         raise InputError(f"{name} holds NaN, +inf or nothing but -inf in row {rows[0]} ({len(rows)} such rows)")

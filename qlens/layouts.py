@@ -48,6 +48,11 @@ class Style:
         ids: whether a model's input_ids are the labels, because the loss takes its labels from there.
         head: the diagonal of a model's head, which leaves its logits as they are.
         columns: further columns of a model's inputs that the loss asks for.
+        alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
+        order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T);
+            "classes": logits (B, V, T), all else (B, T).
+        chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
+        cut: how they are cut: by torch's "chunk" or "tensor_split".
     """
 
     shape: str = "rows"
@@ -62,6 +67,10 @@ class Style:
     ids: bool = False
     head: float = 1.0
     columns: tuple[str, ...] = ()
+    alike: bool = True
+    order: str = "texts"
+    chunks: int = 0
+    cut: str = "chunk"
 
     @property
     def laid_out(self) -> bool:
@@ -190,6 +199,26 @@ def supervised(labels: Int[Tensor, "B T"]) -> Int[Tensor, " N"]:
     return follows.flatten().nonzero()[:, 0]
 
 
+def arranged(value: Any, style: Style, wide: bool, listed: bool) -> Any:
+    """An input in the order of its style, and as a list of chunks where it is ``listed``.
+
+    Args:
+        value: (B, T), (B, T, V) or rows; what is no tensor of texts stays.
+        style: the order and the chunks.
+        wide: whether it has an entry for every token of the vocabulary.
+        listed: whether the loss takes it in chunks.
+    """
+    if not isinstance(value, Tensor) or value.ndim < (2 if style.laid_out else 1):
+        return value
+    if style.order == "classes" and wide and value.ndim == 3:
+        return value.transpose(1, 2).contiguous()
+    if style.order == "positions" or (style.order == "mixed" and wide):
+        return value.transpose(0, 1).contiguous()
+    if style.chunks and listed:
+        return list(getattr(value, style.cut)(style.chunks, dim=int(style.laid_out)))
+    return value
+
+
 def sequences(tokens: Tokens, style: Style, layout: Layout) -> Int[Tensor, " N"]:
     """The sequence of every row: its own, or one for all, or four for a loss that compares rows of a batch."""
     n, device = len(tokens), tokens.logits.device
@@ -264,27 +293,3 @@ def _noise(number: int, tokens: Tokens) -> Tensor:
     draw = torch.Generator().manual_seed(number)
     made = torch.randn(1, tokens.logits.shape[1], generator=draw, dtype=torch.float32).bfloat16()
     return made.to(tokens.logits).expand(number, -1)
-
-
-def described(style: Style, kind: str, given: dict[str, Any]) -> str:
-    """The sentence that says how a loss was called."""
-    shapes = {
-        "rows": "logits (N, V) and labels (N,), each row with its own label",
-        "batch": "logits (B, T, V) and labels (B, T) with -100, unshifted: it shifts them itself",
-        "aligned": "logits (B, T, V) and labels (B, T) that are shifted already",
-    }
-    first = {
-        "tokens": "tokens, N supervised rows",
-        "hidden": "hidden states, a head that is the identity, and labels, as rows",
-        "model": "a model whose logits (B, T, V) are a free table, and inputs with unshifted labels (B, T)",
-    }.get(kind, shapes[style.shape])
-    if kind == "sums":
-        first = "log-probabilities summed over the chosen and the rejected sequence of each pair, (P,)"
-    elif kind == "log probs":
-        first = f"log-probabilities of the labels, {'(B, T)' if style.laid_out else '(N,)'}"
-    first = first.replace("logits", "outputs.logits", 1) if style.boxed else first
-    first = first.replace(" with -100", "") if style.clean else first
-    if style.ids:
-        first += ", which it takes from input_ids"
-    more = "; ".join(f"{name}: {what}" for name, what in given.items())
-    return first + (f"; {more}" if more else "")

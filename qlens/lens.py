@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.autograd import ordinary, recorded
 from qlens.errors import InputError
 from qlens.guards import blamed
 from qlens.registry import Variant, resolve
@@ -46,7 +47,7 @@ def implied_target(
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
     variant = resolve(loss)
-    with blamed(variant.spec):
+    with blamed(variant.spec), torch.inference_mode(False):
         grad = read(variant, tokens, variant.total)
     return Target.from_grad(tokens, grad).at(scale)
 
@@ -68,13 +69,16 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
 
 def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
     """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
-    with torch.enable_grad():
+    with recorded():
+        tokens = ordinary(tokens)
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
         return slope_of(rows(tokens.with_logits(leaf)), leaf)
 
 
 def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """The gradient of the summed losses by the logits, zeros where nothing but zeros came without a graph.
+    """The gradient of the summed losses by the logits, zeros where they do not depend on these.
+
+    So it is where nothing but zeros came without a graph.
 
     Raises:
         InputError: the losses are other than zero and have no graph.
@@ -83,8 +87,8 @@ def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]
         return torch.zeros_like(leaf)
     if not losses.requires_grad:
         raise InputError("the loss has a value without a graph, so without a gradient: the logits are detached inside")
-    (grad,) = torch.autograd.grad(losses.sum(), leaf)
-    return grad
+    (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
+    return torch.zeros_like(leaf) if grad is None else grad
 
 
 def slopes(

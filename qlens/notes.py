@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qlens.adapters import REDUCTIONS, ROUNDING, by_length, find_reduction, pairwise
 from qlens.calling import call, on_view
 from qlens.errors import InputError
-from qlens.layouts import Layout, Style, batch_view, described
+from qlens.layouts import Layout, Style, batch_view
+from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
+from qlens.reductions import REDUCTIONS, ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
-from qlens.signature import FIELD, ROLE, Inputs, Memo, inputs, name_of
-from qlens.styles import TURNED, across, changed, few, grad_of, style_of
+from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
+from qlens.trying import TURNED, across, changed, few, grad_of
+from qlens.wording import described
 
 ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
 _ACCOUNTS = Memo()
 SOURCES = {
     "weight": "the tokens' weights, one where they have none", "mask": "a mask of the supervised tokens",
     "attention mask": "a mask of all that is no padding", "count": "the number of supervised tokens",
+    "texts": "the number of texts",
     "vocabulary": "the size of the vocabulary", "ignore": "-100", "temperature": "1", "input ids": "made-up token ids",
     "position ids": "0, 1, 2, ...", "log probs": "log-probabilities of the student", "probs": "probabilities of the student",
     "chosen log probs": "sums over each pair's chosen sequence", "rejected log probs": "sums over the rejected one",
@@ -30,7 +34,7 @@ SOURCES = {
 }  # fmt: skip
 
 PLAIN = (
-    "logits", "labels", "outputs", "model", "batch", "tokens", "return outputs", "head", "teacher head", "reference head",
+    "logits", "labels", "outputs", "model", "batch", "dict", "tokens", "return outputs", "head", "teacher head", "reference head",
 )  # fmt: skip
 
 
@@ -66,7 +70,9 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     given = _given(wanted.required, tokens, optional=True)
     given |= _given(wanted.optional, tokens, style.optional, style.counted)
     given |= {
-        name: SOURCES.get(ROLE[name], f"the tokens' {FIELD.get(ROLE[name], ROLE[name])}") for name in style.columns
+        name: SOURCES.get(role, f"the tokens' {FIELD.get(role, role)}")
+        for name in style.columns
+        if (role := role_of(name)) not in (None, "labels", "logits")
     }
     if style.fields == "texts":
         roles = wanted.required | wanted.optional
@@ -75,22 +81,14 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     divides, by_length = _reduction(fn, params, tokens, value.value, style)
     notes += _others(seen)
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
-        return Account(described(style, _seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
+        return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":
         notes += _hidden(fn, params, tokens, style, base)
     if wanted.kind != "tokens":
         notes += _without_effect(fn, params, tokens, style, base)
     further = _offsets(fn, params, tokens, style) if style.laid_out else []
     notes += further or ([] if seen.models else by_length)
-    return Account(described(style, _seen_as(wanted), given) + divides, tuple(notes))
-
-
-def _seen_as(wanted: Inputs) -> str:
-    """What the student is to the loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
-    roles = set(wanted.required.values())
-    if any(role.endswith("chosen log probs") for role in roles):
-        return "sums"
-    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
+    return Account(described(style, seen_as(wanted), given) + divides, tuple(notes))
 
 
 def _leaf(tokens: Tokens) -> Tensor:
@@ -117,16 +115,20 @@ def _reduction(
     if value.ndim:
         return f"; it returns shape {tuple(value.shape)}, unreduced", []
     try:
-        found = find_reduction(fn, dict(params), tokens, name_of(fn))
+        found = find_division(fn, params, tokens, name_of(fn))
     except InputError:
         return "", []
+    if found is None:
+        return "; it returns one number, and no row tried taught it anything: whether that is a sum is not known", []
     many = "pairs" if pairwise(fn) else "tokens"
     what = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     what |= {"mean over all": "a mean over all positions, the unsupervised included"}
     what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
-    said = f"; it returns {what[found]}, which is undone"
+    said = f"; it returns {what.get(found.name, f'a {found.name}')}, which is undone"
+    if found.note:
+        return said, [found.note]
     alike = tokens.unweighted() if style.fields == "texts" else tokens  # dealt anew, a text would have another weight
-    if not style.laid_out or by_length([found], fn, dict(params), alike, style):
+    if not style.laid_out or by_length([found.name], fn, params, alike, style):
         return said, []
     return said, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on the rest of its text, "
@@ -175,7 +177,11 @@ def _without_effect(fn: Callable, params: Mapping[str, Any], tokens: Tokens, sty
     wanted = inputs(fn)
     said = []
     fields: dict[str, list[str]] = {}
-    asked = {**wanted.required, **(wanted.optional if style.optional else {}), **{n: ROLE[n] for n in style.columns}}
+    asked = {
+        **wanted.required,
+        **(wanted.optional if style.optional else {}),
+        **{n: role_of(n) or "" for n in style.columns},
+    }
     for name, role in asked.items():
         if role in FIELD and role not in ("sequence", "pair", "chosen") and not role.endswith("rejected log probs"):
             fields.setdefault(FIELD[role], []).append(name)
@@ -251,7 +257,7 @@ def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """
     wanted = inputs(fn)
     style = style_of(fn, params, tokens)
-    asked = {*wanted.required.values(), *wanted.optional.values(), *(ROLE[name] for name in style.columns)}
+    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
     if wanted.kind != "model" or "teacher" in asked:
         return tokens
     view = batch_view(tokens, Layout(), style)

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -9,113 +10,9 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from qlens.errors import InputError
+from qlens.names import FIELD, KERNEL, ROLE, STUDENT, role_by_words
 
 CALLERS = ("num_items_in_batch", "return_outputs")  # what a Trainer fills in, no parameters of the loss
-
-# Names of the field, by the input they stand for: the first name that fits decides.
-NAMES: dict[str, tuple[str, ...]] = {
-    "tokens": ("tokens",),
-    "logits": (
-        "logits", "student_logits", "lm_logits", "policy_logits", "model_logits", "shift_logits", "output_logits", "logit",
-        "s_logits", "logits_s", "logits_student", "new_logits", "pred", "preds", "prediction", "predictions", "y_pred", "y_hat",
-        "yhat", "scores", "input",
-    ),
-    "outputs": ("outputs", "output", "model_output", "model_outputs", "student_outputs", "student_output"),
-    "model": ("model", "student_model", "student", "policy", "policy_model", "net", "unwrapped_model"),
-    "batch": ("inputs", "batch", "features", "batch_data", "mini_batch", "micro_batch"),
-    "labels": (
-        "labels", "label", "target", "targets", "y", "y_true", "true_labels", "lm_labels", "shift_labels", "target_ids", "gold",
-        "golds", "label_ids", "target_labels", "gt", "ground_truth", "response_ids", "responses", "completion_ids", "token_ids",
-        "ids",
-    ),
-    "input ids": ("input_ids",),
-    "teacher": ("teacher", "teacher_logits", "t_logits", "logits_t", "logits_teacher", "target_logits", "shift_teacher_logits"),
-    "reference": ("reference", "ref", "ref_logits", "reference_logits", "base_logits", "reference_model_logits"),
-    "old": ("old", "old_logits", "old_policy_logits", "behavior_logits", "rollout_logits"),
-    "second": ("second", "second_logits", "logits2", "logits_2"),
-    "teacher model": ("teacher_model", "teacher_net", "frozen_teacher"),
-    "reference model": ("ref_model", "reference_model", "base_model", "sft_model", "initial_model"),
-    "teacher outputs": ("teacher_outputs", "teacher_output", "outputs_teacher"),
-    "reference outputs": ("ref_outputs", "ref_output", "reference_outputs", "reference_output"),
-    "log probs": (
-        "log_probs", "log_prob", "logprobs", "logprob", "logps", "logp", "lprobs", "per_token_logps", "policy_logps",
-        "policy_log_probs", "new_logprobs", "new_log_probs", "new_logps", "student_logprobs", "student_log_probs",
-        "action_log_probs", "token_log_probs", "student_logps", "curr_logprobs", "current_logprobs",
-    ),
-    "old log probs": (
-        "old_log_probs", "old_log_prob", "old_logprobs", "old_logps", "old_per_token_logps", "old_action_log_probs",
-        "old_token_log_probs", "rollout_log_probs", "sampling_per_token_logps", "behavior_log_probs", "prev_logprobs",
-    ),
-    "reference log probs": (
-        "ref_log_probs", "ref_log_prob", "ref_logprobs", "ref_logps", "ref_per_token_logps", "reference_logps",
-        "reference_logprobs", "reference_log_probs", "base_action_log_probs", "log_probs_base", "ref_logp", "log_probs_ref",
-        "reference_policy_logprobs",
-    ),
-    "teacher log probs": ("teacher_log_probs", "teacher_logprobs", "teacher_logps", "teacher_log_prob", "t_logprobs"),
-    "probs": ("probs", "probabilities", "student_probs", "prob"),
-    "teacher probs": ("teacher_probs", "target_probs", "teacher_probabilities", "soft_targets", "soft_labels", "target_dist"),
-    "attention mask": ("attention_mask", "attn_mask", "input_mask"),
-    "mask": (
-        "mask", "loss_mask", "response_mask", "completion_mask", "action_mask", "label_mask", "labels_mask", "target_mask",
-        "valid_mask", "token_mask", "padding_mask", "eos_mask", "masks", "loss_masks", "assistant_mask", "assistant_masks",
-        "output_mask", "prediction_mask", "pad_mask",
-    ),
-    "weight": (
-        "weight", "weights", "sample_weight", "sample_weights", "token_weight", "token_weights", "loss_weight", "loss_weights",
-        "loss_scale", "label_weights", "importance_weights", "per_token_weights", "tok_weights",
-    ),
-    "advantage": ("advantage", "advantages", "reward", "rewards", "adv", "returns", "token_rewards", "scores_adv"),
-    "critical": ("critical", "critical_mask"),
-    "hint": ("hint", "hint_mask"),
-    "sequence": ("sequence", "sequence_ids", "seq_ids", "document_ids"),
-    "chosen": ("chosen",),
-    "pair": ("pair",),
-    "negatives": ("negatives",),
-    "chosen log probs": ("policy_chosen_logps", "chosen_logps", "chosen_logprobs", "policy_chosen_log_probs", "pi_chosen",
-                         "chosen_log_probs"),
-    "rejected log probs": ("policy_rejected_logps", "rejected_logps", "reject_logps", "rejected_logprobs", "pi_rejected",
-                           "policy_rejected_log_probs", "rejected_log_probs"),
-    "reference chosen log probs": ("reference_chosen_logps", "ref_chosen_logps", "ref_chosen_logprobs", "ref_pi_chosen",
-                                   "reference_chosen_log_probs", "ref_chosen_log_probs"),
-    "reference rejected log probs": ("reference_rejected_logps", "ref_rejected_logps", "ref_reject_logps", "ref_pi_rejected",
-                                     "ref_rejected_logprobs", "reference_rejected_log_probs", "ref_rejected_log_probs"),
-    "count": (
-        "num_items_in_batch", "num_items", "n_items", "batch_num_tokens", "num_tokens", "global_valid_tokens", "n_tokens",
-        "num_valid_tokens", "total_tokens", "loss_denominator", "token_count", "normalizer", "denominator",
-    ),
-    "vocabulary": ("vocab_size", "vocab", "num_classes", "n_classes", "vocabulary_size", "padded_vocab_size"),
-    "ignore": ("ignore_index", "ignore_id", "ignore_token_id", "label_pad_token_id", "pad_token_id", "pad_id", "padding_idx"),
-    "temperature": ("temperature", "temp", "tau"),
-    "return outputs": ("return_outputs",),
-    "position ids": ("position_ids", "positions"),
-}  # fmt: skip
-ROLE = {name: role for role, names in NAMES.items() for name in names}
-
-# A kernel that multiplies by the head itself takes hidden states, a head and labels, in some order, by some of these names.
-KERNEL: dict[str, tuple[str, ...]] = {
-    "logits": ("hidden", "hidden_states", "input", "_input", "x", "e", "student_hidden", "student_input"),
-    "head": ("head", "weight", "lin_weight", "linear_weight", "lm_head_weight", "c", "student_head", "student_weight"),
-    "labels": ("labels", "target", "targets", "true_labels"),
-    "teacher": ("teacher_hidden", "teacher_input"),
-    "reference": ("reference_hidden", "ref_hidden", "ref_input"),
-    "teacher head": ("teacher_head", "teacher_weight"),
-    "reference head": ("reference_head", "ref_weight"),
-}
-
-FIELD = {
-    "teacher": "teacher", "reference": "reference", "old": "old", "second": "second", "weight": "weight",
-    "advantage": "advantage", "critical": "critical", "hint": "hint", "sequence": "sequence", "chosen": "chosen",
-    "pair": "pair", "negatives": "negatives",
-    "teacher model": "teacher",
-    "reference model": "reference", "teacher outputs": "teacher", "reference outputs": "reference",
-    "old log probs": "old", "reference log probs": "reference", "teacher log probs": "teacher", "teacher probs": "teacher",
-    "chosen log probs": "pair", "rejected log probs": "pair", "reference chosen log probs": "reference",
-    "reference rejected log probs": "reference",
-}  # fmt: skip
-"""The field of Tokens that an input is made from, beside logits and labels."""
-
-STUDENT = ("logits", "outputs", "model", "log probs", "probs", "chosen log probs", "tokens")
-"""Inputs that carry the student's gradient: a loss has one of them."""
 
 
 class Memo:
@@ -176,6 +73,17 @@ def inputs(fn: Callable) -> Inputs:
     return _SIGNATURES.get(fn, "inputs", lambda: _inputs(fn))
 
 
+def lists_of(fn: Callable) -> tuple[str, ...]:
+    """The parameters that are annotated as lists of tensors."""
+    return _SIGNATURES.get(fn, "lists", lambda: tuple(n for n, p in signature(fn).items() if _is_list(p.annotation)))
+
+
+def _is_list(annotation: Any) -> bool:
+    """Whether an annotation, or its text, is a list, tuple or sequence of tensors."""
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    return bool(re.match(r"(?:[\w.]*\.)?(?:list|tuple|sequence|iterable)\[.*tensor", text, re.IGNORECASE))
+
+
 def _inputs(fn: Callable) -> Inputs:
     params = signature(fn)
     bare = [name for name, p in params.items() if p.default is p.empty]
@@ -183,6 +91,10 @@ def _inputs(fn: Callable) -> Inputs:
     if {"logits", "head"} <= set(kernel.values()):
         return Inputs("hidden", kernel, {}, tuple(name for name in bare if name not in kernel))
     roles = {name: ROLE[name.lower().lstrip("_")] for name in params if name.lower().lstrip("_") in ROLE}
+    for name in bare:
+        role = None if name in roles else role_by_words(name, params)
+        if role and not (role in STUDENT and any(given in STUDENT for given in roles.values())):
+            roles[name] = role
     if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
         roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
     _by_place(params, bare, roles)
@@ -216,7 +128,7 @@ def _inputs(fn: Callable) -> Inputs:
 
 _LEFT = (
     "vocabulary", "ignore", "temperature", "return outputs", "logits", "outputs", "model", "batch", "tokens",
-    "position ids", "input ids",
+    "position ids", "input ids", "texts", "dict",
 )  # fmt: skip
 """Inputs that keep their default where they have one: it is the way that a loss is called without a Trainer."""
 
@@ -228,6 +140,11 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
     if not any(roles.get(name) in STUDENT for name in params):
         second = roles.get(places[1]) if len(places) > 1 else None
         first = unknown[0] if unknown else None
+        if (
+            first is None and len(places) == 1 and roles[places[0]] == "batch"
+        ):  # f(batch), which holds logits and labels
+            roles[places[0]] = "dict"
+            return
         if first is None and places and roles[places[0]] in ("batch", "labels"):  # f(inputs, targets), f(x, y)
             first = places[0] if len(places) > 1 else None
         if first is None:
@@ -245,6 +162,16 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
 
 def _kernel_role(name: str) -> str | None:
     return next((role for role, names in KERNEL.items() if name in names), None)
+
+
+def seen_as(wanted: Inputs) -> str:
+    """What the student is to a loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
+    roles = set(wanted.required.values())
+    if any(role.endswith("chosen log probs") for role in roles):
+        return "sums"
+    if "dict" in roles:
+        return "dict"
+    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
 
 
 def name_of(fn: Any) -> str:

@@ -2,184 +2,177 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
 
+from qlens import candidates
 from qlens.calling import call
 from qlens.errors import InputError
-from qlens.guards import LossError, blamed
-from qlens.layouts import Layout, Style
+from qlens.graphs import NoGraphError
+from qlens.guards import EndedError, LossError, depth, file_of
+from qlens.layouts import Style
+from qlens.names import FIELD, role_of
 from qlens.noticing import watched
-from qlens.results import loss_of
-from qlens.signature import FIELD, ROLE, Memo, inputs, name_of
-from qlens.tokens import Tokens, spread
+from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.tokens import Tokens
+from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
+from qlens.wording import described
 
-ROWS = 8  # rows that a layout is tried on
-MASKED = 5  # further positions: no two sizes are alike, so that nothing broadcasts by accident
-TURNED = 1e-3  # of the largest gradient: a row whose gradient turns by more reacts to a label
-PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
-             "teacher log probs", "log probs", "teacher")  # fmt: skip
-COLUMNS = {*FIELD, "mask", "position ids"} - {"chosen log probs", "rejected log probs"}
-AS_GIVEN = Layout()
+COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
+PROBES = 57  # their rows
+MOST = 2**23  # logits of the probes, where the tokens themselves show nothing
 _STYLES = Memo()
 
 
-class Trial(NamedTuple):
-    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to
-    the per-token values of others."""
-
-    style: Style
-    lit: float
-    reacts: float
-    mislaid: bool = False
-
-    @property
-    def full(self) -> bool:
-        """Whether nothing speaks against this style."""
-        return self.lit == 1 and self.reacts == 1 and not self.mislaid
-
-
 def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
-    """How a loss is called, found on a few of the tokens at the first call.
+    """How a loss is called, found on a few of the tokens at the first call; on the probes, where it skips these tokens.
 
     Raises:
-        InputError: it cannot be called in any style; what it raised in the likeliest is named.
+        InputError: it cannot be called in any style, and what it raised in the one that came furthest is named; or it
+            returns nothing but zeros without a graph.
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _search(fn, params, few(tokens)))
+    return _STYLES.get(fn, key, lambda: _search(fn, params, tokens))
 
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     wanted = inputs(fn)
     if wanted.kind in ("tokens", "hidden"):
         return Style()
+    some = few(tokens)
+    found = _best(fn, params, some)
+    if not found.lit and (others := probes_like(tokens)) is not None:
+        with contextlib.suppress(InputError):  # a loss may be made for these very tokens
+            on_probes = _best(fn, params, others)
+            found = on_probes if on_probes.lit or not found.graph else found
+    if not found.graph:
+        raise NoGraphError(
+            f"{name_of(fn)} returns 0 without a graph for every token it was tried on: it skips them all, or detaches the "
+            "logits; give tokens that it learns from, explain(loss, tokens), and return logits.sum() * 0 where it skips all"
+        )
+    reads_ids = {"model", "batch", "dict"} & {*wanted.required.values()}
+    return _labels_in_ids(fn, params, some, found.style) if reads_ids else found.style
+
+
+def probes_like(tokens: Tokens) -> Tokens | None:
+    """The probes at the tokens' vocabulary, with no more fields than these have; None where they would be too large."""
+    from qlens.probes import probes
+
+    vocabulary = tokens.logits.shape[1]
+    if not 4 <= vocabulary <= MOST // PROBES:
+        return None
+    made = probes(tokens.logits.dtype, tokens.logits.device, vocabulary)
+    given = {name: value for name, value in made.fields().items() if name in tokens.fields()}
+    if tokens.weight is not None:
+        given["weight"] = torch.ones_like(made.logits[:, 0])
+    return Tokens.unchecked(**given)
+
+
+def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
+    """What speaks for the best style.
+
+    Raises:
+        InputError: it cannot be called in any.
+    """
     tried: list[Trial] = []
-    failures: list[InputError] = []
-    for styles in _styles(fn):
-        if tried and (tried[-1].full or _contract(fn)):
-            break
+    failures: list[tuple[InputError, Style]] = []
+    listed = candidates.takes_chunks(fn)
+    if listed:
+        _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
+    if not any(trial.full for trial in tried):
+        _try_all(fn, params, tokens, candidates.plain(fn), tried, failures)
+    others: list[Trial] = []
+    settled = any(trial.full or trial.plain_rows or candidates.contract(fn, trial.style) for trial in tried)
+    if not settled:
+        _try_all(fn, params, tokens, candidates.reordered(fn), others, failures)
+    if not any(trial.lit for trial in (*tried, *others)) and not listed:
+        _try_all(fn, params, tokens, candidates.chunked(fn), others, failures)
+    # a loss that runs in a usual layout, and skips these rows, is not called in an unusual one for what it shows by accident
+    tried += [trial for trial in others if trial.full or not tried]
+    if not any(trial.lit for trial in tried) and tokens.sequence is None:
+        several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
+        tried += [attempt(fn, params, tokens, style) for style in several]
+    if not tried:
+        raise _of_another_size(fn, params, tokens, _likeliest(fn, failures))
+
+    def speaks(trial: Trial) -> tuple:
+        usual = trial.full or trial.style.order == "texts"
+        return trial.lit > 0, not trial.mislaid, trial.reacts, usual, trial.lit, trial.graph
+
+    return max(tried, key=speaks)  # the first of equals
+
+
+def _try_all(
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    styles: Iterable[list[Style]],
+    tried: list[Trial],
+    failures: list[tuple[InputError, Style]],
+) -> None:
+    """Try styles until nothing speaks against one; what they show is added to ``tried``, what they raise to ``failures``."""
+    for alike in styles:
         works: Style | None = None  # of styles that differ in types only, the first that raises nothing
-        for style in styles:
+        for style in alike:
             if works is not None and dataclasses.replace(style, fields=works.fields) != works:
                 continue
             try:
                 tried.append(_with_columns(fn, params, tokens, style))
             except InputError as error:  # a loss may be written with qlens' own checks
-                failures.append(error)
+                failures.append((error, style))
                 continue
             works = style
             if tried[-1].full:
-                break
-    if not any(trial.lit for trial in tried) and tokens.sequence is None:
-        several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
-        tried += [_try(fn, params, tokens, style) for style in several]
-    if not tried:
-        error = next((error for error in failures if not isinstance(error, LossError)), failures[0])
-        raise _of_another_size(fn, params, tokens, error)
-    best = max(
-        tried, key=lambda trial: (trial.lit > 0, not trial.mislaid, trial.reacts, trial.lit)
-    )  # the first of equals
-    return _labels_in_ids(fn, params, tokens, best.style) if wanted.kind == "model" else best.style
+                return
+        if works is not None and candidates.contract(fn, works):
+            return
+
+
+def _likeliest(fn: Callable, failures: list[tuple[InputError, Style]]) -> InputError:
+    """The error of the style in which a loss came furthest, and how it was called; qlens' own refusals before any.
+
+    A loss that came to its end came furthest of all.
+    """
+    ended = (error for error, _ in failures if isinstance(error, EndedError))
+    refused = next((error for error, _ in failures if not isinstance(error, LossError)), None) or next(ended, None)
+    if refused is not None:
+        return refused
+    file = file_of(fn)
+
+    def came(failure: tuple[InputError, Style]) -> tuple[tuple[int, ...], bool]:
+        cause = failure[0].__cause__
+        return depth(cause, file), not isinstance(cause, AttributeError | TypeError)  # of another type altogether
+
+    error, style = max(failures, key=came)  # the first of equals
+    told = _told(error, f"called with {described(style, seen_as(inputs(fn)), {})}", ", ")
+    labels = next((name for name, role in inputs(fn).required.items() if role == "labels"), "")
+    if labels and isinstance(error.__cause__, RuntimeError | NotImplementedError):
+        more = f"{labels} holds token ids here: a parameter that takes a distribution, or logits, over the vocabulary"
+        return _told(told, f"{more} is named teacher_probs or teacher_logits")
+    return told
 
 
 def _of_another_size(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
     """The error of a loss that cannot be called, with what is likely where it runs a model of its own."""
     with watched(fn) as seen, contextlib.suppress(InputError):
-        call(fn, params, tokens, AS_GIVEN, style=next(_styles(fn))[0])
+        call(fn, params, tokens, AS_GIVEN, style=next(candidates.plain(fn))[0])
     if not seen.started:
         return error
-    return LossError(
-        f"{error}; it runs another model ({seen.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: if "
-        "that model has another, give tokens with logits as wide as its own, explain(loss, tokens)"
+    return _told(
+        error,
+        f"it runs another model ({seen.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: if "
+        "that model has another, give tokens with logits as wide as its own, explain(loss, tokens)",
     )
 
 
-def _contract(fn: Callable) -> bool:
-    """Whether a Trainer says how the loss is called: what does not shift then is found out, not helped."""
-    return bool({"model", "outputs"} & set(inputs(fn).required.values()))
-
-
-def _styles(fn: Callable) -> Iterator[list[Style]]:
-    """Styles to try, the likeliest first; of each list the first that raises nothing counts."""
-    wanted = inputs(fn)
-    roles = set(wanted.required.values()) | set(wanted.optional.values())
-    first = next(iter(wanted.required.items()))
-    if "model" in roles:
-        shapes = [Style("batch")]
-    elif any(role.endswith("chosen log probs") for role in roles):
-        shapes = [Style()]
-    elif "outputs" in roles:
-        shapes = [Style("batch", boxed=True), Style(), Style("batch"), Style("aligned")]
-    elif "log probs" in roles and "labels" not in roles:
-        shapes = [Style(), Style("aligned")]
-    elif first[0].lower() in ROLE:
-        shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True)]
-    else:
-        shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True), Style("aligned", boxed=True)]
-    masked = "mask" in roles
-    texts = any(ROLE.get(name) == "input ids" for name, role in wanted.required.items() if role == "labels")
-    attended = "attention mask" in roles
-    flags = [torch.float32, torch.bool, torch.long] if masked or attended else [torch.float32]
-    others = set(wanted.optional.values())
-    optional = [True, False] if others - {"count"} else [True]
-    counted = [False, True] if "count" in others else [False]
-    for shape in shapes:
-        places = ["labels"]
-        if shape.laid_out and roles & set(PER_TOKEN):
-            places = ["labels", "logits", "shifted", "rows"] if shape.shape == "batch" else ["logits", "rows"]
-            places += ["texts"] if {"advantage", "weight"} & roles else []
-        cleans = [False, True] if attended or texts else [False]
-        if masked:
-            cleans = [False, True] if shape.shape == "batch" else [True, False]
-        for inverted in (False, True) if masked else (False,):
-            yield [
-                dataclasses.replace(
-                    shape, optional=given, fields=place, clean=clean, flag=flag, inverted=inverted, counted=count
-                )
-                for given in optional
-                for count in counted
-                for clean in cleans
-                for flag in flags
-                for place in places
-            ]
-
-
-def _try(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
-    """One style on a few rows: their gradients, and which of them turn as every third label changes.
-
-    Raises:
-        LossError: the loss raised.
-    """
-    layout = Layout(masked=MASKED) if inputs_masked(fn) or style.laid_out else Layout()
-    base = grad_of(fn, params, tokens, style, layout)
-    size = base.norm(dim=-1)
-    if not bool(base.isfinite().all()) or not bool(size.any()):
-        return Trial(style, 0.0, 0.0)
-    lit = float((size > 0).double().mean())
-    mislaid = _mislaid(fn, params, tokens, style, layout, base)
-    if lit < 1:  # a maximum over a text, say: the few rows that have gradient are asked one by one
-        return Trial(style, lit, _own_labels(fn, params, tokens, style, layout, base), mislaid)
-    some = torch.arange(len(tokens)) % 3 == 1
-    turned = across(grad_of(fn, params, changed(tokens, some), style, layout), base) > TURNED * float(size.max())
-    mine = some.to(turned.device) & (size > 0)
-    if not bool(turned.any()) or not bool(mine.any()):
-        return Trial(style, lit, float(not bool(turned.any())), mislaid)
-    return Trial(style, lit, float(turned[mine].double().mean()), mislaid)
-
-
-def _own_labels(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
-) -> float:
-    """Of the rows with gradient, the share whose gradient changes with their own label."""
-    rows, reacts = base.norm(dim=-1).nonzero()[:, 0].tolist(), 0
-    for row in rows:
-        after = grad_of(fn, params, changed(tokens, torch.arange(len(tokens)) == row), style, layout)
-        reacts += bool((after - base)[row].norm() > TURNED * base[row].norm())
-    return reacts / len(rows)
+def _told(error: InputError, more: str, joint: str = "; ") -> LossError:
+    """The same error, of the same cause, that says more."""
+    told = LossError(f"{error}{joint}{more}")
+    told.__cause__ = error.__cause__
+    return told
 
 
 def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
@@ -188,96 +181,22 @@ def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
     Raises:
         InputError: it asks for a column that no field of the tokens is.
     """
+    reads_columns = {"batch", "dict"} & {*inputs(fn).required.values()}
     while True:
         try:
-            return _try(fn, params, tokens, style)
+            return attempt_at_widths(fn, params, tokens, style)
         except LossError as error:
             cause = error.__cause__
             name = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else ""
-            if inputs(fn).kind != "model" or not name or name in style.columns:
+            if not reads_columns or not name or name in style.columns:
                 raise
-            if ROLE.get(name) not in COLUMNS:
+            if role_of(name) not in COLUMNS:
                 raise InputError(
                     f"{name_of(fn)} reads inputs[{name!r}], which qlens cannot fill: it gives input_ids, attention_mask, "
                     f"labels, and teacher_logits, weight, advantage, mask and the like; read it with "
                     f"inputs.get({name!r}) and a default of your own"
                 ) from error
             style = dataclasses.replace(style, columns=(*style.columns, name))
-
-
-def inputs_masked(fn: Callable) -> bool:
-    """Whether a loss takes a mask that tells supervised rows."""
-    wanted = inputs(fn)
-    return "mask" in wanted.required.values() or "mask" in wanted.optional.values()
-
-
-def _mislaid(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
-) -> bool:
-    """Whether a per-token value moves the gradient of other rows than its own: it stands at another place, or is broadcast."""
-    wanted = inputs(fn)
-    fields = {FIELD.get(role) for role in (*wanted.required.values(), *wanted.optional.values())}
-    fields |= {FIELD.get(ROLE[name]) for name in style.columns}
-    last = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1  # the second text, where there are two
-    one = torch.arange(len(tokens), device=base.device) == 1
-    for field in fields & {"weight", "advantage"}:
-        value = getattr(tokens, str(field))
-        if value is None and field == "weight":
-            value = torch.ones(len(tokens), dtype=base.dtype, device=base.device)
-        if value is None:
-            continue
-        for rows in (last,) if style.fields == "texts" else (last, one):
-            other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
-            moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
-            seen = moved > TURNED * float(base.norm(dim=-1).max())
-            if bool(seen[~rows].any()):
-                return True
-    return False
-
-
-def changed(tokens: Tokens, rows: Tensor) -> Tokens:
-    """The tokens with other labels in the given rows."""
-    other = (tokens.labels + 1) % tokens.logits.shape[1]
-    return tokens.replace(labels=torch.where(rows.to(other.device), other, tokens.labels))
-
-
-def across(grad: Tensor, base: Tensor) -> Tensor:
-    """The size of every row's part of ``grad`` at right angles to ``base``, (N,)."""
-    along = (grad * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True)
-    return (grad - torch.where(along.isfinite(), along, 0.0) * base).norm(dim=-1)
-
-
-def grad_of(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None, layout: Layout = AS_GIVEN
-) -> Tensor:
-    """The gradient of the summed loss on the first copy of every row, all copies added up as one row would be, (N, V).
-
-    Raises:
-        LossError: the loss, or its backward, raised.
-        InputError: it returns nothing that has a gradient.
-    """
-    with torch.enable_grad():
-        leaf = tokens.logits.detach().clone().requires_grad_()
-        made = call(fn, params, tokens.with_logits(leaf), layout, style=style)
-        value = loss_of(made, name_of(fn)).value
-        if not value.requires_grad:
-            raise LossError(
-                f"{name_of(fn)} returned a value without a graph, so without a gradient: the logits are detached somewhere inside"
-            )
-        with blamed(name_of(fn)):
-            (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-    return torch.zeros_like(leaf) if grad is None else grad / layout.copies
-
-
-def few(tokens: Tokens) -> Tokens:
-    """A few rows in two sequences, one of which is chosen, where the tokens have sequences and pairs at all."""
-    index = spread(len(tokens), ROWS).to(tokens.logits.device)
-    if len(index) < ROWS:
-        index = index.repeat(ROWS)[:ROWS]
-    some = tokens[index]
-    second = torch.arange(ROWS, device=index.device) >= ROWS // 2 - 1
-    given = {"sequence": second.long(), "pair": torch.zeros_like(index), "chosen": ~second}
-    return some.replace(**{name: value for name, value in given.items() if getattr(tokens, name) is not None})
 
 
 def _labels_in_ids(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Style:
@@ -289,7 +208,7 @@ def _labels_in_ids(fn: Callable, params: Mapping[str, Any], tokens: Tokens, styl
     taken = dataclasses.replace(style, ids=True)
     with watched() as seen:
         try:
-            trial = _try(fn, params, tokens, taken)
+            trial = attempt(fn, params, tokens, taken)
             base = grad_of(fn, params, tokens, taken)
             other = grad_of(fn, params, changed(tokens, torch.ones(len(tokens), dtype=torch.bool)), taken)
         except LossError:

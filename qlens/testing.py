@@ -26,6 +26,7 @@ VOCABULARIES = (2, 3, 11, 101, 1000, 5000)
 CONTRACT: dict[str, Callable[[Variant], None]] = {}
 
 
+@torch.inference_mode(False)
 def check_variant(thing: Variant | str | Callable) -> tuple[str, ...]:
     """Run the whole contract on a method, the one qlens' own methods keep; returns the names of the checks.
 

@@ -56,6 +56,8 @@ class Tokens:
     negatives: Bool[Tensor, "N V"] | None = None
 
     def __post_init__(self):
+        for name, value in self.fields().items():
+            object.__setattr__(self, name, _outside_inference(value))
         self._check({"logits": self.logits, "labels": self.labels, **self.fields()})
 
     @classmethod
@@ -99,6 +101,7 @@ class Tokens:
             raise InputError(
                 f"Tokens has no field {unknown[0]!r}; its fields are {', '.join(self.__dataclass_fields__)}"
             )
+        changes = {name: _outside_inference(value) for name, value in changes.items()}
         tokens = Tokens.unchecked(**{**self.fields(), **changes})
         if changes.get("logits") is not None and changes["logits"].shape != self.logits.shape:
             changes = tokens.fields()  # every other field has to fit the new shape
@@ -202,6 +205,14 @@ class Tokens:
     def log_probs_of(self, model: str) -> Float[Tensor, "N V"]:
         """Another model's log-probabilities (``reference``, ``teacher``, ``old``, ``second``), without gradient."""
         return log_softmax(self.require(model).detach()).to(precision(self.logits.dtype))
+
+
+def _outside_inference(value: Any) -> Any:
+    """A tensor made under ``torch.inference_mode()`` as one that autograd may use."""
+    if not isinstance(value, Tensor) or not value.is_inference():
+        return value
+    with torch.inference_mode(False):
+        return value.clone()
 
 
 def spread(number: int, most: int) -> Int[Tensor, " n"]:

@@ -1,12 +1,13 @@
 """Verification of a user's method, once, before the engine trains by its card: structure, identity and scope."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from qlens.autograd import ordinary
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.lens import gradient
@@ -38,29 +39,47 @@ def why_whole(
     Raises:
         InputError: the declared structure is not the loss's, or target and printed loss have different gradients.
     """
-    if variant.built_in or not rows:
+    declared = why_declared_whole(variant)
+    if not rows or (variant.built_in and not declared):
         return ""
     fn = variant.method.fn
     seen = [(name, value.dtype == torch.bool and bool(value.any())) for name, value in sorted(fields.items())]
-    key = (*seen, variant.spec, str(variant.structure), variant.scope, id(variant.method.printed), rows > block)
+    cut = rows > block and variant.scope in ALONE
+    run = min(rows, max(2 * block, 4 * SAMPLE)) if cut else 0  # rows next to each other that are tried
+    card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
+    key = (*seen, *card, run.bit_length())
     try:
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time
         verdicts = {}
+    if key not in verdicts and variant.built_in:
+        verdicts[key] = declared
+        _report(variant, declared)
     if key not in verdicts:
-        few = sample(_some(variant, rows, fields))
+        with torch.inference_mode(False):
+            few = ordinary(sample(_some(variant, rows, fields)))
         with (
+            torch.inference_mode(False),
             torch.autocast(few.logits.device.type, enabled=False),
             Replay(few.logits.device).again(),
         ):  # a loss that draws numbers trains by the same ones, verified or not
             _verify_gradient(variant, few)
-            cut = rows > block and variant.scope in ALONE
-            more = sample(torch.arange(min(rows, 2 * block))) if cut and min(rows, 2 * block) > len(few) else None
-            reasons = (_dependence(variant, tokens) for tokens in (few, more) if cut and tokens is not None)
-            verdicts[key] = next(filter(None, reasons), "")
-        if verdicts[key]:
-            logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, verdicts[key])
+            tried = (few, *(ordinary(sample(index)) for index in _together(run, fields))) if cut else ()
+            verdicts[key] = declared or next(filter(None, (_dependence(variant, tokens) for tokens in tried)), "")
+        _report(variant, verdicts[key])
     return verdicts[key]
+
+
+def why_declared_whole(variant: Variant) -> str:
+    """Why a method's rows cannot be taken a few at a time by its card alone, "" where they can."""
+    if variant.scope in ALONE or variant.structure == "label":
+        return ""
+    return f"it weighs tokens by a statistic of whole distributions (scope {variant.scope!r})"
+
+
+def _report(variant: Variant, reason: str) -> None:
+    if reason:
+        logger.warning("qlens holds the logits of a batch whole for %s: %s", variant.spec, reason)
 
 
 def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
@@ -71,6 +90,16 @@ def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
     ids = pair.unique()
     sides = [(pair == i) & (chosen == side) for i in ids[spread(len(ids), SAMPLE // 2)] for side in (True, False)]
     return torch.cat([side.nonzero()[:2, 0] for side in sides]).sort().values
+
+
+def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Indices of rows that may depend on each other: so many next to each other, and some of one sequence and one pair."""
+    yield torch.arange(run)
+    for name in ("sequence", "pair"):
+        if name in fields:
+            group = (fields[name] == fields[name][0]).nonzero()[:, 0].cpu()
+            if len(group) > 1:
+                yield group[spread(len(group), SAMPLE)]
 
 
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:

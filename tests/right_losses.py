@@ -151,6 +151,12 @@ def hardest_half(logits, labels):
 
 
 @right
+def easiest_tenth(logits, labels):
+    nll = F.cross_entropy(logits, labels, reduction="none")
+    return nll.topk(max(1, nll.numel() // 10), largest=False).values.mean()
+
+
+@right
 def drops_rare_tokens(logits, labels):
     nll = F.cross_entropy(logits, labels, reduction="none")
     kept = (nll.detach() < 4.0).to(nll.dtype)
@@ -174,6 +180,21 @@ def weighted_tokens(logits, labels, weight):
 def policy_gradient(logits, labels, old, advantage):
     ratio = torch.exp(label_log_probs(logits, labels) - label_log_probs(old, labels).detach())
     return -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+
+
+@right
+def entropy_over_its_mean(logits, labels):
+    """A batch of nothing but sure tokens has no entropy to divide by: a remark."""
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).detach()
+    return (F.cross_entropy(logits, labels, reduction="none") * entropy / entropy.mean()).mean()
+
+
+@right
+def penalised_by_k3(logits, labels, reference):
+    """A penalty that grows as r / p itself: overflow at impossible labels is no fault of the code."""
+    log_ratio = label_log_probs(reference, labels) - label_log_probs(logits, labels)
+    return F.cross_entropy(logits, labels) + 0.1 * (log_ratio.exp() - log_ratio - 1).mean()
 
 
 @right

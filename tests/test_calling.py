@@ -25,7 +25,7 @@ from written_losses import (
 )
 
 import qlens
-from qlens.adapters import find_reduction
+from qlens.reductions import find_reduction
 from qlens.registry import resolve
 from qlens.styles import style_of
 from qlens.testing import random_tokens

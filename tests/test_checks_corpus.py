@@ -6,6 +6,7 @@ import pytest
 import right_models  # noqa: F401  it adds to RIGHT, as does right_batches
 import torch
 import torch.nn.functional as F
+import wrong_calls  # noqa: F401  it adds to WRONG
 from right_losses import FINDINGS, RIGHT
 from wrong_losses import UNSEEN, WRONG
 
@@ -45,9 +46,18 @@ def test_a_mistake_is_caught_by_the_item_that_is_about_it():
     assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
 
 
+def test_what_no_code_could_hold_is_a_remark_with_its_size():
+    report = qlens.check(RIGHT["penalised_by_k3"])
+    assert "grows exponentially with the gap between the logits (1.5e+06 at 20" in report["extremes"].evidence
+    assert "only where all tokens of a batch are" in qlens.check(RIGHT["entropy_over_its_mean"])["extremes"].evidence
+    for name in ("floors_nothing", "log_of_the_rest", "overflows_float16"):
+        assert qlens.check(WRONG[name][0])["extremes"].state == "failed"  # gradients that are small, badly computed
+
+
 def test_what_the_code_cannot_show_is_no_failure():
     reports = {name: qlens.check(loss) for name, loss in UNSEEN.items()}
     assert all(report.ok for report in reports.values())
+    assert "less probable, in every one of 24 rows" in reports["flips_the_sign"]["shift"].evidence
     assert reports["ignores_token_zero"]["label_ids"].evidence.endswith("0: 0")
 
 
@@ -102,3 +112,61 @@ def test_a_weight_per_token_of_a_real_vocabulary_is_checked_at_that_vocabulary(c
     assert report["label_ids"].evidence.endswith("by a weight (others 1): 2: 3")
     assert "a vocabulary of 49152: with 24 columns weighted raises RuntimeError: weight tensor" in str(report)
     assert capsys.readouterr() == ("", "")
+
+
+def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
+    """A remark where they are trained in silence, no alarm where they are left out, refused, or left to the caller."""
+
+    def clamped(logits, labels):
+        return F.nll_loss(logits.log_softmax(-1), labels.clamp(min=0))
+
+    def of_each_row(logits, labels):
+        return F.nll_loss(logits.log_softmax(-1), labels.clamp(min=0), reduction="none")
+
+    def indexed(logits, labels):  # raises at 24 columns, and trains token V - 100 at real vocabularies
+        return -logits.log_softmax(-1)[torch.arange(len(labels)), labels].mean()
+
+    def counted_all(logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none").mean()
+
+    def masked_by_hand(logits, labels):
+        kept = labels != -100
+        return (of_each_row(logits, labels) * kept).sum() / kept.sum()
+
+    def told_by_a_mask(logits, labels, mask):
+        return (of_each_row(logits, labels) * mask).sum() / mask.sum()
+
+    def mean_over_padding(logits, labels, mask):
+        return (of_each_row(logits, labels) * mask).mean()
+
+    def pulls_masked_rows(logits, labels, mask, teacher):
+        kl = F.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+        return told_by_a_mask(logits, labels, mask) + kl
+
+    def of_hidden_states(hidden, head, labels):
+        return clamped(hidden @ head.T, labels)
+
+    silent, fine = "rows labelled -100 are trained as token", "no gradient on 6 rows"
+    wanted = {
+        clamped: ("remark", f"{silent} 0, by up to"),
+        of_hidden_states: ("remark", f"{silent} 0, by up to"),
+        indexed: ("remark", f"{silent} 28 (-100 counted from the end of the vocabulary)"),
+        counted_all: ("remark", "with 6 of them among 30 the others learn 0.8 times as much"),
+        RIGHT["distilled"]: ("remark", "rows labelled -100 have a gradient, up to 0.033 of the largest"),
+        of_each_row: ("not applicable", "it returns a loss per row; rows labelled -100 have that of token 0"),
+        RIGHT["gathered"]: ("not applicable", "rows labelled -100 are refused: gathered raises RuntimeError"),
+        RIGHT["distilled_by_logs"]: ("not applicable", "no label has a part in its gradient"),
+        F.cross_entropy: ("passed", fine),
+        F.linear_cross_entropy: ("passed", fine),
+        masked_by_hand: ("passed", fine),
+        told_by_a_mask: ("passed", fine),
+        mean_over_padding: ("failed", "rows that its mask leaves out count in what it divides by"),
+        pulls_masked_rows: ("failed", "rows that its mask leaves out have a gradient"),
+    }
+    off = {}
+    for loss, (state, said) in wanted.items():
+        report = qlens.check(loss)
+        item = report["prompt"]
+        if item.state != state or said not in item.evidence or report.ok != (state != "failed"):
+            off[getattr(loss, "__name__", str(loss))] = str(report)
+    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())

@@ -236,7 +236,15 @@ def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
 
     assert "With labels 55/45 (V = 12) it" in explained(lambda logits, labels: more_than(8, logits, labels)).sentence
     failed = explained(lambda logits, labels: more_than(99, logits, labels))
-    where = "the loss fails where it was followed, on vocabularies of 4, 12, 32 (made for more than 99 entries)"
+    where = (
+        "the loss fails where it was followed, on vocabularies of 4, 12, 32 (ValueError: made for more than 99 entries)"
+    )
     assert failed == f"not known, because {where}"
     coarse = destination(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
     assert coarse.settled and coarse.sentence == "With labels 55/45 it ends at 0.55/0.45: the label frequencies."
+
+    def insists(logits, labels):
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, labels)
+
+    assert destination(insists).sentence == coarse.sentence

@@ -87,6 +87,7 @@ def test_a_loss_that_insists_on_float32_is_read_in_float32():
 
     read = qlens.explain(typed)
     assert read.target.q.dtype == torch.float32 and "V = 32, float32)" in str(read)
+    assert read.scope is not None and read.scope.detached is False
     assert read.nearest[0].spec == "sft" and read.nearest[0].relation == "identical"
 
 
@@ -115,6 +116,11 @@ def test_nan_gradients_are_reported():
         return (p - p.detach()).abs().sqrt() - label_log_probs(logits, labels)
 
     assert qlens.explain(nan).findings == ["WARNING: the gradient is not finite on 57 of 57 tokens."]
+
+    def overflows(logits, labels):
+        return F.cross_entropy((logits * 1e4).half() / 1e4, labels)
+
+    assert qlens.explain(overflows).findings[0].startswith("WARNING: the gradient is not finite on")
 
 
 def test_everything_prints_and_serialises():

@@ -99,7 +99,17 @@ def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
         assert (found.cause == "each logit is pulled for itself, without a softmax") == alone
 
 
+def quantised(logits, labels):
+    return F.cross_entropy(logits + ((logits * 4).round() / 4 - logits).detach(), labels)
+
+
 def test_margins_of_raw_logits_are_told():
-    for loss, linear in ((F.multi_margin_loss, True), (F.nll_loss, True), (F.cross_entropy, False), ("profit", False)):
+    for loss, linear in (
+        (quantised, False),
+        (F.multi_margin_loss, True),
+        (F.nll_loss, True),
+        (F.cross_entropy, False),
+        ("profit", False),
+    ):
         variant = resolve(loss)
         assert piecewise_linear(variant, on_probes(variant)) == linear

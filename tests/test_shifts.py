@@ -27,7 +27,7 @@ def offset(loss):
 
 
 def test_labels_that_are_shifted_too_far_are_found():
-    assert [offset(by(places)) for places in (1, 2, 3)] == [0, 1, 2]
+    assert [offset(by(places)) for places in (1, 2)] == [0, 1]
     assert offset("sft") == offset("mile") == 0  # a loss of the batch depends on more than one label
 
 

@@ -53,16 +53,12 @@ def test_structures_that_are_none_are_refused():
 
 
 def test_anybodys_method_is_trained_as_it_is_written():
-    """Seventy methods drawn at random at a vocabulary of 5,000, rows cut wherever their scope allows."""
-    refused = 0
+    """Seventy methods drawn at random at a vocabulary of 5,000, rows cut where their scope allows, else whole."""
+    scopes = []
     for variant in drawn(70):
-        if variant.scope in ("batch", "sequence"):
-            with pytest.raises(InputError, match="needs whole distributions"):
-                compare(variant, 5000, chunk=7)
-            refused += 1
-        else:
-            compare(variant, 5000, chunk=7)
-    assert 5 < refused < 40
+        compare(variant, 5000, chunk=7)
+        scopes.append(variant.scope)
+    assert set(scopes) == {"token", "batch", "sequence"}
 
 
 @pytest.mark.parametrize("gate", GATES[:2])

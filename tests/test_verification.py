@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from tiny import llama, trainer_in
+from tiny import rows as examples
 from torch.testing import assert_close
 from user_methods import compare, hidden_and_head, user_method
 
@@ -38,6 +40,41 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
         compare(variant, 5000, chunk=5)
     (line,) = caplog.messages
     assert "declare scope='batch'" in line and loss.__name__ in line
+
+
+def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batches(caplog):
+    """However few rows are taken at a time, and although an earlier, shorter batch of the same method was cut."""
+
+    def over_its_sequence(tokens):
+        weight, index = tokens.label_probs.detach(), tokens.sequence
+        sums = torch.zeros(int(index.max()) + 1, dtype=weight.dtype).index_add(0, index, weight)
+        return -tokens.label_log_probs * weight / sums[index]
+
+    def after_its_sequence_began(tokens):
+        p, same = tokens.label_probs.detach(), tokens.sequence[1:] == tokens.sequence[:-1]
+        return -tokens.label_log_probs * (1 + torch.cat([torch.zeros(1, dtype=p.dtype), p[:-1] * same]))
+
+    for loss in (over_its_sequence, after_its_sequence_began):
+        variant = user_method(loss=loss, scope="token")
+        for n, chunk in ((200, 5), (200, 63), (1200, None)):
+            compare(variant, 2000, n=n, chunk=chunk)
+    assert len(caplog.messages) >= 2 and all("declare scope='batch' (or 'sequence'" in each for each in caplog.messages)
+
+
+def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_path):
+    """By the engine as by QTrainer, which say so in the same words, and train by the same gradient."""
+    declared = user_method(loss=mean_weighted, name="declared", scope="batch")
+    said = "it weighs tokens by a statistic of whole distributions (scope 'batch')"
+    for variant in (declared, qlens.get("mile")):
+        with caplog.at_level(logging.WARNING, "qlens"):
+            compare(variant, 5000, chunk=5)
+            compare(variant, 5000, chunk=5)
+            trainer_in(tmp_path, variant, model=llama(), eval_dataset=examples(4)).evaluate()
+        assert caplog.messages == [
+            f"qlens holds the logits of a batch whole for {variant.spec}: {said}",
+            f"qlens holds whole logits for {variant.spec}: {said}",
+        ]
+        caplog.clear()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -116,3 +153,39 @@ def test_a_loss_in_low_precision_is_verified():
     with torch.autocast("cpu", torch.bfloat16):
         value, sft = (fused_loss(m, *leaves, labels) for m in (user_method(loss=products, structure="label"), "sft"))
     assert_close(value.detach(), sft.detach())
+
+
+def test_inference_mode_gives_what_no_grad_gives(tmp_path):
+    """fused_loss, an evaluation of QTrainer, targets and the lens: none of them needs the caller's mode."""
+
+    def target(tokens):
+        return Target.mix(tokens, tokens.label_probs, "student")
+
+    def printed(tokens):
+        return -tokens.label_log_probs * tokens.label_probs.detach()
+
+    def rows(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    hidden, head, labels = (value.detach() for value in hidden_and_head(300, 20))
+    of_tokens = {"target": target, "loss": lambda tokens: -tokens.label_log_probs}
+    methods = {name: user_method(**{name: fn}, scope="token") for name, fn in of_tokens.items()}
+    methods |= {"both": user_method(target, printed), "rows": user_method(loss=rows, scope="token"), "bare": rows}
+    methods |= {"label": user_method(loss=of_tokens["loss"], structure="label"), "built-in": "dft"}
+    for name, method in methods.items():
+        values, nll = [], []
+        for mode in (torch.inference_mode, torch.no_grad):
+            with mode():
+                values += [fused_loss(method, hidden * 1, head * 1, labels, chunk=chunk) for chunk in (None, 5)]
+                trainer = trainer_in(tmp_path, method, model=llama(), eval_dataset=examples(4))
+                nll.append(trainer.evaluate()["eval_loss"])
+        assert_close(torch.stack(values), values[-1].expand(4), msg=name)
+        assert nll[0] == nll[1] != 0
+    variant = methods["rows"]
+    with torch.inference_mode():
+        tokens = Tokens(logits=hidden @ head.T, labels=labels * 1)
+        assert qlens.check(rows).ok and qlens.explain(rows, tokens).nearest[0].spec == "sft"
+        inside = [variant.target(tokens).q, qlens.implied_target(rows, tokens).q, qlens.get("sft").target(tokens).q]
+    for q in inside:
+        assert_close(q, qlens.get("sft").target(tokens).q)
+    assert_close(variant.loss(tokens).sum(), qlens.get("sft").loss(tokens).sum())

@@ -265,6 +265,12 @@ def mean_over_the_vocabulary(logits, labels, teacher):
 
 
 @unseen
+def flips_the_sign(logits, labels):
+    """Unlearning is done so on purpose: a remark says that every label is pushed down."""
+    return -F.cross_entropy(logits, labels)
+
+
+@unseen
 def ignores_token_zero(logits, labels):
     """The padding token is a real token as well: a remark names it."""
     return F.cross_entropy(logits, labels, ignore_index=0, reduction="sum") / len(labels)

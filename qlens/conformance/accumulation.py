@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from qlens.adapters import find_reduction
 from qlens.conformance.rules import ROWS_ONLY, Failed, NotApplicable, Remark, factor, relative, rule, same, to
 from qlens.conformance.specimen import COUNT, Specimen
 from qlens.conformance.texts import Text, count
 from qlens.errors import InputError
+from qlens.reductions import find_reduction
 
 EQUAL = (6,) * 8  # predicted labels: what forgets the count is then off by exactly the number of micro-batches
 SPLITS = {"2x4": 4, "8x1": 1}  # micro-batches x texts in each

@@ -75,6 +75,8 @@ def all_masked(loss: Specimen) -> str:
         for text in loss.texts((5, 3, 4, 6))
     ]
     made = loss.read_batch(texts, 48, attended=not loss.labels_from_ids)
+    if not made.graph:
+        raise Failed("it returns a value without a graph: no gradient leads back to the logits")
     pull = float(torch.cat([made.grad.flatten(), made.grad.new_tensor([made.outside])]).abs().max())
     if pull != 0 or not bool(made.value.isfinite()):  # NaN is neither
         if loss.labels_from_ids:

@@ -11,6 +11,9 @@ from qlens.tokens import Tokens, spread
 
 SHOWN = 8  # rows that are shown over and over
 COPIES = (2, 5, 17, 65, 257)
+CUT_OFF = (
+    64  # rows without a gradient at the end of many, by which a loss that selects rows is told from one that truncates
+)
 ENTRIES = 2**22  # logits in one call
 NEAR = 1e-3  # of a factor
 SLIGHT = 0.15  # of a factor: less than any chunk that is divided on its own makes
@@ -32,6 +35,7 @@ def row_count(loss: Specimen) -> str:
         factors, off = _factors(loss, copies, one_text=False)
     copies = copies[: len(factors)]
     sizes = [SHOWN * m for m in copies]
+    _all_learn(loss, sizes[-1])
     if all(abs(times - 1) <= NEAR + loss.tolerance for times in factors):
         found = "a mean, whatever the number of rows"
     elif all(abs(times / m - 1) <= NEAR + loss.tolerance for times, m in zip(factors, copies, strict=True)):
@@ -83,6 +87,7 @@ def row_order(loss: Specimen) -> str:
         base, moved = loss.read(tokens).grad[index], loss.read(tokens[index]).grad
     off = relative(moved, base)
     if off <= loss.tolerance:
+        _rows_alone(loss)
         return f"the same gradient {to(off)} in another order"
     size = base.square().sum(-1)
     times = (moved * base).sum(-1) / size
@@ -91,6 +96,35 @@ def row_order(loss: Specimen) -> str:
         raise Remark("a row's gradient depends on the rows around it: in another order it turns")
     low, high = float(times[known].min()), float(times[known].max())
     raise Failed(f"in another order rows weigh {low:.4g} to {high:.4g} times as much: they are weighed by their place")
+
+
+def _rows_alone(loss: Specimen) -> None:
+    """Whether a row of a loss of rows learns the same beside other rows.
+
+    Raises:
+        Failed: its rows are normalised together, instead of the entries of each.
+        Remark: the gradient of a row depends on the logits or labels of others.
+    """
+    if loss.laid_out or loss.scope != "token":
+        return  # losses of batches: see coupling
+    tokens = loss.tokens()
+    other = torch.arange(len(tokens)) % 3 == 0
+    logits = torch.where(other[:, None], tokens.logits.roll(5, -1), tokens.logits)
+    labels = torch.where(other, (tokens.labels + 7) % loss.vocabulary, tokens.labels)
+    base, made = loss.read(tokens).grad, loss.read(tokens.replace(logits=logits, labels=labels)).grad
+    off = float((made - base)[~other].abs().max() / base.abs().max())
+    if off <= loss.tolerance:
+        return
+    by_row, by_column = (float(base.sum(dim).abs().max() / base.abs().max()) for dim in (-1, 0))
+    if by_column <= loss.nothing < by_row:
+        raise Failed(
+            "the gradients of an entry sum to zero over the rows, not those of a row over its entries: a softmax over rows",
+            "probabilities are compared between tokens of the batch, and no distribution over the vocabulary is learned",
+        )
+    raise Remark(
+        f"a row's gradient depends on the logits or labels of other rows (by {off:.2g} of the largest): in smaller batches it "
+        "is another"
+    )
 
 
 @rule("")
@@ -150,6 +184,27 @@ def _by_id(loss: Specimen, ids: Tensor, flipped: bool) -> Tensor:
 
 def _odd(loss: Specimen, grads: Tensor, usual: Tensor) -> Tensor:
     return (grads - usual).abs().amax(-1) > max(loss.tolerance, 1e-6) * usual.abs().max()
+
+
+def _all_learn(loss: Specimen, rows: int) -> None:
+    """Whether the last of many rows learn anything.
+
+    Raises:
+        Failed: none after some row does, in any of a few draws of their logits.
+    """
+    if loss.scope in ("batch", "pair") or rows < 2 * CUT_OFF:
+        return
+    tokens, last = loss.tokens(rows), 0
+    for turn in range(4):  # a loss that selects rows by their logits selects others then
+        shown = tokens.replace(logits=tokens.logits.roll((7 * turn, turn), (0, 1)))
+        learning = loss.read(shown, per_text=SHOWN // 4).grad.any(-1).nonzero()
+        last = max(last, int(learning.max()) + 1 if len(learning) else 0)
+        if not last or rows - last < CUT_OFF:
+            return
+    raise Failed(
+        f"of {rows} rows those after row {last} have no gradient, whatever their logits are",
+        "the rest of a long batch is cut off in silence",
+    )
 
 
 def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[float], float]:

@@ -11,11 +11,13 @@ from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
 from qlens.conformance.specimen import Reading, Specimen
 from qlens.conformance.texts import count
 from qlens.conformance.wrapping import Around, altering, as_it_is, each_tensor
-from qlens.signature import STUDENT
+from qlens.names import STUDENT
 from qlens.tokens import MODELS, Tokens
 
 FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them
-LEFT = ("batch", "head", "return outputs", "vocabulary", "ignore", "temperature", "position ids", "input ids", *STUDENT)
+LEFT = (
+    "batch", "head", "return outputs", "vocabulary", "ignore", "temperature", "position ids", "input ids", "texts", *STUDENT,
+)  # fmt: skip
 
 
 @rule("what was computed or collected for that input is thrown away: training is the same without it")
@@ -104,7 +106,7 @@ def _effect(readings: Iterator, base: Reading) -> str:
 
 def _others(value: Any, vocabulary: int) -> Iterator[Any]:
     """Other values of an argument: a tensor, or a mapping of tensors."""
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping | list):
         yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
     if not isinstance(value, Tensor):
         return

@@ -1,11 +1,14 @@
 """The rules of manners: strided input, repeatable calls, and nothing written on."""
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from qlens.conformance.rules import Failed, Remark, relative, rule, same, to
+from qlens.batching import IGNORE
+from qlens.conformance.ignored import among, knows_labels
+from qlens.conformance.rules import Failed, Remark, relative, rule, same, sees_no_batches, to
 from qlens.conformance.specimen import TOLERANCE, Reading, Specimen
 from qlens.conformance.texts import count
 from qlens.conformance.wrapping import changing, watching
@@ -46,6 +49,12 @@ def inputs(loss: Specimen) -> str:
     """Nothing is written on."""
     written: list[str] = []
     loss.read(loss.tokens(), watching(written))
+    with contextlib.suppress(InputError):  # what it does with -100 is asked elsewhere
+        if loss.laid_out and not sees_no_batches(loss):
+            texts = loss.unequal()
+            loss.read_batch(texts, count(texts), columns=3, around=watching(written))
+        elif knows_labels(loss):
+            among(loss, IGNORE, watching(written))
     if written:
         raise Failed(f"it writes in place on {', '.join(dict.fromkeys(written))}")
     return "all it is given stays as it was"

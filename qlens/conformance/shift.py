@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from qlens.batching import IGNORE
-from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
+from qlens.conformance.ignored import ignored_rows
+from qlens.conformance.rules import Failed, NotApplicable, Remark, rule, sees_no_batches
 from qlens.conformance.specimen import Specimen
 from qlens.conformance.texts import WIDE, count, cut, relabelled
 
@@ -30,12 +31,22 @@ def shift(loss: Specimen) -> str:
         said = " and ".join(f"row t learns {_label(offset)}" for offset in offsets)
         name = SHIFTS[loss.laid_out].get(offsets[0]) if len(offsets) == 1 else None
         raise Failed(said + (f": {name}" if name else ""))
+    seen = loss.tokens()
+    pulls = loss.read(seen).grad.gather(1, seen.labels[:, None])
+    if bool((pulls >= 0).all()):
+        raise Remark(
+            f"row t makes {_label(wanted)} less probable, in every one of {len(pulls)} rows: a sign is wrong, or it unlearns"
+        )
     return f"row t learns {_label(wanted)}: {len(strongest)} labels changed one at a time"
 
 
-@rule("prompts, or other tokens meant to be ignored, are trained on", laid_out=True)
+@rule("prompts, or other tokens meant to be ignored, are trained on")
 def prompt(loss: Specimen) -> str:
     """-100 is ignored."""
+    if not loss.laid_out:
+        return ignored_rows(loss)
+    if reason := sees_no_batches(loss):
+        raise NotApplicable(reason)
     if loss.labels_from_ids:
         raise Remark("it takes its labels from input_ids, whatever labels say: all but padding is learned, prompts too")
     texts = loss.unequal()

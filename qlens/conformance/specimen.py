@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from qlens import graphs
 from qlens.batching import IGNORE
 from qlens.calling import Layout, call, on_batch
 from qlens.conformance.texts import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
@@ -17,11 +18,13 @@ from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
+from qlens.names import FIELD, ROLE
 from qlens.results import loss_of
-from qlens.signature import FIELD, ROLE, Inputs, inputs
+from qlens.signature import Inputs, inputs
 from qlens.styles import style_of
 from qlens.tokens import Tokens
 from qlens.trial_tokens import random_tokens
+from qlens.trying import value_of
 from qlens.variant import Variant
 
 ROWS = 24
@@ -32,12 +35,14 @@ COUNT = "num_items_in_batch"
 
 
 class Reading(NamedTuple):
-    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned."""
+    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned, and whether
+    the value had a graph."""
 
     value: Tensor
     grad: Float[Tensor, "K V"]
     outside: float
     shape: tuple[int, ...]
+    graph: bool = True
 
 
 class Specimen:
@@ -110,6 +115,12 @@ class Specimen:
         """The same loss, shown texts of which every token is learned."""
         made = copy.copy(self)
         made.prompts, made._made = False, {}
+        return made
+
+    def with_vocabulary(self, vocabulary: int) -> "Specimen":
+        """The same loss, shown logits of another width."""
+        made = Specimen(self.variant, self.dtype, vocabulary)
+        made.tolerance, made.digits, made.prompts = self.tolerance, self.digits, self.prompts
         return made
 
     @property
@@ -191,30 +202,43 @@ class Specimen:
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
-            made = self._loss(call(around(self.fn), self.params, shown, Layout(), style=self.style))
-            return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape))
+
+            def run() -> Any:
+                return call(around(self.fn), self.params, shown, Layout(), style=self.style)
+
+            return self.reading(run(), leaf, run)
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""
         if self.laid_out:
             return self.read(tokens).value
-        with torch.no_grad():
-            return self._loss(call(self.fn, self.params, tokens, Layout(), style=self.style)).sum()
+        return value_of(self.fn, self.params, tokens, self.style).sum()
 
-    def _loss(self, made: Any) -> Tensor:
-        return loss_of(made, self.variant.spec).value
+    def _graded(self, returned: Any, again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
+        """The loss in what a call on these logits returned, with a graph, and whether it had one itself."""
+        result = loss_of(returned, self.variant.spec)
+        return graphs.checked(result, self.variant.spec, again, logits).value, result.value.requires_grad
+
+    def reading(self, returned: Any, leaf: Tensor, again: Callable[[], Any] | None = None) -> Reading:
+        """What a call returned, and its gradient by the logits it was given; ``again`` calls once more, to see what is lost.
+
+        Raises:
+            InputError: it is no floating-point tensor, or one other than zero without a graph.
+        """
+        made, graph = self._graded(returned, again or (lambda: returned), leaf)
+        return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
 
     def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and its gradient by the logits.
 
         Raises:
-            InputError: there is none, or the backward pass raises.
+            InputError: the backward pass raises.
         """
-        if not made.requires_grad:
-            raise InputError("it returns a value without a graph: no gradient leads back to the logits")
         with blamed(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
-        return made.detach().sum(), torch.zeros_like(leaf) if grad is None else grad
+        if grad is None:
+            raise InputError("it returns a value whose graph does not lead back to the logits")
+        return made.detach().sum(), grad
 
     def read_batch(
         self,
@@ -253,14 +277,18 @@ class Specimen:
         with torch.enable_grad():
             leaf = table.requires_grad_()
             mask = real.long() * attended
-            made = on_batch(around(self.fn), leaf.clone(), labels, rows, self.params, self.style, mask, ids, **given)
-            made = self._loss(made)
+            shown = leaf.clone()
+
+            def run() -> Any:
+                return on_batch(around(self.fn), shown, labels, rows, self.params, self.style, mask, ids, **given)
+
+            made, graph = self._graded(run(), run, shown)
             value, grad = self._derived(made, leaf)
         padding = ~real
         if self.labels_from_ids:  # whatever stands before a text's first token learns it
             padding[:, :-1] &= ~real[:, 1:]
         outside = float(grad[padding].abs().max()) if bool(padding.any()) else 0.0
-        return Reading(value, grad[real], outside, tuple(made.shape))
+        return Reading(value, grad[real], outside, tuple(made.shape), graph)
 
 
 def _copy(tokens: Tokens, logits: Tensor) -> Tokens:

@@ -75,11 +75,13 @@ def watching(written: list[str]) -> Around:
 
 
 def each_tensor(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same tensor, Tokens or mapping with every tensor changed; anything else as it is."""
+    """The same tensor, Tokens, mapping or list with every tensor changed; anything else as it is."""
     if isinstance(thing, Tensor):
         return change(thing)
     if isinstance(thing, Tokens):
         return thing.replace(**{name: change(value) for name, value in thing.fields().items()})
     if isinstance(thing, Mapping):
         return type(thing)(**{name: each_tensor(value, change) for name, value in thing.items()})
+    if isinstance(thing, list):
+        return [each_tensor(value, change) for value in thing]
     return thing

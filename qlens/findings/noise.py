@@ -79,10 +79,10 @@ def rounding(
     entry = entry + torch.finfo(constants).eps * (size + pulls * p)
     label = 2 * unit * (2 - tokens.gather(log_p) + log_z[:, 0].abs()) * g.norm(dim=-1)
     # intermediate values like 1 - p_y and coefficients are rounded at the size of a large pull, in rows of a small one too
-    constants = 8 * unit * pulls.quantile(0.9)
+    middle = 8 * unit * pulls.quantile(0.9)
     formulas = 4 * torch.finfo(torch.float64).eps * pulls.amax()  # two formulas of one gradient differ by this
-    rows = 3 * (entry.norm(dim=-1) + label + constants / 8) + formulas
-    sums = 3 * (entry.sum(-1) + label + constants)
+    rows = 3 * (entry.norm(dim=-1) + label + middle / 8) + formulas
+    sums = 3 * (entry.sum(-1) + label + middle)
     for other in moved:
         off = other.detach().double() - g
         rows, sums = rows.maximum(3 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())

@@ -14,9 +14,11 @@ from qlens.errors import InputError
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.guards import first_line, numbers_of
 from qlens.lens import carried, gradient, read
+from qlens.names import FIELD
 from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
-from qlens.tokens import Tokens
+from qlens.signature import inputs
+from qlens.tokens import MODELS, Tokens
 from qlens.variant import Variant
 
 SAME = 1e-6  # two calls of one loss differ by no more, in float64
@@ -169,6 +171,18 @@ def asked(variant: Variant) -> tuple[str, ...]:
     fn = variant.method.fn
     takes = calling.kind(fn) != "tokens" and calling.takes(fn, "weight") and "weight" not in variant.needs
     return (*variant.needs, *(("weight",) if takes else ()))
+
+
+def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
+    """The tokens without other models that a loss of logits does not take: it cannot send probability there."""
+    fn = variant.method.fn
+    if calling.kind(fn) != "logits":
+        return tokens
+    wanted = inputs(fn)
+    roles = [*wanted.required.values(), *wanted.optional.values()]
+    taken = {name for name in MODELS for role in roles if name in role or FIELD.get(role) == name}
+    left = {name: None for name in MODELS if name not in taken and getattr(tokens, name) is not None}
+    return tokens.replace(**left) if left else tokens
 
 
 def fed(tokens: Tokens, variant: Variant) -> Tokens:

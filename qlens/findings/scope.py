@@ -12,7 +12,8 @@ from qlens.lens import carried, gradient, slopes
 from qlens.tokens import MODELS, Tokens, spread
 
 PERTURBED = 12  # tokens changed, one at a time
-STEP = 1e-5  # of the numerical derivative, in logits
+# of the numerical derivative, in logits, and the share of a slope by which it must be off, in the loss's precision
+STEPS = {torch.float64: (1e-5, 1e-4), torch.float32: (0.02, 0.02)}
 SIZES = (7, 28)  # the first so many tokens, read as a batch of their own
 COPIES = (4, 40)  # of all tokens, in one batch
 MOST = 2**20  # entries of the logits in such a batch
@@ -77,7 +78,7 @@ def scope(
     noise = rounding(before, tokens, precision, moved).rows
     draw = _Changed(tokens, needs)
     reached = _reached(rows, draw, draw.fields, before, tolerance, noise)
-    detached, gap = _held(rows, tokens, before, tolerance)
+    detached, gap = _held(rows, tokens, before, tolerance, precision)
     if not bool(reached.any()):
         number, everywhere = _by_number(rows, tokens, before, tolerance, noise)
         if number:
@@ -183,12 +184,15 @@ def _by_number(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float,
     return f"{', '.join(said)}, against {len(tokens)}" if said else "", everywhere
 
 
-def _held(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float) -> tuple[bool | None, float]:
+def _held(
+    rows: Callable, tokens: Tokens, before: Tensor, tolerance: float, precision: torch.dtype | None
+) -> tuple[bool | None, float]:
     """Whether the gradient differs from the numerical derivative of the value, over random directions."""
-    if tokens.logits.dtype != torch.float64:
+    if (precision or tokens.logits.dtype) not in STEPS or tokens.logits.dtype not in STEPS:
         return None, 0.0
+    step, least = max(STEPS[tokens.logits.dtype], STEPS[precision or tokens.logits.dtype])
     with torch.no_grad():
-        found = list(slopes(lambda moved: rows(moved).sum(), before, tokens, STEP, seed=1))
+        found = list(slopes(lambda moved: rows(moved).double().sum(), before, tokens, step, seed=1))
     gaps = [abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in found]
     gap = sorted(gaps)[1]  # a kink crossed by one direction says nothing
-    return gap > max(1e-4, tolerance), gap
+    return gap > max(least, tolerance), gap

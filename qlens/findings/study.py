@@ -16,7 +16,7 @@ from qlens.findings.leaks import Leak, leak
 from qlens.findings.mixtures import Mixture, again, decompose
 from qlens.findings.nearly import Nearly, nearly
 from qlens.findings.noise import TOLERANCE
-from qlens.findings.reading import Reading, asked, on_trials
+from qlens.findings.reading import Reading, asked, models_taken, on_trials
 from qlens.findings.scope import Scope, scope
 from qlens.findings.shifts import label_offset
 from qlens.findings.uncoupled import piecewise_linear, uncoupled
@@ -66,8 +66,9 @@ class Study:
         found = uncoupled(self.variant, self.shown, found)
         wide = None if self.trial is None else uncoupled(self.variant, self.trial, wide)
         seen, trial = _undone(self.shown, found, ids), self.trial and _undone(self.trial, wide, ids)
-        mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
-        laws, elsewhere = self.laws(mixture, seen, trial)
+        here, there = self.models_taken(seen), trial and self.models_taken(trial)
+        mixture = decompose(here.grad, here.tokens, self.own, here.noise)
+        laws, elsewhere = self.laws(mixture, here, there)
         if reach.of == "batch":  # ends that pulls seem to be held at are then those of this batch
             laws = {name: None if found is None or _has_end(found) else found for name, found in laws.items()}
         if found is not None:
@@ -97,6 +98,10 @@ class Study:
     def base(self) -> Reading:
         """The trial tokens, else those shown."""
         return self.shown if self.trial is None else self.trial
+
+    def models_taken(self, at: Reading) -> Reading:
+        """The same without the models that the loss does not take."""
+        return at.undone(at.grad, models_taken(self.variant, at.given))
 
     def finite(self, at: Reading) -> Tensor:
         """Where the gradient is a number, (N,), in the loss's own precision too."""

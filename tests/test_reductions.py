@@ -1,0 +1,98 @@
+"""What a loss divides by: powers of a count, a count and a number, two counts at once, rows that see those before them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import qlens
+from qlens.reductions import find_reduction
+from qlens.registry import resolve
+from qlens.testing import random_tokens
+
+ce = F.cross_entropy
+V = 11
+
+
+def of_rows(power, added=0.0):
+    return lambda logits, labels: ce(logits, labels, reduction="sum") / (len(labels) ** power + added)
+
+
+def mean_by_texts(logits, labels):
+    return ce(logits[:, :-1].transpose(1, 2), labels[:, 1:]) / len(labels)
+
+
+def root_of_lengths(logits, labels):
+    losses = ce(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none").sum(1)
+    return (losses / (labels[:, 1:] != -100).sum(1).sqrt()).mean()
+
+
+def test_powers_products_and_sums_of_counts_are_undone():
+    tokens = random_tokens(12, V)
+    cases = {
+        of_rows(2): "sum divided by the number of supervised tokens to the power 2",
+        of_rows(0.5): "sum divided by the number of supervised tokens to the power 0.5",
+        of_rows(1, 1.0): "sum divided by the number of supervised tokens + 1",
+        of_rows(1, 1e-8): "mean over unmasked",
+        mean_by_texts: "mean over unmasked, divided by the number of texts once more",
+        root_of_lengths: "sum of each text divided by the root of its length, mean over texts",
+    }
+    for loss, name in cases.items():
+        assert find_reduction(loss, {}, tokens, "loss") == name
+        assert_close(
+            qlens.implied_target(loss, tokens).q, tokens.one_hot, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert "to the power 2, which is undone" in resolve(of_rows(2)).account(tokens).called_as
+
+
+def test_two_terms_of_two_counts_are_said():
+    def all_positions(logits, labels):
+        flat = logits[:, :-1]
+        return ce(flat.flatten(0, 1), labels[:, 1:].flatten()) + 0.01 * flat.logsumexp(-1).square().mean()
+
+    def mean_and_sum(logits, labels):
+        return ce(logits, labels) + 0.01 * logits.logsumexp(-1).square().sum()
+
+    cases = {all_positions: "one a mean over unmasked, the other (", mean_and_sum: ") a sum: their balance"}
+    tokens = random_tokens(12, V)
+    for loss, said in cases.items():
+        account = resolve(loss).account(tokens)
+        assert any("two terms that are divided by different counts" in note and said in note for note in account.notes)
+    grad = qlens.implied_target(all_positions, tokens).grad  # texts of 4 and 8 labels: 12 tokens in 16 positions
+    z_loss = 0.02 * (12 / 16) * tokens.logits.logsumexp(-1)[:, None] * tokens.probs
+    assert_close(grad, tokens.probs - tokens.one_hot + z_loss)
+
+
+def test_rows_that_see_those_before_them_are_divided_like_any():
+    def unlikelihood(lprobs, target):
+        before = target[None].expand(len(target), -1).tril(-1) - torch.ones(len(target), len(target)).triu().long()
+        marks = torch.zeros_like(lprobs, dtype=torch.bool)
+        marks = marks.scatter(1, before.clamp(min=0), before >= 0).scatter(1, target[:, None], False)
+        return F.nll_loss(lprobs, target) - ((1 - lprobs.exp()).log() * marks).sum(-1).mean()
+
+    tokens = random_tokens(12, V)
+    assert find_reduction(unlikelihood, {}, tokens, "loss") == "mean over unmasked"
+    assert resolve(unlikelihood).account(tokens).notes == ()
+
+
+def test_what_no_count_explains_is_refused_with_what_was_seen():
+    def odd(logits, labels):
+        return ce(logits, labels, reduction="sum") * (2 + torch.tensor(float(len(labels))).sin())
+
+    with pytest.raises(
+        qlens.InputError,
+        match=r"shown twice, a row's gradient changes by a factor 0.\d+, shown three times by 0.\d+.*\(N,\)",
+    ):
+        qlens.implied_target(odd, random_tokens(12, V))
+
+
+def test_a_vocabulary_of_one_token_is_refused_everywhere_in_the_same_words():
+    says = "has a vocabulary of 1: at least 2 entries are needed, for one token alone always has p = 1"
+    labels = torch.zeros(3, dtype=torch.long)
+    with pytest.raises(qlens.InputError, match=f"logits {says}"):
+        qlens.Tokens(logits=torch.zeros(3, 1), labels=labels)
+    with pytest.raises(qlens.InputError, match=f"head {says}"):
+        qlens.fused_loss("sft", torch.zeros(3, 4), torch.zeros(1, 4), labels)
+    one = random_tokens(1, V)
+    assert_close(qlens.implied_target(ce, one).q, one.one_hot)
+    assert qlens.explain(ce, one).nearest[0].spec == "sft"
