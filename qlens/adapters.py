@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from qlens.trying import few, grad_of, value_of
 if TYPE_CHECKING:
     from qlens.variant import Variant
 
+V = TypeVar("V", bound="Variant")
 SUM = Division("sum", lambda c: 1)
 SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
 _SCALED = ContextVar("scaled", default=True)
@@ -184,29 +185,30 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     return value + (grad * zero).sum(-1)
 
 
-def whole(variant: "Variant") -> "Variant":
-    """A loss whose reduction is not known, as a variant that leaves its value as it is, times the number of rows.
+class Whole(Unreduced):
+    """A loss whose reduction is not known: its value as it is, times the number of rows.
 
     What it divides by is not undone, so that its gradient is that of the batch. A loss whose gradient stays about the same as
     every row is shown twice is a sum already.
     """
-    fn, given, name = variant.method.fn, variant.params, variant.spec
-    ratios: list[float] = []
 
-    def value(tokens: Tokens) -> Tensor:
-        made = loss_of(call(fn, given, tokens, Layout(), style=style_of(fn, given, tokens)), name).value
-        return made.sum() if made.ndim else made
+    factor: float | None = None  # of a row's gradient as every row is shown twice, found at the first call
 
-    def total(tokens: Tokens) -> Tensor:
+    def __call__(self, tokens: Tokens) -> Tensor:
+        """A scalar, the sum of the rows."""
         if not len(tokens):
             return tokens.logits[:, :0].sum()
-        if not ratios:
-            some = few(tokens) if pairwise(fn) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-            style = style_of(fn, given, tokens)
-            sizes = [float(grad_of(fn, given, some, style, Layout(copies)).norm()) for copies in (1, 2)]
-            ratios.append(sizes[1] / sizes[0] if sizes[0] else 0.0)
-        return value(tokens) * (len(tokens) if ratios[0] < SUM_LIKE else 1)
+        style = self.style(tokens)
+        if self.factor is None:
+            some = few(tokens) if pairwise(self.fn) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+            sizes = [float(grad_of(self.fn, self.params, some, style, Layout(copies)).norm()) for copies in (1, 2)]
+            self.factor = sizes[1] / sizes[0] if sizes[0] else 0.0
+        made = loss_of(call(self.fn, self.params, tokens, Layout(), style=style), self.name).value
+        return made.sum() * (len(tokens) if self.factor < SUM_LIKE else 1)
 
+
+def whole(variant: V) -> V:
+    """A loss whose reduction is not known, as a variant that leaves its value as it is."""
     made = replace(variant)
-    made.__dict__.update(_undone=total, _rows=lambda tokens: _shared(total(tokens), tokens.logits))
+    made.__dict__["unreduced"] = Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
     return made

@@ -84,7 +84,7 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
 
     Returns:
-        the division; None where it has no gradient at any row that it could be shown.
+        the division; None where it has no gradient at any row that it could be shown, or one that is not finite.
 
     Raises:
         InputError: nothing explains it, or two calls on the same rows differ.
@@ -94,6 +94,8 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     if lit is None:
         return None
     shown, base = lit
+    if not bool(base.isfinite().all()):
+        return None  # a gradient that is no number is divided by nothing; it is reported as it is
     if _misfit([base, grad_of(fn, params, shown, style)]) > ALIKE:
         why = why_calls_differ(lambda: grad_of(fn, params, shown, style), tokens.logits.device)
         raise InputError(f"{name} is not deterministic: it {why.format('')}.")
