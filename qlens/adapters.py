@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from qlens.trying import few, grad_of, value_of
 if TYPE_CHECKING:
     from qlens.variant import Variant
 
+V = TypeVar("V", bound="Variant")
 SUM = Division("sum", lambda c: 1)
 SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
 _SCALED = ContextVar("scaled", default=True)
@@ -241,12 +242,12 @@ class _Whole(Unreduced):
         return sizes[1] / sizes[0] if sizes[0] else 0.0
 
 
-def whole(variant: "Variant") -> "Variant":
+def whole(variant: V) -> V:
     """A loss whose reduction is not known, as a variant that leaves its value as it is, times the number of rows.
 
     What it divides by is not undone, so that its gradient is that of the batch. A loss whose gradient stays about the same as
     every row is shown twice is a sum already.
     """
     made = replace(variant)
-    made.__dict__["unreduced"] = _Whole(variant.method.fn, variant.params, variant.spec)
+    made.__dict__["unreduced"] = _Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
     return made

@@ -12,13 +12,17 @@ from scipy.integrate import LSODA
 from scipy.special import entr, softmax
 
 from qlens.errors import InputError
+from qlens.findings.exact import without_casts
 from qlens.lens import gradient
 from qlens.registry import Variant, resolve
 from qlens.tokens import Tokens
 
 GRID = np.geomspace(0.01, 1e5, 141)  # steps of gradient descent on the logits, at rate 1
+USUAL = (0.01, 100.0)  # sizes of a gradient beside p - d between which time is counted in such steps
+SIZE = 4  # of the vocabulary
 MOST_STEPS = 300  # a smooth loss takes 250
 RATE, TAIL = 0.03, 2000  # of the gradient descent that takes over where the solver sticks at a threshold
+ROLLED = 8  # ids tried at most
 STILL, ALIKE = 0.005, 0.01  # what two printed digits do not show, and hardly show
 
 
@@ -31,6 +35,7 @@ class Destination:
         frequencies, start: how often each entry is the label, and the distribution at time 0, (size,).
         times, probs: log-spaced times in steps of gradient descent at rate 1, (T,), and p at each, (T, size).
         settled: whether no entry moved by ``STILL`` over the last three quarters of the time.
+        by_id: whether the gradient changes with which ids the entries have, so that other ids may end elsewhere.
         teacher, reference: what the loss was given, (size,); None where it asks for none.
 
     Example:
@@ -44,6 +49,7 @@ class Destination:
     times: Float[np.ndarray, " T"]
     probs: Float[np.ndarray, "T size"]
     settled: bool
+    by_id: bool = False
     teacher: Float[np.ndarray, " size"] | None = None
     reference: Float[np.ndarray, " size"] | None = None
 
@@ -57,9 +63,14 @@ class Destination:
         """Where it ends, in plain words."""
         seen = self.frequencies > 0
         labels, where = _listed(100 * self.frequencies[seen], ".3g"), _listed(self.end[seen], ".2f")
+        if len(seen) > SIZE:
+            labels += f" (V = {len(seen)})"
+        if self.by_id:
+            labels += f" at ids {_listed(seen.nonzero()[0], 'd')}"
+        tail = "; at other ids it ends elsewhere" if self.by_id else ""
         if not self.settled:
-            return f"With labels {labels} it has reached {where} at t = {self.times[-1]:.2g} and is still moving."
-        return f"With labels {labels} it ends at {where}: {self._verdict()}."
+            return f"With labels {labels} it has reached {where} at t = {self.times[-1]:.2g} and is still moving{tail}."
+        return f"With labels {labels} it ends at {where}: {self._verdict()}{tail}."
 
     @property
     def table(self) -> pd.DataFrame:
@@ -105,7 +116,7 @@ def destination(
     loss: Variant | str | Callable,
     frequencies: Sequence[float] = (0.55, 0.45),
     *,
-    size: int = 4,
+    size: int = SIZE,
     start: Sequence[float] | None = None,
     teacher: Sequence[float] | None = None,
     reference: Sequence[float] | None = None,
@@ -115,7 +126,8 @@ def destination(
     .. math:: \dot z = -\sum_y f_y\, g(z, y), \qquad p = \mathrm{softmax}(z), \qquad 0 \le t \le 10^5
 
     One step's Q is not where training ends if Q moves with the student: sft ends at f, dft at the majority. The logits are
-    free, and centred. Where thresholds stop the solver, small steps of gradient descent go on for 60 units of time.
+    free, and centred. Where thresholds stop the solver, small steps of gradient descent go on for 60 units of time. Of a loss
+    whose gradient is far from the size of p - d, a weight of 1e-9 say, time is counted in steps of a rate that makes up for it.
 
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
@@ -147,35 +159,86 @@ def destination(
         raise InputError(f"start must be positive, got 0 for entry {int(p.argmin())}: no step of the logits leaves 0")
     q, r = _prefers_second(size) if teacher is None else teacher, p if reference is None else reference
     others = {"teacher": _probabilities("teacher", q, size), "reference": _probabilities("reference", r, size)}
-    times, logits = _follow(_flow(variant, f, others | {"old": p}), np.log(p) - np.log(p).mean())
+    field = _Field(variant, f, others | {"old": p})
+    start_logits = _centred(np.log(p))
+    pace = field.pace(start_logits)
+    times, logits = _follow(lambda t, z: field.flow(z) / pace, start_logits)
     grid = np.append(GRID[GRID < times[-1]], times[-1])
     probs = np.stack([np.interp(np.log1p(grid), np.log1p(times), p_k) for p_k in softmax(logits, -1).T], -1)
     settled = bool(np.ptp(probs[grid >= grid[-1] / 4], 0).max() < STILL)
-    return Destination(variant.spec, f, p, grid, probs, settled, **{n: others[n] for n in others if n in variant.needs})
+    given = {name: others[name] for name in others if name in variant.needs}
+    return Destination(variant.spec, f, p, grid / pace, probs, settled, field.by_id(start_logits), **given)
 
 
-def _flow(variant: Variant, f: np.ndarray, models: dict[str, np.ndarray]) -> Callable[[float, np.ndarray], np.ndarray]:
-    """dz/dt at centred logits, one row of Tokens per label that occurs."""
-    (seen,) = f.nonzero()
-    shape, ones = (len(seen), len(f)), torch.ones(len(seen), dtype=torch.float64)
-    fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
-    fixed |= {"labels": torch.from_numpy(seen), "sequence": torch.arange(len(seen)), "advantage": ones}
-    fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
+class _Field:
+    """The gradient flow of a loss: one row of Tokens per label that occurs."""
 
-    def flow(t: float, z: np.ndarray) -> np.ndarray:
-        logits = torch.tensor(z).expand(shape)
+    def __init__(self, variant: Variant, f: np.ndarray, models: dict[str, np.ndarray]):
+        (self.seen,) = f.nonzero()
+        self.variant, self.f = variant, f
+        shape, ones = (len(self.seen), len(f)), torch.ones(len(self.seen), dtype=torch.float64)
+        fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
+        fixed |= {"labels": torch.from_numpy(self.seen), "sequence": torch.arange(len(self.seen)), "advantage": ones}
+        fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
+        self.fixed, self.dtype = fixed, torch.float64
+        self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
+
+    def tokens(self, z: np.ndarray) -> Tokens:
+        """A row per label that occurs, at logits z, (size,)."""
+        logits = torch.tensor(z).expand(len(self.seen), len(self.f))
+        return Tokens(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
+
+    def gradient(self, tokens: Tokens) -> np.ndarray:
+        """g at every label, (labels, size)."""
+        spec = self.variant.spec
         try:
-            g = gradient(variant.loss, Tokens(logits=logits, second=logits, **fixed))
+            g = gradient(self.variant.loss, tokens)
         except InputError:
+            if self.dtype == torch.float32:
+                raise
+            self.dtype = torch.float32  # a loss may insist on it
+            try:
+                return self.gradient(tokens.with_precision(torch.float32))
+            except InputError:
+                self.dtype = torch.float64
             raise
         except Exception as error:  # anything at all may go wrong inside a user's loss
-            raise InputError(f"loss: {variant.spec} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"loss: {spec} raised {type(error).__name__}: {error}") from error
         if not bool(g.isfinite().all()):
-            raise InputError(f"loss: the gradient of {variant.spec} is not finite at p = {softmax(z).round(6)}")
-        pull = f[seen] @ g.numpy()
-        return pull.mean() - pull
+            raise InputError(f"loss: the gradient of {spec} is not finite at p = {tokens.probs[0].numpy().round(6)}")
+        return g.double().numpy()
 
-    return flow
+    def flow(self, z: np.ndarray) -> np.ndarray:
+        """dz/dt at centred logits."""
+        pull = self.f[self.seen] @ self.gradient(self.tokens(z))
+        return -_centred(pull)
+
+    def pace(self, z: np.ndarray) -> float:
+        """The size of the gradient beside p - d, at most over p_y from the start's to nearly 1; 1 where it is a usual one."""
+        largest, one_hot = 0.0, np.eye(len(z))[self.seen]
+        for push in (0.0, 2.0, 4.0, 8.0):
+            for row, label in enumerate(one_hot):
+                moved = _centred(z + push * label)
+                away = np.linalg.norm(softmax(moved) - label)
+                largest = max(largest, float(np.linalg.norm(self.gradient(self.tokens(moved))[row]) / away))
+            if USUAL[0] <= largest <= USUAL[1]:
+                return 1.0
+        return largest or 1.0
+
+    def by_id(self, z: np.ndarray) -> bool:
+        """Whether the gradient changes when every entry gets another id."""
+        tokens = self.tokens(_centred(z + 0.3 * np.cos(np.arange(len(z)))))
+        before = self.gradient(tokens)
+        for by in range(1, min(len(z), ROLLED)):
+            rolled = {name: value.roll(by, -1) for name, value in tokens.fields().items() if value.ndim == 2}
+            after = self.gradient(tokens.replace(labels=(tokens.labels + by) % len(z), **rolled))
+            if np.abs(np.roll(before, by, -1) - after).max() > 1e-6 * np.abs(before).max():
+                return True
+        return False
+
+
+def _centred(values: np.ndarray) -> np.ndarray:
+    return values - values.mean()
 
 
 def _follow(flow: Callable[[float, np.ndarray], np.ndarray], z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

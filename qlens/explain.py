@@ -10,8 +10,9 @@ from qlens import calling, guards, matching
 from qlens.autograd import ordinary
 from qlens.errors import InputError
 from qlens.explanation import Explanation
+from qlens.findings.exact import read_exactly
 from qlens.findings.noise import nothing_but_rounding
-from qlens.findings.reading import Reading, on_probes, on_trials, upcast, whole_where_needed
+from qlens.findings.reading import Reading, on_trials, whole_where_needed
 from qlens.findings.study import Study, own_spec
 from qlens.registry import Variant, resolve
 from qlens.target import Target
@@ -49,13 +50,13 @@ def explain(
         >>> e.nearest[0].spec, e.nearest[0].relation
         ('label_smoothing', 'identical')
     """
-    variant, own = resolve(loss), residuals or {}
-    variant, whole = whole_where_needed(variant, tokens)
-    if own and tokens is None:
+    variant, whole = whole_where_needed(resolve(loss), tokens)
+    if residuals and tokens is None:
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
-    shown = on_probes(variant) if tokens is None else upcast(variant, ordinary(tokens))
+    given = variant
+    variant, shown, own = read_exactly(given, None if tokens is None else ordinary(tokens))
     e = Explanation(
         variant,
         shown.given,
@@ -66,6 +67,7 @@ def explain(
         written=calling.written(variant.method.fn, variant.params, shown.given),
         on_probes=tokens is None,
         precision=shown.precision,
+        own=own,
         stored=None if tokens is None else tokens.logits.dtype,
         registered=bool(own_spec(variant)),
         whole=whole,
@@ -75,17 +77,17 @@ def explain(
     if nothing_but_rounding(variant.loss, shown.given, shown.grad, shown.precision):
         near = matching.nearest(shown.grad, shown.tokens, own_spec(variant), shown.noise)
         silent = replace(e, nearest=[match for match in near if match.relation == "identical"], silent=True)
-        return silent if tokens is not None else _widened(silent)
-    return Study(e, shown, own).run()
+        return silent if tokens is not None else _widened(silent, given)
+    return Study(e, shown, residuals or {}, given).run()
 
 
-def _widened(e: Explanation) -> Explanation:
+def _widened(e: Explanation, given: Variant) -> Explanation:
     """A loss that is silent on the probes, with what the wider trial tokens say of it."""
     wide = on_trials(e.variant, Reading.of(e.variant, e.tokens))
     if isinstance(wide, str) or nothing_but_rounding(e.variant.loss, wide.given, wide.grad, wide.precision):
         return e
     made = Explanation(
         e.variant, wide.given, Target.from_grad(wide.given, wide.grad), wide.losses, [], on_probes=True,
-        written=e.written, precision=wide.precision, registered=e.registered, whole=e.whole,
+        written=e.written, precision=wide.precision, own=e.own, registered=e.registered, whole=e.whole,
     )  # fmt: skip
-    return Study(made, wide, {}).run()
+    return Study(made, wide, {}, given).run()

@@ -13,6 +13,7 @@ from qlens import matching
 from qlens.destination import Destination, destination
 from qlens.errors import InputError
 from qlens.findings import summary, words
+from qlens.findings.exact import OwnPrecision
 from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
@@ -21,12 +22,13 @@ from qlens.findings.nearly import Nearly
 from qlens.findings.normalised import Normalised
 from qlens.findings.scope import Scope
 from qlens.findings.vocabulary import VocabularyFactor
-from qlens.guards import quiet
+from qlens.guards import first_line, quiet
 from qlens.probes import shapes
 from qlens.target import Target
 from qlens.tokens import Tokens
 from qlens.variant import Variant
 
+FOLLOWED = (4, 12, 32)  # vocabularies on which training is followed, the first that the loss takes
 TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
 
 
@@ -48,11 +50,14 @@ class Explanation:
         elsewhere: whether another vocabulary reads the same.
         written: which of its inputs the loss writes on.
         on_probes: whether the tokens are the built-in probes.
-        precision: what the loss computes in.
+        precision: of the gradient that was read.
+        own: what the loss itself computes in, where it was read in float64 instead; None where it was read as it is.
         stored: the dtype of the logits as a user gave them; None on the probes.
         registered: whether the loss is a registered method, at these parameters.
         silent: whether its gradient is zero up to rounding.
         label_weights: how it weighs tokens by the id of their label, where it does.
+        shifted: how many places after its own the label stands that a token is trained on; 0 for its own.
+        linear: whether its gradient stays as it is when the logits move a little: there is no softmax in it.
         nearly: the method that it is on most tokens, where it is none on all.
         by_vocabulary: the method that it is times a factor of the vocabulary's size, where it is.
         whole: why the loss is read as a whole batch, its reduction left as it is; "" where it is undone.
@@ -77,10 +82,13 @@ class Explanation:
     written: tuple[str, ...] = ()
     on_probes: bool = False
     precision: torch.dtype = torch.float64
+    own: OwnPrecision | None = None
     stored: torch.dtype | None = None
     registered: bool = False
     silent: bool = False
     label_weights: LabelWeights | None = None
+    shifted: int = 0
+    linear: bool = False
     nearly: Nearly | None = None
     by_vocabulary: VocabularyFactor | None = None
     whole: str = ""
@@ -163,11 +171,20 @@ class Explanation:
             return "its gradient leads nowhere"
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
-        try:
-            with quiet():
-                return destination(self.variant)
-        except InputError as error:
-            return str(error)
+        if self.label_weights is not None:
+            return "which ids the labels have changes its gradient, and with it where training ends"
+        sizes = dict.fromkeys(min(size, self.tokens.logits.shape[1]) for size in FOLLOWED)
+        failed = ""
+        for size in sizes:
+            try:
+                with quiet():
+                    return destination(self.variant, size=size)
+            except InputError as error:
+                cause = error.__cause__
+                said = str(error) if cause is None else f"{type(cause).__name__}: {first_line(cause)}"
+                failed = failed or said.removesuffix(": (no message)")
+        tried = ", ".join(map(str, sizes))
+        return f"not known, because the loss fails where it was followed, on vocabularies of {tried} ({failed})"
 
     @property
     def telling(self) -> pd.DataFrame:
@@ -214,20 +231,25 @@ class Explanation:
             "by_vocabulary": self.by_vocabulary and vars(self.by_vocabulary),
             "whole": self.whole,
             "unused": list(self.unused),
-            "precision": str(self.precision).removeprefix("torch."),
+            "precision": str(self.computes_in).removeprefix("torch."),
             "leak": self.leak and {"cause": self.leak.cause, "value": self.leak.value},
             "destination": self.destination if isinstance(self.destination, str) else self.destination.to_dict(),
             "table": self.table.to_dict("records"),
         }  # fmt: skip
 
     @property
+    def computes_in(self) -> torch.dtype:
+        """The coarsest type that the loss itself computes in."""
+        return self.precision if self.own is None else self.own.dtype
+
+    @property
     def read_in(self) -> str:
         """The precision of the reading, of the logits given and of the loss, as far as they differ."""
         used, stored, own = (
-            str(d).removeprefix("torch.") for d in (self.tokens.logits.dtype, self.stored, self.precision)
+            str(d).removeprefix("torch.") for d in (self.tokens.logits.dtype, self.stored, self.computes_in)
         )
         said = used if self.stored in (None, self.tokens.logits.dtype) else f"read in {used}; logits {stored}"
-        coarse = torch.finfo(self.precision).eps > torch.finfo(self.tokens.logits.dtype).eps
+        coarse = torch.finfo(self.computes_in).eps > torch.finfo(self.tokens.logits.dtype).eps
         return f"{said}; the loss computes in {own}" if coarse else said
 
     def __str__(self) -> str:

@@ -85,7 +85,7 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     """How a scalar loss divides: the one count by which its gradient on the same rows is the same in every layout.
 
     Returns:
-        the division; None where it has no gradient at any row that it could be shown.
+        the division; None where it has no gradient at any row that it could be shown, or one that is not finite.
 
     Raises:
         InputError: nothing explains it, or two calls on the same rows differ.
@@ -101,6 +101,8 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
             return grad_of(*call)
 
     base = read(fn, params, shown, style)
+    if not bool(base.isfinite().all()):
+        return None  # a gradient that is no number is divided by nothing; it is reported as it is
     if _misfit([base, read(fn, params, shown, style)]) > ALIKE:
         raise InputError(
             f"{name} is not deterministic: it has a state, or draws numbers, that qlens cannot restore: two calls on the same "

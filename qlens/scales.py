@@ -9,6 +9,7 @@ from torch import Tensor
 from qlens.tokens import BLOCK_ENTRIES
 
 COARSE = (torch.bfloat16, torch.float16)
+DISTINCT = 32  # different digits that tell the precision of values
 
 
 def effective_trust(
@@ -77,7 +78,13 @@ def gradient_tolerance(values: Tensor | torch.dtype) -> float:
 
 
 def carried(values: Tensor) -> torch.dtype:
-    """The least precise dtype that holds every digit of the values: what they were computed in, whatever they were cast to."""
+    """The least precise dtype that holds every digit of the values: what they were computed in, whatever they were cast to.
+
+    The values' own dtype where they hold too few different digits to tell.
+    """
+    some = values.detach().flatten()[:: max(1, values.numel() // 2**16)]
+    if len(torch.frexp(some[some != 0]).mantissa.abs().unique()) < DISTINCT:  # 1 and 0.5 say nothing of what made them
+        return values.dtype
     for dtype in (*COARSE, torch.float32):
         if all(bool((few.to(dtype).to(few.dtype) == few).all()) for few in values.split(8)):
             return dtype

@@ -13,6 +13,8 @@ import qlens
 from qlens import InputError
 from qlens.analysis.flow import GREY
 from qlens.destination import Destination, destination
+from qlens.findings.labels import LabelWeights
+from qlens.registry import resolve
 
 F2 = np.array([0.55, 0.45, 0.0, 0.0])
 TEACHER = np.array([0.2, 0.3, 0.4, 0.1])
@@ -197,3 +199,52 @@ def test_the_figure_draws_every_entry_its_frequency_and_the_other_model(spec):
     assert ax.get_ylim() == (-0.02, 1.02) and "time" in ax.get_xlabel() and ax.get_ylabel() == "probability"
     assert found.sentence == ax.get_title(loc="left") and figure.get_suptitle() == spec
     figure.draw_without_rendering()
+
+
+def test_time_is_counted_in_the_size_of_the_gradient():
+    usual = destination("sft")
+    for factor in (1e-9, 1e9):
+        found = destination(lambda logits, labels, factor=factor: factor * F.cross_entropy(logits, labels))
+        assert_ends(found, F2)
+        assert found.settled and np.allclose(found.times[-1] * factor, usual.times[-1])
+    assert np.isclose(usual.times[-1], 1e5)
+
+
+def explained(loss, **given):
+    tokens = qlens.probes()
+    target = qlens.implied_target("sft", tokens)
+    return qlens.Explanation(resolve(loss), tokens, target, -tokens.label_log_probs, [], **given).destination
+
+
+def test_an_end_that_depends_on_the_ids_is_said_to():
+    def masked(logits, labels):
+        z = logits.clone()
+        z[:, 0] = -1e4
+        return F.cross_entropy(z, labels)
+
+    assert destination(masked).sentence.startswith("With labels 55/45 at ids 0/1 it ends at 1.00/0.00")
+    assert destination(masked).sentence.endswith("; at other ids it ends elsewhere.")
+    said = explained("sft", label_weights=LabelWeights({0: 1.0, 1: 2.0}, 1.0))
+    assert said == "which ids the labels have changes its gradient, and with it where training ends"
+
+
+def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
+    def more_than(size, logits, labels):
+        if logits.shape[-1] <= size:
+            raise ValueError(f"made for more than {size} entries")
+        return F.cross_entropy(logits, labels)
+
+    assert "With labels 55/45 (V = 12) it" in explained(lambda logits, labels: more_than(8, logits, labels)).sentence
+    failed = explained(lambda logits, labels: more_than(99, logits, labels))
+    where = (
+        "the loss fails where it was followed, on vocabularies of 4, 12, 32 (ValueError: made for more than 99 entries)"
+    )
+    assert failed == f"not known, because {where}"
+    coarse = destination(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
+    assert coarse.settled and coarse.sentence == "With labels 55/45 it ends at 0.55/0.45: the label frequencies."
+
+    def insists(logits, labels):
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, labels)
+
+    assert destination(insists).sentence == coarse.sentence

@@ -80,12 +80,14 @@ def test_methods_whose_models_are_missing_are_left_out():
     assert not {"kd", "target_sft"} & {m.spec for m in matching.nearest(qlens.get("sft").target(tokens).grad, tokens)}
 
 
-def test_float32_losses_are_read_in_float32():
+def test_a_loss_that_insists_on_float32_is_read_in_float32():
     def typed(logits, labels):
-        return -(logits.log_softmax(-1) @ torch.eye(logits.shape[-1]))[torch.arange(len(labels)), labels].mean()
+        assert logits.dtype == torch.float32
+        return F.cross_entropy(logits, labels)
 
     read = qlens.explain(typed)
-    assert read.target.q.dtype == torch.float32 and "float32" in str(read)
+    assert read.target.q.dtype == torch.float32 and "V = 32, float32)" in str(read)
+    assert read.scope is not None and read.scope.detached is False
     assert read.nearest[0].spec == "sft" and read.nearest[0].relation == "identical"
 
 
@@ -115,6 +117,11 @@ def test_nan_gradients_are_reported():
 
     assert qlens.explain(nan).findings == ["WARNING: the gradient is not finite on 57 of 57 tokens."]
 
+    def overflows(logits, labels):
+        return F.cross_entropy((logits * 1e4).half() / 1e4, labels)
+
+    assert qlens.explain(overflows).findings[0].startswith("WARNING: the gradient is not finite on")
+
 
 def test_everything_prints_and_serialises():
     read = qlens.explain("kd")
@@ -131,18 +138,21 @@ def test_the_figure_shows_the_table():
     assert len(figure.axes) >= 3 and drawn
 
 
-def test_losses_that_cast_inside_are_read_at_their_own_precision():
+def test_losses_that_cast_inside_are_read_in_float64_and_their_precision_is_said():
     def casts(outputs, labels, num_items_in_batch=None):
         logits = outputs["logits"][..., :-1, :].float()
         return F.cross_entropy(logits.flatten(0, 1), labels[..., 1:].flatten())
 
     read = qlens.explain(casts)
-    assert read.target.q.dtype == torch.float32
+    assert read.target.q.dtype == torch.float64 and read.to_dict()["precision"] == "float32"
+    assert "V = 32, float64; the loss computes in float32)" in str(read)
     assert (read.nearest[0].spec, read.nearest[0].relation) == ("sft", "identical")
     assert not any("WARNING" in finding for finding in read.findings)
     coarse = qlens.explain(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
-    assert coarse.findings[0] == "Precision: the gradient holds bfloat16 digits only."
-    assert coarse.nearest[0].spec == "sft"
+    assert coarse.findings[0].startswith(
+        "Precision: read with the loss's casts taken to float64; bfloat16 moves the gradient"
+    )
+    assert coarse.nearest[0].spec == "sft" and coarse.own is not None and 1e-4 < coarse.own.usual < 0.02
 
 
 def test_a_gradient_of_zero_and_a_target_below_the_label_are_said():
@@ -229,6 +239,24 @@ def test_own_tokens_are_no_probes_even_if_there_are_57():
     assert not read.on_probes and set(read.table["shape"]) == {"text"} and "57 tokens" in str(read)
 
 
+def test_a_forgotten_log_softmax_is_said_and_nothing_that_it_would_mean_with_one():
+    read = qlens.explain(F.nll_loss)
+    assert read.summary.startswith("It raises the label's raw logit by 1 and takes nothing from the others")
+    assert "so that Q = p + d" in read.summary and "log(Z)" not in str(read) and "trusted" not in str(read)
+    assert read.precision == torch.float64 and any("sum(Q) is not 1 on 57 of 57" in line for line in read.findings)
+
+
+def test_the_side_of_a_pair_that_is_raised_is_said():
+    def swapped(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+        margin = policy_chosen_logps - policy_rejected_logps - reference_chosen_logps + reference_rejected_logps
+        return -F.logsigmoid(-0.1 * margin).mean()
+
+    assert "It raises the chosen sequences and lowers the rejected ones" in qlens.explain("dpo").summary
+    read = qlens.explain(swapped)
+    assert "It raises the REJECTED sequences and lowers the chosen ones" in read.summary
+    assert any(line.startswith("WARNING: sides: it raises the REJECTED sequences") for line in read.findings)
+
+
 @pytest.mark.real
 def test_methods_are_named_right_on_a_chat_model_in_any_precision():
     from real import smollm2
@@ -241,6 +269,11 @@ def test_methods_are_named_right_on_a_chat_model_in_any_precision():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         tokens = qlens.Tokens.from_text(model, tokenizer, [pair])
         tokens = tokens.replace(teacher=0.8 * tokens.logits)
+        clamped = qlens.explain(
+            lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none").clamp(max=2), tokens
+        )
+        assert clamped.leak is None and clamped.nearly is not None
+        assert clamped.nearly.why == "on the other 2 its gradient is zero, where the loss is held at 2: a clamp"
         for name in ("dft", "target_sft", "eaft"):
             variant = qlens.get(name)
             read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)

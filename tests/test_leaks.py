@@ -7,6 +7,8 @@ from torch.testing import assert_close
 
 import qlens
 from qlens.findings.leaks import leak
+from qlens.findings.reading import on_probes
+from qlens.findings.uncoupled import piecewise_linear, uncoupled
 from qlens.lens import gradient
 from qlens.probes import probes
 from qlens.registry import resolve
@@ -69,3 +71,53 @@ def test_logits_clamped_at_both_ends_are_told_with_both():
         assert found is not None and found.cause == f"clamped logits: no gradient {cause}"
         held = T[found.rows].replace(logits=T.logits[found.rows].clamp(low, high))
         assert_close(found.grad, qlens.get("sft").target(held).grad, rtol=1e-9, atol=1e-9)
+
+
+def one_hot(logits, labels):
+    return F.one_hot(labels, logits.shape[-1]).to(logits.dtype)
+
+
+def test_losses_without_a_softmax_are_found():
+    cases = [
+        (F.nll_loss, "it raises the label's raw logit, without a softmax", "It raises the label's raw logit by 1 and takes"),
+        (lambda logits, labels: -F.nll_loss(logits, labels), "it lowers the label's raw logit, without a softmax", "Q = p - d"),
+        (lambda logits, labels: F.binary_cross_entropy_with_logits(logits, one_hot(logits, labels)),
+         "binary cross-entropy of each logit (sigmoid(z) - d) times 0.03125, without a softmax", "no softmax couples them"),
+        (lambda logits, labels: (logits - one_hot(logits, labels)).square().sum(-1).mean(),
+         "the squared error between logits and one-hot labels (z - d) times 2, without a softmax", "no softmax couples them"),
+    ]  # fmt: skip
+    for loss, cause, said in cases:
+        found = read(loss)
+        assert found is not None and found.cause == cause and said in found.uncoupled
+        assert_close(found.grad, gradient(resolve(loss).loss, T))
+
+
+def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
+    def smoothed(logits, labels):  # sums like a penalty of -log Z
+        return 0.9 * F.nll_loss(logits, labels) - 0.1 * logits.mean(-1).mean()
+
+    def z_loss(logits, labels):
+        return F.cross_entropy(logits, labels) + 1e-3 * logits.logsumexp(-1).square().mean()
+
+    for loss, alone in ((smoothed, True), (z_loss, False)):
+        variant = resolve(loss)
+        at = on_probes(variant)
+        found = uncoupled(variant, at, leak(at.grad, at.tokens, at.noise))
+        assert found is not None and bool(found.uncoupled) == alone
+        assert (found.cause == "each logit is pulled for itself, without a softmax") == alone
+
+
+def quantised(logits, labels):
+    return F.cross_entropy(logits + ((logits * 4).round() / 4 - logits).detach(), labels)
+
+
+def test_margins_of_raw_logits_are_told():
+    for loss, linear in (
+        (quantised, False),
+        (F.multi_margin_loss, True),
+        (F.nll_loss, True),
+        (F.cross_entropy, False),
+        ("profit", False),
+    ):
+        variant = resolve(loss)
+        assert piecewise_linear(variant, on_probes(variant)) == linear

@@ -9,8 +9,10 @@ from torch.testing import assert_close
 import qlens
 from qlens import get
 from qlens.findings.mixtures import RAW, decompose
+from qlens.findings.reading import models_taken
 from qlens.findings.residuals import dictionary
 from qlens.probes import probes
+from qlens.registry import resolve
 from qlens.testing import random_tokens
 
 TOKENS = random_tokens(60, 24, spread=1.5, seed=3)
@@ -165,3 +167,17 @@ def test_half_precision_keeps_the_name_and_the_parts():
         assert "This is asft_anchored(weight=0.1)." in said, loss
         assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said, loss
         assert "dft: parallel" not in said, loss
+
+
+def test_a_loss_sends_nothing_to_a_model_that_it_does_not_take():
+    def alone(logits, labels):
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    def taught(logits, labels, teacher_logits=None, ref_logits=None):
+        return torch.nn.functional.cross_entropy(logits, labels)
+
+    tokens = probes()
+    assert not {"teacher", "reference", "old", "second"} & set(models_taken(resolve(alone), tokens).fields())
+    kept = set(models_taken(resolve(taught), tokens).fields())
+    assert {"teacher", "reference"} <= kept and not {"old", "second"} & kept
+    assert models_taken(get("r_drop"), tokens) is tokens

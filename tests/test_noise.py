@@ -10,7 +10,7 @@ from losses import label_log_probs
 import qlens
 from qlens.findings.leaks import leak
 from qlens.findings.noise import nothing_but_rounding, traced
-from qlens.findings.reading import Reading, on_probes, on_trials, upcast
+from qlens.findings.reading import Reading, on_own_tokens, on_probes, on_trials
 from qlens.lens import gradient
 from qlens.probes import probes
 from qlens.probes import trials as wider
@@ -116,7 +116,7 @@ def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does(dtype):
 def test_logits_of_a_model_are_read_in_float64():
     tokens = random_tokens(20, 5000, spread=3.0).with_precision(torch.bfloat16)
     for name in ("dft", "sft", "label_smoothing", "target_sft", "eaft"):
-        seen = upcast(qlens.get(name), tokens)
+        seen = on_own_tokens(qlens.get(name), tokens)
         assert seen.precision == torch.float64 and seen.given.logits.dtype == torch.float64
         assert leak(seen.grad, seen.tokens, seen.noise) is None, name
 

@@ -62,8 +62,17 @@ def test_a_batch_statistic_is_seen_without_ids():
     assert found.of == "batch" and "98% of the others through logits and labels" in found.evidence
 
 
-def test_float32_says_nothing_of_detaching():
-    assert scope(qlens.get("dft").loss, probes(torch.float32), 1e-3).detached is None
+def test_detaching_is_told_in_float32_and_not_in_less():
+    for name, detached in (
+        ("dft", True),
+        ("sft", False),
+        ("focal", False),
+        ("gce", False),
+        ("focal(detach=True)", True),
+    ):
+        assert scope(qlens.get(name).loss, probes(torch.float32), 1e-3).detached == detached, name
+    coarse = resolve(lambda logits, labels: nll(logits.bfloat16(), labels))
+    assert scope(coarse.loss, probes(), precision=torch.bfloat16).detached is None
 
 
 def nll(logits, labels):

@@ -111,7 +111,8 @@ class _Laws(Smooth):
             low, high = x[on].min(), x[on].max()
             whole = bool((x == np.round(x)).all())
             key = self.log_p - self.log_rest if name == "p_y" else x  # tells probabilities near 1 apart
-            tie = 0.0 if whole else 1e-12 if name == "p_y" else 1e-9 * max(abs(low), abs(high))
+            # whole numbers are not rounded
+            tie = -0.5 if whole else 1e-12 if name == "p_y" else 1e-9 * max(abs(low), abs(high))
             first, last = key[on].min(), key[on].max()  # at the threshold itself rounding decides
             near_one = name == "p_y" and high > NEAR_ONE
             slack = tie + (4 * np.finfo(float).eps * np.exp(last) if near_one else 0.0)  # 1 - p_y is rounded as p_y is

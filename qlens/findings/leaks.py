@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
+from qlens.findings.features import plain
 from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import written
 from qlens.tokens import Tokens
@@ -27,6 +28,7 @@ class Leak:
         grad: the gradient with the cause undone, (M, V).
         tokens: the tokens as the rest of the loss sees them, (M, V).
         rows: which of the tokens these are; all, unless the cause hides what a label would have got.
+        uncoupled: a sentence on a loss that pulls its logits without a softmax, so that nothing can be undone; "" of others.
     """
 
     cause: str
@@ -34,10 +36,13 @@ class Leak:
     grad: Float[Tensor, "N V"]
     tokens: Tokens
     rows: Int[Tensor, " M"]
+    uncoupled: str = ""
 
 
 def leak(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Leak | None:
     r"""The likely cause of :math:`\sum_k g_k \ne 0`, or None where the sums are zero up to rounding.
+
+    A loss without a softmax (of the label's raw logit, binary cross-entropy or squared error of each logit) is told first.
 
     A z-loss :math:`\lambda \log^2 Z` has :math:`\sum_k g_k = 2 \lambda \log Z`; a penalty on the logits' squares, on their mean
     square or on log Z itself is told by its own sums; behind a soft-cap :math:`c \tanh(z / c)` the sums are zero again once g is
@@ -63,6 +68,8 @@ def leak(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None)
     seen = total.abs() > TOLERANCE * size + noise.sums
     if not bool(seen.any()):
         return None
+    if (found := _uncoupled(g, z, tokens, noise)) is not None:
+        return found
     digits = TOLERANCE + float((noise.sums / total.abs())[seen].min())  # to which the number is known
     for found in (
         *_penalties(g, z, total, tokens, digits),
@@ -75,6 +82,37 @@ def leak(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None)
         if bool((balanced.sum(-1).abs() <= allowed).all()):
             return found
     return Leak("", math.nan, g, tokens, torch.arange(len(tokens)))
+
+
+def _uncoupled(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise) -> Leak | None:
+    """Losses of raw logits without any softmax: the label's own logit, or each logit for itself."""
+    d, everything = tokens.one_hot, torch.arange(len(g))
+    others = (g * (1 - d)).norm(dim=-1)
+    if bool((others <= TOLERANCE * g.norm(dim=-1) + noise.rows).all()):
+        pull = -tokens.gather(g)
+        low, high = (plain(float(end)) for end in (pull.min(), pull.max()))
+        by = low if low == high else f"{low} to {high}"
+        word = "lowers" if float(pull.max()) <= 0 else "raises"
+        said = (
+            f"It {word} the label's raw logit by {by.replace('-', '') if word == 'lowers' else by} and takes nothing from the "
+            f"others: there is no softmax in it (log_softmax forgotten?), so that Q = p {'-' if word == 'lowers' else '+'} "
+            f"{'' if by in ('1', '-1') else 'this times '}d and the logit moves for ever"
+        )
+        return Leak(
+            f"it {word} the label's raw logit, without a softmax", float(pull.median()), g, tokens, everything, said
+        )
+    finite = z.masked_fill(z.isinf(), 0.0)
+    forms = {
+        "binary cross-entropy of each logit (sigmoid(z) - d)": torch.sigmoid(z) - d,
+        "the squared error between logits and one-hot labels (z - d)": finite - d,
+    }
+    for name, form in forms.items():
+        factor = float((g * form).sum() / form.square().sum())
+        if bool(((g - factor * form).norm(dim=-1) <= TOLERANCE * g.norm(dim=-1) + noise.rows).all()):
+            times = "" if abs(factor - 1) < TOLERANCE else f" times {plain(factor)}"
+            said = f"Its gradient is that of {name}{times}: each logit is pulled for itself, no softmax couples them"
+            return Leak(f"{name}{times}, without a softmax", factor, g, tokens, everything, said)
+    return None
 
 
 def _penalties(g: Tensor, z: Tensor, total: Tensor, tokens: Tokens, digits: float) -> Iterator[Leak]:

@@ -1,7 +1,7 @@
 """Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -110,9 +110,8 @@ def decompose(
     """
     for name, probs in (residuals or {}).items():
         if tuple(probs.shape) != tuple(tokens.logits.shape):
-            raise InputError(
-                f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {tuple(tokens.logits.shape)}"
-            )
+            wanted = tuple(tokens.logits.shape)
+            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {wanted}")
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
     number = min(MOST_TOKENS, max(FEWEST_TOKENS, ENTRIES // tokens.logits.shape[1]))
     picked = spread(len(tokens), number).to(tokens.logits.device)
@@ -129,7 +128,11 @@ def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: N
         made = search.made(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
         if made.explains:
             return made
-    return decompose(grad, tokens, None, noise)
+    few = spread(len(tokens), FEWEST_TOKENS).to(tokens.logits.device)
+    made = None if mixture.explains else decompose(grad[few], tokens[few], None, noise[few])
+    if made is None or made.explains:  # what does not explain a few of the tokens does not explain all of them
+        return decompose(grad, tokens, None, noise)
+    return replace(made, index=few.cpu()[made.index])
 
 
 class _Search:
@@ -137,11 +140,10 @@ class _Search:
         self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
         self.p = tokens.probs.detach().double()
         self.rounding = noise.rows
-        there = g.norm(dim=-1) > noise.rows
-        self.digits = float((noise.rows / g.norm(dim=-1))[there].median()) if bool(there.any()) else 0.0
-        self.size = (
-            g.norm(dim=-1) + noise.rows / TOLERANCE
-        )  # so that what is off by rounding alone is off by the tolerance
+        sizes = g.norm(dim=-1)
+        share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient say nothing of its digits
+        self.digits = float(share.median()) if len(share) else 1.0
+        self.size = sizes + noise.rows / TOLERANCE  # what is off by rounding alone is off by the tolerance
         self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
         self.known: dict[tuple[str, float | None], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))
@@ -153,11 +155,8 @@ class _Search:
         kept, alike = [], []
         for entry in entries:
             twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
-            if (
-                twin is None
-                and not entry.parameter
-                and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12
-            ):
+            itself = twin is None and not entry.parameter
+            if itself and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12:
                 alike.append(("the student", entry.name))
             elif twin is not None:
                 alike.append((twin.name, entry.name))
@@ -188,12 +187,13 @@ class _Search:
         on = q.mT @ self.g[..., None]
         return r, on, (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
 
-    def solve(self, chosen: tuple[Residual, ...], value: float | None) -> tuple[Tensor, Tensor]:
-        """Coefficients of the unit columns, (N, J), and the relative misfit of every token, (N,)."""
-        r, on, left = (part[0] for part in self.projected(self.columns(chosen, [value])))
-        coincide = r.diagonal(dim1=-2, dim2=-1).abs() < 1e-12  # there they are not unique
-        r = r + torch.diag_embed(torch.where(coincide, 1e-12, 0.0))
-        return torch.linalg.solve_triangular(r, on, upper=True)[..., 0], left
+    def solve(self, chosen: tuple[Residual, ...], value: float | None) -> Tensor:
+        """Coefficients of the unit columns, (N, J)."""
+        r, on = (part[0] for part in self.projected(self.columns(chosen, [value]))[:2])
+        r = r + torch.diag_embed(
+            torch.where(r.diagonal(dim1=-2, dim2=-1).abs() < 1e-12, 1e-12, 0.0)
+        )  # not unique there
+        return torch.linalg.solve_triangular(r, on, upper=True)[..., 0]
 
     def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
         """The root mean square misfit over some tokens, at every value."""
@@ -255,9 +255,8 @@ class _Search:
         return chosen, near if as_well else found.x
 
     def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
-        return all(
-            self.miss(chosen, value, where) <= self.tolerance for where in (self.fitted, ~self.fitted) if where.any()
-        )
+        halves = [where for where in (self.fitted, ~self.fitted) if where.any()]
+        return all(self.miss(chosen, value, where) <= self.tolerance for where in halves)
 
     def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
         made = self.made(*one, torch.arange(len(self.g)))
@@ -268,14 +267,14 @@ class _Search:
         """The mixture of a set of residuals, with its pulls and its misfits."""
         if not chosen:
             return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), torch.ones(len(self.g)) > 0, alike=self.alike)
-        unit, miss = self.solve(chosen, value)
+        unit = self.solve(chosen, value)
         lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
         a = torch.stack([self.column(entry, value) for entry in chosen], -1)
         apart = torch.linalg.eigvalsh(a.mT @ a)[:, 0].clamp(min=0).sqrt()
         unique = (apart > 1e-4) & (lengths > 1e-13).all(-1)
         c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
         explains = self._explains(chosen, value)
-        held = float(miss[~self.fitted].square().mean().sqrt()) if (~self.fitted).any() else 0.0
+        held = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
         entry = next((entry for entry in chosen if entry.parameter), None)
         return Mixture(
             {e.says(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},

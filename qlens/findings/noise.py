@@ -44,6 +44,7 @@ def rounding(
     tokens: Tokens,
     precision: torch.dtype | None = None,
     moved: Sequence[Float[Tensor, "N V"]] = (),
+    constants: torch.dtype = torch.float64,
 ) -> Noise:
     r"""The one model of rounding: a relative error of :math:`2 u (2 + |\log p_k| + |\log Z|)` per entry, and what is measured.
 
@@ -60,6 +61,7 @@ def rounding(
         precision: of the loss's operations; by default the precision that the digits of the gradient show. Fewer digits of the
             gradient (after a cast of the logits, say) are a relative error of its entries.
         moved: the same at logits moved by rounding (``moves``).
+        constants: precision of the constants that enter the loss (weights, smoothed targets).
     """
     digits = carried(grad)
     unit, kept = (torch.finfo(dtype).eps / 2 for dtype in (precision or digits, digits))
@@ -75,12 +77,13 @@ def rounding(
     others = size.scatter(-1, top, 0.0).sum(-1, keepdim=True) / left.gather(-1, top)
     pulls = (size / left).amax(-1, keepdim=True).maximum(others).clamp(max=size.amax() * 2)
     entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p) + kept * size
+    entry = entry + torch.finfo(constants).eps * (size + pulls * p)
     label = 2 * unit * (2 - tokens.gather(log_p) + log_z[:, 0].abs()) * g.norm(dim=-1)
     # intermediate values like 1 - p_y and coefficients are rounded at the size of a large pull, in rows of a small one too
-    constants = 8 * unit * pulls.quantile(0.9)
+    middle = 8 * unit * pulls.quantile(0.9)
     formulas = 4 * torch.finfo(torch.float64).eps * pulls.amax()  # two formulas of one gradient differ by this
-    rows = 3 * (entry.norm(dim=-1) + label + constants / 8) + formulas
-    sums = 3 * (entry.sum(-1) + label + constants)
+    rows = 3 * (entry.norm(dim=-1) + label + middle / 8) + formulas
+    sums = 3 * (entry.sum(-1) + label + middle)
     for other in moved:
         off = other.detach().double() - g
         switched = (off.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (left.gather(-1, top)[:, 0] > CLOSE)
@@ -100,28 +103,56 @@ def moves(tokens: Tokens, precision: torch.dtype, number: int) -> Iterator[Token
 
 
 class _Trace(TorchDispatchMode):
-    """Watches every operation on values that depend on the logits, and keeps the coarsest floating-point type among them."""
+    """Watches every operation on values that depend on the logits.
+
+    Attributes:
+        coarsest: the least precise type among those values.
+        constants: the least precise type of the other values that enter, with more digits than a half precision holds.
+    """
 
     def __init__(self, roots: list[Tensor]):
         super().__init__()
         self.dependent, self.coarsest = WeakTensorKeyDictionary(), torch.float64
+        self.digits, self.constants = WeakTensorKeyDictionary(), torch.float64
         for root in roots:
             self.dependent[root] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)
-        inputs = [
-            value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor) and value in self.dependent
-        ]
-        exact = func is torch.ops.aten._to_copy.default and _equal(
-            made, args[0]
-        )  # a cast that loses no digit rounds nothing
-        for value in tree_leaves(made) if inputs else ():
-            if isinstance(value, Tensor) and value.is_floating_point():
+        given = [value for value in tree_leaves((args, kwargs)) if _real(value)]
+        others = torch.float64
+        for value in given:
+            if value not in self.dependent:
+                others = coarser(others, self._digits(value))
+        if not any(value in self.dependent for value in given):
+            for value in tree_leaves(made) if others != torch.float64 else ():
+                if _real(value):
+                    self.digits[value] = torch.float64 if _short(value) else others
+            return made
+        self.constants = coarser(self.constants, others)
+        # a cast that loses no digit rounds nothing
+        exact = func is torch.ops.aten._to_copy.default and _equal(made, args[0])
+        for value in tree_leaves(made):
+            if _real(value):
                 self.dependent[value] = True
                 self.coarsest = self.coarsest if exact else coarser(self.coarsest, value.dtype)
         return made
+
+    def _digits(self, value: Tensor) -> torch.dtype:
+        """The precision of a constant; one that a half precision holds too (0, 1, a mask) is as good as exact."""
+        if value not in self.digits:
+            short = value.dtype == torch.float64 or _short(value)
+            self.digits[value] = torch.float64 if short else value.dtype
+        return self.digits[value]
+
+
+def _short(value: Tensor) -> bool:
+    return _equal(value, value.to(torch.bfloat16))
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -133,12 +164,12 @@ def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
-def traced(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, torch.dtype]:
-    """The values of an unreduced loss, and the coarsest type that it computes in on the way from the logits, (N,)."""
+def traced(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, torch.dtype, torch.dtype]:
+    """The values of an unreduced loss, (N,), the coarsest type that it computes in from the logits on, and its constants'."""
     roots = [value for name, value in tokens.fields().items() if name in ("logits", *MODELS)]
     with torch.no_grad(), _Trace(roots) as trace:
         values = loss(tokens)
-    return values, trace.coarsest
+    return values, trace.coarsest, trace.constants
 
 
 def nothing_but_rounding(

@@ -15,9 +15,11 @@ from qlens.errors import InputError, UnknownReduction
 from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.guards import first_line, numbers_of
 from qlens.lens import carried, gradient, read
+from qlens.names import FIELD
 from qlens.notes import supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
-from qlens.tokens import Tokens, spread
+from qlens.signature import inputs
+from qlens.tokens import MODELS, Tokens, spread
 from qlens.variant import Variant
 
 SAME = 1e-6  # two calls of one loss differ by no more, in float64
@@ -37,6 +39,7 @@ class Reading:
         noise: the rounding in it.
         precision: of the gradient: the coarser of the loss's operations and of what its digits show.
         arithmetic: of the loss's operations on the way from the logits.
+        own: the coarsest of the gradient's precision and of the constants that enter it.
         losses: its values, (N,).
     """
 
@@ -45,6 +48,7 @@ class Reading:
     noise: Noise
     precision: torch.dtype
     arithmetic: torch.dtype
+    own: torch.dtype
     losses: Float[Tensor, " N"]
 
     @classmethod
@@ -57,7 +61,7 @@ class Reading:
         try:
             tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
             grad = read(variant, tokens, variant.loss)
-            losses, arithmetic = traced(variant.loss, tokens)  # by now it is known how the loss is called
+            losses, arithmetic, constants = traced(variant.loss, tokens)  # by now it is known how the loss is called
             if not variant.built_in:  # a state that other tokens leave behind shows in the next call
                 read(variant, tokens.with_logits(tokens.logits / 2), variant.loss)
             again = read(variant, tokens, variant.loss)
@@ -73,8 +77,8 @@ class Reading:
             raise
         except Exception as error:  # anything at all may go wrong inside a user's loss
             raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
-        noise = rounding(grad, tokens, arithmetic, moved)
-        return cls(tokens, grad.double(), noise, precision, arithmetic, losses)
+        noise = rounding(grad, tokens, arithmetic, moved, constants)
+        return cls(tokens, grad.double(), noise, precision, arithmetic, coarser(precision, constants), losses)
 
     @cached_property
     def tokens(self) -> Tokens:
@@ -126,9 +130,16 @@ def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant
 
 
 def on_probes(variant: Variant) -> Reading:
-    """A reading on the built-in probes: in float64 where the loss allows, at a vocabulary that it takes.
+    """A reading on the built-in probes in the loss's own precision; the logits are rounded to it, so that no cast changes them.
 
-    Where it computes in a coarser type, the probes' logits are rounded to that type first, so that its cast changes nothing.
+    Raises:
+        InputError: the loss fails at every vocabulary tried.
+    """
+    return rounded_to_precision(variant, before_casts(variant))
+
+
+def before_casts(variant: Variant) -> Reading:
+    """A reading on the built-in probes: in float64 where the loss allows, at a vocabulary that it takes.
 
     Raises:
         InputError: the loss fails at every vocabulary tried.
@@ -140,8 +151,7 @@ def on_probes(variant: Variant) -> Reading:
         tried.append(size)
         for dtype in (torch.float64, torch.float32):
             try:
-                found = Reading.of(variant, fed(probes(dtype, vocabulary=size), variant))
-                return _rounded(variant, found)
+                return Reading.of(variant, fed(probes(dtype, vocabulary=size), variant))
             except InputError as error:
                 if error.__cause__ is None or isinstance(error.__cause__, SystemExit):  # refused, not tried
                     raise
@@ -164,7 +174,9 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
     failed = ""
     for vocabulary in sizes or dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
         try:
-            found = _rounded(variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant)))
+            found = rounded_to_precision(
+                variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant))
+            )
         except InputError as error:
             failed = failed or f"at V = {vocabulary} {str(error).partition(chr(10))[0][:140]}"
             continue
@@ -185,6 +197,18 @@ def asked(variant: Variant) -> tuple[str, ...]:
     return (*variant.needs, *(("weight",) if takes else ()))
 
 
+def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
+    """The tokens without other models that a loss of logits does not take: it cannot send probability there."""
+    fn = variant.method.fn
+    if calling.kind(fn) != "logits":
+        return tokens
+    wanted = inputs(fn)
+    roles = [*wanted.required.values(), *wanted.optional.values()]
+    taken = {name for name in MODELS for role in roles if name in role or FIELD.get(role) == name}
+    left = {name: None for name in MODELS if name not in taken and getattr(tokens, name) is not None}
+    return tokens.replace(**left) if left else tokens
+
+
 def fed(tokens: Tokens, variant: Variant) -> Tokens:
     """Made-up tokens with weights, where the loss asks for them."""
     if "weight" not in asked(variant):
@@ -193,7 +217,7 @@ def fed(tokens: Tokens, variant: Variant) -> Tokens:
     return tokens.replace(weight=weights[torch.arange(len(tokens)) % 7].to(tokens.logits.device))
 
 
-def upcast(variant: Variant, tokens: Tokens) -> Reading:
+def on_own_tokens(variant: Variant, tokens: Tokens) -> Reading:
     """A reading of a user's tokens: all models' logits in float64, where the loss allows that and memory does."""
     if tokens.logits.numel() <= MOST and tokens.logits.dtype != torch.float64:
         try:
@@ -204,7 +228,7 @@ def upcast(variant: Variant, tokens: Tokens) -> Reading:
     return Reading.of(variant, tokens.upcast())
 
 
-def _rounded(variant: Variant, found: Reading) -> Reading:
+def rounded_to_precision(variant: Variant, found: Reading) -> Reading:
     """The same on tokens whose logits the loss's own precision holds exactly."""
     if found.precision == torch.float64 or not found.finite:
         return found

@@ -14,7 +14,8 @@ from qlens.lens import carried, gradient, slopes
 from qlens.tokens import MODELS, Tokens, spread
 
 PERTURBED = 12  # tokens changed, one at a time
-STEP = 1e-5  # of the numerical derivative, in logits
+# of the numerical derivative, in logits, and the share of a slope by which it must be off, in the loss's precision
+STEPS = {torch.float64: (1e-5, 1e-4), torch.float32: (0.02, 0.02)}
 DRAWS, UNTIED = 3, 0.05  # batches with logits moved off ties and thresholds on which slopes are taken, and by how much
 SIZES = (7, 28)  # the first so many tokens, read as a batch of their own
 COPIES = (4, 40)  # of all tokens, in one batch
@@ -91,7 +92,7 @@ def scope(
     noise = rounding(before, tokens, precision, moved).rows
     draw = _Changed(tokens, needs, ids or {})
     reached = _reached(rows, draw, draw.fields, before, tolerance, noise)
-    detached, gap = held_constant(rows, tokens, tolerance)
+    detached, gap = held_constant(rows, tokens, tolerance, precision)
     backward = _own_backward(total or rows, tokens) if detached else ""
     if not bool(reached.any()):
         number, everywhere = _by_number(rows, tokens, before, tolerance, noise)
@@ -244,13 +245,17 @@ def _by_number(rows: Callable, tokens: Tokens, before: Tensor, tolerance: float,
     return f"{', '.join(said)}, against {len(tokens)}" if said else "", everywhere
 
 
-def held_constant(rows: Callable, tokens: Tokens, tolerance: float = 1e-6) -> tuple[bool | None, float]:
+def held_constant(
+    rows: Callable, tokens: Tokens, tolerance: float = 1e-6, precision: torch.dtype | None = None
+) -> tuple[bool | None, float]:
     """Whether the gradient differs from the numerical derivative of the value, along random directions.
 
     It is tried on several batches with logits moved a little: at ties and on thresholds a value has no one slope.
     """
-    if tokens.logits.dtype != torch.float64:
+    own, stored = precision or tokens.logits.dtype, tokens.logits.dtype
+    if own not in STEPS or stored not in STEPS:
         return None, 0.0
+    step, least = max(STEPS[stored], STEPS[own])
     gaps = []
     with value_alone():
         for seed in range(DRAWS):
@@ -259,11 +264,11 @@ def held_constant(rows: Callable, tokens: Tokens, tolerance: float = 1e-6) -> tu
             untied = tokens.replace(logits=tokens.logits + by)
             grad = gradient(rows, untied)
             with torch.no_grad():
-                found = list(slopes(lambda moved: rows(moved).sum(), grad, untied, STEP, seed))
+                found = list(slopes(lambda moved: rows(moved).double().sum(), grad, untied, step, seed))
             off = sorted(abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in found)
             gaps.append(off[1])  # a kink crossed by one direction says nothing
     gap = min(gaps)
-    return gap > max(1e-4, tolerance), gap
+    return gap > max(least, tolerance), gap
 
 
 def _own_backward(total: Callable[[Tokens], Tensor], tokens: Tokens) -> str:

@@ -18,9 +18,12 @@ from qlens.findings.nearly import Nearly, gate, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.normalised import Normalised, elsewhere
 from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
-from qlens.findings.reading import Reading, asked, on_trials
+from qlens.findings.reading import Reading, asked, models_taken, on_trials
 from qlens.findings.scope import Scope, scope
+from qlens.findings.shifts import label_offset
+from qlens.findings.uncoupled import piecewise_linear, uncoupled
 from qlens.findings.vocabulary import EQUAL, VocabularyFactor
+from qlens.lens import read
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
 
@@ -45,13 +48,14 @@ def own_spec(variant: Variant) -> str:
 class Study:
     """One explanation in the making: what is read on the tokens shown, and on the trial tokens where the loss takes them."""
 
-    def __init__(self, e: Explanation, shown: Reading, own: Mapping[str, Tensor]):
+    def __init__(self, e: Explanation, shown: Reading, own: Mapping[str, Tensor], given: Variant):
         self.e, self.variant, self.own, self.own_spec = e, e.variant, own, own_spec(e.variant)
         self.shown, self.broken, self.ids_untried = shown, 0, ""
         self.same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown, read where it is needed
         self.by_vocabulary: list[VocabularyFactor] = []
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
+        self.given = given
 
     def run(self) -> Explanation:
         """The explanation, with everything that can be found."""
@@ -63,26 +67,32 @@ class Study:
         reach = self.scope(ids)
         if self.e.whole and reach.of == "token":  # it divides by something of its batch that no change has shown
             reach = replace(reach, of="batch", through=(*reach.through, "number"))
-        if self.trial is not None and not self.trial.finite:
-            kept = self.trial.grad.isfinite().all(-1)
+        kept = None if self.trial is None else self.finite(self.trial)
+        if self.trial is not None and kept is not None and not bool(kept.all()):
             self.broken = int((~kept).sum())
             self.trial = self.trial[kept] if reach.of == "token" else None
+        at, shifted = self.shown, 0
+        if reach.of == "sequence" and reach.through == ("labels",):
+            shifted = label_offset(self.variant.loss, at.given, at.grad, at.noise.rows)
         if ids is not None and reach.of != "token":
             ids = self.divided(ids, reach)
         alone = reach.of == "token" or (ids is not None and ids.divided)
         shown, trial = self.alike(self.shown, ids), self.trial and self.alike(self.trial, ids)
-        found = leak(shown.grad, shown.tokens, shown.noise)
+        found = uncoupled(self.variant, shown, leak(shown.grad, shown.tokens, shown.noise))
         wide = None if trial is None else leak(trial.grad, trial.tokens, trial.noise)
+        wide = None if trial is None else uncoupled(self.variant, trial, wide)
         seen, trial = _undone(shown, found), trial and _undone(trial, wide)
         changed = found is not None or wide is not None or ids is not None
-        near, partly, normal = self.identified(seen, trial, changed, alone)
+        none = found is not None and (bool(found.uncoupled) or not found.cause) or ids is not None and not ids.equal
+        near, partly, normal = self.identified(seen, trial, changed, alone, none)
         if normal is not None and not normal.spec:
             seen, trial = self.unscaled(seen), trial and self.unscaled(trial)
         elif normal is not None:
             seen = seen.undone(seen.grad * (normal.constant / normal.here))
             trial = trial and trial.undone(trial.grad * (normal.constant / (normal.wide or normal.here)))
-        mixture = decompose(seen.grad, seen.tokens, self.own, seen.noise)
-        laws, beyond = self.laws(mixture, seen, trial, reach)
+        here, there = self.models_taken(seen), trial and self.models_taken(trial)
+        mixture = decompose(here.grad, here.tokens, self.own, here.noise)
+        laws, beyond = self.laws(mixture, here, there, reach)
         if (
             reach.of == "batch" and not alone and normal is None
         ):  # ends that pulls seem to be held at are then those of this batch
@@ -103,6 +113,8 @@ class Study:
             scope=reach,
             leak=_clearer(found, wide),
             label_weights=ids,
+            shifted=shifted,
+            linear=piecewise_linear(self.variant, self.shown),
             nearly=partly,
             by_vocabulary=None
             if near and near[0].same
@@ -120,6 +132,17 @@ class Study:
         """The trial tokens, else those shown."""
         return self.shown if self.trial is None else self.trial
 
+    def models_taken(self, at: Reading) -> Reading:
+        """The same without the models that the loss does not take."""
+        return at.undone(at.grad, models_taken(self.variant, at.given))
+
+    def finite(self, at: Reading) -> Tensor:
+        """Where the gradient is a number, (N,), in the loss's own precision too."""
+        kept = at.grad.isfinite().all(-1)
+        if self.given is self.variant:
+            return kept
+        return kept & read(self.given, at.given, self.given.loss).isfinite().all(-1)
+
     def scope(self, ids: LabelWeights | None = None) -> Scope:
         """On the probes as they are; for tokens of one's own on the trial tokens, or on some of one's own."""
         at = self.shown if self.e.on_probes else self.base
@@ -132,7 +155,7 @@ class Study:
             asked(self.variant),
             at.arithmetic,
             ids.weights if ids else None,
-            self.variant.total,
+            self.given.total,
         )
 
     def label_ids(self) -> LabelWeights | None:
@@ -170,7 +193,8 @@ class Study:
 
     def unscaled(self, at: Reading) -> Reading:
         """A reading whose weights the batch scales, without the factor of their law, or with 1 for the largest."""
-        found = laws_of(decompose(at.grad, at.tokens, {}, at.noise), at).get("the label")
+        known = self.models_taken(at)
+        found = laws_of(decompose(known.grad, known.tokens, {}, known.noise), known).get("the label")
         rest = at.tokens.rest_log_probs.exp()
         largest = (-at.tokens.gather(at.grad) / rest)[rest > LEFT].abs()
         scale = found.values.get("c") if found is not None else float(largest.max()) if len(largest) else None
@@ -201,10 +225,12 @@ class Study:
         return laws_of(mixture, seen), f"at {where} it reads {in_short(wide, laws_of(wide, trial))}."
 
     def identified(
-        self, seen: Reading, trial: Reading | None, changed: bool, alone: bool
+        self, seen: Reading, trial: Reading | None, changed: bool, alone: bool, none: bool
     ) -> tuple[list[matching.Match], Nearly | None, Normalised | None]:
         """The registered methods nearest first, the one that a loss of each token ``alone`` is on most, if none on all, and
         the one that another loss is times a factor of the batch.
+
+        No parameters are searched where it is known that ``none`` is it: raw logits or ids count in an unknown way.
         """
         base = seen if trial is None else trial
         some = self.thinned(base, MATCHED, changed)
@@ -214,7 +240,7 @@ class Study:
         if alone and not (self.own_spec or (near and near[0].same)):
             likely = [match.spec for match in near[:LIKELY]] + list(methods())
             partly = nearly(some, self.variant.loss, list(dict.fromkeys(likely)), further)
-        if alone and not (self.own_spec or (near and near[0].same)):
+        if alone and not (none or self.own_spec or (near and near[0].same)):
             likely = ([partly.spec] if partly is not None else []) + [
                 match.spec for match in near if match.share > HALF
             ]
@@ -223,7 +249,7 @@ class Study:
             )
             if found := next((match for match in tried if match is not None), None):
                 return self.settled([found, *near], seen, trial, changed, alone), None, None
-        if not (self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
+        if not (none or self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
             fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
             if alone and fits and not near[0].same:

@@ -10,10 +10,13 @@ from qlens.findings.words import (
     digits,
     floor,
     pushed_down,
+    shifted,
     short,
+    sides,
     span,
     told_on,
     trusted,
+    uncoupled,
     untaught,
     where_read,
 )
@@ -33,6 +36,10 @@ def paragraph(e: Any) -> str:
     if e.silent:
         up_to = "everywhere" if not bool(e.target.grad.any()) else "up to rounding"
         return f"This loss teaches nothing: its gradient is zero {up_to}."
+    if uncoupled(e):
+        return f"{e.leak.uncoupled}; its target does not add up to one."
+    if e.shifted:
+        return f"It trains the wrong token: {shifted(e)}."
     said = [_identity(e), _said_of_trust(e), _said_of_rest(e)]
     if e.leak is not None:
         why = e.leak.cause or "in a way that is not one of the known ones"
@@ -138,6 +145,8 @@ def _said_of_trust(e: Any) -> str:
         return _begun(e, f"How far a label is trusted: {formula}.")
     zero = len(untaught(e))
     rest = f"; {zero} of {n} tokens {'teaches' if zero == 1 else 'teach'} nothing" if zero else ""
+    if sides(e):
+        return f"I{sides(e)[1:]}{law}{rest}."
     if (trust < -digits(e)).any():
         down = pushed_down(e)
         down = trust.index[trust < -digits(e)] if down.empty else down
@@ -167,6 +176,8 @@ def _begun(e: Any, sentence: str) -> str:
 def _said_of_rest(e: Any) -> str:
     if e.mixture is None:
         return ""
+    if not e.mixture.explains and e.linear:
+        return "There is no softmax in it: it is a margin of raw logits; its gradient changes only where an entry crosses it."
     if not e.mixture.explains:
         return (
             "Where the rest goes is no mixture of the distributions at hand: the best of them leaves "

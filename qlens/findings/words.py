@@ -29,17 +29,26 @@ def lines(e: Any) -> list[str]:
         said.append(
             f"WARNING: read whole, its division left as it is: what is said holds for the batches shown. {e.whole}"
         )
-    if e.precision in COARSE:
+    if e.own is not None and e.own.dtype in COARSE:
+        said.append(
+            f"Precision: read with the loss's casts taken to float64; {str(e.own.dtype).removeprefix('torch.')} moves the "
+            f"gradient by {percent(e.own.usual)} at the median token, by up to {percent(e.own.largest)}."
+        )
+    elif e.precision in COARSE:
         said.append(f"Precision: the gradient holds {str(e.precision).removeprefix('torch.')} digits only.")
     undefined = int((~e.losses.isfinite()).sum())
     if undefined:
         said.append(f"WARNING: the loss is not finite on {undefined} of {len(e.table)} tokens.")
     said += [f"WARNING: the loss writes on the {name} it is given." for name in e.written]
+    if e.shifted:
+        said.append(f"WARNING: {shifted(e)}.")
     said += [
         f"WARNING: {name} has no effect: the loss takes it and neither its value nor its gradient changes."
         for name in e.unused
     ]
-    said += [*_trust(e), *_rest(e)]
+    said += [f"No softmax: {e.leak.uncoupled}."] if uncoupled(e) else [*_trust(e), *_rest(e)]
+    if sides(e):
+        said.append(f"{'WARNING: s' if 'REJECTED' in sides(e) else 'S'}ides: {sides(e)}.")
     if e.nearly is not None:
         said.append(f"Nearly: {e.nearly}.")
     if e.normalised is not None:
@@ -48,7 +57,11 @@ def lines(e: Any) -> list[str]:
         said.append(f"Label ids: {e.label_weights}.")
     elif e.ids_untried:
         said.append(f"Label ids: not tried; on one token given many ids the loss raises {e.ids_untried}.")
-    said += [*_mixture(e), *_simplex(e)]
+    if e.linear and not uncoupled(e):
+        said.append(
+            "No softmax: its gradient does not change as the logits move a little; it is a margin of raw logits."
+        )
+    said += [*([] if uncoupled(e) else _mixture(e)), *_simplex(e)]
     if e.scope is not None:
         said.append(f"Scope: {e.scope}")
     if e.broken:
@@ -212,6 +225,39 @@ def span(p_y: pd.Series, form: str) -> str:
     """From the least to the greatest p_y, in words."""
     low, high = format(p_y.min(), form), format(p_y.max(), form)
     return f"p_y = {low}" if low == high else f"p_y from {low} to {high}"
+
+
+def uncoupled(e: Any) -> bool:
+    """Whether the loss pulls raw logits without a softmax and is no known method: then trust and mixture mean nothing."""
+    return e.leak is not None and bool(e.leak.uncoupled) and not (e.registered or (e.nearest and e.nearest[0].same))
+
+
+def shifted(e: Any) -> str:
+    """On which label a token is trained, where it is not its own; "" where it is."""
+    if not e.shifted:
+        return ""
+    places = f"{abs(e.shifted)} place{'s' if abs(e.shifted) > 1 else ''} {'after' if e.shifted > 0 else 'before'}"
+    return f"each position is trained on the label {places} the one that it should predict: labels are shifted wrongly"
+
+
+def sides(e: Any) -> str:
+    """Which side of a pair a loss of pairs raises and which it lowers; "" where that is not one and the same on all."""
+    chosen = e.tokens.chosen
+    if e.scope is None or e.scope.of != "pair" or chosen is None:
+        return ""
+    trust = net(e)
+    known = trust[trust.abs() > digits(e)]
+    of_chosen = chosen.cpu().numpy()[known.index]
+    ends = known[of_chosen], known[~of_chosen]
+    if any(end.empty for end in ends):
+        return ""
+    if (ends[0] > 0).all() and (ends[1] < 0).all():
+        return "it raises the chosen sequences and lowers the rejected ones"
+    if (ends[0] < 0).all() and (ends[1] > 0).all():
+        return (
+            "it raises the REJECTED sequences and lowers the chosen ones, as if the two were swapped or the sign wrong"
+        )
+    return ""
 
 
 def constant(e: Any) -> bool:
