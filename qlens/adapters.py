@@ -12,11 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from qlens import graphs
 from qlens.calling import Layout, call, kind
+from qlens.divisors import Division
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.layouts import Style, counts, sequences
 from qlens.leaves import leaves
-from qlens.reductions import ALIKE, FOUND_ON, Division, find_division, pairwise
+from qlens.reductions import ALIKE, FOUND_ON, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import settings_of
 from qlens.styles import style_of
@@ -214,7 +215,7 @@ class _Shares(torch.autograd.Function):
         return None, None, u[:, None] * rows, *(u[0] * grad for grad in learned)
 
 
-class _Whole(Unreduced):
+class Whole(Unreduced):
     """A loss whose reduction is not known: its value times the number of rows, its gradient that of the batch."""
 
     ratio: float | None = None  # of its gradient that a row keeps as every row is shown twice
@@ -249,5 +250,5 @@ def whole(variant: V) -> V:
     every row is shown twice is a sum already.
     """
     made = replace(variant)
-    made.__dict__["unreduced"] = _Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
+    made.__dict__["unreduced"] = Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
     return made

@@ -17,7 +17,7 @@ from qlens.findings.exact import OwnPrecision
 from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
-from qlens.findings.mixtures import Mixture
+from qlens.findings.mixture import Mixture
 from qlens.findings.nearly import Nearly
 from qlens.findings.normalised import Normalised
 from qlens.findings.scope import Scope

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from qlens.comparables import Tally
 from qlens.errors import InputError
+from qlens.routers import router_loss
 from qlens.updates import UpdateNorm
 
 logger = logging.getLogger(__name__)
@@ -21,6 +22,8 @@ EVALUATION = -1  # instead of a step
 
 class Measurements(Trainer):
     """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
+
+    _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
     def _measure(self, log_every: int) -> None:
         """Begin to measure; every so many logs hold the measurements, 0: none."""
@@ -110,3 +113,12 @@ class Measurements(Trainer):
             (self._tally, self._router, self._place), self._evaluating = training, False
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
+
+    def _with_router_loss(self, loss: Tensor, outputs: Any, training: bool) -> Tensor:
+        """The loss with the model's router loss, if it has one, a micro-batch's share of it; in training only."""
+        if (found := router_loss(self.model, outputs)) is None:
+            return loss
+        value, weight = found
+        if self._is_measured():
+            self._router.append(value.detach())
+        return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qlens.averages import averaged, draws, nearest_count
 from qlens.calling import inputs, takes
+from qlens.divisors import REDUCTIONS, UNUSUAL, Division, Divisor
 from qlens.draws import Replay
 from qlens.errors import InputError, UnknownReduction
 from qlens.layouts import Counts, Layout, Style, counts
@@ -21,46 +22,6 @@ ROUNDING = 1e3  # units of rounding below which a gradient that no count explain
 ALIKE = 0.01  # gradients this near are one gradient: losses may compute in bfloat16, and counts differ by far more
 EXACT = 1e-4  # the same where more is fitted: two terms, or a number added to a count
 TRIALS = 2**12  # vocabulary up to which the wider trial tokens are tried too
-
-Divisor = Callable[[Counts], Any]
-
-# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
-REDUCTIONS: dict[str, Divisor] = {
-    "sum": lambda c: 1,
-    "mean over unmasked": lambda c: c.rows,
-    "mean over all": lambda c: c.positions,
-    "mean over all, the unused last position included": lambda c: c.columns,
-    "mean over all but padding": lambda c: c.attended,
-    "sum of each text, mean over texts": lambda c: c.texts,
-    "mean of each text, mean over texts": lambda c: c.texts * c.own,
-    "mean of each text, sum over texts": lambda c: c.own,
-}
-
-
-def _power(name: str, exponent: float) -> Divisor:
-    return lambda c: getattr(c, name) ** exponent
-
-
-NUMBERS = {"rows": "supervised tokens", "columns": "positions", "texts": "texts"}
-UNUSUAL: dict[str, Divisor] = {
-    f"sum divided by the number of {what} to the power {exponent:g}": _power(name, exponent)
-    for exponent in (2, 0.5, 1.5, 3, 0.75, 0.25)
-    for name, what in NUMBERS.items()
-} | {
-    "mean over unmasked, divided by the number of texts once more": lambda c: c.rows * c.texts,
-    "mean over all, divided by the number of texts once more": lambda c: c.positions * c.texts,
-    "mean of each text, mean over texts, divided by the number of texts once more": lambda c: c.texts**2 * c.own,
-    "sum of each text divided by the root of its length, mean over texts": lambda c: c.texts * c.own**0.5,
-}
-
-
-class Division(NamedTuple):
-    """What a loss divides by: its name, the divisor, what else is to be said of it, and how far it is from exact."""
-
-    name: str
-    divisor: Divisor
-    note: str = ""
-    off: float = 0.0
 
 
 class Shown(NamedTuple):

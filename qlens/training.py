@@ -21,7 +21,6 @@ from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
-from qlens.routers import router_loss
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
 from qlens.whole_batches import LAYOUT, WholeBatches, selected_share
@@ -215,15 +214,6 @@ class QLossMixin(WholeBatches):
                 if measured:
                     self._tally.look(self.variant, tokens, losses)
         return losses.sum() * share / items
-
-    def _with_router_loss(self, loss: Tensor, outputs: Any, training: bool) -> Tensor:
-        """The loss with the model's router loss, if it has one, a micro-batch's share of it; in training only."""
-        if (found := router_loss(self.model, outputs)) is None:
-            return loss
-        value, weight = found
-        if self._is_measured():
-            self._router.append(value.detach())
-        return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
 
     def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
         """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""

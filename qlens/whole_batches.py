@@ -37,7 +37,6 @@ class WholeBatches(Measurements):
     _said_reduction: str
     _count: Any
     _denominator: Any
-    _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
     def _as_written(
         self, model: nn.Module, features: dict, inputs: dict, return_outputs: bool, num_items_in_batch: Any

@@ -6,7 +6,8 @@ from torch.testing import assert_close
 
 import qlens
 from qlens import matching, params
-from qlens.findings.identify import _Fit, pushes_only, refined, search
+from qlens.findings.fits import _Fit, pushes_only
+from qlens.findings.identify import refined, search
 from qlens.findings.noise import rounding
 from qlens.probes import probes, trials
 from qlens.registry import methods

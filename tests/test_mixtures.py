@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 import qlens
 from qlens import get
-from qlens.findings.mixtures import RAW, decompose
+from qlens.findings.mixture import RAW
+from qlens.findings.mixtures import decompose
 from qlens.findings.reading import models_taken
 from qlens.findings.residuals import dictionary
 from qlens.probes import probes

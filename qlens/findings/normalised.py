@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens import matching
-from qlens.findings.identify import pushes_only
+from qlens.findings.fits import pushes_only
 from qlens.findings.noise import Noise, rounding
 from qlens.findings.reading import Reading
 from qlens.lens import gradient

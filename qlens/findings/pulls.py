@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlens.findings.features import Seen
 from qlens.findings.laws import Law, law
-from qlens.findings.mixtures import Mixture
+from qlens.findings.mixture import Mixture
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.reading import Reading
 from qlens.findings.vocabulary import FORMS, listed, scaled

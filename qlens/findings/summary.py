@@ -3,23 +3,9 @@
 from typing import Any
 
 from qlens.findings.features import percent
-from qlens.findings.mixtures import RAW
-from qlens.findings.words import (
-    alike,
-    beside,
-    digits,
-    floor,
-    pushed_down,
-    shifted,
-    short,
-    sides,
-    span,
-    told_on,
-    trusted,
-    uncoupled,
-    untaught,
-    where_read,
-)
+from qlens.findings.mixture import RAW
+from qlens.findings.trust import alike, beside, digits, pushed_down, short, span, told_on, trusted, untaught, where_read
+from qlens.findings.words import floor, shifted, sides, uncoupled
 from qlens.params import parse
 
 ALIKE = 1e-6
