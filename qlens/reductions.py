@@ -101,6 +101,8 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
             return grad_of(*call)
 
     base = read(fn, params, shown, style)
+    if not bool(base.isfinite().all()):
+        return None  # what is not a number is not told apart from its multiples
     if _misfit([base, read(fn, params, shown, style)]) > ALIKE:
         raise InputError(
             f"{name} is not deterministic: it has a state, or draws numbers, that qlens cannot restore: two calls on the same "
