@@ -51,7 +51,10 @@ def why_whole(
     if not rows or (variant.built_in and not declared):
         return ""
     fn = variant.method.fn
-    seen = [(name, value.ndim == 1 and bool((value != value[:1]).any())) for name, value in sorted(fields.items())]
+    seen = [
+        (name, value.ndim == 1 and bool((value != value[:1]).any()), value.dtype == torch.bool and bool(value.any()))
+        for name, value in sorted(fields.items())
+    ]
     cut = rows > block and variant.scope in ALONE
     run = min(rows, max(2 * block, 4 * SAMPLE)) if cut else 0  # rows next to each other that are tried
     card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
