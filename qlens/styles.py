@@ -44,6 +44,16 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if wanted.kind in ("tokens", "hidden"):
         return Trial(Style(), 1.0, 1.0)
     some = few(tokens)
+    masks = {"critical", "hint"} & {*wanted.required.values(), *wanted.optional.values()}
+    if masks and wanted.kind in ("logits", "outputs"):  # a mask may hide most rows: first with none hidden
+        with contextlib.suppress(InputError):
+            trial = few(trial_rows(tokens))
+            shown = {
+                name: torch.ones_like(trial.labels).bool() for name in ("critical", "hint") if name in trial.fields()
+            }
+            on_all = _best(fn, params, trial.replace(**shown))
+            if on_all.full:
+                return on_all
     found = _best(fn, params, some)
     if not found.lit and (others := probes_like(tokens)) is not None:
         with contextlib.suppress(InputError):  # a loss may be made for these very tokens

@@ -26,7 +26,7 @@ def registered(fn, **card):
     return method.variant
 
 
-def compare(variant, wanted, **fields):
+def assert_trained_as(variant, wanted, **fields):
     """Value and gradients of the engine against a loss of whole logits, (N,)."""
     hidden, head, labels = hidden_and_head(50, 40)
     whole = wanted(hidden @ head.T, labels).mean()
@@ -54,7 +54,9 @@ def test_a_method_may_write_on_what_it_is_shown():
     fresh = registered(halving, needs=("teacher",), scope="token")
     for _ in range(3):
         calls.clear()
-        compare(fresh(), lambda z, y: -((teacher / 2).softmax(-1) * (z / 2).log_softmax(-1)).sum(-1), teacher=teacher)
+        assert_trained_as(
+            fresh(), lambda z, y: -((teacher / 2).softmax(-1) * (z / 2).log_softmax(-1)).sum(-1), teacher=teacher
+        )
     assert calls == [40]  # what is tried is tried once, and not on these rows
     tokens = Tokens(
         logits=torch.zeros(40, 50).double(), labels=torch.zeros(40, dtype=torch.long), teacher=teacher.clone()
@@ -86,7 +88,9 @@ def test_masks_of_zeros_and_ones_are_bool():
     mask = torch.arange(40) % 3 == 0
     for dtype in (torch.bool, torch.long, torch.float32):
         fields = {"critical": mask.to(dtype), "hint": (~mask).to(dtype)}
-        compare(registered(outside)(), lambda z, y: (~mask) * nll(z, y) * torch.where(~mask, 1.0, 0.1), **fields)
+        assert_trained_as(
+            registered(outside)(), lambda z, y: (~mask) * nll(z, y) * torch.where(~mask, 1.0, 0.1), **fields
+        )
     tokens = Tokens(logits=torch.zeros(40, 5), labels=torch.zeros(40, dtype=torch.long), critical=mask.long())
     assert tokens.critical.dtype == torch.bool == tokens.replace(hint=mask.long()).hint.dtype
 
@@ -100,7 +104,9 @@ def test_a_method_that_needs_the_weight_is_shown_it():
 
     weight = torch.linspace(0.1, 1.0, 40, dtype=torch.float64)
     for fn in (squared, pushed):
-        compare(registered(fn, needs=("weight",))(), lambda z, y: weight.clamp(max=0.5) ** 2 * nll(z, y), weight=weight)
+        assert_trained_as(
+            registered(fn, needs=("weight",))(), lambda z, y: weight.clamp(max=0.5) ** 2 * nll(z, y), weight=weight
+        )
 
 
 def test_a_loss_that_reduces_itself_has_the_value_of_its_weighted_rows(make):
@@ -109,7 +115,7 @@ def test_a_loss_that_reduces_itself_has_the_value_of_its_weighted_rows(make):
         for scope in ("", "token"):
             loss = functools.partial(F.cross_entropy, reduction=reduction)
             variant = registered(lambda logits, labels, loss=loss: loss(logits, labels), scope=scope)()
-            compare(variant, lambda z, y: weight * nll(z, y), weight=weight)
+            assert_trained_as(variant, lambda z, y: weight * nll(z, y), weight=weight)
 
     def over_the_hardest(logits, labels):
         losses = F.cross_entropy(logits, labels, reduction="none")
@@ -156,11 +162,11 @@ def test_a_first_batch_that_teaches_nothing_decides_nothing():
     for fn in (shifting, skipping):
         variant = registered(fn, scope="token")()
         for critical in (none, some, none):
-            compare(variant, lambda z, y, critical=critical: critical * nll(z, y), critical=critical)
+            assert_trained_as(variant, lambda z, y, critical=critical: critical * nll(z, y), critical=critical)
 
 
 def test_a_kept_variant_follows_a_loss_whose_reduction_changes():
     reduction = ["mean"]
     variant = registered(lambda logits, labels: F.cross_entropy(logits, labels, reduction=reduction[0]))()
     for reduction[0] in ("mean", "sum", "none", "mean"):
-        compare(variant, nll)
+        assert_trained_as(variant, nll)
