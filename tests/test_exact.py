@@ -3,10 +3,12 @@
 import torch
 import torch.nn.functional as F
 from losses import label_log_probs
+from torch.testing import assert_close
 
 import qlens
 from qlens.findings.exact import Exact, read_exactly
 from qlens.findings.noise import traced
+from qlens.findings.reading import whole_where_needed
 from qlens.lens import gradient, read
 from qlens.registry import resolve
 from qlens.scales import carried
@@ -105,3 +107,34 @@ def test_a_gradient_of_zeros_and_ones_does_not_tell_its_precision():
     assert traced(resolve(smoothed_by_constants).loss, tokens)[2] == torch.float32
     batched = resolve(lambda logits, labels: F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
     assert traced(batched.loss, tokens)[1:] == (torch.float64, torch.float64)  # padding is exact
+
+
+def test_a_loss_that_needs_its_batch_is_read_whole_in_float64():
+    def hardest(logits, labels, dtype=torch.bfloat16):
+        losses = F.cross_entropy(logits.to(dtype), labels, reduction="none")
+        k = int(0.6 * len(losses))
+        return losses.topk(k).values.sum() / k
+
+    variant, why = whole_where_needed(resolve(hardest), None)
+    exact, found, own = read_exactly(variant, None)
+    assert "reduction could not be found" in why and isinstance(exact, Exact)
+    assert own is not None and own.dtype == torch.bfloat16 and found.precision == torch.float64
+    z = found.given.logits.clone().requires_grad_()
+    hardest(z, found.given.labels, torch.float64).mul(len(z)).backward()
+    assert_close(found.grad, z.grad, rtol=1e-9, atol=1e-12)
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return 2 * grads[0]
+
+
+def test_a_backward_of_its_own_is_named_where_the_loss_casts_too():
+    read = qlens.explain(lambda logits, labels: F.cross_entropy(_Twice.apply(logits.float()), labels))
+    assert read.own is not None and read.own.dtype == torch.float32
+    assert read.scope.backward == "_Twice" and read.nearest[0].spec == "sft" and read.nearest[0].factor == 2

@@ -152,7 +152,7 @@ class Study(Naming):
             asked(self.variant),
             at.arithmetic,
             ids.weights if ids else None,
-            self.given.total,
+            self.variant.total,
         )
 
     def label_ids(self) -> LabelWeights | None:
