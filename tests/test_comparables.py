@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from qlens.batching import IGNORE, collate
 from qlens.comparables import Tally
+from qlens.errors import InputError
 from qlens.registry import resolve
 from qlens.target import Target
 from qlens.updates import UpdateNorm
@@ -147,9 +148,11 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make):
 
 def test_evaluation_of_several_sets_and_of_none_supervised(make):
     sets = {"a": rows(2, seed=3), "b": rows(2, seed=4), "c": [rows(3)[2]]}
+    with pytest.raises(InputError, match="the evaluation set \\(eval_c\\) has no supervised token"):
+        make("sft", eval_dataset=sets).evaluate()
+    del sets["c"]
     metrics = make("sft", eval_dataset=sets).evaluate()
     assert metrics["eval_a_nll"] != metrics["eval_b_nll"]
-    assert "eval_c_nll" not in metrics and metrics["eval_c_loss"] == 0
 
 
 def test_compute_metrics_gets_predictions(make):

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 import qlens
 from qlens import matching, params
-from qlens.findings.fits import _Fit, pushes_only
+from qlens.findings.fits import Fit, pushes_only
 from qlens.findings.identify import refined, search
 from qlens.findings.noise import rounding
 from qlens.probes import probes, trials
@@ -98,6 +98,6 @@ def test_the_simplest_setting_is_named():
 
 def test_a_parameter_that_is_nothing_is_zero():
     grad = qlens.get("bootstrap_soft(beta=0.0, detach=False)").target(T).grad
-    fit = _Fit(methods()["bootstrap_soft"], grad, T, rounding(grad, T))
+    fit = Fit(methods()["bootstrap_soft"], grad, T, rounding(grad, T))
     fit.params = {"beta": 8e-17, "detach": False}
     assert fit.simpler() == {"beta": 0.0, "detach": False}

@@ -1,5 +1,6 @@
 """Readings: a loss's gradient at some tokens, with the precision it was computed in and the rounding it holds."""
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -63,7 +64,8 @@ class Reading:
             grad = read(variant, tokens, variant.loss)
             losses, arithmetic, constants = traced(variant.loss, tokens)  # by now it is known how the loss is called
             if not variant.built_in:  # a state that other tokens leave behind shows in the next call
-                read(variant, tokens.with_logits(tokens.logits / 2), variant.loss)
+                with contextlib.suppress(InputError):  # on logits that nobody showed it, it may fail
+                    read(variant, tokens.with_logits(tokens.logits / 2), variant.loss)
             again = read(variant, tokens, variant.loss)
             precision = coarser(arithmetic, carried(grad))
             finite = bool(grad.isfinite().all() and grad.any())
