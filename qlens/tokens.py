@@ -241,6 +241,9 @@ def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
     return _LogSoftmax.apply(z)
 
 
+SMALLEST = -80.0  # logarithm of a share that adds nothing to 1 at any V; smaller ones are slow, as subnormal numbers are
+
+
 class _LogSoftmax(torch.autograd.Function):
     """z - max(z) - log sum exp(z - max(z)), some rows at a time, with sums that torch adds up pairwise."""
 
@@ -250,7 +253,7 @@ class _LogSoftmax(torch.autograd.Function):
         step = max(1, BLOCK_ENTRIES // size)
         for few, made in zip(z.reshape(-1, size).split(step), log_p.view(-1, size).split(step), strict=True):
             torch.sub(few, few.amax(-1, keepdim=True), out=made)
-            made.sub_(made.exp().sum(-1, keepdim=True).log_())
+            made.sub_(made.clamp(min=SMALLEST).exp_().sum(-1, keepdim=True).log_())
         ctx.save_for_backward(log_p)
         return log_p
 
