@@ -241,7 +241,7 @@ def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
     return _LogSoftmax.apply(z)
 
 
-SMALLEST = -80.0  # logarithm of a share that adds nothing to 1 at any V; smaller ones are slow, as subnormal numbers are
+SMALLEST = -80.0  # log of a share that adds nothing to 1; subnormal numbers, which are slow, are avoided
 
 
 class _LogSoftmax(torch.autograd.Function):
@@ -265,8 +265,9 @@ class _LogSoftmax(torch.autograd.Function):
 
 def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:
     """One-hot rows of the given width."""
-    zeros = torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device)
-    return zeros.scatter(-1, labels[..., None].long(), 1.0)
+    return torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device).scatter(
+        -1, labels[..., None].long(), 1.0
+    )
 
 
 def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
