@@ -265,9 +265,8 @@ class _LogSoftmax(torch.autograd.Function):
 
 def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:
     """One-hot rows of the given width."""
-    return torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device).scatter(
-        -1, labels[..., None].long(), 1.0
-    )
+    zeros = torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device)
+    return zeros.scatter(-1, labels[..., None].long(), 1.0)
 
 
 def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
@@ -280,8 +279,7 @@ def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Fl
 
 def kl(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """KL(a || b) = sum_k a_k (log a_k - log b_k) of log-distributions, differentiable in both; a_k = 0 adds nothing."""
-    made = _dot(log_a.exp(), log_a - log_b)
-    if bool(made.isfinite().all()):
+    if bool((made := _dot(log_a.exp(), log_a - log_b)).isfinite().all()):
         return made
     gap = (log_a - log_b.masked_fill(log_a.detach() == -torch.inf, 0.0)).masked_fill(log_a.detach() == -torch.inf, 0.0)
     return (log_a.exp() * gap).sum(-1)
