@@ -21,14 +21,10 @@ from qlens.tokens import spread
 MATCHED = 400_000  # entries of the logits: on more, methods are compared on some of the tokens only
 FITTED = 28  # tokens on which parameters are fitted
 LIKELY = 8  # nearest methods that may be it on most tokens, beside all at their defaults
-LEFT = 1e-9  # 1 - p_y below which no pull is read
-HALF, REFINED = (
-    0.5,
-    3,
-)  # methods that have the gradient on such a share of the tokens are fitted on all; so many of them
+HALF = 0.5  # methods that have the gradient on such a share of the tokens are fitted on all
+REFINED = 3  # so many of them
 FACTOR = 1e-3  # relative difference of two factors that are one
 FEW_ENTRIES = 2**12  # vocabulary up to which the trial tokens are read at the one shown, too
-IDS = 64  # label ids tried on tokens of one's own
 
 
 class Naming:

@@ -13,7 +13,7 @@ from qlens.findings.laws import Law
 from qlens.findings.leaks import CLAMPED, Leak, leak
 from qlens.findings.mixture import Mixture
 from qlens.findings.mixtures import again, decompose
-from qlens.findings.naming import Naming
+from qlens.findings.naming import MATCHED, Naming
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
 from qlens.findings.reading import Reading, asked, models_taken, on_trials
@@ -24,16 +24,7 @@ from qlens.findings.vocabulary import VocabularyFactor
 from qlens.lens import read
 from qlens.registry import Variant, methods
 
-MATCHED = 400_000  # entries of the logits: on more, methods are compared on some of the tokens only
-FITTED = 28  # tokens on which parameters are fitted
-LIKELY = 8  # nearest methods that may be it on most tokens, beside all at their defaults
 LEFT = 1e-9  # 1 - p_y below which no pull is read
-HALF, REFINED = (
-    0.5,
-    3,
-)  # methods that have the gradient on such a share of the tokens are fitted on all; so many of them
-FACTOR = 1e-3  # relative difference of two factors that are one
-FEW_ENTRIES = 2**12  # vocabulary up to which the trial tokens are read at the one shown, too
 IDS = 64  # label ids tried on tokens of one's own
 
 
