@@ -37,6 +37,27 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if not any(leaf is each for each in inputs)]
 
 
+def reaches(value: Tensor, part: Tensor) -> bool:
+    """Whether a tensor with a graph was computed from another one with a graph.
+
+    Example:
+        >>> import torch
+        >>> a = torch.ones(2, requires_grad=True).exp()
+        >>> reaches(a.sum(), a), reaches(torch.ones(2, requires_grad=True).sum(), a)
+        (True, False)
+    """
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node is part.grad_fn:
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return value is part
+
+
 class Once(torch.autograd.Function):
     """A gradient that has none of its own."""
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
-from qlens.batching import COLUMNS, Supervised, collate, count_pairs
+from qlens.batching import COLUMNS, LAYOUT, Supervised, collate
 from qlens.bodies import Bodies, Body, NoBody
 from qlens.checkpoints import RunState
 from qlens.draws import draws_of
@@ -23,7 +23,7 @@ from qlens.packing import Separation, features_of, inputs_of, is_packed, uncache
 from qlens.registry import Variant, resolve
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
-from qlens.whole_batches import LAYOUT, WholeBatches, selected_share
+from qlens.whole_batches import WholeBatches, selected_share
 
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
@@ -106,7 +106,12 @@ class QLossMixin(WholeBatches):
         self._measure(log_every)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training; see QLossMixin for what a resumed run restores."""
+        """The Trainer's training; see QLossMixin for what a resumed run restores.
+
+        Raises:
+            InputError: an evaluation that it will make would have no loss.
+        """
+        self._check_evaluations()
         self._run.checkpoint = None
         return super().train(*args, **kwargs)
 
@@ -214,18 +219,6 @@ class QLossMixin(WholeBatches):
                 if measured:
                     self._tally.look(self.variant, tokens, losses)
         return losses.sum() * share / items
-
-    def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
-        """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
-        return count_pairs(self.variant.name, where, inputs) if self.variant.scope == "pair" else len(where)
-
-    def _denominator(self, items: Any, own: int) -> float:
-        """What the sum of a micro-batch's losses is divided by: the items of all micro-batches, or its own."""
-        if items is None:
-            return max(own, 1)
-        count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
-        averaged = self.args.average_tokens_across_devices  # the processes' gradients, while the count is of all
-        return count / (self.accelerator.num_processes // self.get_tp_size()) if averaged else count
 
     def _body(self, features: dict[str, Any]) -> Body | None:
         """The student as hidden states and head, where model, method and machine allow."""
