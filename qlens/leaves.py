@@ -58,6 +58,24 @@ def reaches(value: Tensor, part: Tensor) -> bool:
     return value is part
 
 
+class LearnedParameter(InputError):
+    """A loss has a parameter of its own, for which the engine makes no gradient."""
+
+
+def refuse_learned(name: str, losses: Tensor, *inputs: Tensor) -> None:
+    """Refuse a loss whose graph reaches a leaf other than the inputs.
+
+    Raises:
+        LearnedParameter: it does; the shape of the leaf is named.
+    """
+    if losses.requires_grad and (learned := leaves(losses, *inputs)):
+        raise LearnedParameter(
+            f"{name} has a parameter of its own that requires a gradient, of shape {tuple(learned[0].shape)}, and the "
+            "engine makes none for it: to train it, take the plain path (QTrainer(fused=False), Variant.loss); else "
+            "requires_grad_(False) or detach it"
+        )
+
+
 class Once(torch.autograd.Function):
     """A gradient that has none of its own."""
 

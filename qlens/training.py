@@ -17,6 +17,7 @@ from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
+from qlens.leaves import LearnedParameter
 from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
@@ -144,10 +145,18 @@ class QLossMixin(WholeBatches):
         if self._evaluating:
             self._count_evaluated(len(where), own_items)
         with draws_of(*self._next_place()):
+            if body is not None:
+                try:
+                    loss = self._fused(body, rows, where, features, inputs, items)
+                except LearnedParameter:
+                    if self._bodies.wanted:
+                        raise
+                    self._whole = "it has a parameter of its own that requires a gradient"
+                    self._bodies.refuse(f"for {self.variant.spec}: {self._whole}")
+                    body, values, outputs = self._forward(model, features, None)
+                    rows = where.take(values)
             if body is None:
                 loss = self._plain(values, rows, where, features, inputs, items)
-            else:
-                loss = self._fused(body, rows, where, features, inputs, items)
         self._say_reduction()
         loss = self._with_router_loss(loss, outputs, model.training)
         if model.training:

@@ -59,3 +59,46 @@ def test_a_loss_that_runs_the_model_is_trained_on_the_true_one(make):
         hidden, head, labels = hidden_and_head(50, 4)
         with pytest.raises(InputError, match=r"runs a model on its inputs, f\(model, inputs\)"):
             fused_loss(variant, hidden, head, labels)
+
+
+def test_a_parameter_of_the_loss_has_its_gradient_or_is_refused(make):
+    """Learned beside a declared target, with and without a declared structure, and in a loss alone."""
+    offset = torch.nn.Parameter(torch.tensor(0.3))
+
+    def learned(tokens):
+        return -tokens.label_log_probs + offset**2
+
+    variants = [
+        user_method(label_target, learned),
+        user_method(label_target, learned, structure="label"),
+        user_method(label_target, learned, scope="batch"),
+        user_method(loss=learned, scope="token"),
+        user_method(loss=learned),
+        user_method(loss=lambda logits, labels: F.cross_entropy(logits, labels) + offset**2),
+    ]
+    hidden, head, labels = hidden_and_head(50, 6)
+    for variant in variants:
+        for fused in (None, False):
+            offset.grad = None
+            trainer = make(variant, model=llama(), fused=fused)
+            trainer.train()
+            assert offset.grad is not None and offset.grad.item() == pytest.approx(0.6, rel=1e-5)
+            trainer.evaluate(rows(4))
+        with pytest.raises(InputError, match="has a parameter of its own that requires a gradient"):
+            fused_loss(variant, hidden, head, labels)
+        with torch.no_grad():
+            assert fused_loss(variant, hidden, head, labels).item() > 0
+    with pytest.raises(InputError, match="has a parameter of its own that requires a gradient"):
+        make(variants[0], model=llama(), fused=True).train()
+
+
+def test_a_parameter_that_begins_to_learn_after_verification_is_seen():
+    offset = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64), requires_grad=False)
+    hidden, head, labels = hidden_and_head(50, 6)
+    for structure in ("dense", "label"):
+        variant = user_method(label_target, lambda tokens: -tokens.label_log_probs + offset**2, structure=structure)
+        offset.requires_grad_(False)
+        fused_loss(variant, hidden, head, labels)
+        offset.requires_grad_()
+        with pytest.raises(InputError, match="has a parameter of its own that requires a gradient"):
+            fused_loss(variant, hidden, head, labels)
