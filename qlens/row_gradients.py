@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlens.adapters import value_alone
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
 from qlens.heads import Head, TopK
@@ -154,7 +155,7 @@ class GradientKernels:
         if not self.wanted and not selects:
             with torch.no_grad():
                 return ones, self.variant.loss(tokens)
-        with torch.enable_grad():
+        with torch.enable_grad(), value_alone():
             leaf = z.detach().requires_grad_()
             losses = self.variant.loss(tokens.with_logits(leaf))
             refuse_learned(self.variant.spec, losses, leaf)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from qlens.adapters import value_alone
 from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
 from qlens.batching import COLUMNS, LAYOUT, Supervised, collate
 from qlens.bodies import Bodies, Body, NoBody
@@ -17,6 +18,7 @@ from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
+from qlens.learned import LearnedParameters
 from qlens.leaves import LearnedParameter
 from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
@@ -104,14 +106,12 @@ class QLossMixin(WholeBatches):
         self._said_reduction = ""
         self._whole: str | None = None  # why a loss needs the layout of its batch, known at the first one
         self._separation = Separation()
+        self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
+        self.add_callback(self._learned)
         self._measure(log_every)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training; see QLossMixin for what a resumed run restores.
-
-        Raises:
-            InputError: an evaluation that it will make would have no loss.
-        """
+        """The Trainer's training; see QLossMixin for what a resumed run restores, and ``check_evaluation_data``."""
         self._check_evaluations()
         self._run.checkpoint = None
         return super().train(*args, **kwargs)
@@ -216,8 +216,10 @@ class QLossMixin(WholeBatches):
         if (style := style_on_batches(self.variant, tokens)) is not None:
             return self._on_batch(values, tokens, where, inputs, style, items)
         replay = self.variant.replay(rows.device)
-        losses = self.variant.loss(tokens)
+        with value_alone():
+            losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+        self._note_learned(losses, rows)
         if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs
             losses = losses + rows[:, :0].sum(-1)
         measured, selects = self._is_measured(), self.variant.denominator == "selected"

@@ -13,6 +13,7 @@ from qlens.comparables import read_target
 from qlens.draws import draws_of
 from qlens.errors import InputError
 from qlens.layouts import Style
+from qlens.learned import LearnedParameters
 from qlens.measurements import Measurements
 from qlens.model_losses import ModelLoss, graph_from_head, logits_of
 from qlens.packing import uncached
@@ -30,6 +31,7 @@ class WholeBatches(Measurements):
 
     _bodies: "Bodies"
     _model_loss: ModelLoss | None
+    _learned: LearnedParameters
     _loss_only: bool
     _said_reduction: str
 
@@ -54,6 +56,8 @@ class WholeBatches(Measurements):
             loss, outputs = called.loss, called.outputs
             if reads:
                 self._tally_as_written(loss, outputs, where, whole)
+        if self.state.global_step == 0:  # its graph is that of the whole model
+            self._note_learned(loss)
         loss = self._with_missing_router_loss(loss, called.passes, model.training)
         if self.is_in_train and model.training:
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
@@ -76,6 +80,11 @@ class WholeBatches(Measurements):
         averaged = self.args.average_tokens_across_devices  # the processes' gradients, while the count is of all
         return count / (self.accelerator.num_processes // self.get_tp_size()) if averaged else count
 
+    def _note_learned(self, loss: Tensor, *logits: Tensor) -> None:
+        """Note the parameters that a user's loss has of its own, in training."""
+        if self.is_in_train and not self._evaluating and not self.variant.built_in and loss.requires_grad:
+            self._learned.note(loss, *logits, model=self.model)
+
     def _graph_for(self, reads: bool) -> Any:
         """What lets the gradient of a loss by the logits be read where autograd is off."""
         return graph_from_head(self.model) if reads and not torch.is_grad_enabled() else nullcontext()
@@ -95,6 +104,7 @@ class WholeBatches(Measurements):
         with torch.set_grad_enabled(torch.is_grad_enabled() or measured or selects):
             values = values if values.requires_grad else values.detach().requires_grad_()
             total = summed_loss(self.variant, values, tokens, where, inputs, style)
+            self._note_learned(total, values)
             if not total.requires_grad and not bool(
                 total.any()
             ):  # it skips all of these tokens, and backward still runs

@@ -79,10 +79,11 @@ def test_a_parameter_of_the_loss_has_its_gradient_or_is_refused(make):
     hidden, head, labels = hidden_and_head(50, 6)
     for variant in variants:
         for fused in (None, False):
-            offset.grad = None
+            offset.data.fill_(0.3)
             trainer = make(variant, model=llama(), fused=fused)
+            trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), offset], lr=0.1)
             trainer.train()
-            assert offset.grad is not None and offset.grad.item() == pytest.approx(0.6, rel=1e-5)
+            assert offset.item() == pytest.approx(0.3 - 0.1 * 0.6, rel=1e-5)
             trainer.evaluate(rows(4))
         with pytest.raises(InputError, match="has a parameter of its own that requires a gradient"):
             fused_loss(variant, hidden, head, labels)
@@ -102,3 +103,34 @@ def test_a_parameter_that_begins_to_learn_after_verification_is_seen():
         offset.requires_grad_()
         with pytest.raises(InputError, match="has a parameter of its own that requires a gradient"):
             fused_loss(variant, hidden, head, labels)
+
+
+def test_a_parameter_in_the_optimizer_is_trained_by_the_gradient_of_its_step(make, caplog):
+    """The Trainer clears the gradients of the model alone; where no optimizer holds the parameter, a log line says so."""
+    examples = [row for row in rows(4) if row["labels"][-1] != -100]
+
+    def loss_of(temperature):
+        return lambda logits, labels: F.cross_entropy(logits / temperature, labels)
+
+    by_hand, wanted = llama(), torch.nn.Parameter(torch.tensor(1.3))
+    batch = collate(examples)
+    run = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    optimizer = torch.optim.SGD([*by_hand.parameters(), wanted], lr=0.1)
+    for _ in range(3):
+        logits, labels = shifted(by_hand(**run).logits, batch["labels"])
+        optimizer.zero_grad()
+        loss_of(wanted)(logits, labels).backward()
+        optimizer.step()
+
+    for held in (True, False):
+        caplog.clear()
+        temperature = torch.nn.Parameter(torch.tensor(1.3))
+        trainer = make(loss_of(temperature), model=llama(), examples=examples, steps=3)
+        trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *([temperature] if held else [])], lr=0.1)
+        trainer.train()
+        (line,) = [line for line in caplog.messages if "a parameter of its own" in line]
+        if held:
+            assert temperature.item() == pytest.approx(wanted.item(), rel=1e-4)
+            assert "is trained" in line
+        else:
+            assert temperature.item() == pytest.approx(1.3) and "is not in the optimizer" in line
