@@ -145,18 +145,18 @@ class QLossMixin(WholeBatches):
         if self._evaluating:
             self._count_evaluated(len(where), own_items)
         with draws_of(*self._next_place()):
-            if body is not None:
-                try:
+            try:
+                if body is None:
+                    loss = self._plain(values, rows, where, features, inputs, items)
+                else:
                     loss = self._fused(body, rows, where, features, inputs, items)
-                except LearnedParameter:
-                    if self._bodies.wanted:
-                        raise
-                    self._whole = "it has a parameter of its own that requires a gradient"
-                    self._bodies.refuse(f"for {self.variant.spec}: {self._whole}")
-                    body, values, outputs = self._forward(model, features, None)
-                    rows = where.take(values)
-            if body is None:
-                loss = self._plain(values, rows, where, features, inputs, items)
+            except LearnedParameter:
+                if self._bodies.wanted:
+                    raise
+                self._whole = "it has a parameter of its own that requires a gradient"
+                self._bodies.refuse(f"for {self.variant.spec}: {self._whole}")
+                body, values, outputs = self._forward(model, features, None)
+                loss = self._plain(values, where.take(values), where, features, inputs, items)
         self._say_reduction()
         loss = self._with_router_loss(loss, outputs, model.training)
         if model.training:
