@@ -188,6 +188,8 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
         return value
+    if not logits.requires_grad:  # a parameter of the loss's own is all that it depends on
+        return (total / len(logits)).expand(len(logits))
     learned = leaves(total, logits)
     grads = torch.autograd.grad(total, (logits, *learned), allow_unused=True)
     if grads[0] is None:

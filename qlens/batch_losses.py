@@ -26,13 +26,13 @@ _PLACES = Memo()
 
 
 def is_model_loss(variant: Variant) -> bool:
-    """Whether a method is a loss that runs the model itself, f(model, inputs)."""
-    return variant.method.printed is None and kind(variant.method.fn) == "model"
+    """Whether a method's loss runs the model itself, f(model, inputs)."""
+    return kind(variant.loss_fn) == "model"
 
 
 def style_on_batches(variant: Variant, tokens: Tokens) -> Style | None:
     """How a loss is called that sees whole batches; None for any other method."""
-    if variant.method.printed is not None or kind(variant.method.fn) not in ("logits", "outputs"):
+    if kind(variant.loss_fn) not in ("logits", "outputs"):
         return None
     style = variant.unreduced.style(variant.shown(tokens).upcast())
     if not style.laid_out:
@@ -63,7 +63,7 @@ def summed_loss(
     Raises:
         InputError: the loss would learn prompts that the data have masked; its reduction cannot be undone.
     """
-    fn, params, name = variant.method.fn, variant.params, variant.spec
+    fn, params, name = variant.loss_fn, variant.params, variant.spec
     wide = tokens.logits.dtype
     labels = torch.full_like(where.segment, IGNORE)
     labels[where.index + 1] = where.labels
@@ -119,7 +119,7 @@ def _takes_ids(fn: Callable) -> bool:
 
 def why_whole_batches(variant: Variant, vocabulary: int) -> str:
     """Why a method has to see whole batches, (B, T, V), in training; "" where its supervised rows are enough."""
-    if variant.method.printed is not None or kind(variant.method.fn) not in ("logits", "outputs"):
+    if kind(variant.loss_fn) not in ("logits", "outputs"):
         return ""
     given = wide_tokens(vocabulary).fields()
     names = ("logits", "labels", "sequence", *(name for name in variant.needs if name in given))
@@ -136,7 +136,7 @@ def place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
 
     What a token's place in its text, or a position that is not supervised, changes cannot be known from rows alone.
     """
-    fn, params = variant.method.fn, variant.params
+    fn, params = variant.loss_fn, variant.params
     key = (repr(sorted(params.items(), key=str)), style, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
 
     def tried() -> str:
@@ -147,7 +147,7 @@ def place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
 
 
 def _place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
-    fn, params = variant.method.fn, variant.params
+    fn, params = variant.loss_fn, variant.params
     one = torch.zeros_like(tokens.labels)
     tokens = few(trial_rows(Tokens.unchecked(**{"sequence": one, **tokens.fields()})))  # copies are texts of their own
     divisor_of = (find_division(fn, params, tokens, variant.spec) or SUM).divisor

@@ -25,6 +25,9 @@ IGNORE = -100
 """The label of a token that nothing is learned from."""
 
 
+LAYOUT = ("labels", "attention_mask", "position_ids")
+"""Inputs that say which tokens of a batch are supervised."""
+
 INPUTS = ("position_ids", "token_type_ids")
 """Inputs of models that have one integer per token."""
 

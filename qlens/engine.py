@@ -130,7 +130,14 @@ def fused_pass(
     labels = labels[kept].long()
     block = min(size, block_rows(head.shape[0]))
     whole = bool(
-        why_whole(method, lambda index: _sample(own, labels, given, fields, index), len(labels), block, fields)
+        why_whole(
+            method,
+            lambda index: _sample(own, labels, given, fields, index),
+            len(labels),
+            block,
+            fields,
+            torch.is_grad_enabled(),
+        )
     )
     if whole:
         size = len(labels)

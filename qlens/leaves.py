@@ -37,6 +37,45 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
     return [leaf for leaf in found if not any(leaf is each for each in inputs)]
 
 
+def reaches(value: Tensor, part: Tensor) -> bool:
+    """Whether a tensor with a graph was computed from another one with a graph.
+
+    Example:
+        >>> import torch
+        >>> a = torch.ones(2, requires_grad=True).exp()
+        >>> reaches(a.sum(), a), reaches(torch.ones(2, requires_grad=True).sum(), a)
+        (True, False)
+    """
+    seen, left = set(), [value.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if node is part.grad_fn:
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return value is part
+
+
+class LearnedParameter(InputError):
+    """A loss has a parameter of its own, for which the engine makes no gradient."""
+
+
+def refuse_learned(name: str, losses: Tensor, *inputs: Tensor) -> None:
+    """Refuse a loss whose graph reaches a leaf other than the inputs.
+
+    Raises:
+        LearnedParameter: it does; the shape of the leaf is named.
+    """
+    if losses.requires_grad and (learned := leaves(losses, *inputs)):
+        raise LearnedParameter(
+            f"{name} has a parameter of its own that requires a gradient, of shape {tuple(learned[0].shape)}, and the "
+            "engine makes none for it: to train it, take the plain path (QTrainer(fused=False), Variant.loss); else "
+            "requires_grad_(False) or detach it"
+        )
+
+
 class Once(torch.autograd.Function):
     """A gradient that has none of its own."""
 

@@ -11,8 +11,12 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from qlens.comparables import Tally
-from qlens.errors import InputError
-from qlens.routers import router_loss
+from qlens.draws import Replay
+from qlens.evaluation_data import check_evaluation_data, no_supervised_token
+from qlens.leaves import reaches
+from qlens.registry import Variant
+from qlens.routers import asks_for_router_loss, router_loss
+from qlens.sources import vocabulary_size
 from qlens.updates import UpdateNorm
 
 logger = logging.getLogger(__name__)
@@ -23,6 +27,8 @@ EVALUATION = -1  # instead of a step
 class Measurements(Trainer):
     """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
 
+    variant: Variant
+
     _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
     def _measure(self, log_every: int) -> None:
@@ -31,6 +37,7 @@ class Measurements(Trainer):
         self._tally, self._evaluating = Tally(), False
         self._evaluated = (0, 0, 0)  # batches, tokens, and items that the evaluation's loss is a mean of
         self._router: list[Tensor] = []
+        self._router_said: set[str] = set()
         self._place = (EVALUATION, -1)  # step and micro-batch
         self._update = UpdateNorm(lambda: self.model, self._is_measured)
         if self.accelerator.distributed_type in SHARDED:
@@ -87,6 +94,22 @@ class Measurements(Trainer):
             return {}
         return {"aux_loss": self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()}
 
+    def _check_evaluations(self) -> None:
+        """Whether the evaluations that training will make have a loss; draws are left alone.
+
+        Raises:
+            InputError: one has not.
+        """
+        args, sets = self.args, self.eval_dataset
+        if sets is None or (args.eval_strategy == "no" and not args.eval_on_start):
+            return
+        known = hasattr(getattr(self.model, "config", None), "get_text_config")
+        vocabulary = vocabulary_size(self.model) if known else None
+        named = [(f"eval_{key}", key) for key in sets] if isinstance(sets, dict) else [("eval", None)]
+        for name, key in named:
+            with Replay(args.device, self.data_collator).again():
+                check_evaluation_data(name, self.get_eval_dataloader(key), self.variant, vocabulary)
+
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set.
 
@@ -102,10 +125,7 @@ class Measurements(Trainer):
             counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
             batches, tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
             if batches and not tokens:
-                raise InputError(
-                    f"the evaluation set ({metric_key_prefix}) has no supervised token, so that it has no loss: give "
-                    "eval_dataset rows with labels other than -100 after their first token"
-                )
+                raise no_supervised_token(metric_key_prefix)
             if means:
                 means["loss"] *= tokens / items
             means |= self._router_mean()
@@ -122,3 +142,36 @@ class Measurements(Trainer):
         if self._is_measured():
             self._router.append(value.detach())
         return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
+
+    def _with_missing_router_loss(self, loss: Tensor, passes: list[Any], training: bool) -> Tensor:
+        """The loss with the mean of the model's router losses in these forward passes, where it was computed from none of them.
+
+        A loss that returns the model's own, model(**inputs).loss, has the router loss in it.
+        """
+        found = [value for outputs in passes if (value := router_loss(self.model, outputs)) is not None]
+        found = [(value, weight) for value, weight in found if value.requires_grad or not training]
+        if not found:
+            if training and asks_for_router_loss(self.model):
+                self._say_router(
+                    "no router loss is trained, although config.output_router_logits is set: the loss does not "
+                    "call the model itself, model(**inputs), whose outputs hold aux_loss"
+                )
+            return loss
+        mean, weight = torch.stack([value.to(loss.device) for value, _ in found]).mean(), found[0][1]
+        if self._is_measured():
+            self._router.append(mean.detach())
+        if not training or not weight:
+            return loss
+        if any(reaches(loss, value) for value, _ in found):
+            return loss
+        self._say_router(
+            f"{weight:g} times the model's router loss (aux_loss) is added to the loss, which leaves it out; set "
+            "model.config.output_router_logits = False to train without it"
+        )
+        return loss + weight * mean / self._micro_batches
+
+    def _say_router(self, sentence: str) -> None:
+        """Log what happens to the router loss, once."""
+        if sentence not in self._router_said:
+            self._router_said.add(sentence)
+            logger.warning("qlens: %s", sentence)

@@ -32,10 +32,15 @@ BATCH = {
 
 
 class Called(NamedTuple):
-    """A loss and what the model returned on the way: the outputs of its only forward pass, None where there were more."""
+    """A loss, and what the model returned in each of its forward passes on the way."""
 
     loss: Tensor
-    outputs: Any
+    passes: list[Any]
+
+    @property
+    def outputs(self) -> Any:
+        """The outputs of the only forward pass; None where there were none or several."""
+        return self.passes[0] if len(self.passes) == 1 else None
 
 
 class ModelLoss:
@@ -54,7 +59,7 @@ class ModelLoss:
     """
 
     def __init__(self, variant: Variant, models: Mapping[str, nn.Module]):
-        self.fn, self.variant, self.models = variant.method.fn, variant, models
+        self.fn, self.variant, self.models = variant.loss_fn, variant, models
         self.reads_count: bool | None = None  # not known before a step has several micro-batches
         if stand_ins := getattr(self.fn, "stand_ins", ()):
             raise InputError(
@@ -106,7 +111,7 @@ class ModelLoss:
             )
         if not self.reads_count and items is not None:
             loss = loss * share
-        return Called(loss, passes[0][1] if len(passes) == 1 else None)
+        return Called(loss, [made for _, made in passes])
 
     def _inputs(self, batch: Mapping[str, Any], features: Mapping[str, Any], where: Supervised) -> Columns:
         """The micro-batch with positions as the model needs them; labels that nothing predicts are -100 beyond column 0."""

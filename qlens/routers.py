@@ -10,6 +10,13 @@ from qlens.errors import InputError
 WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
+def asks_for_router_loss(model: nn.Module) -> bool:
+    """Whether a model's configuration asks for its router loss."""
+    config: Any = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else None
+    return any(getattr(source, "output_router_logits", False) is True for source in (config, text))
+
+
 def router_loss(model: nn.Module, outputs: Any) -> tuple[Tensor, float] | None:
     """A model's auxiliary loss on a batch, and the weight that its configuration gives it; None where it has none.
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from qlens.adapters import value_alone
 from qlens.chunks import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.collapse import collapsed
-from qlens.errors import InputError
 from qlens.heads import Head, TopK
-from qlens.leaves import leaves
+from qlens.leaves import refuse_learned
 from qlens.lens import slope_of
 from qlens.registry import Variant
 from qlens.structure import GeometricMixture, Structure
@@ -45,6 +45,7 @@ class GradientKernels:
         whole: whether rows may depend on each other, so that a chunk of all rows is not cut any further.
         wanted: whether gradients are wanted, or the losses alone.
         structure: by which the gradient is computed, see ``structure_of``; the declared one by default.
+        trains: whether a loss with a parameter of its own is refused; by default where gradients are wanted.
 
     Attributes:
         uniform: 1 - t of a chunk's rows, (n,), where (1 - t) / V is still to be subtracted from every entry; else None.
@@ -63,9 +64,11 @@ class GradientKernels:
         whole: bool = False,
         wanted: bool = True,
         structure: Structure | None = None,
+        trains: bool | None = None,
     ):
         self.variant, self.labels, self.models, self.fields = variant, labels, models, fields
         self.structure, self.wanted = structure or variant.structure, wanted
+        self.trains = wanted if trains is None else trains
         self.block = len(labels) if whole else block_rows(vocabulary)
         self.uniform: Tensor | None = None
         self.pushed: tuple[Tensor, Tensor] | None = None
@@ -152,15 +155,10 @@ class GradientKernels:
         if not self.wanted and not selects:
             with torch.no_grad():
                 return ones, self.variant.loss(tokens)
-        with torch.enable_grad():
+        with torch.enable_grad(), value_alone():
             leaf = z.detach().requires_grad_()
             losses = self.variant.loss(tokens.with_logits(leaf))
-            if learned := leaves(losses, leaf):
-                raise InputError(
-                    f"{self.variant.spec} has a parameter of its own that requires a gradient, of shape "
-                    f"{tuple(learned[0].shape)}, and the engine makes none for it: to train it, take the plain path "
-                    "(QTrainer(fused=False), Variant.loss); else requires_grad_(False) or detach it"
-                )
+            refuse_learned(self.variant.spec, losses, leaf)
             grad = slope_of(losses, leaf)
         if selects:
             self._count(Target.from_grad(tokens, grad))
@@ -171,11 +169,18 @@ class GradientKernels:
         """g' in place of the logits, from the explicit target."""
         replay = self.variant.replay(z.device)
         with torch.no_grad():
-            losses = self.variant.loss(tokens)
+            losses = self._losses(tokens)
             with replay.again():  # a method that draws numbers has one target and loss
                 target = self.variant.target(tokens)
             self._count(target)
             return grad_(z, tokens, target), losses
+
+    def _losses(self, tokens: Tokens) -> Tensor:
+        """The losses of rows without a graph; a user's are computed with one, in which a parameter of their own shows."""
+        with torch.set_grad_enabled(self.trains and not self.variant.built_in):
+            losses = self.variant.loss(tokens)
+        refuse_learned(self.variant.spec, losses)
+        return losses
 
     def _trust_and_scale(self, rows: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """t and s of some rows, from the method itself, on two entries: functions of log p_y and log(1 - p_y)."""
@@ -193,7 +198,7 @@ class GradientKernels:
         with torch.no_grad():
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
             with replay.again():
-                losses = self.variant.loss(tokens)
+                losses = self._losses(tokens)
             return target.effective_trust.nan_to_num(), losses
 
     def _target(self, rows: slice, models: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tokens, Target]:
@@ -274,7 +279,7 @@ def by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
     models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in given.items() if name in MODELS}
     structure = structure_of(variant, tokens)
     kernels = GradientKernels(
-        variant, tokens.labels.long(), models, fields, z.shape[1], whole=True, structure=structure
+        variant, tokens.labels.long(), models, fields, z.shape[1], whole=True, structure=structure, trains=False
     )
     rows = slice(0, len(z))
     if kernels.collects:

@@ -9,21 +9,24 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from qlens.adapters import value_alone
 from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
-from qlens.batching import COLUMNS, Supervised, collate, count_pairs
+from qlens.batching import COLUMNS, LAYOUT, Supervised, collate
 from qlens.bodies import Bodies, Body, NoBody
 from qlens.checkpoints import RunState
 from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError
 from qlens.feeding import Feed
+from qlens.learned import LearnedParameters
+from qlens.leaves import LearnedParameter
 from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
 from qlens.sources import model_logits
 from qlens.tokens import MODELS, Tokens, precision
-from qlens.whole_batches import LAYOUT, WholeBatches, selected_share
+from qlens.whole_batches import WholeBatches, selected_share
 
 NO_INPUTS = ("input_ids", "labels", "attention_mask", *COLUMNS)  # those that ``collate`` knows anyway
 
@@ -103,10 +106,13 @@ class QLossMixin(WholeBatches):
         self._said_reduction = ""
         self._whole: str | None = None  # why a loss needs the layout of its batch, known at the first one
         self._separation = Separation()
+        self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
+        self.add_callback(self._learned)
         self._measure(log_every)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's training; see QLossMixin for what a resumed run restores."""
+        """The Trainer's training; see QLossMixin for what a resumed run restores, and ``check_evaluation_data``."""
+        self._check_evaluations()
         self._run.checkpoint = None
         return super().train(*args, **kwargs)
 
@@ -139,10 +145,18 @@ class QLossMixin(WholeBatches):
         if self._evaluating:
             self._count_evaluated(len(where), own_items)
         with draws_of(*self._next_place()):
-            if body is None:
-                loss = self._plain(values, rows, where, features, inputs, items)
-            else:
-                loss = self._fused(body, rows, where, features, inputs, items)
+            try:
+                if body is None:
+                    loss = self._plain(values, rows, where, features, inputs, items)
+                else:
+                    loss = self._fused(body, rows, where, features, inputs, items)
+            except LearnedParameter:
+                if self._bodies.wanted:
+                    raise
+                self._whole = "it has a parameter of its own that requires a gradient"
+                self._bodies.refuse(f"for {self.variant.spec}: {self._whole}")
+                body, values, outputs = self._forward(model, features, None)
+                loss = self._plain(values, where.take(values), where, features, inputs, items)
         self._say_reduction()
         loss = self._with_router_loss(loss, outputs, model.training)
         if model.training:
@@ -202,8 +216,10 @@ class QLossMixin(WholeBatches):
         if (style := style_on_batches(self.variant, tokens)) is not None:
             return self._on_batch(values, tokens, where, inputs, style, items)
         replay = self.variant.replay(rows.device)
-        losses = self.variant.loss(tokens)
+        with value_alone():
+            losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+        self._note_learned(losses, rows)
         if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs
             losses = losses + rows[:, :0].sum(-1)
         measured, selects = self._is_measured(), self.variant.denominator == "selected"
@@ -214,18 +230,6 @@ class QLossMixin(WholeBatches):
                 if measured:
                     self._tally.look(self.variant, tokens, losses)
         return losses.sum() * share / items
-
-    def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
-        """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
-        return count_pairs(self.variant.name, where, inputs) if self.variant.scope == "pair" else len(where)
-
-    def _denominator(self, items: Any, own: int) -> float:
-        """What the sum of a micro-batch's losses is divided by: the items of all micro-batches, or its own."""
-        if items is None:
-            return max(own, 1)
-        count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
-        averaged = self.args.average_tokens_across_devices  # the processes' gradients, while the count is of all
-        return count / (self.accelerator.num_processes // self.get_tp_size()) if averaged else count
 
     def _body(self, features: dict[str, Any]) -> Body | None:
         """The student as hidden states and head, where model, method and machine allow."""

@@ -118,6 +118,7 @@ class Variant:
     title = property(lambda self: self.method.title, doc="One line for people.")
     paper = property(lambda self: self.method.paper, doc="Where the method comes from.")
     family = property(lambda self: self.method.family, doc="The group it is listed under.")
+    loss_fn = property(lambda self: self.method.printed or self.method.fn, doc="The function that is trained.")
 
     @property
     def scope(self) -> str:
@@ -187,9 +188,9 @@ class Variant:
 
     @cached_property
     def unreduced(self) -> adapters.Unreduced:
-        """The loss with its reduction undone: the printed one, where there is one beside the target."""
+        """The loss with its reduction undone."""
         name = self.spec if self.method.printed is None else f"the loss of {self.spec}"
-        return adapters.Unreduced(self.method.printed or self.method.fn, self.params, name)
+        return adapters.Unreduced(self.loss_fn, self.params, name)
 
     def weighs(self, tokens: Tokens) -> bool:
         """Whether the loss takes the tokens' weights itself, so that they are not multiplied in again."""

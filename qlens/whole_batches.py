@@ -8,15 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from qlens.batch_losses import summed_loss
-from qlens.batching import Supervised
+from qlens.batching import LAYOUT, Supervised, count_pairs
 from qlens.comparables import read_target
 from qlens.draws import draws_of
 from qlens.errors import InputError
 from qlens.layouts import Style
+from qlens.learned import LearnedParameters
 from qlens.measurements import Measurements
 from qlens.model_losses import ModelLoss, graph_from_head, logits_of
 from qlens.packing import uncached
-from qlens.registry import Variant
 from qlens.target import Target
 from qlens.tokens import Tokens
 
@@ -24,19 +24,16 @@ if TYPE_CHECKING:
     from qlens.bodies import Bodies
 
 logger = logging.getLogger(__name__)
-LAYOUT = ("labels", "attention_mask", "position_ids")
 
 
 class WholeBatches(Measurements):
     """A Trainer that hands true batches to losses of whole batches."""
 
-    variant: Variant
     _bodies: "Bodies"
     _model_loss: ModelLoss | None
+    _learned: LearnedParameters
     _loss_only: bool
     _said_reduction: str
-    _count: Any
-    _denominator: Any
 
     def _as_written(
         self, model: nn.Module, features: dict, inputs: dict, return_outputs: bool, num_items_in_batch: Any
@@ -55,9 +52,13 @@ class WholeBatches(Measurements):
         reads = self._is_measured()
         whole = items or own_items
         with draws_of(*self._next_place()), self._graph_for(reads):
-            loss, outputs = self._model_loss(model, inputs, features, where, items, own_items / whole)
+            called = self._model_loss(model, inputs, features, where, items, own_items / whole)
+            loss, outputs = called.loss, called.outputs
             if reads:
                 self._tally_as_written(loss, outputs, where, whole)
+        if self.state.global_step == 0:  # its graph is that of the whole model
+            self._note_learned(loss)
+        loss = self._with_missing_router_loss(loss, called.passes, model.training)
         if self.is_in_train and model.training:
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
         if return_outputs and outputs is None and not self._loss_only:
@@ -66,6 +67,23 @@ class WholeBatches(Measurements):
                 "TrainingArguments(prediction_loss_only=True)"
             )
         return (loss, outputs if outputs is not None else {}) if return_outputs else loss
+
+    def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
+        """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""
+        return count_pairs(self.variant.name, where, inputs) if self.variant.scope == "pair" else len(where)
+
+    def _denominator(self, items: Any, own: int) -> float:
+        """What the sum of a micro-batch's losses is divided by: the items of all micro-batches, or its own."""
+        if items is None:
+            return max(own, 1)
+        count = max(float(torch.as_tensor(items).flatten()[0]), 1.0)
+        averaged = self.args.average_tokens_across_devices  # the processes' gradients, while the count is of all
+        return count / (self.accelerator.num_processes // self.get_tp_size()) if averaged else count
+
+    def _note_learned(self, loss: Tensor, *logits: Tensor) -> None:
+        """Note the parameters that a user's loss has of its own, in training."""
+        if self.is_in_train and not self._evaluating and not self.variant.built_in and loss.requires_grad:
+            self._learned.note(loss, *logits, model=self.model)
 
     def _graph_for(self, reads: bool) -> Any:
         """What lets the gradient of a loss by the logits be read where autograd is off."""
@@ -86,6 +104,7 @@ class WholeBatches(Measurements):
         with torch.set_grad_enabled(torch.is_grad_enabled() or measured or selects):
             values = values if values.requires_grad else values.detach().requires_grad_()
             total = summed_loss(self.variant, values, tokens, where, inputs, style)
+            self._note_learned(total, values)
             if not total.requires_grad and not bool(
                 total.any()
             ):  # it skips all of these tokens, and backward still runs

@@ -106,3 +106,52 @@ def test_a_router_loss_without_a_weight_is_refused_and_one_of_zero_left_out(make
     plain = make("sft", model=llama(), steps=1)
     plain.train()
     assert "aux_loss" not in steps_of(plain)[0]
+
+
+def cross_entropy(logits, labels):
+    kept = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
+
+
+def run(model, inputs):
+    return model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+def without_it(model, inputs):
+    return cross_entropy(run(model, inputs).logits, inputs["labels"])
+
+
+def with_it(model, inputs):
+    outputs = run(model, inputs)
+    return cross_entropy(outputs.logits, inputs["labels"]) + 0.5 * outputs.aux_loss
+
+
+def from_the_model(model, inputs):
+    return model(**inputs).loss
+
+
+def in_two_passes(model, inputs):
+    return 0.5 * without_it(model, inputs) + 0.5 * without_it(model, inputs)
+
+
+def from_the_backbone(model, inputs):
+    hidden = model.model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).last_hidden_state
+    return cross_entropy(model.lm_head(hidden), inputs["labels"])
+
+
+@pytest.mark.parametrize("batch", [4, 2])
+def test_a_loss_that_runs_the_model_has_it_once(make, batch, caplog):
+    """Whether the loss leaves it out, has it already (then weighed by a micro-batch's tokens), or runs the model twice."""
+    given = dict(examples=rows(4, seed=1), batch=batch, accumulate=4 // batch, steps=1)
+    sft = make("sft", model=mixtral(), **given)
+    sft.train()
+    for loss in (without_it, in_two_passes, *([with_it, from_the_model] if batch == 4 else [])):
+        trainer = make(loss, model=mixtral(), **given)
+        trainer.train()
+        assert_close(parameters(trainer.model), parameters(sft.model), rtol=1e-4, atol=1e-6)
+        for name in ("loss", "aux_loss"):
+            assert steps_of(trainer)[0][name] == pytest.approx(steps_of(sft)[0][name], rel=1e-5)
+    said = [line for line in caplog.messages if "router loss" in line]
+    assert len(said) == 2 and all("0.5 times the model's router loss (aux_loss) is added" in line for line in said)
+    make(from_the_backbone, model=mixtral(), **given).train()
+    assert any("no router loss is trained" in line for line in caplog.messages)

@@ -246,3 +246,37 @@ def test_inference_mode_gives_what_no_grad_gives(tmp_path):
     for q in inside:
         assert_close(q, qlens.get("sft").target(tokens).q)
     assert_close(variant.loss(tokens).sum(), qlens.get("sft").loss(tokens).sum())
+
+
+def test_rows_that_depend_on_each_other_only_where_they_are_many_are_not_cut(caplog, monkeypatch):
+    """Over more rows than any sample has, also where an earlier, smaller batch was cut, and on a part of the vocabulary."""
+
+    def normalised_where_many(tokens):
+        weight = tokens.label_probs.detach()
+        return -tokens.label_log_probs * (weight / weight.mean() if len(weight) > 1500 else 1.0)
+
+    def after_many_rows(tokens):
+        weight = tokens.label_probs.detach()
+        return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(1500), weight])[: len(weight)])
+
+    def only_the_first(tokens):
+        number = torch.arange(len(tokens), device=tokens.logits.device)
+        return -tokens.label_log_probs * (1 - 0.5 * (number >= 1400))
+
+    for loss, entries in ((normalised_where_many, 2**20), (after_many_rows, 2**16), (only_the_first, 2**16)):
+        monkeypatch.setattr("qlens.row_dependence.WHOLE", entries)
+        variant = user_method(loss=loss, scope="token")
+        for n in (1400, 1800):
+            compare(variant, 300, n=n, chunk=200)
+    assert len(caplog.messages) == 3
+
+
+def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monkeypatch):
+    def far_apart(tokens):
+        assert tokens.logits.shape[1] == 300
+        weight = tokens.label_probs.detach()
+        return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(700), weight])[: len(weight)])
+
+    monkeypatch.setattr("qlens.row_dependence.WHOLE", 2**18)
+    monkeypatch.setattr("qlens.row_dependence.MOST", 2**16)
+    compare(user_method(loss=far_apart, scope="token"), 300, n=1200, chunk=200)
