@@ -44,8 +44,9 @@ def law(
 ) -> Law | None:
     """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
 
-    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the entropy (of the top k too), and of the ratio to another
-    model; those with a weight that carries its gradient; a + b p_y; thresholds, clips, masks; one value per sequence or pair;
+    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the largest p, the second, their difference, p_y / max p, the
+    entropy (of the top k too), and of the ratio to another model; those with a weight that carries its gradient; a + b p_y;
+    thresholds, clips, masks; one value per sequence or pair;
     any of them times the advantage or the token's weight.
 
     Args:
@@ -149,6 +150,7 @@ class _Laws(Smooth):
         found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
         found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
         found |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
+        found |= {"the largest p - the second": self.largest - self.second, "the second largest p": self.second}
         found |= {"the label's rank (0 first)": self.rank}
         found |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
         found |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from qlens.errors import InputError
 from qlens.explanation import Explanation
+from qlens.findings.centred import centred
+from qlens.findings.gates import batch_gate
 from qlens.findings.labels import LabelWeights, divided_by_mean, label_weights, relabelled
 from qlens.findings.laws import Law
 from qlens.findings.leaks import CLAMPED, Leak, leak
@@ -15,6 +17,7 @@ from qlens.findings.mixture import Mixture
 from qlens.findings.mixtures import again, decompose
 from qlens.findings.naming import MATCHED, Naming
 from qlens.findings.noise import TOLERANCE
+from qlens.findings.positions import PositionWeights, described, weights_at
 from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
 from qlens.findings.reading import Reading, asked, models_taken, on_trials
 from qlens.findings.scope import Scope, scope
@@ -26,6 +29,7 @@ from qlens.registry import Variant, methods
 
 LEFT = 1e-9  # 1 - p_y below which no pull is read
 IDS = 64  # label ids tried on tokens of one's own
+PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every place
 
 
 def own_spec(variant: Variant) -> str:
@@ -41,6 +45,7 @@ class Study(Naming):
         self.shown, self.broken, self.ids_untried = shown, 0, ""
         self.same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown, read where it is needed
         self.by_vocabulary: list[VocabularyFactor] = []
+        self.unweighted: list[tuple[Reading, Tensor]] = []  # without weights by position, and their rows
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
         self.given = given
@@ -64,15 +69,28 @@ class Study(Naming):
             shifted = label_offset(self.variant.loss, at.given, at.grad, at.noise.rows)
         if ids is not None and reach.of != "token":
             ids = self.divided(ids, reach)
-        alone = reach.of == "token" or (ids is not None and ids.divided)
+        placed, kept = self.positions(reach) if ids is None else None, None
+        alone = reach.of == "token" or placed is not None or (ids is not None and ids.divided)
         shown, trial = self.alike(self.shown, ids), self.trial and self.alike(self.trial, ids)
+        if placed is not None:
+            shown, kept = self.unweighted[0]
+            trial = self.unweighted[1][0] if len(self.unweighted) > 1 else None
         found = uncoupled(self.variant, shown, leak(shown.grad, shown.tokens, shown.noise))
         wide = None if trial is None else leak(trial.grad, trial.tokens, trial.noise)
         wide = None if trial is None else uncoupled(self.variant, trial, wide)
         seen, trial = _undone(shown, found), trial and _undone(trial, wide)
-        changed = found is not None or wide is not None or ids is not None
+        changed = found is not None or wide is not None or ids is not None or placed is not None
         none = found is not None and (bool(found.uncoupled) or not found.cause) or ids is not None and not ids.equal
-        near, partly, normal = self.identified(seen, trial, changed, alone, none)
+        lost = not len(seen.given)  # every label shown is clamped: nothing is left of what it would have got
+        at, further = (trial, None) if lost and trial is not None else (seen, trial)
+        near, partly, normal = self.identified(at, further, changed, alone, none) if len(at.given) else ([], None, None)
+        if lost:
+            return replace(self.e, nearest=near, scope=reach, leak=_clearer(found, wide), unused=unused,
+                           tried=self.trial.tokens if self.trial is not None else None, broken=self.broken)  # fmt: skip
+        gate = middle = None
+        if reach.of == "batch" and not (alone or changed or normal or self.own_spec or (near and near[0].same)):
+            gate = batch_gate(self.variant, self.shown, self.trial, near)
+            middle = None if gate is not None else centred(self.variant, self.shown, self.trial)
         if normal is not None and not normal.spec:
             seen, trial = self.unscaled(seen), trial and self.unscaled(trial)
         elif normal is not None:
@@ -91,6 +109,8 @@ class Study(Naming):
                 )
         if found is not None:
             mixture = replace(mixture, index=found.rows[mixture.index])
+        if kept is not None:
+            mixture = replace(mixture, index=kept[mixture.index])
         if alone and not (near and near[0].same):
             partly = self.gated(seen, trial, mixture, laws, partly)
         return replace(
@@ -113,6 +133,9 @@ class Study(Naming):
             broken=self.broken,
             ids_untried=self.ids_untried,
             normalised=normal,
+            position_weights=placed,
+            gate=gate,
+            centred=middle,
         )
 
     @property
@@ -165,6 +188,33 @@ class Study(Naming):
         except InputError as error:
             self.ids_untried = str(error)
             return None
+
+    def positions(self, reach: Scope) -> PositionWeights | None:
+        """How a token is weighed by its place, where nothing else of other tokens counts; the readings without it are kept."""
+        if (
+            "position" not in reach.through
+            or set(reach.through) - {"position", "number"}
+            or "pair" in self.variant.needs
+        ):
+            return None
+        readings = [self.shown, *([self.trial] if self.trial is not None else [])]
+        found, self.unweighted = [], []
+        for at in readings:
+            loud = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
+            if not bool(loud.any()):
+                return None
+            p = at.tokens.label_probs
+            rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
+            try:
+                weights = weights_at(self.variant.loss, at.given, rows, at.arithmetic)
+            except InputError:  # what a loss says of such a batch is no fault of its own
+                return None
+            if weights is None:
+                return None
+            found.append((weights, at.given))
+            kept = weights.nonzero()[:, 0]
+            self.unweighted.append((at[kept].weighted(1 / weights[kept]), kept.cpu()))
+        return described(found)
 
     def divided(self, ids: LabelWeights, reach: Scope) -> LabelWeights | None:
         """Weights by label id of a loss that needs its whole batch: as divided by the batch's mean weight, else none."""
