@@ -56,14 +56,15 @@ def centred(variant: Variant, shown: Reading, trial: Reading | None) -> Centred 
         return None
     batches: list[tuple[Tokens, Tensor]] = [(shown.given, shown.grad)]
     batches += [(tokens, gradient(variant.loss, tokens).double()) for tokens, _ in other_batches(variant, shown, trial)]
-    lines = [line for line in (_line(*batch) for batch in batches) if line is not False]
-    if len(lines) < 3 or any(line is None for line in lines):
+    found = [_line(*batch) for batch in batches if _telling(batch[0])]
+    lines = [line for line in found if line is not None]
+    if len(lines) < 3 or len(lines) < len(found):
         return None
-    levels = [line[0] for line in lines if line]
+    levels = [line[0] for line in lines]
     if max(levels) - min(levels) > EQUAL * max(1.0, *map(abs, levels)):
         return None
     for name, scale in SCALES.items():
-        shares = [line[1] * scale(line[2]) for line in lines if line]
+        shares = [line[1] * scale(line[2]) for line in lines]
         if max(shares) - min(shares) <= EQUAL * max(map(abs, shares)) and max(map(abs, shares)) > EQUAL:
             level = written(levels[0], EQUAL) if abs(levels[0]) > EQUAL else 0.0
             half = 2.0 if "variance" in name else 1.0
@@ -71,17 +72,19 @@ def centred(variant: Variant, shown: Reading, trial: Reading | None) -> Centred 
     return None
 
 
-def _line(tokens: Tokens, grad: Tensor) -> tuple[float, float, Tensor] | None | bool:
-    """The weight at the mean cross-entropy and its slope, and the cross-entropies; None where it is no line, False where
-    there are too few tokens to tell.
-    """
+def _telling(tokens: Tokens) -> bool:
+    """Whether there are enough tokens, of different cross-entropies, to tell a line."""
+    known = tokens.rest_log_probs.double().exp() > NEAR_ONE
+    return int(known.sum()) >= FEWEST and float(tokens.label_log_probs[known].std()) >= EQUAL
+
+
+def _line(tokens: Tokens, grad: Tensor) -> tuple[float, float, Tensor] | None:
+    """The weight at the mean cross-entropy and its slope, and the cross-entropies; None where it is no line."""
     exact = tokens.with_precision(torch.float64)
     if not bool(grad.isfinite().all()) or not pushes_only(grad, tokens, rounding(grad, tokens)):
         return None
     loss, rest = -exact.label_log_probs, exact.rest_log_probs.exp()
     known = rest > NEAR_ONE
-    if int(known.sum()) < FEWEST or float(loss[known].std()) < EQUAL:
-        return False
     weight, x = (-exact.gather(grad) / rest.clamp(min=1e-300))[known], (loss - loss.mean())[known]
     columns = torch.stack([torch.ones_like(x), x], 1)
     level, slope = torch.linalg.lstsq(columns, weight[:, None]).solution[:, 0].tolist()

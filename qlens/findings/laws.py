@@ -128,19 +128,19 @@ class _Laws(Smooth):
             if below.any():
                 cut = x[under].max()
                 ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
-                said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(cut)} and {plain(low)})")
+                said.append(f"{name} >= {plain(ends['low'])}{_seen(plain(cut), plain(low))}")
             if at_end:
                 ends["high"] = high
                 said.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
             elif above.any():
                 cut = x[over].min()
                 ends["high"] = high if whole else between(high, cut)
-                text = f"{plain(ends['high'])} (seen between {plain(high)} and {plain(cut)})"
+                text = f"{plain(ends['high'])}{_seen(plain(high), plain(cut))}"
                 if near_one:
                     rest = np.exp(self.log_rest)
                     least, most = rest[over].max(), rest[on].min()
                     ends["high"] = 1 - between(least, most)
-                    text = f"1 - {plain(between(least, most))} (seen between 1 - {plain(most)} and 1 - {plain(least)})"
+                    text = f"1 - {plain(between(least, most))}{_seen(f'1 - {plain(most)}', f'1 - {plain(least)}')}"
                 said.append(f"{name} <= {text}")
             yield "where " + " and ".join(said), ends, len(said)
 
@@ -259,6 +259,11 @@ class _Laws(Smooth):
             if miss is not None and len(set(ids)) < len(ids):
                 low, high = plain(self.b.min()), plain(self.b.max())
                 yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
+
+
+def _seen(first: str, last: str) -> str:
+    """Between which numbers a threshold was seen, in words; "" where they are printed alike."""
+    return "" if first == last else f" (seen between {first} and {last})"
 
 
 def between(low: float, high: float) -> float:

@@ -10,14 +10,17 @@ from torch import Tensor
 from qlens.errors import InputError
 from qlens.findings.features import numpy_of, plain
 from qlens.findings.noise import TOLERANCE, rounding
+from qlens.findings.reading import Reading
 from qlens.lens import gradient
 from qlens.matching import written
 from qlens.tokens import Tokens
+from qlens.variant import Variant
 
 EQUAL = 1e-5  # relative difference of weights that are one
 NONE = 1e-7  # share of the largest weight that is rounding beside it
 EXACT = 1e-9  # relative difference to a number that somebody wrote
 FEWEST = 4  # places that a formula must hold on
+PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every place
 LISTED = 6  # weights that are printed where no formula is known
 IN_SEQUENCE, IN_BATCH = "t the position in its sequence, 0 first", "i the row of the batch, 0 first"
 WORDS = {
@@ -93,6 +96,34 @@ def weights_at(
         return None
     same_size = max(absolute) - min(absolute) <= EQUAL * max(map(abs, absolute))
     return found[0] * (written(absolute[0], EXACT) if same_size else 1.0)
+
+
+def unweighted(
+    variant: Variant, readings: Sequence[Reading]
+) -> tuple[PositionWeights | None, list[tuple[Reading, Tensor]]]:
+    """How a loss weighs tokens by their place, None where it does not alone; and its readings without that, with their rows.
+
+    Args:
+        variant: the loss.
+        readings: its gradient on the tokens shown, and on others.
+    """
+    weighed, without = [], []
+    for at in readings:
+        loud = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
+        if not bool(loud.any()):
+            return None, []
+        p = at.tokens.label_probs
+        rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
+        try:
+            weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
+        except InputError:  # what a loss says of such a batch is no fault of its own
+            return None, []
+        if weights is None:
+            return None, []
+        kept = weights.nonzero()[:, 0]
+        weighed.append((weights, at.given))
+        without.append((at[kept].weighted(1 / weights[kept]), kept.cpu()))
+    return described(weighed), without
 
 
 def described(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:

@@ -9,6 +9,7 @@ from torch import Tensor
 from qlens.errors import InputError
 from qlens.explanation import Explanation
 from qlens.findings.centred import centred
+from qlens.findings.edges import with_edges
 from qlens.findings.gates import batch_gate
 from qlens.findings.labels import LabelWeights, divided_by_mean, label_weights, relabelled
 from qlens.findings.laws import Law
@@ -17,7 +18,7 @@ from qlens.findings.mixture import Mixture
 from qlens.findings.mixtures import again, decompose
 from qlens.findings.naming import MATCHED, Naming
 from qlens.findings.noise import TOLERANCE
-from qlens.findings.positions import PositionWeights, described, weights_at
+from qlens.findings.positions import PositionWeights, unweighted
 from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
 from qlens.findings.reading import Reading, asked, models_taken, on_trials
 from qlens.findings.scope import Scope, scope
@@ -29,7 +30,6 @@ from qlens.registry import Variant, methods
 
 LEFT = 1e-9  # 1 - p_y below which no pull is read
 IDS = 64  # label ids tried on tokens of one's own
-PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every place
 
 
 def own_spec(variant: Variant) -> str:
@@ -48,7 +48,7 @@ class Study(Naming):
         self.unweighted: list[tuple[Reading, Tensor]] = []  # without weights by position, and their rows
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
-        self.given = given
+        self.given, self.numbers = given, ()
 
     def run(self) -> Explanation:
         """The explanation, with everything that can be found."""
@@ -69,6 +69,8 @@ class Study(Naming):
             shifted = label_offset(self.variant.loss, at.given, at.grad, at.noise.rows)
         if ids is not None and reach.of != "token":
             ids = self.divided(ids, reach)
+        if reach.of == "token" and not (ids or self.own_spec or self.e.whole) and self.trial is not None:
+            self.trial, self.numbers = with_edges(self.variant, self.trial)
         placed, kept = self.positions(reach) if ids is None else None, None
         alone = reach.of == "token" or placed is not None or (ids is not None and ids.divided)
         shown, trial = self.alike(self.shown, ids), self.trial and self.alike(self.trial, ids)
@@ -197,24 +199,10 @@ class Study(Naming):
             or "pair" in self.variant.needs
         ):
             return None
-        readings = [self.shown, *([self.trial] if self.trial is not None else [])]
-        found, self.unweighted = [], []
-        for at in readings:
-            loud = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
-            if not bool(loud.any()):
-                return None
-            p = at.tokens.label_probs
-            rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
-            try:
-                weights = weights_at(self.variant.loss, at.given, rows, at.arithmetic)
-            except InputError:  # what a loss says of such a batch is no fault of its own
-                return None
-            if weights is None:
-                return None
-            found.append((weights, at.given))
-            kept = weights.nonzero()[:, 0]
-            self.unweighted.append((at[kept].weighted(1 / weights[kept]), kept.cpu()))
-        return described(found)
+        found, self.unweighted = unweighted(
+            self.variant, [self.shown, *([self.trial] if self.trial is not None else [])]
+        )
+        return found
 
     def divided(self, ids: LabelWeights, reach: Scope) -> LabelWeights | None:
         """Weights by label id of a loss that needs its whole batch: as divided by the batch's mean weight, else none."""

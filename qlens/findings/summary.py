@@ -134,6 +134,8 @@ def _said_of_trust(e: Any) -> str:
         law = f": {formula}"
     low, high = trust.min(), trust.max()
     if alike(trust, e):
+        if abs(trust.median()) < digits(e):
+            return "On the tokens shown no label is trusted: none has a pull of its own."
         whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
         on = told_on(e, trust)
         if on.startswith("every token") and " shown" not in on:
