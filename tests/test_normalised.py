@@ -113,3 +113,12 @@ def test_other_statistics_of_the_weights_are_named():
     ):
         e = qlens.explain(by(statistic))
         assert e.scope.of == "batch" and f"gce(q=0.5) divided by {said}" in e.summary, (said, e.summary)
+
+
+def test_a_gate_of_each_token_alone_is_divided_by_how_many_pass():
+    def few_confident(logits, labels):
+        kept = (logits.softmax(-1).amax(-1) < 0.5).detach()
+        return (nll(logits, labels) * kept).sum() / kept.sum().clamp(min=1)
+
+    _, normal = found(few_confident)
+    assert str(normal) == "every token's weight is divided by the batch's mean weight"

@@ -186,7 +186,7 @@ def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise, Tensor | None]]) -> 
     of: dict[str, list[float]] = {"the batch's mean weight": [], "the batch's largest weight": []}
     for tokens, grad, noise, rows in batches:
         if not bool(grad.any()):
-            if rows is not None:  # a gate of the batch
+            if rows is not None and whole is not None and bool(whole[rows].any()):  # a gate of the batch
                 return None
             continue
         if not pushes_only(grad, tokens, noise):
