@@ -3,12 +3,14 @@
 import gc
 import json
 import os
+import sys
 
 import pytest
 import torch
 from tiny import letters, llama
 
 import qlens
+from qlens import cli
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: every core already has a worker
@@ -71,3 +73,18 @@ def open_page(chromium):
     yield call
     for each in watched:
         each.close()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Run a command in an empty folder: (exit code, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["qlens", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        said = capsys.readouterr()
+        return left.value.code, said.out, said.err
+
+    return call

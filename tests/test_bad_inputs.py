@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from bad_inputs import ON, commands, places
-from test_study import made
+from example_study import example_study
 from tiny import letters, llama
 
 import qlens
@@ -149,7 +149,7 @@ def test_fused_loss_refuses_what_does_not_fit():
 def test_a_damaged_study_is_refused_and_its_file_named(tmp_path, monkeypatch):
     whole = tmp_path / "whole"
     monkeypatch.setattr("qlens.analysis.report.panels", lambda study: ())  # figures take time and are not read
-    made().save(whole)
+    example_study().save(whole)
     assert qlens.analysis.study.Study.load(whole).methods
 
     def call(file, content):

@@ -1,32 +1,15 @@
 """The command line as a user meets it: output, JSON, and one line with exit code 2 for a mistake."""
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 import qlens
-from qlens import cli
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data: two tiny checkpoints and GSM8K")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Run a command in an empty folder: (exit code, output, errors)."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words):
-        monkeypatch.setattr(sys, "argv", ["qlens", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
-
-    return call
 
 
 @pytest.fixture

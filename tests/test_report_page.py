@@ -2,7 +2,7 @@
 
 import pytest
 from browser import worst
-from test_study import MEANS, made
+from example_study import MEANS, example_study
 
 HOSTILE = ["<script>window.hacked=1</script>", '"><img src=x onerror="window.hacked=1">', "\u202eevil"]
 
@@ -13,7 +13,9 @@ def report(tmp_path_factory):
     means = {name: MEANS[name] for name in ("base", "sft", "target_sft")} | {f"mine.py:{name}": 0.6 for name in HOSTILE}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qlens.analysis.saving.image.__defaults__", ("png", 40))  # figures are drawn faster when small
-        made(means, seeds=(0, 1), failed=[f"{name} in one at seed 1: RuntimeError" for name in HOSTILE]).save(folder)
+        example_study(means, seeds=(0, 1), failed=[f"{name} in one at seed 1: RuntimeError" for name in HOSTILE]).save(
+            folder
+        )
     return folder / "report.html"
 
 

@@ -5,75 +5,19 @@ import dataclasses
 import numpy as np
 import pandas as pd
 import pytest
+from example_study import MEANS, SETTINGS, example_study
 from numpy.testing import assert_allclose
 from scipy import stats
 
-import qlens
 from qlens import InputError
-from qlens.analysis.recipes import CONTROLS, Recipe
-from qlens.analysis.search import GRID, Choice
+from qlens.analysis.recipes import CONTROLS
+from qlens.analysis.search import GRID
 from qlens.analysis.stats import crossed_interval
 from qlens.analysis.study import Study
 
-MEANS = {"base": 0.4, "sft": 0.5, "dft": 0.51, "target_sft": 0.8, "target_sft_base_teacher": 0.6}
-SETTINGS = ("one", "two")
-SHARED = {"k": 8, "steps": 10, "batch_size": 4}
-
-
-def record(setting, method, seed, scores):
-    truth = [
-        {"when": when, "belief": belief, "labels": labels, "auroc": auroc, "good": 30, "noisy": 10 * (setting == "one")}
-        for (when, belief, labels), auroc in {
-            ("start", "trust", "judged"): 0.5,
-            ("start", "Q", "judged"): 0.6,
-            ("end", "p", "judged"): 0.7 + seed / 10,
-        }.items()
-    ]
-    means = {
-        "nll": 1.0,
-        "entropy": 1.0,
-        "kl_start": 0.1,
-        "trust": None,
-        "negative_mass": None,
-        "steps": 1,
-        "seconds": 1,
-    }
-    return {
-        "setting": setting, "method": method, "seed": seed, "scores": scores, "diagnostics": means, "truth": truth,
-        "curve": [[0, 0.1], [10, 0.2 + seed / 10]],
-    }  # fmt: skip
-
-
-def made(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=(), note=""):
-    """A study of scores in eighths around the means."""
-    rng = np.random.default_rng(0)
-    hard = rng.normal(0, 0.1, 40)
-    records = []
-    for setting in SETTINGS:
-        for method, mean in means.items():
-            for seed in seeds:
-                scores = np.clip(np.rint(8 * (mean + hard + rng.normal(0, 0.05, 40))) / 8, 0, 1)
-                if (setting, method, seed) not in lost:
-                    records.append(record(setting, method, seed, scores.tolist()))
-    config = {
-        "versions": {"qlens-sft": "0"}, "code": "0", "methods": dict.fromkeys(means), "seeds": list(seeds),
-        "settings": dict.fromkeys(SETTINGS, SHARED), "metric": {"name": "avg@8", "better": better, "note": note},
-        "noted": {"settings": {"one": {"base": 0.4, "odd_thing": 1}}, "failed": list(failed)},
-    }  # fmt: skip
-    scores = {"sft": {str(rate): [0.1] for rate in GRID}}
-    sft = Recipe(qlens.get("sft"))
-    choices = {
-        (setting, method): Choice(recipe=sft, learning_rate=GRID[0], origin="record", scores=scores)
-        if method == "sft"
-        else Choice(recipe=sft, learning_rate=0.5, origin="as sft", scores={})
-        for setting in SETTINGS
-        for method in means
-    }
-    return Study.from_records(config, records, choices)
-
 
 def test_the_table_is_the_statistics_of_the_scores():
-    study = made()
+    study = example_study()
     table = study.table().set_index(["setting", "method"])
     scores = study.scores("two")["dft"].to_numpy()
     wanted = crossed_interval(scores)
@@ -91,7 +35,7 @@ def test_the_table_is_the_statistics_of_the_scores():
 
 
 def test_differences_are_paired_and_corrected_over_methods_and_settings():
-    study = made()
+    study = example_study()
     found = study.differences()
     assert set(found["against"]) == {"sft"} and len(found) == 8
     x = study.scores("one")
@@ -108,14 +52,14 @@ def test_differences_are_paired_and_corrected_over_methods_and_settings():
 
 
 def test_without_sft_the_base_is_what_everything_is_compared_with():
-    study = made({"base": 0.4, "dft": 0.6})
+    study = example_study({"base": 0.4, "dft": 0.6})
     assert set(study.differences()["against"]) == {"base"}
-    assert len(made({"base": 0.4}).differences()) == 0
-    assert "avg@8" in str(made({"base": 0.4}))
+    assert len(example_study({"base": 0.4}).differences()) == 0
+    assert "avg@8" in str(example_study({"base": 0.4}))
 
 
 def test_controls_stand_on_the_other_side():
-    study = made()
+    study = example_study()
     found = study.controlled()
     assert set(found["method"]) == {"target_sft"} and set(found["against"]) == {"target_sft_base_teacher"}
     assert (
@@ -123,21 +67,21 @@ def test_controls_stand_on_the_other_side():
     )
     assert set(found["against"]) <= set(CONTROLS)
     assert "target_sft against its controls" in str(study)
-    assert made({"base": 0.4, "target_sft": 0.8}).controlled().empty
+    assert example_study({"base": 0.4, "target_sft": 0.8}).controlled().empty
 
 
 def test_a_lost_job_leaves_the_others_and_is_said():
     line = "dft in one at seed 1: RuntimeError: no luck (failed/x.txt)"
-    study = made(lost=[("one", "dft", 1)], failed=[line])
+    study = example_study(lost=[("one", "dft", 1)], failed=[line])
     table = study.table().set_index(["setting", "method"])
     assert table.loc[("one", "dft"), "n"] == "2 x 40" and table.loc[("one", "sft"), "n"] == "3 x 40"
     assert study.differences().set_index(["setting", "method"]).loc[("one", "dft"), "n"] == "2 x 40"
     said = str(study)
     assert "dft: n = 2 x 40" in said and f"failed: {line}" in said and "n = 3 x 40 (seeds x items)" in said
-    gone = made(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
+    gone = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
     assert ("one", "dft") not in gone.table().set_index(["setting", "method"]).index
     assert ("two", "dft") in gone.table().set_index(["setting", "method"]).index
-    apart = made(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
+    apart = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
     ranks = apart.table().query("setting == 'one'").set_index("method")["rank"]
     assert ranks[["dft", "sft"]].isna().all() and ranks.drop(["dft", "sft"]).tolist() == [3, 1, 2], (
         "of those with all seeds"
@@ -146,7 +90,7 @@ def test_a_lost_job_leaves_the_others_and_is_said():
 
 
 def test_rates_are_printed_with_what_is_wrong_with_them():
-    study = made()
+    study = example_study()
     said = str(study)
     assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the grid" in said
     assert "dft, target_sft, target_sft_base_teacher: sft's rate, not searched" in said
@@ -157,13 +101,13 @@ def test_rates_are_printed_with_what_is_wrong_with_them():
 
 
 def test_what_is_no_ranking_gets_no_ranks():
-    assert " rank " in str(made()) and " rank " not in str(made(better="lower", note="a diagnostic"))
-    lower = made(better="lower").table().set_index(["setting", "method"])
+    assert " rank " in str(example_study()) and " rank " not in str(example_study(better="lower", note="a diagnostic"))
+    lower = example_study(better="lower").table().set_index(["setting", "method"])
     assert lower.loc[("one", "base"), "rank"] == 1 and lower.loc[("one", "target_sft"), "rank"] == 5
 
 
 def test_truths_are_means_over_seeds_where_there_is_noise():
-    study = made()
+    study = example_study()
     found = study.truths().set_index(["setting", "method"])
     assert_allclose(found.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
     assert found.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
@@ -172,7 +116,7 @@ def test_truths_are_means_over_seeds_where_there_is_noise():
 
 
 def test_curves_have_intervals_over_seeds():
-    found = made().curve().query("setting == 'one' and method == 'dft'").set_index("step")
+    found = example_study().curve().query("setting == 'one' and method == 'dft'").set_index("step")
     assert_allclose(found.loc[10, "mean"], 0.3)
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
     assert_allclose([found.loc[10, "low"], found.loc[10, "high"]], [0.3 - half, 0.3 + half])
@@ -180,14 +124,14 @@ def test_curves_have_intervals_over_seeds():
 
 @pytest.mark.parametrize("form", ["to_markdown", "to_latex", "__str__"])
 def test_every_form_has_every_method_and_number(form):
-    study = made()
+    study = example_study()
     said = getattr(study, form)().replace("\\", "")
     assert all(name in said for name in MEANS) and all(name in said for name in SETTINGS)
     assert all(f"{mean:.3f}" in said for mean in study.table()["mean"])
 
 
 def test_a_study_comes_back_from_its_folder(tmp_path):
-    study = made(lost=[("one", "dft", 1)])
+    study = example_study(lost=[("one", "dft", 1)])
     study.save(tmp_path)
     loaded = Study.load(tmp_path)
     for name in ("results", "diagnostics", "rates", "curves", "truth"):
@@ -197,7 +141,7 @@ def test_a_study_comes_back_from_its_folder(tmp_path):
 
 def test_names_are_escaped_in_markdown_and_keep_to_their_line_in_print():
     name = "own.py:a|b`c`\n| d | [e](f) <b>"
-    study = made({"base": 0.4, "sft": 0.5, name: 0.6}, failed=[f"{name} in one at seed 1: no"])
+    study = example_study({"base": 0.4, "sft": 0.5, name: 0.6}, failed=[f"{name} in one at seed 1: no"])
     lines = study.to_markdown().splitlines()
     assert any(line.startswith(r"| own.py:a\|b\`c\` \| d \| \[e\](f) \<b> |") for line in lines)
     assert any(r"- failed: own.py:a|b\`c\` | d" in line for line in lines)
@@ -208,7 +152,7 @@ def test_names_are_escaped_in_markdown_and_keep_to_their_line_in_print():
 
 
 def test_one_held_out_row_has_no_p_value_and_no_ranks():
-    study = made()
+    study = example_study()
     study = dataclasses.replace(study, results=study.results[study.results["item"] == 0])
     differences = study.differences()
     assert (differences["items"] == 1).all() and differences[["p", "p_holm"]].isna().all(axis=None)

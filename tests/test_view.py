@@ -7,7 +7,6 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cli import run  # noqa: F401  a fixture
 from tiny import letters, llama
 
 import qlens
@@ -114,7 +113,7 @@ def test_a_missing_folder_is_named(seen, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_a_page(run, own, tmp_path):  # noqa: F811
+def test_the_command_writes_a_page(run, own, tmp_path):
     code, out, err = run(
         "view", "--model", own["model"], "--data", own["data"], "--teacher", own["teacher"], "--rows", 3
     )
@@ -125,7 +124,7 @@ def test_the_command_writes_a_page(run, own, tmp_path):  # noqa: F811
     assert sorted(path.name for path in tmp_path.iterdir()) == ["view.html"], "with --json no page unasked"
 
 
-def test_the_command_ranks(run, own, tmp_path):  # noqa: F811
+def test_the_command_ranks(run, own, tmp_path):
     given = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
     code, out, err = run(*given)
     assert code == 0 and "dft: what it trusts least" in out and "rows (of 40):" in out and "1 rows left out" in err
@@ -149,7 +148,7 @@ def test_the_command_ranks(run, own, tmp_path):  # noqa: F811
         (["--rank", "--top", "0"], "top"),
     ],
 )
-def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, says):  # noqa: F811
+def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, says):
     code, out, err = run("view", *words)
     assert code == 2 and says in err and "Traceback" not in err and out == ""
     assert not list(tmp_path.iterdir())
