@@ -43,8 +43,8 @@ def paragraph(e: Any) -> str:
             f"Its target is signed, with up to {negative.max():.2g} of negative mass: it pushes some tokens down harder than any "
             "distribution could."
         )
-    if e.scope is not None and e.position_weights is None:
-        said += _said_of_scope(e.scope)
+    if e.scope is not None:
+        said += _said_of_scope(e.scope)[e.position_weights is not None :]  # its position is said already
     return " ".join(part for part in said if part)
 
 
