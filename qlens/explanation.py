@@ -13,13 +13,16 @@ from qlens import matching
 from qlens.destination import Destination, destination
 from qlens.errors import InputError
 from qlens.findings import summary, words
+from qlens.findings.centred import Centred
 from qlens.findings.exact import OwnPrecision
+from qlens.findings.gates import BatchGate
 from qlens.findings.labels import LabelWeights
 from qlens.findings.laws import Law
 from qlens.findings.leaks import Leak
 from qlens.findings.mixture import Mixture
 from qlens.findings.nearly import Nearly
 from qlens.findings.normalised import Normalised
+from qlens.findings.positions import PositionWeights
 from qlens.findings.scope import Scope
 from qlens.findings.vocabulary import VocabularyFactor
 from qlens.guards import first_line, quiet
@@ -66,6 +69,9 @@ class Explanation:
         broken: on how many of these its gradient is not finite.
         ids_untried: why label ids could not be tried, where that failed.
         normalised: the method that it is times a factor of the batch, where it is.
+        position_weights: how it weighs tokens by their place, where it does.
+        centred: the mean and spread of cross-entropies that it is, where it is.
+        gate: which tokens of a batch count by how they compare with the rest of it, where some do.
     """
 
     variant: Variant
@@ -97,6 +103,9 @@ class Explanation:
     broken: int = 0
     ids_untried: str = ""
     normalised: Normalised | None = None
+    position_weights: PositionWeights | None = None
+    gate: BatchGate | None = None
+    centred: Centred | None = None
 
     @property
     def spec(self) -> str:
@@ -169,6 +178,8 @@ class Explanation:
         """Where training on it ends, or why that is not known."""
         if self.silent or not bool(self.target.grad.isfinite().all() and self.target.grad.any()):
             return "its gradient leads nowhere"
+        if self.position_weights is not None:
+            return "a token's position changes its gradient, and with it where training ends"
         if self.scope is not None and self.scope.of != "token":
             return f"its gradient depends on the {self.scope.of}, not on one token alone"
         if self.label_weights is not None:
@@ -227,6 +238,9 @@ class Explanation:
             "label_weights": self.label_weights and {"weights": self.label_weights.weights, "equal": self.label_weights.equal,
                                                      "divided": self.label_weights.divided},
             "normalised": self.normalised and vars(self.normalised),
+            "position_weights": self.position_weights and vars(self.position_weights),
+            "gate": self.gate and vars(self.gate),
+            "centred": self.centred and vars(self.centred),
             "nearly": self.nearly and vars(self.nearly),
             "by_vocabulary": self.by_vocabulary and vars(self.by_vocabulary),
             "whole": self.whole,

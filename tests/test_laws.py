@@ -183,3 +183,21 @@ def test_the_entropy_of_a_teacher_may_weigh():
     log_t = T.log_probs_of("teacher")
     found = law(1 + (log_t.exp() * log_t).sum(-1) / math.log(32), T)
     assert found is not None and found.formula == "1 - H of the teacher / ln V"
+
+
+def test_laws_of_the_largest_probabilities():
+    tokens = probes()
+    p = tokens.probs
+    top = p.topk(2, -1).values
+    of = {
+        "max p^2": top[:, 0] ** 2,
+        "(1 - max p)": 1 - top[:, 0],
+        "0.5 (second p)": 0.5 * top[:, 1],
+        "(max p - second p)": top[:, 0] - top[:, 1],
+        "(p_y / max p)": tokens.label_probs / top[:, 0],
+        "sum(p^2)": p.square().sum(-1),
+        "1 - 0.5 max p": 1 - 0.5 * top[:, 0],
+    }
+    for formula, pull in of.items():
+        found = law(pull, tokens)
+        assert found is not None and found.formula == formula, (formula, found)

@@ -121,3 +121,26 @@ def test_margins_of_raw_logits_are_told():
     ):
         variant = resolve(loss)
         assert piecewise_linear(variant, on_probes(variant)) == linear
+
+
+def test_a_mean_of_one_kind_and_a_z_loss_of_another_are_both_named():
+    def loss(outputs, labels, num_items_in_batch=None):
+        z, y = outputs.logits[:, :-1], labels[:, 1:]
+        ce = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum", ignore_index=-100)
+        return ce / (y != -100).sum() + 1e-4 * z.logsumexp(-1).square().mean()
+
+    e = qlens.explain(loss)
+    assert e.nearest[0].spec == "sft" and e.nearest[0].same
+    assert e.summary.startswith("This is sft (that apart).") and "a z-loss: " in e.summary
+
+
+def test_clamped_logits_are_named_where_every_label_is_clamped():
+    draw = torch.Generator().manual_seed(0)
+    logits = 8 + 2.5 * torch.randn(24, 600, generator=draw)
+    labels = torch.randint(0, 600, (24,), generator=draw)
+    logits[torch.arange(24), labels] += 8
+    e = qlens.explain(
+        lambda logits, labels: F.cross_entropy(logits.clamp(max=2), labels), qlens.Tokens(logits=logits, labels=labels)
+    )
+    assert e.nearest[0].spec == "sft" and e.leak.cause.startswith("clamped logits: no gradient above about 2")
+    assert "no label is trusted" in e.summary and "no softmax" not in e.summary

@@ -94,3 +94,31 @@ def test_a_method_that_this_batch_alone_shows_is_not_named():
 
     near, _ = found(median)
     assert not any(match.same for match in near)
+
+
+def test_other_statistics_of_the_weights_are_named():
+    def by(statistic):
+        def loss(logits, labels):
+            weight = (-0.5 * nll(logits, labels)).exp().detach()
+            return weight / statistic(weight) * nll(logits, labels)
+
+        return loss
+
+    for statistic, said in (
+        (lambda w: w.max(), "the batch's largest weight"),
+        (lambda w: w.quantile(0.9), "the 0.9-quantile of the batch's weights"),
+        (lambda w: w.std(), "the standard deviation of the batch's weights"),
+        (lambda w: w.sum(), "the sum of the batch's weights"),
+        (lambda w: w.norm(), "the norm of the batch's weights"),
+    ):
+        e = qlens.explain(by(statistic))
+        assert e.scope.of == "batch" and f"gce(q=0.5) divided by {said}" in e.summary, (said, e.summary)
+
+
+def test_a_gate_of_each_token_alone_is_divided_by_how_many_pass():
+    def few_confident(logits, labels):
+        kept = (logits.softmax(-1).amax(-1) < 0.5).detach()
+        return (nll(logits, labels) * kept).sum() / kept.sum().clamp(min=1)
+
+    _, normal = found(few_confident)
+    assert str(normal) == "every token's weight is divided by the batch's mean weight"

@@ -214,3 +214,13 @@ def test_a_backward_of_its_own_is_named():
     variant = resolve("dft")
     found = scope(variant.loss, probes(), total=variant.total)
     assert found.backward == "" and "a detached weight" in str(found)
+
+
+def test_a_clamp_at_a_tokens_own_probability_holds_nothing_constant():
+    for level in (0.5, 0.9, 1 - 1e-6):
+        for dtype in (torch.float64, torch.float32):
+
+            def loss(tokens, level=level):
+                return -tokens.label_probs.clamp(min=level).log()
+
+            assert scope(loss, probes(dtype), 1e-4, precision=dtype).detached is False, (level, dtype)

@@ -42,6 +42,8 @@ class Features:
         }
         self.b, self.log_p, self.log_rest, self.entropy = (joined[n] for n in ("b", "log_p", "log_rest", "entropy"))
         self.rank, self.largest, self.log_size = (joined[n] for n in ("rank", "largest", "log_size"))
+        self.second, self.log_below_largest = joined["second"], joined["log_below_largest"]
+        self.squares = joined["squares"]
         self.reading = joined["reading"]
         self.ranks, self.entropies = (
             {n: joined[f"{n} {what}"] for n in ("reference", "old", "teacher") if f"{n} {what}" in joined}
@@ -69,7 +71,8 @@ class Features:
     def misfit(self, made: np.ndarray, where: np.ndarray | None = None) -> float:
         """Relative and root mean square, with what rounding alone makes of a pull counted as the tolerance."""
         size = np.maximum(np.abs(self.b), np.abs(made)) + self.floor
-        off = np.abs(self.b - made) / size
+        with np.errstate(invalid="ignore"):  # a form that overflows somewhere fits nowhere
+            off = np.abs(self.b - made) / size
         return float(np.sqrt(np.mean(np.square(off if where is None else off[where]))))
 
     def fits(self, where: np.ndarray, made: np.ndarray) -> float | None:
@@ -99,11 +102,14 @@ def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
     """The features of one reading, by name; ids of groups differ from reading to reading."""
     tokens = seen.tokens.with_precision(torch.float64)
     p, size = tokens.probs, tokens.logits.shape[1]
+    top = p.topk(2, -1)
+    below_largest = tokens.log_probs.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(-1)
     noise = seen.noise if isinstance(seen.noise, Tensor) else torch.full((len(tokens),), seen.noise)
     made = {
         "b": seen.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
         "entropy": -expectation(p, tokens.log_probs), "reading": torch.full_like(p[:, 0], place),
-        "rank": _rank(tokens, tokens.logits), "largest": p.amax(-1), "log_size": torch.full_like(p[:, 0], math.log(size)),
+        "rank": _rank(tokens, tokens.logits), "largest": top.values[:, 0], "log_size": torch.full_like(p[:, 0], math.log(size)),
+        "second": top.values[:, 1], "log_below_largest": below_largest, "squares": p.square().sum(-1),
     }  # fmt: skip
     made |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
     made |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}

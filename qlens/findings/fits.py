@@ -1,6 +1,6 @@
 """Fits: the parameters at which one method has a gradient, one at a time over a grid, then all by least squares."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -48,6 +48,7 @@ class Fit:
 
     def __init__(self, method: Method, grad: Tensor, tokens: Tokens, noise: Noise):
         self.method, self.tokens, self.grad, self.noise = method, tokens, grad.double(), noise
+        self.numbers: Sequence[float] = ()  # further numbers to try
         self.g, self.goal = self.grad, 0.1 * TOLERANCE
         rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
         self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
@@ -114,7 +115,7 @@ class Fit:
     def scan(self, names: list[str]) -> None:
         """One parameter at a time over its grid."""
         for name in names:
-            for other in _candidates(self.params[name], self.hints.get(name)):
+            for other in _candidates(self.params[name], self.hints.get(name), self.numbers):
                 if self.best > self.goal:
                     self.take(self.params | {name: other})
 
@@ -235,7 +236,7 @@ def _numbers(value: Any) -> Iterator[int | None]:
         yield from (i for i, part in enumerate(value) if isinstance(part, float))
 
 
-def _candidates(value: Any, hint: Any) -> list[Any]:
+def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[Any]:
     """Other values to try."""
     near: list[Any] = params.telling(hint) if hint is not None else []
     if isinstance(value, bool) or isinstance(value, str):
@@ -243,9 +244,13 @@ def _candidates(value: Any, hint: Any) -> list[Any]:
     if isinstance(value, int):
         return [*near, *WHOLE]
     if isinstance(value, float):
-        return [*near, *NUMBERS, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
+        return [*near, *NUMBERS, *numbers, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
     if isinstance(value, tuple):
-        return [tuple(n if j == i else v for j, v in enumerate(value)) for i in range(len(value)) for n in NUMBERS]
+        return [
+            tuple(n if j == i else v for j, v in enumerate(value))
+            for i in range(len(value))
+            for n in (*NUMBERS, *numbers)
+        ]
     return near
 
 

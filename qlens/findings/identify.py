@@ -1,5 +1,7 @@
 """Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from jaxtyping import Float
@@ -47,7 +49,9 @@ def search(
     return matching.ranked(found)
 
 
-def refined(spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Match | None:
+def refined(
+    spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise, numbers: Sequence[float] = ()
+) -> Match | None:
     """A method near a gradient, with every parameter tried on from these; None where none of its settings has the gradient.
 
     Thresholds and clips tell on a few tokens only: this looks at all of them.
@@ -57,12 +61,13 @@ def refined(spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise)
         grad: logit gradients of the unreduced loss, (N, V).
         tokens: where they were taken.
         noise: the rounding of the gradient.
+        numbers: what thresholds may be, beside the usual ones.
     """
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
         return None
     fit = Fit(variant.method, grad, tokens.with_precision(torch.float64), noise)
-    fit.params = dict(variant.params)
+    fit.params, fit.numbers = dict(variant.params), numbers
     fit.best = fit.cost(fit.params)
     for _ in range(ROUNDS):
         before = fit.best

@@ -44,8 +44,9 @@ def law(
 ) -> Law | None:
     """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
 
-    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the entropy (of the top k too), and of the ratio to another
-    model; those with a weight that carries its gradient; a + b p_y; thresholds, clips, masks; one value per sequence or pair;
+    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the largest p, the second, their difference, p_y / max p, the
+    entropy (of the top k too), and of the ratio to another model; those with a weight that carries its gradient; a + b p_y;
+    thresholds, clips, masks; one value per sequence or pair;
     any of them times the advantage or the token's weight.
 
     Args:
@@ -127,19 +128,19 @@ class _Laws(Smooth):
             if below.any():
                 cut = x[under].max()
                 ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
-                said.append(f"{name} >= {plain(ends['low'])} (seen between {plain(cut)} and {plain(low)})")
+                said.append(f"{name} >= {plain(ends['low'])}{_seen(plain(cut), plain(low))}")
             if at_end:
                 ends["high"] = high
                 said.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
             elif above.any():
                 cut = x[over].min()
                 ends["high"] = high if whole else between(high, cut)
-                text = f"{plain(ends['high'])} (seen between {plain(high)} and {plain(cut)})"
+                text = f"{plain(ends['high'])}{_seen(plain(high), plain(cut))}"
                 if near_one:
                     rest = np.exp(self.log_rest)
                     least, most = rest[over].max(), rest[on].min()
                     ends["high"] = 1 - between(least, most)
-                    text = f"1 - {plain(between(least, most))} (seen between 1 - {plain(most)} and 1 - {plain(least)})"
+                    text = f"1 - {plain(between(least, most))}{_seen(f'1 - {plain(most)}', f'1 - {plain(least)}')}"
                 said.append(f"{name} <= {text}")
             yield "where " + " and ".join(said), ends, len(said)
 
@@ -149,6 +150,7 @@ class _Laws(Smooth):
         found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
         found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
         found |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
+        found |= {"the largest p - the second": self.largest - self.second, "the second largest p": self.second}
         found |= {"the label's rank (0 first)": self.rank}
         found |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
         found |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}
@@ -257,6 +259,11 @@ class _Laws(Smooth):
             if miss is not None and len(set(ids)) < len(ids):
                 low, high = plain(self.b.min()), plain(self.b.max())
                 yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
+
+
+def _seen(first: str, last: str) -> str:
+    """Between which numbers a threshold was seen, in words; "" where they are printed alike."""
+    return "" if first == last else f" (seen between {first} and {last})"
 
 
 def between(low: float, high: float) -> float:

@@ -36,6 +36,7 @@ class Naming:
     trial: Reading | None
     by_vocabulary: list[VocabularyFactor]
     same_size: Reading | str | None
+    numbers: tuple[float, ...]
 
     def identified(
         self, seen: Reading, trial: Reading | None, changed: bool, alone: bool, none: bool
@@ -58,7 +59,8 @@ class Naming:
                 match.spec for match in near if match.share > HALF
             ]
             tried = (
-                identify.refined(s, some.grad, some.tokens, some.noise) for s in list(dict.fromkeys(likely))[:REFINED]
+                identify.refined(s, some.grad, some.tokens, some.noise, self.numbers)
+                for s in list(dict.fromkeys(likely))[:REFINED]
             )
             if found := next((match for match in tried if match is not None), None):
                 return self.settled([found, *near], seen, trial, changed, alone), None, None

@@ -140,6 +140,10 @@ def _difference(
     far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
     most, at = float(far[apart].max()), int(torch.where(apart, far, -1.0).argmax())
     p = seen.tokens.label_probs
+    low, high = float(ratio[apart].min()), float(ratio[apart].max())
+    if bool(along[apart].all()) and high - low <= CORE * max(abs(low), abs(high)):
+        factor = float((other * g)[apart].sum() / other[apart].square().sum())
+        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_not(rule)}"
     size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
     shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
     if bool(along[apart].all()) and int(shrunk.sum()) >= 2:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens import matching
+from qlens.findings.features import plain
 from qlens.findings.fits import pushes_only
 from qlens.findings.noise import Noise, rounding
 from qlens.findings.reading import Reading
@@ -18,6 +19,7 @@ from qlens.tokens import Tokens
 TRIED = 12  # matching methods that are compared on other batches
 EQUAL = 1e-4  # relative difference of factors that are one
 NEAR_ONE, NEARLY = 1e-9, 1e-4  # 1 - p_y below which a weight is not read; difference of means that are one
+QUANTILES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
 LOW = 0.5  # label probability below which one of the batches is
 
 
@@ -32,6 +34,7 @@ class Normalised:
         factors: c in g = c g_m on each batch tried, and how many tokens that had; none without a method.
         here: c on the tokens shown.
         wide: c on the wider trial tokens, or None.
+        switch: at which mean loss of the batch the factor changes from one value to another, in words; "" where it does not.
     """
 
     spec: str
@@ -40,6 +43,7 @@ class Normalised:
     factors: tuple[tuple[float, int], ...]
     here: float
     wide: float | None = None
+    switch: str = ""
 
     @property
     def named(self) -> str:
@@ -47,13 +51,15 @@ class Normalised:
         if not self.spec:
             return f"every token's weight is divided by {self.by}"
         times = "" if abs(self.constant - 1) < EQUAL else f" times {self.constant:.5g}"
+        if self.switch:
+            return f"{self.spec} {self.switch}"
         return f"{self.spec}{times} divided by {self.by}" if self.by else f"{self.spec} times a factor of the batch"
 
     def __str__(self) -> str:
-        if not self.factors:
+        if not self.factors or self.switch:
             return self.named
-        seen = ", ".join(f"{factor:.4g} with {number} tokens" for factor, number in self.factors)
-        return f"{self.named} (so far times {seen})" if not self.by else f"{self.named} (times {seen})"
+        low, high = (f"{end(factor for factor, _ in self.factors):.4g}" for end in (min, max))
+        return f"{self.named} (times {low} to {high} in the {len(self.factors)} batches tried)"
 
 
 def elsewhere(
@@ -69,7 +75,8 @@ def elsewhere(
         shown: its gradient on the tokens shown.
         trial: its gradient on the wider trial tokens.
     """
-    read = [(other, *_read(variant, other)) for other in _batches(variant, shown, trial)]
+    tried_on = list(other_batches(variant, shown, trial))
+    read = [(other, *_read(variant, other)) for other, _ in tried_on]
     batches = [one for place, one in enumerate(read) if bool(one[1].any()) or (place == 0 and trial is not None)]
     kept, scaled = [], []
     tried = {match.spec for match in [match for match in near if match.same][:TRIED]}
@@ -91,7 +98,13 @@ def elsewhere(
     if any(match.same for match in kept):
         return matching.ranked(kept), None
     if not scaled:
-        return matching.ranked(kept), _weights([(shown.tokens, shown.grad, shown.noise), *batches])
+        every = torch.arange(len(shown.given), device=shown.grad.device)
+        return matching.ranked(kept), _weights(
+            [
+                (shown.tokens, shown.grad, shown.noise, every),
+                *((*one, rows) for one, (_, rows) in zip(read, tried_on, strict=True)),
+            ]
+        )
     fewest = min(map(_order, scaled))
     alike = [one for one in scaled if _order(one) == fewest]
     detached = _slope_off(variant, shown.given) if len(alike) > 1 else False
@@ -104,21 +117,23 @@ def _order(one: Normalised) -> tuple:
     return not one.by, abs(one.constant - 1) > EQUAL, "(" in one.spec, len(get(one.spec).needs)
 
 
-def _batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[Tokens]:
-    """Batches of other tokens: the trial tokens, some of those shown, and those of low label probability."""
+def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
+    """Batches of other tokens: the trial tokens, some of those shown, and those of low label probability; and their places
+    among those shown, None of the trial tokens.
+    """
     if trial is not None:
-        yield trial.given
+        yield trial.given, None
     tokens, p = shown.given, shown.tokens.label_probs
     ids = tokens.pair if tokens.pair is not None else tokens.sequence
     some = torch.arange(len(p), device=p.device) % 3 > 0 if ids is None else ids < (ids.min() + ids.max() + 1) // 2
     if 1 < int(some.sum()) < len(p):
-        yield tokens[some]
+        yield tokens[some], some.nonzero()[:, 0]
     if "pair" in variant.needs:
         return
     ends = (p < 1e-3) | (p > 0.9)
     for rows in (p < LOW, p >= LOW, ends, (p > 0.05) & (p < LOW), torch.arange(len(p), device=p.device) % 5 == 1):
         if 1 < int(rows.sum()) < len(p):
-            yield tokens[rows]
+            yield tokens[rows], rows.nonzero()[:, 0]
 
 
 def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Noise]:
@@ -139,9 +154,20 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
     def nll(tokens: Tokens) -> Tensor:
         return -tokens.label_log_probs.double()
 
+    quantiles = {
+        f"the {q:g}-quantile of the batch's weights": lambda t, q=q: float(weights(t).quantile(q)) for q in QUANTILES
+    }
     return {
         "the batch's mean weight": lambda t: float(weights(t).mean()),
         "the batch's largest weight": lambda t: float(weights(t).max()),
+        "the batch's smallest weight": lambda t: float(weights(t).min()),
+        "the batch's median weight": lambda t: float(weights(t).median()),
+        "the standard deviation of the batch's weights": lambda t: float(weights(t).std()),
+        "the standard deviation of the batch's weights (divided by N)": lambda t: float(weights(t).std(correction=0)),
+        "the root mean square of the batch's weights": lambda t: float(weights(t).square().mean().sqrt()),
+        "the norm of the batch's weights": lambda t: float(weights(t).norm()),
+        "the sum of the batch's weights": lambda t: float(weights(t).sum()),
+        **quantiles,
         "the batch's mean loss": lambda t: float(losses(t).mean()),
         "1 + the batch's mean loss": lambda t: 1 + float(losses(t).mean()),
         "the batch's largest loss": lambda t: float(losses(t).max()),
@@ -152,15 +178,27 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
     }
 
 
-def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise]]) -> Normalised | None:
-    """Whether weights on the label alone have the same mean, or the same largest, in every batch."""
+def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise, Tensor | None]]) -> Normalised | None:
+    """Whether weights on the label alone have the same mean, or the same largest, in every batch, and in batches that share
+    tokens are the same there up to one factor.
+    """
+    whole: Tensor | None = None
     of: dict[str, list[float]] = {"the batch's mean weight": [], "the batch's largest weight": []}
-    for tokens, grad, noise in batches:
+    for tokens, grad, noise, rows in batches:
+        if not bool(grad.any()):
+            if rows is not None and whole is not None and bool(whole[rows].any()):  # a gate of the batch
+                return None
+            continue
         if not pushes_only(grad, tokens, noise):
             return None
         tokens = tokens.with_precision(torch.float64)
         rest = tokens.rest_log_probs.exp()
-        weight = torch.where(rest > NEAR_ONE, -tokens.gather(grad.double()) / rest, 0.0)[rest > NEAR_ONE]
+        weight = torch.where(rest > NEAR_ONE, -tokens.gather(grad.double()) / rest, 0.0)
+        if rows is not None:
+            whole = weight if whole is None else whole
+            if not _proportional(weight, whole[rows]):
+                return None
+        weight = weight[rest > NEAR_ONE]
         of["the batch's mean weight"].append(float(weight.mean()))
         gate = (
             float(weight[weight != 0].std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
@@ -176,16 +214,50 @@ def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise]]) -> Normalised | No
     return None
 
 
+def _proportional(weights: Tensor, others: Tensor) -> bool:
+    """Whether the weights of the same tokens in two batches are the same up to one factor."""
+    factor = (weights * others).sum() / others.square().sum().clamp(min=1e-300)
+    size = weights.abs().maximum((factor * others).abs())
+    return bool(((weights - factor * others).abs() <= NEARLY * size + 1e-9 * weights.abs().max()).all())
+
+
 def _statistic(spec: str, factors: Sequence[float], batches: Sequence[Tokens], wide: bool) -> Normalised:
     """What the factors of a method on several batches are divided by."""
     by, constant = "", 1.0
     for name, of in _statistics(get(spec)).items():
         made = torch.tensor([factor * of(tokens) for factor, tokens in zip(factors, batches, strict=True)])
-        if bool(made.isfinite().all()) and float(made.max() - made.min()) <= EQUAL * float(made.abs().max()):
+        if bool(made.isfinite().all() and made.all()) and float(made.max() - made.min()) <= EQUAL * float(
+            made.abs().max()
+        ):
             by, constant = name, matching.written(float(made.mean()), EQUAL)
             break
     seen = tuple((factor, len(tokens)) for factor, tokens in zip(factors, batches, strict=True))
-    return Normalised(spec, by, constant, seen, factors[0], factors[1] if wide else None)
+    switch = "" if by else _switch(get(spec), factors, batches)
+    return Normalised(spec, by, constant, seen, factors[0], factors[1] if wide else None, switch)
+
+
+def _switch(variant: Variant, factors: Sequence[float], batches: Sequence[Tokens]) -> str:
+    """Two factors that the batch's mean loss tells apart, in words; "" where that does not."""
+    values = sorted({matching.written(factor, EQUAL) for factor in factors})
+    if len(values) != 2:
+        return ""
+    with torch.no_grad():
+        means = [float(variant.loss(tokens).double().mean()) for tokens in batches]
+    low, high = (
+        [mean for mean, factor in zip(means, factors, strict=True) if abs(factor - value) <= EQUAL * abs(value)]
+        for value in values
+    )
+    if max(low) < min(high):
+        ends, (below, above) = (max(low), min(high)), values
+    elif max(high) < min(low):
+        ends, (above, below) = (max(high), min(low)), values
+    else:
+        return ""
+    flooding = ", flooding" if above == -below > 0 else ""
+    return (
+        f"times {plain(above)} while the batch's mean loss is above a level between {ends[0]:.3g} and {ends[1]:.3g}, times "
+        f"{plain(below)} below it{flooding}"
+    )
 
 
 def _slope_off(variant: Variant, tokens: Tokens) -> bool:

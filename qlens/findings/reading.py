@@ -107,6 +107,12 @@ class Reading:
         few = self.given[rows]
         return replace(self[rows], grad=gradient(variant.loss, few).double())
 
+    def weighted(self, weights: Float[Tensor, " N"]) -> "Reading":
+        """Times a weight for every row."""
+        size = weights.abs()
+        noise = Noise(self.noise.rows * size, self.noise.sums * size)
+        return replace(self, grad=self.grad * weights[:, None], noise=noise)
+
     def undone(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
         """With something taken off the gradient, and the tokens as the rest of the loss sees them."""
         return replace(self, grad=grad, given=self.given if tokens is None else tokens)

@@ -16,7 +16,11 @@ from qlens.tokens import MODELS, Tokens, spread
 PERTURBED = 12  # tokens changed, one at a time
 # of the numerical derivative, in logits, and the share of a slope by which it must be off, in the loss's precision
 STEPS = {torch.float64: (1e-5, 1e-4), torch.float32: (0.02, 0.02)}
-DRAWS, UNTIED = 3, 0.05  # batches with logits moved off ties and thresholds on which slopes are taken, and by how much
+UNTIED = (
+    0.05,
+    0.3,
+    1.0,
+)  # by how much logits are moved off ties and thresholds in the batches on which slopes are taken
 SIZES = (7, 28)  # the first so many tokens, read as a batch of their own
 COPIES = (4, 40)  # of all tokens, in one batch
 MOST = 2**20  # entries of the logits in such a batch
@@ -258,9 +262,9 @@ def held_constant(
     step, least = max(STEPS[stored], STEPS[own])
     gaps = []
     with value_alone():
-        for seed in range(DRAWS):
+        for seed, apart in enumerate(UNTIED):
             draw = torch.Generator().manual_seed(seed)
-            by = UNTIED * torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
+            by = apart * torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
             untied = tokens.replace(logits=tokens.logits + by)
             grad = gradient(rows, untied)
             with torch.no_grad():

@@ -95,6 +95,13 @@ class Smooth(Features):
         yield "p_y", self.log_p
         yield "(1 - p_y)", self.log_rest
         yield "(p_y / (1 - p_y))", self.log_p - self.log_rest
+        with np.errstate(divide="ignore"):
+            yield "max p", np.log(self.largest)
+            yield "(1 - max p)", self.log_below_largest
+            yield "(max p - second p)", np.log(self.largest - self.second)
+            yield "(second p)", np.log(self.second)
+            yield "(p_y / max p)", self.log_p - np.log(self.largest)
+            yield "sum(p^2)", np.log(self.squares)
         for name, log_q in self.models.items():
             yield f"(p_y / {name}_y)", self.log_p - log_q
             yield f"{name}_y", log_q
@@ -152,6 +159,8 @@ class Smooth(Features):
     def affine(self, where: np.ndarray) -> Iterator[Fit]:
         """a + b p_y, the same of entropies, and p_y's own ratio to other models: a + b r_y / p_y."""
         features = {"p_y": np.exp(self.log_p), "H / ln V": self.entropy / self.log_size, "H": self.entropy}
+        features |= {"max p": self.largest, "(second p)": self.second, "(max p - second p)": self.largest - self.second}
+        features |= {"sum(p^2)": self.squares}
         features |= {f"H of the {n} / ln V": entropy / self.log_size for n, entropy in self.entropies.items()}
         features |= {f"H_top-{k} / ln {k}": entropy / math.log(k) for k, entropy in self.top.items()}
         for name, log_q in self.models.items():

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from qlens.errors import InputError
 from qlens.explanation import Explanation
+from qlens.findings.centred import centred
+from qlens.findings.edges import with_edges
+from qlens.findings.gates import batch_gate
 from qlens.findings.labels import LabelWeights, divided_by_mean, label_weights, relabelled
 from qlens.findings.laws import Law
 from qlens.findings.leaks import CLAMPED, Leak, leak
@@ -15,6 +18,7 @@ from qlens.findings.mixture import Mixture
 from qlens.findings.mixtures import again, decompose
 from qlens.findings.naming import MATCHED, Naming
 from qlens.findings.noise import TOLERANCE
+from qlens.findings.positions import PositionWeights, unweighted
 from qlens.findings.pulls import by_vocabulary, in_short, laws_of, own_of_batch
 from qlens.findings.reading import Reading, asked, models_taken, on_trials
 from qlens.findings.scope import Scope, scope
@@ -41,9 +45,10 @@ class Study(Naming):
         self.shown, self.broken, self.ids_untried = shown, 0, ""
         self.same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown, read where it is needed
         self.by_vocabulary: list[VocabularyFactor] = []
+        self.unweighted: list[tuple[Reading, Tensor]] = []  # without weights by position, and their rows
         wide = on_trials(self.variant, shown)
         self.trial, self.untried = (None, wide) if isinstance(wide, str) else (wide, "")
-        self.given = given
+        self.given, self.numbers = given, ()
 
     def run(self) -> Explanation:
         """The explanation, with everything that can be found."""
@@ -64,15 +69,30 @@ class Study(Naming):
             shifted = label_offset(self.variant.loss, at.given, at.grad, at.noise.rows)
         if ids is not None and reach.of != "token":
             ids = self.divided(ids, reach)
-        alone = reach.of == "token" or (ids is not None and ids.divided)
+        if reach.of == "token" and not (ids or self.own_spec or self.e.whole) and self.trial is not None:
+            self.trial, self.numbers = with_edges(self.variant, self.trial)
+        placed, kept = self.positions(reach) if ids is None else None, None
+        alone = reach.of == "token" or placed is not None or (ids is not None and ids.divided)
         shown, trial = self.alike(self.shown, ids), self.trial and self.alike(self.trial, ids)
+        if placed is not None:
+            shown, kept = self.unweighted[0]
+            trial = self.unweighted[1][0] if len(self.unweighted) > 1 else None
         found = uncoupled(self.variant, shown, leak(shown.grad, shown.tokens, shown.noise))
         wide = None if trial is None else leak(trial.grad, trial.tokens, trial.noise)
         wide = None if trial is None else uncoupled(self.variant, trial, wide)
         seen, trial = _undone(shown, found), trial and _undone(trial, wide)
-        changed = found is not None or wide is not None or ids is not None
+        changed = found is not None or wide is not None or ids is not None or placed is not None
         none = found is not None and (bool(found.uncoupled) or not found.cause) or ids is not None and not ids.equal
-        near, partly, normal = self.identified(seen, trial, changed, alone, none)
+        lost = not len(seen.given)  # every label shown is clamped: nothing is left of what it would have got
+        at, further = (trial, None) if lost and trial is not None else (seen, trial)
+        near, partly, normal = self.identified(at, further, changed, alone, none) if len(at.given) else ([], None, None)
+        if lost:
+            return replace(self.e, nearest=near, scope=reach, leak=_clearer(found, wide), unused=unused,
+                           tried=self.trial.tokens if self.trial is not None else None, broken=self.broken)  # fmt: skip
+        gate = middle = None
+        if reach.of == "batch" and not (alone or changed or normal or self.own_spec or (near and near[0].same)):
+            gate = batch_gate(self.variant, self.shown, self.trial, near)
+            middle = None if gate is not None else centred(self.variant, self.shown, self.trial)
         if normal is not None and not normal.spec:
             seen, trial = self.unscaled(seen), trial and self.unscaled(trial)
         elif normal is not None:
@@ -91,6 +111,8 @@ class Study(Naming):
                 )
         if found is not None:
             mixture = replace(mixture, index=found.rows[mixture.index])
+        if kept is not None:
+            mixture = replace(mixture, index=kept[mixture.index])
         if alone and not (near and near[0].same):
             partly = self.gated(seen, trial, mixture, laws, partly)
         return replace(
@@ -113,6 +135,9 @@ class Study(Naming):
             broken=self.broken,
             ids_untried=self.ids_untried,
             normalised=normal,
+            position_weights=placed,
+            gate=gate,
+            centred=middle,
         )
 
     @property
@@ -165,6 +190,19 @@ class Study(Naming):
         except InputError as error:
             self.ids_untried = str(error)
             return None
+
+    def positions(self, reach: Scope) -> PositionWeights | None:
+        """How a token is weighed by its place, where nothing else of other tokens counts; the readings without it are kept."""
+        if (
+            "position" not in reach.through
+            or set(reach.through) - {"position", "number"}
+            or "pair" in self.variant.needs
+        ):
+            return None
+        found, self.unweighted = unweighted(
+            self.variant, [self.shown, *([self.trial] if self.trial is not None else [])]
+        )
+        return found
 
     def divided(self, ids: LabelWeights, reach: Scope) -> LabelWeights | None:
         """Weights by label id of a loss that needs its whole batch: as divided by the batch's mean weight, else none."""

@@ -33,6 +33,10 @@ def paragraph(e: Any) -> str:
     if e.label_weights is not None:
         rest = "; what else is said holds at a weight of 1" if e.label_weights.equal else ""
         said.append(f"It depends on which token the label is: {e.label_weights}{rest}.")
+    if e.position_weights is not None:
+        said.append(
+            f"It weighs a token by its position: {e.position_weights}; what else is said of trust holds at a weight of 1."
+        )
     negative = e.table["negative_mass"]
     if (negative > floor(e)).any() and e.leak is None:
         said.append(
@@ -40,7 +44,7 @@ def paragraph(e: Any) -> str:
             "distribution could."
         )
     if e.scope is not None:
-        said += _said_of_scope(e.scope)
+        said += _said_of_scope(e.scope)[e.position_weights is not None :]  # its position is said already
     return " ".join(part for part in said if part)
 
 
@@ -60,9 +64,12 @@ def _said_of_scope(scope: Any) -> list[str]:
 
 def _identity(e: Any) -> str:
     best = e.nearest[0] if e.nearest else None
-    apart = (e.leak is not None and e.leak.cause) or e.label_weights is not None
+    apart = (e.leak is not None and e.leak.cause) or e.label_weights is not None or e.position_weights is not None
     besides = " (that apart)" if apart else ""
-    if e.whole or (e.scope is not None and e.scope.effect):
+    placed = e.position_weights
+    if placed is not None:
+        besides = " with a weight by position"
+    if (e.whole and (placed is None or not placed.formula)) or (e.scope is not None and e.scope.effect):
         besides += " on the tokens shown, not on every batch"
     if e.registered:
         return f"This is {e.spec}, registered{_title(e)}.{_relative(e)}"
@@ -78,11 +85,16 @@ def _identity(e: Any) -> str:
         if best.factor < 0:
             return f"This is {best.spec} with the wrong sign, times {abs(best.factor):.5g}: training on it unlearns{besides}."
         return f"This is {best.spec} times {best.factor:.5g}{besides}: the same target for an optimizer that ignores scale."
+    if e.centred is not None:
+        return f"No registered method has this gradient; it is that of {e.centred}."
+    if e.gate is not None:
+        return f"This is {e.gate}." if e.gate.spec else f"No registered method has this gradient: it has {e.gate}."
     if e.normalised is not None and not e.normalised.spec:
         away = f"the nearest, {best.spec}, is {_away(best)}"
         return f"No registered method has this gradient ({away}): {e.normalised}."
     if e.normalised is not None:
-        return f"This is {e.normalised.named if e.normalised.by else e.normalised}{besides}."
+        known = e.normalised.by or e.normalised.switch
+        return f"This is {e.normalised.named if known else e.normalised}{'' if known else besides}."
     if e.nearly is not None:
         return f"This is {e.nearly}{besides}."
     return f"No registered method has this gradient; the nearest, {best.spec}, is {_away(best)}."
@@ -122,6 +134,8 @@ def _said_of_trust(e: Any) -> str:
         law = f": {formula}"
     low, high = trust.min(), trust.max()
     if alike(trust, e):
+        if abs(trust.median()) < digits(e):
+            return "On the tokens shown no label is trusted: none has a pull of its own."
         whole = "in full" if abs(high - 1) < digits(e) else f"by {short(trust.median(), e)}"
         on = told_on(e, trust)
         if on.startswith("every token") and " shown" not in on:

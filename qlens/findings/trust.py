@@ -37,6 +37,8 @@ def untaught(e: Any) -> pd.Index:
     there = rest > CLOSE
     pull = torch.where(there, size / rest, 0.0)
     none = there & (pull <= NOTHING * pull.max())
+    if e.position_weights is not None:
+        none &= torch.tensor(e.position_weights.weights, device=none.device) != 0
     if e.label_weights is not None and e.label_weights.equal:
         none &= e.label_weights.of(e.tokens.labels) != 0
     return e.table.index[none.cpu().numpy()]
@@ -68,6 +70,8 @@ def beside(e: Any) -> str:
         return " (times a factor of the batch)"
     if e.normalised is not None:
         return f" (times {e.normalised.here / e.normalised.constant:.4g} in this batch)"
+    if e.position_weights is not None:
+        return " (times the weight of its position)"
     if e.label_weights is not None and e.label_weights.equal:
         return " (times the weight of its id)"
     return ""
@@ -77,7 +81,11 @@ def where_read(e: Any) -> str:
     """Whether what is said holds in the batch that was read alone, in words."""
     if e.scope is None or e.scope.of == "token" or e.scope.through == ("number",) or e.registered:
         return ""
-    if e.normalised is not None or (e.label_weights is not None and e.label_weights.divided):
+    if (
+        e.normalised is not None
+        or e.position_weights is not None
+        or (e.label_weights is not None and e.label_weights.divided)
+    ):
         return ""
     return "" if e.nearest and e.nearest[0].same else "in this batch "
 

@@ -20,7 +20,10 @@ def uncoupled(variant: Variant, at: Reading, found: Leak | None) -> Leak | None:
     z, labels = at.given.logits, at.given.labels
     draw = torch.Generator().manual_seed(0)
     moved = (torch.rand(z.shape, generator=draw) < 0.5).to(z.device).scatter_(1, labels[:, None].long(), False)
-    after = read(variant, at.given.replace(logits=z + moved), variant.loss)
+    moved &= at.grad != 0  # a clamped logit moves nothing
+    if not bool((moved.any(-1) & (at.grad * ~moved).any(-1)).any()):
+        return found
+    after = read(variant, at.given.replace(logits=z - moved.to(z)), variant.loss)
     off = ((after - at.grad) * ~moved).norm(dim=-1)
     if not bool((off <= TOLERANCE * at.grad.norm(dim=-1) + at.noise.rows).all()):
         return found

@@ -65,6 +65,12 @@ def lines(e: Any) -> list[str]:
         said.append(f"Label ids: {e.label_weights}.")
     elif e.ids_untried:
         said.append(f"Label ids: not tried; on one token given many ids the loss raises {e.ids_untried}.")
+    if e.centred is not None:
+        said.append(f"Batch: {e.centred}.")
+    if e.gate is not None:
+        said.append(f"Gate: {e.gate}.")
+    if e.position_weights is not None:
+        said.append(f"Position: a weight by position: {e.position_weights}.")
     if e.linear and not uncoupled(e):
         said.append(
             "No softmax: its gradient does not change as the logits move a little; it is a margin of raw logits."
