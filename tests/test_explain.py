@@ -257,6 +257,10 @@ def test_the_side_of_a_pair_that_is_raised_is_said():
     assert any(line.startswith("WARNING: sides: it raises the REJECTED sequences") for line in read.findings)
 
 
+def _clamped_logits(logits, labels):
+    return F.cross_entropy(logits.clamp(max=2), labels, reduction="none")
+
+
 @pytest.mark.real
 def test_methods_are_named_right_on_a_chat_model_in_any_precision():
     from real import smollm2
@@ -273,7 +277,9 @@ def test_methods_are_named_right_on_a_chat_model_in_any_precision():
             lambda logits, labels: F.cross_entropy(logits.float(), labels, reduction="none").clamp(max=2), tokens
         )
         assert clamped.leak is None and clamped.nearly is not None
-        assert clamped.nearly.why == "on the other 2 its gradient is zero, where the loss is held at 2: a clamp"
+        assert clamped.nearly.why.startswith("it is that method where p_y >= 0.135")
+        assert clamped.nearly.why.endswith("its gradient is zero, where the loss is held at 2: a clamp")
+        assert "This is sft (that apart)" in qlens.explain(_clamped_logits, tokens).summary
         for name in ("dft", "target_sft", "eaft"):
             variant = qlens.get(name)
             read = qlens.explain(lambda tokens, variant=variant: variant.loss(tokens), tokens)
