@@ -55,6 +55,7 @@ class Style:
             "classes": logits (B, V, T), all else (B, T).
         chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
         cut: how they are cut: by torch's "chunk" or "tensor_split".
+        container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
     """
 
     shape: str = "rows"
@@ -73,6 +74,7 @@ class Style:
     order: str = "texts"
     chunks: int = 0
     cut: str = "chunk"
+    container: str = ""
 
     @property
     def laid_out(self) -> bool:
@@ -81,8 +83,7 @@ class Style:
 
 
 class Counts(NamedTuple):
-    """What a mean may divide by: supervised rows, positions, positions with the last of each text, texts, rows of each text,
-    and positions that are no padding."""
+    """Supervised rows, positions, these with the last of each text, texts, rows of each text, positions that are no padding."""
 
     rows: int
     positions: int
