@@ -53,8 +53,7 @@ class Style:
         alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
         order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T);
             "classes": logits (B, V, T), all else (B, T).
-        chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
-        cut: how they are cut: by torch's "chunk" or "tensor_split".
+        chunks: number of chunks of a list of logits, along the tokens; 0: no list. ``cut``: "chunk" or "tensor_split".
         container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
     """
 
