@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 V = TypeVar("V", bound="Variant")
 SUM = Division("sum", lambda c: 1)
 SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
+MOST_WEIGHTS = 1024  # different weights of one batch, for each of which a loss that reduces itself is called
 _SCALED = ContextVar("scaled", default=True)
 
 
@@ -65,10 +66,11 @@ class Unreduced:
         """The loss of every row, (N,), times its weight; what a tokens function returns that is no tensor is handed on.
 
         Every row of a loss that reduces itself has the gradient of its own logits, and an equal share of the sum of the rows that
-        weigh alike.
+        weigh alike, which takes a call for each weight.
 
         Raises:
-            InputError: rows of a loss that reduces itself weigh differently, and depend on each other.
+            InputError: rows of a loss that reduces itself weigh differently, and depend on each other, or have more than
+                ``MOST_WEIGHTS`` different weights.
         """
         made = self(tokens)
         if not isinstance(made, Tensor):
@@ -89,9 +91,9 @@ class Unreduced:
         def run() -> Any:
             return call(self.fn, self.params, tokens, Layout(), style=style)
 
-        replay = Replay(tokens.logits.device, self.fn)
+        replay = Replay(tokens.logits.device, self.fn) if self._may_call_again(tokens, style) else None
         made = run()
-        if not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+        if replay is not None and not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
             with replay.again():
                 made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
         if kind(self.fn) == "tokens" and isinstance(made, Target):
@@ -110,8 +112,17 @@ class Unreduced:
         divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))
         if not isinstance(divisor, Tensor):
             return made * divisor
+        assert replay is not None  # a divisor of each row comes of texts alone
         with replay.again():  # the same draws, from the same state
             return self._by_text(tokens, style, made, divisor)
+
+    def _may_call_again(self, tokens: Tokens, style: Style) -> bool:
+        """Whether one call may not be enough, so that the state before it has to be kept: never for rows with a gradient."""
+        if not tokens.logits.requires_grad:
+            return True
+        if not style.laid_out or self.division is None or settings_of(self.fn) != self.settings:
+            return style.laid_out
+        return isinstance(self.division.divisor(counts(tokens, Layout(), style, pairwise(self.fn))), Tensor)
 
     def style(self, tokens: Tokens) -> Style:
         """How the loss is called, remembered."""
@@ -122,8 +133,7 @@ class Unreduced:
         settings = settings_of(self.fn)
         if self.division is None or settings != self.settings:
             self.settings = settings
-            with Replay(tokens.logits.device, self.fn).again():
-                self.division = find_division(self.fn, self.params, tokens, self.name)
+            self.division = find_division(self.fn, self.params, tokens, self.name)
         return self.division or SUM
 
     def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
@@ -145,13 +155,24 @@ class Unreduced:
         through = tokens.logits * 1
         if through.requires_grad and _SCALED.get():
             through.register_hook(lambda grad: grad * (divisors / len(tokens)).to(grad)[:, None])
-        made = call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style)
-        return loss_of(made, self.name).value * len(tokens)
+        made = loss_of(call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style), self.name).value
+        if made.requires_grad and (learned := leaves(made, through)):
+            raise InputError(
+                f"{self.name} divides every text by its own length, its texts depend on each other, and it has a parameter of "
+                f"its own that requires a gradient, of shape {tuple(learned[0].shape)}, whose gradient for the sum over tokens "
+                "cannot be told: return the unreduced loss (N,), or detach the parameter"
+            )
+        return made * len(tokens)
 
     def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
         """Rows' values times their weights, (N,): those that weigh alike are called together, and share their sum."""
         if bool((weight == weight[0]).all()):
             return total * weight / len(tokens)
+        if (number := len(weight.unique())) > MOST_WEIGHTS:
+            raise InputError(
+                f"{self.name} reduces itself, and is called once for each weight: {number} different weights, of which at most "
+                f"{MOST_WEIGHTS} are possible; return the unreduced loss (N,), or take weight as an argument"
+            )
         values, summed = torch.zeros_like(weight, dtype=total.dtype), torch.zeros_like(total)
         with torch.no_grad(), Replay(tokens.logits.device, self.fn).again():
             for each in weight.unique():
@@ -191,9 +212,13 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     if not logits.requires_grad:  # a parameter of the loss's own is all that it depends on
         return (total / len(logits)).expand(len(logits))
     learned = leaves(total, logits)
-    grads = torch.autograd.grad(total, (logits, *learned), allow_unused=True)
-    if grads[0] is None:
+    asked = (logits, *learned) if logits.requires_grad else tuple(learned)
+    grads = torch.autograd.grad(total, asked, allow_unused=True) if asked else ()
+    grads = grads if logits.requires_grad else (None, *grads)
+    if all(grad is None for grad in grads):
         return value
+    found = zip(grads, (logits, *learned), strict=True)
+    grads = tuple(torch.zeros_like(of) if grad is None else grad for grad, of in found)
     return _Shares.apply(value, grads, logits, *learned)
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from qlens.autograd import ordinary
-from qlens.errors import InputError
-from qlens.guards import blamed, file_of, first_line
+from qlens.guards import blamed, file_of
+from qlens.holders import built, entry_of, is_trainer, with_model
 from qlens.layouts import (
     Layout,
     Style,
@@ -40,37 +40,11 @@ def opened(loss: Callable) -> Callable:
     Raises:
         InputError: the class cannot be built without arguments.
     """
-    if inspect.isclass(loss) and hasattr(loss, "compute_loss"):
+    if inspect.isclass(loss) and is_trainer(loss):
         from qlens.trainers import trained_by
 
         return trained_by(loss)
-    if inspect.isclass(loss):
-        return _built(loss)
-    return loss if inspect.isroutine(loss) else getattr(loss, "compute_loss", loss)
-
-
-def _built(loss: type) -> Callable:
-    """An instance of a loss class; arguments without default are None where that is all it takes."""
-    try:
-        wanted = [p.name for p in inspect.signature(loss).parameters.values() if _bare(p)]
-    except (ValueError, TypeError):
-        wanted = []
-    line = f"{loss.__name__}({', '.join(f'{name}=...' for name in wanted)})"
-    with blamed(loss.__name__):
-        try:
-            made = loss(**dict.fromkeys(wanted))
-        except Exception as error:
-            raise InputError(
-                f"{loss.__name__} cannot be built without arguments ({type(error).__name__}: {first_line(error)}): give an "
-                f"instance, {line}; in a file: loss = {line}, then FILE.py:loss"
-            ) from error
-    if not callable(made):
-        raise InputError(f"{loss.__name__} has no __call__: a loss class is called with logits and labels")
-    return made
-
-
-def _bare(p: inspect.Parameter) -> bool:
-    return p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    return with_model(entry_of(built(loss) if inspect.isclass(loss) else loss))
 
 
 def kind(fn: Callable) -> str:
@@ -175,6 +149,7 @@ def arguments(fn: Callable, view: View) -> dict[str, Any]:
     for name, value in filled.items():
         wide = roles[name] in WIDE or (roles[name].endswith("log probs") and "labels" in roles.values())
         filled[name] = arranged(value, view.style, wide, name in lists if lists else wide)
+        filled[name] = _contained(roles[name], filled[name], view) if view.style.container else filled[name]
     return filled
 
 
@@ -247,6 +222,23 @@ def _simple(role: str, view: View) -> Any:
         return model_inputs(view)["input_ids"]
     settings = {"vocabulary": view.logits.shape[-1], "ignore": -100, "temperature": 1.0, "return outputs": False}
     return settings[role]
+
+
+def _contained(role: str, value: Any, view: View) -> Any:
+    """Labels, outputs or inputs in the container that the style wants them in."""
+    container = view.style.container
+    if role == "labels" and container == "one-hot":
+        one_hot = torch.nn.functional.one_hot(value.clamp(min=0), view.logits.shape[-1]).to(view.logits.dtype)
+        return one_hot * (value >= 0)[..., None]
+    if role == "labels" and container == "pair":
+        return value, view.mask()
+    if role == "labels" and container == "dict":
+        return model_inputs(view)
+    if role == "batch" and container == "pair":
+        return value["input_ids"], value["labels"]
+    if role == "outputs" and container == "outputs":
+        return getattr(value, "logits", value), view.logits.new_zeros(())
+    return value
 
 
 class Columns(dict):

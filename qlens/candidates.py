@@ -66,6 +66,22 @@ def chunked(fn: Callable) -> Iterator[list[Style]]:
                 yield from _filled(fn, Style(shape, chunks=number, cut=cut))
 
 
+def contained(fn: Callable) -> Iterator[list[Style]]:
+    """Styles with labels as one-hot distributions, in a tuple beside a mask, or in a dict; outputs or inputs in a tuple."""
+    roles = {*inputs(fn).required.values()}
+    if {"tokens", "head"} & roles:
+        return
+    shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True)]
+    if "outputs" in roles:
+        yield from _filled(fn, Style("batch", container="outputs"))
+    if "model" in roles:
+        yield from _filled(fn, Style("batch", container="pair"))
+    elif "labels" in roles:
+        for container in ("one-hot", "pair", "dict"):
+            for shape in shapes:
+                yield from _filled(fn, dataclasses.replace(shape, container=container))
+
+
 def takes_chunks(fn: Callable) -> bool:
     """Whether the annotations say that logits come as a list of tensors."""
     roles = inputs(fn).required | inputs(fn).optional

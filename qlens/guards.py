@@ -59,8 +59,15 @@ def _inside(error: BaseException) -> bool:
 
 def _hint(name: str, error: BaseException) -> str:
     """What to write instead, where the exception tells."""
-    if isinstance(error, AttributeError) and (error.name in TOKENS_ONLY or _inside(error)):
-        if type(error.obj).__module__.partition(".")[0] in ("torch", "qlens", "transformers", "builtins"):
+    if isinstance(error, AttributeError) and (
+        error.name in TOKENS_ONLY or (_inside(error) and not isinstance(error.obj, dict))
+    ):
+        if type(error.obj).__module__.partition(".")[0] in (
+            "torch",
+            "qlens",
+            "transformers",
+            "builtins",
+        ):
             return (
                 f"; {error.name} is an attribute of qlens.Tokens, which a loss is given where its first parameter is "
                 f"named tokens: def {name}(tokens, ...)"
@@ -108,6 +115,7 @@ def quiet() -> Iterator[None]:
         warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.enable_grad(),
+        torch.compiler.set_stance("force_eager"),  # hundreds of calls in other shapes: each would be compiled anew
     ):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)

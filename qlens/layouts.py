@@ -53,8 +53,8 @@ class Style:
         alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
         order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T);
             "classes": logits (B, V, T), all else (B, T).
-        chunks: number of chunks of a loss that takes a list of logits, cut along the tokens; 0: no list.
-        cut: how they are cut: by torch's "chunk" or "tensor_split".
+        chunks: number of chunks of a list of logits, along the tokens; 0: no list. ``cut``: "chunk" or "tensor_split".
+        container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
     """
 
     shape: str = "rows"
@@ -73,6 +73,7 @@ class Style:
     order: str = "texts"
     chunks: int = 0
     cut: str = "chunk"
+    container: str = ""
 
     @property
     def laid_out(self) -> bool:
@@ -81,8 +82,7 @@ class Style:
 
 
 class Counts(NamedTuple):
-    """What a mean may divide by: supervised rows, positions, positions with the last of each text, texts, rows of each text,
-    and positions that are no padding."""
+    """Supervised rows, positions, these with the last of each text, texts, rows of each text, positions that are no padding."""
 
     rows: int
     positions: int

@@ -51,16 +51,17 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     Raises:
         InputError: nothing explains it, or two calls on the same rows differ.
     """
+    with Replay(tokens.logits.device, fn).again():  # what it draws and keeps stays as it was
+        return _division(fn, params, tokens, name)
+
+
+def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str) -> Division | None:
     style = style_of(fn, params, tokens)
     lit = next(_lit(fn, params, tokens, style), None)
     if lit is None:
         return None
     shown, replay = lit[0], Replay(tokens.logits.device, fn)
-
-    def read(*call: Any) -> Tensor:
-        with replay.again():  # the same draws, from the same state
-            return grad_of(*call)
-
+    read = _replayed(grad_of, replay)
     base = read(fn, params, shown, style)
     if not bool(base.isfinite().all()):
         return None  # a gradient that is no number is divided by nothing; it is reported as it is
@@ -83,11 +84,21 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
     found = found or _fitted(UNUSUAL, fn, params, shown, style, views)
     found = found or _shifted(fn, shown, style, views[0])
     if found is None:  # copies may see each other: then the first may not see those after it
-        views = list(_views(fn, params, shown, style, first_copy))
+        views = list(_views(fn, params, shown, style, _replayed(first_copy, replay)))
         found = _fitted(REDUCTIONS, fn, params, shown, style, views) or _two_terms(fn, params, shown, style, views[0])
     if found is None:
         raise UnknownReduction(_refusal(name, views[0]))
     return found
+
+
+def _replayed(read: Callable[..., Tensor], replay: Replay) -> Callable[..., Tensor]:
+    """The same reading, every time with the draws and from the state of ``replay``, which are left as they are."""
+
+    def again(*call: Any) -> Tensor:
+        with replay.again():
+            return read(*call)
+
+    return again
 
 
 def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Iterator[tuple[Tokens, Tensor]]:
@@ -173,17 +184,17 @@ def _with_prompts(
     style: Style,
 ) -> list[str]:
     """Those of these reductions that hold for texts with a prompt too; all of them where none does."""
-    layouts = [Layout(), Layout(before=3)]
-    shown = Shown(layouts, [grad_of(fn, params, tokens, style, layout) for layout in layouts])
+    layouts, read = [Layout(), Layout(before=3)], _replayed(grad_of, Replay(tokens.logits.device, fn))
+    shown = Shown(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
     held = [name for name in alike if _misfit(_multiplied(known[name], fn, shown, tokens, style)) <= ALIKE]
     return held or alike
 
 
 def by_length(alike: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:
     """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
-    layouts = [Layout(), Layout(split=True)]
+    layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
     try:
-        shown = Shown(layouts, [grad_of(fn, params, tokens, style, layout) for layout in layouts])
+        shown = Shown(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
     except InputError:  # a loss of pairs, say, takes no texts in other numbers
         return ""
     known = REDUCTIONS | UNUSUAL
@@ -214,9 +225,14 @@ def _two_terms(
 ) -> Division | None:
     """Two terms that are divided by different counts; the division of the larger, and a sentence about both."""
     if style.laid_out:  # texts of other lengths, in which rows, positions and texts are told apart
-        split = Layout(split=True)
+        layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
         try:
-            shown = Shown([*shown.layouts, split], [*shown.grads, grad_of(fn, params, tokens, style, split)])
+            base, dealt = (read(fn, params, tokens, style, layout) for layout in layouts)
+            if (
+                _misfit([shown.grads[0], base]) > exact
+            ):  # other draws, or another state, than those of the other layouts
+                return None
+            shown = Shown([*shown.layouts, layouts[1]], [*shown.grads, dealt])
         except InputError:
             return None
     stacked = torch.stack(shown.grads, 1)  # (N, layouts, V)

@@ -54,7 +54,8 @@ def _signature(fn: Callable) -> dict[str, inspect.Parameter]:
         raise InputError(f"{name_of(fn)}: its parameters cannot be read ({error}): wrap it in a function") from error
     found = {name: p for name, p in given.items() if p.kind not in variadic}
     if not found and given:  # f(*args): logits and labels, in this order
-        kind = inspect.Parameter.POSITIONAL_ONLY
+        named = all(p.kind is inspect.Parameter.VAR_KEYWORD for p in given.values())  # f(**kwargs): by these names
+        kind = inspect.Parameter.KEYWORD_ONLY if named else inspect.Parameter.POSITIONAL_ONLY
         return {name: inspect.Parameter(name, kind) for name in ("logits", "labels")}
     return found
 
@@ -139,7 +140,7 @@ _LEFT = (
 
 def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: dict[str, str]) -> None:
     """Roles by place: what carries the student first, then labels, or the inputs of a model."""
-    places = [name for name in bare if params[name].kind is not inspect.Parameter.KEYWORD_ONLY]
+    places = [name for name in bare if params[name].kind is not inspect.Parameter.KEYWORD_ONLY] or bare
     unknown = [name for name in places if name not in roles]
     if not any(roles.get(name) in STUDENT for name in params):
         second = roles.get(places[1]) if len(places) > 1 else None
@@ -157,8 +158,8 @@ def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: d
         unknown = [name for name in unknown if name != first]
     student = next(name for name in params if roles.get(name) in STUDENT)
     if roles[student] == "model":
-        if "batch" not in roles.values() and unknown:
-            roles[unknown[0]] = "batch"
+        if not {"batch", "input ids"} & set(roles.values()) and unknown:
+            roles[unknown[0]] = "input ids" if "labels" in roles.values() else "batch"  # f(model, x, y)
     elif roles[student] in ("logits", "outputs", "log probs", "probs") and "labels" not in roles.values():
         if unknown and places.index(unknown[0]) == 1:
             roles[unknown[0]] = "labels"

@@ -16,7 +16,8 @@ from qlens.guards import EndedError, LossError, depth, file_of
 from qlens.layouts import Style
 from qlens.names import FIELD, role_of
 from qlens.noticing import watched
-from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.results import loss_of
+from qlens.signature import Memo, inputs, name_of, seen_as, signature
 from qlens.tokens import Tokens
 from qlens.trial_tokens import trial_rows
 from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
@@ -66,6 +67,11 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         with contextlib.suppress(InputError):  # a loss may be made for these very tokens
             on_probes = _best(fn, params, others)
             found = on_probes if on_probes.lit or not found.graph else found
+    if not found.graph and bool(_value(fn, params, some, found.style).any()):
+        raise NoGraphError(
+            f"{name_of(fn)} returns a value whose graph does not lead back to the logits, so without a gradient by them: a new "
+            "tensor, as of torch.tensor(..., requires_grad=True), has none; keep the tensor that was computed from the logits"
+        )
     if not found.graph:
         raise NoGraphError(
             f"{name_of(fn)} returns 0 without a graph for every token it was tried on: it skips them all, or detaches the "
@@ -73,6 +79,12 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         )
     reads_ids = {"model", "batch", "dict"} & {*wanted.required.values()}
     return found._replace(style=_labels_in_ids(fn, params, some, found.style)) if reads_ids else found
+
+
+def _value(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> torch.Tensor:
+    """What the loss returns for these tokens."""
+    shown = tokens.with_logits(tokens.logits.detach().clone().requires_grad_())
+    return loss_of(call(fn, params, shown, AS_GIVEN, style=style), name_of(fn)).value.detach()
 
 
 def probes_like(tokens: Tokens) -> Tokens | None:
@@ -108,6 +120,8 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     settled = any(trial.full or trial.plain_rows or candidates.contract(fn, trial.style) for trial in tried)
     if not settled:
         _try_all(fn, params, tokens, candidates.reordered(fn), others, failures)
+    if not tried and not any(trial.lit for trial in others):
+        _try_all(fn, params, tokens, candidates.contained(fn), others, failures)
     if not any(trial.lit for trial in (*tried, *others)) and not listed:
         _try_all(fn, params, tokens, candidates.chunked(fn), others, failures)
     # a loss that runs in a usual layout, and skips these rows, is not called in an unusual one for what it shows by accident
@@ -172,7 +186,26 @@ def _likeliest(fn: Callable, failures: list[tuple[InputError, Style]]) -> InputE
     if labels and isinstance(error.__cause__, RuntimeError | NotImplementedError):
         more = f"{labels} holds token ids here: a parameter that takes a distribution, or logits, over the vocabulary"
         return _told(told, f"{more} is named teacher_probs or teacher_logits")
-    return told
+    if (setting := _unset(fn, error)) is not None:
+        return _told(told, setting)
+    return _told(
+        told,
+        f"if it wants them otherwise, write the call yourself, def loss(logits, labels): return {name_of(fn)}(...)",
+    )
+
+
+def _unset(fn: Callable, error: InputError) -> str | None:
+    """What to write where a loss reads an attribute of a parameter that is None by default."""
+    cause = error.__cause__
+    if not isinstance(cause, AttributeError) or cause.obj is not None:
+        return None
+    wanted = inputs(fn)
+    params = signature(fn).items()
+    unset = [name for name, p in params if p.default is None and name not in (*wanted.required, *wanted.optional)]
+    if not unset:
+        return None
+    named = " or ".join(unset)
+    return f"{named} is None by default: give it a value, functools.partial({name_of(fn)}, {unset[0]}=...)"
 
 
 def _of_another_size(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
@@ -201,7 +234,7 @@ def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
     Raises:
         InputError: it asks for a column that no field of the tokens is.
     """
-    reads_columns = {"batch", "dict"} & {*inputs(fn).required.values()}
+    reads_columns = style.container == "dict" or {"batch", "dict"} & {*inputs(fn).required.values()}
     while True:
         try:
             return attempt_at_widths(fn, params, tokens, style)

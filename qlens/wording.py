@@ -4,6 +4,15 @@ from typing import Any
 
 from qlens.layouts import Style
 
+CONTAINERS = {
+    ("one-hot", ""): ", the labels as one-hot distributions over the vocabulary",
+    ("pair", ""): ", the labels in a tuple (labels, mask of the supervised ones)",
+    ("pair", "model"): " as a tuple (input ids, labels)",
+    ("dict", ""): ", the labels in a dict of labels, input_ids, attention_mask and the columns it reads",
+    ("outputs", ""): ", the logits in a tuple (logits, 0)",
+}
+"""What is said of the container of labels, outputs or inputs, by container and kind of loss."""
+
 
 def described(style: Style, kind: str, given: dict[str, Any]) -> str:
     """The sentence that says how a loss was called."""
@@ -39,6 +48,7 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
             .replace(" n,", f" {style.chunks},")
         )
     first = first.replace(" with -100", "") if style.clean else first
+    first += CONTAINERS.get((style.container, kind), CONTAINERS.get((style.container, ""), ""))
     if style.ids:
         first += ", which it takes from input_ids"
     more = "; ".join(f"{name}: {what}" for name, what in given.items())

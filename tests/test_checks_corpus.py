@@ -46,6 +46,43 @@ def test_a_mistake_is_caught_by_the_item_that_is_about_it():
     assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
 
 
+def test_labels_and_normalisation_are_remarked_on_where_the_method_may_ask_for_it():
+    """A teacher's own tokens, another model's alone, logits fitted one by one: no faults of the code."""
+
+    def of_the_teachers_argmax(logits, labels, teacher_logits):
+        return F.cross_entropy(logits, torch.where(labels == -100, labels, teacher_logits.argmax(-1)))
+
+    def of_logits(logits, labels, teacher_logits):
+        return F.mse_loss(logits, teacher_logits)
+
+    def of_binary_cross_entropy(logits, labels):
+        p, one_hot = logits.softmax(-1), F.one_hot(labels, logits.size(-1))
+        return F.binary_cross_entropy(p, one_hot.to(p))
+
+    def of_halved_labels(logits, labels):
+        return F.cross_entropy(logits, labels // 2)
+
+    wanted = {
+        of_the_teachers_argmax: ("labels", "remark", "every row learns the teacher's own most probable token"),
+        of_logits: ("functions", "remark", "each logit is pulled for itself"),
+        of_binary_cross_entropy: ("functions", "remark", "binary cross-entropy of softmax probabilities"),
+        of_halved_labels: ("labels", "remark", "another token than the label"),
+        RIGHT["distilled_by_logs"]: ("labels", "not applicable", "it learns from teacher alone"),
+        RIGHT["distills_from_its_closure"]: ("labels", "not applicable", "it learns from another model"),
+        RIGHT["masked_by_attention"]: ("labels", "passed", "follows which token its label is"),
+    }
+    off = {}
+    for loss, (name, state, said) in wanted.items():
+        item = qlens.check(loss)[name]
+        if item.state != state or said not in item.evidence:
+            off[getattr(loss, "__name__", str(loss))] = item
+    assert not off
+    for name in ("mae", "brier", "gce", "kd", "sft"):  # of probabilities, and no softmax of these
+        report = qlens.check(name)
+        assert report["functions"].state in ("passed", "not applicable")
+        assert report["labels"].state == ("passed" if name != "kd" else "not applicable")
+
+
 def test_what_no_code_could_hold_is_a_remark_with_its_size():
     report = qlens.check(RIGHT["penalised_by_k3"])
     assert "grows exponentially with the gap between the logits (1.5e+06 at 20" in report["extremes"].evidence

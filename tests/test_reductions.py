@@ -6,8 +6,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 import qlens
-from qlens.reductions import find_reduction
+from qlens import adapters
+from qlens.divisors import REDUCTIONS, Division
+from qlens.reductions import by_length, find_reduction
 from qlens.registry import resolve
+from qlens.signature import settings_of
+from qlens.styles import style_of
 from qlens.testing import random_tokens
 
 ce = F.cross_entropy
@@ -96,3 +100,82 @@ def test_a_vocabulary_of_one_token_is_refused_everywhere_in_the_same_words():
     one = random_tokens(1, V)
     assert_close(qlens.implied_target(ce, one).q, one.one_hot)
     assert qlens.explain(ce, one).nearest[0].spec == "sft"
+
+
+class LearnsATemperature(torch.nn.Module):
+    """The mean over texts of each text's mean, with a parameter of its own; ``coupled``: texts weigh by each other's losses."""
+
+    def __init__(self, coupled=False):
+        super().__init__()
+        self.sharpness = torch.nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+        self.coupled = coupled
+
+    def forward(self, outputs, labels):
+        z, y = outputs.logits[:, :-1] * self.sharpness, labels[:, 1:]
+        nll = F.cross_entropy(z.transpose(1, 2), y, reduction="none").sum(1) / (y != -100).sum(1)
+        return (nll * (1 + 0.05 * nll.mean().detach() * self.coupled)).mean()
+
+
+def test_a_parameter_of_a_mean_over_texts_has_the_gradient_of_the_sum_over_tokens():
+    tokens = random_tokens(12, 11).replace(sequence=torch.tensor([0] * 2 + [1] * 7 + [2] * 3), pair=None, chosen=None)
+    loss = LearnsATemperature()
+    summed = F.cross_entropy(tokens.logits * loss.sharpness, tokens.labels, reduction="sum")
+    (wanted,) = torch.autograd.grad(summed, loss.sharpness)
+    for requires_grad in (False, True):
+        shown = tokens.with_logits(tokens.logits.clone().requires_grad_(requires_grad))
+        (grad,) = torch.autograd.grad(resolve(loss).loss(shown).sum(), loss.sharpness)
+        assert_close(grad, wanted)
+
+
+def test_a_parameter_is_refused_where_texts_depend_on_each_other():
+    tokens = random_tokens(12, 11).replace(sequence=torch.tensor([0] * 2 + [1] * 7 + [2] * 3), pair=None, chosen=None)
+    variant = resolve(LearnsATemperature(coupled=True))
+    name = "mean of each text, mean over texts"
+    variant.unreduced.division = Division(name, REDUCTIONS[name])
+    variant.unreduced.settings = settings_of(variant.method.fn)
+    with pytest.raises(qlens.InputError, match="a parameter of its own that requires a gradient, of shape"):
+        variant.loss(tokens.with_logits(tokens.logits.clone().requires_grad_())).sum()
+
+
+def test_finding_what_a_loss_divides_by_leaves_its_state_and_draws_as_they_were():
+    calls = []
+
+    def counting(outputs, labels, attention_mask):
+        calls.append(1)
+        z, y = outputs.logits[:, :-1], labels[:, 1:]
+        nll = F.cross_entropy(z.transpose(1, 2), y, reduction="none")
+        return (nll * torch.rand(()).item()).sum(1).div((y != -100).sum(1)).mean()
+
+    tokens = random_tokens(12, 11).replace(sequence=torch.tensor([0] * 2 + [1] * 7 + [2] * 3), pair=None, chosen=None)
+    style = style_of(counting, {}, tokens)
+    for find in (find_reduction, lambda *given: by_length(["sum", "mean over unmasked"], *given[:3], style)):
+        before, made = torch.get_rng_state(), len(calls)
+        find(counting, {}, tokens, "counting")
+        assert torch.equal(torch.get_rng_state(), before) and len(calls) == made
+
+
+def test_weights_of_a_loss_that_reduces_itself_are_bounded():
+    tokens = random_tokens(1030, 4)
+    weight = torch.linspace(0, 1, 1030, dtype=torch.float64)
+    with pytest.raises(qlens.InputError, match="1030 different weights, of which at most 1024 are possible"):
+        resolve(F.cross_entropy).loss(tokens.replace(weight=weight))
+
+
+def test_the_state_before_a_call_is_kept_only_where_it_may_be_called_again(monkeypatch):
+    kept = []
+
+    class Counted(adapters.Replay):
+        def __init__(self, *given):
+            kept.append(1)
+            super().__init__(*given)
+
+    def user(logits, labels):
+        return F.cross_entropy(logits, labels)
+
+    variant = resolve(user)
+    tokens = random_tokens(12, 11)
+    tokens = tokens.with_logits(tokens.logits.clone().requires_grad_())
+    first = variant.loss(tokens)
+    monkeypatch.setattr(adapters, "Replay", Counted)
+    assert_close(variant.loss(tokens), first)
+    assert not kept

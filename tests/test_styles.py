@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from chunk_losses import (
     KD,
     SFT,
@@ -13,6 +14,7 @@ from chunk_losses import (
     sequence_first,
     sequence_first_by_mask,
 )
+from torch import nn
 from torch.testing import assert_close
 
 import qlens
@@ -55,11 +57,27 @@ def test_the_error_told_is_that_of_the_layout_that_came_furthest():
         return table[labels.max() + size]
 
     def soft(logits, targets):
-        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+        return -(targets * logits.log_softmax(-1)[..., :5]).sum(-1).mean()
+
+    def unconnected(logits, labels):
+        return torch.tensor(float(logits.square().mean().detach()), requires_grad=True)
+
+    async def waits(logits, labels):
+        return logits.sum()
+
+    def configured(logits, labels, config=None):
+        return config.weight * ce(logits, labels)
+
+    def fails_early(logits, labels):
+        raise ValueError("no")
 
     cases = {
         r"IndexError: index \d+ is out of bounds.* called with logits \(B, T, V\) and labels \(B, T\)": fails_late,
         "targets holds token ids here: .* is named teacher_probs or teacher_logits": soft,
+        "returns a value whose graph does not lead back to the logits": unconnected,
+        "write def and return loss, with no async or yield": waits,
+        "config is None by default: give it a value, functools.partial": configured,
+        "if it wants them otherwise, write the call yourself, def loss": fails_early,
         "reads inputs\\['domain'\\], which qlens cannot fill": lambda logits, batch: logits * batch["domain"],
     }
     for says, loss in cases.items():
@@ -84,3 +102,111 @@ def test_a_loss_that_means_tokens_is_told_how_to_name_them():
         for read in (qlens.explain, qlens.check):
             with pytest.raises(qlens.InputError, match=rf"named tokens: def {name}\(tokens, \.\.\.\)"):
                 read(loss)
+
+
+class Holds(nn.Module):
+    def __init__(self, model=None):
+        super().__init__()
+        self.model = model
+
+    def training_step(self, batch, batch_idx):
+        return shifted_ce(self.model(input_ids=batch["input_ids"]).logits, batch["labels"])
+
+
+class HoldsAndIsCalled:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, batch):
+        return self.model(**batch).loss
+
+
+class NoTrainer:
+    def __init__(self):
+        self.scale = 1.0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(input_ids=inputs["input_ids"])
+        loss = self.scale * shifted_ce(outputs.logits, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+class HoldsNothing(nn.Module):
+    def training_step(self, batch, batch_idx):
+        return batch["labels"].sum()
+
+
+def shifted_ce(logits, labels):
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_labels_outputs_and_batches_are_given_in_the_container_that_is_wanted():
+    """Tuples, dicts and distributions; keyword arguments alone; a model that the loss's own object holds."""
+
+    def labels_and_mask(outputs, labels):
+        labels, mask = labels
+        nll = F.cross_entropy(outputs[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return (nll * mask[:, 1:]).sum() / mask[:, 1:].sum()
+
+    def targets_in_a_dict(logits, targets):
+        nll = F.cross_entropy(logits.transpose(1, 2), targets["labels"], reduction="none")
+        return (nll * targets["mask"]).sum() / targets["mask"].sum()
+
+    def one_hot(logits, targets):
+        return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+    def one_hot_of_batches(logits, one_hot_labels):
+        batch, width, size = one_hot_labels.shape
+        return -(one_hot_labels * logits.log_softmax(-1)).sum() / one_hot_labels.sum()
+
+    def two_outputs(outputs, labels):
+        logits, auxiliary = outputs
+        return shifted_ce(logits, labels) + auxiliary
+
+    def two_inputs(model, batch):
+        ids, labels = batch
+        return shifted_ce(model(ids).logits, labels)
+
+    def x_and_y(model, x, y):
+        return shifted_ce(model(x).logits, y)
+
+    def keywords(**given):
+        return F.cross_entropy(given["logits"], given["labels"])
+
+    def odd_keywords(*, z, y):
+        return F.cross_entropy(z, y)
+
+    words = {
+        labels_and_mask: "the labels in a tuple (labels, mask of the supervised ones)",
+        targets_in_a_dict: "the labels in a dict of labels",
+        one_hot: "the labels as one-hot distributions",
+        one_hot_of_batches: "the labels as one-hot distributions",
+        two_outputs: "the logits in a tuple (logits, 0)",
+        two_inputs: "as a tuple (input ids, labels)",
+        x_and_y: "x: made-up token ids",
+        keywords: "logits (N, V) and labels (N,)",
+        odd_keywords: "logits (N, V) and labels (N,)",
+        Holds: "a model whose logits (B, T, V) are a free table",
+        HoldsAndIsCalled: "a model whose logits (B, T, V) are a free table",
+        NoTrainer: "a model whose logits (B, T, V) are a free table",
+    }
+    tokens = random_tokens(12, V)
+    off = {}
+    for loss, said in words.items():
+        q = qlens.implied_target(loss, tokens).q
+        called = resolve(loss).account(tokens).called_as
+        if said not in called or not torch.allclose(q, tokens.one_hot, atol=1e-5):
+            off[loss] = called
+    assert not off
+    for loss in (labels_and_mask, one_hot, two_outputs, two_inputs, Holds):
+        failed = {item.id for item in qlens.check(loss).failures}
+        assert failed <= {"accumulation", "all_masked"}, (loss, failed)
+    with pytest.raises(qlens.InputError, match="keep it as self.model, or write def loss"):
+        resolve(HoldsNothing)
+
+
+def test_a_held_model_is_put_back():
+    own = nn.Linear(2, 2)
+    holder = Holds(own)
+    resolve(holder).loss(random_tokens(12, V))
+    assert holder.model is own

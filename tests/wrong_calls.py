@@ -53,3 +53,63 @@ def truncates(outputs, labels, num_items_in_batch=None):
 def another_zero_without_labels(outputs, labels, num_items_in_batch=None):
     nll, kept = per_token(outputs.logits, labels)
     return divided((nll * kept).sum(), kept, num_items_in_batch) if kept.any() else torch.zeros((), requires_grad=True)
+
+
+@wrong(functions="that of a softmax of probabilities: logits are normalised twice", extremes="p_y = 1")
+def softmax_twice_by_hand(logits, labels):
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    q = p.exp() / p.exp().sum(-1, keepdim=True)
+    return -q.gather(-1, labels[:, None]).log().mean()
+
+
+@wrong(functions="that of a softmax of 10 times the probabilities")
+def softmax_of_sharpened_probabilities(outputs, labels, num_items_in_batch=None):
+    z, y = shifted(outputs.logits, labels)
+    nll = F.cross_entropy(z.softmax(-1).transpose(1, 2) * 10, y, reduction="none")
+    return divided(nll.sum(), y != -100, num_items_in_batch)
+
+
+@wrong(functions="that of a softmax of sigmoids of the logits")
+def cross_entropy_of_sigmoids(logits, labels):
+    return F.cross_entropy(logits.sigmoid(), labels)
+
+
+@wrong(functions="binary cross-entropy over the whole vocabulary, a sigmoid for each token")
+def binary_cross_entropy(logits, labels):
+    return F.binary_cross_entropy_with_logits(logits, F.one_hot(labels, logits.size(-1)).to(logits))
+
+
+@wrong(functions="binary cross-entropy over the whole vocabulary, a sigmoid for each token")
+def binary_cross_entropy_by_hand(logits, labels):
+    y = F.one_hot(labels, logits.size(-1))
+    return -(2 * y * F.logsigmoid(logits) + (1 - y) * F.logsigmoid(-logits)).sum(-1).mean()
+
+
+@wrong(labels="every row learns the student's own most probable token (its argmax), not its label")
+def learns_its_own_argmax(outputs, labels, num_items_in_batch=None):
+    z, y = shifted(outputs.logits, labels)
+    y = torch.where(y == -100, y, z.argmax(-1))
+    nll = F.cross_entropy(z.transpose(1, 2), y, reduction="none")
+    return divided(nll.sum(), y != -100, num_items_in_batch)
+
+
+@wrong(labels="changing a label changes how much its row learns, not what")
+def weighs_its_own_argmax_by_the_label(logits, labels):
+    weight = logits.softmax(-1).gather(-1, labels[:, None])[:, 0].detach()
+    return (weight * F.cross_entropy(logits, logits.argmax(-1), reduction="none")).mean()
+
+
+@wrong(labels="its labels are ignored: changing a label changes no gradient")
+def minimises_entropy(logits, labels):
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1).mean()
+
+
+@wrong(labels="every row learns token 0, not its label")
+def overwrites_its_labels(logits, labels):
+    return F.cross_entropy(logits, torch.zeros_like(labels))
+
+
+@wrong(labels="where the label is y, a row learns token y-1")
+def counts_classes_from_one(logits, labels):
+    return F.cross_entropy(logits, (labels - 1).clamp(min=0))

@@ -8,6 +8,7 @@ from qlens.conformance import (  # noqa: F401  they fill RULES
     functions,
     manners,
     numerics,
+    objectives,
     shift,
 )
 from qlens.conformance.opening import specimen

@@ -51,6 +51,7 @@ def _of_fields(loss: Specimen) -> dict[str, str]:
 def _of_arguments(loss: Specimen) -> dict[str, str]:
     """The effect of every argument of a function, and of every column that it takes out of a model's inputs."""
     given: dict[str, Any] = {}
+    columns = [name for name, role in loss.roles.items() if role == "batch"]
 
     def read(around: Around = as_it_is) -> Reading:
         if not loss.laid_out:
@@ -59,7 +60,9 @@ def _of_arguments(loss: Specimen) -> dict[str, str]:
         return loss.read_batch(texts, count(texts), around=around)
 
     def note(arguments: dict[str, Any]) -> None:
-        batch = {name: dict(value) for name, value in arguments.items() if loss.roles.get(name) == "batch"}
+        batch = {
+            name: dict(value) for name, value in arguments.items() if isinstance(value, Mapping) and name in columns
+        }
         given.update(arguments | batch)  # a loss may take entries out of its batch
 
     base = read(altering(note))
@@ -106,7 +109,7 @@ def _effect(readings: Iterator, base: Reading) -> str:
 
 def _others(value: Any, vocabulary: int) -> Iterator[Any]:
     """Other values of an argument: a tensor, or a mapping of tensors."""
-    if isinstance(value, Mapping | list):
+    if isinstance(value, Mapping | list | tuple):
         yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
     if not isinstance(value, Tensor):
         return

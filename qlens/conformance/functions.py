@@ -1,4 +1,4 @@
-"""The rule of what torch's own functions are given: logits, log-probabilities or probabilities, each where it belongs."""
+"""The rule of what is normalised over the vocabulary: logits, once, by torch's functions or by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from qlens.conformance.rules import Failed, NotApplicable, rule
+from qlens.conformance.normalisation import normalised_otherwise
+from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
 from qlens.conformance.specimen import Specimen
 from qlens.errors import InputError
 
@@ -18,7 +19,7 @@ LOG_PROBABILITIES = ("nll_loss", "kl_div")
 
 @rule("another loss is trained than the functions' names say, in silence", compares=False)
 def functions(loss: Specimen) -> str:
-    """torch's functions are given what they take."""
+    """torch's functions are given what they take, and what is written by hand is one softmax of the logits."""
     with _Watched(loss.vocabulary) as seen:
         try:
             loss.read(loss.tokens())
@@ -26,6 +27,9 @@ def functions(loss: Specimen) -> str:
             raise NotApplicable(f"it cannot be watched: {error}") from error
     if seen.wrong:
         raise Failed("; ".join(dict.fromkeys(seen.wrong)))
+    if (found := normalised_otherwise(loss)) is not None:
+        said, state, consequence = found
+        raise Failed(said, consequence) if state is Failed else Remark(said)
     if not seen.called:
         raise NotApplicable("it calls no softmax, cross-entropy or divergence of torch")
     return f"logits and log-probabilities where they belong: {', '.join(dict.fromkeys(seen.called))}"

@@ -82,6 +82,6 @@ def each_tensor(thing: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return thing.replace(**{name: change(value) for name, value in thing.fields().items()})
     if isinstance(thing, Mapping):
         return type(thing)(**{name: each_tensor(value, change) for name, value in thing.items()})
-    if isinstance(thing, list):
-        return [each_tensor(value, change) for value in thing]
+    if type(thing) in (list, tuple):
+        return type(thing)(each_tensor(value, change) for value in thing)
     return thing
