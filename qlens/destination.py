@@ -91,7 +91,7 @@ class Destination:
 
     def _verdict(self) -> str:
         f, end = self.frequencies, self.end
-        if np.allclose(end, f, atol=ALIKE):
+        if np.allclose(end, f, atol=STILL):
             return "the label frequencies"
         for name, other in (("teacher", self.teacher), ("reference", self.reference)):
             way = np.zeros_like(f) if other is None else other - f

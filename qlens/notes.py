@@ -251,6 +251,35 @@ def _offsets(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Sty
     return [f"A row's gradient also turns with labels of other tokens of its text ({named} it)."]
 
 
+def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tuple[str, ...]:
+    """The fields of which the loss is given one value for each text, that of its first token."""
+    if tokens.sequence is None or style_of(fn, params, tokens).fields != "texts":
+        return ()
+    style, wanted = style_of(fn, params, tokens), inputs(fn)
+    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
+    return tuple(name for name in ("advantage", "weight") if name in asked and getattr(tokens, name) is not None)
+
+
+def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """The tokens with the values that the loss is given: its first token's for a whole text, where it takes one a text."""
+    if not (names := given_by_text(fn, params, tokens)):
+        return tokens
+    _, text = tokens.require("sequence").unique(return_inverse=True)
+    row = torch.arange(len(tokens), device=text.device)
+    first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
+    return tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+
+
+def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
+    """Whether the loss runs another model, on made-up token ids that stay in their places whatever the tokens are."""
+    try:
+        with watched(fn) as seen, torch.no_grad():
+            call(fn, params, few(tokens), style=style_of(fn, params, few(tokens)), layout=Layout())
+    except InputError:
+        return False
+    return bool(seen.models)
+
+
 def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """The tokens with the logits of the one other model that the loss runs as their teacher, where it takes no teacher.
 

@@ -68,8 +68,8 @@ class Batches:
         self.others[self.watched] = False
         self.outside = None if group is None or bool(own.all()) else ~own
 
-    def seen(self) -> Seen:
-        """What the gradient of the watched tokens does in all of them."""
+    def seen(self, moved: bool = True) -> Seen:
+        """What the gradient of the watched tokens does in all of them; without ``moved`` where tokens stay in their places."""
         found = Seen()
         if len(self.tokens) < FEWEST:
             return found
@@ -77,8 +77,9 @@ class Batches:
         if self.outside is not None:
             found.outside = bool(self.by_level(self.outside, found))
             found.inside = bool(self.by_level(self.others & ~self.outside, found)) if found.losses else None
-        found.labels = any(self.change(batch) for batch in self.relabelled())
-        found.position = self.by_position()
+        if moved:
+            found.labels = any(self.change(batch) for batch in self.relabelled())
+            found.position = self.by_position()
         means = [*found._means, float(-self.tokens.label_log_probs.mean())]
         found.lowest, found.highest = min(means), max(means)
         return found

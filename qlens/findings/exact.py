@@ -1,5 +1,6 @@
 """Exact: a loss computed in float64 whatever it casts to, so that what it teaches is read without its rounding."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ class Exact(Variant):
         """The same variant in float64, its reduction left as it is where it is read whole."""
         made = cls(variant.method, variant.params)
         return whole(made) if isinstance(variant.unreduced, Whole) else made
+
+    def arithmetic(self) -> contextlib.AbstractContextManager:
+        """Within it, everything is computed as the loss is."""
+        return float64()
 
     def loss(self, tokens: Tokens) -> Tensor:
         return _attached(super().loss, tokens)
@@ -159,7 +164,8 @@ def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, Own
     agree = off <= SLACK * found.noise.rows + TOLERANCE * size
     if float(agree.double().mean()) < SHARE:
         return None
-    distance = off / size.maximum(found.noise.rows).clamp(min=1e-300)
+    told = found.noise.rows.isfinite()  # moved by rounding, the loss may be no number
+    distance = off / torch.where(told, size.maximum(found.noise.rows), size).clamp(min=1e-300)
     return exact, read, OwnPrecision(found.own, float(distance.median()), float(distance.max()))
 
 

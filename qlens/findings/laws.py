@@ -1,7 +1,8 @@
 """Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
@@ -172,7 +173,19 @@ class _Laws(Smooth):
             yield rule, {"high": high, "low": low}, 2
 
     def clipped(self) -> Iterator[Law]:
-        """A law that is held at a least or a greatest value, or at both, where it would go beyond."""
+        """A law that is held at a least or a greatest value, or at both, where it would go beyond; times a factor of the token
+        too.
+        """
+        for said, factor in self.factors.items():
+            if np.abs(factor).min() > 0:
+                one = copy(self)
+                one.b, one.floor, one.factors = self.b / factor, self.floor / np.abs(factor), {}
+                for law in one.held():
+                    yield replace(law, formula=f"{said} ({law.formula})")
+        yield from self.held()
+
+    def held(self) -> Iterator[Law]:
+        """The same without factors of the token."""
         ends = {"at most": self.b.max(), "at least": self.b.min()}
         held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
         there = [word for word in ends if held[word].sum() >= 2]

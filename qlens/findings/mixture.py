@@ -59,6 +59,11 @@ class Mixture:
         known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
         return known < -self.digits * known.abs().max().clamp(min=1) - rounding if len(known) else known < 0
 
+    def toward(self, name: str) -> Bool[Tensor, " n"]:
+        """Which of the same tokens are pulled toward it."""
+        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return known > self.digits * known.abs().max().clamp(min=1e-300) + rounding if len(known) else known > 0
+
     @property
     def pull(self) -> Float[Tensor, " N"]:
         """The total pull on every token: the structural scale where no part is negative."""

@@ -73,7 +73,9 @@ class Naming:
         normal = None
         if not (alone or self.own_spec or changed):
             near, normal = elsewhere(near, self.variant, seen, trial)
-        return near, None if near and near[0].same else partly, normal
+        if (near and near[0].same) or (partly is not None and not partly.telling):
+            partly = None
+        return near, partly, normal
 
     def settled(
         self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, alone: bool

@@ -20,6 +20,10 @@ SIMPLE = 0.4  # of the tokens that a parameter must win
 ASKED = 8  # tokens whose loss is asked for one at a time
 MOST_LIKE = 0.5  # of the tokens that must have the method's gradient
 LARGEST = 0.1  # number beside p_y that somebody may have meant as an epsilon
+FAR, NEARLY_ALL = (
+    0.1,
+    0.95,
+)  # a distance that is another gradient, and the share of tokens beside which others are exceptions
 EPSILONS = 1.6  # factor between the epsilons that tokens show, where it is one
 
 
@@ -34,6 +38,7 @@ class Nearly:
         tokens: how many there are.
         why: what is different on the others, in words; "" where there are none.
         distance: the largest relative distance on the tokens where it holds.
+        left: the largest relative distance on the others, where nothing tells these apart or says what is different; else 0.
     """
 
     spec: str
@@ -42,6 +47,7 @@ class Nearly:
     tokens: int
     why: str
     distance: float = 0.0
+    left: float = 0.0
 
     @property
     def named(self) -> str:
@@ -50,8 +56,13 @@ class Nearly:
 
     @property
     def exact(self) -> bool:
-        """Whether it is the method's own gradient where it holds, at its defaults."""
-        return self.distance <= EXACT and "(" not in self.spec
+        """Whether it is the method's own gradient where it holds, at its defaults, and what the others get is known."""
+        return self.distance <= EXACT and "(" not in self.spec and not self.left
+
+    @property
+    def telling(self) -> bool:
+        """Whether that says what the loss is: on nearly all tokens, or on tokens that something tells from the others."""
+        return self.left <= FAR or (self.share >= NEARLY_ALL and "(" not in self.spec)
 
     def __str__(self) -> str:
         count = round(self.share * self.tokens)
@@ -91,8 +102,8 @@ def nearly(
     off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
     distance = float(off[there].max())
     rule = _rule([(seen, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
-    why = "" if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
-    return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance)
+    why, left = ("", 0.0) if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
+    return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance, left)
 
 
 def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> Nearly | None:
@@ -129,12 +140,12 @@ def _agrees(seen: Reading, spec: str, factor: float) -> torch.Tensor:
 
 def _difference(
     seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
-) -> str:
-    """What a gradient does where it is not the method's, in words."""
+) -> tuple[str, float]:
+    """What a gradient does where it is not the method's, in words; and how far it is where nothing says why, else 0."""
     g, apart = seen.grad, ~agree
     sizes, others = g.norm(dim=-1), other.norm(dim=-1)
     if bool(seen.silent[apart].all()):
-        return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}"
+        return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}", 0.0
     ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
     along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + seen.noise.rows
     far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
@@ -143,15 +154,16 @@ def _difference(
     low, high = float(ratio[apart].min()), float(ratio[apart].max())
     if bool(along[apart].all()) and high - low <= CORE * max(abs(low), abs(high)):
         factor = float((other * g)[apart].sum() / other[apart].square().sum())
-        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_not(rule)}"
+        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_not(rule)}", 0.0
     size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
     shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
     if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
         epsilon = (p * (1 / ratio - 1))[shrunk]
         small = bool((epsilon > 0).all()) and float(epsilon.max()) < LARGEST
         if small and float(epsilon.max() / epsilon.min()) < EPSILONS:
-            return f"on the others {size}: an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
-    return f"on the others {size}{_not(rule)}"
+            beside = f"an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
+            return f"on the others {size}: {beside}", 0.0
+    return f"on the others {size}{_not(rule)}", 0.0 if rule else most
 
 
 def _held(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:

@@ -173,6 +173,9 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
         "the batch's largest loss": lambda t: float(losses(t).max()),
         "the standard deviation of the batch's losses": lambda t: float(losses(t).std()),
         "the batch's mean cross-entropy": lambda t: float(nll(t).mean()),
+        "the number of texts, not of tokens": lambda t: (
+            math.nan if t.sequence is None else len(t.sequence.unique()) / len(t)
+        ),
         "the square root of the number of tokens": lambda t: len(t) ** 0.5,
         "the number of tokens": lambda t: float(len(t)),
     }

@@ -17,7 +17,7 @@ from qlens.findings.noise import COARSEST_MOVES, MOVES, Noise, coarser, moves, r
 from qlens.guards import first_line, numbers_of
 from qlens.lens import carried, gradient, read
 from qlens.names import FIELD
-from qlens.notes import supplied
+from qlens.notes import as_given, supplied
 from qlens.probes import VOCABULARY, WIDE, probes, trials
 from qlens.signature import inputs
 from qlens.tokens import MODELS, Tokens, spread
@@ -60,7 +60,12 @@ class Reading:
             InputError: it fails, or two calls on the same tokens differ; what it raised is named.
         """
         try:
-            tokens = supplied(variant.method.fn, variant.params, tokens) if variant.derived else tokens
+            if variant.derived:
+                with getattr(
+                    variant, "arithmetic", contextlib.nullcontext
+                )():  # a teacher in a closure, as the loss sees it
+                    tokens = supplied(variant.method.fn, variant.params, tokens)
+                tokens = as_given(variant.method.fn, variant.params, tokens)
             grad = read(variant, tokens, variant.loss)
             losses, arithmetic, constants = traced(variant.loss, tokens)  # by now it is known how the loss is called
             if not variant.built_in:  # a state that other tokens leave behind shows in the next call

@@ -24,6 +24,8 @@ UNTIED = (
 SIZES = (7, 28)  # the first so many tokens, read as a batch of their own
 COPIES = (4, 40)  # of all tokens, in one batch
 MOST = 2**20  # entries of the logits in such a batch
+NOT_MOVED = (" (label ids, other orders and other numbers of tokens are not tried: the inputs of the other model that it runs "
+             "are made up and stay in place)")  # fmt: skip
 READ = ("logits", "labels", "weight", "advantage", "critical", "hint", "reference", "teacher", "old", "second")
 
 
@@ -70,6 +72,8 @@ def scope(
     precision: torch.dtype | None = None,
     ids: Mapping[int, float] | None = None,
     total: Callable[[Tokens], Tensor] | None = None,
+    by_text: Sequence[str] = (),
+    in_place: bool = False,
 ) -> Scope:
     """Change one token at a time, and the number of tokens, and see whose gradients move; move all logits a little and see
     whether the value follows.
@@ -85,6 +89,8 @@ def scope(
         precision: what the loss computes in; by default what the digits of the gradient show.
         ids: weights of label ids: some labels are changed to an id of another weight, the others to the next id.
         total: the sum of the unreduced loss, with the graph of the loss itself, in which a backward of its own is looked for.
+        by_text: fields of which a whole text has one value: these are no other token's.
+        in_place: whether another model's made-up inputs stay in place as tokens move: then nothing that moves them is tried.
 
     Example:
         >>> import qlens
@@ -94,15 +100,17 @@ def scope(
     before = gradient(rows, tokens)
     moved = [gradient(rows, other) for other in moves(tokens, precision or carried(before), 1)]
     noise = rounding(before, tokens, precision, moved).rows
-    draw = _Changed(tokens, needs, ids or {})
+    draw = _Changed(tokens, needs, ids or {}, by_text)
     reached = _reached(rows, draw, draw.fields, before, tolerance, noise)
     detached, gap = held_constant(rows, tokens, tolerance, precision)
     backward = _own_backward(total or rows, tokens) if detached else ""
     if not bool(reached.any()):
-        number, everywhere = _by_number(rows, tokens, before, tolerance, noise)
+        number, everywhere = ("", False) if in_place else _by_number(rows, tokens, before, tolerance, noise)
         group = tokens.pair if tokens.pair is not None else tokens.sequence
-        seen = Batches(rows, tokens, before, tolerance, noise, group).seen()
+        seen = Batches(rows, tokens, before, tolerance, noise, group).seen(not in_place)
         of, said, through = _of_batches(seen, tokens, number, everywhere, len(reached))
+        if in_place:
+            said = said.replace("; repeated labels; other orders", "") + NOT_MOVED
         return Scope(of, said, detached, gap, through, backward, seen.losses)
     through = tuple(f for f in draw.fields if bool(_reached(rows, draw, (f,), before, tolerance, noise, most=4).any()))
     by = f" through {' and '.join(through)}" if through and through != ("logits",) else ""
@@ -170,10 +178,10 @@ def _from_outside(
 class _Changed:
     """Tokens to be changed one at a time, and what is to be changed of them."""
 
-    def __init__(self, tokens: Tokens, needs: Sequence[str], ids: Mapping[int, float]):
+    def __init__(self, tokens: Tokens, needs: Sequence[str], ids: Mapping[int, float], by_text: Sequence[str]):
         self.tokens, self.ids = tokens, ids
         self.rows = spread(len(tokens), PERTURBED).to(tokens.logits.device)
-        left_out = () if "weight" in needs else ("weight",)
+        left_out = (*by_text, *(() if "weight" in needs else ("weight",)))
         self.fields = tuple(name for name in READ if name in tokens.fields() and name not in left_out)
         self.draw = torch.Generator().manual_seed(0)
         size = (len(self.rows), tokens.logits.shape[1])

@@ -40,6 +40,14 @@ class Smooth(Features):
         """Where a pull is no more than the rounding of the gradient, (N,)."""
         return np.abs(self.b) <= self.floor * self.tolerance
 
+    @property
+    def log_nll(self) -> np.ndarray:
+        """The logarithm of -log p_y, to its last digit near p_y = 1 too, (N,)."""
+        near_one = self.log_rest < math.log(0.5)
+        rest = np.exp(np.where(near_one, self.log_rest, math.log(0.5)))
+        with np.errstate(divide="ignore"):
+            return np.log(np.where(near_one, -np.log1p(-rest), -self.log_p))
+
     def smooth(self, where: np.ndarray) -> Iterator[Fit]:
         """Laws without steps that hold on the tokens ``where``."""
         there = int((~self.rounded[where]).sum())
@@ -95,6 +103,7 @@ class Smooth(Features):
         yield "p_y", self.log_p
         yield "(1 - p_y)", self.log_rest
         yield "(p_y / (1 - p_y))", self.log_p - self.log_rest
+        yield "(-log p_y)", self.log_nll
         with np.errstate(divide="ignore"):
             yield "max p", np.log(self.largest)
             yield "(1 - max p)", self.log_below_largest

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from qlens.findings.shifts import label_offset
 from qlens.findings.uncoupled import piecewise_linear, uncoupled
 from qlens.findings.vocabulary import VocabularyFactor
 from qlens.lens import read
+from qlens.notes import given_by_text, made_up_inputs
 from qlens.registry import Variant, methods
 
 LEFT = 1e-9  # 1 - p_y below which no pull is read
@@ -115,6 +117,8 @@ class Study(Naming):
             mixture = replace(mixture, index=kept[mixture.index])
         if alone and not (near and near[0].same):
             partly = self.gated(seen, trial, mixture, laws, partly)
+        if partly is not None and partly.left and mixture.explains and laws and None not in laws.values():
+            partly = None  # the laws of its pulls say what it is on all tokens
         return replace(
             self.e,
             nearest=near,
@@ -139,6 +143,11 @@ class Study(Naming):
             gate=gate,
             centred=middle,
         )
+
+    @cached_property
+    def in_place(self) -> bool:
+        """Whether it runs another model, whose made-up inputs stay in place as tokens move."""
+        return self.variant.derived and made_up_inputs(self.variant.method.fn, self.variant.params, self.shown.given)
 
     @property
     def base(self) -> Reading:
@@ -169,11 +178,13 @@ class Study(Naming):
             at.arithmetic,
             ids.weights if ids else None,
             self.variant.total,
+            given_by_text(self.variant.method.fn, self.variant.params, some) if self.variant.derived else (),
+            self.in_place,
         )
 
     def label_ids(self) -> LabelWeights | None:
         """Whether label ids count, for every id of the trial tokens and for those among one's own labels."""
-        if "pair" in self.variant.needs:
+        if "pair" in self.variant.needs or self.in_place:
             return None
         found = self._ids_at(self.base, range(min(self.base.given.logits.shape[1], 160)))
         if found is None and not (self.e.on_probes or self.own_spec) and self.trial is not None:
@@ -214,8 +225,14 @@ class Study(Naming):
         """A reading of the same tokens with one label id for all, where ids have weights: then none of these shows."""
         if ids is None or not ids.equal:
             return at
-        one = next(i for i, weight in ids.weights.items() if weight == ids.usual)
-        return Reading.of(self.variant, relabelled(at.given, one))
+        size = at.given.logits.shape[1]
+        there = {i: weight for i, weight in ids.weights.items() if i < size and weight}
+        if not there:  # no id that is left has a weight
+            return at
+        one = min(there, key=lambda i: (there[i] != ids.usual, i))
+        found = Reading.of(self.variant, relabelled(at.given, one))
+        by = torch.full((len(found.given),), ids.usual / there[one], dtype=torch.float64, device=found.grad.device)
+        return found if there[one] == ids.usual else found.weighted(by)
 
     def unscaled(self, at: Reading) -> Reading:
         """A reading whose weights the batch scales, without the factor of their law, or with 1 for the largest."""

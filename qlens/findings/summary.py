@@ -97,6 +97,7 @@ def _identity(e: Any) -> str:
         return f"This is {e.normalised.named if known else e.normalised}{'' if known else besides}."
     if e.nearly is not None:
         return f"This is {e.nearly}{besides}."
+    best = min(e.nearest, key=lambda match: round(match.angle, 2))
     return f"No registered method has this gradient; the nearest, {best.spec}, is {_away(best)}."
 
 
@@ -187,7 +188,7 @@ def _said_of_rest(e: Any) -> str:
     if not others:
         return "What a label does not get stays with the student's own distribution."
     some = {name: bool(e.mixture.away(name).any()) for name in others}
-    always = {name: bool(e.mixture.away(name).all()) for name in others}
+    always = {name: not bool(e.mixture.toward(name).any()) for name in others}
     toward = [name for name in others if not some[name]]
     away = [name for name in others if some[name] and always[name]]
     mixed = [name for name in others if some[name] and not always[name]]

@@ -37,6 +37,10 @@ def untaught(e: Any) -> pd.Index:
     there = rest > CLOSE
     pull = torch.where(there, size / rest, 0.0)
     none = there & (pull <= NOTHING * pull.max())
+    if constant(e) and e.mixture is not None and len(e.mixture.parts) > 1:  # pulls may cancel where they cannot be told
+        apart = torch.ones(len(e.table), dtype=torch.bool)
+        apart[e.mixture.index[~e.mixture.unique]] = False
+        none &= apart.to(none.device)
     if e.position_weights is not None:
         none &= torch.tensor(e.position_weights.weights, device=none.device) != 0
     if e.label_weights is not None and e.label_weights.equal:
