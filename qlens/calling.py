@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens.autograd import ordinary
+from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.holders import built, entry_of, is_trainer, with_model
 from qlens.layouts import (
@@ -38,8 +39,14 @@ def opened(loss: Callable) -> Callable:
     """The function inside: a trainer's compute_loss (its class is built around a stub model), a loss class built.
 
     Raises:
-        InputError: the class cannot be built without arguments.
+        InputError: the class cannot be built without arguments, or the function is asynchronous or a generator.
     """
+    asynchronous = inspect.iscoroutinefunction(loss) or inspect.isasyncgenfunction(loss)
+    if asynchronous or inspect.isgeneratorfunction(loss):
+        raise InputError(
+            f"{name_of(loss)} must return a floating-point tensor, and is {'async' if asynchronous else 'a generator'}: "
+            "write def and return loss, with no async or yield"
+        )
     if inspect.isclass(loss) and is_trainer(loss):
         from qlens.trainers import trained_by
 

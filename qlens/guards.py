@@ -59,14 +59,10 @@ def _inside(error: BaseException) -> bool:
 
 def _hint(name: str, error: BaseException) -> str:
     """What to write instead, where the exception tells."""
-    if isinstance(error, AttributeError) and (
-        error.name in TOKENS_ONLY or (_inside(error) and not isinstance(error.obj, dict))
-    ):
-        if type(error.obj).__module__.partition(".")[0] in (
-            "torch",
-            "qlens",
-            "transformers",
-            "builtins",
+    if isinstance(error, AttributeError) and (error.name in TOKENS_ONLY or _inside(error)):
+        package = type(error.obj).__module__.partition(".")[0]
+        if package in ("torch", "qlens", "transformers", "builtins") and (
+            error.name in TOKENS_ONLY or not isinstance(error.obj, dict)
         ):
             return (
                 f"; {error.name} is an attribute of qlens.Tokens, which a loss is given where its first parameter is "

@@ -228,9 +228,8 @@ def _two_terms(
         layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
         try:
             base, dealt = (read(fn, params, tokens, style, layout) for layout in layouts)
-            if (
-                _misfit([shown.grads[0], base]) > exact
-            ):  # other draws, or another state, than those of the other layouts
+            # other draws, or another state, than those of the other layouts
+            if _misfit([shown.grads[0], base]) > exact:
                 return None
             shown = Shown([*shown.layouts, layouts[1]], [*shown.grads, dealt])
         except InputError:
