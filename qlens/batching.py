@@ -162,6 +162,18 @@ def packed(position_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] 
     return position_ids.masked_fill(~real, 0)
 
 
+def signed(labels: Tensor) -> Int[Tensor, "*N"]:
+    """Labels as int64, of an integer type that holds -100.
+
+    Raises:
+        InputError: another type; in an unsigned one, -100 is some other id.
+    """
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        unsigned = ", in which -100 is some other id" if str(labels.dtype).startswith("torch.uint") else ""
+        raise InputError(f"labels are {labels.dtype}{unsigned}: give integers that can be -100, such as torch.long")
+    return labels.long()
+
+
 class Supervised:
     """The positions of a batch that predict a supervised label: position t - 1 for every label at t that counts.
 
@@ -178,7 +190,7 @@ class Supervised:
         sequence: which sequence each belongs to, (N,), numbered from 0.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or labels of a type that cannot hold -100.
 
     Example:
         >>> Supervised(torch.tensor([[7, -100, 8, 9]])).labels
@@ -190,6 +202,7 @@ class Supervised:
             if value is not None and (value.ndim != 2 or value.shape != labels.shape):
                 shapes = f"{tuple(value.shape)} and {tuple(labels.shape)}"
                 raise InputError(f"{name} and labels must both be (B, T), got {shapes}")
+        labels = signed(labels)
         starts = torch.zeros_like(labels, dtype=torch.bool)
         starts[:, 0] = True
         if attention_mask is not None:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qlens.batching import IGNORE
+from qlens.batching import IGNORE, signed
 from qlens.errors import InputError, brief
 from qlens.fields import check_floats, check_ids, check_vocabulary, checked_field, number
 from qlens.heads import Head, TopK
@@ -207,6 +207,7 @@ def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: A
     if not whole or labels.ndim != 1 or labels.dtype == torch.bool or labels.layout != torch.strided:
         shown = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
         raise InputError(f"labels must be a dense integer tensor (N,), got {shown}")
+    signed(labels)
     if labels.device != hidden.device:
         raise InputError(f"labels are on {labels.device}, but hidden on {hidden.device}: they must be on one device")
     if len(hidden) != len(labels):

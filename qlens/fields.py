@@ -63,7 +63,7 @@ def check_ids(labels: Tensor, vocabulary: int) -> None:
     """
     if not len(labels):
         return
-    low, high = torch.stack(labels.aminmax()).tolist()
+    low, high = torch.stack(labels.long().aminmax()).tolist()  # there is no such function for uint16
     if low == -100:
         raise InputError(
             "labels hold -100: Tokens takes supervised positions only (qlens.batching.Supervised removes it)"

@@ -154,6 +154,7 @@ class Tokens:
         shape = tuple(self.logits.shape)
         if "labels" in given:
             check_labels(self.labels, shape)
+            object.__setattr__(self, "labels", self.labels.long())
         for name in given:
             if name in MODELS:
                 check_logits(name, given[name])
