@@ -12,7 +12,7 @@ from transformers.trainer_utils import has_length
 
 from qlens.comparables import Tally
 from qlens.draws import Replay
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.evaluation_data import check_evaluation_data, no_supervised_token
 from qlens.leaves import reaches
 from qlens.registry import Variant
@@ -28,10 +28,19 @@ EVALUATION = -1  # instead of a step
 class Measurements(Trainer):
     """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
 
+    _variant: Variant
+
     @property
     def variant(self) -> Variant:
-        """The method that is trained."""
-        raise NotImplementedError
+        """The method, for as long as this Trainer lives: its inputs, state and path are chosen when the Trainer is made."""
+        return self._variant
+
+    @variant.setter
+    def variant(self, value: Any) -> None:
+        raise InputError(
+            f"variant is {self._variant.spec} for as long as this Trainer lives: make another, QTrainer(model=trainer.model, "
+            f"variant={value.spec if isinstance(value, Variant) else brief(value)}, ...)"
+        )
 
     _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
@@ -138,7 +147,7 @@ class Measurements(Trainer):
             if description == "Evaluation" and output.num_samples and not batches:
                 raise InputError(
                     f"the evaluation set ({metric_key_prefix}) has no loss: its batches lack one of "
-                    f"{', '.join(self.label_names)} (TrainingArguments(label_names=...)); trainer.predict takes data without labels"
+                    f"{self.label_names} (TrainingArguments(label_names=...)); trainer.predict takes data without labels"
                 )
             if means:
                 means["loss"] *= tokens / items

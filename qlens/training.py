@@ -17,7 +17,7 @@ from qlens.causality import check_causal, check_decoder
 from qlens.checkpoints import RunState
 from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.feeding import Feed
 from qlens.learned import LearnedParameters
 from qlens.leaves import LearnedParameter
@@ -25,7 +25,7 @@ from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
-from qlens.sources import model_logits
+from qlens.sources import check_model, model_logits
 from qlens.tokens import MODELS, Tokens, precision
 from qlens.whole_batches import WholeBatches, selected_share
 
@@ -90,12 +90,16 @@ class QLossMixin(WholeBatches):
     ):
         self._variant = resolve(variant)
         self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference})
-        if old_every < 1:
-            raise InputError(f"old_every must be at least 1, got {old_every}")
+        for name, value, least in (("old_every", old_every, 1), ("log_every", log_every, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {brief(value)}")
+        if fused not in (None, True, False) or isinstance(fused, int) and not isinstance(fused, bool):
+            raise InputError(f"fused must be None, True or False, got {brief(fused)}")
+        model = kwargs.get("model", args[0] if args else None)
+        if model is not None or kwargs.get("model_init") is None:
+            check_model(getattr(model, "module", model), "model")
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
-        if log_every < 0:
-            raise InputError(f"log_every must be 0 (never) or more, got {log_every}")
         self._bodies, self._loss_only = Bodies(fused), False
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
@@ -113,18 +117,6 @@ class QLossMixin(WholeBatches):
         self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
         self.add_callback(self._learned)
         self._measure(log_every)
-
-    @property
-    def variant(self) -> Variant:
-        """The method, for as long as this Trainer lives: its inputs, state and path are chosen when the Trainer is made."""
-        return self._variant
-
-    @variant.setter
-    def variant(self, value: Any) -> None:
-        raise InputError(
-            f"variant is {self._variant.spec} for as long as this Trainer lives: make another, QTrainer(model=trainer.model, "
-            f"variant={value.spec if isinstance(value, Variant) else value!r}, ...)"
-        )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's training; see QLossMixin for what a resumed run restores, and ``check_evaluation_data``."""

@@ -4,10 +4,12 @@ import pytest
 import torch
 from tiny import VOCAB, llama, rows, trainer_in
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from user_methods import user_method
 
 import qlens
 from qlens.batching import Supervised, collate
 from qlens.errors import InputError
+from qlens.heads import TopK
 
 
 def weights(model):
@@ -66,7 +68,7 @@ def test_an_evaluation_without_labels_is_refused_and_a_prediction_is_not(tmp_pat
         return {name: value for name, value in collate(examples).items() if name != "labels"}
 
     trainer = trainer_in(tmp_path, "sft", data_collator=without_labels)
-    with pytest.raises(InputError, match="has no loss: its batches lack one of labels"):
+    with pytest.raises(InputError, match="has no loss: its batches lack one of .'labels'."):
         trainer.evaluate(rows(4))
     assert len(trainer.predict(rows(4)).predictions) == 4
 
@@ -91,3 +93,52 @@ def test_the_method_of_a_trainer_is_not_exchanged(tmp_path):
     with pytest.raises(InputError, match="for as long as this Trainer lives: make another"):
         trainer.variant = "dft"
     assert trainer.variant.name == "as_written"
+
+
+def test_values_that_a_column_cannot_hold_are_refused():
+    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
+    for name, value in (
+        ("labels", [1.5, 2, 3]),
+        ("input_ids", [1.9, 2, 3]),
+        ("pair", 1.2),
+        ("critical", [2, 0.5, 0]),
+        ("critical", [0, -1, 0]),
+        ("weight", "123"),
+    ):
+        with pytest.raises(InputError, match=f"{name} must hold"):
+            collate([{**row, name: value}])
+    assert collate([{**row, "critical": [1, 0, 1.0]}])["critical"].tolist() == [[True, False, True]]
+
+
+def test_targets_and_top_k_teachers_are_what_they_are_said_to_be():
+    logits, labels = torch.randn(6, 9), torch.arange(6)
+    tokens = qlens.Tokens(logits=logits, labels=labels)
+    for made, what in (
+        (lambda: qlens.Target.mix(tokens, trust=float("nan"), residual="student"), "trust is NaN"),
+        (lambda: qlens.Target.mix(tokens, trust=0.5, residual=logits), "residual must be probabilities"),
+        (lambda: qlens.Target.dense(tokens, logits.softmax(-1), scale=-1.0), "scale must be finite and at least 0"),
+    ):
+        with pytest.raises(InputError, match=what):
+            made()
+    hidden, head = torch.randn(6, 4), torch.randn(9, 4)
+    for ids, p, what in (([0, 0], 0.5, "an id twice"), ([0, 1], 0.9, "more than 1"), ([0, 1], float("nan"), "NaN")):
+        known = TopK(torch.tensor([ids] * 6), torch.full((6, 2), p).log(), "student")
+        with pytest.raises(InputError, match=what):
+            qlens.fused_loss("kd", hidden, head, labels, teacher=known)
+
+
+def test_a_mixture_without_a_printed_loss_has_the_cross_entropy_of_its_target():
+    def mixed(tokens):
+        return qlens.Target.mix(tokens, trust=tokens.label_probs, residual=tokens.teacher.softmax(-1))
+
+    structure = qlens.GeometricMixture("teacher")
+    variant = user_method(mixed, needs=("teacher",), structure=structure, scope="token")
+    draw = torch.Generator().manual_seed(0)
+    hidden, head, teacher = (torch.randn(*s, generator=draw, dtype=torch.float64) for s in ((8, 4), (40, 4), (8, 40)))
+    hidden.requires_grad_()
+    labels, logits = torch.arange(8), hidden @ head.T
+    q = variant.target(qlens.Tokens(logits=logits.detach(), labels=labels, teacher=teacher)).q
+    wanted = -(q * logits.log_softmax(-1)).sum(-1).mean()
+    got = qlens.fused_loss(variant, hidden, head, labels, teacher=teacher)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (got, wanted)))
