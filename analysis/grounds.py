@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens import sources
 from qlens.analysis.held import row_nll
 from qlens.analysis.recipes import Recipe
 from qlens.batching import COLUMNS
+from qlens.causality import check_causal
 from qlens.data import encode, ignored_keys, read_rows, split
 from qlens.errors import InputError
 from qlens.files import refusal
@@ -202,6 +204,10 @@ class Real:
         if len(encoded.examples) < 2:
             raise InputError(
                 f"{self.data}: only one row fits into {limit} tokens; at least two are needed, one is held out"
+            )
+        for name, model in models.items():
+            check_causal(
+                model, {"input_ids": torch.tensor([encoded.examples[0]["input_ids"]], device=model.device)}, name
             )
         ignored = ignored_keys(rows)
         train, held = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)

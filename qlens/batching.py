@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 
 COLUMNS = {
     "critical": torch.bool,
@@ -64,32 +64,54 @@ def collate(
         if None in sizes.values() or len(set(sizes.values())) > 1:
             raise InputError(f"example {number} of the batch needs input_ids and labels of one length, got {sizes}")
 
-    def padded(rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
-        tensors = [torch.as_tensor(row, dtype=dtype) for row in rows]
+    def padded(name: str, rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
+        tensors = [_exactly(name, row, dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     examples = [_with_positions(example) for example in examples]
     ids = [example["input_ids"] for example in examples]
     seen = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
     labels = [example["labels"] for example in examples]
-    batch = {"input_ids": padded(ids, pad_id), "attention_mask": padded(seen, 0), "labels": padded(labels, IGNORE)}
+    batch = {
+        "input_ids": padded("input_ids", ids, pad_id),
+        "attention_mask": padded("attention_mask", seen, 0),
+        "labels": padded("labels", labels, IGNORE),
+    }
     for name in dict.fromkeys(("position_ids", *inputs)):
         if name not in batch and any(name in example for example in examples):
-            batch[name] = padded([_input(example, name) for example in examples], 0)
+            batch[name] = padded(name, [_input(example, name) for example in examples], 0)
     for name, dtype in COLUMNS.items():
         if any(name in example for example in examples):
-            batch[name] = padded([_column(example, name) for example in examples], 0, dtype)
+            batch[name] = padded(name, [_column(example, name) for example in examples], 0, dtype)
     if "position_ids" in batch and (positions := packed(batch["position_ids"], batch["attention_mask"])) is not None:
         batch["position_ids"] = positions
         del batch["attention_mask"]
     return batch
 
 
+def _exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
+    """An example's values as a tensor of a type that holds them.
+
+    Raises:
+        InputError: it does not, as of 1.5 among whole numbers or 2 in a mask; or they are no numbers.
+    """
+    try:
+        given = torch.as_tensor(row)
+        made = given.to(dtype)
+        exact = not given.is_complex() and (dtype.is_floating_point or bool((made == given).all()))
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        exact, made = False, torch.empty(0)
+    if not exact:
+        wanted = {torch.long: "whole numbers", torch.bool: "true and false, or 1 and 0"}.get(dtype, "numbers")
+        raise InputError(f"{name} must hold {wanted} in every example of the batch, got {brief(row)}")
+    return made
+
+
 def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """An example with position_ids where it has ``seq_lengths``."""
     if "seq_lengths" not in example or "position_ids" in example:
         return example
-    lengths, size = list(map(int, example["seq_lengths"])), len(example["input_ids"])
+    lengths, size = _exactly("seq_lengths", example["seq_lengths"], torch.long).tolist(), len(example["input_ids"])
     if sum(lengths) != size or min(lengths, default=0) < 1:
         raise InputError(f"seq_lengths must be lengths of texts that add up to {size} tokens, got {lengths}")
     return {**example, "position_ids": [at for length in lengths for at in range(length)]}
@@ -162,6 +184,18 @@ def packed(position_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] 
     return position_ids.masked_fill(~real, 0)
 
 
+def signed(labels: Tensor) -> Int[Tensor, "*N"]:
+    """Labels as int64, of an integer type that holds -100.
+
+    Raises:
+        InputError: another type; in an unsigned one, -100 is some other id.
+    """
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
+        unsigned = ", in which -100 is some other id" if str(labels.dtype).startswith("torch.uint") else ""
+        raise InputError(f"labels are {labels.dtype}{unsigned}: give integers that can be -100, such as torch.long")
+    return labels.long()
+
+
 class Supervised:
     """The positions of a batch that predict a supervised label: position t - 1 for every label at t that counts.
 
@@ -178,7 +212,7 @@ class Supervised:
         sequence: which sequence each belongs to, (N,), numbered from 0.
 
     Raises:
-        InputError: shapes that do not fit.
+        InputError: shapes that do not fit, or labels of a type that cannot hold -100.
 
     Example:
         >>> Supervised(torch.tensor([[7, -100, 8, 9]])).labels
@@ -190,6 +224,7 @@ class Supervised:
             if value is not None and (value.ndim != 2 or value.shape != labels.shape):
                 shapes = f"{tuple(value.shape)} and {tuple(labels.shape)}"
                 raise InputError(f"{name} and labels must both be (B, T), got {shapes}")
+        labels = signed(labels)
         starts = torch.zeros_like(labels, dtype=torch.bool)
         starts[:, 0] = True
         if attention_mask is not None:

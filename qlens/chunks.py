@@ -59,7 +59,7 @@ def mix_(
     """
     at_label, r = z.gather(1, labels), torch.empty_like(y)
     mixture.logits_(y, z)
-    if mixture.value == "kl":
+    if mixture.value != "cross_entropy":
         log_r = normalise_(y, out=r)[:, 0]
         far = expectation(r, y.sub_(z)) - log_r
     else:
@@ -96,7 +96,7 @@ def smooth_(
     along, log_p, rest = torch.cat(found, 1)
     t, s = told(log_p, rest)
     z.scatter_(1, labels, ((1 - t) * log_p.exp() - t * rest.exp())[:, None])  # p_y - t without its cancellation
-    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.value == "kl" else 0.0)
+    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.value != "cross_entropy" else 0.0)
     far = far.masked_fill(along == -torch.inf, torch.inf)  # an impossible token, the label too: no inf - inf
     return s, 1 - t, s * _split(t, log_p, far)
 

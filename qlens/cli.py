@@ -23,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+LAB_SETTINGS = "strong-prior,weak-prior"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face model folder.", show_default="none")]
 Data = Annotated[
@@ -178,7 +179,10 @@ def compare(
             show_default="default: base and six methods",
         ),
     ] = None,
-    settings: Annotated[str, typer.Option(help="Lab settings, comma-separated, or all.")] = "strong-prior,weak-prior",
+    settings: Annotated[
+        str | None,
+        typer.Option(help="Lab settings, comma-separated, or all.", show_default=LAB_SETTINGS),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps.", show_default="the setting's")] = None,
     model: Folder = None,
@@ -209,9 +213,11 @@ def compare(
     """
     if model is None and (beside := [n for n, v in (("--device", device), ("--dtype", dtype)) if v is not None]):
         raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the lab runs on the CPU in float32")
+    if settings is not None and any(each is not None for each in (model, teacher, data)):
+        raise InputError("--settings are the lab's: leave them out with --model, --teacher and --data")
     study = qlens.compare(
         None if variants is None else params.split_specs(variants),
-        settings=params.split_specs(settings),
+        settings=params.split_specs(LAB_SETTINGS if settings is None else settings),
         seeds=seeds,
         steps=steps,
         model=model,

@@ -54,7 +54,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig"))
+            row = json.loads(line.decode("utf-8-sig"), object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:  # malformed or too deep JSON, or not UTF-8
             raise InputError(f"{where}: not JSON: {error}") from None
         found, carried = check_row(row, where), set(COLUMNS) & set(row)
@@ -68,6 +68,15 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
     if not rows:
         raise InputError(f"data file {str(path)!r} is empty: it needs a JSON object per line")
     return rows
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(key for at, (key, _) in enumerate(pairs) if key in [other for other, _ in pairs[:at]])
+        raise ValueError(f"the key {brief(twice)} is there twice")
+    return made
 
 
 def check_row(row: Any, where: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qlens.batching import IGNORE
+from qlens.batching import IGNORE, signed
 from qlens.errors import InputError, brief
 from qlens.fields import check_floats, check_ids, check_vocabulary, checked_field, number
 from qlens.heads import Head, TopK
@@ -22,7 +22,7 @@ from qlens.verification import why_declared_whole, why_whole
 
 Model = Tensor | tuple[Tensor, Tensor] | Head | TopK
 CHUNK = "a whole number of rows, at least 1, or None"
-DENOMINATOR = "a finite number above 0, or None"
+DENOMINATOR = "a finite number above 0 (1e-37 at least), or None"
 ENTRIES = 22 * 2**20  # of the logits at a time, unless a chunk is given: at most 88 MiB in float32
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
@@ -207,13 +207,17 @@ def _check_inputs(hidden: Any, head: Any, bias: Any, labels: Any, denominator: A
     if not whole or labels.ndim != 1 or labels.dtype == torch.bool or labels.layout != torch.strided:
         shown = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
         raise InputError(f"labels must be a dense integer tensor (N,), got {shown}")
+    signed(labels)
     if labels.device != hidden.device:
         raise InputError(f"labels are on {labels.device}, but hidden on {hidden.device}: they must be on one device")
     if len(hidden) != len(labels):
         raise InputError(f"hidden has {len(hidden)} rows, but labels have {len(labels)}")
     if chunk is not None and not (number("chunk", chunk, CHUNK) >= 1 and number("chunk", chunk, CHUNK) % 1 == 0):
         raise InputError(f"chunk must be {CHUNK}, got {brief(chunk)}")
-    if denominator is not None and number("denominator", denominator, DENOMINATOR) <= 0:
+    if (
+        denominator is not None
+        and not number("denominator", denominator, DENOMINATOR) >= torch.finfo(torch.float32).tiny
+    ):
         raise InputError(f"denominator must be {DENOMINATOR}, got {brief(denominator)}")
 
 
@@ -222,6 +226,7 @@ def _check_width(name: str, model: Tensor | Head | TopK, vocabulary: int) -> Non
     if isinstance(model, TopK):
         if len(model.ids) and not 0 <= int(model.ids.min()) <= int(model.ids.max()) < vocabulary:
             raise InputError(f"{name} names ids outside the vocabulary 0..{vocabulary - 1}")
+        model.check_values(name)
         return
     width = len(model.weight) if isinstance(model, Head) else model.shape[1] if model.ndim == 2 else None
     if width != vocabulary:

@@ -44,6 +44,7 @@ def brief(value: Any, most: int = 80) -> str:
     if isinstance(value, str | bytes) and len(value) > 2 * most:
         ends: Any = value
         text = repr(ends[:most] + ends[-most:])
+    text = " ".join(text.split()) if "\n" in text else text  # of an array, say
     half = (most - 3) // 2
     return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
 

@@ -63,7 +63,7 @@ def check_ids(labels: Tensor, vocabulary: int) -> None:
     """
     if not len(labels):
         return
-    low, high = torch.stack(labels.aminmax()).tolist()
+    low, high = torch.stack(labels.long().aminmax()).tolist()  # there is no such function for uint16
     if low == -100:
         raise InputError(
             "labels hold -100: Tokens takes supervised positions only (qlens.batching.Supervised removes it)"
@@ -146,6 +146,8 @@ def check_floats(name: str, value: Any, shape: str, device: torch.device | None 
     Raises:
         InputError: no tensor, another number of dimensions, another layout or dtype, no numbers in it, another device.
     """
+    if isinstance(value, Tensor) and value.is_nested:
+        raise InputError(f"{name} is a nested tensor: it must be dense, write torch.cat({name}.unbind())")
     if not isinstance(value, Tensor) or value.ndim != len(re.findall(r"\w+", shape)) or not value.is_floating_point():
         shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
         raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")

@@ -108,6 +108,25 @@ class TopK:
         if self.tail not in ("renorm", "uniform", "student"):
             raise InputError(f"TopK: tail must be 'renorm', 'uniform' or 'student', got {self.tail!r}")
 
+    def check_values(self, name: str) -> None:
+        """Whether every row names different ids, with probabilities.
+
+        Raises:
+            InputError: an id is there twice, or log-probabilities are NaN, above 0 or of more mass than 1; the row is named.
+        """
+        ids, most = self.ids.long().sort(-1).values, 1 + max(1e-3, 4 * torch.finfo(self.log_probs.dtype).eps)
+        mass = self.log_probs.double().exp().sum(-1)
+        for wrong, what in (
+            ((ids[:, 1:] == ids[:, :-1]).any(-1), "names an id twice"),
+            (mass.isnan(), "holds NaN"),
+            (
+                mass > most,
+                "has probabilities that add up to more than 1: give log-probabilities, logits.log_softmax(-1)",
+            ),
+        ):
+            if bool(wrong.any()):
+                raise InputError(f"{name}: row {int(wrong.nonzero()[0, 0])} of TopK {what}")
+
     def logits(self, rows: slice, student: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """Log-probabilities over the whole vocabulary for some rows, up to a constant."""
         ids, known = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)

@@ -12,6 +12,7 @@ from transformers.trainer_utils import has_length
 
 from qlens.comparables import Tally
 from qlens.draws import Replay
+from qlens.errors import InputError, brief
 from qlens.evaluation_data import check_evaluation_data, no_supervised_token
 from qlens.leaves import reaches
 from qlens.registry import Variant
@@ -27,7 +28,19 @@ EVALUATION = -1  # instead of a step
 class Measurements(Trainer):
     """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
 
-    variant: Variant
+    _variant: Variant
+
+    @property
+    def variant(self) -> Variant:
+        """The method, for as long as this Trainer lives: its inputs, state and path are chosen when the Trainer is made."""
+        return self._variant
+
+    @variant.setter
+    def variant(self, value: Any) -> None:
+        raise InputError(
+            f"variant is {self._variant.spec} for as long as this Trainer lives: make another, QTrainer(model=trainer.model, "
+            f"variant={value.spec if isinstance(value, Variant) else brief(value)}, ...)"
+        )
 
     _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
@@ -110,22 +123,32 @@ class Measurements(Trainer):
             with Replay(args.device, self.data_collator).again():
                 check_evaluation_data(name, self.get_eval_dataloader(key), self.variant, vocabulary)
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> Any:
         """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set.
 
         Raises:
-            InputError: there are losses, but none of a supervised token: their mean would be taken for a perfect 0.
+            InputError: there are losses, but none of a supervised token: their mean would be taken for a perfect 0; or an
+                evaluation (a prediction may) has no loss at all.
         """
         training = self._tally, self._router, self._place
         self._tally, self._evaluating, self._router, self._evaluated = Tally(), True, [], (0, 0, 0)
         self._place = (EVALUATION, -1)  # every evaluation of a set draws the same
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output = super().evaluation_loop(
+                dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
+            )
             means = self._tally.means(self.accelerator)
             counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
             batches, tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
             if batches and not tokens:
                 raise no_supervised_token(metric_key_prefix)
+            if description == "Evaluation" and output.num_samples and not batches:
+                raise InputError(
+                    f"the evaluation set ({metric_key_prefix}) has no loss: its batches lack one of "
+                    f"{self.label_names} (TrainingArguments(label_names=...)); trainer.predict takes data without labels"
+                )
             if means:
                 means["loss"] *= tokens / items
             means |= self._router_mean()

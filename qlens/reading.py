@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlens.batching import COLUMNS, Supervised, collate
 from qlens.bodies import Bodies
+from qlens.causality import check_causal
 from qlens.data import Row, encode
 from qlens.errors import InputError
 from qlens.sources import check_model, check_same_vocabulary, context_length, evaluating, model_logits, vocabulary_size
@@ -63,7 +64,7 @@ def tokens_from_examples(
         most: of more tokens than these, only so many, spread evenly over all; the logits of the others are never whole.
 
     Raises:
-        InputError: a row beyond a model's context or vocabulary, or models whose vocabularies differ.
+        InputError: a row beyond a model's context or vocabulary, models whose vocabularies differ, or one that is not causal.
     """
     others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
     check_model(model, "model")
@@ -101,6 +102,8 @@ def token_batches(
             supervised = Supervised.of(batch)
             del batch["labels"]
             columns = {name: supervised.at_labels(batch.pop(name)) for name in COLUMNS if name in batch}
+            for name, each in {"model": model, **others}.items():
+                check_causal(each, _on(each.device, batch), name)
             logits = {"logits": _logits(model, batch, supervised, entries and bodies, "model")}
             for name, other in others.items():
                 logits[name] = _logits(other, _on(other.device, batch), supervised, entries and bodies, name)

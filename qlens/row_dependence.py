@@ -138,7 +138,7 @@ def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
     except LossError as error:
         return f"it takes {n} rows together, but not a few of them: {error}"
     for part, (alone, _) in zip(parts, read, strict=True):
-        if apart(alone, grad[part]):
+        if len(part) and apart(alone, grad[part]):
             return _sentence(variant, "gradient", n, len(part))
     # values are compared as sums: a loss that reduces itself has none of its own for a row
     for first in range(0, 2 * len(halves), 2):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -222,7 +223,7 @@ class GradientKernels:
 
 
 def structure_of(variant: Variant, tokens: Tokens) -> Structure:
-    """The structure by which the gradient is computed: the declared one, but "dense" for a mixture that is a loss alone.
+    """The structure by which gradient and loss are computed: the declared one, but "dense" for a mixture that is a loss alone.
 
     A mixture's trust and scale are read from the target, and a loss alone has none.
 
@@ -231,8 +232,12 @@ def structure_of(variant: Variant, tokens: Tokens) -> Structure:
         tokens: at least one row, with the fields that it needs.
     """
     declared = variant.structure
-    mixed = isinstance(declared, GeometricMixture) and not variant.built_in
-    return "dense" if mixed and variant.is_loss_alone(tokens) else declared
+    if variant.built_in or not isinstance(declared, GeometricMixture):
+        return declared
+    if variant.is_loss_alone(tokens):
+        return "dense"
+    alone = declared.value is None and variant.method.printed is None
+    return replace(declared, value="cross_entropy") if alone else declared
 
 
 def _wide(values: Tensor) -> Tensor:

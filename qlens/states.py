@@ -181,9 +181,14 @@ def _names(code: types.CodeType) -> list[str]:
     return list(dict.fromkeys([*code.co_names, *inner]))
 
 
-def _of_library(value: Any, libraries: set[str] | None = None) -> bool:
+def module_of(value: Any) -> str:
+    """The top-level module that a function, or the class of a value, is from."""
     owner = value if isinstance(value, types.FunctionType) else type(value)
-    return str(getattr(owner, "__module__", "")).partition(".")[0] in (libraries or LIBRARIES)
+    return str(getattr(owner, "__module__", "")).partition(".")[0]
+
+
+def _of_library(value: Any, libraries: set[str] | None = None) -> bool:
+    return module_of(value) in (libraries or LIBRARIES)
 
 
 def _state(generator: Any) -> Any:

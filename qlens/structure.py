@@ -21,6 +21,7 @@ class GeometricMixture:
         own: exponent of the student's p; 0 where r is uniform.
         other: exponent of :math:`\pi`; 0 where r is uniform.
         value: the printed loss: "kl" is s (t NLL + (1 - t) KL(r || p)), "cross_entropy" is s (t NLL + (1 - t) CE(r, p)).
+            By default "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p), else "kl".
 
     Raises:
         InputError: an unknown model or value, or exponents for a uniform r.
@@ -33,12 +34,12 @@ class GeometricMixture:
     model: Literal["teacher", "reference", "old", "second"] | None
     own: float = 0.0
     other: float = 1.0
-    value: Literal["kl", "cross_entropy"] = "kl"
+    value: Literal["kl", "cross_entropy"] | None = None
 
     def __post_init__(self):
         if self.model is not None and self.model not in MODELS:
             raise InputError(f"GeometricMixture: model must be one of {', '.join(MODELS)} or None, got {self.model!r}")
-        if self.value not in ("kl", "cross_entropy"):
+        if self.value not in ("kl", "cross_entropy", None):
             raise InputError(f"GeometricMixture: value must be 'kl' or 'cross_entropy', got {self.value!r}")
         if self.model is None and (self.own or self.other):
             raise InputError("GeometricMixture: a uniform r has no exponents, write GeometricMixture.uniform()")

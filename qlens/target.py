@@ -17,6 +17,7 @@ from qlens.tokens import Tokens, expectation, log_softmax, one_hot, precision
 Scale = Literal["unit", "structural", "natural"]
 NO_PULLS = "its pulls toward fixed targets are not known"
 BLOCK = 64  # rows taken at a time
+WHOLE = 0.05  # how far the sum of a residual may be from 1, in bfloat16 at a large vocabulary say
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,14 +70,15 @@ class Target(Diagnostics):
         """Q = trust d + (1 - trust) residual; residual by name, or probabilities (N, V).
 
         Raises:
-            InputError: unknown residual name, or shapes that do not fit.
+            InputError: unknown residual name, shapes that do not fit, or values as in ``checked``.
         """
         trust, scale = _per_token("trust", trust, tokens), _per_token("scale", scale, tokens)
         named = _residual(residual, tokens)
         only = isinstance(residual, str) and residual == "student"  # no pull but the label's
         pulls = scale * trust if only else torch.where(trust < 0, torch.nan, scale)  # a negative trust pulls nowhere
         given = residual.detach() if isinstance(residual, Tensor) else None
-        return cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, pulls, named=named, rounding=given)
+        made = cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, pulls, named=named, rounding=given)
+        return made.checked() if tokens.checked else made
 
     @classmethod
     def dense(cls, tokens: Tokens, q: Tensor, scale: Tensor | float = 1.0) -> "Target":
@@ -88,7 +90,8 @@ class Target(Diagnostics):
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
         scale = _per_token("scale", scale, tokens)
         grad = scale[:, None] * (log_probs.exp() - q)
-        return cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=given)
+        made = cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=given)
+        return made.checked() if tokens.checked else made
 
     @classmethod
     def from_grad(cls, tokens: Tokens, grad: Float[Tensor, "N V"]) -> "Target":
@@ -124,6 +127,27 @@ class Target(Diagnostics):
         rest = p.scatter(1, index, 0.0).sum(-1, keepdim=True)
         pulled = p.scatter(1, index, -rest)  # p - d
         return cls.from_grad(tokens, grad + _per_token("push", push, tokens)[:, None] * pulled)
+
+    def checked(self) -> "Target":
+        """The same target, of parts that are what they are said to be.
+
+        Raises:
+            InputError: a scale below 0 or not finite, a trust that is NaN, or a residual that is no distribution.
+        """
+        if not bool((self.scale >= 0).all() & self.scale.isfinite().all()):
+            at = int((~((self.scale >= 0) & self.scale.isfinite())).nonzero()[0, 0])
+            raise InputError(f"scale must be finite and at least 0, got {float(self.scale[at]):g} at token {at}")
+        if self.constructed is not None and bool(self.constructed.isnan().any()):
+            raise InputError(
+                f"trust is NaN at token {int(self.constructed.isnan().nonzero()[0, 0])}: it must be a number"
+            )
+        if isinstance(self.named, Tensor) and bool((off := (self.named.sum(-1) - 1).abs() > WHOLE).any()):
+            at = int(off.nonzero()[0, 0])
+            raise InputError(
+                f"residual must be probabilities (N, V), but its row {at} sums to {float(self.named[at].sum()):g}: give "
+                "logits.softmax(-1), or Target.dense for a Q of another sum"
+            )
+        return self
 
     @cached_property
     def log_probs(self) -> Float[Tensor, "N V"]:

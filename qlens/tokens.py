@@ -55,7 +55,10 @@ class Tokens:
     pair: Int[Tensor, " N"] | None = None
     negatives: Bool[Tensor, "N V"] | None = None
 
+    checked = False  # whether all values were looked at when these were made
+
     def __post_init__(self):
+        object.__setattr__(self, "checked", True)
         for name, value in self.fields().items():
             object.__setattr__(self, name, _outside_inference(value))
         self._check({"logits": self.logits, "labels": self.labels, **self.fields()})
@@ -154,6 +157,7 @@ class Tokens:
         shape = tuple(self.logits.shape)
         if "labels" in given:
             check_labels(self.labels, shape)
+            object.__setattr__(self, "labels", self.labels.long())
         for name in given:
             if name in MODELS:
                 check_logits(name, given[name])

@@ -13,10 +13,11 @@ from qlens.adapters import value_alone
 from qlens.batch_losses import is_model_loss, style_on_batches, why_whole_batches
 from qlens.batching import COLUMNS, LAYOUT, Supervised, collate
 from qlens.bodies import Bodies, Body, NoBody
+from qlens.causality import check_causal, check_decoder
 from qlens.checkpoints import RunState
 from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.feeding import Feed
 from qlens.learned import LearnedParameters
 from qlens.leaves import LearnedParameter
@@ -24,7 +25,7 @@ from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
-from qlens.sources import model_logits
+from qlens.sources import check_model, model_logits
 from qlens.tokens import MODELS, Tokens, precision
 from qlens.whole_batches import WholeBatches, selected_share
 
@@ -68,8 +69,9 @@ class QLossMixin(WholeBatches):
     one value per example, or one per token in line with the labels (see ``qlens.batching.collate``).
 
     Raises:
-        InputError: a model that the method needs is missing, has another vocabulary, or is the trained model itself; or
-            an argument of the Trainer that would compete with the variant.
+        InputError: a model that the method needs is missing, has another vocabulary, or is the trained model itself; an
+            argument of the Trainer that would compete with the variant; at the first batch, a model whose logits at a token
+            depend on later ones.
     """
 
     model: Any  # the Trainer allows None, for model_init
@@ -86,19 +88,25 @@ class QLossMixin(WholeBatches):
         log_every: int = 1,
         **kwargs: Any,
     ):
-        self.variant = resolve(variant)
+        self._variant = resolve(variant)
         self._feed = Feed(self.variant, {"teacher": teacher, "reference": reference})
-        if old_every < 1:
-            raise InputError(f"old_every must be at least 1, got {old_every}")
+        for name, value, least in (("old_every", old_every, 1), ("log_every", log_every, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} must be a whole number of at least {least}, got {brief(value)}")
+        if fused not in (None, True, False) or isinstance(fused, int) and not isinstance(fused, bool):
+            raise InputError(f"fused must be None, True or False, got {brief(fused)}")
+        model = kwargs.get("model", args[0] if args else None)
+        if model is not None or kwargs.get("model_init") is None:
+            check_model(getattr(model, "module", model), "model")
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
-        if log_every < 0:
-            raise InputError(f"log_every must be 0 (never) or more, got {log_every}")
         self._bodies, self._loss_only = Bodies(fused), False
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:
             raise InputError("label_smoothing_factor competes with variant: use variant='label_smoothing(epsilon=...)'")
         self.model_accepts_loss_kwargs = True
+        self.label_names = list(dict.fromkeys(["labels", *(self.args.label_names or ())]))  # whatever the model takes
+        check_decoder(self.model, "model")
         self._feed.settle(self.model, self.args.device)
         self._run = RunState(self.variant, self._feed, old_every)
         self.add_callback(self._run)
@@ -158,8 +166,8 @@ class QLossMixin(WholeBatches):
                 body, values, outputs = self._forward(model, features, None)
                 loss = self._plain(values, where.take(values), where, features, inputs, items)
         self._say_reduction()
-        loss = self._with_router_loss(loss, outputs, model.training)
-        if model.training:
+        loss = self._with_router_loss(loss, outputs, self._trains(model))
+        if self._trains(model):
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
         return (loss, {} if body is not None else outputs) if return_outputs else loss
 
@@ -265,13 +273,15 @@ class QLossMixin(WholeBatches):
         """What the models see: no labels and no columns of the data.
 
         Raises:
-            InputError: the data are packed, and a model does not keep the texts apart.
+            InputError: a model is no causal one, or the data are packed, and it does not keep the texts apart.
         """
         seen = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
         features = features_of(seen, self.model)
-        if is_packed(features) and self.accelerator.distributed_type not in SHARDED:
+        if self.accelerator.distributed_type not in SHARDED:
             for name, model in {"model": self.model, **self._feed.others}.items():
-                self._separation.prove(model, features, name)
+                check_causal(model, features, name)
+                if is_packed(features):
+                    self._separation.prove(model, features, name)
         return features
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:

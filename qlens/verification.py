@@ -12,24 +12,29 @@ from torch import Tensor
 from qlens.autograd import ordinary
 from qlens.batch_losses import is_model_loss, place_matters
 from qlens.errors import InputError
+from qlens.guards import LossError
 from qlens.leaves import refuse_learned
 from qlens.lens import gradient
+from qlens.marks import marks
 from qlens.registry import Variant
 from qlens.row_dependence import SAMPLE, tolerance, why_dependent
 from qlens.row_gradients import by_structure
 from qlens.tokens import Tokens, spread
+from qlens.trial_tokens import trial_rows
 from qlens.variant import ALONE
 
 logger = logging.getLogger(__name__)
 UNDECLARED = "a loss of your own may look at all of them together; if it does not, register it with scope='token'"
+MANY, ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
 _VERDICTS: WeakKeyDictionary[Callable, dict[tuple, "Verdict"]] = WeakKeyDictionary()  # no callable is kept alive
 
 
 class Verdict(NamedTuple):
-    """Why a method's rows must not be cut into parts, "" where they may, and of how many rows that was verified."""
+    """Why a method's rows must not be cut into parts, "" where they may; and the rows and state that were verified."""
 
     reason: str
     rows: int
+    state: int = 0
 
 
 def why_whole(
@@ -42,7 +47,8 @@ def why_whole(
 ) -> str:
     """Why the rows of a batch must not be cut into parts, "" where they may; verified once for every method of a user's own.
 
-    Verified again where a batch has more rows than any before: a loss may compare its rows only where there are enough.
+    Verified again where a batch has more rows than any before, since a loss may compare its rows only where there are enough,
+    and where what the method reads beside its arguments has changed (``qlens.marks``), since it may be another method then.
 
     Args:
         variant: the method; qlens' own are proved by the tests and not tried here.
@@ -74,8 +80,11 @@ def why_whole(
     if key not in verdicts and variant.built_in:
         verdicts[key] = Verdict(declared, rows)
         _report(variant, declared)
-    known = verdicts.get(key)
-    if known is None or (cut and not known.reason and rows > known.rows):
+    if variant.built_in:
+        return verdicts[key].reason
+    known, state = verdicts.get(key), hash(marks(each for each in (fn, variant.method.printed) if each is not None))
+    more = known is None or (cut and not known.reason and rows > known.rows)
+    if known is None or more or state != known.state:
         with torch.inference_mode(False):
             few = ordinary(sample(_some(variant, rows, fields)))
         with (
@@ -89,12 +98,12 @@ def why_whole(
             if trains:
                 _verify_constants(variant, few)
             _verify_gradient(variant, few)
-            reason = declared or _why_undeclared_whole(variant)
+            reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
             if cut and not reason:
                 reason = why_dependent(variant, few, sample, rows, block, fields)
         if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
             _report(variant, reason)
-        verdicts[key] = Verdict(reason, rows)
+        verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
     return verdicts[key].reason
 
 
@@ -158,9 +167,26 @@ def _verify_constants(variant: Variant, tokens: Tokens) -> None:
 
 
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
-    """Whether what the engine would compute on these rows is the gradient of the printed loss."""
+    """Whether what the engine would compute is the gradient of the printed loss: on these rows and on rows of every kind.
+
+    The rows of a first batch may all be alike, before anything is learned.
+    """
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
+    _compare(variant, tokens)
+    vocabulary = tokens.logits.shape[1]
+    trial = trial_rows(tokens, max(SAMPLE, min(MANY, ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
+    try:
+        with torch.no_grad():
+            variant.loss(trial)
+            variant.target(trial)
+    except LossError:  # it is written for data of its own
+        return
+    _compare(variant, trial)
+
+
+def _compare(variant: Variant, tokens: Tokens) -> None:
+    """Whether gradient and losses by the declared structure are those of the printed loss on some rows."""
     replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qlens.batching import IGNORE
 from qlens.data import encode
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.feeding import FOUND, GIVEN
 from qlens.files import write_text, written
 from qlens.fitting import isolated
@@ -78,8 +78,10 @@ class Watch(TrainerCallback):
         name: str = "watch",
     ):
         for key, value in {"every": every, "tokens": tokens, "batch_size": batch_size}.items():
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise InputError(f"{key} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+            raise InputError(f"name must be a file name without a folder, such as 'watch', got {brief(name)}")
         one = isinstance(variants, str | Variant) or not isinstance(variants, Iterable)
         resolved = [resolve(each) for each in ([variants] if one else variants)]
         self.variants = {variant.spec: variant for variant in resolved}
@@ -88,6 +90,10 @@ class Watch(TrainerCallback):
         self.others = {k: m for k, m in (("teacher", teacher), ("reference", reference)) if m is not None}
         _check(resolved, self.others)
         self.examples = _encoded(examples, tokenizer)
+        if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):
+            raise InputError(
+                "examples have no supervised token: give rows with labels other than -100 after their first"
+            )
         self.tokenizer, self.every, self.tokens, self.batch_size, self.name = tokenizer, every, tokens, batch_size, name
         self._records: list[pd.DataFrame] = []
         self._first: dict[str, Float[Tensor, "N V"]] = {}

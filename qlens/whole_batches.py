@@ -58,8 +58,8 @@ class WholeBatches(Measurements):
                 self._tally_as_written(loss, outputs, where, whole)
         if self.state.global_step == 0:  # its graph is that of the whole model
             self._note_learned(loss)
-        loss = self._with_missing_router_loss(loss, called.passes, model.training)
-        if self.is_in_train and model.training:
+        loss = self._with_missing_router_loss(loss, called.passes, self._trains(model))
+        if self._trains(model):
             loss = loss + self.variant.penalty(self.model) / self._micro_batches
         if return_outputs and outputs is None and not self._loss_only:
             raise InputError(
@@ -67,6 +67,10 @@ class WholeBatches(Measurements):
                 "TrainingArguments(prediction_loss_only=True)"
             )
         return (loss, outputs if outputs is not None else {}) if return_outputs else loss
+
+    def _trains(self, model: nn.Module) -> bool:
+        """Whether a loss is one to train by, whatever mode the model is in; outside of training, the model's mode says so."""
+        return not self._evaluating and (self.is_in_train or model.training)
 
     def _count(self, where: Supervised, inputs: dict[str, Any]) -> int:
         """How many items the losses of a micro-batch are a mean of: supervised tokens, or pairs."""

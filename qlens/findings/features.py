@@ -136,8 +136,10 @@ def plain(value: float) -> str:
     return f"{value + 0.0:.5g}"
 
 
-def percent(share: float) -> str:
-    """A share as it is printed: whole per cent, of less than one two digits."""
+def percent(share: float | None) -> str:
+    """A share as it is printed: whole per cent, of less than one two digits; None where it is not known."""
+    if share is None:
+        return "an unknown share"
     return f"{share:.0%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"
 
 
