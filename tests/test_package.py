@@ -101,6 +101,7 @@ def test_dependencies_point_one_way():
             in (
                 "training.py",
                 "fitting.py",
+                "learned.py",
                 "sources.py",
                 "templates.py",
                 "vocabularies.py",
