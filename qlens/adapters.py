@@ -18,7 +18,7 @@ from qlens.errors import InputError
 from qlens.layouts import Style, counts, sequences
 from qlens.leaves import leaves
 from qlens.reductions import ALIKE, FOUND_ON, find_division, pairwise
-from qlens.results import loss_of
+from qlens.results import check_shape, loss_of
 from qlens.signature import settings_of
 from qlens.styles import style_of
 from qlens.target import Target
@@ -103,10 +103,8 @@ class Unreduced:
         made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
-        if made.ndim and not style.laid_out and not (pairwise(self.fn) or made.ndim == 1):
-            raise InputError(
-                f"{self.name} returned shape {tuple(made.shape)} for {len(tokens)} tokens: it must be () or (N,)"
-            )
+        if not (style.laid_out or pairwise(self.fn)):
+            check_shape(made, len(tokens), self.name)
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
         divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))

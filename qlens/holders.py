@@ -45,8 +45,8 @@ def with_model(entry: Callable) -> Callable:
     except (TypeError, ValueError):
         return entry
     roles = [ROLE.get(p.name.lower()) for p in params if p.default is p.empty]
-    held = _held(owner)
     step = getattr(entry, "__name__", "") == "training_step"
+    held = _held(owner, step)
     if {"model", "logits", "outputs", "log probs", "tokens"} & set(roles) or not (step or "batch" in roles):
         return entry
     if not held:
@@ -59,10 +59,17 @@ def with_model(entry: Callable) -> Callable:
     return _on_model(entry, owner, held, params)
 
 
-def _held(owner: Any) -> list[str]:
-    """The attributes that hold a model, by their names."""
+def _held(owner: Any, step: bool) -> list[str]:
+    """The attributes that hold a model, by their names.
+
+    A training step always runs a model: it may be None until training, or the only causal model under a name of its own.
+    """
     own = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
-    return [name for name, value in own.items() if ROLE.get(name.lower()) == "model" and isinstance(value, nn.Module)]
+    students = {name: value for name, value in own.items() if ROLE.get(name.lower()) == "model"}
+    named = [name for name, value in students.items() if isinstance(value, nn.Module) or (step and value is None)]
+    unnamed = {name: value for name, value in own.items() if name.lower() not in ROLE}
+    causal = [name for name, value in unnamed.items() if isinstance(value, nn.Module) and hasattr(value, "lm_head")]
+    return named or (causal if step and len(causal) == 1 else [])
 
 
 def _on_model(entry: Callable, owner: Any, held: list[str], params: list[inspect.Parameter]) -> Callable:

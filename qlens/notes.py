@@ -11,11 +11,13 @@ from qlens.calling import call, on_view
 from qlens.divisors import REDUCTIONS
 from qlens.errors import InputError
 from qlens.layouts import Layout, Style, batch_view
+from qlens.leaves import leaves
 from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.stub import StubParameter
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
 from qlens.trying import TURNED, across, changed, few, grad_of
@@ -62,9 +64,8 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     try:
         style = style_of(fn, params, tokens)
         with watched(fn) as seen:
-            value = loss_of(
-                call(fn, params, tokens.with_logits(_leaf(tokens)), style=style, layout=Layout()), name_of(fn)
-            )
+            leaf = _leaf(tokens)
+            value = loss_of(call(fn, params, tokens.with_logits(leaf), style=style, layout=Layout()), name_of(fn))
         base = grad_of(fn, params, tokens, style)
     except InputError:
         return Account("", ())
@@ -81,6 +82,11 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     notes = [f"The loss is {value.part}."] if value.part else []
     divides, by_length = _reduction(fn, params, tokens, value.value, style)
     notes += _others(seen)
+    if any(isinstance(each, StubParameter) for each in leaves(value.value, leaf)):
+        notes += [
+            "It has a term of the model's own weights (a penalty on model.parameters(), say), which is no function of the "
+            "logits: it is trained too, unseen here."
+        ]
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":

@@ -50,7 +50,7 @@ def watched(own: Any = None) -> Iterator[Seen]:
             return
         running.pop()
         if isinstance(module, StubModel):
-            seen.passes += 1
+            seen.passes += int(module.adapted)  # without its adapter it is the reference
             seen.hidden |= bool(keywords.get("output_hidden_states"))
         elif not running and not type(module).__module__.startswith("qlens."):
             _sort(seen, module, [x for x in (*given, *keywords.values()) if isinstance(x, Tensor)], made)

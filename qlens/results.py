@@ -48,6 +48,16 @@ def loss_of(made: Any, name: str) -> Result:
     raise InputError(f"{name} must return a floating-point tensor, it returns {type(made).__name__}{line}")
 
 
+def check_shape(value: Tensor, rows: int, name: str) -> None:
+    """Whether a loss of rows has a shape that it may return.
+
+    Raises:
+        InputError: it has two or more dimensions, and not one entry for each row.
+    """
+    if value.ndim > 1 and value.numel() != rows:
+        raise InputError(f"{name} returned shape {tuple(value.shape)} for {rows} tokens: it must be () or (N,)")
+
+
 def _key(entries: Mapping[Any, Any]) -> Any:
     """The key of the loss: of a known name, with a graph rather than without; else of the first tensor with a graph."""
     named = [key for key in NAMES if key in entries]

@@ -1,6 +1,7 @@
 """A stub model whose logits are a free table: its gradient is the logit gradient of any loss that wants a whole model."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -52,6 +53,10 @@ class StubDecoder(nn.Module):
         )
 
 
+class StubParameter(nn.Parameter):
+    """The stub's only parameter: whatever reads it has a term of the model's weights."""
+
+
 class IdentityHead(nn.Linear):
     """A linear head whose weight is ``scale`` times the identity, (V, V): built only where somebody reads it."""
 
@@ -59,7 +64,7 @@ class IdentityHead(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = self.out_features = size
         self.scale = scale
-        self.like = nn.Parameter(
+        self.like = StubParameter(
             like.detach().new_zeros(())
         )  # a trainer asks a model's parameters for dtype and device
         self.register_parameter("bias", None)
@@ -113,11 +118,24 @@ class StubModel(PreTrainedModel):
         super().__init__(StubConfig(vocab_size=size, hidden_size=size, tie_word_embeddings=False))
         self.model = StubDecoder(table / scale if scale != 1 else table, ids)
         self.lm_head = IdentityHead(size, table, scale)
-        self.loss_type, self.other = "ForCausalLM", other
+        self.loss_type, self.other, self.adapted = "ForCausalLM", other, True
 
     def get_output_embeddings(self) -> nn.Module:
         """The head."""
         return self.lm_head
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it the model is the one before training, as a PEFT model without its adapter: its logits are the reference's.
+
+        Raises:
+            InputError: the tokens hold no logits of a reference.
+        """
+        self.adapted = False
+        try:
+            yield
+        finally:
+            self.adapted = True
 
     def forward(
         self,
@@ -128,7 +146,10 @@ class StubModel(PreTrainedModel):
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and with labels the loss that transformers' causal models compute."""
-        hidden = self.model(input_ids).last_hidden_state
+        if self.adapted or self.other is None:
+            hidden = self.model(input_ids).last_hidden_state
+        else:
+            hidden = self.other("reference") / self.lm_head.scale
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:

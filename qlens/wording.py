@@ -18,7 +18,7 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
     """The sentence that says how a loss was called."""
     shapes = {
         "rows": "logits (N, V) and labels (N,), each row with its own label",
-        "batch": "logits (B, T, V) and labels (B, T) with -100, unshifted: it shifts them itself",
+        "batch": "logits (B, T, V) and labels (B, T) with -100, unshifted: it has to shift them itself",
         "aligned": "logits (B, T, V) and labels (B, T) that are shifted already",
     }
     first = {

@@ -51,7 +51,7 @@ def test_sft_is_read_in_every_layout(grouped):
 def test_the_layout_taken_is_named():
     said = {
         rows_by_mask: "logits (N, V) and labels (N,), each row with its own label; loss_mask: a mask of the supervised",
-        first_name: "unshifted: it shifts them itself",
+        first_name: "unshifted: it has to shift them itself",
         transposed: "that are shifted already",
         scale_of_swift: "outputs.logits (B, T, V)",
         labels_are_ids: "a mask of all that is no padding",

@@ -166,6 +166,9 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
     def counted_all(logits, labels):
         return F.cross_entropy(logits, labels, reduction="none").mean()
 
+    def counted_after_a_mask(logits, labels):
+        return (of_each_row(logits, labels) * (labels != -100)).mean()
+
     def masked_by_hand(logits, labels):
         kept = labels != -100
         return (of_each_row(logits, labels) * kept).sum() / kept.sum()
@@ -188,7 +191,8 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
         clamped: ("remark", f"{silent} 0, by up to"),
         of_hidden_states: ("remark", f"{silent} 0, by up to"),
         indexed: ("remark", f"{silent} 28 (-100 counted from the end of the vocabulary)"),
-        counted_all: ("remark", "with 6 of them among 30 the others learn 0.8 times as much"),
+        counted_all: ("not applicable", "with 6 of them among 30 the others learn 0.8 times as much"),
+        counted_after_a_mask: ("remark", "with 6 of them among 30 the others learn 0.8 times as much"),
         RIGHT["distilled"]: ("remark", "rows labelled -100 have a gradient, up to 0.033 of the largest"),
         of_each_row: ("not applicable", "it returns a loss per row; rows labelled -100 have that of token 0"),
         RIGHT["gathered"]: ("not applicable", "rows labelled -100 are refused: gathered raises RuntimeError"),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from qlens.conformance.rules import ROWS_ONLY, Failed, NotApplicable, Remark, factor, relative, rule, same, to
 from qlens.conformance.specimen import COUNT, Specimen
-from qlens.conformance.texts import Text, count
+from qlens.conformance.texts import Text, count, cut
 from qlens.errors import InputError
 from qlens.reductions import find_reduction
 
@@ -18,6 +18,12 @@ DIVISORS = {
     "positions": lambda texts: len(texts) * max(len(text.labels) for text in texts),
     "texts": len,
 }
+POWERS = {
+    0: "each text's mean over tokens",
+    0.5: "each text's sum over tokens divided by the root of its length",
+    1: "each text's sum over tokens",
+}
+"""What the loss of one text is, by the power of its length with which it grows."""
 PER_TEXT = 1e-3  # how exactly weights of texts are read from losses of one, two and three of them
 
 
@@ -41,14 +47,14 @@ def accumulation(loss: Specimen) -> str:
         for name, size in SPLITS.items():
             split = _accumulated(loss, texts, size)
             offs += [relative(torch.cat(split), torch.cat(whole))]
-            factors[design, name] = [factor(loss, *pair) for pair in zip(split, whole, strict=True)]
+            factors[design, name] = _factors(loss, split, whole)
     if max(offs) <= loss.tolerance:
         return f"1x8, 2x4 and 8x1 micro-batches give the same gradient {to(max(offs))}"
-    if any(None in by_text for by_text in factors.values()):
+    if any(None in by_text.values() for by_text in factors.values()):
         raise Failed(
             f"{told}2x4 or 8x1 is off by {max(offs):.2g} of the largest gradient of 1x8, by no factor per text"
         )
-    equal, unequal = ([_span(factors[design, name]) for name in SPLITS] for design in designs)
+    equal, unequal = ([_span(list(factors[design, name].values())) for name in SPLITS] for design in designs)
     whose = [name for name, divisor in DIVISORS.items() if _divided(loss, designs, factors, divisor)]
     why = f": it divides by the {whose[0]} of each micro-batch" if whose else ""
     if not loss.counted and equal == unequal == ["2", "8"]:
@@ -90,8 +96,7 @@ def evaluation(loss: Specimen) -> str:
     if (weights := _weights(loss, [texts[0], texts[4], texts[5]])) is not None:
         lengths = ", ".join(str(count([texts[i]])) for i in (0, 4, 5))
         if max(abs(w - 1) for w in weights) <= PER_TEXT:
-            what = "text's mean over tokens" if loss.scope == "sequence" else "text's sum over tokens"
-            raise Remark(f"the mean over texts of each {what}, not the mean over tokens{counted}")
+            raise Remark(f"the mean over texts of {_of_a_text(loss, texts[0])}, not the mean over tokens{counted}")
         shown = " : ".join(f"{w:.3g}" for w in weights)
         raise Remark(
             f"a weighted mean: texts of {lengths} labels count {shown}{counted}; averaging batches needs these"
@@ -119,6 +124,20 @@ def _weights(loss: Specimen, three: Sequence[Text]) -> tuple[float, float, float
     return (1.0, 1 / first, 1 / both) if found else None
 
 
+def _of_a_text(loss: Specimen, text: Text) -> str:
+    """What the loss of one text is, from its value for the same labels once and twice in the text."""
+    n = count([text])
+    rows = torch.arange(n)
+    once, twice = (
+        float(loss.read_batch(cut(text.tokens[which], len(which)), None).value) for which in (rows, rows.repeat(2))
+    )
+    ratio = twice / once if once else float("nan")
+    for exponent, what in POWERS.items():
+        if abs(ratio / 2**exponent - 1) <= PER_TEXT:
+            return what
+    return f"each text's loss, which grows {ratio:.3g} times as its labels are shown twice"
+
+
 def _accumulated(loss: Specimen, texts: list[Text], size: int) -> list[Tensor]:
     """The gradient of every text, in micro-batches of ``size`` texts that are told the count of the whole batch."""
     n = count(texts)
@@ -126,11 +145,17 @@ def _accumulated(loss: Specimen, texts: list[Text], size: int) -> list[Tensor]:
     return list(torch.cat(parts).split([len(text.labels) for text in texts]))
 
 
+def _factors(loss: Specimen, got: list[Tensor], wanted: list[Tensor]) -> dict[int, float | None]:
+    """The factor of every text that has a gradient, by its number; None where the gradient is no multiple."""
+    pairs = enumerate(zip(got, wanted, strict=True))
+    return {i: factor(loss, *pair) for i, pair in pairs if bool(pair[0].any()) or bool(pair[1].any())}
+
+
 def _divided(loss: Specimen, designs: dict, factors: dict, divisor: Callable[[list[Text]], int]) -> bool:
     """Whether every factor is the count of the whole batch over that of the text's own micro-batch."""
     for (design, name), found in factors.items():
         texts, size = designs[design], SPLITS[name]
-        for i, got in enumerate(found):
+        for i, got in found.items():
             wanted = divisor(texts) / divisor(texts[i - i % size :][:size])
             if abs(got / wanted - 1) > max(loss.tolerance, 1e-3):
                 return False

@@ -48,6 +48,8 @@ def packing(loss: Specimen) -> str:
     """Two texts in a row."""
     if loss.scope == "sequence":
         raise NotApplicable("scope sequence: rows of a batch are its texts")
+    if loss.style.fields == "texts":
+        raise NotApplicable("it takes one advantage, reward or weight for each row: two texts in a row have two")
     if loss.labels_from_ids:
         raise NotApplicable("it takes its labels from input_ids: where a packed text begins it cannot see")
     texts = loss.unequal()

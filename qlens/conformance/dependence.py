@@ -1,5 +1,7 @@
 """The rules of what a row's gradient may not depend on: how many rows there are, where it stands, which token its label is."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ CUT_OFF = (
 )
 ENTRIES = 2**22  # logits in one call
 NEAR = 1e-3  # of a factor
+OTHER_ROWS = 6  # whose logits are tried beside the first row's, where some labels differ from the others
 SLIGHT = 0.15  # of a factor: less than any chunk that is divided on its own makes
 TURNS = 0.1  # of the largest gradient: no common factor
 
@@ -44,6 +47,10 @@ def row_count(loss: Specimen) -> str:
         abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
     ):  # a text has one position more than it has predicted labels
         found = "a mean over positions, whatever the number of rows"
+    elif (power := _power(factors, copies)) is not None:
+        raise Remark(
+            f"between a mean and a sum: with m times as many rows in a text their gradient is m^{power:.3g} times as large"
+        )
     elif max(abs(times - 1) for times in factors) <= SLIGHT:
         raise Remark(
             f"a mean but for {max(abs(times - 1) for times in factors):.1%}, as where weights are normalised over the batch"
@@ -133,14 +140,19 @@ def label_ids(loss: Specimen) -> str:
     if {"pair", "chosen"} & set(loss.fields) or loss.scope in ("batch", "pair"):
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     ids = _some_ids(loss.vocabulary)
-    forward = _by_id(loss, ids, flipped=False)
-    usual = forward[forward.norm(dim=-1).argsort()[len(ids) // 2]]
-    size = usual.square().sum()
-    if not bool(size):
+    for row in range(1 + OTHER_ROWS):  # a clipped row may have no gradient
+        forward = _by_id(loss, ids, row)
+        usual = forward[forward.norm(dim=-1).argsort()[len(ids) // 2]]
+        if bool(usual.any()):
+            break
+    else:
         raise NotApplicable("most tokens have no gradient where all are alike")
+    size = usual.square().sum()
     odd = _odd(loss, forward, usual)
     if odd.any():  # a loss that picks some of equal rows picks others in another order
-        odd &= _odd(loss, _by_id(loss, ids, flipped=True), usual)
+        odd &= _odd(loss, _by_id(loss, ids, row, flipped=True), usual)
+    if odd.any():
+        odd &= _odd_everywhere(loss, ids)
     if not odd.any():
         return f"the same for every token as a label ({len(ids)} of {loss.vocabulary} tried)"
     times = (forward * usual).sum(-1) / size
@@ -156,6 +168,23 @@ def label_ids(loss: Specimen) -> str:
     )
 
 
+def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
+    """The ids whose gradient differs from the usual whatever the logits are.
+
+    A loss that selects some of equal rows by rounding selects others for other logits.
+    """
+    odd = torch.ones(len(ids), dtype=torch.bool)
+    for row in range(1, 1 + OTHER_ROWS):
+        grads = _by_id(loss, ids, row)
+        usual = grads[grads.norm(dim=-1).argsort()[len(ids) // 2]]
+        if bool(usual.any()):
+            odd &= _odd(loss, grads, usual)
+            odd &= _odd(loss, _by_id(loss, ids, row, flipped=True), usual)
+        if not odd.any():
+            break
+    return odd
+
+
 def _some_ids(vocabulary: int) -> Tensor:
     """Token ids to try: the first, where special tokens are, the last, and some between; all of a small vocabulary."""
     part = 64 if vocabulary <= WIDE else 8
@@ -165,10 +194,11 @@ def _some_ids(vocabulary: int) -> Tensor:
     return torch.cat([torch.arange(part), between, torch.arange(vocabulary - part, vocabulary)]).unique()
 
 
-def _by_id(loss: Specimen, ids: Tensor, flipped: bool) -> Tensor:
+def _by_id(loss: Specimen, ids: Tensor, row: int, flipped: bool = False) -> Tensor:
     """The gradient by token: every row has another label and the same logits around it, and is turned back, (ids, V)."""
     size = loss.vocabulary
-    one = loss.tokens(1).replace(labels=torch.tensor([0]))
+    one = loss.tokens(1 + OTHER_ROWS)[row : row + 1] if row else loss.tokens(1)
+    one = one.replace(labels=torch.tensor([0]))
     turned = (torch.arange(size) - ids[:, None]) % size
     fields = {}
     for name, value in one.fields().items():
@@ -205,6 +235,14 @@ def _all_learn(loss: Specimen, rows: int) -> None:
         f"of {rows} rows those after row {last} have no gradient, whatever their logits are",
         "the rest of a long batch is cut off in silence",
     )
+
+
+def _power(factors: list[float], copies: list[int]) -> float | None:
+    """The exponent between 0 and 1 by which the gradient grows with the number of rows; None where one is not enough."""
+    if len(factors) < 2 or min(factors) <= 0:
+        return None
+    powers = [math.log(times) / math.log(m) for times, m in zip(factors, copies, strict=True)]
+    return powers[-1] if max(powers) - min(powers) <= NEAR and 0 < powers[-1] < 1 else None
 
 
 def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[float], float]:

@@ -1,16 +1,18 @@
 """The rule that every input which a loss takes has an effect."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlens.batching import IGNORE
 from qlens.conformance.rules import Failed, NotApplicable, Remark, rule
 from qlens.conformance.specimen import Reading, Specimen
 from qlens.conformance.texts import count
 from qlens.conformance.wrapping import Around, altering, as_it_is, each_tensor
+from qlens.errors import InputError
 from qlens.names import STUDENT
 from qlens.tokens import MODELS, Tokens
 
@@ -28,9 +30,11 @@ def inputs_have_effect(loss: Specimen) -> str:
         raise NotApplicable("it takes no input beside the logits")
     vain = [name for name, effect in effects.items() if not effect]
     bare = [name for name in vain if loss.roles.get(name) not in FORCED]
+    settled = {name: said for name in bare if (said := _at_other_settings(loss, name))}
+    bare = [name for name in bare if name not in settled]
     if bare:
         raise Failed(f"no effect: {', '.join(bare)}: changing {_it(bare)} changes neither value nor gradient")
-    said = [f"{name}: no effect on value or gradient" for name in vain]
+    said = [f"{name}: no effect on value or gradient{settled.get(name, '')}" for name in vain]
     said += [f"{name}: changes the value, not the gradient" for name, effect in effects.items() if effect == "value"]
     if said:
         raise Remark("; ".join(said))
@@ -48,9 +52,34 @@ def _of_fields(loss: Specimen) -> dict[str, str]:
     return found
 
 
-def _of_arguments(loss: Specimen) -> dict[str, str]:
-    """The effect of every argument of a function, and of every column that it takes out of a model's inputs."""
+def _at_other_settings(loss: Specimen, name: str) -> str:
+    """At which other value of a numeric setting an input has an effect, in words; nothing where it has none at any."""
+    if loss.kind == "tokens":
+        return ""
+    found = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
+    for setting, p in found.items():
+        value = loss.params.get(setting, p.default)
+        if setting in loss.roles or isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        for other in (value + 1, value / 2):
+            try:
+                effects = _of_arguments(loss, {setting: other})
+            except InputError:  # it is called with its own settings only
+                continue
+            if effects.get(name):
+                return f" at {setting}={value:g}, an effect at {setting}={other:g}"
+    return ""
+
+
+def _of_arguments(loss: Specimen, settings: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """The effect of every argument of a function, and of every column that it takes out of a model's inputs.
+
+    Args:
+        loss: the loss.
+        settings: values of parameters that are no inputs, by name; their defaults where there are none.
+    """
     given: dict[str, Any] = {}
+    settings = settings or {}
     columns = [name for name, role in loss.roles.items() if role == "batch"]
 
     def read(around: Around = as_it_is) -> Reading:
@@ -65,7 +94,7 @@ def _of_arguments(loss: Specimen) -> dict[str, str]:
         }
         given.update(arguments | batch)  # a loss may take entries out of its batch
 
-    base = read(altering(note))
+    base = read(altering(lambda arguments: (arguments.update(settings), note(arguments))))
     batch = next((name for name in given if loss.roles.get(name) == "batch"), "")
     names = {name: None for name in given if name in loss.roles and loss.roles[name] not in LEFT}
     names |= {name: batch for name in loss.style.columns if batch}
@@ -73,7 +102,7 @@ def _of_arguments(loss: Specimen) -> dict[str, str]:
     for name, inside in names.items():
         value = given[inside][name] if inside else given[name]
         readings = (
-            lambda other=other, name=name, inside=inside: read(altering(_putting(name, other, inside)))
+            lambda other=other, name=name, inside=inside: read(altering(_putting(name, other, inside, settings)))
             for other in _others(value, loss.vocabulary)
         )
         if value is not None:
@@ -81,10 +110,11 @@ def _of_arguments(loss: Specimen) -> dict[str, str]:
     return found
 
 
-def _putting(name: str, value: Any, inside: str | None) -> Any:
-    """A change of arguments by name: one of them, or one entry of the mapping ``inside``, is another value."""
+def _putting(name: str, value: Any, inside: str | None, settings: Mapping[str, Any]) -> Any:
+    """A change of arguments by name: one of them, or one entry of the mapping ``inside``, and the settings."""
 
     def change(arguments: dict[str, Any]) -> None:
+        arguments.update(settings)
         if inside:
             arguments[inside] = {**arguments[inside], name: value}
         else:

@@ -1,7 +1,12 @@
 """Rows labelled -100 among the rows of a loss that takes (N, V) logits: what it makes of them."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from qlens.batching import IGNORE
 from qlens.calling import on_view
@@ -10,7 +15,10 @@ from qlens.conformance.specimen import Reading, Specimen
 from qlens.conformance.wrapping import Around, as_it_is
 from qlens.errors import InputError
 from qlens.layouts import View, token_ids
+from qlens.names import ROLE
 
+EQUALS = ("eq", "ne", "not_equal")
+ORDERS = ("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal")
 EVERY = 5  # of the rows shown, one is ignored
 NAMED = 128  # columns, so that an index of -100 is inside the vocabulary, as at real ones
 
@@ -44,10 +52,45 @@ def ignored_rows(loss: Specimen) -> str:
         raise Remark(
             f"no gradient on {len(pulled)} {rows}, but with them among {len(ignored)} the others learn otherwise"
         )
-    raise (Failed if told else Remark)(
+    said = (
         f"{rows} count in what it divides by: with {len(pulled)} of them among {len(ignored)} the others learn {times:.4g} "
         "times as much"
     )
+    if told:
+        raise Failed(said)
+    if _looks_for_ignored(loss):
+        raise Remark(said)
+    raise NotApplicable(f"{ROWS_ONLY}; {said}")
+
+
+def _looks_for_ignored(loss: Specimen) -> bool:
+    """Whether a loss of rows handles ignored labels itself: by a parameter for their id, or by a comparison of labels."""
+    given = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
+    held = vars(loss.fn) if isinstance(loss.fn, nn.Module) else {}
+    if any(ROLE.get(name.lower()) == "ignore" for name in (*given, *held)):
+        return True
+    with _Comparisons() as seen:
+        among(loss, IGNORE)
+    return seen.found
+
+
+class _Comparisons(TorchFunctionMode):
+    """Notes whether tensors of integers are compared with a negative number, or with 0 or more by order."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name in (*EQUALS, *ORDERS):
+            values = [*args, *kwargs.values()]
+            tensors = [v for v in values if isinstance(v, Tensor) and v.ndim and not v.is_floating_point()]
+            numbers = [float(v) for v in values if isinstance(v, int | float) or (isinstance(v, Tensor) and not v.ndim)]
+            most = 0 if name in ORDERS else -1
+            self.found |= bool(tensors) and any(number <= most for number in numbers)
+        return func(*args, **kwargs)
 
 
 def knows_labels(loss: Specimen) -> bool:

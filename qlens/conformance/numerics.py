@@ -1,14 +1,15 @@
 """The rules of precision, of extreme logits, and of what is held constant."""
 
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from qlens.conformance.rules import Failed, NotApplicable, Remark, relative, rule, to
-from qlens.conformance.specimen import COARSE_TOLERANCE, Specimen
-from qlens.conformance.texts import cast, everywhere
+from qlens.conformance.specimen import COARSE_TOLERANCE, PER_TEXT, Specimen
+from qlens.conformance.texts import Text, cast, count, cut, everywhere
 from qlens.errors import InputError
 from qlens.lens import COARSE, carried, gradient, slopes
 from qlens.probes import probes
@@ -16,6 +17,7 @@ from qlens.testing import PRECISION
 from qlens.tokens import Tokens
 from qlens.trial_tokens import random_tokens
 
+RARE = (0.5, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # p_y of a few rows
 GAP = 1e4  # between the label's logit and the rest: p_y is 0 or 1 in every precision
 NARROW = (20.0, 30.0, 40.0)  # gaps at which a gradient that grows exponentially is still finite, in float32 too
 EXPONENTIAL = 0.5  # growth per nat
@@ -32,7 +34,7 @@ def float32(loss: Specimen) -> str:
         raise Failed(f"off by {off:.2g} of the largest gradient in float64, where {tolerance:g} is rounding")
     if loss.digits in COARSE:
         raise Remark(
-            f"it computes in {str(loss.digits).removeprefix('torch.')}, whatever it is given: within {off:.0e} of the largest "
+            f"it computes in {_named(loss.digits)}, whatever it is given: within {off:.0e} of the largest "
             f"gradient in float64{remark}"
         )
     return (f"within {off:.0e} of the largest gradient in float64" if off else "as in float64") + remark
@@ -111,13 +113,16 @@ def extremes(loss: Specimen) -> str:
     for sign, case in ((-1, "p_y near 0"), (1, "p_y = 1")):
         for dtype in dict.fromkeys((loss.dtype, torch.float32)):
             try:
-                _finite(_apart(loss, sign * GAP, dtype), f"{case} in {str(dtype).removeprefix('torch.')}")
+                _finite(_apart(loss, sign * GAP, dtype), f"{case} in {_named(dtype)}")
             except Failed as failure:
                 if not (reason := _growth(loss, sign) or _sparsely(loss, sign, dtype)):
                     raise
                 notes += [f"{failure}; {reason}"] if not notes else []
     if notes:
         raise Remark("; ".join(notes))
+    rows = len(RARE)
+    for dtype in dict.fromkeys((loss.dtype, torch.float32)):  # few rows: a mean over many hides what overflows
+        _finite(_rare(loss, dtype), f"p_y from {RARE[0]:g} to {RARE[-1]:g} on {rows} tokens in {_named(dtype)}")
     return f"finite gradient at p_y near 0 and p_y = 1 (logits {GAP:g} apart)"
 
 
@@ -129,6 +134,17 @@ def _apart(loss: Specimen, gap: float, dtype: torch.dtype, every: int = 1) -> Te
     rows = (torch.arange(len(tokens)) % every == 0)[:, None]
     logits = torch.where(rows, tokens.logits.scatter(1, label, top), tokens.logits)
     return loss.read(cast(tokens.replace(logits=logits), dtype)).grad
+
+
+def _rare(loss: Specimen, dtype: torch.dtype) -> Tensor:
+    """The gradient of a few rows whose labels have the probabilities RARE."""
+    tokens = loss.tokens(len(RARE))
+    label = tokens.labels[:, None]
+    rest = tokens.logits.double().scatter(1, label, -torch.inf).logsumexp(-1, keepdim=True)
+    odds = torch.tensor(RARE, dtype=torch.float64).logit()[:, None]
+    return loss.read(
+        cast(tokens.with_logits(tokens.logits.scatter(1, label, (rest + odds).to(tokens.logits))), dtype)
+    ).grad
 
 
 def _sparsely(loss: Specimen, sign: int, dtype: torch.dtype) -> str:
@@ -211,13 +227,32 @@ def _finite(grad: Tensor, case: str) -> None:
         raise Failed(f"{case}: the gradient is NaN or infinite on {int(broken.sum())} of {len(grad)} tokens")
 
 
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _positions(texts: Sequence[Text]) -> Tokens:
+    """The logits and labels of every position of texts, as tokens."""
+    labels = torch.cat([text.labels for text in texts]).clamp(min=0)
+    return Tokens(torch.cat([text.logits for text in texts]).detach(), labels)
+
+
 def _held(loss: Specimen) -> str:
     """Whether the gradient is the derivative of the printed value, along a few random directions."""
     if loss.tolerance == COARSE_TOLERANCE:
-        return "it computes in bfloat16, too coarse for a numerical derivative"
+        return f"it computes in {_named(loss.digits)}, too coarse for a numerical derivative"
     tokens = loss.tokens()
-    grad = loss.read(tokens).grad
-    found = slopes(loss.value, grad, tokens, STEP, seed=0)
+    if loss.laid_out:  # positions that predict no label may have a gradient too, and move with the others
+        texts = cut(tokens, PER_TEXT)
+        tokens, grad = _positions(texts), loss.read_batch(texts, len(tokens)).grad
+
+        def value(moved: Tokens) -> Tensor:
+            parts = moved.logits.split([len(text.logits) for text in texts])
+            shown = [text._replace(logits=part) for text, part in zip(texts, parts, strict=True)]
+            return loss.read_batch(shown, count(texts)).value
+    else:
+        value, grad = loss.value, loss.read(tokens).grad
+    found = slopes(value, grad, tokens, STEP, seed=0)
     worst = max(abs(slope - taken) for slope, taken in found) / float(grad.norm())
     if worst <= 0.01:
         return f"the gradient is the derivative of the printed value to {worst:.0e}: nothing is held constant"

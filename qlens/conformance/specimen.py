@@ -19,7 +19,8 @@ from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.layouts import Style
 from qlens.names import FIELD, ROLE
-from qlens.results import loss_of
+from qlens.reductions import pairwise
+from qlens.results import check_shape, loss_of
 from qlens.signature import Inputs, inputs
 from qlens.styles import style_of
 from qlens.tokens import Tokens
@@ -206,7 +207,10 @@ class Specimen:
             def run() -> Any:
                 return call(around(self.fn), self.params, shown, Layout(), style=self.style)
 
-            return self.reading(run(), leaf, run)
+            made = self.reading(run(), leaf, run)
+        if self.variant.derived and not pairwise(self.fn):
+            check_shape(torch.empty(made.shape, device="meta"), len(tokens), self.variant.spec)
+        return made
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of what it returns for these rows."""

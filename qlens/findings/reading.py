@@ -77,7 +77,7 @@ class Reading:
             off = float((grad - again).norm() / grad.norm()) if finite else 0.0
             if off > max(SAME, 10 * torch.finfo(precision).eps):
                 why = why_calls_differ(lambda: read(variant, tokens, variant.loss), tokens.logits.device)
-                raise InputError(f"{variant.spec} {why.format(f' by {off:.0%}')}")
+                raise InputError(f"{variant.spec} {why.format(f' by {off:.2g} of the gradient')}")
             number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
             moved = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
