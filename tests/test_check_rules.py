@@ -72,6 +72,7 @@ class Step(nn.Module):
         self.model = model
 
     def training_step(self, batch, batch_idx):
+        assert self.model is not None
         logits = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
 
@@ -131,7 +132,7 @@ def test_a_model_without_its_adapter_is_the_reference():
     tokens = random_tokens(12, 16)
     found = qlens.implied_target(to_the_model_without_adapter, tokens)
     one_hot = F.one_hot(tokens.labels, 16)
-    wanted = one_hot + tokens.reference.softmax(-1) - tokens.logits.softmax(-1)
+    wanted = one_hot + tokens.require("reference").softmax(-1) - tokens.logits.softmax(-1)
     torch.testing.assert_close(found.q, wanted, rtol=1e-9, atol=1e-9)
     assert "2 times" not in " ".join(resolve(to_the_model_without_adapter).account(tokens).notes)
 

@@ -246,8 +246,8 @@ def _held(loss: Specimen) -> str:
         texts = cut(tokens, PER_TEXT)
         tokens, grad = _positions(texts), loss.read_batch(texts, len(tokens)).grad
 
-        def value(moved: Tokens) -> Tensor:
-            parts = moved.logits.split([len(text.logits) for text in texts])
+        def value(tokens: Tokens) -> Tensor:
+            parts = tokens.logits.split([len(text.logits) for text in texts])
             shown = [text._replace(logits=part) for text, part in zip(texts, parts, strict=True)]
             return loss.read_batch(shown, count(texts)).value
     else:
