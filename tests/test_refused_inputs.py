@@ -6,6 +6,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 
 import qlens
 from qlens.errors import InputError
+from qlens.sources import check_token_ids
 
 
 def rows(hidden, head, labels):
@@ -53,3 +54,18 @@ def test_cards_and_tokens_that_do_not_fit_are_refused():
     for tokens in ("x", 3, torch.zeros(2, 4)):
         with pytest.raises(InputError, match="tokens must be"):
             qlens.explain(loss, tokens)
+
+
+def test_token_ids_outside_the_embedding_are_refused():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(20, 2)
+
+        def get_input_embeddings(self):
+            return self.embedding
+
+    check_token_ids(Model(), {"input_ids": torch.tensor([[0, 19]])})
+    for wrong in (20, -3):
+        with pytest.raises(InputError, match=f"input_ids hold {wrong}, outside the vocabulary 0..19"):
+            check_token_ids(Model(), {"input_ids": torch.tensor([[0, wrong]])})
