@@ -167,8 +167,10 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         if role.endswith("head"):
             from qlens.stub import identity_head
 
-            return identity_head(view.logits.shape[-1], view.logits)
-        return tokens.require(role).clone() if role in ("teacher", "reference") else getattr(view, role)
+            return identity_head(view.logits.shape[-1], view.logits) / _factors(view)
+        if role == "labels":
+            return view.labels
+        return (tokens.require(role) if role in ("teacher", "reference") else view.logits) * _factors(view)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits
     if role in ("tokens", "labels"):
@@ -211,6 +213,12 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role in FIELD:
         return view.spread(tokens.require(FIELD[role]))
     return _simple(role, view)
+
+
+def _factors(view: View) -> Tensor:
+    """Factors of the hidden states' entries, and divisors of the head's, that leave the logits exactly as they are, (V,)."""
+    powers = torch.arange(view.logits.shape[-1], device=view.logits.device) % 3 - 1
+    return torch.full_like(powers, view.style.head, dtype=view.logits.dtype) ** powers
 
 
 def _simple(role: str, view: View) -> Any:

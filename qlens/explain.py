@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlens import calling, guards, matching
 from qlens.autograd import ordinary
-from qlens.errors import InputError
+from qlens.errors import InputError, brief
 from qlens.explanation import Explanation
 from qlens.findings.exact import read_exactly
 from qlens.findings.noise import nothing_but_rounding
@@ -50,6 +50,8 @@ def explain(
         >>> e.nearest[0].spec, e.nearest[0].relation
         ('label_smoothing', 'identical')
     """
+    if tokens is not None and not isinstance(tokens, Tokens):
+        raise InputError(f"tokens must be qlens.Tokens(logits=..., labels=...) or None, got {brief(tokens)}")
     variant, whole = whole_where_needed(resolve(loss), tokens)
     if residuals and tokens is None:
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")

@@ -48,7 +48,7 @@ class Style:
         several: whether rows without sequences are dealt to four, because the loss compares rows of a batch.
         counted: whether a count that defaults to None is given.
         ids: whether a model's input_ids are the labels, because the loss takes its labels from there.
-        head: the diagonal of a model's head, which leaves its logits as they are.
+        head: the diagonal of a model's head, or the factor between the scales of hidden states; the logits are the same.
         columns: further columns of a model's inputs that the loss asks for.
         alike: whether other models' outputs are given as the student's are, as outputs or as logits; else the other way.
         order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), all else (B, T);

@@ -1,6 +1,7 @@
 """The registry: methods by name, and variants from names, specs, files and functions."""
 
 import inspect
+import keyword
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def register(name: str, **card: Any) -> Callable[[Callable], Method]:
         >>> qlens.get("half_nll_example").derived
         True
     """
-    if not isinstance(name, str) or not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}")
 
     def add(fn: Callable) -> Method:
@@ -117,11 +118,18 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
         raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
     if not callable(needs):
         card["needs"] = (*needs, *(n for n in asked if n not in needs))
-    for mode, point in card.get("modes", {}).items():
+    modes = card.get("modes", {})
+    if not isinstance(modes, Mapping) or not all(isinstance(point, Mapping) for point in modes.values()):
+        raise InputError(
+            f"register({name!r}): modes must be a dict of dicts like {{'v1': {{'factor': 0.5}}}}, got {brief(modes)}"
+        )
+    for mode, point in modes.items():
         params.bind(f"{name}@{mode}", fn, point)
     declared = needs(**params.defaults(fn)) if callable(needs) else needs
     if strange := [need for need in declared if need not in Tokens.__dataclass_fields__]:
         raise UnknownName.among("field of Tokens in needs", strange[0], Tokens.__dataclass_fields__)
+    if given := [need for need in declared if need in ("logits", "labels")]:
+        raise InputError(f"register({name!r}): needs names {given[0]}, which every method has: leave it out")
     code = getattr(inspect.unwrap(fn), "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
     card.setdefault("title", (inspect.getdoc(fn) or "").partition("\n")[0])

@@ -235,3 +235,19 @@ def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase)
         f"the tokenizers have {len(first)} and {len(second)} pieces and differ in {len(differing)}: {piece!r} is "
         f"{first.get(piece, 'absent')} in one and {second.get(piece, 'absent')} in the other"
     )
+
+
+def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
+    """Whether the token ids of a batch are rows of the model's input embedding.
+
+    Raises:
+        InputError: one is not.
+    """
+    ids, found = (
+        features.get("input_ids"),
+        model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None,
+    )
+    if isinstance(ids, Tensor) and ids.numel() and type(found) is nn.Embedding:
+        for id in (int(ids.min()), int(ids.max())):
+            if not 0 <= id < found.num_embeddings:
+                raise InputError(f"input_ids hold {id}, outside the vocabulary 0..{found.num_embeddings - 1}")

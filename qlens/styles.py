@@ -26,6 +26,7 @@ from qlens.wording import described
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
 PROBES = 57  # their rows
 MOST = 2**23  # logits of the probes, where the tokens themselves show nothing
+SAME = 1e-6  # of the largest: factors are powers of two, so that even bfloat16 computes the same
 _STYLES = Memo()
 
 
@@ -49,6 +50,8 @@ def _found(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
 
 def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     wanted = inputs(fn)
+    if wanted.kind == "hidden":
+        _check_hidden(fn, params, few(tokens))
     if wanted.kind in ("tokens", "hidden"):
         return Trial(Style(), 1.0, 1.0)
     some = few(tokens)
@@ -79,6 +82,28 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         )
     reads_ids = {"model", "batch", "dict"} & {*wanted.required.values()}
     return found._replace(style=_labels_in_ids(fn, params, some, found.style)) if reads_ids else found
+
+
+def _check_hidden(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> None:
+    """Whether a loss of hidden states and a head is a function of their logits: tried with others of the same logits.
+
+    Raises:
+        InputError: its value or gradient is another one.
+    """
+    styles = (Style(), Style(head=2.0))
+    values, grads = [], []
+    for style in styles:
+        with Replay(tokens.logits.device, fn).again():
+            values.append(_value(fn, params, tokens, style))
+            grads.append(grad_of(fn, params, tokens, style))
+    for one, other in (values, grads):
+        both = one.isfinite() & other.isfinite()
+        if bool(((one - other).abs()[both] > SAME * one.abs()[both].amax()).any() if both.any() else False):
+            raise InputError(
+                f"{name_of(fn)} depends on its hidden states or its head beyond their logits, hidden @ head.T, so that it has no "
+                "logit gradient: write it as f(model, inputs), which QTrainer trains as written, or keep the part that is a "
+                "function of the logits"
+            )
 
 
 def _value(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> torch.Tensor:

@@ -25,7 +25,7 @@ from qlens.measurements import SHARDED
 from qlens.model_losses import ModelLoss
 from qlens.packing import Separation, features_of, inputs_of, is_packed, uncached
 from qlens.registry import Variant, resolve
-from qlens.sources import check_model, model_logits
+from qlens.sources import check_model, check_token_ids, model_logits
 from qlens.tokens import MODELS, Tokens, precision
 from qlens.whole_batches import WholeBatches, selected_share
 
@@ -278,6 +278,7 @@ class QLossMixin(WholeBatches):
         seen = {name: value for name, value in inputs.items() if name not in ("labels", *COLUMNS)}
         features = features_of(seen, self.model)
         if self.accelerator.distributed_type not in SHARDED:
+            check_token_ids(self.model, features)
             for name, model in {"model": self.model, **self._feed.others}.items():
                 check_causal(model, features, name)
                 if is_packed(features):
