@@ -19,7 +19,8 @@ from qlens.tokens import Tokens, spread
 ROWS = 8  # rows that a layout is tried on
 MASKED = (5, 7, 4, 9)  # further positions, of which the first leaves no two sizes alike: nothing broadcasts by accident
 WIDTHS = (6, 8, 13)  # further positions at which chunks are tried again
-TURNED = 1e-3  # of the largest gradient: a row whose gradient turns by more reacts to a label
+TURNED = 1e-3  # of its gradient: a row whose gradient turns by more reacts to a label
+ROUNDING = 64  # machine epsilons of the largest gradient, below which a turn is rounding
 AS_GIVEN = Layout()
 
 
@@ -68,7 +69,8 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         return Trial(style, lit, _own_labels(fn, params, tokens, style, layout, base), mislaid)
     some = torch.arange(len(tokens)) % 3 == 1
     other = grad_of(fn, params, changed(tokens, some), style, layout)
-    turned = (across(other, base) > TURNED * float(size.max())) | ((size > 0) & ~other.any(-1))  # turned, or gone
+    least = (TURNED * size).clamp(min=ROUNDING * torch.finfo(size.dtype).eps * float(size.max()))
+    turned = (across(other, base) > least) | ((size > 0) & (other.norm(dim=-1) <= TURNED * size))  # turned, or gone
     mine = some.to(turned.device) & (size > 0)
     if not bool(turned.any()) or not bool(mine.any()):
         return Trial(style, lit, float(not bool(turned.any())), mislaid)

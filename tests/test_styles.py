@@ -18,7 +18,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import qlens
+from qlens.probes import probes
 from qlens.registry import resolve
+from qlens.styles import style_of
 from qlens.testing import random_tokens
 
 V = 11
@@ -210,3 +212,24 @@ def test_a_held_model_is_put_back():
     holder = Holds(own)
     resolve(holder).loss(random_tokens(12, V))
     assert holder.model is own
+
+
+def dft_with_the_mask_of_unshifted_labels(logits, labels, loss_mask):
+    shifted, labels = logits[:, :-1], labels[:, 1:]
+    mask = loss_mask[:, 1:].reshape(-1)
+    ce = F.cross_entropy(shifted.reshape(-1, shifted.shape[-1]), labels.reshape(-1).clamp(min=0), reduction="none")
+    return (ce * torch.exp(-ce.detach()) * mask).sum()
+
+
+def nll_with_an_epsilon(logits, labels):
+    return F.nll_loss(torch.log(logits.softmax(-1) + 1e-8), labels, reduction="sum")
+
+
+def test_rows_of_small_gradient_react_to_their_labels():
+    tokens = probes()
+    assert_close(
+        qlens.implied_target(dft_with_the_mask_of_unshifted_labels, tokens).grad,
+        qlens.implied_target("dft", tokens).grad,
+    )
+    style = style_of(nll_with_an_epsilon, {}, tokens)
+    assert (style.shape, style.order) == ("rows", "texts")
