@@ -9,6 +9,7 @@ from torch import Tensor
 from qlens import graphs
 from qlens.autograd import ordinary, recorded
 from qlens.calling import call
+from qlens.flattening import Flattened
 from qlens.guards import EndedError, blamed
 from qlens.layouts import Layout, Style, tiled
 from qlens.names import FIELD, role_of
@@ -25,19 +26,25 @@ AS_GIVEN = Layout()
 
 
 class Trial(NamedTuple):
-    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to
-    the per-token values of others; and whether the value had a graph at all."""
+    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to the
+    per-token values of others; whether the value had a graph; and whether rows are treated as texts, or the other way."""
 
     style: Style
     lit: float
     reacts: float
     mislaid: bool = False
     graph: bool = True
+    flattened: bool = False
 
     @property
     def full(self) -> bool:
-        """Whether nothing speaks against this style."""
-        return self.lit == 1 and self.reacts == 1 and not self.mislaid
+        """Whether nothing speaks against this style; (B, 1) fits losses of tokens too, and speaks for nothing."""
+        return self.lit == 1 and self.fits and self.style.fields != "column"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rows that have gradient react to their own labels and values alone."""
+        return self.lit > 0 and self.reacts == 1 and not self.mislaid and not self.flattened
 
     @property
     def plain_rows(self) -> bool:
@@ -59,7 +66,16 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         LossError: the loss raised.
     """
     layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
-    base, graph = gradient(fn, params, tokens, style, layout)
+    with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
+        found = gradient(fn, params, tokens, style, layout)
+    return _judged(fn, params, tokens, style, layout, found)._replace(flattened=flattened.seen)
+
+
+def _judged(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, found: Gradient
+) -> Trial:
+    """What the gradient in one style shows, with that of other labels and other per-token values beside it."""
+    base, graph = found
     size = base.norm(dim=-1)
     if not bool(base.isfinite().all()) or not bool(size.any()):
         return Trial(style, 0.0, 0.0, graph=graph)
@@ -134,7 +150,7 @@ def _mislaid(
             value = torch.ones(len(tokens), dtype=base.dtype, device=base.device)
         if value is None:
             continue
-        for rows in (last,) if style.fields == "texts" else (last, one):
+        for rows in (last,) if style.by_text else (last, one):
             other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
             moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
             seen = moved > TURNED * float(base.norm(dim=-1).max())

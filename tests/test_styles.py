@@ -233,3 +233,42 @@ def test_rows_of_small_gradient_react_to_their_labels():
     )
     style = style_of(nll_with_an_epsilon, {}, tokens)
     assert (style.shape, style.order) == ("rows", "texts")
+
+
+def reinforce(log_probs, rewards, mask):
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    return -((advantages.unsqueeze(-1) * log_probs) * mask).sum() / mask.sum()
+
+
+def gspo(per_token_logps, old_per_token_logps, advantages, completion_mask):
+    ratio = ((per_token_logps - old_per_token_logps) * completion_mask).sum(-1) / completion_mask.sum(-1)
+    ratio = ratio.exp().unsqueeze(-1)
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses.expand_as(per_token_logps) * completion_mask).sum() / completion_mask.sum()
+
+
+def mean_over_texts(per_token_logps, completion_mask):
+    return -((per_token_logps * completion_mask).sum(-1) / completion_mask.sum(-1)).mean()
+
+
+def mean_over_tokens(per_token_logps, completion_mask):
+    return -(per_token_logps * completion_mask).sum() / completion_mask.sum()
+
+
+def mean_of_rows(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none").mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "by_text"),
+    [
+        (reinforce, "aligned", "texts"),
+        (gspo, "aligned", "column"),
+        (mean_over_texts, "aligned", "logits"),
+        (mean_over_tokens, "rows", "labels"),
+        (mean_of_rows, "rows", "labels"),
+    ],
+)
+def test_a_loss_of_texts_is_not_given_rows(loss, shape, by_text):
+    style = style_of(loss, {}, probes())
+    assert (style.shape, style.fields, style.order) == (shape, by_text, "texts")
