@@ -272,3 +272,14 @@ def mean_of_rows(logits, labels):
 def test_a_loss_of_texts_is_not_given_rows(loss, shape, by_text):
     style = style_of(loss, {}, probes())
     assert (style.shape, style.fields, style.order) == (shape, by_text, "texts")
+
+
+def decoupled_ppo(logprobs, proximal_logprobs, old_logprobs, advantages, loss_mask):
+    ratio, weight = torch.exp(logprobs - proximal_logprobs), torch.exp(proximal_logprobs - old_logprobs)
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses * weight * loss_mask).sum() / loss_mask.sum()
+
+
+def test_proximal_log_probs_are_log_probs():
+    style = style_of(decoupled_ppo, {}, probes())
+    assert (style.shape, style.fields) == ("rows", "labels")
