@@ -207,9 +207,9 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role == "weight":
         ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
         weight = ones if tokens.weight is None else tokens.weight
-        return view.by_text(weight) if view.style.fields == "texts" else view.spread(weight)
-    if role == "advantage" and view.style.fields == "texts":
-        return view.by_text(tokens.require("advantage"))
+        return view.per_token(weight)
+    if role == "advantage":
+        return view.per_token(tokens.require("advantage"))
     if role in FIELD:
         return view.spread(tokens.require(FIELD[role]))
     return _simple(role, view)

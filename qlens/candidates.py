@@ -113,8 +113,9 @@ def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
     counted = [False, True] if "count" in others else [False]
     places = ["labels"]
     if shape.laid_out and roles & set(PER_TOKEN):
-        places = ["labels", "logits", "shifted", "rows"] if shape.shape == "batch" else ["logits", "rows"]
-        places += ["texts"] if {"advantage", "weight"} & roles and shape.order == "texts" else []
+        places = ["labels", "logits", "shifted"] if shape.shape == "batch" else ["logits"]
+        places += ["rows"] if "log probs" not in roles or "labels" in roles else []  # log-probs would be rows as well
+        places += ["texts", "column"] if {"advantage", "weight"} & roles and shape.order == "texts" else []
     cleans = [False, True] if attended or texts else [False]
     if masked:
         cleans = [False, True] if shape.shape == "batch" else [True, False]

@@ -40,7 +40,7 @@ class Style:
         boxed: whether logits are given as the ``logits`` of a model's outputs.
         fields: where per-token values of a batch stand: at the "labels", at the "logits" that predict them, "shifted"
             (B, T - 1), or "rows" (N,); "texts": at the logits, but advantages and weights (B,), a text's own being its first
-            token's.
+            token's; "column": the same as (B, 1).
         clean: whether unsupervised labels are ordinary ids, with a mask to tell them, instead of -100.
         optional: whether inputs that default to None are given.
         flag: type of the masks.
@@ -79,6 +79,11 @@ class Style:
     def laid_out(self) -> bool:
         """Whether the loss sees batches of texts, (B, T)."""
         return self.shape != "rows"
+
+    @property
+    def by_text(self) -> bool:
+        """Whether advantages and weights are given one for each text."""
+        return self.fields in ("texts", "column")
 
 
 class Counts(NamedTuple):
@@ -122,7 +127,7 @@ class View:
         if not self.style.laid_out:
             return values.new_zeros(*shape, *values.shape[1:]).index_copy(0, self.place, values)
         at, fields = self.place, self.style.fields
-        if values.ndim == 1 and self.style.shape == "batch" and fields not in ("logits", "texts"):
+        if values.ndim == 1 and self.style.shape == "batch" and fields != "logits" and not self.style.by_text:
             if fields == "shifted":
                 at, shape = at - at // shape[1], (shape[0], shape[1] - 1)
             else:
@@ -137,6 +142,12 @@ class View:
         first = torch.full((texts,), width, device=column.device).scatter_reduce(0, text, column, "amin")
         starts = column == first[text]
         return values.new_zeros(texts).index_copy(0, text[starts], values[starts])
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Weights or advantages (N,) where the style wants them, or one for every text, (B,) or (B, 1)."""
+        if not self.style.by_text:
+            return self.spread(values)
+        return self.by_text(values)[:, None] if self.style.fields == "column" else self.by_text(values)
 
     def mask(self) -> Tensor:
         """1 (or True) on supervised positions; the opposite in an inverted style."""

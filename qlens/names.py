@@ -125,7 +125,7 @@ def role_of(name: str) -> str | None:
 
 MODEL_WORDS = {
     "teacher": {"teacher", "t", "tea", "tch"}, "reference": {"ref", "reference"},
-    "old": {"old", "behavior", "behaviour", "rollout", "prev"},
+    "old": {"old", "behavior", "behaviour", "rollout", "prev", "proximal", "prox"},
     "student": {"student", "s", "stu", "policy", "new", "current", "curr"},
 }  # fmt: skip
 LOGIT_WORDS = {"logits", "logit", "scores", "preds", "pred", "y", "z"}

@@ -76,7 +76,7 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
         for name in style.columns
         if (role := role_of(name)) not in (None, "labels", "logits")
     }
-    if style.fields == "texts":
+    if style.by_text:
         roles = wanted.required | wanted.optional
         given |= {n: "one for each text, its first token's" for n in given if roles.get(n) in ("advantage", "weight")}
     notes = [f"The loss is {value.part}."] if value.part else []
@@ -134,7 +134,7 @@ def _reduction(
     said = f"; it returns {what.get(found.name, f'a {found.name}')}, which is undone"
     if found.note:
         return said, [found.note]
-    alike = tokens.unweighted() if style.fields == "texts" else tokens  # dealt anew, a text would have another weight
+    alike = tokens.unweighted() if style.by_text else tokens  # dealt anew, a text would have another weight
     if not style.laid_out or by_length([found.name], fn, params, alike, style):
         return said, []
     return said, [
@@ -259,7 +259,7 @@ def _offsets(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Sty
 
 def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tuple[str, ...]:
     """The fields of which the loss is given one value for each text, that of its first token."""
-    if tokens.sequence is None or style_of(fn, params, tokens).fields != "texts":
+    if tokens.sequence is None or not style_of(fn, params, tokens).by_text:
         return ()
     style, wanted = style_of(fn, params, tokens), inputs(fn)
     asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}

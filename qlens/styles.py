@@ -142,7 +142,10 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not any(trial.full for trial in tried):
         _try_all(fn, params, tokens, candidates.plain(fn), tried, failures)
     others: list[Trial] = []
-    settled = any(trial.full or trial.plain_rows or candidates.contract(fn, trial.style) for trial in tried)
+    settled = any(
+        trial.full or trial.plain_rows or (trial.fits and trial.style.by_text) or candidates.contract(fn, trial.style)
+        for trial in tried
+    )
     if not settled:
         _try_all(fn, params, tokens, candidates.reordered(fn), others, failures)
     if not tried and not any(trial.lit for trial in others):
@@ -159,7 +162,8 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
 
     def speaks(trial: Trial) -> tuple:
         usual = trial.full or trial.style.order == "texts"
-        return trial.lit > 0, not trial.mislaid, trial.reacts, usual, trial.lit, trial.graph
+        own = trial.style.fields != "column"
+        return trial.lit > 0, not trial.mislaid, trial.reacts, not trial.flattened, own, usual, trial.lit, trial.graph
 
     return max(tried, key=speaks)  # the first of equals
 

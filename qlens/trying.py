@@ -9,6 +9,7 @@ from torch import Tensor
 from qlens import graphs
 from qlens.autograd import ordinary, recorded
 from qlens.calling import call
+from qlens.flattening import Flattened
 from qlens.guards import EndedError, blamed
 from qlens.layouts import Layout, Style, tiled
 from qlens.names import FIELD, role_of
@@ -19,24 +20,31 @@ from qlens.tokens import Tokens, spread
 ROWS = 8  # rows that a layout is tried on
 MASKED = (5, 7, 4, 9)  # further positions, of which the first leaves no two sizes alike: nothing broadcasts by accident
 WIDTHS = (6, 8, 13)  # further positions at which chunks are tried again
-TURNED = 1e-3  # of the largest gradient: a row whose gradient turns by more reacts to a label
+TURNED = 1e-3  # of its gradient: a row whose gradient turns by more reacts to a label
+ROUNDING = 64  # machine epsilons of the largest gradient, below which a turn is rounding
 AS_GIVEN = Layout()
 
 
 class Trial(NamedTuple):
-    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to
-    the per-token values of others; and whether the value had a graph at all."""
+    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to the
+    per-token values of others; whether the value had a graph; and whether rows are treated as texts, or the other way."""
 
     style: Style
     lit: float
     reacts: float
     mislaid: bool = False
     graph: bool = True
+    flattened: bool = False
 
     @property
     def full(self) -> bool:
-        """Whether nothing speaks against this style."""
-        return self.lit == 1 and self.reacts == 1 and not self.mislaid
+        """Whether nothing speaks against this style; (B, 1) fits losses of tokens too, and speaks for nothing."""
+        return self.lit == 1 and self.fits and self.style.fields != "column"
+
+    @property
+    def fits(self) -> bool:
+        """Whether the rows that have gradient react to their own labels and values alone."""
+        return self.lit > 0 and self.reacts == 1 and not self.mislaid and not self.flattened
 
     @property
     def plain_rows(self) -> bool:
@@ -58,7 +66,16 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         LossError: the loss raised.
     """
     layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
-    base, graph = gradient(fn, params, tokens, style, layout)
+    with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
+        found = gradient(fn, params, tokens, style, layout)
+    return _judged(fn, params, tokens, style, layout, found)._replace(flattened=flattened.seen)
+
+
+def _judged(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, found: Gradient
+) -> Trial:
+    """What the gradient in one style shows, with that of other labels and other per-token values beside it."""
+    base, graph = found
     size = base.norm(dim=-1)
     if not bool(base.isfinite().all()) or not bool(size.any()):
         return Trial(style, 0.0, 0.0, graph=graph)
@@ -68,7 +85,8 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
         return Trial(style, lit, _own_labels(fn, params, tokens, style, layout, base), mislaid)
     some = torch.arange(len(tokens)) % 3 == 1
     other = grad_of(fn, params, changed(tokens, some), style, layout)
-    turned = (across(other, base) > TURNED * float(size.max())) | ((size > 0) & ~other.any(-1))  # turned, or gone
+    least = (TURNED * size).clamp(min=ROUNDING * torch.finfo(size.dtype).eps * float(size.max()))
+    turned = (across(other, base) > least) | ((size > 0) & (other.norm(dim=-1) <= TURNED * size))  # turned, or gone
     mine = some.to(turned.device) & (size > 0)
     if not bool(turned.any()) or not bool(mine.any()):
         return Trial(style, lit, float(not bool(turned.any())), mislaid)
@@ -132,7 +150,7 @@ def _mislaid(
             value = torch.ones(len(tokens), dtype=base.dtype, device=base.device)
         if value is None:
             continue
-        for rows in (last,) if style.fields == "texts" else (last, one):
+        for rows in (last,) if style.by_text else (last, one):
             other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
             moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
             seen = moved > TURNED * float(base.norm(dim=-1).max())

@@ -18,7 +18,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import qlens
+from qlens.probes import probes
 from qlens.registry import resolve
+from qlens.styles import style_of
 from qlens.testing import random_tokens
 
 V = 11
@@ -210,3 +212,74 @@ def test_a_held_model_is_put_back():
     holder = Holds(own)
     resolve(holder).loss(random_tokens(12, V))
     assert holder.model is own
+
+
+def dft_with_the_mask_of_unshifted_labels(logits, labels, loss_mask):
+    shifted, labels = logits[:, :-1], labels[:, 1:]
+    mask = loss_mask[:, 1:].reshape(-1)
+    ce = F.cross_entropy(shifted.reshape(-1, shifted.shape[-1]), labels.reshape(-1).clamp(min=0), reduction="none")
+    return (ce * torch.exp(-ce.detach()) * mask).sum()
+
+
+def nll_with_an_epsilon(logits, labels):
+    return F.nll_loss(torch.log(logits.softmax(-1) + 1e-8), labels, reduction="sum")
+
+
+def test_rows_of_small_gradient_react_to_their_labels():
+    tokens = probes()
+    assert_close(
+        qlens.implied_target(dft_with_the_mask_of_unshifted_labels, tokens).grad,
+        qlens.implied_target("dft", tokens).grad,
+    )
+    style = style_of(nll_with_an_epsilon, {}, tokens)
+    assert (style.shape, style.order) == ("rows", "texts")
+
+
+def reinforce(log_probs, rewards, mask):
+    advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
+    return -((advantages.unsqueeze(-1) * log_probs) * mask).sum() / mask.sum()
+
+
+def gspo(per_token_logps, old_per_token_logps, advantages, completion_mask):
+    ratio = ((per_token_logps - old_per_token_logps) * completion_mask).sum(-1) / completion_mask.sum(-1)
+    ratio = ratio.exp().unsqueeze(-1)
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses.expand_as(per_token_logps) * completion_mask).sum() / completion_mask.sum()
+
+
+def mean_over_texts(per_token_logps, completion_mask):
+    return -((per_token_logps * completion_mask).sum(-1) / completion_mask.sum(-1)).mean()
+
+
+def mean_over_tokens(per_token_logps, completion_mask):
+    return -(per_token_logps * completion_mask).sum() / completion_mask.sum()
+
+
+def mean_of_rows(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none").mean(-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "by_text"),
+    [
+        (reinforce, "aligned", "texts"),
+        (gspo, "aligned", "column"),
+        (mean_over_texts, "aligned", "logits"),
+        (mean_over_tokens, "rows", "labels"),
+        (mean_of_rows, "rows", "labels"),
+    ],
+)
+def test_a_loss_of_texts_is_not_given_rows(loss, shape, by_text):
+    style = style_of(loss, {}, probes())
+    assert (style.shape, style.fields, style.order) == (shape, by_text, "texts")
+
+
+def decoupled_ppo(logprobs, proximal_logprobs, old_logprobs, advantages, loss_mask):
+    ratio, weight = torch.exp(logprobs - proximal_logprobs), torch.exp(proximal_logprobs - old_logprobs)
+    losses = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    return (losses * weight * loss_mask).sum() / loss_mask.sum()
+
+
+def test_proximal_log_probs_are_log_probs():
+    style = style_of(decoupled_ppo, {}, probes())
+    assert (style.shape, style.fields) == ("rows", "labels")

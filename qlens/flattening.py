@@ -1,0 +1,49 @@
+"""Flattening: operations that show that a loss was given rows (N,) where it was written for (B, T), or the other way."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+REDUCTIONS = ("sum", "mean", "amax", "amin", "nansum", "nanmean", "cumsum", "logsumexp")
+
+
+class Flattened(TorchFunctionMode):
+    """Watch for values that are broadcast against each other, (N, 1) by (N,) to (N, N), or reduced over the rows as over a text.
+
+    Args:
+        rows: number of rows N, where the loss is given rows: a reduction over the last dimension of (N,) is then written
+            for (B, T), and gives one value for each text.
+    """
+
+    def __init__(self, rows: int | None):
+        super().__init__()
+        self.rows = rows
+        self.seen = False
+
+    def __torch_function__(
+        self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        name = getattr(func, "__name__", "")
+        if (
+            isinstance(result, Tensor)
+            and len(given) > 1
+            and "matmul" not in name
+            and name not in ("mm", "bmm", "einsum")
+        ):
+            self.seen |= _crossed(result, given)
+        if name in REDUCTIONS and given and self.rows is not None and given[0].shape == (self.rows,):
+            self.seen |= kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, (-1,), [-1])
+        return result
+
+
+def _crossed(result: Tensor, given: Sequence[Tensor]) -> bool:
+    """Whether a result, larger than all that it is made from, has one size twice where none of them has."""
+    if result.numel() <= max(x.numel() for x in given):
+        return False
+    twice = {size for size in result.shape if size > 1 and result.shape.count(size) > 1}
+    return any(all(x.shape.count(size) < 2 for x in given) for size in twice)
