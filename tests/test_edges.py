@@ -51,3 +51,14 @@ def test_smooth_losses_have_no_edges():
         lambda logits, labels: torch.sigmoid(500 * ((-nll(logits, labels)).exp() - 0.5)).detach() * nll(logits, labels),
     ):
         assert edges(resolve(loss).loss, trials()) is None
+
+
+def test_a_pull_that_passes_through_zero_is_no_edge():
+    """-p_y log p_y without a detach pulls down below p_y = 1/e and up above it."""
+
+    def undetached(logits, labels):
+        return nll(logits, labels) * (-nll(logits, labels)).exp()
+
+    assert edges(resolve(undetached).loss, trials()) is None
+    read = qlens.explain(undetached)
+    assert "(laws seen on 220 tokens" in str(read) and "the same at V = 160" in str(read)

@@ -19,7 +19,8 @@ POINTS = 64  # values of that logit at first
 REACH = 16.0  # how far the logarithm of p_y / (1 - p_y) is moved, either way
 STEPS = 3  # places of every row that are looked at closely
 HALVINGS = 24  # of an interval of half a nat
-STEP = 1e-3  # relative change of a pull over the last interval that is a step
+STEP = 1e-3  # change of a pull over the last interval, as a share of it, that is a step
+TINY = 1e-12  # a pull that is none
 EXACT = 1e-6  # relative difference to a number that somebody wrote
 
 
@@ -66,13 +67,16 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
     places = torch.arange(len(rows), device=z.device).repeat_interleave(STEPS)
     low, high = odds[at.flatten()], odds[at.flatten() + 1]
     ends = found[places, at.flatten()], found[places, at.flatten() + 1]
+    size = (
+        ends[0].abs().maximum(ends[1].abs()).clamp(min=TINY)
+    )  # of the whole interval: a pull may pass through 0 in it
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         made = pulls(places, middle)
-        left = _change(ends[0], made) >= _change(made, ends[1])
+        left = (ends[0] - made).abs() >= (made - ends[1]).abs()
         low, high = torch.where(left, low, middle), torch.where(left, middle, high)
         ends = torch.where(left, ends[0], made), torch.where(left, made, ends[1])
-    step = (_change(*ends) > STEP) & ends[0].isfinite() & ends[1].isfinite()
+    step = ((ends[0] - ends[1]).abs() > STEP * size) & ends[0].isfinite() & ends[1].isfinite()
     if not bool(step.any()):
         return None
     places, low, high = places[step], low[step], high[step]
@@ -108,7 +112,7 @@ def _with(logits: Tensor, index: Tensor, label: Tensor) -> Tensor:
 
 def _change(one: Tensor, other: Tensor) -> Tensor:
     """The relative difference of two pulls."""
-    return (one - other).abs() / one.abs().maximum(other.abs()).clamp(min=1e-12)
+    return (one - other).abs() / one.abs().maximum(other.abs()).clamp(min=TINY)
 
 
 def _numbers(tokens: Tokens) -> tuple[float, ...]:
