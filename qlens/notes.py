@@ -87,6 +87,7 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
             "It has a term of the model's own weights (a penalty on model.parameters(), say), which is no function of the "
             "logits: it is trained too, unseen here."
         ]
+    notes += _alike(wanted.required | wanted.optional, given)
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":
@@ -96,6 +97,23 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     further = _offsets(fn, params, tokens, style) if style.laid_out else []
     notes += further or ([] if seen.models else by_length)
     return Account(described(style, seen_as(wanted), given) + divides, tuple(notes))
+
+
+def _alike(roles: Mapping[str, str], filled: Mapping[str, str]) -> list[str]:
+    """Which arguments were given the values of one other model, so that what their difference does is not seen."""
+    notes = []
+    for field in MODELS:
+        names = [
+            name
+            for name in filled
+            if name in roles and FIELD.get(roles[name]) == field and roles[name] != field + " model"
+        ]
+        if len({roles[name] for name in names}) < len(names):
+            notes.append(
+                f"{' and '.join(names)} are given the same values, the tokens' {field}: a ratio of the two is 1 here, and what "
+                "their difference does to the gradient is not seen."
+            )
+    return notes
 
 
 def _leaf(tokens: Tokens) -> Tensor:
