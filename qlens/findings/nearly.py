@@ -67,7 +67,7 @@ class Nearly:
     def __str__(self) -> str:
         count = round(self.share * self.tokens)
         near = f"{self.named}, up to {self.distance:.0e}," if self.distance > EXACT else self.named
-        return f"{near} on {count} of {self.tokens} tokens" + (f"; {self.why}" if self.why else "")
+        return f"{near} on {count} of the {self.tokens} tokens tried" + (f"; {self.why}" if self.why else "")
 
 
 def nearly(
