@@ -3,9 +3,13 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlens.errors import InputError
+
+
+class StubParameter(nn.Parameter):
+    """The only parameter of a stub model: whatever reads it has a term of the model's weights."""
 
 
 def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:

@@ -11,13 +11,12 @@ from qlens.calling import call, on_view
 from qlens.divisors import REDUCTIONS
 from qlens.errors import InputError
 from qlens.layouts import Layout, Style, batch_view
-from qlens.leaves import leaves
+from qlens.leaves import StubParameter, leaves
 from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as
-from qlens.stub import StubParameter
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
 from qlens.trying import TURNED, across, changed, few, grad_of

@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qlens.errors import InputError
+from qlens.leaves import StubParameter
 
 WIDEST = 2**29  # bytes that an identity may take
 
@@ -51,10 +52,6 @@ class StubDecoder(nn.Module):
             f"the loss runs the model on {tuple(ids.shape)} tokens, but it was given {tuple(self.table.shape[:2])}: "
             "a loss that rearranges its batch cannot be read"
         )
-
-
-class StubParameter(nn.Parameter):
-    """The stub's only parameter: whatever reads it has a term of the model's weights."""
 
 
 class IdentityHead(nn.Linear):

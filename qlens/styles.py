@@ -272,6 +272,8 @@ def _with_columns(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
             name = str(cause.args[0]) if isinstance(cause, KeyError) and cause.args else ""
             if not reads_columns or not name or name in style.columns:
                 raise
+            if style.container == "dict" and role_of(name) not in COLUMNS:  # tried only where all else fails
+                raise
             if role_of(name) not in COLUMNS:
                 raise InputError(
                     f"{name_of(fn)} reads inputs[{name!r}], which qlens cannot fill: it gives input_ids, attention_mask, "

@@ -169,10 +169,8 @@ def test_the_head_makes_no_logits_of_a_batch(make):
         model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(out.shape)))
     trainer.train()
     whole = [shape for shape in widths if shape[-1] == VOCAB]
-    assert whole and all(
-        shape[0] == 1 and shape[1] <= 8 for shape in whole
-    )  # the proof on a few tokens, once per model: its logits, and probes in their place
-    assert len(whole) == 4 and len(widths) > len(whole)
+    assert whole and all(shape[0] == 1 and shape[1] <= 16 for shape in whole)  # proofs on a few tokens, once per model
+    assert len(whole) <= 12 and len(widths) > len(whole)
 
 
 def test_a_frozen_head_gets_no_gradient(make):
@@ -261,7 +259,7 @@ def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
     trainer = make("sft", steps=2, log_every=0)
     trainer.train()
     assert not any("nll" in entry for entry in steps_of(trainer))
-    with pytest.raises(qlens.InputError, match="log_every must be 0"):
+    with pytest.raises(qlens.InputError, match="log_every must be a whole number of at least 0"):
         make("sft", log_every=-1)
 
 

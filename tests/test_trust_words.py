@@ -57,7 +57,10 @@ def test_tokens_that_get_nothing_are_counted_in_every_sentence(loss):
 
 
 def test_the_method_on_the_other_tokens_is_named_with_its_rule():
-    assert "This is sft on 51 of the 195 tokens tried; it is that method where p_y >= 0.13534;" in explained(capped).summary
+    assert (
+        "This is sft on 51 of the 195 tokens tried; it is that method where p_y >= 0.13534;"
+        in explained(capped).summary
+    )
     assert "held at 2: a clamp" in explained(capped).summary
 
 
