@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from qlens.autograd import ordinary
-from qlens.errors import InputError
 from qlens.guards import blamed, file_of
 from qlens.holders import built, entry_of, is_trainer, with_model
 from qlens.layouts import (
@@ -41,12 +40,6 @@ def opened(loss: Callable) -> Callable:
     Raises:
         InputError: the class cannot be built without arguments, or the function is asynchronous or a generator.
     """
-    asynchronous = inspect.iscoroutinefunction(loss) or inspect.isasyncgenfunction(loss)
-    if asynchronous or inspect.isgeneratorfunction(loss):
-        raise InputError(
-            f"{name_of(loss)} must return a floating-point tensor, and is {'async' if asynchronous else 'a generator'}: "
-            "write def and return loss, with no async or yield"
-        )
     if inspect.isclass(loss) and is_trainer(loss):
         from qlens.trainers import trained_by
 

@@ -1,5 +1,6 @@
 """Leaves: which tensors a value has a gradient for, and gradients that have none."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,19 +26,8 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
         >>> len(leaves((a * b).sum())), len(leaves((a * b).sum(), a))
         (2, 1)
     """
-    stops = {each.grad_fn for each in inputs if each.grad_fn is not None}
-    found: list[Tensor] = []
-    seen, left = set(stops), [value.grad_fn]
-    if value.grad_fn is None and value.requires_grad:
-        found.append(value)
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if isinstance(leaf := getattr(node, "variable", None), Tensor):
-            found.append(leaf)
-        left += [following for following, _ in node.next_functions]
+    found = [value] if value.grad_fn is None and value.requires_grad else []
+    found += [node.variable for node in _nodes(value, *inputs) if isinstance(getattr(node, "variable", None), Tensor)]
     return [leaf for leaf in found if not any(leaf is each for each in inputs)]
 
 
@@ -50,16 +40,19 @@ def reaches(value: Tensor, part: Tensor) -> bool:
         >>> reaches(a.sum(), a), reaches(torch.ones(2, requires_grad=True).sum(), a)
         (True, False)
     """
-    seen, left = set(), [value.grad_fn]
+    return value is part or any(node is part.grad_fn for node in _nodes(value))
+
+
+def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
+    """The nodes of a value's graph, each once, without those of inputs and what lies behind them."""
+    seen, left = {None, *(each.grad_fn for each in inputs)}, [value.grad_fn]
     while left:
         node = left.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
-        if node is part.grad_fn:
-            return True
         seen.add(node)
+        yield node
         left += [following for following, _ in node.next_functions]
-    return value is part
 
 
 class LearnedParameter(InputError):

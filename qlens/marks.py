@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlens.states import LIBRARIES, LONGEST, module_of
+from qlens.states import LIBRARIES, LONGEST, module_of, names_in
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 SMALL = 4096  # entries of a tensor or array that are compared by value; of a larger one, its version
@@ -134,10 +134,4 @@ def _tensor(value: Tensor) -> Any:
 def _named(function: Any) -> frozenset[str]:
     """The names that a function's code, and the functions in it, may ask for."""
     code = getattr(inspect.unwrap(function), "__code__", None)
-    return frozenset() if code is None else _names(code)
-
-
-@functools.lru_cache(maxsize=256)
-def _names(code: types.CodeType) -> frozenset[str]:
-    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
-    return frozenset(code.co_names).union(*inner)
+    return frozenset() if code is None else frozenset(names_in(code))

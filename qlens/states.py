@@ -116,7 +116,7 @@ class State:
                 self._seen[id(cell)] = cell
                 self._cells.append(cell)
                 self._reach(_content(cell) if _content(cell) is not cell else None, replaced=True)
-        names = tuple(name for name in _names(function.__code__) if name in function.__globals__)
+        names = tuple(name for name in names_in(function.__code__) if name in function.__globals__)
         kept = tuple(name for name in names if not isinstance(function.__globals__[name], types.ModuleType | type))
         self._dict(function.__globals__, kept)
 
@@ -175,10 +175,11 @@ def _content(cell: types.CellType) -> Any:
         return cell
 
 
-def _names(code: types.CodeType) -> list[str]:
+@functools.lru_cache(maxsize=256)
+def names_in(code: types.CodeType) -> tuple[str, ...]:
     """The global names that a function's code, and the functions in it, may ask for."""
-    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in _names(const)]
-    return list(dict.fromkeys([*code.co_names, *inner]))
+    inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
+    return tuple(dict.fromkeys([*code.co_names, *inner]))
 
 
 def module_of(value: Any) -> str:

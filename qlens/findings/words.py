@@ -57,20 +57,16 @@ def lines(e: Any) -> list[str]:
     said += [f"No softmax: {e.leak.uncoupled}."] if uncoupled(e) else [*_trust(e), *_rest(e)]
     if sides(e):
         said.append(f"{'WARNING: s' if 'REJECTED' in sides(e) else 'S'}ides: {sides(e)}.")
-    if e.nearly is not None:
-        said.append(f"Nearly: {e.nearly}.")
-    if e.normalised is not None:
-        said.append(f"Batch: {e.normalised}.")
-    if e.label_weights is not None:
-        said.append(f"Label ids: {e.label_weights}.")
-    elif e.ids_untried:
-        said.append(f"Label ids: not tried; on one token given many ids the loss raises {e.ids_untried}.")
-    if e.centred is not None:
-        said.append(f"Batch: {e.centred}.")
-    if e.gate is not None:
-        said.append(f"Gate: {e.gate}.")
-    if e.position_weights is not None:
-        said.append(f"Position: a weight by position: {e.position_weights}.")
+    untried = f"not tried; on one token given many ids the loss raises {e.ids_untried}" if e.ids_untried else None
+    parts = (
+        ("Nearly", e.nearly),
+        ("Batch", e.normalised),
+        ("Label ids", untried if e.label_weights is None else e.label_weights),
+        ("Batch", e.centred),
+        ("Gate", e.gate),
+        ("Position: a weight by position", e.position_weights),
+    )
+    said += [f"{name}: {part}." for name, part in parts if part is not None]
     if e.linear and not uncoupled(e):
         said.append(
             "No softmax: its gradient does not change as the logits move a little; it is a margin of raw logits."
