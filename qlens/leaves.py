@@ -45,10 +45,10 @@ def reaches(value: Tensor, part: Tensor) -> bool:
 
 def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
     """The nodes of a value's graph, each once, without those of inputs and what lies behind them."""
-    seen, left = {None, *(each.grad_fn for each in inputs)}, [value.grad_fn]
+    seen, left = {each.grad_fn for each in inputs}, [value.grad_fn]
     while left:
         node = left.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
         yield node
