@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qlens.chunks import Flat, others_
 from qlens.errors import InputError
+from qlens.finite import refuse_rows
 from qlens.heads import Head, TopK
 from qlens.registry import Variant
 from qlens.row_gradients import GradientKernels, slices
@@ -91,6 +92,7 @@ class Pass:
             replay = self.variant.replay(z.device) if self.observe else None
             scale, losses, push = kernels.kernel(z, rows, others)
             total += losses.sum()
+            kernels.infinite[rows] |= losses.isnan()
             if seen is not None and replay is not None:
                 with replay.again():  # a method that draws numbers shows those it was trained by, and draws no others
                     self._show(seen, losses, push, kernels.block)
@@ -114,13 +116,19 @@ class Pass:
             if kernels.uniform is not None and flat is not None:
                 few = None if d_hidden is None else d_hidden[rows]
                 flat.sub_(a * kernels.uniform[:, None] / len(own.weight), h, few)
+        if not self.variant.built_in and d_hidden is not None:
+            sums = d_hidden.sum(-1, dtype=wide)
+            kernels.infinite |= sums.isnan() if late else ~sums.isfinite()
+        elif not self.variant.built_in and d_head is not None:  # hidden states that are constants
+            kernels.infinite |= ~d_head.sum().isfinite()
         self.selected, invalid, unknown = torch.stack(
-            [kernels.selected, kernels.invalid, total.isnan().long()]
+            [kernels.selected, kernels.invalid, kernels.infinite.any().long()]
         ).tolist()
         if invalid:
             raise InputError(f"the logits hold NaN, +inf or nothing but -inf in {invalid} rows")
         if unknown:
             self._refuse_models(own)
+            refuse_rows(self.variant.spec, kernels.infinite, "loss or its gradient (its target or scale)")
         if flat is not None and d_head is not None:
             d_head += flat.head
         if flat is not None and d_bias is not None:

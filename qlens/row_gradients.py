@@ -53,6 +53,7 @@ class GradientKernels:
         pushed: push and loss of every row, where they need other rows; set by ``collect``.
         selected: how many rows were trusted at all, for methods that divide by these.
         invalid: how many rows of logits hold NaN or +inf, a scalar.
+        infinite: rows whose trust, scale or push is not finite, (N,); of a user's own methods only.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class GradientKernels:
         self.pushed: tuple[Tensor, Tensor] | None = None
         self.selected = torch.zeros((), dtype=torch.long, device=labels.device)
         self.invalid = torch.zeros((), dtype=torch.long, device=labels.device)
+        self.infinite = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
 
     @property
     def kernel(self) -> Kernel:
@@ -146,7 +148,7 @@ class GradientKernels:
             near = {name: logits[few] for name, logits in others.items()}
             tokens = Chunk.unchecked(logits=z[few], labels=self.labels[at], **near, **self.fields_of(at))
             alone = self.variant.is_loss_alone(tokens)
-            parts.append(self._by_autograd(z[few], tokens) if alone else self._by_target(z[few], tokens))
+            parts.append(self._by_autograd(z[few], tokens) if alone else self._by_target(z[few], tokens, at))
         return RowGradients(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
     def _by_autograd(self, z: Tensor, tokens: Tokens) -> tuple[Tensor, Tensor]:
@@ -166,7 +168,7 @@ class GradientKernels:
         z.copy_(grad)
         return ones, losses.detach()
 
-    def _by_target(self, z: Tensor, tokens: Chunk) -> tuple[Tensor, Tensor]:
+    def _by_target(self, z: Tensor, tokens: Chunk, rows: slice) -> tuple[Tensor, Tensor]:
         """g' in place of the logits, from the explicit target."""
         replay = self.variant.replay(z.device)
         with torch.no_grad():
@@ -174,6 +176,7 @@ class GradientKernels:
             with replay.again():  # a method that draws numbers has one target and loss
                 target = self.variant.target(tokens)
             self._count(target)
+            self._note_infinite(rows, target.scale, target.constructed, target.pushed)
             return grad_(z, tokens, target), losses
 
     def _losses(self, tokens: Tokens) -> Tensor:
@@ -189,6 +192,7 @@ class GradientKernels:
         def trust_and_scale(log_p: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
             models = {"logits": (log_p, rest)} | {name: (log_p, rest) for name in self.models}
             target = self._target(rows, models)[1]
+            self._note_infinite(rows, target.trust, target.scale)
             return target.trust.to(log_p), target.scale.to(log_p)
 
         return trust_and_scale
@@ -200,7 +204,9 @@ class GradientKernels:
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
             with replay.again():
                 losses = self._losses(tokens)
-            return target.effective_trust.nan_to_num(), losses
+            push = target.effective_trust  # NaN where the label is the only possible token
+            self._note_infinite(rows, torch.where(target.rest > 0, push, 0.0))
+            return push.nan_to_num(), losses
 
     def _target(self, rows: slice, models: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tokens, Target]:
         """Tokens of two entries, from log p_y and log(1 - p_y) by model, and the method's target there, in float64.
@@ -216,6 +222,14 @@ class GradientKernels:
         target = self.variant.target(made[1])
         self._count(target)
         return made[0], target
+
+    def _note_infinite(self, rows: slice, *values: Tensor | None) -> None:
+        """Note the rows at which one of a user's values, (n,) each, is NaN or infinite."""
+        if self.variant.built_in:
+            return
+        for value in values:
+            if value is not None:
+                self.infinite[rows] |= ~value.isfinite()
 
     def _count(self, target: Target) -> None:
         if self.variant.denominator == "selected":
@@ -293,7 +307,9 @@ def by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
     scale, losses, _ = kernels.kernel(z, rows, models)
     if kernels.uniform is not None:
         z -= kernels.uniform[:, None] / z.shape[1]
-    return scale[:, None] * z, losses
+    grad = scale[:, None] * z
+    grad[kernels.infinite] = torch.nan  # a kernel may put another number for what is none
+    return grad, losses
 
 
 def slices(rows: int, size: int) -> list[slice]:

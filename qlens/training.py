@@ -19,6 +19,7 @@ from qlens.draws import draws_of
 from qlens.engine import fused_pass, why_whole_logits
 from qlens.errors import InputError, brief
 from qlens.feeding import Feed
+from qlens.finite import refuse_rows, watch_gradient
 from qlens.learned import LearnedParameters
 from qlens.leaves import LearnedParameter
 from qlens.measurements import SHARDED
@@ -227,6 +228,9 @@ class QLossMixin(WholeBatches):
         with value_alone():
             losses = self.variant.loss(tokens)
         losses = losses.to(precision(losses.dtype))  # bfloat16 must not add up
+        refuse_rows(self.variant.spec, losses.detach().isnan(), "loss")
+        if not self.variant.built_in:
+            watch_gradient(self.variant.spec, rows)
         self._note_learned(losses, rows)
         if not losses.requires_grad and not bool(losses.any()):  # it skips all of these tokens, and backward still runs
             losses = losses + rows[:, :0].sum(-1)

@@ -12,6 +12,7 @@ from torch import Tensor
 from qlens.autograd import ordinary
 from qlens.batch_losses import is_model_loss, place_matters
 from qlens.errors import InputError
+from qlens.finite import ADVICE
 from qlens.guards import LossError
 from qlens.leaves import refuse_learned
 from qlens.lens import gradient
@@ -25,6 +26,7 @@ from qlens.variant import ALONE
 
 logger = logging.getLogger(__name__)
 UNDECLARED = "a loss of your own may look at all of them together; if it does not, register it with scope='token'"
+CANCELLED = 32  # roundings of the largest p by which two ways to p - Q may differ
 MANY, ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
 _VERDICTS: WeakKeyDictionary[Callable, dict[tuple, "Verdict"]] = WeakKeyDictionary()  # no callable is kept alive
 
@@ -173,7 +175,7 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     """
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
-    _compare(variant, tokens)
+    _compare(variant, tokens, own=True)
     vocabulary = tokens.logits.shape[1]
     trial = trial_rows(tokens, max(SAMPLE, min(MANY, ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
     try:
@@ -185,24 +187,33 @@ def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
     _compare(variant, trial)
 
 
-def _compare(variant: Variant, tokens: Tokens) -> None:
-    """Whether gradient and losses by the declared structure are those of the printed loss on some rows."""
+def _compare(variant: Variant, tokens: Tokens, own: bool = False) -> None:
+    """Whether gradient and losses by the declared structure are those of the printed loss on some rows.
+
+    Args:
+        variant: the method.
+        tokens: the rows.
+        own: whether they are the batch's own, at which the pass refuses what is not finite, by the number of the row.
+    """
     replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():
         got, values = by_structure(variant, tokens)
+    finite, known = wanted.isfinite().all(-1), got.isfinite().all(-1) & ~values.isnan()
+    finite = finite & known if own else finite  # elsewhere NaN beside a number is wrong too
     off = (wanted - got).abs().amax(-1)
-    wrong = ~(off <= tolerance(wanted)) & wanted.isfinite().all(-1)  # NaN beside a number is wrong too
+    wrong = ~(off <= tolerance(wanted) + _cancelled(variant, tokens)) & finite
     if variant.structure != "dense":
         with torch.no_grad(), replay.again():
             losses = variant.loss(tokens).to(values.dtype)
         wrong |= (losses - values).abs() > tolerance(losses)
+        wrong = wrong & known if own else wrong
     rows = wrong.nonzero()[:, 0].tolist()
     if not rows:
         return
     where = f"at a token with p_y = {float(tokens.label_probs[rows[0]]):.2g} ({len(rows)} of {len(tokens)} tokens)"
     alone = variant.method.printed is None and not variant.is_loss_alone(tokens)
-    if variant.structure == "label" and alone and bool((off <= tolerance(wanted)).all()):
+    if variant.structure == "label" and alone and bool((off <= tolerance(wanted))[finite].all()):
         raise InputError(
             f"{variant.spec} declares structure='label', and its gradient is one of label probabilities, but its loss is not: "
             "the value s CE(Q, p) of a target alone sees the whole of p; write its printed loss, "
@@ -213,8 +224,22 @@ def _compare(variant: Variant, tokens: Tokens) -> None:
             f"{variant.spec} declares structure={variant.structure!r}, but has another loss or gradient {where}: "
             "declare structure='dense', or leave it out"
         )
+    if not bool(known[rows[0]]):
+        raise InputError(
+            f"{variant.spec}: its target is NaN or infinite {where}, and the gradient of its printed loss is not: {ADVICE}"
+        )
     raise InputError(
         f"{variant.spec}: the gradient of its printed loss and s (p - Q) of its target differ, "
         f"by {float(off[rows[0]]):.2g} {where}: "
         f"run qlens.testing.check_variant({variant.name!r})"
     )
+
+
+def _cancelled(variant: Variant, tokens: Tokens) -> Tensor:
+    """Rounding of s (p - Q) where Q is close to p, (N,); zero for a loss alone, which has no Q."""
+    if variant.is_loss_alone(tokens):
+        return torch.zeros_like(tokens.label_probs)
+    with torch.no_grad(), variant.replay(tokens.logits.device).again():
+        scale = variant.target(tokens).scale
+    top = tokens.log_probs.amax(-1).exp()
+    return CANCELLED * torch.finfo(top.dtype).eps * scale.nan_to_num(posinf=0.0) * top

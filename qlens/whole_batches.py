@@ -12,6 +12,7 @@ from qlens.batching import LAYOUT, Supervised, count_pairs
 from qlens.comparables import read_target
 from qlens.draws import draws_of
 from qlens.errors import InputError
+from qlens.finite import refuse_total, watch_gradient
 from qlens.layouts import Style
 from qlens.learned import LearnedParameters
 from qlens.measurements import Measurements
@@ -54,6 +55,7 @@ class WholeBatches(Measurements):
         with draws_of(*self._next_place()), self._graph_for(reads):
             called = self._model_loss(model, inputs, features, where, items, own_items / whole)
             loss, outputs = called.loss, called.outputs
+            refuse_total(self.variant.spec, loss, logits_of(outputs, where))
             if reads:
                 self._tally_as_written(loss, outputs, where, whole)
         if self.state.global_step == 0:  # its graph is that of the whole model
@@ -108,6 +110,9 @@ class WholeBatches(Measurements):
         with torch.set_grad_enabled(torch.is_grad_enabled() or measured or selects):
             values = values if values.requires_grad else values.detach().requires_grad_()
             total = summed_loss(self.variant, values, tokens, where, inputs, style)
+            refuse_total(self.variant.spec, total)
+            if not self.variant.built_in:
+                watch_gradient(self.variant.spec, values)
             self._note_learned(total, values)
             if not total.requires_grad and not bool(
                 total.any()
