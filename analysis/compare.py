@@ -25,13 +25,14 @@ from qlens.analysis.recipes import DEFAULT, Method, recipes
 from qlens.analysis.search import Choice, chosen, gathered, trials
 from qlens.analysis.study import Study
 from qlens.errors import InputError, brief
-from qlens.files import make_folder, user_path
+from qlens.files import from_here, make_folder, user_path
 from qlens.lab import Setting, build, cache
 from qlens.probes import probes
 
 MOST = 10**9  # steps or jobs
 
 
+@from_here()
 def compare(
     variants: Method | Sequence[Method] | None = None,
     *,

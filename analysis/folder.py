@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 import qlens
 from qlens import analysis, variants
 from qlens.errors import InputError, brief
-from qlens.files import make_folder, read_json, refusal, write_json
+from qlens.files import make_folder, read_json, refusal, user_path, write_json
 
 LOCK = ".lock"
 PACKAGES = ("qlens-sft", "torch", "transformers", "numpy", "scipy")
@@ -37,7 +37,7 @@ def versions() -> dict[str, str]:
 
 def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
     """Where a comparison goes without ``out``: a name from its configuration, so that the same call finds it again."""
-    return Path("runs") / f"{kind}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:10]}"
+    return user_path("runs", "out") / f"{kind}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:10]}"
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from qlens.batching import COLUMNS
 from qlens.causality import check_causal
 from qlens.data import encode, ignored_keys, read_rows, split
 from qlens.errors import InputError
-from qlens.files import refusal
+from qlens.files import from_here, here, refusal, shown_path, user_path
 from qlens.lab import Problem, Setting, world
 from qlens.lab.worlds import VERSION
 from qlens.vocabularies import match_vocabulary
@@ -138,7 +138,10 @@ class Lab:
 
 @dataclass(frozen=True)
 class Real:
-    """A user's own model, teacher and data; small enough to send to a worker."""
+    """A user's own model, teacher and data; small enough to send to a worker.
+
+    Relative paths begin at ``folder``, in whatever process they are read.
+    """
 
     model: str
     data: str
@@ -147,12 +150,14 @@ class Real:
     device: str = "cpu"
     dtype: str = "float32"
     files: tuple[tuple[str, str], ...] = ()
+    folder: str = ""
 
     @classmethod
     def of(cls, model: str, data: str, teacher: str | None, **given: Any) -> "Real":
         """With digests of the files as they are now, so that no process mistakes new ones for those it has read."""
         files = {file: digest(file) for path in (model, data, teacher) if path for file in _files(path)}
-        return cls(model, data, teacher, files=tuple((str(file), found) for file, found in files.items()), **given)
+        found = tuple((str(shown_path(file)), each) for file, each in files.items())
+        return cls(model, data, teacher, files=found, folder=str(here()), **given)
 
     @property
     def has_teacher(self) -> bool:
@@ -179,7 +184,7 @@ class Real:
         """Everything the results follow from, the code and the contents of the files apart."""
         ground = open_ground(self)
         resolved = {"steps": ground.steps, "batch_size": ground.batch_size}
-        own = {name: value for name, value in asdict(self).items() if name != "files"}
+        own = {name: value for name, value in asdict(self).items() if name not in ("files", "folder")}
         return {**own, **resolved, "held_out": len(ground.held)}
 
     def open(self, progress: bool = False) -> Ground:
@@ -188,10 +193,11 @@ class Real:
         Raises:
             InputError: anything that cannot be read, does not fit together, or leaves too few rows.
         """
-        rows, tokenizer = read_rows(self.data), sources.load_tokenizer(self.model)
+        with from_here(self.folder):
+            rows, tokenizer = read_rows(self.data), sources.load_tokenizer(self.model)
+            its = None if self.teacher is None else sources.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""
-        if self.teacher is not None:
-            its = sources.load_tokenizer(self.teacher)
+        if self.teacher is not None and its is not None:
             sources.check_same_tokenizer(tokenizer, its)
             models["teacher"] = self._load(self.teacher)
             width = sources.vocabulary_size(models["model"])
@@ -241,7 +247,8 @@ class Real:
         return teacher
 
     def _load(self, path: str) -> PreTrainedModel:
-        return sources.load_model(path, self.device, self.dtype)
+        with from_here(self.folder):
+            return sources.load_model(path, self.device, self.dtype)
 
 
 Source = Lab | Real
@@ -255,7 +262,7 @@ def open_ground(source: Source) -> Ground:
 
 def _files(path: str) -> list[Path]:
     """A file, or what a model or a tokenizer is read from in a folder."""
-    place = Path(path).expanduser()
+    place = user_path(path, "path")
     return [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in READ and p.is_file())
 
 

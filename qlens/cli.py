@@ -13,7 +13,7 @@ from rich.table import Table
 import qlens
 from qlens import cards, console, params
 from qlens.errors import InputError
-from qlens.files import output_file
+from qlens.files import output_file, shown_path
 from qlens.own import ROWS, figure_path, own_models, own_tokens, slug
 
 app = typer.Typer(
@@ -100,7 +100,7 @@ def _list_distances(
         save_figure(found.plot(), path, found.angles().reset_index())
     print(json.dumps(found.to_dict(), indent=2) if as_json else found)
     if path is not None:
-        typer.echo(f"Figure: {path}", err=as_json)
+        typer.echo(f"Figure: {shown_path(path)}", err=as_json)
 
 
 @app.command()
@@ -154,7 +154,7 @@ def explain(
             save_figure(read.plot(), path, explain_data(read))
     print(answer)
     if path is not None:
-        typer.echo(f"Figure: {path}", err=as_json)
+        typer.echo(f"Figure: {shown_path(path)}", err=as_json)
 
 
 @app.command()
@@ -293,7 +293,7 @@ def view(
     elif as_json:
         print(made.to_jsonl())
     if path is not None:
-        typer.echo(f"View: {path} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
+        typer.echo(f"View: {shown_path(path)} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
 
 
 def main() -> None:

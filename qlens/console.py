@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from qlens.errors import InputError, brief, one_line
+from qlens.files import from_here
 
 USAGE, FAULT, INTERRUPTED = 2, 3, 130
 """Exit codes: a user's mistake, a fault of the program, Ctrl-C. 1 is a verb's own: a check or a job failed."""
@@ -24,7 +25,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     """
     try:
         _check_text(arguments)
-        code = app(list(arguments), standalone_mode=False) if arguments else _help(app)
+        with from_here():
+            code = app(list(arguments), standalone_mode=False) if arguments else _help(app)
         sys.stdout.flush()
         if code == INTERRUPTED:
             raise KeyboardInterrupt

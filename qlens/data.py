@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlens.batching import COLUMNS, IGNORE
 from qlens.errors import InputError, brief
-from qlens.files import refusal, user_path
+from qlens.files import refusal, shown_path, user_path
 from qlens.templates import check_text, rendered
 
 KINDS = (("question", "answer"), ("prompt", "completion"), ("messages",), ("text",))
@@ -42,15 +42,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
             with other columns than the first; the message names file and line.
     """
     path = user_path(path, "data file")
+    shown = shown_path(path)
     if not path.is_file():
-        raise InputError(f"data file {brief(str(path))} is not there, or is no file")
+        raise InputError(f"data file {brief(str(shown))} is not there, or is no file")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise refusal("data file", path, error, "read") from error
     rows, kind, columns = [], None, None
     for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
+        where = f"{shown}, line {number}"
         if not line.strip():
             continue
         try:
@@ -66,7 +67,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         rows.append(row)
         kind, columns = found, carried
     if not rows:
-        raise InputError(f"data file {str(path)!r} is empty: it needs a JSON object per line")
+        raise InputError(f"data file {str(shown)!r} is empty: it needs a JSON object per line")
     return rows
 
 

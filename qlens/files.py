@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,46 @@ ADVICE = {
     errno.ELOOP: "its links go in a circle: name another place",
 }
 
+_HERE: ContextVar[Path | None] = ContextVar("_HERE", default=None)  # what relative paths begin at, where that is fixed
+
+
+@contextmanager
+def from_here(folder: str | Path | None = None) -> Iterator[None]:
+    """Relative paths of a user begin at a folder, whatever a user's code makes the working one; also a decorator.
+
+    Args:
+        folder: by default the one of the block around this, or else the working one.
+    """
+    token = _HERE.set(here() if folder is None else Path(folder))
+    try:
+        yield
+    finally:
+        _HERE.reset(token)
+
+
+def here() -> Path:
+    """The folder that relative paths begin at: that of ``from_here``, or else the working one."""
+    try:
+        return _HERE.get() or Path.cwd()
+    except OSError as error:
+        raise InputError(f"the working folder is gone ({error.strerror}): change to another one") from error
+
+
+def shown_path(path: Path) -> Path:
+    """A path for a message: relative where it lies in the folder that relative paths begin at."""
+    return path.relative_to(here()) if path.is_relative_to(here()) else path
+
 
 def refusal(name: str, path: str | Path, error: OSError, what: str = "written") -> InputError:
     """The error of a user's path: which argument, which path, and what to do about it."""
     advice = ADVICE.get(error.errno or 0, error.strerror or str(error))
-    return InputError(f"{name} {brief(str(path))} cannot be {what}: {advice}")
+    return InputError(f"{name} {brief(str(shown_path(Path(path))))} cannot be {what}: {advice}")
 
 
 def user_path(value: str | Path, name: str) -> Path:
-    """A path that a user named, with ``~`` expanded; ``name`` is the argument's, for messages.
+    """A path that a user named, absolute and with ``~`` expanded; ``name`` is the argument's, for messages.
+
+    A relative one begins at the working folder, or at that of ``from_here``.
 
     Raises:
         InputError: it is empty, holds a NUL or characters that no file name has, or cannot be looked up at all.
@@ -45,13 +77,16 @@ def user_path(value: str | Path, name: str) -> Path:
     if "\0" in text:
         raise InputError(f"{name} {brief(text)} holds a NUL character: no path has one")
     try:
-        path = Path(text).expanduser()
+        path = here() / Path(text).expanduser()
+    except (RuntimeError, ValueError) as error:  # no such home
+        raise InputError(f"{name} {brief(text)} is no path: {error}") from error
+    try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):  # for the caller, who knows whether it must be there
-        return Path(text).expanduser()
+        return path
     except OSError as error:
         raise refusal(name, text, error, "used") from error
-    except (RuntimeError, ValueError) as error:  # no such home; a surrogate in a name
+    except ValueError as error:  # a surrogate in a name
         raise InputError(f"{name} {brief(text)} is no path: {error}") from error
     return path
 
@@ -64,9 +99,9 @@ def output_file(value: str | Path, name: str) -> Path:
     """
     path = user_path(value, name)
     if not path.parent.is_dir():
-        raise InputError(f"{name} {brief(str(path))}: there is no folder {path.parent}")
+        raise InputError(f"{name} {brief(str(shown_path(path)))}: there is no folder {shown_path(path.parent)}")
     if path.exists() and not path.is_file():
-        raise InputError(f"{name} {brief(str(path))} is a folder or a device, not a file: name a file")
+        raise InputError(f"{name} {brief(str(shown_path(path)))} is a folder or a device, not a file: name a file")
     if not os.access(path.parent, os.W_OK):
         raise refusal(name, path, PermissionError(errno.EACCES, ""))
     return path

@@ -82,7 +82,8 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{shown} is not there, or is no folder (a name on the hub is owner/name)")
     with _readable(kind, path, local), quiet():
-        return loader.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False, **options)
+        place = str(folder) if local else str(path)
+        return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
 
 
 @contextmanager
@@ -100,7 +101,7 @@ def _readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
 def _is_a_path(given: str, folder: Path) -> bool:
     """Whether this is meant as a folder, not as a name on the hub, which is ``owner/name``."""
     beside = folder.parent.is_dir()  # of a bare name, that is here: a typo never goes out to the network
-    return given.startswith((".", "~")) or folder.is_absolute() or len(folder.parts) != 2 or beside
+    return given.startswith((".", "~")) or Path(given).is_absolute() or len(Path(given).parts) != 2 or beside
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
