@@ -37,6 +37,10 @@ class NoBody(InputError):
     """Why a model's logits are not a linear head's of its hidden states."""
 
 
+class DamagedModel(InputError):
+    """A model whose logits are NaN at every token."""
+
+
 class Body:
     """A causal language model whose logits are those of a linear ``Head``, proved on a few tokens and again in every pass.
 
@@ -51,6 +55,7 @@ class Body:
 
     Raises:
         NoBody: no linear output embedding, a head that is cut up or adapted, or logits that come about otherwise.
+        DamagedModel: all of its logits are NaN.
     """
 
     def __init__(self, model: nn.Module, features: Mapping[str, Any]):
@@ -58,7 +63,7 @@ class Body:
         try:
             self._prove(_few(features))
         except (RuntimeError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, NoBody):
+            if isinstance(error, NoBody | DamagedModel):
                 raise
             raise NoBody(f"it cannot be tried on a few tokens: {type(error).__name__}: {str(error)[:200]}") from error
 
@@ -155,6 +160,11 @@ class Body:
         if theirs.shape != made.shape:
             shapes = f"{tuple(theirs.shape)}, its head's {tuple(made.shape)}"
             raise NoBody(f"its logits have shape {shapes}")
+        wrong = theirs.isnan().any(-1)  # at padding, some models attend to nothing
+        if len(theirs) and bool(wrong.all()):
+            name = type(self.model).__name__
+            raise DamagedModel(f"the logits of {name} are NaN at every token: its weights are damaged, load others")
+        made, theirs = made[~wrong | made.isfinite().all(-1)], theirs[~wrong | made.isfinite().all(-1)]
         off = float((made - theirs).abs().amax()) if made.numel() else 0.0
         if not off <= rough * max(1.0, float(theirs.abs().amax())):
             raise NoBody(f"its logits are not its head's: they differ by {off:.3g}")

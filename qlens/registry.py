@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlens import calling, params, userfiles
+from qlens.declarations import check_card, check_function
 from qlens.errors import InputError, UnknownName, brief
 from qlens.guards import blamed
-from qlens.tokens import Tokens
 from qlens.variant import Method, Variant
 
-SCOPES = ("token", "sequence", "pair", "batch", "parameters", "")
-DENOMINATORS = ("valid", "selected")
+FIELDS = tuple(field for field in Method.__dataclass_fields__ if field not in ("name", "fn"))
 _METHODS: dict[str, Method] = {}
 
 
@@ -23,7 +22,8 @@ def register(name: str, **card: Any) -> Callable[[Callable], Method]:
     :class:`Method`: title, paper, family, scope, needs, simplex, ...
 
     Raises:
-        InputError: the name is taken (both places are named), not an identifier, or a field of the card is unknown.
+        InputError: the name is taken (both places are named), not an identifier, or a field of the card is unknown or holds what
+            it may not.
 
     Example:
         >>> import qlens
@@ -35,9 +35,12 @@ def register(name: str, **card: Any) -> Callable[[Callable], Method]:
         True
     """
     if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        raise InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}")
+        hint = ": write @qlens.register('my_loss') above its def" if callable(name) else ""
+        raise InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}{hint}")
+    _check_card(name, card)
 
     def add(fn: Callable) -> Method:
+        check_function(f"register({name!r})", fn)
         method = _method(name, fn, **card)
         if name in _METHODS and not _redefined(_METHODS[name].fn, fn):
             raise InputError(f"method {name!r} is registered twice: {_METHODS[name].where} and {method.where}")
@@ -104,36 +107,30 @@ def resolve(thing: Variant | str | Callable) -> Variant:
 
 
 def _method(name: str, fn: Callable, **card: Any) -> Method:
-    unknown = sorted(set(card) - set(Method.__dataclass_fields__))
-    if unknown:
-        raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card")
-    for key, allowed in (("scope", SCOPES), ("denominator", DENOMINATORS)):
-        if key in card and not callable(card[key]) and card[key] not in allowed:
-            raise InputError(
-                f"register({name!r}): {key} must be {' or '.join(repr(each) for each in allowed if each)}, got {brief(card[key])}"
-            )
     fn = calling.opened(fn)
     asked, needs = calling.extra_inputs(fn), card.get("needs", ())
     if callable(needs) and asked:
         raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
     if not callable(needs):
         card["needs"] = (*needs, *(n for n in asked if n not in needs))
-    modes = card.get("modes", {})
-    if not isinstance(modes, Mapping) or not all(isinstance(point, Mapping) for point in modes.values()):
-        raise InputError(
-            f"register({name!r}): modes must be a dict of dicts like {{'v1': {{'factor': 0.5}}}}, got {brief(modes)}"
-        )
-    for mode, point in modes.items():
+    for mode, point in card.get("modes", {}).items():
         params.bind(f"{name}@{mode}", fn, point)
-    declared = needs(**params.defaults(fn)) if callable(needs) else needs
-    if strange := [need for need in declared if need not in Tokens.__dataclass_fields__]:
-        raise UnknownName.among("field of Tokens in needs", strange[0], Tokens.__dataclass_fields__)
-    if given := [need for need in declared if need in ("logits", "labels")]:
-        raise InputError(f"register({name!r}): needs names {given[0]}, which every method has: leave it out")
+    _check_card(name, card)
+    card = {key: tuple(value) if isinstance(value, list) else value for key, value in card.items()}
     code = getattr(inspect.unwrap(fn), "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
     card.setdefault("title", (inspect.getdoc(fn) or "").partition("\n")[0])
-    return Method(name=name, fn=fn, where=where, **card)
+    method = Method(name=name, fn=fn, **{"where": where, **card})
+    if not params.missing(fn):
+        method.variant().check_declared()
+    return method
+
+
+def _check_card(name: str, card: Mapping[str, Any]) -> None:
+    """Whether a card has known fields alone, each with a value that it may hold."""
+    if unknown := sorted(set(card) - set(Method.__dataclass_fields__) | {"fn"} & set(card)):
+        raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card, which has {', '.join(FIELDS)}")
+    check_card(name, card)
 
 
 def _redefined(old: Callable, new: Callable) -> bool:

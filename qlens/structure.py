@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.errors import InputError
+from qlens.fields import number
 from qlens.tokens import MODELS
 
 
@@ -24,7 +25,7 @@ class GeometricMixture:
             By default "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p), else "kl".
 
     Raises:
-        InputError: an unknown model or value, or exponents for a uniform r.
+        InputError: an unknown model or value, exponents that are no numbers, or exponents for a uniform r.
 
     Example:
         >>> GeometricMixture("teacher", own=0.5, other=0.5).other
@@ -41,6 +42,8 @@ class GeometricMixture:
             raise InputError(f"GeometricMixture: model must be one of {', '.join(MODELS)} or None, got {self.model!r}")
         if self.value not in ("kl", "cross_entropy", None):
             raise InputError(f"GeometricMixture: value must be 'kl' or 'cross_entropy', got {self.value!r}")
+        for name in ("own", "other"):
+            number(f"GeometricMixture: {name}", getattr(self, name), "a finite number")
         if self.model is None and (self.own or self.other):
             raise InputError("GeometricMixture: a uniform r has no exponents, write GeometricMixture.uniform()")
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens import adapters, calling, params, styles, trying
+from qlens.declarations import OF_PARAMETERS, check_function, declared
 from qlens.draws import Replay
 from qlens.errors import InputError
 from qlens.groups import Groups
@@ -74,6 +75,7 @@ class Method:
 
     def loss(self, fn: Callable) -> Callable:
         """Decorator: the loss as the paper prints it, ``fn(tokens, *, ...) -> (N,)``, written independently of the target."""
+        check_function(f"@{self.name}.loss", fn)
         if params.defaults(fn) != params.defaults(self.fn):
             raise InputError(f"{self.name}: target and loss declare different parameters or defaults")
         self.printed = fn
@@ -81,11 +83,13 @@ class Method:
 
     def penalty(self, fn: Callable) -> Callable:
         """Decorator: a term on the model's parameters, ``fn(model, *, ...) -> scalar``."""
+        check_function(f"@{self.name}.penalty", fn)
         self.on_model = fn
         return fn
 
     def start(self, fn: Callable) -> Callable:
         """Decorator: where a penalty is measured from, ``fn(model, saved, *, ...) -> {name: tensor}``, see ``Variant.start``."""
+        check_function(f"@{self.name}.start", fn)
         self.on_start = fn
         return fn
 
@@ -281,8 +285,20 @@ class Variant:
 
     def _declared(self, name: str) -> Any:
         """A field of the card, at these parameters."""
-        declared = getattr(self.method, name)
-        return declared(**self.params) if callable(declared) and not isinstance(declared, type) else declared
+        value = getattr(self.method, name)
+        if not callable(value) or isinstance(value, type):
+            return value
+        return declared(self.name, name, value, self.params)
+
+    def check_declared(self) -> None:
+        """Whether the fields that are functions of the parameters hold what they may, and the structure goes with the needs.
+
+        Raises:
+            InputError: one does not.
+        """
+        for name in OF_PARAMETERS:
+            self._declared(name)
+        check_structure(self.name, self._declared("structure"), self.needs)
 
     def _check(self, tokens: Tokens) -> None:
         for name in self.needs:

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from transformers import LlamaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 from qlens.batching import Supervised, collate
-from qlens.bodies import Body, NoBody
+from qlens.bodies import Body, DamagedModel, NoBody
 
 
 @pytest.fixture
@@ -180,3 +180,13 @@ def test_an_adapted_head_is_named_as_such():
     model.set_output_embeddings(Adapter(model.lm_head))
     with pytest.raises(NoBody, match="its output embedding is a Adapter of .*, an adapted one"):
         Body(model, batch_of())
+
+
+def test_a_model_whose_logits_are_nan_is_damaged_and_one_with_nan_at_some_tokens_is_not():
+    ids = {"input_ids": torch.tensor([[3, 4, 5, 2]])}
+    some, every = llama(), llama()
+    some.model.norm.register_forward_hook(lambda module, given, made: made.index_fill(1, torch.tensor([3]), torch.nan))
+    assert Body(some, ids).head is some.lm_head
+    every.lm_head.weight.data[:] = torch.nan
+    with pytest.raises(DamagedModel, match="LlamaForCausalLM are NaN at every token"):
+        Body(every, ids)
