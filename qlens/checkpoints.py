@@ -14,7 +14,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from qlens.errors import InputError
 from qlens.feeding import Feed
 from qlens.files import written
+from qlens.marks import marks
 from qlens.registry import Variant
+from qlens.states import State
 
 logger = logging.getLogger(__name__)
 NAME = "qlens_state.safetensors"
@@ -37,11 +39,14 @@ class RunState(TrainerCallback):
         self.variant, self.feed, self.every = variant, feed, every
         self.checkpoint: Path | None = None
         self.start: dict[str, Tensor] = {}
+        self.read: Any = None  # what the method read beside its arguments when the run began
+        self.keeps = False  # whether that has changed since, so that the method keeps values from call to call
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin the run at the model as it is, or where the checkpoint left it."""
         model = kwargs["model"]
         self.feed.begin(model)
+        self.read, self.keeps = self._readings(), False
         if self.checkpoint is not None:
             self._compare(self.checkpoint / NAME)
         if self.checkpoint is None:
@@ -62,22 +67,49 @@ class RunState(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {OLD + name: value for name, value in self.feed.state().items()}
         tensors |= {START + name: value for name, value in self.start.items()}
+        if not self.keeps and self._readings() != self.read:
+            self.keeps = True
+            logger.warning("qlens: %s: a run that is resumed from %s begins with the values you give", self._kept, run)
+        metadata = {"variant": self.variant.spec, "keeps": str(self.keeps)}
         with written(folder / NAME) as partial:
-            save_file(tensors, partial, metadata={"variant": self.variant.spec})
+            save_file(tensors, partial, metadata=metadata)
+
+    @property
+    def _kept(self) -> str:
+        return (
+            f"{self.variant.spec} keeps values from call to call (a mean, a counter, a generator of its own), and checkpoints "
+            "do not hold them"
+        )
+
+    def _readings(self) -> Any:
+        """What a method of a user's own reads beside its arguments, and the states of its generators, as they are now."""
+        method = self.variant.method
+        if self.variant.built_in:
+            return None
+        functions = [fn for fn in (method.fn, method.printed, method.on_model) if fn is not None]
+        return marks(functions), State(functions).drawn()
 
     def _needed(self) -> bool:
         """Whether a checkpoint of the method needs the file."""
         return "old" in self.variant.needs or self.variant.method.on_start is not None
 
     def _compare(self, path: Path) -> None:
-        """Warn where a checkpoint was trained by another method, or by this one with other parameters."""
+        """Warn where a checkpoint was trained by another method, by other parameters, or lacks what the method keeps itself."""
         if not path.is_file():
             return
         try:
             with safe_open(path, "pt") as file:
-                trained = (file.metadata() or {}).get("variant", self.variant.spec)
+                metadata = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} cannot be read: {error}") from None
+        trained = metadata.get("variant", self.variant.spec)
+        if trained == self.variant.spec and metadata.get("keeps") == "True":
+            logger.warning(
+                "qlens: %s: this run, resumed from %s, begins with those that it has now, and is no uninterrupted one unless you "
+                "have given it those of that step",
+                self._kept,
+                path.parent,
+            )
         if trained != self.variant.spec:
             logger.warning(
                 "the checkpoint %s was trained by %s and goes on as %s, from the other's optimizer state: to begin a new run "

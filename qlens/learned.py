@@ -24,9 +24,11 @@ class LearnedParameters(TrainerCallback):
     def __init__(self, name: str, optimizer: Callable[[], Any]):
         self.name, self.optimizer = name, optimizer
         self.seen: list[Tensor] = []
+        self.looked = False  # in this run
 
     def note(self, loss: Tensor, *logits: Tensor, model: nn.Module) -> None:
         """Note the leaves of a loss other than its logits and the model's parameters; what becomes of each is said once."""
+        self.looked = True
         known = {id(value) for value in (*model.parameters(), *self.seen)}
         for leaf in leaves(loss, *logits):
             if id(leaf) in known:
@@ -48,7 +50,7 @@ class LearnedParameters(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a run with no parameter known."""
-        self.seen = []
+        self.seen, self.looked = [], False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clear their gradients, once the optimizer has used them."""

@@ -68,6 +68,11 @@ class State:
         """Tensors that can be neither copied nor replaced, and their versions."""
         return [(tensor, tensor._version) for tensor in self._tensors if not tensor.is_inference()]
 
+    def drawn(self) -> list[Any]:
+        """The states of the random generators, as values to compare."""
+        states = [_state(each) for each in self._generators]
+        return [each.numpy().tobytes() if isinstance(each, Tensor) else repr(each) for each in states]
+
     def _reach(self, value: Any, replaced: bool = False) -> None:
         """Note what a value holds; ``replaced``: whether its holder can be given another."""
         if id(value) in self._seen or value is None:

@@ -58,7 +58,7 @@ class WholeBatches(Measurements):
             refuse_total(self.variant.spec, loss, logits_of(outputs, where))
             if reads:
                 self._tally_as_written(loss, outputs, where, whole)
-        if self.state.global_step == 0:  # its graph is that of the whole model
+        if not self._learned.looked:  # its graph is that of the whole model
             self._note_learned(loss)
         loss = self._with_missing_router_loss(loss, called.passes, self._trains(model))
         if self._trains(model):

@@ -168,3 +168,66 @@ def test_a_checkpoint_that_goes_on_as_another_method_says_so(make, tmp_path, cap
         make(spec, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
         told = [each.getMessage() for each in caplog.records if each.name == "qlens.checkpoints"]
         assert (len(told) == 1 and says in told[0]) if says else not told
+
+
+def running_mean():
+    mean = {"p": 0.5}
+
+    def centred(logits, labels):
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        mean["p"] = 0.9 * mean["p"] + 0.1 * float((-losses).exp().mean())
+        return losses * (1 + mean["p"])
+
+    return centred
+
+
+def own_generator():
+    draw = torch.Generator().manual_seed(0)
+
+    def dropped(logits, labels):
+        return F.cross_entropy(logits, labels, reduction="none") * torch.rand(len(labels), generator=draw)
+
+    return dropped
+
+
+def without_state():
+    return lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")
+
+
+def test_what_a_loss_keeps_itself_is_said_to_be_missing_from_checkpoints(make, tmp_path, caplog):
+    for write in (running_mean, own_generator, without_state):
+        for fused in (None, False):
+            caplog.clear()
+            whole, _ = straight_and_resumed(make, tmp_path, write(), llama(), fused=fused)
+            said = [record.getMessage() for record in caplog.records if "keeps values" in record.getMessage()]
+            assert len(said) == (0 if write is without_state else 2), (write.__name__, said)
+            resumed = make(write(), model=llama(), steps=6, optim="adamw_torch", learning_rate=0.01)
+            resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # as another process would
+            equal = torch.equal(parameters(whole.model), parameters(resumed.model))
+            assert equal == (write is without_state)
+            said = [
+                record.getMessage() for record in caplog.records if "is no uninterrupted one" in record.getMessage()
+            ]
+            assert len(said) == (0 if write is without_state else 2)
+
+
+class OfModel(torch.nn.Module):
+    """A loss of a model with a learned temperature."""
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = torch.nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, model, inputs):
+        logits = model(**{name: inputs[name] for name in ("input_ids", "attention_mask")}).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1) / self.temperature, inputs["labels"][:, 1:].flatten())
+
+
+def test_a_learned_parameter_is_named_and_cleared_in_a_resumed_run_too(make, tmp_path, caplog):
+    loss = OfModel()
+    make(loss, save_strategy="steps", save_steps=2).train()
+    caplog.clear()
+    loss.temperature.grad = None
+    make(loss, steps=4).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert sum("has a parameter of its own" in record.getMessage() for record in caplog.records) == 1
+    assert loss.temperature.grad is None
