@@ -128,3 +128,9 @@ def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path, words, sa
     code, out, err = run(*words)
     assert code == 2 and says in err and "Traceback" not in err and out == ""
     assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before  # nothing half-written
+
+
+def test_settings_of_the_lab_do_not_go_with_a_model_of_ones_own(run):
+    for own in (("--model", "m"), ("--teacher", "m"), ("--data", "d.jsonl")):
+        code, out, err = run("compare", "--settings", "strong-prior", *own)
+        assert (code, out) == (2, "") and err.startswith("qlens: --settings are the lab's") and err.count("\n") == 1

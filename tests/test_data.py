@@ -269,3 +269,15 @@ def test_chat_templates_run_in_bounded_time_and_length(monkeypatch, template, me
     monkeypatch.setattr("qlens.templates.CHARACTERS", 1000)
     with pytest.raises(InputError, match=message):
         encode([PAIR], letters(template=template), None)
+
+
+def test_a_key_that_is_there_twice_and_a_file_of_nothing_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    for text, says in (
+        ('{"text": "ab", "text": "cd"}\n', "rows.jsonl, line 1: not JSON: the key 'text' is there twice"),
+        ("", "is empty"),
+        ("\n \n", "is empty"),
+    ):
+        file.write_text(text)
+        with pytest.raises(InputError, match=says):
+            read_rows(file)

@@ -240,3 +240,18 @@ def test_a_method_written_for_one_vocabulary_is_tried_at_it(make):
             ends.append(parameters(trainer.model))
         assert_close(*ends, rtol=1e-4, atol=1e-6)
         assert (ends[0] - parameters(llama(vocab=VOCAB + 3))).norm() > 1e-3
+
+
+def test_a_mean_beside_a_log_normaliser_is_the_mean_of_both():
+    def with_normaliser(logits, labels):
+        return F.cross_entropy(logits, labels) + 0.004 * torch.logsumexp(logits, -1).mean()
+
+    def rows_of(logits):
+        return nll(logits) + 0.004 * torch.logsumexp(logits, -1)
+
+    def mean_and_rows(logits, labels):
+        return F.cross_entropy(logits, labels) + 0.004 * torch.logsumexp(logits, -1)
+
+    for fn in (with_normaliser, mean_and_rows):
+        for scope in ("", "token"):
+            compare(Method(name=fn.__name__, fn=fn, scope=scope), rows_of, chunk=5)

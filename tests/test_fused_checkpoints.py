@@ -53,7 +53,7 @@ def test_ten_steps_on_real_checkpoints_agree_to_rounding(make, spec):
     assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
-def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
+def test_eighty_steps_drift_no_further_than_sums_reordered(make):
     student, _, examples = real(16, torch.float32)
     ends = {}
     for name, fused, collator in (
@@ -62,8 +62,8 @@ def test_two_hundred_steps_drift_no_further_than_sums_reordered(make):
         ("engine", True, collate),
     ):
         trainer = make(
-            "dft", model=copy.deepcopy(student), examples=examples, steps=200, fused=fused, batch=2,
-            data_collator=collator, logging_steps=200, learning_rate=0.02,
+            "dft", model=copy.deepcopy(student), examples=examples, steps=80, fused=fused, batch=2,
+            data_collator=collator, logging_steps=80, learning_rate=0.02,
         )  # fmt: skip
         trainer.train()
         ends[name] = parameters(trainer.model).double()

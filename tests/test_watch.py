@@ -164,3 +164,20 @@ def test_rows_of_text_are_encoded():
     watch = Watch("dft", ["a text", {"prompt": "two", "completion": "three"}], tokenizer=letters())
     watch.record(llama(), 0)
     assert watch.frame["text"].str.cat() == "a textthree</s>"
+
+
+def test_a_method_that_does_not_exist_is_refused_before_the_run():
+    examples = rows(4)
+    for variants, says in (
+        ("dfft", "dfft.*Did you mean dft"),
+        (["sft", "dfft"], "dfft.*Did you mean dft"),
+        ("sft(alpha=2)", "sft has no parameter 'alpha'"),
+        (3, "a loss is a Variant, a spec string or a callable, got int"),
+        (["dft", "dft"], "a name twice"),
+        ("kd", "teacher"),
+    ):
+        with pytest.raises(InputError, match=says):
+            Watch(variants, examples)
+    for nothing in ([], [{"input_ids": [3], "labels": [3]}]):
+        with pytest.raises(InputError, match="examples"):
+            Watch("sft", nothing)
