@@ -242,3 +242,22 @@ class Before(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.call()
+
+
+def test_the_update_norm_is_exact_up_to_its_entries_and_estimated_beyond():
+    draw = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(50, 4)), torch.nn.Parameter(torch.zeros(7))]
+    change = [torch.randn(p.shape, generator=draw) for p in parameters]
+    norm = math.sqrt(sum(float(each.square().sum()) for each in change))
+    model = nn.ParameterList(parameters)
+    for entries, exact in ((207, True), (206, False)):
+        callback = UpdateNorm(lambda: model, lambda: True, entries)
+        for parameter in parameters:
+            parameter.data.zero_()
+        callback.on_pre_optimizer_step(None, None, None)
+        assert all(rows.index is None for rows in callback.before) == exact
+        for parameter, each in zip(parameters, change, strict=True):
+            parameter.data += each
+        callback.on_optimizer_step(None, None, None)
+        found = callback.take()["update_norm"]
+        assert (abs(found / norm - 1) < 1e-6) == exact and found == pytest.approx(norm, rel=0.5)

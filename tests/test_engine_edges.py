@@ -255,3 +255,16 @@ def test_a_mean_beside_a_log_normaliser_is_the_mean_of_both():
     for fn in (with_normaliser, mean_and_rows):
         for scope in ("", "token"):
             compare(Method(name=fn.__name__, fn=fn, scope=scope), rows_of, chunk=5)
+
+
+def test_a_mean_is_weighed_exactly_by_as_many_weights_as_are_possible(monkeypatch):
+    """A loss that reduces itself is called once a weight; of more weights than that it is refused, never estimated."""
+    monkeypatch.setattr("qlens.adapters.MOST_WEIGHTS", 4)
+    for different in (4, 5):
+        weight = 0.5 + torch.arange(N, dtype=torch.float64) % different
+        mean = Method(name="mean", fn=lambda logits, labels: F.cross_entropy(logits, labels), scope="token")
+        if different == 4:
+            compare(mean, lambda z, weight=weight: weight * nll(z), weight=weight)
+        else:
+            with pytest.raises(InputError, match="4 are possible; return the unreduced loss"):
+                compare(mean, nll, weight=weight)
