@@ -160,7 +160,7 @@ def test_a_mixture_that_is_a_loss_alone_is_computed_from_the_loss():
     for fn, losses, structure in cases:
         compare(of(fn, structure), losses, **({} if structure.model is None else {"teacher": TEACHER}))
     hidden, head = parts()
-    with pytest.raises(InputError, match="structure must be 'label' .* or a GeometricMixture, got <class"):
+    with pytest.raises(InputError, match="structure must be 'label', 'dense' or a GeometricMixture .*, got <class"):
         fused_loss(of(lambda logits, labels: nll(logits), GeometricMixture), hidden, head, LABELS)
 
 
@@ -254,7 +254,9 @@ def test_a_mean_beside_a_log_normaliser_is_the_mean_of_both():
 
     for fn in (with_normaliser, mean_and_rows):
         for scope in ("", "token"):
-            compare(Method(name=fn.__name__, fn=fn, scope=scope), rows_of, chunk=5)
+            method, (hidden, head) = Method(name=fn.__name__, fn=fn, scope=scope), parts()
+            assert_close(fused_loss(method, hidden, head, LABELS, chunk=5), rows_of(hidden @ head.T).mean())
+            compare(method, rows_of, chunk=5)
 
 
 def test_a_mean_is_weighed_exactly_by_as_many_weights_as_are_possible(monkeypatch):
