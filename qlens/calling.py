@@ -20,6 +20,7 @@ from qlens.layouts import (
     label_log_probs,
     pair_sums,
     rows_view,
+    sequences,
     supervised,
     tiled,
     token_ids,
@@ -188,6 +189,8 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         if role == "log probs" and whole:
             return torch.log_softmax(view.logits, -1)
         logits = _rows(view) if role == "log probs" else tokens.require(FIELD[role])
+        if view.style.pairs and not view.style.laid_out:
+            return _text_sums(label_log_probs(logits, tokens.labels), view)
         return view.spread(logits.log_softmax(-1) if whole else label_log_probs(logits, tokens.labels))
     if role == "probs":
         return torch.softmax(view.logits, -1)
@@ -278,6 +281,12 @@ def boxed(logits: Tensor) -> Any:
 def _rows(view: View) -> Tensor:
     """The supervised rows of the logits, (N, V)."""
     return view.logits.reshape(-1, view.logits.shape[-1])[view.place]
+
+
+def _text_sums(values: Tensor, view: View) -> Tensor:
+    """The sum over every text of a batch of pairs, in the order of its style, (2P,)."""
+    text = sequences(view.tokens, view.style, Layout())
+    return values.new_zeros(int(text.max()) + 1).index_add(0, text, values)
 
 
 def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None) -> tuple[str, ...]:

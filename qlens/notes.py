@@ -144,7 +144,7 @@ def _reduction(
         return "", []
     if found is None:
         return "; it returns one number, and no row tried taught it anything: whether that is a sum is not known", []
-    many = "pairs" if pairwise(fn) else "tokens"
+    many = "pairs" if pairwise(fn) or style.pairs else "tokens"
     what = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     what |= {"mean over all": "a mean over all positions, the unsupervised included"}
     what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
@@ -152,7 +152,7 @@ def _reduction(
     if found.note:
         return said, [found.note]
     alike = tokens.unweighted() if style.by_text else tokens  # dealt anew, a text would have another weight
-    if not style.laid_out or by_length([found.name], fn, params, alike, style):
+    if not style.laid_out or style.pairs or by_length([found.name], fn, params, alike, style):
         return said, []
     return said, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on its position or the "
@@ -245,7 +245,7 @@ def _turned(tokens: Tokens, field: str) -> Tokens | None:
 
 def _offsets(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> list[str]:
     """Labels further on, or back, that a row reacts to beside its own."""
-    if style.several:
+    if style.several or style.pairs:
         return []
     index = torch.arange(ORDER, device=tokens.logits.device) % len(tokens)
     text = tokens[index]

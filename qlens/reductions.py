@@ -105,7 +105,7 @@ def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
     """A few rows that a loss learns from, with their gradient: of the tokens, else of the probes and trials."""
     from qlens.probes import trials
 
-    pairs = pairwise(fn)
+    pairs = pairwise(fn) or bool(style.pairs)
     some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
     base = grad_of(fn, params, some, style)
     if bool(base.any()):
@@ -163,7 +163,9 @@ def _fitted(
     if style.laid_out and takes(fn, "attention mask"):
         alike = _with_prompts(alike, known, fn, params, tokens, style)
     found = (alike or [best])[0]
-    if style.laid_out:  # of those that no such view tells apart, the one that holds for texts of other lengths
+    if (
+        style.laid_out and not style.pairs
+    ):  # of those no view tells apart, the one that holds for texts of other lengths
         others = [] if known is UNUSUAL else list(UNUSUAL)
         others = [
             name
@@ -224,7 +226,7 @@ def _two_terms(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, shown: Shown, exact: float = EXACT
 ) -> Division | None:
     """Two terms that are divided by different counts; the division of the larger, and a sentence about both."""
-    if style.laid_out:  # texts of other lengths, in which rows, positions and texts are told apart
+    if style.laid_out and not style.pairs:  # texts of other lengths, in which rows, positions and texts are told apart
         layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
         try:
             base, dealt = (read(fn, params, tokens, style, layout) for layout in layouts)

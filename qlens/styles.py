@@ -16,6 +16,7 @@ from qlens.guards import EndedError, LossError, depth, file_of
 from qlens.layouts import Style
 from qlens.names import FIELD, role_of
 from qlens.noticing import watched
+from qlens.pairing import paired, pairing
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as, signature
 from qlens.tokens import Tokens
@@ -129,13 +130,18 @@ def probes_like(tokens: Tokens) -> Tokens | None:
 
 
 def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
-    """What speaks for the best style.
+    """What speaks for the best style; of a loss that takes pairs by their places in a batch, one that lays them out so.
 
     Raises:
         InputError: it cannot be called in any.
     """
     tried: list[Trial] = []
     failures: list[tuple[InputError, Style]] = []
+    if tokens.pair is not None and tokens.chosen is not None and (how := pairing(fn, params)):
+        _try_all(fn, params, tokens, paired(fn, how), tried, failures)
+        if any(trial.lit for trial in tried):
+            return max(tried, key=_speaks)
+        tried.clear()
     listed = candidates.takes_chunks(fn)
     if listed:
         _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
@@ -160,12 +166,14 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not tried:
         raise _of_another_size(fn, params, tokens, _likeliest(fn, failures))
 
-    def speaks(trial: Trial) -> tuple:
-        usual = trial.full or trial.style.order == "texts"
-        own = trial.style.fields != "column"
-        return trial.lit > 0, not trial.mislaid, trial.reacts, not trial.flattened, own, usual, trial.lit, trial.graph
+    return max(tried, key=_speaks)  # the first of equals
 
-    return max(tried, key=speaks)  # the first of equals
+
+def _speaks(trial: Trial) -> tuple:
+    """What speaks for a style, the weightiest first."""
+    usual = trial.full or trial.style.order == "texts"
+    own = trial.style.fields != "column"
+    return trial.lit > 0, not trial.mislaid, trial.reacts, not trial.flattened, own, usual, trial.lit, trial.graph
 
 
 def _try_all(

@@ -26,7 +26,7 @@ TURNS = 0.1  # of the largest gradient: no common factor
 @rule("the same text trains at another rate in a longer batch: the loss adds up means of chunks, or divides twice")
 def row_count(loss: Specimen) -> str:
     """With more rows, a sum stays a sum and a mean stays a mean."""
-    if loss.scope in ("batch", "pair") and not loss.laid_out:
+    if loss.variant.compares_pairs or (loss.scope in ("batch", "pair") and not loss.laid_out):
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     most = ENTRIES // (SHOWN * loss.vocabulary)
     copies = [m for m in COPIES if m <= most] or [2]

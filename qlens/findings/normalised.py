@@ -128,7 +128,7 @@ def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> It
     some = torch.arange(len(p), device=p.device) % 3 > 0 if ids is None else ids < (ids.min() + ids.max() + 1) // 2
     if 1 < int(some.sum()) < len(p):
         yield tokens[some], some.nonzero()[:, 0]
-    if "pair" in variant.needs:
+    if variant.compares_pairs:
         return
     ends = (p < 1e-3) | (p > 0.9)
     for rows in (p < LOW, p >= LOW, ends, (p > 0.05) & (p < LOW), torch.arange(len(p), device=p.device) % 5 == 1):
