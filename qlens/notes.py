@@ -10,6 +10,7 @@ from torch import Tensor
 from qlens.calling import call, on_view
 from qlens.divisors import REDUCTIONS
 from qlens.errors import InputError
+from qlens.guards import LossError
 from qlens.layouts import Layout, Style, batch_view
 from qlens.leaves import StubParameter, leaves
 from qlens.names import FIELD, role_of
@@ -17,9 +18,10 @@ from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.standardising import with_standardised
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
-from qlens.trying import TURNED, across, changed, few, grad_of
+from qlens.trying import ROWS, TURNED, across, changed, few, grad_of, many_texts
 from qlens.wording import described
 
 ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
@@ -55,7 +57,21 @@ def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
         tokens.logits.shape[1],
         tokens.logits.dtype,
     )
-    return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, few(tokens)))
+    return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, _some(fn, params, tokens)))
+
+
+def _some(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """A few of the tokens, with more than one advantage where they have several, in as many texts as the loss asks for."""
+    some, given = few(tokens), tokens.advantage
+    if given is not None and some.advantage is not None and not bool((some.advantage != some.advantage[0]).any()):
+        some = few(tokens[:ROWS])
+    try:
+        grad_of(fn, params, some)
+    except LossError:
+        return some if tokens.sequence is None else many_texts(tokens)
+    except InputError:
+        return some
+    return some
 
 
 def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
@@ -278,19 +294,29 @@ def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tu
     """The fields of which the loss is given one value for each text, that of its first token."""
     if tokens.sequence is None or not style_of(fn, params, tokens).by_text:
         return ()
-    style, wanted = style_of(fn, params, tokens), inputs(fn)
-    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
+    asked = _asked(fn, params, tokens)
     return tuple(name for name in ("advantage", "weight") if name in asked and getattr(tokens, name) is not None)
 
 
+def _asked(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> set[str | None]:
+    """The inputs that a loss takes, as parameters or as columns of its batch."""
+    style, wanted = style_of(fn, params, tokens), inputs(fn)
+    return {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
+
+
 def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
-    """The tokens with the values that the loss is given: its first token's for a whole text, where it takes one a text."""
-    if not (names := given_by_text(fn, params, tokens)):
-        return tokens
-    _, text = tokens.require("sequence").unique(return_inverse=True)
-    row = torch.arange(len(tokens), device=text.device)
-    first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
-    return tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+    """The tokens with the values that the loss is given: its first token's for a whole text, where it takes one a text.
+
+    Advantages that it standardises over its batch are standardised.
+    """
+    if names := given_by_text(fn, params, tokens):
+        _, text = tokens.require("sequence").unique(return_inverse=True)
+        row = torch.arange(len(tokens), device=text.device)
+        first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
+        tokens = tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+    if inputs(fn).kind != "tokens" and "advantage" in _asked(fn, params, tokens):
+        return with_standardised(fn, params, tokens)
+    return tokens
 
 
 def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
@@ -310,8 +336,7 @@ def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """
     wanted = inputs(fn)
     style = style_of(fn, params, tokens)
-    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
-    if wanted.kind != "model" or "teacher" in asked:
+    if wanted.kind != "model" or "teacher" in _asked(fn, params, tokens):
         return tokens
     view = batch_view(tokens, Layout(), style)
     with watched(fn) as seen, torch.no_grad():

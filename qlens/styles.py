@@ -21,7 +21,7 @@ from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as, signature
 from qlens.tokens import Tokens
 from qlens.trial_tokens import trial_rows
-from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
+from qlens.trying import AS_GIVEN, ROWS, Trial, attempt, attempt_at_widths, changed, few, grad_of, many_texts
 from qlens.wording import described
 
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
@@ -163,6 +163,9 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not any(trial.lit for trial in tried) and tokens.sequence is None:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [attempt(fn, params, tokens, style) for style in several]
+    if not tried and tokens.sequence is not None and len(tokens.sequence.unique()) < ROWS:  # it may compare groups
+        with contextlib.suppress(InputError):
+            return _best(fn, params, many_texts(tokens))
     if not tried:
         raise _of_another_size(fn, params, tokens, _likeliest(fn, failures))
 
