@@ -18,7 +18,7 @@ from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as
-from qlens.standardising import with_standardised
+from qlens.standardising import standardised
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
 from qlens.trying import ROWS, TURNED, across, changed, few, grad_of, many_texts
@@ -102,6 +102,11 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
             "It has a term of the model's own weights (a penalty on model.parameters(), say), which is no function of the "
             "logits: it is trained too, unseen here."
         ]
+    roles = wanted.required | wanted.optional
+    if named := [name for name in given if (roles.get(name) or role_of(name)) == "advantage"]:
+        found = standardised(fn, params, tokens)
+        if found is not None:
+            notes += [f"Of {named[0]} it {found.said}: they are read as they are after that."]
     notes += _alike(wanted.required | wanted.optional, given)
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
@@ -315,7 +320,8 @@ def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
         first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
         tokens = tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
     if inputs(fn).kind != "tokens" and "advantage" in _asked(fn, params, tokens):
-        return with_standardised(fn, params, tokens)
+        found = standardised(fn, params, tokens)
+        return tokens if found is None else tokens.replace(advantage=found.values)
     return tokens
 
 

@@ -47,11 +47,8 @@ def row_count(loss: Specimen) -> str:
         abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
     ):  # a text has one position more than it has predicted labels
         found = "a mean over positions, whatever the number of rows"
-    elif (values := _sample(factors, copies)) is not None:
-        raise Remark(
-            f"a mean, with a standard deviation (of a sample) of {values} values of its batch in it: with more rows a row's "
-            f"gradient grows by up to {(values / (values - 1)) ** 0.5:.4g}"
-        )
+    elif (statistic := _sample(factors, copies)) is not None:
+        raise Remark(f"a mean, times what {statistic} makes of it: with {sizes[-1]} rows {factors[-1]:.4g}")
     elif (power := _power(factors, copies)) is not None:
         raise Remark(
             f"between a mean and a sum: with m times as many rows in a text their gradient is m^{power:.3g} times as large"
@@ -74,12 +71,16 @@ def row_count(loss: Specimen) -> str:
     return f"{found}: {SHOWN} to {sizes[-1]} rows tried"
 
 
-def _sample(factors: list[float], copies: list[int]) -> int | None:
-    """The number of values whose sample standard deviation, taken of all copies, makes these factors of a mean; or None."""
-    for values in range(2, SHOWN + 1):
-        wanted = [((m * values - 1) / (m * (values - 1))) ** 0.5 for m in copies]
-        if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, wanted, strict=True)):
-            return values
+def _sample(factors: list[float], copies: list[int]) -> str | None:
+    """The statistic of a few values of the batch that makes these factors of a mean, in words; None where none does."""
+    for root, said in (
+        (0.5, "the standard deviation (of a sample) of {} values"),
+        (-1, "a comparison of {} with each other"),
+    ):
+        for values in range(2, SHOWN + 1):
+            wanted = [((m * values - 1) / (m * (values - 1))) ** root for m in copies]
+            if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, wanted, strict=True)):
+                return said.format(values)
     return None
 
 

@@ -13,6 +13,7 @@ from qlens.findings.fits import pushes_only
 from qlens.findings.noise import Noise, rounding
 from qlens.findings.reading import Reading
 from qlens.lens import gradient
+from qlens.notes import as_given
 from qlens.registry import Variant, get
 from qlens.tokens import Tokens
 
@@ -118,6 +119,12 @@ def _order(one: Normalised) -> tuple:
 
 
 def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
+    """The batches of ``_other_batches``, with advantages that a loss standardises itself standardised over each."""
+    for tokens, rows in _other_batches(variant, shown, trial):
+        yield as_given(variant.method.fn, variant.params, tokens) if variant.derived else tokens, rows
+
+
+def _other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
     """Batches of other tokens: the trial tokens, some of those shown, and those of low label probability; and their places
     among those shown, None of the trial tokens.
     """
