@@ -11,13 +11,13 @@ from qlens.calling import call, on_view
 from qlens.divisors import REDUCTIONS
 from qlens.errors import InputError
 from qlens.guards import LossError
-from qlens.layouts import Layout, Style, batch_view
+from qlens.layouts import Layout, Style, batch_view, label_log_probs
 from qlens.leaves import StubParameter, leaves
 from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
-from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.signature import Inputs, Memo, inputs, name_of, seen_as
 from qlens.standardising import standardised
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
@@ -107,7 +107,8 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
         found = standardised(fn, params, tokens)
         if found is not None:
             notes += [f"Of {named[0]} it {found.said}: they are read as they are after that."]
-    notes += _alike(wanted.required | wanted.optional, given)
+    notes += _alike(wanted.required | wanted.optional, given, tokens)
+    notes += _sampling_ratio(fn, params, tokens, style, base) if _samples(wanted) else []
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":
@@ -119,9 +120,18 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     return Account(described(style, seen_as(wanted), given) + divides, tuple(notes))
 
 
-def _alike(roles: Mapping[str, str], filled: Mapping[str, str]) -> list[str]:
+def _alike(roles: Mapping[str, str], filled: Mapping[str, str], tokens: Tokens) -> list[str]:
     """Which arguments were given the values of one other model, so that what their difference does is not seen."""
     notes = []
+    for name in filled:
+        if roles.get(name, "").startswith("sampling"):
+            first = next(n for n in filled if n != name and roles.get(n) == roles[name].removeprefix("sampling "))
+            said = (
+                f"{first} is the old policy that ratios are taken to; {name} another one, that texts were sampled from"
+            )
+            same = "with the same values, so that a ratio of the two is 1 here: give tokens with second=..., near old"
+            apart = "halfway between the tokens' old and second, so that a ratio of the two is a factor of its own"
+            notes.append(f"{said}, {same if tokens.second is None else apart}.")
     for field in MODELS:
         names = [
             name
@@ -134,6 +144,27 @@ def _alike(roles: Mapping[str, str], filled: Mapping[str, str]) -> list[str]:
                 "their difference does to the gradient is not seen."
             )
     return notes
+
+
+def _samples(wanted: Inputs) -> bool:
+    return any(role.startswith("sampling") for role in (wanted.required | wanted.optional).values())
+
+
+def _sampling_ratio(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
+    """Whether the ratio of the label's probabilities under two old policies is a factor of the gradient, and its cap."""
+    if tokens.second is None:
+        return []
+    alike = grad_of(fn, params, tokens.replace(second=None), style)
+    there = alike.norm(dim=-1) > TURNED * float(alike.norm(dim=-1).max())
+    factor = ((base * alike).sum(-1) / alike.square().sum(-1))[there]
+    old, sampling = tokens.require("old"), (tokens.require("old") + tokens.second) / 2
+    ratio = (label_log_probs(old, tokens.labels) - label_log_probs(sampling, tokens.labels)).exp()[there]
+    cap = float(factor.max())
+    off = min(float((factor - wanted).abs().max() / cap) for wanted in (ratio, ratio.clamp(max=cap)))
+    if not bool(there.any()) or not off <= TURNED:
+        return []
+    capped = f", at most {cap:.4g}" if float(ratio.max()) > cap * (1 + TURNED) else ""
+    return [f"That ratio, p under the first over p under the second of the label, is a factor of its gradient{capped}."]
 
 
 def _leaf(tokens: Tokens) -> Tensor:
