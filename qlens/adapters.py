@@ -103,7 +103,7 @@ class Unreduced:
         made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
-        if not (style.laid_out or pairwise(self.fn)):
+        if not (style.laid_out or style.pairs or pairwise(self.fn)):
             check_shape(made, len(tokens), self.name)
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
@@ -262,7 +262,7 @@ class Whole(Unreduced):
         return made * (len(tokens) if self.ratio < SUM_LIKE else 1)
 
     def _kept_twice(self, tokens: Tokens, style: Style) -> float:
-        pairs = pairwise(self.fn)
+        pairs = pairwise(self.fn) or bool(style.pairs)
         some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
         sizes = [float(grad_of(self.fn, self.params, some, style, Layout(copies)).norm()) for copies in (1, 2)]
         return sizes[1] / sizes[0] if sizes[0] else 0.0

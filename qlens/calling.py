@@ -20,6 +20,7 @@ from qlens.layouts import (
     label_log_probs,
     pair_sums,
     rows_view,
+    sequences,
     supervised,
     tiled,
     token_ids,
@@ -28,8 +29,8 @@ from qlens.names import FIELD, role_of
 from qlens.signature import CALLERS, inputs, lists_of, name_of, signature
 from qlens.tokens import Tokens
 
-WIDE = ("logits", "outputs", "probs", "teacher", "reference", "old", "second", "teacher outputs", "reference outputs",
-        "teacher probs", "negatives")  # fmt: skip
+WIDE = ("logits", "outputs", "probs", "teacher", "reference", "old", "sampling old", "second", "teacher outputs",
+        "reference outputs", "teacher probs", "negatives")  # fmt: skip
 
 __all__ = ["CALLERS", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature", "written"]
 
@@ -187,7 +188,9 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role.endswith("log probs"):
         if role == "log probs" and whole:
             return torch.log_softmax(view.logits, -1)
-        logits = _rows(view) if role == "log probs" else tokens.require(FIELD[role])
+        logits = _rows(view) if role == "log probs" else _other_logits(role, tokens)
+        if view.style.pairs and not view.style.laid_out:
+            return _text_sums(label_log_probs(logits, tokens.labels), view)
         return view.spread(logits.log_softmax(-1) if whole else label_log_probs(logits, tokens.labels))
     if role == "probs":
         return torch.softmax(view.logits, -1)
@@ -204,7 +207,7 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
     if role == "advantage":
         return view.per_token(tokens.require("advantage"))
     if role in FIELD:
-        return view.spread(tokens.require(FIELD[role]))
+        return view.spread(_other_logits(role, tokens))
     return _simple(role, view)
 
 
@@ -278,6 +281,20 @@ def boxed(logits: Tensor) -> Any:
 def _rows(view: View) -> Tensor:
     """The supervised rows of the logits, (N, V)."""
     return view.logits.reshape(-1, view.logits.shape[-1])[view.place]
+
+
+def _other_logits(role: str, tokens: Tokens) -> Tensor:
+    """The field that a role is filled from; for a second old policy, halfway from the first to the second pass, if given."""
+    value = tokens.require(FIELD[role])
+    if not role.startswith("sampling") or tokens.second is None:
+        return value
+    return (value + tokens.second) / 2
+
+
+def _text_sums(values: Tensor, view: View) -> Tensor:
+    """The sum over every text of a batch of pairs, in the order of its style, (2P,)."""
+    text = sequences(view.tokens, view.style, Layout())
+    return values.new_zeros(int(text.max()) + 1).index_add(0, text, values)
 
 
 def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None) -> tuple[str, ...]:

@@ -36,6 +36,24 @@ UNUSUAL: dict[str, Divisor] = {
 }
 
 
+def _corrected(divisor: Divisor, name: str, root: float) -> Divisor:
+    """The same, times a power of m / (m - 1), m the number of values: what the variance of a sample is corrected by."""
+    return lambda c: divisor(c) * (getattr(c, name) / max(getattr(c, name) - 1, 1)) ** root
+
+
+OF_BATCH: dict[str, Divisor] = {
+    f"{known}; {said} of the batch's {what}": _corrected(divisor, name, root)
+    for known, divisor in REDUCTIONS.items()
+    for name, what in (("texts", "texts"), ("rows", "tokens"))
+    for said, root in (
+        ("values are divided by the standard deviation (of a sample)", 0.5),
+        ("each value is compared with the mean of the others", -1.0),
+    )
+}
+"""What gradients are multiplied by to be alike in batches of other sizes, by a count and a statistic of the batch beside it."""
+KNOWN = REDUCTIONS | UNUSUAL | OF_BATCH
+
+
 class Division(NamedTuple):
     """What a loss divides by: its name, the divisor, what else is to be said of it, and how far it is from exact."""
 

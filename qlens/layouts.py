@@ -55,6 +55,8 @@ class Style:
             "classes": logits (B, V, T), all else (B, T).
         chunks: number of chunks of a list of logits, along the tokens; 0: no list. ``cut``: "chunk" or "tensor_split".
         container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
+        pairs: how a batch holds the texts of pairs: "halves", all chosen before all rejected; "alternate", each chosen text
+            before its rejected one; "": texts are given as they come.
     """
 
     shape: str = "rows"
@@ -74,6 +76,7 @@ class Style:
     chunks: int = 0
     cut: str = "chunk"
     container: str = ""
+    pairs: str = ""
 
     @property
     def laid_out(self) -> bool:
@@ -178,10 +181,19 @@ def batch_view(tokens: Tokens, layout: Layout, style: Style) -> View:
     logits = _noise(size, tokens).index_copy(0, place, tokens.logits).view(len(lengths), width, -1)
     labels = tokens.labels.new_full((size,), IGNORE).index_copy(0, place + 1, tokens.labels).view(-1, width)
     attention = (torch.arange(width, device=device) <= layout.before + lengths[:, None]).long()
-    texts = torch.arange(len(lengths), device=device)
-    texts = texts // layout.copies if layout.interleave else texts % (len(lengths) // layout.copies or 1)
+    texts = _originals(len(lengths), layout, style).to(device)
     ids = token_ids(13 * texts[:, None] + torch.arange(width, device=device), logits.shape[-1])
     return batch_of(logits, labels, tokens, place, attention, ids, style)
+
+
+def _originals(number: int, layout: Layout, style: Style) -> Int[Tensor, " B"]:
+    """The text that each text of a batch is a copy of."""
+    texts = torch.arange(number)
+    if not style.pairs:
+        return texts // layout.copies if layout.interleave else texts % (number // layout.copies or 1)
+    pairs = number // 2
+    pair, side = (texts % pairs, texts // pairs) if style.pairs == "halves" else (texts // 2, texts % 2)
+    return 2 * (pair // layout.copies if layout.interleave else pair % (pairs // layout.copies or 1)) + side
 
 
 def token_ids(numbers: Tensor, vocabulary: int) -> Tensor:
@@ -237,6 +249,10 @@ def arranged(value: Any, style: Style, wide: bool, listed: bool) -> Any:
 def sequences(tokens: Tokens, style: Style, layout: Layout) -> Int[Tensor, " N"]:
     """The sequence of every row: its own, or one for all, or four for a loss that compares rows of a batch."""
     n, device = len(tokens), tokens.logits.device
+    if style.pairs:
+        pairs, pair = tokens.require("pair").unique(return_inverse=True)
+        rejected = (~tokens.require("chosen")).long()
+        return rejected * len(pairs) + pair if style.pairs == "halves" else 2 * pair + rejected
     if layout.split:  # of lengths 1, 2, 4, ...
         return (torch.arange(n, device=device) + 1).log2().long()
     if tokens.sequence is not None:
@@ -264,7 +280,7 @@ def tiled(tokens: Tokens, layout: Layout) -> Tokens:
 def counts(tokens: Tokens, layout: Layout, style: Style, pairs: bool = False) -> Counts:
     """What a mean over these rows may divide by, in this layout."""
     many = tiled(tokens, layout)
-    if pairs:
+    if pairs or style.pairs:
         number = len(many.require("pair").unique())
         return Counts(number, number, number, number, 1, number)
     if not style.laid_out:

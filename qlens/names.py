@@ -108,6 +108,7 @@ FIELD = {
     "pair": "pair", "negatives": "negatives",
     "teacher model": "teacher",
     "reference model": "reference", "teacher outputs": "teacher", "reference outputs": "reference",
+    "sampling old": "old", "sampling old log probs": "old",
     "old log probs": "old", "reference log probs": "reference", "teacher log probs": "teacher", "teacher probs": "teacher",
     "chosen log probs": "pair", "rejected log probs": "pair", "reference chosen log probs": "reference",
     "reference rejected log probs": "reference",

@@ -10,16 +10,18 @@ from torch import Tensor
 from qlens.calling import call, on_view
 from qlens.divisors import REDUCTIONS
 from qlens.errors import InputError
-from qlens.layouts import Layout, Style, batch_view
+from qlens.guards import LossError
+from qlens.layouts import Layout, Style, batch_view, label_log_probs
 from qlens.leaves import StubParameter, leaves
 from qlens.names import FIELD, role_of
 from qlens.noticing import Seen, watched
 from qlens.reductions import ROUNDING, by_length, find_division, pairwise
 from qlens.results import loss_of
-from qlens.signature import Memo, inputs, name_of, seen_as
+from qlens.signature import Inputs, Memo, inputs, name_of, seen_as
+from qlens.standardising import standardised
 from qlens.styles import style_of
 from qlens.tokens import MODELS, Tokens
-from qlens.trying import TURNED, across, changed, few, grad_of
+from qlens.trying import ROWS, TURNED, across, changed, few, grad_of, many_texts
 from qlens.wording import described
 
 ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
@@ -55,7 +57,21 @@ def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
         tokens.logits.shape[1],
         tokens.logits.dtype,
     )
-    return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, few(tokens)))
+    return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, _some(fn, params, tokens)))
+
+
+def _some(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """A few of the tokens, with more than one advantage where they have several, in as many texts as the loss asks for."""
+    some, given = few(tokens), tokens.advantage
+    if given is not None and some.advantage is not None and not bool((some.advantage != some.advantage[0]).any()):
+        some = few(tokens[:ROWS])
+    try:
+        grad_of(fn, params, some)
+    except LossError:
+        return some if tokens.sequence is None else many_texts(tokens)
+    except InputError:
+        return some
+    return some
 
 
 def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
@@ -86,7 +102,13 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
             "It has a term of the model's own weights (a penalty on model.parameters(), say), which is no function of the "
             "logits: it is trained too, unseen here."
         ]
-    notes += _alike(wanted.required | wanted.optional, given)
+    roles = wanted.required | wanted.optional
+    if named := [name for name in given if (roles.get(name) or role_of(name)) == "advantage"]:
+        found = standardised(fn, params, tokens)
+        if found is not None:
+            notes += [f"Of {named[0]} it {found.said}: they are read as they are after that."]
+    notes += _alike(wanted.required | wanted.optional, given, tokens)
+    notes += _sampling_ratio(fn, params, tokens, style, base) if _samples(wanted) else []
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(described(style, seen_as(wanted), given), tuple(notes))  # rounding beside rounding says nothing
     if wanted.kind == "model":
@@ -98,9 +120,18 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     return Account(described(style, seen_as(wanted), given) + divides, tuple(notes))
 
 
-def _alike(roles: Mapping[str, str], filled: Mapping[str, str]) -> list[str]:
+def _alike(roles: Mapping[str, str], filled: Mapping[str, str], tokens: Tokens) -> list[str]:
     """Which arguments were given the values of one other model, so that what their difference does is not seen."""
     notes = []
+    for name in filled:
+        if roles.get(name, "").startswith("sampling"):
+            first = next(n for n in filled if n != name and roles.get(n) == roles[name].removeprefix("sampling "))
+            said = (
+                f"{first} is the old policy that ratios are taken to; {name} another one, that texts were sampled from"
+            )
+            same = "with the same values, so that a ratio of the two is 1 here: give tokens with second=..., near old"
+            apart = "halfway between the tokens' old and second, so that a ratio of the two is a factor of its own"
+            notes.append(f"{said}, {same if tokens.second is None else apart}.")
     for field in MODELS:
         names = [
             name
@@ -113,6 +144,27 @@ def _alike(roles: Mapping[str, str], filled: Mapping[str, str]) -> list[str]:
                 "their difference does to the gradient is not seen."
             )
     return notes
+
+
+def _samples(wanted: Inputs) -> bool:
+    return any(role.startswith("sampling") for role in (wanted.required | wanted.optional).values())
+
+
+def _sampling_ratio(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
+    """Whether the ratio of the label's probabilities under two old policies is a factor of the gradient, and its cap."""
+    if tokens.second is None:
+        return []
+    alike = grad_of(fn, params, tokens.replace(second=None), style)
+    there = alike.norm(dim=-1) > TURNED * float(alike.norm(dim=-1).max())
+    factor = ((base * alike).sum(-1) / alike.square().sum(-1))[there]
+    old, sampling = tokens.require("old"), (tokens.require("old") + tokens.second) / 2
+    ratio = (label_log_probs(old, tokens.labels) - label_log_probs(sampling, tokens.labels)).exp()[there]
+    cap = float(factor.max())
+    off = min(float((factor - wanted).abs().max() / cap) for wanted in (ratio, ratio.clamp(max=cap)))
+    if not bool(there.any()) or not off <= TURNED:
+        return []
+    capped = f", at most {cap:.4g}" if float(ratio.max()) > cap * (1 + TURNED) else ""
+    return [f"That ratio, p under the first over p under the second of the label, is a factor of its gradient{capped}."]
 
 
 def _leaf(tokens: Tokens) -> Tensor:
@@ -144,7 +196,7 @@ def _reduction(
         return "", []
     if found is None:
         return "; it returns one number, and no row tried taught it anything: whether that is a sum is not known", []
-    many = "pairs" if pairwise(fn) else "tokens"
+    many = "pairs" if pairwise(fn) or style.pairs else "tokens"
     what = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     what |= {"mean over all": "a mean over all positions, the unsupervised included"}
     what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
@@ -152,7 +204,7 @@ def _reduction(
     if found.note:
         return said, [found.note]
     alike = tokens.unweighted() if style.by_text else tokens  # dealt anew, a text would have another weight
-    if not style.laid_out or by_length([found.name], fn, params, alike, style):
+    if not style.laid_out or style.pairs or by_length([found.name], fn, params, alike, style):
         return said, []
     return said, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on its position or the "
@@ -245,7 +297,7 @@ def _turned(tokens: Tokens, field: str) -> Tokens | None:
 
 def _offsets(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> list[str]:
     """Labels further on, or back, that a row reacts to beside its own."""
-    if style.several:
+    if style.several or style.pairs:
         return []
     index = torch.arange(ORDER, device=tokens.logits.device) % len(tokens)
     text = tokens[index]
@@ -278,19 +330,30 @@ def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tu
     """The fields of which the loss is given one value for each text, that of its first token."""
     if tokens.sequence is None or not style_of(fn, params, tokens).by_text:
         return ()
-    style, wanted = style_of(fn, params, tokens), inputs(fn)
-    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
+    asked = _asked(fn, params, tokens)
     return tuple(name for name in ("advantage", "weight") if name in asked and getattr(tokens, name) is not None)
 
 
+def _asked(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> set[str | None]:
+    """The inputs that a loss takes, as parameters or as columns of its batch."""
+    style, wanted = style_of(fn, params, tokens), inputs(fn)
+    return {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
+
+
 def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
-    """The tokens with the values that the loss is given: its first token's for a whole text, where it takes one a text."""
-    if not (names := given_by_text(fn, params, tokens)):
-        return tokens
-    _, text = tokens.require("sequence").unique(return_inverse=True)
-    row = torch.arange(len(tokens), device=text.device)
-    first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
-    return tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+    """The tokens with the values that the loss is given: its first token's for a whole text, where it takes one a text.
+
+    Advantages that it standardises over its batch are standardised.
+    """
+    if names := given_by_text(fn, params, tokens):
+        _, text = tokens.require("sequence").unique(return_inverse=True)
+        row = torch.arange(len(tokens), device=text.device)
+        first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
+        tokens = tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+    if inputs(fn).kind != "tokens" and "advantage" in _asked(fn, params, tokens):
+        found = standardised(fn, params, tokens)
+        return tokens if found is None else tokens.replace(advantage=found.values)
+    return tokens
 
 
 def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
@@ -310,8 +373,7 @@ def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """
     wanted = inputs(fn)
     style = style_of(fn, params, tokens)
-    asked = {*wanted.required.values(), *wanted.optional.values(), *(role_of(name) for name in style.columns)}
-    if wanted.kind != "model" or "teacher" in asked:
+    if wanted.kind != "model" or "teacher" in _asked(fn, params, tokens):
         return tokens
     view = batch_view(tokens, Layout(), style)
     with watched(fn) as seen, torch.no_grad():

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from qlens.averages import averaged, draws, nearest_count
 from qlens.calling import inputs, takes
-from qlens.divisors import REDUCTIONS, UNUSUAL, Division, Divisor
+from qlens.divisors import KNOWN, OF_BATCH, REDUCTIONS, UNUSUAL, Division, Divisor
 from qlens.draws import Replay
 from qlens.errors import InputError, UnknownReduction
+from qlens.guards import LossError
 from qlens.layouts import Counts, Layout, Style, counts
+from qlens.names import role_of
 from qlens.styles import probes_like, style_of
 from qlens.tokens import Tokens, spread
 from qlens.trying import few, first_copy, grad_of, inputs_masked
@@ -57,7 +59,7 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
 
 def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str) -> Division | None:
     style = style_of(fn, params, tokens)
-    lit = next(_lit(fn, params, tokens, style), None)
+    lit = _readable(_lit(fn, params, tokens, style))
     if lit is None:
         return None
     shown, replay = lit[0], Replay(tokens.logits.device, fn)
@@ -82,6 +84,7 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     if found is not None and found.off > EXACT:  # a small second term may hide in what is taken for rounding
         return _two_terms(fn, params, shown, style, views[0], EXACT**2) or found
     found = found or _fitted(UNUSUAL, fn, params, shown, style, views)
+    found = found or _of_batch(fn, params, shown, style, views)
     found = found or _shifted(fn, shown, style, views[0])
     if found is None:  # copies may see each other: then the first may not see those after it
         views = list(_views(fn, params, shown, style, _replayed(first_copy, replay)))
@@ -89,6 +92,16 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     if found is None:
         raise UnknownReduction(_refusal(name, views[0]))
     return found
+
+
+def _readable(lit: Iterator[tuple[Tokens, Tensor]]) -> tuple[Tokens, Tensor] | None:
+    """The first whose gradient is finite, else the first of all."""
+    first = None
+    for some, base in lit:
+        if bool(base.isfinite().all()):
+            return some, base
+        first = first or (some, base)
+    return first
 
 
 def _replayed(read: Callable[..., Tensor], replay: Replay) -> Callable[..., Tensor]:
@@ -105,9 +118,12 @@ def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
     """A few rows that a loss learns from, with their gradient: of the tokens, else of the probes and trials."""
     from qlens.probes import trials
 
-    pairs = pairwise(fn)
+    pairs = pairwise(fn) or bool(style.pairs)
     some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
-    base = grad_of(fn, params, some, style)
+    try:
+        base = grad_of(fn, params, some, style)
+    except LossError:  # it may want whole groups of texts
+        some, base = tokens, grad_of(fn, params, tokens, style)
     if bool(base.any()):
         yield some, base
     if not pairs and len(tokens) > FOUND_ON:
@@ -163,8 +179,8 @@ def _fitted(
     if style.laid_out and takes(fn, "attention mask"):
         alike = _with_prompts(alike, known, fn, params, tokens, style)
     found = (alike or [best])[0]
-    if style.laid_out:  # of those that no such view tells apart, the one that holds for texts of other lengths
-        others = [] if known is UNUSUAL else list(UNUSUAL)
+    if style.laid_out and not style.pairs:  # of those no view tells apart, the one for texts of other lengths
+        others = list(UNUSUAL) if known is REDUCTIONS else []
         others = [
             name
             for name in others
@@ -172,7 +188,21 @@ def _fitted(
         ]
         if len(alike) + len(others) > 1:
             found = by_length([*alike, *others], fn, params, tokens, style) or found
-    return Division(found, (REDUCTIONS | UNUSUAL)[found], off=misfits[best])
+    return Division(found, KNOWN[found], off=misfits[best])
+
+
+def _of_batch(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, views: list[Shown]
+) -> Division | None:
+    """What a loss divides by beside a statistic of its batch, such as the standard deviation of rewards, which is kept."""
+    if not takes(fn, "advantage") and "advantage" not in map(role_of, style.columns):
+        return None
+    found = _fitted(OF_BATCH, fn, params, tokens, style, views)
+    if found is None:
+        return None
+    known, _, statistic = found.name.partition("; ")
+    note = f"A statistic of the batch is in its gradient, and is kept: {statistic}."
+    return Division(known, REDUCTIONS[known], note, found.off)
 
 
 def _with_prompts(
@@ -197,8 +227,7 @@ def by_length(alike: list[str], fn: Callable, params: Mapping[str, Any], tokens:
         shown = Shown(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
     except InputError:  # a loss of pairs, say, takes no texts in other numbers
         return ""
-    known = REDUCTIONS | UNUSUAL
-    off = {name: _misfit(_multiplied(known[name], fn, shown, tokens, style)) for name in alike if name in known}
+    off = {name: _misfit(_multiplied(KNOWN[name], fn, shown, tokens, style)) for name in alike if name in KNOWN}
     least = min(off.values(), default=ALIKE)
     return next((name for name in off if off[name] <= min(ALIKE, max(2 * least, ALIKE / 100))), "")
 
@@ -224,7 +253,7 @@ def _two_terms(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, shown: Shown, exact: float = EXACT
 ) -> Division | None:
     """Two terms that are divided by different counts; the division of the larger, and a sentence about both."""
-    if style.laid_out:  # texts of other lengths, in which rows, positions and texts are told apart
+    if style.laid_out and not style.pairs:  # texts of other lengths, in which rows, positions and texts are told apart
         layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
         try:
             base, dealt = (read(fn, params, tokens, style, layout) for layout in layouts)

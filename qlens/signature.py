@@ -102,6 +102,7 @@ def _inputs(fn: Callable) -> Inputs:
             roles[name] = role
     if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
         roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
+    _apart(roles)
     _by_place(params, bare, roles)
     if "labels" not in roles.values():  # f(logits, input_ids): a text is its own labels
         roles |= {name: "labels" for name, role in roles.items() if role == "input ids"}
@@ -136,6 +137,19 @@ _LEFT = (
     "position ids", "input ids", "texts", "dict",
 )  # fmt: skip
 """Inputs that keep their default where they have one: it is the way that a loss is called without a Trainer."""
+
+
+def _apart(roles: dict[str, str]) -> None:
+    """Of two inputs that come from an old policy, the one that is not what ratios are taken to is another policy's.
+
+    A proximal policy is what they are taken to; otherwise it is the one that is not named after the sampler.
+    """
+    for role in ("old", "old log probs"):
+        names = [name for name in roles if roles[name] == role]
+        if len(names) == 2:
+            near = [name for name in names if re.search("prox", name.lower())]
+            near = near or [name for name in names if not re.search("rollout|sampl|behav|infer", name.lower())]
+            roles[next(name for name in reversed(names) if name != (near or names)[0])] = f"sampling {role}"
 
 
 def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: dict[str, str]) -> None:

@@ -16,11 +16,12 @@ from qlens.guards import EndedError, LossError, depth, file_of
 from qlens.layouts import Style
 from qlens.names import FIELD, role_of
 from qlens.noticing import watched
+from qlens.pairing import paired, pairing
 from qlens.results import loss_of
 from qlens.signature import Memo, inputs, name_of, seen_as, signature
 from qlens.tokens import Tokens
 from qlens.trial_tokens import trial_rows
-from qlens.trying import AS_GIVEN, Trial, attempt, attempt_at_widths, changed, few, grad_of
+from qlens.trying import AS_GIVEN, ROWS, Trial, attempt, attempt_at_widths, changed, few, grad_of, many_texts
 from qlens.wording import described
 
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
@@ -129,13 +130,18 @@ def probes_like(tokens: Tokens) -> Tokens | None:
 
 
 def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
-    """What speaks for the best style.
+    """What speaks for the best style; of a loss that takes pairs by their places in a batch, one that lays them out so.
 
     Raises:
         InputError: it cannot be called in any.
     """
     tried: list[Trial] = []
     failures: list[tuple[InputError, Style]] = []
+    if tokens.pair is not None and tokens.chosen is not None and (how := pairing(fn, params)):
+        _try_all(fn, params, tokens, paired(fn, how), tried, failures)
+        if any(trial.lit for trial in tried):
+            return max(tried, key=_speaks)
+        tried.clear()
     listed = candidates.takes_chunks(fn)
     if listed:
         _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
@@ -157,15 +163,20 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not any(trial.lit for trial in tried) and tokens.sequence is None:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [attempt(fn, params, tokens, style) for style in several]
+    if not tried and tokens.sequence is not None and len(tokens.sequence.unique()) < ROWS:  # it may compare groups
+        with contextlib.suppress(InputError):
+            return _best(fn, params, many_texts(tokens))
     if not tried:
         raise _of_another_size(fn, params, tokens, _likeliest(fn, failures))
 
-    def speaks(trial: Trial) -> tuple:
-        usual = trial.full or trial.style.order == "texts"
-        own = trial.style.fields != "column"
-        return trial.lit > 0, not trial.mislaid, trial.reacts, not trial.flattened, own, usual, trial.lit, trial.graph
+    return max(tried, key=_speaks)  # the first of equals
 
-    return max(tried, key=speaks)  # the first of equals
+
+def _speaks(trial: Trial) -> tuple:
+    """What speaks for a style, the weightiest first."""
+    usual = trial.full or trial.style.order == "texts"
+    own = trial.style.fields != "column"
+    return trial.lit > 0, not trial.mislaid, trial.reacts, not trial.flattened, own, usual, trial.lit, trial.graph
 
 
 def _try_all(

@@ -236,3 +236,11 @@ def few(tokens: Tokens) -> Tokens:
     second = torch.arange(rows, device=index.device) >= rows // 2 - 1
     given = {"sequence": second.long(), "pair": torch.zeros_like(index), "chosen": ~second}
     return some.replace(**{name: value for name, value in given.items() if getattr(tokens, name) is not None})
+
+
+def many_texts(tokens: Tokens) -> Tokens:
+    """Sixteen rows in eight sequences, for a loss that compares groups of texts; every other one is chosen, of four pairs."""
+    rows = torch.arange(2 * ROWS, device=tokens.logits.device)
+    some, text = tokens[rows % len(tokens)], rows // 2
+    given = {"sequence": text, "pair": text // 2, "chosen": text % 2 == 0}
+    return some.replace(**{name: value for name, value in given.items() if getattr(tokens, name) is not None})

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens import adapters, calling, params, styles, trying
+from qlens import adapters, calling, pairing, params, styles, trying
 from qlens.declarations import OF_PARAMETERS, check_function, declared
 from qlens.draws import Replay
 from qlens.errors import InputError
@@ -130,6 +130,11 @@ class Variant:
         return self._declared("scope") or "token"
 
     needs = property(lambda self: self._declared("needs"), doc="Fields of Tokens it needs beside logits and labels.")
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether it compares the chosen text of a pair with the rejected one: as declared, or seen in how it takes batches."""
+        return "pair" in self.needs or bool(self.derived and pairing.pairing(self.method.fn, self.params))
 
     @property
     def structure(self) -> Structure:

@@ -13,6 +13,12 @@ CONTAINERS = {
 }
 """What is said of the container of labels, outputs or inputs, by container and kind of loss."""
 
+PAIRS = {
+    "halves": "a batch of pairs: the chosen texts are its first half, the rejected ones its second, in the same order",
+    "alternate": "a batch of pairs: each chosen text is followed by its rejected one",
+}
+"""What is said of the order of the texts in a batch of pairs."""
+
 
 def described(style: Style, kind: str, given: dict[str, Any]) -> str:
     """The sentence that says how a loss was called."""
@@ -32,6 +38,8 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
         first = "log-probabilities summed over the chosen and the rejected sequence of each pair, (P,)"
     elif kind == "log probs":
         first = f"log-probabilities of the labels, {'(B, T)' if style.laid_out else '(N,)'}"
+        if style.pairs and not style.laid_out:
+            first = "log-probabilities summed over each text, (2P,)"
     first = first.replace("logits", "outputs.logits", 1) if style.boxed else first
     if style.order == "classes":
         first = first.replace("(B, T, V)", "(B, V, T)")
@@ -49,6 +57,8 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
         )
     first = first.replace(" with -100", "") if style.clean else first
     first += CONTAINERS.get((style.container, kind), CONTAINERS.get((style.container, ""), ""))
+    if style.pairs:
+        first += f", {PAIRS[style.pairs]}"
     if style.ids:
         first += ", which it takes from input_ids"
     more = "; ".join(f"{name}: {what}" for name, what in given.items())

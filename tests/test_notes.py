@@ -79,7 +79,7 @@ def test_passes_heads_hidden_states_and_further_labels_are_noticed():
     assert implied(two_ahead).q.isfinite().all()
 
 
-def test_two_inputs_with_one_filling_are_named():
+def test_two_old_policies_are_named():
     def truncated(logprobs, old_logprobs, rollout_logprobs, advantages):
         weight = (old_logprobs - rollout_logprobs).exp().clamp(max=2.0).detach()
         return -(weight * (logprobs - old_logprobs).exp() * advantages).mean()
@@ -87,9 +87,9 @@ def test_two_inputs_with_one_filling_are_named():
     def plain(logprobs, old_logprobs, advantages):
         return -((logprobs - old_logprobs).exp() * advantages).mean()
 
-    said = "old_logprobs and rollout_logprobs are given the same values"
+    said = "old_logprobs is the old policy that ratios are taken to; rollout_logprobs another one"
     assert any(said in note for note in qlens.explain(truncated).notes)
-    assert not any("the same values" in note for note in qlens.explain(plain).notes)
+    assert not any("old policy" in note for note in qlens.explain(plain).notes)
 
 
 def test_an_input_without_effect_is_named():

@@ -26,7 +26,7 @@ TURNS = 0.1  # of the largest gradient: no common factor
 @rule("the same text trains at another rate in a longer batch: the loss adds up means of chunks, or divides twice")
 def row_count(loss: Specimen) -> str:
     """With more rows, a sum stays a sum and a mean stays a mean."""
-    if loss.scope in ("batch", "pair") and not loss.laid_out:
+    if loss.variant.compares_pairs or (loss.scope in ("batch", "pair") and not loss.laid_out):
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     most = ENTRIES // (SHOWN * loss.vocabulary)
     copies = [m for m in COPIES if m <= most] or [2]
@@ -47,6 +47,8 @@ def row_count(loss: Specimen) -> str:
         abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
     ):  # a text has one position more than it has predicted labels
         found = "a mean over positions, whatever the number of rows"
+    elif (statistic := _sample(factors, copies)) is not None:
+        raise Remark(f"a mean, times what {statistic} makes of it: with {sizes[-1]} rows {factors[-1]:.4g}")
     elif (power := _power(factors, copies)) is not None:
         raise Remark(
             f"between a mean and a sum: with m times as many rows in a text their gradient is m^{power:.3g} times as large"
@@ -67,6 +69,19 @@ def row_count(loss: Specimen) -> str:
             f"that of {SHOWN} rows{last}"
         )
     return f"{found}: {SHOWN} to {sizes[-1]} rows tried"
+
+
+def _sample(factors: list[float], copies: list[int]) -> str | None:
+    """The statistic of a few values of the batch that makes these factors of a mean, in words; None where none does."""
+    for root, said in (
+        (0.5, "the standard deviation (of a sample) of {} values"),
+        (-1, "a comparison of {} with each other"),
+    ):
+        for values in range(2, SHOWN + 1):
+            wanted = [((m * values - 1) / (m * (values - 1))) ** root for m in copies]
+            if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, wanted, strict=True)):
+                return said.format(values)
+    return None
 
 
 @rule(

@@ -15,6 +15,7 @@ from qlens.conformance.wrapping import Around, altering, as_it_is, each_tensor
 from qlens.errors import InputError
 from qlens.names import STUDENT
 from qlens.tokens import MODELS, Tokens
+from qlens.trainers import Companion
 
 FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them
 LEFT = (
@@ -138,9 +139,12 @@ def _effect(readings: Iterator, base: Reading) -> str:
 
 
 def _others(value: Any, vocabulary: int) -> Iterator[Any]:
-    """Other values of an argument: a tensor, or a mapping of tensors."""
+    """Other values of an argument: a tensor, a mapping of tensors, or another model."""
     if isinstance(value, Mapping | list | tuple):
         yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
+    if isinstance(value, Companion) and value.logits is not None:
+        for other in _others(value.logits, vocabulary):
+            yield Companion(value.field, other)
     if not isinstance(value, Tensor):
         return
     draw = torch.Generator().manual_seed(17)

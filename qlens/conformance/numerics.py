@@ -33,10 +33,12 @@ def float32(loss: Specimen) -> str:
     if off > tolerance:
         raise Failed(f"off by {off:.2g} of the largest gradient in float64, where {tolerance:g} is rounding")
     if loss.digits in COARSE:
-        raise Remark(
-            f"it computes in {_named(loss.digits)}, whatever it is given: within {off:.0e} of the largest "
-            f"gradient in float64{remark}"
+        near = (
+            f"within {off:.0e} of the largest gradient in float64"
+            if off
+            else "the same gradient in float32 and float64"
         )
+        raise Remark(f"it computes in {_named(loss.digits)}, whatever it is given: {near}{remark}")
     return (f"within {off:.0e} of the largest gradient in float64" if off else "as in float64") + remark
 
 
@@ -47,7 +49,8 @@ def bfloat16(loss: Specimen) -> str:
     against = str(loss.dtype).removeprefix("torch.")
     if off > tolerance:
         raise Failed(f"off by {off:.2g} of the largest gradient in {against}, where {tolerance:g} is rounding")
-    return f"finite, within {off:.0e} of the largest gradient in {against} (allowed: {tolerance:g}){remark}"
+    near = f"within {off:.0e} of the largest gradient in {against} (allowed: {tolerance:g})"
+    return f"finite, {near if off else f'the same as in {against}'}{remark}"
 
 
 @rule("a masked or padded vocabulary turns the loss NaN", compares=False)

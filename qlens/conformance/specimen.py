@@ -69,7 +69,7 @@ class Specimen:
         self.fn, self.params = (variant.method.fn, variant.params) if variant.derived else (variant.loss, {})
         self.takes: Inputs = inputs(self.fn)
         self.kind = self.takes.kind
-        groups = [name for name in ("pair", "sequence") if name in variant.needs]
+        groups = ["pair"] if variant.compares_pairs else [] if "sequence" not in variant.needs else ["sequence"]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
         self.prompts = True
         self._made: dict[tuple, Any] = {}

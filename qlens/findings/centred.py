@@ -52,7 +52,7 @@ class Centred:
 
 def centred(variant: Variant, shown: Reading, trial: Reading | None) -> Centred | None:
     """The mean and spread of cross-entropies whose gradient a loss has in every batch, or None."""
-    if "pair" in variant.needs:
+    if variant.compares_pairs:
         return None
     batches: list[tuple[Tokens, Tensor]] = [(shown.given, shown.grad)]
     batches += [(tokens, gradient(variant.loss, tokens).double()) for tokens, _ in other_batches(variant, shown, trial)]

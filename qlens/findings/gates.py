@@ -80,7 +80,7 @@ def batch_gate(
         trial: its gradient on the wider trial tokens.
         near: the methods nearest to it.
     """
-    if "pair" in variant.needs:
+    if variant.compares_pairs:
         return None
     batches = [_Batch(shown.tokens, shown.grad, shown.noise)]
     for tokens, _ in other_batches(variant, shown, trial):

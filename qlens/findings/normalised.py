@@ -13,6 +13,7 @@ from qlens.findings.fits import pushes_only
 from qlens.findings.noise import Noise, rounding
 from qlens.findings.reading import Reading
 from qlens.lens import gradient
+from qlens.notes import as_given
 from qlens.registry import Variant, get
 from qlens.tokens import Tokens
 
@@ -118,6 +119,12 @@ def _order(one: Normalised) -> tuple:
 
 
 def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
+    """The batches of ``_other_batches``, with advantages that a loss standardises itself standardised over each."""
+    for tokens, rows in _other_batches(variant, shown, trial):
+        yield as_given(variant.method.fn, variant.params, tokens) if variant.derived else tokens, rows
+
+
+def _other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
     """Batches of other tokens: the trial tokens, some of those shown, and those of low label probability; and their places
     among those shown, None of the trial tokens.
     """
@@ -128,7 +135,7 @@ def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> It
     some = torch.arange(len(p), device=p.device) % 3 > 0 if ids is None else ids < (ids.min() + ids.max() + 1) // 2
     if 1 < int(some.sum()) < len(p):
         yield tokens[some], some.nonzero()[:, 0]
-    if "pair" in variant.needs:
+    if variant.compares_pairs:
         return
     ends = (p < 1e-3) | (p > 0.9)
     for rows in (p < LOW, p >= LOW, ends, (p > 0.05) & (p < LOW), torch.arange(len(p), device=p.device) % 5 == 1):

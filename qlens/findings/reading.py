@@ -131,7 +131,7 @@ def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant
         tokens: where it is going to be read; None for the probes.
     """
     at = probes() if tokens is None else tokens
-    if len(at) > FEW and "pair" not in variant.needs:
+    if len(at) > FEW and not variant.compares_pairs:
         at = at[spread(len(at), FEW).to(at.logits.device)]
     try:
         gradient(variant.loss, fed(at, variant))

@@ -184,7 +184,7 @@ class Study(Naming):
 
     def label_ids(self) -> LabelWeights | None:
         """Whether label ids count, for every id of the trial tokens and for those among one's own labels."""
-        if "pair" in self.variant.needs or self.in_place:
+        if self.variant.compares_pairs or self.in_place:
             return None
         found = self._ids_at(self.base, range(min(self.base.given.logits.shape[1], 160)))
         if found is None and not (self.e.on_probes or self.own_spec) and self.trial is not None:
@@ -207,7 +207,7 @@ class Study(Naming):
         if (
             "position" not in reach.through
             or set(reach.through) - {"position", "number"}
-            or "pair" in self.variant.needs
+            or self.variant.compares_pairs
         ):
             return None
         found, self.unweighted = unweighted(
