@@ -74,8 +74,11 @@ class Fit:
 
     def cost(self, given: dict[str, Any]) -> float:
         """The root mean square of what is left, relative to the gradient."""
-        off = self.off(given)
-        return float("inf") if off is None else float(np.sqrt((off**2).sum()))
+        try:
+            variant = self.method.variant(**given)
+        except InputError:  # out of its range
+            return float("inf")
+        return self.size(matching.taught(variant, self.tokens))
 
     def size(self, made: Tensor | None) -> float:
         """The same beside a gradient that is there already."""
@@ -217,6 +220,23 @@ class Fit:
                 self.take(self.params | {name: other})
 
 
+class ThresholdFit(Fit):
+    """One method beside a gradient that it has on most tokens: what counts is on how many, not by how much it is off.
+
+    A token on the wrong side of a clip may be off by a thousand times its gradient; least squares would follow it.
+    """
+
+    def size(self, made: Tensor | None) -> float:
+        """The root mean square over tokens of the distance at the factor that most tokens have, no token counted above 1."""
+        if made is None:
+            return float("inf")
+        made = made.double()
+        factor, _, _ = matching.agreement(self.g, made, self.noise)
+        larger = self.g.norm(dim=-1).maximum(abs(factor) * made.norm(dim=-1)) + self.noise.rows / TOLERANCE
+        off = (self.g - factor * made).norm(dim=-1) / larger.clamp(min=1e-300)
+        return float(off.clamp(max=1.0).square().mean().sqrt())
+
+
 def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
     made = dict(start)
     for (name, i), value in zip(free, x.tolist(), strict=True):
@@ -245,6 +265,8 @@ def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[An
         return [*near, *WHOLE]
     if isinstance(value, float):
         return [*near, *NUMBERS, *numbers, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
+    if value is None and any(isinstance(one, float) for one in near):  # off, but it may be a number
+        return [*near, *NUMBERS, *numbers]
     if isinstance(value, tuple):
         return [
             tuple(n if j == i else v for j, v in enumerate(value))

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens import matching
-from qlens.findings.fits import ROUNDS, Fit, pushes_only
+from qlens.findings.fits import ROUNDS, Fit, ThresholdFit, pushes_only
 from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import Match
 from qlens.registry import get, methods
@@ -66,7 +66,7 @@ def refined(
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
         return None
-    fit = Fit(variant.method, grad, tokens.with_precision(torch.float64), noise)
+    fit = ThresholdFit(variant.method, grad, tokens.with_precision(torch.float64), noise)
     fit.params, fit.numbers = dict(variant.params), numbers
     fit.best = fit.cost(fit.params)
     for _ in range(ROUNDS):

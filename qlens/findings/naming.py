@@ -1,6 +1,6 @@
 """Naming: the registered methods that have the gradient of a loss, nearest first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -58,15 +58,14 @@ class Naming:
             likely = ([partly.spec] if partly is not None else []) + [
                 match.spec for match in near if match.share > HALF
             ]
-            tried = (
-                identify.refined(s, some.grad, some.tokens, some.noise, self.numbers)
-                for s in list(dict.fromkeys(likely))[:REFINED]
-            )
-            if found := next((match for match in tried if match is not None), None):
+            if found := self.refined(likely, some):
                 return self.settled([found, *near], seen, trial, changed, alone), None, None
         if not (none or self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
             fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
+            # the few tokens leave a threshold open: it is fitted on all, from where the other numbers are right
+            if alone and fits and not near[0].same and (found := self.refined([fit.spec for fit in fits], some)):
+                near = [found, *near]
             if alone and fits and not near[0].same:
                 partly = nearly(some, self.variant.loss, [fit.spec for fit in fits], further) or partly
         near = self.settled(near, seen, trial, changed, alone)
@@ -76,6 +75,14 @@ class Naming:
         if (near and near[0].same) or (partly is not None and not partly.telling):
             partly = None
         return near, partly, normal
+
+    def refined(self, specs: Sequence[str], some: Reading) -> matching.Match | None:
+        """The first of some methods that has the gradient on all tokens once its parameters are fitted there, or None."""
+        tried = (
+            identify.refined(spec, some.grad, some.tokens, some.noise, self.numbers)
+            for spec in list(dict.fromkeys(specs))[:REFINED]
+        )
+        return next((match for match in tried if match is not None), None)
 
     def settled(
         self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, alone: bool
