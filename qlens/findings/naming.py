@@ -14,6 +14,7 @@ from qlens.findings.nearly import Nearly, gate, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.normalised import Normalised, elsewhere
 from qlens.findings.reading import Reading, on_trials
+from qlens.findings.sums import TwoTerms, two_terms
 from qlens.findings.vocabulary import EQUAL, VocabularyFactor
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
@@ -37,6 +38,7 @@ class Naming:
     by_vocabulary: list[VocabularyFactor]
     same_size: Reading | str | None
     numbers: tuple[float, ...]
+    sum_of: TwoTerms | None = None  # the two terms that add up to a loss which no one method is
 
     def identified(
         self, seen: Reading, trial: Reading | None, changed: bool, alone: bool, none: bool
@@ -72,7 +74,12 @@ class Naming:
         normal = None
         if not (alone or self.own_spec or changed):
             near, normal = elsewhere(near, self.variant, seen, trial)
-        if (near and near[0].same) or (partly is not None and not partly.telling):
+        named = bool(near and near[0].same)
+        if not (none or self.own_spec or normal or (named and not near[0].odd)) and (alone or further is not None):
+            self.sum_of = two_terms(few, [some] if further is None else [some, further])
+            if named and self.sum_of is not None and self.sum_of.odd:
+                self.sum_of = None
+        if named or self.sum_of is not None or (partly is not None and not partly.telling):
             partly = None
         return near, partly, normal
 
