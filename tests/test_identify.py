@@ -25,6 +25,8 @@ T = probes()
         "asft_anchored(weight=0.4, direction='reverse')",
         "gift(beta=1.5)",
         "topk_kd(k=5, tail='renorm')",
+        "topk_kd(k=1, tail='renorm')",
+        "topk_kd(k=2)",
         "dpo(beta=0.35)",
         "mile(gamma=2.5)",
     ],

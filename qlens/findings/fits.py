@@ -33,14 +33,16 @@ FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitte
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 
 
-def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> bool:
+def pushes_only(
+    grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
+) -> bool:
     """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
     tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
     push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
     off = (grad - push * along).norm(dim=-1)
-    return bool((off <= TOLERANCE * grad.norm(dim=-1) + noise.rows).all())
+    return bool((off <= tolerance * grad.norm(dim=-1) + noise.rows).all())
 
 
 class Fit:
@@ -85,21 +87,33 @@ class Fit:
         return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
 
     def glance(self) -> None:
-        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest."""
-        for start in self.choices():
+        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest; every
+        whole number over its grid, at every choice.
+        """
+        found = []
+        for start in self.choices()[:CHOICES]:
             self.best, self.params = start
             self.polish()
+            found.append((self.best, self.params))
             if self.best <= TOLERANCE:
                 return
+        whole = [name for name, value in self.params.items() if type(value) is int]
+        for start in self.choices() if whole else ():
+            self.best, self.params = start
+            self.scan(whole)
+            found.append((self.best, self.params))
+            if self.best <= TOLERANCE:
+                return
+        self.best, self.params = min(found, key=lambda one: one[0], default=(self.best, self.params))
 
     def choices(self) -> list[tuple[float, dict[str, Any]]]:
-        """The best start for the defaults of whatever is no number, and for the choices that come nearest."""
+        """The best start for the defaults of whatever is no number, and for every choice, the nearest first."""
         plain, made = params.defaults(self.method.fn), {}
         for best, given in self.starts:
             others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
             made.setdefault(others, (best, given))
         rank = sorted(made, key=lambda others: (len(others) > 0, made[others][0]))
-        return [made[others] for others in rank[:CHOICES] if np.isfinite(made[others][0])]
+        return [made[others] for others in rank if np.isfinite(made[others][0])]
 
     def search(self) -> bool:
         """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""

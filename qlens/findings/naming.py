@@ -63,13 +63,14 @@ class Naming:
             if found := self.refined(likely, some):
                 return self.settled([found, *near], seen, trial, changed, alone), None, None
         if not (none or self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
-            fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
+            fits, close = identify.searched(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
             # the few tokens leave a threshold open: it is fitted on all, from where the other numbers are right
             if alone and fits and not near[0].same and (found := self.refined([fit.spec for fit in fits], some)):
                 near = [found, *near]
-            if alone and fits and not near[0].same:
-                partly = nearly(some, self.variant.loss, [fit.spec for fit in fits], further) or partly
+            close = [fit.spec for fit in fits] + close
+            if alone and close and not near[0].same:
+                partly = nearly(some, self.variant.loss, close, further) or partly
         near = self.settled(near, seen, trial, changed, alone)
         normal = None
         if not (alone or self.own_spec or changed):
