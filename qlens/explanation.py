@@ -24,6 +24,7 @@ from qlens.findings.nearly import Nearly
 from qlens.findings.normalised import Normalised
 from qlens.findings.positions import PositionWeights
 from qlens.findings.scope import Scope
+from qlens.findings.sums import TwoTerms
 from qlens.findings.vocabulary import VocabularyFactor
 from qlens.guards import first_line, quiet
 from qlens.probes import shapes
@@ -72,6 +73,7 @@ class Explanation:
         position_weights: how it weighs tokens by their place, where it does.
         centred: the mean and spread of cross-entropies that it is, where it is.
         gate: which tokens of a batch count by how they compare with the rest of it, where some do.
+        two_terms: the two terms that add up to it, where it is no registered method.
     """
 
     variant: Variant
@@ -106,6 +108,7 @@ class Explanation:
     position_weights: PositionWeights | None = None
     gate: BatchGate | None = None
     centred: Centred | None = None
+    two_terms: TwoTerms | None = None
 
     @property
     def spec(self) -> str:
@@ -241,6 +244,7 @@ class Explanation:
             "position_weights": self.position_weights and vars(self.position_weights),
             "gate": self.gate and vars(self.gate),
             "centred": self.centred and vars(self.centred),
+            "two_terms": self.two_terms and vars(self.two_terms),
             "nearly": self.nearly and vars(self.nearly),
             "by_vocabulary": self.by_vocabulary and vars(self.by_vocabulary),
             "whole": self.whole,

@@ -49,6 +49,12 @@ class Match:
         """Whether it is the gradient, up to a factor."""
         return self.relation in RELATIONS[:2]
 
+    @property
+    def odd(self) -> bool:
+        """Whether a number of it has more digits than somebody would have written."""
+        parts = [self.factor, *(part for _, value in _changed(self.spec) for part in _parts(value))]
+        return max(map(digits, parts)) > SHORT
+
     def __str__(self) -> str:
         if self.relation == "identical":
             return f"{self.spec}: the same gradient"
@@ -141,7 +147,7 @@ def order(match: Match) -> tuple:
     """
     variant = get(match.spec)
     given = [value for _, value in _changed(match.spec)]
-    simple = sum(1 + 0.1 * (max(map(_digits, _parts(value)), default=1) - 1) for value in given) + _clumsy(match.factor)
+    simple = sum(1 + 0.1 * (max(map(digits, _parts(value)), default=1) - 1) for value in given) + clumsy(match.factor)
     ties = len(variant.needs), variant.method.on_model is not None, len(match.spec)
     relation, angle = max(RELATIONS.index(match.relation), 1), round(match.angle, 3)
     return (relation, round(simple, 6), *ties) if relation == 1 else (relation, angle, round(simple, 6), *ties)
@@ -172,7 +178,7 @@ def agreement(
 
 def written(value: float, spread: float) -> float:
     """The shortest number within a relative distance: what somebody may have written."""
-    tried = (float(f"{value:.{digits}g}") for digits in range(1, 12))
+    tried = (float(f"{value:.{count}g}") for count in range(1, 12))
     return next((near for near in tried if abs(near - value) <= spread * abs(value)), value)
 
 
@@ -214,13 +220,13 @@ def _parts(value: Any) -> Iterator[float]:
             yield part
 
 
-def _digits(value: float) -> int:
+def digits(value: float) -> int:
     """Significant digits of a number as it is written."""
     return len(f"{abs(value):.12g}".partition("e")[0].replace(".", "").strip("0")) or 1
 
 
-def _clumsy(factor: float) -> float:
+def clumsy(factor: float) -> float:
     """How much a factor takes from simplicity: nothing where it is 1, less than a parameter where it is short."""
-    digits = _digits(factor)
-    short = 0.3 + 0.05 * digits if digits <= SHORT else 1.2 + 0.01 * digits
+    number = digits(factor)
+    short = 0.3 + 0.05 * number if number <= SHORT else 1.2 + 0.01 * number
     return (0.0 if abs(factor) == 1 else short) + (0.3 if factor < 0 else 0.0)

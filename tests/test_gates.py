@@ -104,5 +104,5 @@ def test_flooding_is_said_in_one_line():
         return (nll(logits, labels).mean() - 0.5).abs() + 0.5
 
     e = qlens.explain(flooded)
-    assert e.summary.startswith("This is sft times 1 while the batch's mean loss is above a level between ")
+    assert e.summary.startswith("This is sft times 1 while the batch's mean loss is above 0.5, times -1 below it")
     assert "times -1 below it, flooding." in e.summary and "so far" not in e.summary

@@ -25,6 +25,8 @@ T = probes()
         "asft_anchored(weight=0.4, direction='reverse')",
         "gift(beta=1.5)",
         "topk_kd(k=5, tail='renorm')",
+        "topk_kd(k=1, tail='renorm')",
+        "topk_kd(k=2)",
         "dpo(beta=0.35)",
         "mile(gamma=2.5)",
     ],
@@ -81,6 +83,9 @@ def test_clips_beyond_the_defaults_are_found_on_the_trial_tokens():
         ("grpo(objective='cispo')", "grpo(objective='cispo', eps_high=1.28)"),
         ("ppo_clip", "ppo_clip(dual=3.0)"),
         ("ppo_clip", "ppo_clip(eps_low=0.3, eps_high=0.4)"),
+        # beyond the clip only the small penalty is left: there the wrong clip is off by a thousand times the gradient
+        ("grpo(eps_high=0.3, weight=0.001)", "grpo(eps_high=0.28, weight=0.001)"),
+        ("grpo(weight=0.0001)", "grpo(eps_low=0.3, eps_high=0.4, weight=0.0001)"),
     ):
         grad = qlens.get(wanted).target(tokens).grad
         got = refined(near, grad, tokens, rounding(grad, tokens))

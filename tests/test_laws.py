@@ -201,3 +201,12 @@ def test_laws_of_the_largest_probabilities():
     for formula, pull in of.items():
         found = law(pull, tokens)
         assert found is not None and found.formula == formula, (formula, found)
+
+
+def test_no_end_of_a_law_lies_where_rounding_hides_the_pull():
+    tokens = probes(torch.float64)
+    p = tokens.label_probs
+    noise = torch.full_like(p, 5e-7)  # a pull of 1 does not show at p_y = 1 - 1e-6
+    found = law((p >= 0.1).double(), tokens, noise=noise)
+    assert found is not None and "1 - " not in found.formula and "high" not in found.values, found
+    assert found.formula.startswith("1 where p_y >= "), found.formula

@@ -161,3 +161,13 @@ def test_a_gate_is_the_method_it_is_where_it_is_on():
         known = law(pull, seen.tokens, noise=seen.noise.rows)
         got = gate(seen, variant.loss, known)
         assert got.spec == spec and got.why.startswith(f"it is that method {rule}"), str(got)
+
+
+def test_a_clamp_on_probabilities_leaves_a_method_nearly_that():
+    def clamped(pred, labels):
+        p = pred.softmax(-1).clamp(1e-7, 1.0)
+        one_hot = torch.nn.functional.one_hot(labels, pred.shape[1]).to(p).clamp(1e-4, 1.0)
+        return 0.1 * torch.nn.functional.cross_entropy(pred, labels) - (p * one_hot.log()).sum(-1).mean()
+
+    e = qlens.explain(clamped)
+    assert e.summary.startswith("This is sce(log_zero=-9.21), up to "), e.summary

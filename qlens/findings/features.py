@@ -21,17 +21,21 @@ class Seen:
     tokens: Tokens
     noise: Tensor | float
 
-    def known(self) -> "Seen":
-        """Where the pull is known."""
-        rows = ~self.pull.isnan()
+    def __getitem__(self, rows: Tensor) -> "Seen":
+        """At some of the tokens."""
         noise = self.noise[rows] if isinstance(self.noise, Tensor) else self.noise
         return Seen(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
+
+    def known(self) -> "Seen":
+        """Where the pull is known."""
+        return self[~self.pull.isnan()]
 
 
 class Features:
     """What a law may be written in, at every token of one or more readings, as numpy arrays."""
 
     def __init__(self, seen: Sequence[Seen], tolerance: float):
+        self.seen = seen
         self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in seen})
         with torch.no_grad():
             parts = [_arrays(one, place) for place, one in enumerate(seen)]

@@ -33,14 +33,16 @@ FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitte
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 
 
-def pushes_only(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> bool:
+def pushes_only(
+    grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
+) -> bool:
     """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
     tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
     push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
     off = (grad - push * along).norm(dim=-1)
-    return bool((off <= TOLERANCE * grad.norm(dim=-1) + noise.rows).all())
+    return bool((off <= tolerance * grad.norm(dim=-1) + noise.rows).all())
 
 
 class Fit:
@@ -74,29 +76,44 @@ class Fit:
 
     def cost(self, given: dict[str, Any]) -> float:
         """The root mean square of what is left, relative to the gradient."""
-        off = self.off(given)
-        return float("inf") if off is None else float(np.sqrt((off**2).sum()))
+        try:
+            variant = self.method.variant(**given)
+        except InputError:  # out of its range
+            return float("inf")
+        return self.size(matching.taught(variant, self.tokens))
 
     def size(self, made: Tensor | None) -> float:
         """The same beside a gradient that is there already."""
         return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
 
     def glance(self) -> None:
-        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest."""
-        for start in self.choices():
+        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest; every
+        whole number over its grid, at every choice.
+        """
+        found = []
+        for start in self.choices()[:CHOICES]:
             self.best, self.params = start
             self.polish()
+            found.append((self.best, self.params))
             if self.best <= TOLERANCE:
                 return
+        whole = [name for name, value in self.params.items() if type(value) is int]
+        for start in self.choices() if whole else ():
+            self.best, self.params = start
+            self.scan(whole)
+            found.append((self.best, self.params))
+            if self.best <= TOLERANCE:
+                return
+        self.best, self.params = min(found, key=lambda one: one[0], default=(self.best, self.params))
 
     def choices(self) -> list[tuple[float, dict[str, Any]]]:
-        """The best start for the defaults of whatever is no number, and for the choices that come nearest."""
+        """The best start for the defaults of whatever is no number, and for every choice, the nearest first."""
         plain, made = params.defaults(self.method.fn), {}
         for best, given in self.starts:
             others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
             made.setdefault(others, (best, given))
         rank = sorted(made, key=lambda others: (len(others) > 0, made[others][0]))
-        return [made[others] for others in rank[:CHOICES] if np.isfinite(made[others][0])]
+        return [made[others] for others in rank if np.isfinite(made[others][0])]
 
     def search(self) -> bool:
         """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""
@@ -217,6 +234,23 @@ class Fit:
                 self.take(self.params | {name: other})
 
 
+class ThresholdFit(Fit):
+    """One method beside a gradient that it has on most tokens: what counts is on how many, not by how much it is off.
+
+    A token on the wrong side of a clip may be off by a thousand times its gradient; least squares would follow it.
+    """
+
+    def size(self, made: Tensor | None) -> float:
+        """The root mean square over tokens of the distance at the factor that most tokens have, no token counted above 1."""
+        if made is None:
+            return float("inf")
+        made = made.double()
+        factor, _, _ = matching.agreement(self.g, made, self.noise)
+        larger = self.g.norm(dim=-1).maximum(abs(factor) * made.norm(dim=-1)) + self.noise.rows / TOLERANCE
+        off = (self.g - factor * made).norm(dim=-1) / larger.clamp(min=1e-300)
+        return float(off.clamp(max=1.0).square().mean().sqrt())
+
+
 def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
     made = dict(start)
     for (name, i), value in zip(free, x.tolist(), strict=True):
@@ -245,6 +279,8 @@ def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[An
         return [*near, *WHOLE]
     if isinstance(value, float):
         return [*near, *NUMBERS, *numbers, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
+    if value is None and any(isinstance(one, float) for one in near):  # off, but it may be a number
+        return [*near, *NUMBERS, *numbers]
     if isinstance(value, tuple):
         return [
             tuple(n if j == i else v for j, v in enumerate(value))

@@ -8,12 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens import matching
-from qlens.findings.fits import ROUNDS, Fit, pushes_only
+from qlens.findings.fits import ROUNDS, Fit, ThresholdFit, pushes_only
 from qlens.findings.noise import TOLERANCE, Noise, rounding
 from qlens.matching import Match
 from qlens.registry import get, methods
 from qlens.tokens import Tokens
 
+NEAR = 1e-3  # what a method may leave of the gradient, as a share, to be named as nearly the loss
 SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
 
 
@@ -35,18 +36,30 @@ def search(
         >>> search(qlens.get("gce(q=0.35)").target(t).grad, t, skip="gce")[0].spec
         'beyond_log(alpha=0.35)'
     """
+    return searched(grad, tokens, skip, most, noise)[0]
+
+
+def searched(
+    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+) -> tuple[list[Match], list[str]]:
+    """The same; and, where no method has the gradient, the specs of those that have it up to ``NEAR``, the nearest first.
+
+    A clamp on probabilities, say, takes the gradient of entries that hardly have any.
+    """
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
     fits = [Fit(method, grad, tokens, noise) for method in methods().values() if method.name != skip]
-    pushed = pushes_only(grad, tokens, noise)
-    fits = [fit for fit in fits if np.isfinite(fit.best) and pushed in fit.kinds]
+    kinds = {pushes_only(grad, tokens, noise), pushes_only(grad, tokens, noise, NEAR)}
+    fits = [fit for fit in fits if np.isfinite(fit.best) and kinds & fit.kinds]
     for fit in fits:
         fit.glance()
     found = [match for fit in fits if fit.best <= TOLERANCE and (match := _found(fit))]
-    for fit in sorted(fits, key=lambda fit: fit.best)[: 0 if found else most]:
+    ranked = sorted(fits, key=lambda fit: fit.best)
+    for fit in ranked[: 0 if found else most]:
         if fit.search() and (match := _found(fit)):
             found.append(match)
             break
-    return matching.ranked(found)
+    near = [] if found else [fit for fit in ranked if fit.best <= NEAR]
+    return matching.ranked(found), [fit.method.variant(**fit.simpler()).spec for fit in near]
 
 
 def refined(
@@ -66,7 +79,7 @@ def refined(
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
         return None
-    fit = Fit(variant.method, grad, tokens.with_precision(torch.float64), noise)
+    fit = ThresholdFit(variant.method, grad, tokens.with_precision(torch.float64), noise)
     fit.params, fit.numbers = dict(variant.params), numbers
     fit.best = fit.cost(fit.params)
     for _ in range(ROUNDS):

@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from qlens.findings.features import Seen, plain
@@ -94,12 +95,25 @@ class _Laws(Smooth):
         on = np.abs(self.b) > self.tolerance * max(np.abs(self.b).max(), 1e-300) * 1e-3
         on &= np.abs(self.b) > 10 * self.floor * self.tolerance
         usual = np.median(np.abs(self.b[on])) if on.any() else 0.0
-        if not usual or bool((10 * self.floor * self.tolerance >= usual)[~on].all()):
-            return  # a usual pull would not be seen where none is
+        hidden = ~on & (10 * self.floor * self.tolerance >= usual)  # a usual pull would not be seen there
+        if not usual or bool(hidden[~on].all()):
+            return
+        if hidden.any():
+            yield from _Laws(self.without(hidden), self.tolerance).switched()
+            return
         for rule, values, count in (*self.rules(on), *self.sided(on)):
             for inner in self.smooth(on):
                 formula = f"{inner.formula} {rule}, 0 elsewhere"
                 yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
+
+    def without(self, hidden: np.ndarray) -> list[Seen]:
+        """What the laws were looked for in, without some of the tokens."""
+        ends = np.cumsum([len(one.pull) for one in self.seen])[:-1]
+        kept = [
+            torch.from_numpy(~part).to(one.pull.device)
+            for part, one in zip(np.split(hidden, ends), self.seen, strict=True)
+        ]
+        return [one[rows] for one, rows in zip(self.seen, kept, strict=True) if bool(rows.any())]
 
     def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
         """What tells the tokens that are on from the others."""

@@ -1,6 +1,6 @@
 """Naming: the registered methods that have the gradient of a loss, nearest first."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,6 +14,7 @@ from qlens.findings.nearly import Nearly, gate, nearly
 from qlens.findings.noise import TOLERANCE
 from qlens.findings.normalised import Normalised, elsewhere
 from qlens.findings.reading import Reading, on_trials
+from qlens.findings.sums import TwoTerms, two_terms
 from qlens.findings.vocabulary import EQUAL, VocabularyFactor
 from qlens.registry import Variant, get, methods
 from qlens.tokens import spread
@@ -37,6 +38,7 @@ class Naming:
     by_vocabulary: list[VocabularyFactor]
     same_size: Reading | str | None
     numbers: tuple[float, ...]
+    sum_of: TwoTerms | None = None  # the two terms that add up to a loss which no one method is
 
     def identified(
         self, seen: Reading, trial: Reading | None, changed: bool, alone: bool, none: bool
@@ -58,24 +60,37 @@ class Naming:
             likely = ([partly.spec] if partly is not None else []) + [
                 match.spec for match in near if match.share > HALF
             ]
-            tried = (
-                identify.refined(s, some.grad, some.tokens, some.noise, self.numbers)
-                for s in list(dict.fromkeys(likely))[:REFINED]
-            )
-            if found := next((match for match in tried if match is not None), None):
+            if found := self.refined(likely, some):
                 return self.settled([found, *near], seen, trial, changed, alone), None, None
         if not (none or self.own_spec or (near and near[0].same) or (partly is not None and partly.exact)):
-            fits = identify.search(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
+            fits, close = identify.searched(few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise)
             near = self.on_all([*fits, *near], some)
-            if alone and fits and not near[0].same:
-                partly = nearly(some, self.variant.loss, [fit.spec for fit in fits], further) or partly
+            # the few tokens leave a threshold open: it is fitted on all, from where the other numbers are right
+            if alone and fits and not near[0].same and (found := self.refined([fit.spec for fit in fits], some)):
+                near = [found, *near]
+            close = [fit.spec for fit in fits] + close
+            if alone and close and not near[0].same:
+                partly = nearly(some, self.variant.loss, close, further) or partly
         near = self.settled(near, seen, trial, changed, alone)
         normal = None
         if not (alone or self.own_spec or changed):
             near, normal = elsewhere(near, self.variant, seen, trial)
-        if (near and near[0].same) or (partly is not None and not partly.telling):
+        named = bool(near and near[0].same)
+        if not (none or self.own_spec or normal or (named and not near[0].odd)) and (alone or further is not None):
+            self.sum_of = two_terms(few, [some] if further is None else [some, further])
+            if named and self.sum_of is not None and self.sum_of.odd:
+                self.sum_of = None
+        if named or self.sum_of is not None or (partly is not None and not partly.telling):
             partly = None
         return near, partly, normal
+
+    def refined(self, specs: Sequence[str], some: Reading) -> matching.Match | None:
+        """The first of some methods that has the gradient on all tokens once its parameters are fitted there, or None."""
+        tried = (
+            identify.refined(spec, some.grad, some.tokens, some.noise, self.numbers)
+            for spec in list(dict.fromkeys(specs))[:REFINED]
+        )
+        return next((match for match in tried if match is not None), None)
 
     def settled(
         self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, alone: bool

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ TRIED = 12  # matching methods that are compared on other batches
 EQUAL = 1e-4  # relative difference of factors that are one
 NEAR_ONE, NEARLY = 1e-9, 1e-4  # 1 - p_y below which a weight is not read; difference of means that are one
 QUANTILES = (0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95, 0.99)
+PUSHES = (-16.0, -8.0, -4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0, 8.0, 16.0)  # of the labels' logits, on the way to a level
+HALVINGS, NEAREST = 36, 1e-7  # of the interval between two of them; how closely the level is then known, relative
 LOW = 0.5  # label probability below which one of the batches is
 
 
@@ -95,7 +98,7 @@ def elsewhere(
         else:
             kept.append(replace(match, relation=matching.RELATIONS[2]))
             given = [shown.given, *(tokens for tokens, _, _ in batches)]
-            scaled.append(_statistic(match.spec, factors, given, trial is not None))
+            scaled.append(_statistic(variant, match.spec, factors, given, trial is not None))
     if any(match.same for match in kept):
         return matching.ranked(kept), None
     if not scaled:
@@ -231,7 +234,7 @@ def _proportional(weights: Tensor, others: Tensor) -> bool:
     return bool(((weights - factor * others).abs() <= NEARLY * size + 1e-9 * weights.abs().max()).all())
 
 
-def _statistic(spec: str, factors: Sequence[float], batches: Sequence[Tokens], wide: bool) -> Normalised:
+def _statistic(loss: Variant, spec: str, factors: Sequence[float], batches: Sequence[Tokens], wide: bool) -> Normalised:
     """What the factors of a method on several batches are divided by."""
     by, constant = "", 1.0
     for name, of in _statistics(get(spec)).items():
@@ -242,11 +245,11 @@ def _statistic(spec: str, factors: Sequence[float], batches: Sequence[Tokens], w
             by, constant = name, matching.written(float(made.mean()), EQUAL)
             break
     seen = tuple((factor, len(tokens)) for factor, tokens in zip(factors, batches, strict=True))
-    switch = "" if by else _switch(get(spec), factors, batches)
+    switch = "" if by else _switch(loss, get(spec), factors, batches)
     return Normalised(spec, by, constant, seen, factors[0], factors[1] if wide else None, switch)
 
 
-def _switch(variant: Variant, factors: Sequence[float], batches: Sequence[Tokens]) -> str:
+def _switch(loss: Variant, variant: Variant, factors: Sequence[float], batches: Sequence[Tokens]) -> str:
     """Two factors that the batch's mean loss tells apart, in words; "" where that does not."""
     values = sorted({matching.written(factor, EQUAL) for factor in factors})
     if len(values) != 2:
@@ -264,10 +267,41 @@ def _switch(variant: Variant, factors: Sequence[float], batches: Sequence[Tokens
     else:
         return ""
     flooding = ", flooding" if above == -below > 0 else ""
-    return (
-        f"times {plain(above)} while the batch's mean loss is above a level between {ends[0]:.3g} and {ends[1]:.3g}, times "
-        f"{plain(below)} below it{flooding}"
-    )
+    exact = _level(loss, variant, batches[0], above, below)
+    level = f"a level between {ends[0]:.3g} and {ends[1]:.3g}" if exact is None else plain(exact)
+    return f"times {plain(above)} while the batch's mean loss is above {level}, times {plain(below)} below it{flooding}"
+
+
+def _level(loss: Variant, variant: Variant, tokens: Tokens, above: float, below: float) -> float | None:
+    """The mean loss at which the factor of a method changes, halved down along the labels' logits of one batch; or None."""
+    tokens = tokens.with_precision(torch.float64)
+
+    def at(push: float) -> tuple[float, bool | None]:
+        """The mean loss of the batch with its labels' logits moved, and whether the factor is the one above the level."""
+        moved = tokens.replace(logits=tokens.logits.detach() + push * tokens.one_hot)
+        made = matching.taught(variant, moved)
+        if made is None:
+            return math.nan, None
+        grad, made = gradient(loss.loss, moved).double(), made.double()
+        factor = float((grad * made).sum() / made.square().sum().clamp(min=1e-300))
+        side = next((i == 0 for i, one in enumerate((above, below)) if abs(factor - one) <= EQUAL * abs(one)), None)
+        with torch.no_grad():
+            return float(variant.loss(moved).double().mean()), side
+
+    tried = [(push, *at(push)) for push in PUSHES]
+    steps = [(one, other) for one, other in pairwise(tried) if (one[2], other[2]) == (True, False)]
+    if len(steps) != 1:
+        return None
+    (low, high_loss, _), (high, low_loss, _) = steps[0]
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        mean, side = at(middle)
+        if side is None:
+            return None
+        low, high_loss, high, low_loss = (middle, mean, high, low_loss) if side else (low, high_loss, middle, mean)
+    if not high_loss - low_loss <= NEAREST * high_loss:
+        return None
+    return matching.written((low_loss + high_loss) / 2, NEAREST)
 
 
 def _slope_off(variant: Variant, tokens: Tokens) -> bool:

@@ -92,7 +92,8 @@ class Study(Naming):
             return replace(self.e, nearest=near, scope=reach, leak=_clearer(found, wide), unused=unused,
                            tried=self.trial.tokens if self.trial is not None else None, broken=self.broken)  # fmt: skip
         gate = middle = None
-        if reach.of == "batch" and not (alone or changed or normal or self.own_spec or (near and near[0].same)):
+        named = self.own_spec or self.sum_of is not None or (near and near[0].same)
+        if reach.of == "batch" and not (alone or changed or normal or named):
             gate = batch_gate(self.variant, self.shown, self.trial, near)
             middle = None if gate is not None else centred(self.variant, self.shown, self.trial)
         if normal is not None and not normal.spec:
@@ -115,7 +116,7 @@ class Study(Naming):
             mixture = replace(mixture, index=found.rows[mixture.index])
         if kept is not None:
             mixture = replace(mixture, index=kept[mixture.index])
-        if alone and not (near and near[0].same):
+        if alone and not (near and near[0].same) and self.sum_of is None:
             partly = self.gated(seen, trial, mixture, laws, partly)
         if partly is not None and partly.left and mixture.explains and laws and None not in laws.values():
             partly = None  # the laws of its pulls say what it is on all tokens
@@ -142,6 +143,7 @@ class Study(Naming):
             position_weights=placed,
             gate=gate,
             centred=middle,
+            two_terms=self.sum_of,
         )
 
     @cached_property

@@ -77,6 +77,9 @@ def _identity(e: Any) -> str:
         return ""
     if e.by_vocabulary is not None:
         return f"This is {e.by_vocabulary}{besides}."
+    if best.same and e.two_terms is not None:
+        times = "" if best.factor == 1 else f" times {best.factor:.5g}"
+        return f"This is {e.two_terms}{besides}; {best.spec}{times} has the same gradient."
     if best.relation == "identical":
         kin = [m for m in e.nearest[1:] if m.spec == best.spec.partition("(")[0] and m.relation == "up to a factor"]
         that_is = f", which is {kin[0].spec} times {kin[0].factor:.5g}" if kin else ""
@@ -85,6 +88,8 @@ def _identity(e: Any) -> str:
         if best.factor < 0:
             return f"This is {best.spec} with the wrong sign, times {abs(best.factor):.5g}: training on it unlearns{besides}."
         return f"This is {best.spec} times {best.factor:.5g}{besides}: the same target for an optimizer that ignores scale."
+    if e.two_terms is not None:
+        return f"No registered method alone has this gradient: it is {e.two_terms}{besides}."
     if e.centred is not None:
         return f"No registered method has this gradient; it is that of {e.centred}."
     if e.gate is not None:

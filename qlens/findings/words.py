@@ -60,6 +60,7 @@ def lines(e: Any) -> list[str]:
     untried = f"not tried; on one token given many ids the loss raises {e.ids_untried}" if e.ids_untried else None
     parts = (
         ("Nearly", e.nearly),
+        ("Two terms", e.two_terms),
         ("Batch", e.normalised),
         ("Label ids", untried if e.label_weights is None else e.label_weights),
         ("Batch", e.centred),
