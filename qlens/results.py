@@ -45,6 +45,8 @@ def loss_of(made: Any, name: str) -> Result:
         if isinstance(made[0], Mapping):
             return loss_of(made[0], name)
     line = ": write return loss" if made is None else ""
+    if isinstance(made, str):  # the outputs of a model, unpacked as a tuple, are their names
+        line = ", as where logits, loss = model(...) unpacks a model's outputs: write outputs = model(...) and outputs.loss"
     raise InputError(f"{name} must return a floating-point tensor, it returns {type(made).__name__}{line}")
 
 

@@ -59,3 +59,14 @@ def test_settings_differ_in_what_their_names_say():
     }
     assert measured["poor-teacher"]["teacher"] < measured["poor-teacher"]["base"]
     assert measured["clean-labels"]["noise"] == 0 < measured["strong-prior"]["noise"]
+
+
+def test_outputs_that_are_unpacked_are_refused_with_the_line_to_write():
+    def unpacked(model, idx, targets):
+        _, loss = model(idx, targets)
+        return loss
+
+    with pytest.raises(
+        qlens.InputError, match=r"returns str, as where .*write outputs = model\(\.\.\.\) and outputs\.loss"
+    ):
+        qlens.explain(unpacked)
