@@ -133,6 +133,9 @@ def explain(
             metavar="FILE", help="Where the figure goes, its data beside it.", show_default="explain-NAME.png"
         ),
     ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print also label weights, simplex, scope, what was tried and where it ends.")
+    ] = False,
     latex: Annotated[bool, typer.Option("--latex", help="Print the table as LaTeX.")] = False,
     as_json: Json = False,
     device: Device = None,
@@ -147,7 +150,7 @@ def explain(
         thin = variant.scope == "token"
         where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
         read = qlens.explain(variant, **where)
-        answer = read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else str(read)
+        answer = read.to_latex() if latex else json.dumps(read.to_dict(), indent=2) if as_json else read.text(full)
         if path is not None:
             from qlens.analysis.plots import explain_data, save_figure
 
@@ -155,6 +158,8 @@ def explain(
     print(answer)
     if path is not None:
         typer.echo(f"Figure: {shown_path(path)}", err=as_json)
+    if not (full or latex or as_json):
+        typer.echo("More, with where it was tried and where training ends: --full")
 
 
 @app.command()

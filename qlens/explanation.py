@@ -33,6 +33,7 @@ from qlens.tokens import Tokens
 from qlens.variant import Variant
 
 FOLLOWED = (4, 12, 32)  # vocabularies on which training is followed, the first that the loss takes
+SHORT = ("WARNING", "Mixture", "  pull")  # how the findings begin that are printed unless all are asked for
 TELLING = (0.001, 0.1, 0.5, 0.9, 0.999)  # the label probabilities shown first
 
 
@@ -271,6 +272,19 @@ class Explanation:
         return f"{said}; the loss computes in {own}" if coarse else said
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, full: bool = False) -> str:
+        """The explanation for reading: the answer, a table, warnings, the mixture and the nearest methods.
+
+        Args:
+            full: adds the label weights, the simplex, the scope, what was tried and where training ends.
+
+        Example:
+            >>> import qlens
+            >>> len(qlens.explain("dft").text().splitlines()) < 30
+            True
+        """
         n, v = self.tokens.logits.shape
         where = "built-in probes" if self.on_probes else "tokens"
         shown = self.telling[["label", "p_y", "trust", "q_label", "rival", "p_rival", "q_rest", "negative_mass"]]
@@ -282,9 +296,10 @@ class Explanation:
         lines += [textwrap.fill(self.summary, 110, break_on_hyphens=False), ""]
         lines += [shown.to_string(index=False, float_format=lambda x: f"{x:.4f}"), ""]
         called = [f"Called with {self.called_as}."] if self.called_as else []
-        ends = f"Ends: {getattr(self.destination, 'sentence', self.destination)}"
-        found = [*self.findings, *self.notes, *called, ends]
-        lines += [textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in found]
+        ends = [f"Ends: {getattr(self.destination, 'sentence', self.destination)}"] if full else []
+        findings = [line for line in self.findings if full or line.startswith(SHORT)]
+        said = [*findings, *self.notes, *called, *ends]
+        lines += [textwrap.fill(line, 110, subsequent_indent="    ", break_on_hyphens=False) for line in said]
         if self.nearest:
             lines += ["Nearest methods:", *(f"  {match}" for match in self.nearest[:3])]
         return "\n".join(lines)

@@ -62,7 +62,7 @@ def test_the_layout_taken_is_named():
         assert words in resolve(loss).account(tokens()).called_as, loss
     assert "Called with logits (N, V)" in str(qlens.check(unknown_names))
     explained = qlens.explain(unknown_names, tokens(24))
-    assert explained.to_dict()["called_as"] in str(explained).replace("\n    ", " ")
+    assert explained.to_dict()["called_as"] in explained.text(full=True).replace("\n    ", " ")
 
 
 def test_weights_are_handed_on_and_not_multiplied_twice():
@@ -215,7 +215,7 @@ def test_what_a_loss_prints_is_kept_off_the_answer(capsys):
         return ce(logits, labels)
 
     qlens.check(prints)
-    str(qlens.explain(prints, tokens()))
+    qlens.explain(prints, tokens()).text(full=True)
     assert capsys.readouterr().out == ""
 
 

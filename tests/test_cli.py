@@ -41,11 +41,17 @@ def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
     code, out, err = run("explain", "my_loss.py:f")
     assert code == 0, err
     assert "sft x 2: the same gradient up to this factor" in out
+    assert "--full" in out and "Scope:" not in out and len(out.splitlines()) <= 30
     assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
     shown = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
     assert {"p_y", "q_label", "trust"} <= set(shown) and len(shown) == 57
     assert {"time", "p_0"} <= set(pd.read_csv(tmp_path / "explain-my_loss-f-destination.csv"))
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_explain_in_full(run, my_loss):
+    code, out, _ = run("explain", "my_loss.py:f", "--full")
+    assert code == 0 and all(f"\n{word}: " in out for word in ("Trust", "Simplex", "Scope", "Tried", "Ends")), out
 
 
 def test_explain_as_json_writes_no_figure_unasked(run, my_loss, tmp_path):

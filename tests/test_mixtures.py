@@ -143,7 +143,7 @@ def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
         label = log_p.gather(-1, labels[:, None])[:, 0]
         return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
 
-    said = str(qlens.explain(anchored))
+    said = qlens.explain(anchored).text(full=True)
     assert "This is asft_anchored(weight=0.1)." in said and "Nearly" not in said
     assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said
     assert "0 elsewhere" not in said and "pushes away" not in said
@@ -164,7 +164,7 @@ def test_half_precision_keeps_the_name_and_the_parts():
         return anchored(logits.bfloat16(), labels, ref_logits.bfloat16())
 
     for loss in (cast_only, whole):
-        said = str(qlens.explain(loss))
+        said = qlens.explain(loss).text(full=True)
         assert "This is asft_anchored(weight=0.1)." in said, loss
         assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said, loss
         assert "dft: parallel" not in said, loss

@@ -30,7 +30,7 @@ def test_a_token_that_is_at_its_target_is_taught_like_the_others():
         own = label_log_probs(logits, labels)
         return -(1 - epsilon) * own - epsilon / (logits.shape[-1] - 1) * (log_p.sum(-1) - own)
 
-    said = str(qlens.explain(others))
+    said = qlens.explain(others).text(full=True)
     assert "It trusts every label alike, by 0.8968" in " ".join(said.split()) and "gets 0" not in said
 
 
@@ -67,7 +67,7 @@ def test_no_share_of_a_rounding_that_is_no_number_is_printed():
     def half(logits, labels):
         return -torch.log(logits.half().softmax(-1).gather(-1, labels[:, None])).float().mean()
 
-    said = str(qlens.explain(half))
+    said = qlens.explain(half).text(full=True)
     assert "float16 moves the gradient" in said and "nan" not in said
 
 

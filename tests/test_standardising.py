@@ -37,14 +37,14 @@ def test_standardised_rewards_are_reinforce_with_a_statistic_of_the_batch():
     for loss in (standardised_rewards, standardised_log_probs, whitened_tokens):
         explained = qlens.explain(loss)
         assert explained.nearest[0].same and explained.nearest[0].spec == "reinforce", loss
-        assert "takes their mean off and divides by their standard deviation" in str(explained), loss
+        assert "takes their mean off and divides by their standard deviation" in explained.text(full=True), loss
         assert explained.scope is not None and explained.scope.of != "token", loss
 
 
 def test_leave_one_out_is_reinforce_times_a_factor_of_the_batch():
     explained = qlens.explain(leave_one_out)
     assert explained.summary.startswith("This is reinforce times a factor of the batch")
-    assert "takes their mean off, over all texts of its batch" in str(explained)
+    assert "takes their mean off, over all texts of its batch" in explained.text(full=True)
 
 
 def test_rows_shown_twice_are_no_fault_of_a_statistic():
@@ -56,6 +56,6 @@ def test_advantages_that_are_taken_as_they_are_stay():
     def reinforce(logits, labels, advantages):
         return (advantages * F.cross_entropy(logits, labels, reduction="none")).mean()
 
-    said = str(qlens.explain(reinforce))
+    said = qlens.explain(reinforce).text(full=True)
     assert "This is reinforce" in said and "takes their mean off" not in said
     assert torch.equal(qlens.explain(reinforce).tokens.advantage, qlens.probes().advantage)

@@ -22,7 +22,7 @@ def texts_are_labels(lm_logits, input_ids):
 
 
 def test_a_weight_for_each_text_is_given():
-    said = str(qlens.explain(weighs_texts)).replace("\n    ", " ")
+    said = qlens.explain(weighs_texts).text(full=True).replace("\n    ", " ")
     assert "sample_weights: one for each text, its first token's" in said
     assert "depends on no other token" in said  # a weight of a text is its own
     assert "no effect" not in said and "other lengths" not in said

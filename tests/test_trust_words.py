@@ -68,7 +68,7 @@ def test_what_a_batch_divides_by_stands_beside_the_trust():
     e = explained(dft_by_sum)
     assert e.summary.startswith("This is dft divided by the batch's mean weight.")
     assert e.law.formula == "p_y" and "(times 2 in this batch)" in trust_line(e)
-    assert "mae: the same gradient" not in str(e) and e.to_dict()["normalised"]["spec"] == "dft"
+    assert "mae: the same gradient" not in e.text(full=True) and e.to_dict()["normalised"]["spec"] == "dft"
 
 
 def test_weights_of_label_ids_stand_beside_the_trust():
