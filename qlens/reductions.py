@@ -59,7 +59,8 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
 
 def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str) -> Division | None:
     style = style_of(fn, params, tokens)
-    lit = _readable(_lit(fn, params, tokens, style))
+    rows = _lit(fn, params, tokens, style)
+    lit = _readable(rows) if _takes_advantages(fn, style) else next(rows, None)
     if lit is None:
         return None
     shown, replay = lit[0], Replay(tokens.logits.device, fn)
@@ -92,6 +93,11 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     if found is None:
         raise UnknownReduction(_refusal(name, views[0]))
     return found
+
+
+def _takes_advantages(fn: Callable, style: Style) -> bool:
+    """Whether a loss is given advantages or rewards, which it may standardise over its batch."""
+    return takes(fn, "advantage") or "advantage" in map(role_of, style.columns)
 
 
 def _readable(lit: Iterator[tuple[Tokens, Tensor]]) -> tuple[Tokens, Tensor] | None:
@@ -195,7 +201,7 @@ def _of_batch(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, views: list[Shown]
 ) -> Division | None:
     """What a loss divides by beside a statistic of its batch, such as the standard deviation of rewards, which is kept."""
-    if not takes(fn, "advantage") and "advantage" not in map(role_of, style.columns):
+    if not _takes_advantages(fn, style):
         return None
     found = _fitted(OF_BATCH, fn, params, tokens, style, views)
     if found is None:

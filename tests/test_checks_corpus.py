@@ -11,6 +11,8 @@ from right_losses import FINDINGS, RIGHT
 from wrong_losses import UNSEEN, WRONG
 
 import qlens
+from qlens.conformance import RULES, Specimen
+from qlens.registry import resolve
 
 ASKED = {
     "top_teacher_tokens": 64,
@@ -211,3 +213,10 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
         if item.state != state or said not in item.evidence or report.ok != (state != "failed"):
             off[getattr(loss, "__name__", str(loss))] = str(report)
     assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+
+
+@pytest.mark.parametrize("vocabulary", [32, 5_000])
+def test_cross_entropy_is_no_binary_one_at_any_vocabulary(vocabulary):
+    """Where all other tokens are unlikely the two are nearly one: nothing is to be said then."""
+    loss = Specimen(resolve(lambda logits, labels: F.cross_entropy(logits, labels)), torch.float32, vocabulary)
+    assert "cross_entropy" in RULES["functions"].run(loss)

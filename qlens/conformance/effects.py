@@ -15,7 +15,6 @@ from qlens.conformance.wrapping import Around, altering, as_it_is, each_tensor
 from qlens.errors import InputError
 from qlens.names import STUDENT
 from qlens.tokens import MODELS, Tokens
-from qlens.trainers import Companion
 
 FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them
 LEFT = (
@@ -142,9 +141,11 @@ def _others(value: Any, vocabulary: int) -> Iterator[Any]:
     """Other values of an argument: a tensor, a mapping of tensors, or another model."""
     if isinstance(value, Mapping | list | tuple):
         yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
-    if isinstance(value, Companion) and value.logits is not None:
-        for other in _others(value.logits, vocabulary):
-            yield Companion(value.field, other)
+    if isinstance(value, nn.Module):
+        from qlens.trainers import Companion
+
+        if isinstance(value, Companion) and value.logits is not None:
+            yield from (Companion(value.field, other) for other in _others(value.logits, vocabulary))
     if not isinstance(value, Tensor):
         return
     draw = torch.Generator().manual_seed(17)
