@@ -4,19 +4,19 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-from qlens.checks import CheckReport, check
-from qlens.destination import Destination, destination
-from qlens.engine import fused_loss
-from qlens.errors import InputError, ParameterError, UnknownName
-from qlens.explain import explain
-from qlens.explanation import Explanation
-from qlens.heads import Head, TopK
-from qlens.lens import implied_target
-from qlens.probes import probes
+from qlens.conformance.report import CheckReport, check
+from qlens.core.errors import InputError, ParameterError, UnknownName
+from qlens.core.probes import probes
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.engine.fused import fused_loss
+from qlens.engine.heads import Head, TopK
+from qlens.lens.explain import explain
+from qlens.lens.explanation import Explanation
+from qlens.lens.gradient_flow import Destination, destination
+from qlens.lens.implied import implied_target
 from qlens.registry import Variant, get, names, register
-from qlens.structure import GeometricMixture
-from qlens.target import Target
-from qlens.tokens import Tokens
+from qlens.registry.structure import GeometricMixture
 
 __all__ = [
     "CheckReport",
@@ -49,9 +49,9 @@ __all__ = [
 # these import transformers and matplotlib
 _LAZY = {
     "QTrainer": "qlens.training",
-    "Watch": "qlens.watch",
+    "Watch": "qlens.training.watch",
     "compare": "qlens.analysis.compare",
-    "view": "qlens.analysis.view",
+    "view": "qlens.analysis.token_view.token_view",
 }
 
 

@@ -7,17 +7,16 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from qlens.errors import InputError
-from qlens.lens import gradient, slopes
-from qlens.params import parse
-from qlens.probes import probes
+from qlens.core.autograd import gradient, slopes
+from qlens.core.errors import InputError
+from qlens.core.probes import probes
+from qlens.core.scales import PRECISION
+from qlens.core.tokens import MODELS, Tokens
+from qlens.core.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
+from qlens.engine.row_gradients import by_structure
 from qlens.registry import Variant, get, names, resolve
-from qlens.row_gradients import by_structure
-from qlens.tokens import MODELS, Tokens
-from qlens.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
+from qlens.registry.params import parse
 
-PRECISION = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 1e-2}
-"""How far a gradient may be from the exact one of the same logits, as a share of max(1, largest |g|), by their dtype."""
 TOLERANCE = PRECISION[torch.float64]
 
 VOCABULARIES = (2, 3, 11, 101, 1000, 5000)

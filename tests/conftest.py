@@ -10,7 +10,7 @@ import torch
 from tiny import letters, llama
 
 import qlens
-from qlens import cli
+from qlens.cli import app
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start: every core already has a worker
@@ -83,7 +83,7 @@ def run(monkeypatch, capsys, tmp_path):
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["qlens", *map(str, words)])
         with pytest.raises(SystemExit) as left:
-            cli.main()
+            app.main()
         said = capsys.readouterr()
         return left.value.code, said.out, said.err
 

@@ -1,4 +1,4 @@
-"""The methods, a file per idea: every file here registers what it holds, and nothing else needs editing."""
+"""The methods, a file each in the folder of its family: every file registers its method, and nothing else needs editing."""
 
 import importlib
 import pkgutil
@@ -6,5 +6,5 @@ import pkgutil
 if __name__ != "qlens.variants":
     raise ImportError("import qlens.variants, not variants: a second copy would register every method twice")
 
-for _module in pkgutil.iter_modules(__path__):
-    importlib.import_module(f"{__name__}.{_module.name}")
+for _module in pkgutil.walk_packages(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)

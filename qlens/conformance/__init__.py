@@ -1,18 +1,11 @@
-"""Conformance: what an implementation of a loss must keep, a rule each. Read rules, then specimen, then the rules by module."""
+"""Conformance: what an implementation of a loss must keep.
 
-from qlens.conformance import (  # noqa: F401  they fill RULES
-    accumulation,
-    batches,
-    dependence,
-    effects,
-    functions,
-    manners,
-    numerics,
-    objectives,
-    shift,
-)
-from qlens.conformance.opening import specimen
-from qlens.conformance.rules import RULES, Failed, NotApplicable, Remark, Rule, sees_no_batches
-from qlens.conformance.specimen import Specimen
+Read ``rules`` (a module per group), ``harness`` (a loss with batches to try it on) and ``report`` (qlens.check).
+"""
+
+from qlens.conformance import rules  # noqa: F401  it fills RULES
+from qlens.conformance.harness import Specimen
+from qlens.conformance.open_loss import specimen
+from qlens.conformance.rules.rule import RULES, Failed, NotApplicable, Remark, Rule, sees_no_batches
 
 __all__ = ["RULES", "Failed", "NotApplicable", "Remark", "Rule", "Specimen", "sees_no_batches", "specimen"]

@@ -5,8 +5,8 @@ pretrained on a flawed corpus, a teacher that is better but not perfect, noisy d
 the final answer (``worlds``). Everything follows from the numbers of a ``Setting``.
 """
 
+from qlens.lab.environment import World, build, world
 from qlens.lab.language import Demonstration, Problem
 from qlens.lab.setting import LESSONS, SETTINGS, Author, Setting
-from qlens.lab.worlds import World, build, world
 
 __all__ = ["LESSONS", "SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "build", "world"]

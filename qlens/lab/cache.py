@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from qlens.errors import InputError
+from qlens.core.errors import InputError
 
 SEAL = "seal.json"
 

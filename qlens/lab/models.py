@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from qlens.errors import InputError
-from qlens.fitting import isolated
+from qlens.core.errors import InputError
+from qlens.engine.forward import evaluating
 from qlens.lab.language import LONGEST_ENDING, LONGEST_STEP, Problem
 from qlens.lab.setting import Setting
-from qlens.sources import evaluating
+from qlens.training.fitting import isolated
 
 
 def longest(setting: Setting) -> int:

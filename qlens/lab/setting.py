@@ -2,22 +2,22 @@
 
 How the numbers were chosen. Only three accuracies were looked at, the base's, the teacher's and plain SFT's on the
 validation problems at the rates 1e-3, 3e-3 and 1e-2; no other method was run before the numbers stood. All three lie
-between .1 and .9 in every setting, and neither the demonstrations nor the teacher hold the whole truth: both have false
-facts of their own, so that learning the most frequent digit perfectly is not enough. What was tried and dropped:
+between .1 and .9 in every setting, and neither the demonstrations nor the teacher hold the whole truth: both have
+false facts of their own, so that learning the most frequent digit perfectly is not enough. What was tried and dropped:
 
 - weak-prior with ``times`` at slip .9, never learned at all: SFT stood at .36, too little to tell methods apart; at .7
-  SFT (.76) stood above the teacher (.75). The first version of this setting, whose base takes ``times`` for ``plus``, is
-  wrong-prior now: that base is not unsure, it is sure of what is false.
-- poor-teacher with a tutor that slips at .25: a teacher at .25, hardly a teacher. What stands differs from strong-prior
-  in the tutor alone.
-- clean-labels with strong-prior's base: SFT stood at .98.
+SFT (.76) stood above the teacher (.75). The first version of this setting, whose base takes ``times`` for ``plus``, is
+wrong-prior now: that base is not unsure, it is sure of what is false. - poor-teacher with a tutor that slips at .25: a
+teacher at .25, hardly a teacher. What stands differs from strong-prior in the tutor alone. - clean-labels with
+strong-prior's base: SFT stood at .98.
 
 wrong-prior has weak-prior's demonstrations and problems, and poor-teacher has strong-prior's and its base too: methods
 without a teacher give the same numbers in those two.
 
 ``steps`` was 150; wrong-prior was cut to 100 because at 150 SFT stood at the share of right answers among its
-demonstrations, and clean-labels with it. ``learning_rate`` is what a setting of one's own uses where nothing was searched;
-the rates of the settings here were searched for every method alike (``qlens.analysis.search``) and lie in ``rates.json``.
+demonstrations, and clean-labels with it. ``learning_rate`` is what a setting of one's own uses where nothing was
+searched; the rates of the settings here were searched for every method alike
+(``qlens.analysis.compare.learning_rates``) and lie in ``rates.json``.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from qlens.errors import InputError
+from qlens.core.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,253 @@
+"""Plots of targets, on one Axes each: along p_y, at one token, and along a text; from the frames of ``readings``."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
+
+from qlens.analysis.plots.style import (
+    FAINT,
+    GREY,
+    HATCH,
+    INK,
+    SMALL,
+    clean,
+    current,
+    name_ticks,
+    need,
+    short,
+    shown,
+    sized,
+    styles,
+)
+from qlens.core.errors import InputError
+
+CROWD = 200  # more tokens than this are drawn as fine dust
+LINES = {  # of the shapes of the alternatives; a wide pale line stays visible where a thin dark one covers it
+    "flat": {"color": "#E69F00", "marker": "s", "lw": 3.0, "markersize": 5.0, "alpha": 0.75, "zorder": 2},
+    "graded": {"color": "#009E73", "marker": "D", "lw": 2.0, "markersize": 3.6, "alpha": 0.85, "zorder": 2.5},
+    "peaked": {"color": "#0072B2", "marker": "o", "lw": 1.2, "markersize": 3.0, "zorder": 3},
+    "text": {"color": "#0072B2", "marker": "o", "lw": 0.0, "markersize": 3.0, "zorder": 3},
+}
+SHAPES = {
+    "flat": "alternatives alike",
+    "graded": "rivals falling by .8",
+    "peaked": "one strong rival",
+    "text": "the text's tokens",
+}
+SHOWN = {
+    "gradient": (("label_grad", "other_grad"), r"gradient  $\partial L/\partial z = p - Q$"),
+    "target": (("q_label", "q_rest"), r"target  $Q$"),
+    "trust": (("trust",), "effective trust in the label"),
+}
+"""What ``plot_sweep`` can show: the columns, of the label and of its strongest rival, and the name of the axis."""
+TICKS = {
+    1e-6: "$10^{-6}$",
+    1e-3: "$10^{-3}$",
+    0.1: "0.1",
+    0.5: "0.5",
+    0.9: "0.9",
+    1 - 1e-3: "0.999",
+    1 - 1e-6: "$1-10^{-6}$",
+}
+METRICS = {
+    "trust": "effective trust",
+    "entropy": "entropy H(Q), nats",
+    "kl": "KL(Q || p), nats",
+    "negative_mass": "negative mass",
+    "reshape": "reshape",
+}
+"""What ``plot_sequence`` can show, with its unit."""
+COLORS = "Blues"  # from light to dark in grey too, and for the colour-blind
+ROUNDING = 1e-6  # a largest value below this is rounding, and gets no colour scale of its own
+STILL = 0.02  # of the axis: a move too short for an arrow is a dot
+
+
+def plot_sweep(
+    data: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    show: Literal["gradient", "target", "trust"] = "target",
+    methods: Iterable[str] | None = None,
+    **line: Any,
+) -> Axes:
+    """Gradient, target or trust against p_y: the label solid and filled, its strongest rival dashed and hollow.
+
+    Args:
+        data: p_y and the columns of ``SHOWN[show]``, as ``sweep`` or ``Explanation.table`` gives them; a line per method,
+            or else per ``shape`` of the alternatives.
+        ax: where to draw; the current Axes by default.
+        show: "gradient" (g, unit scale), "target" (Q) or "trust" (-g_y / (1 - p_y)).
+        methods: which share the colours, if more than in the data.
+        line: to ``Axes.plot``.
+
+    Raises:
+        InputError: columns are missing, or an unknown ``show``.
+    """
+    if show not in SHOWN:
+        raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
+    columns, name = SHOWN[show]
+    need(data, "p_y", *columns)
+    need(data, "method" if "shape" not in data else "shape")
+    ax = current(ax)
+    ax.axhline(0, color=INK, lw=0.8, zorder=1)
+    _references(ax, show, data["p_y"])
+    for key, rows, solid in _lines(data, methods):
+        solid = solid | line
+        dashed = solid | {"ls": "--", "markerfacecolor": "none" if len(rows) > CROWD else "white", "label": "_"}
+        for column, options in zip(columns[::-1], (solid, dashed)[len(columns) - 1 :: -1], strict=True):
+            ax.plot(rows["p_y"], rows[column], **{"label": key} | options)
+    if show == "trust" and data["trust"].abs().max() > 20:  # a few tokens with p_y near 1 would flatten all others
+        ax.set_yscale("symlog", linthresh=1.0)
+    _ends(ax, data["p_y"])
+    ax.set(xlabel=r"label probability $p_y$", ylabel=name)
+    return clean(ax)
+
+
+def _lines(data: pd.DataFrame, methods: Iterable[str] | None) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """The name, the rows and the look of every line."""
+    if "method" in data:
+        look = styles([*(methods or ()), *data["method"]])
+        for turn, (key, rows) in enumerate(data.groupby("method", sort=False)):
+            rows, style = rows.sort_values("p_y"), look[str(key)]
+            every = max(1, len(rows) // 7)
+            marks = {
+                "marker": style.marker,
+                "markersize": sized(style.marker, 3.8),
+                "markevery": (turn * every // 4 % every, every),
+            }
+            yield str(key), rows, marks | {"color": style.color, "lw": 1.3, "zorder": 3}
+    else:
+        for key in (kind for kind in LINES if (data["shape"] == kind).any()):
+            rows = data[data["shape"] == key].sort_values("p_y")
+            dust = {"markersize": 1.6, "alpha": 0.4, "markeredgewidth": 0.4} if len(rows) > CROWD else {}
+            yield SHAPES[key], rows, LINES[key] | dust
+
+
+def _references(ax: Axes, show: str, p_y: pd.Series) -> None:
+    """What everybody knows, in grey: Q = p, full trust, and trust by p_y."""
+    p = sorted(p_y)
+    options = {"color": GREY, "lw": 0.9, "zorder": 1}
+    if show == "target":
+        ax.plot(p, p, ls=":", label=r"$Q_y = p_y$", **options)
+    elif show == "trust":
+        ax.plot(p, [1.0] * len(p), label="trust 1 (sft)", **options)
+        ax.plot(p, p, ls="--", label=r"trust $p_y$ (dft)", **options)
+
+
+def _ends(ax: Axes, p_y: pd.Series) -> None:
+    """A logit axis where p_y comes near 0 and 1: both ends matter, and both are crowded on a linear one."""
+    if p_y.min() < 1e-3 and 0 < p_y.min() and p_y.max() < 1:
+        ax.set_xscale("logit")
+        ax.xaxis.set_major_locator(FixedLocator(list(TICKS)))
+        ax.xaxis.set_major_formatter(FixedFormatter(list(TICKS.values())))
+        ax.xaxis.set_minor_locator(NullLocator())
+    elif p_y.max() - p_y.min() > 0.5:
+        ax.set_xlim(-0.02, 1.02)
+
+
+def plot_update(
+    data: pd.DataFrame, *, ax: Axes | None = None, methods: Iterable[str] | None = None, **bar: Any
+) -> Axes:
+    """One token: p (pale), the update of its logits -g = Q - p (arrow, unit scale) and Q, a row per candidate.
+
+    Negative entries of Q reach to the left of zero and are hatched; the observed token stands in bold.
+
+    Args:
+        data: of one method: token, label, p, q, as ``candidates`` gives them.
+        ax: where to draw; the current Axes by default.
+        methods: which share the colours, if more than in the data.
+        bar: to ``Axes.barh`` of Q.
+
+    Raises:
+        InputError: columns are missing, or there is more than one method.
+    """
+    need(data, "method", "token", "label", "p", "q")
+    if len(names := data["method"].unique()) != 1:
+        raise InputError(f"plot_update draws one method, got {', '.join(names) or 'none'}: select one")
+    ax, style = current(ax), styles([*(methods or ()), *names])[names[0]]
+    at = np.arange(len(data))
+    ax.barh(at, data["p"], height=0.84, color=FAINT, zorder=1, label="model, p")
+    options = {"height": 0.34, "color": style.color, "zorder": 2, "label": "target, Q"} | bar
+    for patch, q in zip(ax.barh(at + 0.22, data["q"], **options), data["q"], strict=True):
+        if q < 0:
+            patch.set(hatch=HATCH, facecolor="white", edgecolor=style.color, linewidth=0.6)
+    low, high = min(0.0, data["q"].min()), max(data["p"].max(), data["q"].max())
+    tip = "-|>,head_length=0.3,head_width=0.15"
+    arrow = {"arrowstyle": tip, "color": INK, "lw": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
+    for row, (p, q) in enumerate(zip(data["p"], data["q"], strict=True)):
+        if abs(q - p) > STILL * (high - low):
+            ax.annotate("", (q, row - 0.22), (p, row - 0.22), arrowprops=arrow, zorder=3)
+        else:
+            ax.plot([q], [row - 0.22], ".", color=INK, markersize=2.5, zorder=3)
+    ax.axvline(0, color=INK, lw=0.8, zorder=4)
+    observed = next((shown(token) for token in data.loc[data["label"].astype(bool), "token"]), None)
+    name_ticks(ax.yaxis, [shown(token) for token in data["token"]], bold=observed)
+    ax.set(ylim=(len(data) - 0.5, -0.5), xlim=(low * 1.06, high * 1.06), xlabel="probability")
+    return clean(ax, grid="x")
+
+
+def plot_sequence(
+    data: pd.DataFrame,
+    *,
+    ax: Axes | None = None,
+    show: str = "trust",
+    limits: tuple[float, float] | None = None,
+    **image: Any,
+) -> Axes:
+    """A text as a heat map of one metric, a column per token and a row per method.
+
+    Signed targets are hatched, in every metric; where the metric is not defined for them, on white. Values beyond the
+    limits of the colours carry a sign: + above, - below. KL is coloured by its root, so that small ones are seen.
+
+    Args:
+        data: method, position, token, negative_mass and the metric, as ``along`` gives them.
+        ax: where to draw; the current Axes by default.
+        show: which of ``METRICS``.
+        limits: of the colours; by default 0 to 1 for trust, and from 0 to the largest value.
+        image: to ``Axes.imshow``.
+
+    Raises:
+        InputError: columns are missing, or an unknown metric.
+    """
+    if show not in METRICS:
+        raise InputError(f"show must be one of {', '.join(METRICS)}, got {show!r}")
+    need(data, "method", "position", "token", "negative_mass", show)
+    ax, names = current(ax), list(dict.fromkeys(data["method"]))
+    low, high = color_limits(data, show) if limits is None else limits
+    tokens = data.drop_duplicates("position").sort_values("position")
+    table = {
+        key: data.pivot(index="method", columns="position", values=key).loc[names] for key in {show, "negative_mass"}
+    }
+    values, signed = table[show].to_numpy(), (table["negative_mass"] > 0).to_numpy()
+    norm = PowerNorm(0.5 if show == "kl" else 1.0, low, high)
+    options = {"cmap": COLORS, "norm": norm, "aspect": "auto", "interpolation": "nearest"} | image
+    ax.imshow(np.ma.masked_invalid(values), **options)
+    for row, column in zip(*np.nonzero(signed | np.isnan(values)), strict=True):
+        ink = "white" if norm(values[row, column]) > 0.5 else INK
+        cell = {"fill": False, "hatch": HATCH, "edgecolor": ink, "linewidth": 0.0}
+        ax.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **cell))
+    slack = (high - low) / 200
+    for beyond, sign, color in ((values > high + slack, "+", "white"), (values < low - slack, "\u2212", INK)):
+        for row, column in zip(*np.nonzero(beyond), strict=True):
+            box = {"facecolor": "#08306b" if sign == "+" else "white", "edgecolor": "none", "pad": 0.4}
+            ax.text(column, row, sign, ha="center", va="center", fontsize=SMALL, color=color, bbox=box)
+    clean(ax, grid="none")
+    ax.spines[:].set_visible(False)
+    name_ticks(ax.xaxis, [shown(token) for token in tokens["token"]], rotation=90)
+    ax.set_yticks(range(len(names)), [short(name, 18) for name in names])
+    ax.tick_params(axis="y", length=0)
+    return ax
+
+
+def color_limits(data: pd.DataFrame, show: str) -> tuple[float, float]:
+    """What the lightest and the darkest colour stand for: 0 to 1 for trust, else 0 to the largest finite value."""
+    if show == "trust":
+        return 0.0, 1.0
+    most = data[show][np.isfinite(data[show])].max()
+    return 0.0, float(most) if most > ROUNDING else 1.0

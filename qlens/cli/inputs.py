@@ -1,0 +1,102 @@
+"""The user's own models and text, as the command line names them: folders and files, loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qlens.core.errors import InputError
+
+ROWS = 32  # of the data, where not told
+MOST = 2**26  # logits of one model, to be read as a whole
+
+
+def own_tokens(
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
+    data: str | None,
+    rows: int | None,
+    device: str | None,
+    dtype: str | None,
+    needs: tuple[str, ...],
+    thin: bool = True,
+) -> dict[str, Any]:
+    """Tokens of the user's model on the user's text, and how to print them; nothing where no model and no text is named.
+
+    ``thin``: of more than ``MOST`` logits, only so many tokens are read, spread evenly; what looks at whole texts must not.
+    """
+    if all(each is None for each in (model, data, teacher, reference)):
+        given = {"--rows": rows, "--device": device, "--dtype": dtype}
+        if beside := [name for name, each in given.items() if each is not None]:
+            raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the built-in probes have no use for it")
+        return {}
+    rows = rows or ROWS
+    from qlens.data import compatibility, examples
+    from qlens.data.from_text import tokens_from_examples
+
+    for name, folder in (("teacher", teacher), ("reference", reference)):
+        if name in needs and folder is None:
+            raise InputError(f"the method needs a {name}: give --{name} DIR")
+    loaded, read = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype)
+    tokenizer = loaded.pop("tokenizer")
+    encoded = examples.encode(read, tokenizer, compatibility.shortest_context(*loaded.values()))
+    used = encoded.examples[:rows]
+    most = max(MOST // compatibility.vocabulary_size(loaded["model"]), 1) if thin else None
+    tokens = tokens_from_examples(examples=used, needs=needs, most=most, **loaded)
+    typer.echo(
+        f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context", err=True
+    )
+    if ignored := examples.ignored_keys(read):
+        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
+    if len(tokens) == most:
+        typer.echo(f"{most} tokens of these are read, spread evenly: their logits alone are {MOST} numbers", err=True)
+    return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
+
+
+def own_models(
+    model: str | None,
+    teacher: str | None,
+    reference: str | None,
+    data: str | None,
+    device: str,
+    dtype: str | None,
+    text: str | None = None,
+) -> tuple[dict[str, Any], Any]:
+    """The user's models and tokenizer by their names, and the rows of the user's data, or the text given instead."""
+    if model is None or (data is None and text is None):
+        raise InputError("--model and --data go together: a model folder and a JSON Lines file")
+    if data is not None and text is not None:
+        raise InputError("--text and --data: give one of them")
+    from qlens.data import compatibility, examples, models
+    from qlens.data.vocabularies import match_vocabulary
+
+    read = text if data is None else examples.read_rows(data)
+    tokenizer = models.load_tokenizer(model)
+    loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
+    for name, folder in (("teacher", teacher), ("reference", reference)):
+        if folder is not None:
+            its = models.load_tokenizer(folder)
+            compatibility.check_same_tokenizer(tokenizer, its)
+            loaded[name] = models.load_model(folder, device, dtype)
+            width = compatibility.vocabulary_size(loaded["model"])
+            if done := match_vocabulary(width, loaded[name], name, tokenizer, its):
+                typer.echo(done, err=True)
+    return loaded, read
+
+
+def figure_path(figure: str) -> Path:
+    """Where ``--figure`` puts a figure.
+
+    Raises:
+        InputError: no figure can go there.
+    """
+    from qlens.analysis.plots.save import check_path
+
+    return check_path(figure, "--figure")
+
+
+def slug(spec: str) -> str:
+    """A file name for a spec: letters, digits, - and _."""
+    name = Path(spec.partition("(")[0]).name.replace(".py:", "-")
+    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:100]

@@ -1,0 +1,301 @@
+"""Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from qlens.conformance.synthetic_batches import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
+from qlens.conformance.wrappers import Around, as_it_is
+from qlens.core.errors import InputError
+from qlens.core.supervised import IGNORE
+from qlens.core.tokens import Tokens
+from qlens.core.trial_tokens import random_tokens
+from qlens.losses import graphs
+from qlens.losses.calling import Layout, call, on_batch
+from qlens.losses.layout.layout_search import style_of
+from qlens.losses.layout.layouts import Style
+from qlens.losses.layout.names import FIELD, ROLE
+from qlens.losses.layout.signature import Inputs, inputs
+from qlens.losses.layout.trial import value_of
+from qlens.losses.reduction.scalar import pairwise
+from qlens.losses.return_values import check_shape, loss_of
+from qlens.losses.user_code import blamed, file_of
+from qlens.registry.variant import Variant
+
+ROWS = 24
+PER_TEXT = 4  # rows of a text, where rows are shown to a loss of batches
+TOLERANCE = 1e-5  # of the largest gradient: losses may compute in float32, and mistakes are far larger
+COARSE_TOLERANCE = 0.05  # in bfloat16, whose steps are 2^-8: about a dozen roundings
+COUNT = "num_items_in_batch"
+
+
+class Reading(NamedTuple):
+    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned, and whether
+    the value had a graph."""
+
+    value: Tensor
+    grad: Float[Tensor, "K V"]
+    outside: float
+    shape: tuple[int, ...]
+    graph: bool = True
+
+
+class Specimen:
+    """A loss under test.
+
+    Args:
+        variant: the loss; a method with a target of its own is read through ``variant.loss``, any other as it was written.
+        dtype: what it is read in where nothing else is asked.
+        vocabulary: number of columns of the logits.
+
+    Attributes:
+        tolerance: what counts as rounding, as a share of the largest gradient.
+        digits: the dtype that holds every digit of its gradient: what it computes in.
+        prompts: whether texts begin with a prompt that is labelled -100.
+
+    Raises:
+        InputError: a function of tokens that fails on the built-in probes.
+    """
+
+    def __init__(self, variant: Variant, dtype: torch.dtype = torch.float64, vocabulary: int = VOCABULARY):
+        self.variant, self.dtype, self.vocabulary = variant, dtype, vocabulary
+        self.tolerance, self.digits = TOLERANCE, dtype
+        self.fn, self.params = (variant.method.fn, variant.params) if variant.derived else (variant.loss, {})
+        self.takes: Inputs = inputs(self.fn)
+        self.kind = self.takes.kind
+        groups = ["pair"] if variant.compares_pairs else [] if "sequence" not in variant.needs else ["sequence"]
+        self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
+        self.prompts = True
+        self._made: dict[tuple, Any] = {}
+
+    @cached_property
+    def style(self) -> Style:
+        """How it is called."""
+        return style_of(self.fn, self.params, self.tokens())
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether it sees batches of texts, (B, T)."""
+        return self.style.laid_out
+
+    @property
+    def labels_from_ids(self) -> bool:
+        """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
+        named = [name for name, role in self.takes.required.items() if role == "labels"]
+        return self.style.ids or (self.style.clean and any(ROLE.get(name) == "input ids" for name in named))
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """What every parameter that is filled stands for."""
+        return self.takes.required | self.takes.optional
+
+    @cached_property
+    def fields(self) -> tuple[str, ...]:
+        """The fields of Tokens that its inputs are made from, beside logits and labels."""
+        if not self.variant.derived or self.kind == "tokens":
+            return tuple(self.variant.needs)
+        return tuple(dict.fromkeys(FIELD[role] for role in self.roles.values() if role in FIELD))
+
+    @property
+    def count(self) -> str:
+        """The name of the parameter that takes the number of predicted labels of the whole batch; "" if there is none."""
+        return next((name for name, role in self.roles.items() if role == "count"), "")
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is given an attention mask, and may know by that, not by labels, which tokens count."""
+        return self.laid_out and "attention mask" in self.roles.values()
+
+    def without_prompts(self) -> "Specimen":
+        """The same loss, shown texts of which every token is learned."""
+        made = copy.copy(self)
+        made.prompts, made._made = False, {}
+        return made
+
+    def with_vocabulary(self, vocabulary: int) -> "Specimen":
+        """The same loss, shown logits of another width."""
+        made = Specimen(self.variant, self.dtype, vocabulary)
+        made.tolerance, made.digits, made.prompts = self.tolerance, self.digits, self.prompts
+        return made
+
+    @property
+    def nothing(self) -> float:
+        """Up to which share of the largest gradient an entry counts as zero."""
+        return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
+
+    @cached_property
+    def counted(self) -> bool:
+        """Whether it can be told the number of predicted labels of the whole batch."""
+        if self.count:
+            return True
+        given = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
+        return self.kind in ("outputs", "model") and any(p.kind is p.VAR_KEYWORD for p in given.values())
+
+    @cached_property
+    def scope(self) -> str:
+        """What a token's gradient depends on: as declared, or found by changing logits and labels of batches."""
+        if self.declared != "token" or not self.laid_out:
+            return self.declared
+        from qlens.conformance.rules.coupling import coupling
+
+        return coupling(self)
+
+    def tokens(self, rows: int = ROWS) -> Tokens:
+        """Ordinary rows, every field filled."""
+        return self.kept(("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype)))
+
+    def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
+        """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
+
+        A third of these lengths at wide vocabularies. Without prompts all of a text is learned, but its first token; a loss
+        that reads its labels from ``input_ids`` sees no others.
+        """
+        if self.vocabulary > WIDE:
+            lengths, prompts = ([-(-n // 3) for n in each] for each in (lengths, prompts))
+        if self.labels_from_ids or not self.prompts:
+            lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
+            prompts = (1,)
+        key = ("texts", tuple(lengths), tuple(prompts))
+        return self.kept(
+            key,
+            lambda: [
+                text._replace(tokens=self._weighted(text.tokens))
+                for text in texts(lengths, prompts, self.dtype, self.vocabulary)
+            ],
+        )
+
+    def _weighted(self, tokens: Tokens) -> Tokens:
+        """The tokens with weights, where the loss takes some: nobody else multiplies by them then."""
+        if "weight" not in self.roles.values():
+            return tokens
+        ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
+        return tokens.replace(weight=ramp.to(tokens.logits.dtype))
+
+    def kept(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What is made once: random logits of a wide vocabulary take longer than the loss."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def unequal(self) -> list[Text]:
+        """Eight texts of unequal lengths."""
+        return self.texts(UNEQUAL, PROMPTS)
+
+    def read(self, tokens: Tokens, around: Around = as_it_is, per_text: int = PER_TEXT) -> Reading:
+        """One call on rows, (N, V), in the layout that the loss wants; ``around`` wraps the function called.
+
+        A loss of batches sees them as texts of ``per_text`` rows, and is told their count.
+
+        Raises:
+            InputError: it returns no floating-point tensor, or one without a graph.
+        """
+        if self.laid_out:
+            shown = cut(tokens, per_text)
+            made = self.read_batch(shown, len(tokens), around=around)
+            rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in shown])
+            return made._replace(grad=made.grad[rows])
+        with torch.enable_grad():
+            leaf = tokens.logits.detach().clone().requires_grad_()
+            shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
+
+            def run() -> Any:
+                return call(around(self.fn), self.params, shown, Layout(), style=self.style)
+
+            made = self.reading(run(), leaf, run)
+        if self.variant.derived and not pairwise(self.fn):
+            check_shape(torch.empty(made.shape, device="meta"), len(tokens), self.variant.spec)
+        return made
+
+    def value(self, tokens: Tokens) -> Tensor:
+        """The sum of what it returns for these rows."""
+        if self.laid_out:
+            return self.read(tokens).value
+        return value_of(self.fn, self.params, tokens, self.style).sum()
+
+    def _graded(self, returned: Any, again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
+        """The loss in what a call on these logits returned, with a graph, and whether it had one itself."""
+        result = loss_of(returned, self.variant.spec)
+        return graphs.checked(result, self.variant.spec, again, logits).value, result.value.requires_grad
+
+    def reading(self, returned: Any, leaf: Tensor, again: Callable[[], Any] | None = None) -> Reading:
+        """What a call returned, and its gradient by the logits it was given; ``again`` calls once more, to see what is lost.
+
+        Raises:
+            InputError: it is no floating-point tensor, or one other than zero without a graph.
+        """
+        made, graph = self._graded(returned, again or (lambda: returned), leaf)
+        return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
+
+    def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and its gradient by the logits.
+
+        Raises:
+            InputError: the backward pass raises.
+        """
+        with blamed(self.variant.spec, file_of(self.fn)):
+            (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
+        if grad is None:
+            raise InputError("it returns a value whose graph does not lead back to the logits")
+        return made.detach().sum(), grad
+
+    def read_batch(
+        self,
+        texts: Sequence[Text],
+        count: int | None,
+        side: str = "right",
+        columns: int = 0,
+        around: Around = as_it_is,
+        attended: bool = True,
+    ) -> Reading:
+        """One call on texts padded to one width and ``columns`` more; ``count`` goes to losses that can be told it.
+
+        The attention mask is 1 on texts, unless they are not ``attended``, and 0 on padding.
+
+        Raises:
+            InputError: it returns no floating-point tensor, or one without a graph.
+        """
+        width = max(len(text.labels) for text in texts) + columns
+        draw, size = torch.Generator().manual_seed(width), (len(texts), width)
+        table = torch.randn(*size, self.vocabulary, generator=draw, dtype=torch.float64).to(texts[0].logits.dtype)
+        labels, ids = torch.full(size, IGNORE), torch.zeros(size, dtype=torch.long)
+        real = torch.zeros(size, dtype=torch.bool)
+        for row, text in enumerate(texts):
+            start = 0 if side == "right" else width - len(text.labels)
+            at = slice(start, start + len(text.labels))
+            table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
+            ids[row, at] = text.ids
+        parts = [text.tokens.fields() for text in texts]
+        rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        name = self.count or COUNT
+        given = {}
+        if self.counted and count is not None:
+            given[name] = torch.tensor(count)
+        elif self.count:
+            given[name] = None
+        with torch.enable_grad():
+            leaf = table.requires_grad_()
+            mask = real.long() * attended
+            shown = leaf.clone()
+
+            def run() -> Any:
+                return on_batch(around(self.fn), shown, labels, rows, self.params, self.style, mask, ids, **given)
+
+            made, graph = self._graded(run(), run, shown)
+            value, grad = self._derived(made, leaf)
+        padding = ~real
+        if self.labels_from_ids:  # whatever stands before a text's first token learns it
+            padding[:, :-1] &= ~real[:, 1:]
+        outside = float(grad[padding].abs().max()) if bool(padding.any()) else 0.0
+        return Reading(value, grad[real], outside, tuple(made.shape), graph)
+
+
+def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
+    """The tokens with these logits, every other field a copy that a loss may write on."""
+    others = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
+    return Tokens(logits=logits, **others)

@@ -1,0 +1,126 @@
+"""Opening: the specimen of a loss, at a vocabulary and in a precision that it accepts, with a gradient to test."""
+
+from collections.abc import Iterator
+
+import torch
+
+from qlens.conformance.harness import COARSE_TOLERANCE, Reading, Specimen
+from qlens.conformance.synthetic_batches import VOCABULARY, cast
+from qlens.conformance.wrappers import watching
+from qlens.core.errors import InputError
+from qlens.core.scales import COARSE, carried
+from qlens.losses.calling import written as writes
+from qlens.losses.layout.layouts import Style
+from qlens.losses.layout.signature import inputs
+from qlens.losses.user_code import numbers_of
+from qlens.registry.variant import Variant
+
+WIDER = (64, 1024, 50_304)  # tried in turn where a loss refuses a vocabulary of 24: a top-50, a wide top-k, a token id
+WIDEST = 300_000
+WIDEST_HEAD = 2048  # where the head is a matrix of that size, squared
+NUDGE = {torch.float64: 1e-4, torch.float32: 1e-2}  # of the logits; 0.1 in coarser types
+SMALL = 256  # roundings of a softmax gradient, below which a gradient may be rounding alone
+SIZE_ERRORS = (RuntimeError, IndexError, ValueError, AssertionError)
+
+
+def specimen(variant: Variant) -> tuple[Specimen, str]:
+    """The loss, called once on ordinary rows to see that there is something to test, and a remark on how it was called.
+
+    It is read in float32 where it refuses float64, and at a wider vocabulary where it refuses 24 columns.
+
+    Raises:
+        InputError: it cannot be called, writes on what it needs, has no gradient, is NaN or infinite, or teaches nothing.
+    """
+    loss, ordinary, refused = _opened(variant)
+    for what, values in (("value", ordinary.value), ("gradient", ordinary.grad)):
+        if not bool(values.isfinite().all()):
+            raise InputError(
+                f"{variant.spec}: its {what} is NaN or infinite on ordinary logits: nothing can be checked"
+            )
+    loss.digits = carried(ordinary.grad)
+    if loss.digits in COARSE:
+        loss.tolerance = COARSE_TOLERANCE
+    if _is_rounding(loss, ordinary):
+        largest = float(ordinary.grad.abs().max())
+        raise InputError(
+            f"{variant.spec} teaches nothing: its gradient is zero up to rounding on ordinary logits (largest entry "
+            f"{largest:.2g}, where softmax gradients are about 1): there is nothing to check"
+        )
+    return loss, refused
+
+
+def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
+    """The first vocabulary and precision at which a call succeeds, and what the first call said if it did not.
+
+    Raises:
+        InputError: no call succeeds.
+    """
+    first: InputError | None = None
+    written: list[str] = []
+    said: list[str] = []
+    for vocabulary in _vocabularies(said, _widest(variant)):
+        for dtype in (torch.float64, torch.float32):  # a loss with float32 inside may refuse float64
+            try:
+                loss = Specimen(variant, dtype, vocabulary)
+                made = loss.read(loss.tokens(), around=watching(written))
+                refused = "" if first is None or vocabulary == VOCABULARY else str(first)
+                return loss, made, refused
+            except InputError as error:
+                first = first or error
+                said.append(str(error.__cause__))
+                if not _may_be_size(error):
+                    break
+        if not _may_be_size(first):
+            break
+    names = ", ".join(dict.fromkeys(_written(variant, written)))
+    why = f" (it writes in place on {names})" if names else ""
+    raise InputError(f"{variant.spec} cannot be checked{why}: {first}") from first
+
+
+def _may_be_size(error: InputError) -> bool:
+    """Whether what the loss raised may come of too few columns."""
+    return isinstance(error.__cause__, SIZE_ERRORS) and not isinstance(error.__cause__, InputError)
+
+
+def _written(variant: Variant, seen: list[str]) -> list[str]:
+    """What a loss that fails writes on: as seen in a call, or in one on plain rows."""
+    if seen:
+        return seen
+    try:
+        return list(writes(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
+    except InputError:
+        return []
+
+
+def _widest(variant: Variant) -> int:
+    """The widest vocabulary to try: a loss that is given a head, or a model with one, takes a square matrix."""
+    return WIDEST_HEAD if variant.derived and inputs(variant.method.fn).kind in ("model", "hidden") else WIDEST
+
+
+def _vocabularies(said: list[str], widest: int) -> Iterator[int]:
+    """24, then the sizes that error messages name (a weight per class, an index out of range), then ever wider ones."""
+    tried = {VOCABULARY}
+    yield VOCABULARY
+    for wider in WIDER:
+        named = dict.fromkeys(int(number) for message in said for number in numbers_of(message)[:20])
+        for size in [size for number in named for size in (number, number + 1)][:12]:
+            if VOCABULARY < size <= widest and size not in tried:
+                tried.add(size)
+                yield size
+        if wider not in tried and wider <= widest:
+            tried.add(wider)
+            yield wider
+
+
+def _is_rounding(loss: Specimen, ordinary: Reading) -> bool:
+    """Whether a small gradient is rounding: a tiny change of the logits then changes most of it."""
+    size = ordinary.grad.norm()
+    if not bool(size):
+        return True
+    if float(ordinary.grad.abs().max()) > SMALL * torch.finfo(loss.digits).eps:
+        return False
+    tokens = loss.tokens()
+    draw = torch.Generator().manual_seed(11)
+    noise = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64) * NUDGE.get(loss.digits, 0.1)
+    moved = loss.read(cast(tokens.replace(logits=tokens.logits + noise.to(tokens.logits)), loss.dtype)).grad
+    return float((moved - ordinary.grad).norm() / size) > 0.5

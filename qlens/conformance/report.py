@@ -1,0 +1,195 @@
+"""Check: a conformance report on the implementation of a loss."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+
+from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
+from qlens.conformance.synthetic_batches import VOCABULARY
+from qlens.core.errors import InputError
+from qlens.losses import user_code
+from qlens.losses.user_code import first_line
+from qlens.registry import resolve
+from qlens.registry.variant import Variant
+
+State = Literal["passed", "failed", "remark", "not applicable"]
+STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
+BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules of what a loss divides by
+WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
+
+
+@dataclass(frozen=True)
+class Item:
+    """One line of the report: what was tested, how it went, the numbers, and for a failure what follows from it.
+
+    A "remark" is what whoever trains with the loss should know, and no fault of its code.
+    """
+
+    id: str
+    state: State
+    evidence: str
+    consequence: str = ""
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """How a loss is implemented: print it, or read ``ok``, ``failures`` and ``items``.
+
+    Args:
+        spec: the loss.
+        kind: how it is called: tokens, logits, outputs, hidden or model.
+        called_as: how it was called, in words.
+        notes: what it does beside: another model run, an input without effect, ...
+        items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
+        vocabulary: number of columns of the logits that it was called with.
+        refused: what it raised at a vocabulary of 24, where it asked for a wider one.
+
+    Example:
+        >>> report = check("dft")
+        >>> report.ok, report["shift"].evidence
+        (True, 'row t learns its own label: 24 labels changed one at a time')
+    """
+
+    spec: str
+    kind: str
+    items: tuple[Item, ...]
+    vocabulary: int = VOCABULARY
+    refused: str = ""
+    called_as: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[Item, ...]:
+        """The items that are no faults of the code, and worth knowing."""
+        return tuple(item for item in self.items if item.state == "remark")
+
+    @property
+    def failures(self) -> tuple[Item, ...]:
+        """The items that failed."""
+        return tuple(item for item in self.items if item.state == "failed")
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed."""
+        return not self.failures
+
+    def __getitem__(self, name: str) -> Item:
+        """The item of that id."""
+        return next(item for item in self.items if item.id == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything printable, for JSON."""
+        return {
+            "loss": self.spec,
+            "kind": self.kind,
+            "vocabulary": self.vocabulary,
+            "ok": self.ok,
+            "items": [asdict(item) for item in self.items],
+            "called_as": self.called_as,
+            "notes": list(self.notes),
+        }
+
+    def __str__(self) -> str:
+        by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
+        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
+        for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
+            lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
+            lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
+        for reason in dict.fromkeys(item.evidence for item in by_state["not applicable"]):
+            names = ", ".join(
+                item.id.replace("_", " ") for item in by_state["not applicable"] if item.evidence == reason
+            )
+            lines += _entry(
+                "not applicable",
+                names if "," not in names else "",
+                reason if "," not in names else f"{names}: {reason}",
+            )
+        shown = [
+            state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
+        ]
+        counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
+        called = [f"Called with {self.called_as}{self._width()}."] if self.called_as else []
+        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
+        return "\n".join([*lines, "", *said, counts])
+
+    def _width(self) -> str:
+        if self.vocabulary == VOCABULARY:
+            return ""
+        return f", a vocabulary of {self.vocabulary}: with {VOCABULARY} columns {self.refused}"
+
+
+@user_code.quiet()
+@torch.inference_mode(False)
+def check(loss: Variant | str | Callable) -> CheckReport:
+    """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
+
+    Args:
+        loss: a Variant, a spec, FILE.py:FUNCTION, a callable or a trainer's class (see ``implied_target``).
+
+    Gradients count as the same when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16). A loss
+    that refuses a vocabulary of 24 is shown a wider one; ``report.vocabulary`` says which. What is no fault of the code, but
+    worth knowing, is a remark and leaves the report ``ok``.
+
+    Raises:
+        InputError: the loss cannot be called on ordinary input, has no finite gradient there, or teaches nothing, its gradient
+            being zero up to rounding; the message says why.
+
+    Example:
+        >>> import torch.nn.functional as F
+        >>> check(F.cross_entropy).ok
+        True
+        >>> [item.id for item in check(lambda logits, labels: F.cross_entropy(logits.exp().log(), labels)).failures]
+        ['impossible', 'extremes']
+    """
+    with torch.random.fork_rng(devices=[]):
+        variant = resolve(loss)
+        tested, refused = specimen(variant)
+        items = {name: _item(name, rule, tested) for name, rule in RULES.items() if not rule.compares}
+        random = items["deterministic"].state == "failed"
+        for name, rule in RULES.items():
+            if rule.compares:
+                reason = "two calls on the same input differ, so that calls cannot be compared"
+                items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
+        called_as, notes = variant.account(tested.tokens())
+    found = tuple(items[name] for name in RULES)
+    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
+
+
+def _item(name: str, rule: Rule, tested: Specimen) -> Item:
+    if rule.laid_out and (reason := sees_no_batches(tested)):
+        return Item(name, "not applicable", reason)
+    try:
+        return Item(name, "passed", rule.run(tested))
+    except NotApplicable as reason:
+        return Item(name, "not applicable", str(reason))
+    except Remark as remark:
+        return Item(name, "remark", str(remark))
+    except Failed as failure:
+        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
+            return Item(name, "remark", f"{failure}; {spared}")
+        return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
+    except InputError as error:
+        return Item(name, "failed", str(error), rule.raising)
+    except Exception as error:
+        return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
+
+
+def _spared(rule: Rule, tested: Specimen) -> str:
+    """That a loss which may go by the attention mask keeps the rule on texts without prompts, or nothing."""
+    try:
+        rule.run(tested.without_prompts())
+    except (Failed, NotApplicable, InputError):
+        return ""
+    except Remark as remark:
+        return f"where nothing is a prompt: {remark}"
+    return "not so where nothing is a prompt: it goes by the attention mask, prompts included"
+
+
+def _entry(state: str, name: str, said: str) -> list[str]:
+    """A line of the table, with what does not fit below it."""
+    start = f"{state:<{len(STATES[-1])}}  {name:<{WIDTH}}  "
+    wrapped = textwrap.wrap(said, EVIDENCE, break_on_hyphens=False)
+    return [(start if not i else " " * len(start)) + part for i, part in enumerate(wrapped)]

@@ -1,0 +1,166 @@
+"""Rows labelled -100 among the rows of a loss that takes (N, V) logits: what it makes of them."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from qlens.conformance.harness import Reading, Specimen
+from qlens.conformance.rules.rule import ROWS_ONLY, Failed, NotApplicable, Remark, relative
+from qlens.conformance.wrappers import Around, as_it_is
+from qlens.core.errors import InputError
+from qlens.core.supervised import IGNORE
+from qlens.losses.calling import on_view
+from qlens.losses.layout.layouts import View, token_ids
+from qlens.losses.layout.names import ROLE
+
+EQUALS = ("eq", "ne", "not_equal")
+ORDERS = ("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal")
+EVERY = 5  # of the rows shown, one is ignored
+NAMED = 128  # columns, so that an index of -100 is inside the vocabulary, as at real ones
+
+
+def ignored_rows(loss: Specimen) -> str:
+    """What rows labelled -100 do to a loss of rows; with a mask, the mask leaves them out as well.
+
+    Raises:
+        Failed: its mask leaves rows out, and they have a gradient or count in what it divides by.
+        Remark: they are trained, or count, and nothing but their label tells them.
+        NotApplicable: it refuses them, knows no labels, or leaves adding up to its caller.
+    """
+    if not knows_labels(loss):
+        raise NotApplicable(ROWS_ONLY)
+    told = "mask" in loss.roles.values()
+    rows = "rows that its mask leaves out" if told else f"rows labelled {IGNORE}"
+    loss, alone = _wide(loss)
+    try:
+        made, ignored = among(loss, IGNORE)
+    except InputError as error:
+        raise NotApplicable(f"{ROWS_ONLY}; {rows} are refused: {error}") from error
+    others, pulled = made.grad[~ignored], made.grad[ignored].abs().amax(-1)
+    many = int((~(pulled <= loss.nothing * alone.grad.abs().max())).sum())
+    if many:
+        raise _pulled(loss, made, ignored, rows, float(pulled.max() / alone.grad.abs().max()))
+    if relative(others, alone.grad) <= loss.tolerance:
+        return f"no gradient on {len(pulled)} {rows}, the others learn as without them"
+    size = alone.grad.square().sum()
+    times = float((others * alone.grad).sum() / size)
+    if relative(others, times * alone.grad) > loss.tolerance:
+        raise Remark(
+            f"no gradient on {len(pulled)} {rows}, but with them among {len(ignored)} the others learn otherwise"
+        )
+    said = (
+        f"{rows} count in what it divides by: with {len(pulled)} of them among {len(ignored)} the others learn {times:.4g} "
+        "times as much"
+    )
+    if told:
+        raise Failed(said)
+    if _looks_for_ignored(loss):
+        raise Remark(said)
+    raise NotApplicable(f"{ROWS_ONLY}; {said}")
+
+
+def _looks_for_ignored(loss: Specimen) -> bool:
+    """Whether a loss of rows handles ignored labels itself: by a parameter for their id, or by a comparison of labels."""
+    given = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
+    held = vars(loss.fn) if isinstance(loss.fn, nn.Module) else {}
+    if any(ROLE.get(name.lower()) == "ignore" for name in (*given, *held)):
+        return True
+    with _Comparisons() as seen:
+        among(loss, IGNORE)
+    return seen.found
+
+
+class _Comparisons(TorchFunctionMode):
+    """Notes whether tensors of integers are compared with a negative number, or with 0 or more by order."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").strip("_")
+        if name in (*EQUALS, *ORDERS):
+            values = [*args, *kwargs.values()]
+            tensors = [v for v in values if isinstance(v, Tensor) and v.ndim and not v.is_floating_point()]
+            numbers = [float(v) for v in values if isinstance(v, int | float) or (isinstance(v, Tensor) and not v.ndim)]
+            most = 0 if name in ORDERS else -1
+            self.found |= bool(tensors) and any(number <= most for number in numbers)
+        return func(*args, **kwargs)
+
+
+def knows_labels(loss: Specimen) -> bool:
+    """Whether a loss of rows is given labels or a mask, which may say that a row is ignored."""
+    return loss.kind != "tokens" and loss.declared != "pair" and bool({"labels", "mask"} & set(loss.roles.values()))
+
+
+def _wide(loss: Specimen) -> tuple[Specimen, Reading]:
+    """The loss at a vocabulary in which -100 is an index, where it accepts one, and its reading of supervised rows alone."""
+    if loss.vocabulary < NAMED:
+        try:
+            wide = loss.with_vocabulary(NAMED)
+            return wide, wide.read(wide.tokens())
+        except InputError:  # it is written for one vocabulary
+            pass
+    return loss, loss.read(loss.tokens())
+
+
+def among(loss: Specimen, label: int, around: Around = as_it_is) -> tuple[Reading, Tensor]:
+    """A reading of ordinary rows with ignored ones between them, all M of them, and which these are.
+
+    Masks and weights are 0 at ignored rows; they carry ``label``, unless a mask tells them from ordinary ids.
+    """
+    tokens, style = loss.tokens(), loss.style
+    ignored = torch.arange(len(tokens) * EVERY // (EVERY - 1)) % EVERY == 0
+    place, rows, size = (~ignored).nonzero()[:, 0], len(ignored), tokens.logits.shape[1]
+    draw = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, size, generator=draw, dtype=torch.float64).to(tokens.logits)
+    logits = logits.index_copy(0, place, tokens.logits.detach())
+    labels = torch.full((rows,), 0 if style.clean else label).index_copy(0, place, tokens.labels)
+    if loss.kind == "hidden":  # other models' hidden states stand at every row
+        tokens = tokens[torch.zeros(rows, dtype=torch.long).index_copy(0, place, torch.arange(len(place)))]
+        place = torch.arange(rows)
+    given = {loss.count: (~ignored).sum()} if loss.count and style.counted else {}
+    with torch.enable_grad():
+        leaf = logits.requires_grad_()
+        shown = tokens.with_logits(leaf[place])
+        view = View(leaf.clone(), labels, shown, place, (~ignored).long(), token_ids(torch.arange(rows), size), style)
+        return loss.reading(on_view(around(loss.fn), loss.params, view, **given), leaf), ignored
+
+
+def _pulled(loss: Specimen, made: Reading, ignored: Tensor, rows: str, share: float) -> Exception:
+    """What to say of ignored rows that have a gradient, up to a share of the largest."""
+    if "mask" in loss.roles.values():
+        return Failed(f"{rows} have a gradient, up to {share:.2g} of the largest")
+    token = _trained_as(loss, made)
+    if token is None:
+        return NotApplicable(f"{ROWS_ONLY}; no label has a part in its gradient, that of {rows} neither")
+    if token < 0:
+        return Remark(f"{rows} have a gradient, up to {share:.2g} of the largest: the caller has to leave them out")
+    index = f" ({IGNORE} counted from the end of the vocabulary)" if token else ""
+    if made.shape == ignored.shape:
+        return NotApplicable(
+            f"it returns a loss per row; {rows} have that of token {token}{index}, which whoever adds up leaves out"
+        )
+    return Remark(
+        f"{rows} are trained as token {token}{index}, by up to {share:.2g} of the largest gradient: the caller has to "
+        "leave them out"
+    )
+
+
+def _trained_as(loss: Specimen, made: Reading) -> int | None:
+    """The token whose label gives ignored rows the gradient that they have, -1 if none does, None if all do."""
+    equal = []
+    for token in (0, loss.vocabulary + IGNORE, loss.vocabulary - 1):
+        try:
+            same = token >= 0 and relative(among(loss, token)[0].grad, made.grad) <= loss.tolerance
+        except InputError:  # a negative index is refused, say
+            same = False
+        equal += [token] if same else []
+    if {0, loss.vocabulary - 1} <= set(equal):
+        return None
+    return equal[0] if equal else -1

@@ -1,0 +1,68 @@
+"""The rules of manners: strided input, repeatable calls, and nothing written on."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlens.conformance.harness import TOLERANCE, Reading, Specimen
+from qlens.conformance.rules.ignored_rows import among, knows_labels
+from qlens.conformance.rules.rule import Failed, Remark, relative, rule, same, sees_no_batches, to
+from qlens.conformance.synthetic_batches import count
+from qlens.conformance.wrappers import changing, watching
+from qlens.core.errors import InputError
+from qlens.core.supervised import IGNORE
+
+
+@rule("it trains on wrong numbers after a transpose or a slice")
+def contiguous(loss: Specimen) -> str:
+    """Strided input."""
+    texts = loss.texts((5, 5)) if loss.laid_out else []  # the strides of a single text hide from view()
+
+    def read(change: Callable[[Tensor], Tensor]) -> Reading:
+        if texts:
+            return loss.read_batch(texts, count(texts), around=changing(change))
+        return loss.read(loss.tokens(), changing(change))
+
+    wanted = read(Tensor.contiguous)
+    try:
+        made = read(_strided)
+    except InputError as error:
+        raise Remark(f"non-contiguous logits and labels, as after a transpose or a slice: {error}") from error
+    off = same(loss, made, wanted, "non-contiguous logits and labels")
+    return f"non-contiguous logits and labels give the same gradient {to(off)}"
+
+
+@rule("runs cannot be repeated, nor losses compared: seed it, or switch dropout off", compares=False)
+def deterministic(loss: Specimen) -> str:
+    """Two calls."""
+    first, second = (loss.read(loss.tokens()) for _ in range(2))
+    off = max(relative(second.grad, first.grad), relative(second.value, first.value))
+    if off > TOLERANCE:
+        raise Failed(f"two calls on the same input differ by {off:.2g} of the largest gradient")
+    return f"two calls agree {to(off)}"
+
+
+@rule("metrics, or a second loss on the same logits, see what it left there", compares=False)
+def inputs(loss: Specimen) -> str:
+    """Nothing is written on."""
+    written: list[str] = []
+    loss.read(loss.tokens(), watching(written))
+    with contextlib.suppress(InputError):  # what it does with -100 is asked elsewhere
+        if loss.laid_out and not sees_no_batches(loss):
+            texts = loss.unequal()
+            loss.read_batch(texts, count(texts), columns=3, around=watching(written))
+        elif knows_labels(loss):
+            among(loss, IGNORE, watching(written))
+    if written:
+        raise Failed(f"it writes in place on {', '.join(dict.fromkeys(written))}")
+    return "all it is given stays as it was"
+
+
+def _strided(value: Tensor) -> Tensor:
+    """The same values, laid out with gaps between them, the vocabulary not innermost."""
+    if not value.ndim:
+        return value
+    spread = torch.stack([value, value], -1)[..., 0]
+    return spread if value.ndim < 2 else value.transpose(-1, -2).contiguous().transpose(-1, -2)

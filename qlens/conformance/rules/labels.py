@@ -1,0 +1,187 @@
+"""The rule of what the labels are for: the token that each names is the one that its row learns."""
+
+import contextlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qlens.conformance.harness import PER_TEXT, Specimen
+from qlens.conformance.rules.rule import Failed, NotApplicable, Remark, relative, rule
+from qlens.conformance.synthetic_batches import cut, relabelled
+from qlens.core.errors import InputError
+from qlens.core.tokens import MODELS, Tokens
+from qlens.losses.layout.names import FIELD
+from qlens.losses.layout.trial import across
+from qlens.losses.side_effects import watched
+
+STEP = 7  # by which a label is changed
+MOST = 0.9  # of the rows that must agree
+MAJOR = 0.5  # of a change, in two columns
+MINOR = 0.1
+FOLLOWS = 1e-3  # of its gradient: a row that turns by less does not follow its label
+
+
+class Reaction(NamedTuple):
+    """What rows do as their own labels change: the gradients before and after, and the rows whose label changed."""
+
+    tokens: Tokens
+    before: Tensor
+    after: Tensor
+    changed: Tensor
+
+    @property
+    def new_labels(self) -> Tensor:
+        """The labels after the change."""
+        return torch.where(self.changed, (self.tokens.labels + STEP) % self.before.shape[1], self.tokens.labels)
+
+
+@rule("nothing of what the data say is learned", compares=False)
+def labels(loss: Specimen) -> str:
+    """The token that a label names is the one that its row learns."""
+    if not _takes_labels(loss):
+        raise NotApplicable("it takes no labels")
+    seen = _reaction(loss)
+    if not _any_row_turns(seen):
+        raise _without_labels(loss, seen)
+    if (offset := _offset(seen)) is not None:
+        raise Failed(
+            f"where the label is y, a row learns token y{offset:+d} (counted around the vocabulary of {loss.vocabulary})",
+            "the model is trained to say another token than the data say",
+        )
+    if _another_column(seen):
+        raise Remark("the label decides which token is learned, but it is another token than the label")
+    return f"a row's gradient follows which token its label is: {int(seen.changed.sum())} labels changed"
+
+
+def _takes_labels(loss: Specimen) -> bool:
+    """Whether labels are among what it is given."""
+    given = {"labels", "batch", "dict"} & set(loss.roles.values())
+    return loss.kind == "tokens" or bool(given) or "log probs" in loss.roles.values()
+
+
+def _reaction(loss: Specimen) -> Reaction:
+    """Every third label is changed, in calls with the same random draws; input ids stay, so that another model sees the same.
+
+    Raises:
+        NotApplicable: calls on the same input differ all the same.
+    """
+    tokens = loss.tokens()
+    changed = torch.arange(len(tokens)) % 3 == 1
+    new = torch.where(changed, (tokens.labels + STEP) % loss.vocabulary, tokens.labels)
+    readings = []
+    for labels in (tokens.labels, tokens.labels, new):
+        torch.manual_seed(0)
+        readings.append(_read(loss, tokens, labels))
+    if relative(readings[1], readings[0]) > loss.tolerance:
+        raise NotApplicable("two calls on the same input differ, whatever the labels")
+    return Reaction(tokens, readings[0], readings[2], changed)
+
+
+def _read(loss: Specimen, tokens: Tokens, labels: Tensor) -> Tensor:
+    """The gradient of every row with these labels, (N, V)."""
+    if not loss.laid_out:
+        return loss.read(tokens.replace(labels=labels)).grad
+    texts = cut(tokens, PER_TEXT)
+    parts = labels.split(PER_TEXT)
+    texts = [relabelled(text, torch.cat([text.labels[:1], own])) for text, own in zip(texts, parts, strict=True)]
+    grad = loss.read_batch(texts, len(tokens)).grad
+    return grad[torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in texts])]
+
+
+def _any_row_turns(seen: Reaction) -> bool:
+    """Whether a label changes the direction of any gradient; one that only grows or shrinks has another weight."""
+    size = seen.after.norm(dim=-1)
+    known = (size > FOLLOWS * size.max()) & seen.before.any(-1)
+    turned = (across(seen.after, seen.before) > FOLLOWS * size) & known
+    return bool(turned.any()) or bool((seen.before.any(-1) != seen.after.any(-1)).any())
+
+
+def _without_labels(loss: Specimen, seen: Reaction) -> Exception:
+    """What to say of a loss whose rows follow no label."""
+    moved = float((seen.after - seen.before).abs().max()) > loss.tolerance * float(seen.before.abs().max())
+    effect = (
+        "changing a label changes how much its row learns, not what"
+        if moved
+        else "changing a label changes no gradient"
+    )
+    others = _others(loss)
+    learned = _learned_token(seen)
+    if learned is not None:
+        best = seen.tokens.logits.argmax(-1)
+        for name, ids in (*_best_of(seen.tokens, others), ("student", best)):
+            if bool((learned == ids).double().mean() >= MOST):
+                said = f"every row learns the {name}'s own most probable token (its argmax), not its label: {effect}"
+                return Failed(said) if name == "student" else Remark(said)
+        if len(learned.unique()) == 1:
+            return Failed(f"every row learns token {int(learned[0])}, not its label: {effect}")
+    if others:
+        return NotApplicable(f"it learns from {' and '.join(others)} alone: {effect}")
+    return Failed(f"its labels are ignored: {effect}, and it learns from no other model either")
+
+
+def _best_of(tokens: Tokens, others: Iterable[str]) -> list[tuple[str, Tensor]]:
+    """The most probable token of every row, by each of these models."""
+    logits = {name: getattr(tokens, name) for name in MODELS if name in others}
+    return [(name, value.argmax(-1)) for name, value in logits.items() if value is not None]
+
+
+def _learned_token(seen: Reaction) -> Tensor | None:
+    """The token k of every row whose gradient is a (p - one-hot(k)), of the rows that have one; None where most are not so."""
+    grad, probs = seen.before.double(), seen.tokens.logits.double().softmax(-1)
+    token = grad.argmin(-1)
+    pull = probs.scatter_add(1, token[:, None], torch.full_like(token, -1, dtype=probs.dtype)[:, None])
+    alike = across(grad, pull) <= FOLLOWS * grad.norm(dim=-1)
+    if not bool(alike.double().mean() >= MOST):
+        return None
+    return token.masked_fill(~alike, -1)
+
+
+def _others(loss: Specimen) -> list[str]:
+    """The other models that a loss may learn from: among its inputs, or run by itself."""
+    fields = {FIELD.get(role, role) for role in loss.roles.values()} | set(loss.fields) | set(loss.variant.needs)
+    fields |= {role for name in loss.style.columns for role in MODELS if role in name}
+    found = [name for name in MODELS if name in fields]
+    with watched(loss.fn) as ran, contextlib.suppress(InputError):
+        loss.read(loss.tokens())
+    return [*found, *(f"another model ({name})" for name in ran.models)]
+
+
+def _offset(seen: Reaction) -> int | None:
+    """By how much the token that is learned is off its label, the same in all rows; None where it is the label, or nothing so."""
+    vocabulary = seen.before.shape[1]
+    rows = _reacting(seen)
+    change = (seen.after - seen.before).abs()[rows]
+    old, new = seen.tokens.labels[rows], seen.new_labels[rows]
+    if not len(rows) or bool((_share(change, old, new) > MINOR).any()):
+        return None
+    first = change[0].topk(2).indices
+    for off in sorted({int((k - old[0]) % vocabulary) for k in first} - {0}, key=lambda k: min(k, vocabulary - k)):
+        shares = _share(change, (old + off) % vocabulary, (new + off) % vocabulary)
+        if bool((shares >= MAJOR).all()):
+            return off if off <= vocabulary // 2 else off - vocabulary
+    return None
+
+
+def _another_column(seen: Reaction) -> bool:
+    """Whether two other columns than the old and the new label's hold the change of most rows."""
+    rows = _reacting(seen)
+    change = (seen.after - seen.before).abs()[rows]
+    if not len(rows):
+        return False
+    beside = _share(change, seen.tokens.labels[rows], seen.new_labels[rows]) < MINOR
+    sharp = change.topk(2).values.sum(-1) >= MAJOR * change.sum(-1)
+    return bool((beside & sharp).double().mean() >= MOST)
+
+
+def _reacting(seen: Reaction) -> Tensor:
+    """The rows whose own label changed and whose gradient did."""
+    moved = (seen.after - seen.before).norm(dim=-1) > FOLLOWS * float(seen.before.norm(dim=-1).max())
+    return (moved & seen.changed).nonzero()[:, 0]
+
+
+def _share(change: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    """Which share of every row's change is in two columns."""
+    both = change.gather(1, torch.stack([old, new], 1)).sum(-1)
+    return both / change.sum(-1)

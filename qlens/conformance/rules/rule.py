@@ -1,0 +1,106 @@
+"""Rules: what an implementation of a loss must keep, and how two of its gradients are compared.
+
+A rule returns its evidence, or raises Failed (a fault of the code), Remark (worth knowing, no fault) or NotApplicable.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from qlens.conformance.harness import Reading, Specimen
+
+ROWS_ONLY = "sees supervised rows only: who calls it masks, shifts and divides"
+
+
+class Failed(Exception):
+    """A rule is broken; the message is the evidence, ``consequence`` what follows where that is not the rule's own."""
+
+    def __init__(self, evidence: str, consequence: str = ""):
+        super().__init__(evidence)
+        self.consequence = consequence
+
+
+class Remark(Exception):
+    """Something that whoever trains with the loss should know, and that is no fault of its code."""
+
+
+class NotApplicable(Exception):
+    """A rule asks for what this loss has no part in; the message is the reason."""
+
+
+class Rule(NamedTuple):
+    """A rule of the report.
+
+    Args:
+        run: returns the evidence of a loss that keeps the rule.
+        consequence: what follows for training where it is broken.
+        raising: what follows where the loss raises an exception under it; empty where that is another fault.
+        compares: whether two calls are compared, which a random loss does not allow.
+        laid_out: whether it needs (B, T) batches.
+    """
+
+    run: Callable[[Specimen], str]
+    consequence: str
+    raising: str
+    compares: bool
+    laid_out: bool
+
+
+RULES: dict[str, Rule] = {}
+"""Every rule by the id of its item, in the order of the report."""
+
+
+def rule(consequence: str, raising: str = "", compares: bool = True, laid_out: bool = False) -> Callable:
+    """Decorator: a rule whose item is named after its function."""
+
+    def add(run: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
+        RULES[run.__name__] = Rule(run, consequence, raising, compares, laid_out)
+        return run
+
+    return add
+
+
+def sees_no_batches(loss: Specimen) -> str:
+    """Why a loss is not shown (B, T) batches, or nothing."""
+    if not loss.laid_out:
+        return ROWS_ONLY
+    return "compares pairs of texts: these batches hold none" if loss.declared == "pair" else ""
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """max |got - wanted| as a share of max |wanted|; infinite where either is not finite."""
+    off, size = float((got.double() - wanted.double()).abs().max()), float(wanted.abs().max())
+    if not (off < float("inf") and size < float("inf")):
+        return float("inf")
+    return off / size if size else float(off > 0)
+
+
+def to(off: float) -> str:
+    """How near two things are, in words."""
+    return f"to {off:.0e}" if off else "exactly"
+
+
+def factor(loss: Specimen, got: Tensor, wanted: Tensor) -> float | None:
+    """The one factor between two gradients, or None."""
+    size = wanted.square().sum()
+    if not bool(size):
+        return None
+    ratio = float((got * wanted).sum() / size)
+    return ratio if relative(got, ratio * wanted) <= loss.tolerance else None
+
+
+def same(loss: Specimen, got: Reading, wanted: Reading, what: str) -> float:
+    """How far two readings that should agree are apart, as a share of the largest gradient.
+
+    Raises:
+        Failed: further than rounding; the factor between them is named where there is one.
+    """
+    off = relative(got.grad, wanted.grad)
+    if off <= loss.tolerance:
+        return off
+    times = factor(loss, got.grad, wanted.grad) if off < float("inf") else None
+    if times is not None:
+        raise Failed(f"{what}: {times:.4g} times the gradient")
+    size = "not finite" if off == float("inf") else f"off by {off:.2g} of the largest entry, by no common factor"
+    raise Failed(f"{what}: the gradient is {size}")

@@ -1,0 +1,76 @@
+"""Texts: what conformance is tested on, ordinary rows cut into texts with prompts of their own."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qlens.core.supervised import IGNORE
+from qlens.core.tokens import MODELS, Tokens
+from qlens.core.trial_tokens import random_tokens
+
+VOCABULARY = 24
+WIDE = 4096  # vocabularies beyond this are tested on a third of the labels
+UNEQUAL = (2, 4, 3, 3, 9, 7, 8, 12)  # predicted labels of eight texts: 12 in the first half, 36 in the second
+PROMPTS = (3, 5, 4)  # of those texts, in turn
+
+
+class Text(NamedTuple):
+    """One text: logits (T, V), labels (T,) unshifted with -100 on the prompt, input ids (T,), its n predicted rows."""
+
+    logits: Float[Tensor, "T V"]
+    labels: Int[Tensor, " T"]
+    ids: Int[Tensor, " T"]
+    tokens: Tokens
+
+
+def texts(lengths: Sequence[int], prompts: Sequence[int], dtype: torch.dtype, vocabulary: int) -> list[Text]:
+    """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn."""
+    n = sum(lengths)
+    rows, other = (cast(random_tokens(n, vocabulary, seed=seed), dtype) for seed in (1, 2))
+    rows = rows.replace(sequence=torch.repeat_interleave(torch.tensor(lengths)))
+    draw = torch.Generator().manual_seed(3)
+    made, start = [], 0
+    for number, length in enumerate(lengths):
+        own, prompt = rows[start : start + length], prompts[number % len(prompts)]
+        logits = torch.cat([other.logits[: prompt - 1], own.logits, other.logits[-1:]])
+        labels = torch.cat([own.labels.new_full((prompt,), IGNORE), own.labels])
+        ids = torch.cat([torch.randint(vocabulary, (prompt,), generator=draw), own.labels])
+        made.append(Text(logits, labels, ids, own))
+        start += length
+    return made
+
+
+def cut(tokens: Tokens, length: int) -> list[Text]:
+    """The rows as texts of so many labels each, without a prompt: only a first token, which nothing predicts."""
+    made = []
+    for start in range(0, len(tokens), length):
+        own = tokens[start : start + length]
+        first = (own.labels[:1] + 1) % own.logits.shape[1]
+        labels = torch.cat([torch.full_like(first, IGNORE), own.labels])
+        ids = torch.cat([first, own.labels])
+        made.append(Text(torch.cat([own.logits, own.logits.detach()[:1]]), labels, ids, own))
+    return made
+
+
+def count(texts: Sequence[Text]) -> int:
+    """Predicted labels: all but -100 and the first of each row, which nothing predicts."""
+    return sum(int((text.labels[1:] != IGNORE).sum()) for text in texts)
+
+
+def relabelled(text: Text, labels: Tensor) -> Text:
+    """The text with other labels, of which as many are predicted; input ids stay as they are."""
+    own = labels[1:]
+    return text._replace(labels=labels, tokens=text.tokens.replace(labels=own[own != IGNORE]))
+
+
+def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """The same tokens, every floating-point field in another dtype."""
+    return tokens.replace(**{k: v.to(dtype) for k, v in tokens.fields().items() if v.is_floating_point()})
+
+
+def everywhere(tokens: Tokens, where: Tensor, value: float) -> Tokens:
+    """The same tokens with ``value`` for the logits ``where``, (N, V), in every model."""
+    return tokens.replace(**{name: getattr(tokens, name).masked_fill(where, value) for name in ("logits", *MODELS)})

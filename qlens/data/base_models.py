@@ -1,0 +1,49 @@
+"""Base models: a model with adapters (peft), as it is without them."""
+
+from typing import Any
+
+from torch import nn
+
+from qlens.engine.forward import evaluating
+
+
+def has_adapters(model: Any) -> bool:
+    """Whether a model has adapters that can be switched off for a while, as those of peft."""
+    return callable(getattr(model, "disable_adapter", None)) and callable(getattr(model, "get_base_model", None))
+
+
+class WithoutAdapters(nn.Module):
+    """A model with its adapters switched off for as long as a pass lasts, in evaluation mode and without gradients.
+
+    It has no parameters of its own: freezing or moving it does nothing to the model.
+
+    Args:
+        model: the model with adapters, such as a ``peft.PeftModel``.
+    """
+
+    def __init__(self, model: Any):
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that its parameters are not this module's
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self._model[0].config
+
+    def get_base_model(self) -> Any:
+        """The model beneath the adapters."""
+        return self._model[0].get_base_model()
+
+    def get_output_embeddings(self) -> Any:
+        """The model's head."""
+        return self._model[0].get_output_embeddings()
+
+    def forward(self, **features: Any) -> Any:
+        """The outputs of the model without its adapters."""
+        model = self._model[0]
+        trained = {id(value) for value in model.parameters() if value.requires_grad}
+        with evaluating(model), model.disable_adapter():
+            outputs = model(**features)
+        for value in model.parameters():  # switching adapters on and off sets what is trained
+            value.requires_grad_(id(value) in trained)
+        return outputs

@@ -1,0 +1,139 @@
+"""Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qlens.core.errors import InputError, brief
+from qlens.core.token_fields import number
+from qlens.core.tokens import log_softmax, precision
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    r"""Logits :math:`z = c \tanh(s (h W^T + b) / c)` of hidden states, without ever holding all of them.
+
+    Args:
+        hidden: h, (N, H).
+        weight: W, (V, H).
+        bias: b, (V,), or None.
+        softcap: c, or None for no cap (Gemma).
+        logit_scale: s (Cohere; Granite divides: 1 / its scaling).
+
+    Raises:
+        InputError: shapes or dtypes that do not fit.
+
+    Example:
+        >>> Head(torch.ones(1, 2), torch.tensor([[1.0, 1.0], [0.0, 3.0]]), softcap=3.0).logits(slice(None))
+        tensor([[1.7483, 2.2848]])
+    """
+
+    hidden: Float[Tensor, "N H"]
+    weight: Float[Tensor, "V H"]
+    bias: Float[Tensor, " V"] | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self):
+        h, w, b = self.hidden, self.weight, self.bias
+        if not isinstance(h, Tensor) or not isinstance(w, Tensor):
+            raise InputError(f"hidden and head must be tensors, got {type(h).__name__} and {type(w).__name__}")
+        if h.ndim != 2 or w.ndim != 2 or h.shape[1] != w.shape[1]:
+            raise InputError(f"hidden must be (N, H) and head (V, H), got {tuple(h.shape)} and {tuple(w.shape)}")
+        if h.dtype != w.dtype:
+            raise InputError(f"hidden is {h.dtype}, but head is {w.dtype}: they must have one dtype")
+        if b is not None and tuple(b.shape) != (w.shape[0],):
+            raise InputError(f"bias must be ({w.shape[0]},), got {tuple(b.shape)}")
+        for name in ("softcap", "logit_scale"):
+            if (value := getattr(self, name)) is None and name == "softcap":
+                continue
+            object.__setattr__(self, name, number(name, value, "a finite number other than 0"))
+            if not getattr(self, name):
+                raise InputError(f"{name} must be a finite number other than 0, got {brief(value)}")
+        if self.softcap is not None and self.softcap < 0:
+            raise InputError(f"softcap must be above 0, got {self.softcap}")
+
+    def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
+        """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
+        hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
+        if buffer is not None and buffer.dtype == self.hidden.dtype:
+            z = torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
+        else:
+            z = (hidden @ self.weight.T).to(wide)
+        if self.bias is not None:
+            z += self.bias
+        return capped_(z, self.softcap, self.logit_scale)
+
+    def slope_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """The slope of the soft-cap at given logits, 1 - (z / c)^2; in their place."""
+        return z.div_(self.softcap).square_().neg_().add_(1)
+
+
+def capped_(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
+    """c tanh(s z / c) in place of a head's outputs z."""
+    if logit_scale != 1:
+        z *= logit_scale
+    return z if softcap is None else z.div_(softcap).tanh_().mul_(softcap)
+
+
+@dataclass(frozen=True, eq=False)
+class TopK:
+    """A model of which only the k most probable tokens are known.
+
+    Args:
+        ids: their ids, (N, k).
+        log_probs: their log-probabilities, (N, k).
+        tail: who gets the rest of the mass: "renorm" nobody, the k share it; "uniform" all others alike; "student" the
+            others by the student's own shape.
+
+    Example:
+        >>> known = TopK(torch.tensor([[0, 2]]), torch.tensor([[0.6, 0.3]]).log(), "uniform")
+        >>> known.logits(slice(0, 1), torch.zeros(1, 4)).exp()
+        tensor([[0.6000, 0.0500, 0.3000, 0.0500]])
+    """
+
+    ids: Int[Tensor, "N k"]
+    log_probs: Float[Tensor, "N k"]
+    tail: Literal["renorm", "uniform", "student"] = "renorm"
+
+    def __post_init__(self):
+        if not isinstance(self.ids, Tensor) or not isinstance(self.log_probs, Tensor) or self.ids.is_floating_point():
+            raise InputError("TopK: ids must be an integer tensor (N, k), and log_probs a tensor (N, k)")
+        if self.ids.shape != self.log_probs.shape or self.ids.ndim != 2:
+            shapes = f"{tuple(self.ids.shape)} and {tuple(self.log_probs.shape)}"
+            raise InputError(f"TopK: ids and log_probs must both be (N, k), got {shapes}")
+        if self.tail not in ("renorm", "uniform", "student"):
+            raise InputError(f"TopK: tail must be 'renorm', 'uniform' or 'student', got {self.tail!r}")
+
+    def check_values(self, name: str) -> None:
+        """Whether every row names different ids, with probabilities.
+
+        Raises:
+            InputError: an id is there twice, or log-probabilities are NaN, above 0 or of more mass than 1; the row is named.
+        """
+        ids, most = self.ids.long().sort(-1).values, 1 + max(1e-3, 4 * torch.finfo(self.log_probs.dtype).eps)
+        mass = self.log_probs.double().exp().sum(-1)
+        for wrong, what in (
+            ((ids[:, 1:] == ids[:, :-1]).any(-1), "names an id twice"),
+            (mass.isnan(), "holds NaN"),
+            (
+                mass > most,
+                "has probabilities that add up to more than 1: give log-probabilities, logits.log_softmax(-1)",
+            ),
+        ):
+            if bool(wrong.any()):
+                raise InputError(f"{name}: row {int(wrong.nonzero()[0, 0])} of TopK {what}")
+
+    def logits(self, rows: slice, student: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """Log-probabilities over the whole vocabulary for some rows, up to a constant."""
+        ids, known = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)
+        if self.tail == "renorm":
+            made = torch.full_like(student, -torch.inf)
+        else:
+            left = torch.log1p(-known.exp().sum(-1, keepdim=True).clamp(max=1))
+            others = student if self.tail == "student" else torch.zeros_like(student)
+            made = log_softmax(others.scatter(-1, ids, -torch.inf)) + left
+        return made.scatter_(-1, ids, known)

@@ -1,0 +1,178 @@
+"""Dependence between rows: whether a token's gradient or loss is another one among other rows of its batch."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from qlens.core.autograd import ordinary
+from qlens.core.errors import InputError
+from qlens.core.scales import carried
+from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.trial_tokens import random_tokens
+from qlens.losses.user_code import LossError
+from qlens.registry import Variant
+
+SAMPLE = 16  # rows, spread over the batch
+MANY, NARROW = 1024, 256  # random rows and entries, on which rows are seen to depend on each other
+MOST = 2**21  # random logits at the batch's own vocabulary
+WHOLE = (
+    2**24
+)  # logits of all rows of a batch; of more, as many entries of the vocabulary are taken as there is room for
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""How far two gradients of one loss may be apart, as a share of the largest entry, by dtype."""
+
+
+def why_dependent(
+    variant: Variant,
+    few: Tokens,
+    sample: Callable[[Tensor], Tokens],
+    rows: int,
+    block: int,
+    fields: dict[str, Tensor],
+) -> str:
+    """How a row's gradient or loss depends on the others of its batch, "" where it does not.
+
+    Args:
+        variant: the method.
+        few: rows spread over the batch.
+        sample: tokens at some of the batch's rows, by index.
+        rows: how many rows the batch has.
+        block: how many rows would be taken at a time.
+        fields: what is known of every row.
+    """
+    run = min(rows, max(2 * block, 4 * SAMPLE))  # rows next to each other
+    for tokens in (few, *(ordinary(sample(index)) for index in _together(run, fields)), *_many(variant, few)):
+        if reason := _dependence(variant, tokens):
+            return reason
+    return _dependence_among_all(variant, sample, rows, block)
+
+
+def _many(variant: Variant, few: Tokens) -> list[Tokens]:
+    """Many random rows with the fields of some given ones, all of which vary, in sequences of four.
+
+    The vocabulary is small, so that there can be more rows than a loss asks for before it compares them; for a loss that is
+    written for its own vocabulary it is that, and the rows are fewer.
+    """
+    vocabulary = few.logits.shape[1]
+    sizes = [(MANY, min(vocabulary, NARROW)), (max(SAMPLE, MOST // vocabulary), vocabulary)]
+    for number, v in sizes:
+        trial = random_tokens(min(number, MANY), v)
+        given = trial.fields() | {"weight": trial.require("advantage").abs() + 0.1}
+        given = {name: value.to(few.logits.device) for name, value in given.items() if name in few.fields()}
+        tokens = Tokens.unchecked(**given)
+        with contextlib.suppress(InputError):
+            _read(variant, tokens[:2])
+            return [tokens]
+    return []
+
+
+def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Indices of rows that may depend on each other: so many next to each other, and some of one sequence and one pair."""
+    yield torch.arange(run)
+    for name in ("sequence", "pair"):
+        if name in fields:
+            group = (fields[name] == fields[name][0]).nonzero()[:, 0].cpu()
+            if len(group) > 1:
+                yield group[spread(len(group), SAMPLE)]
+
+
+def _dependence_among_all(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, block: int) -> str:
+    """How a row's gradient or loss depends on the others of its batch, seen on all rows of it together.
+
+    Where their logits are more than ``WHOLE``, on some entries of the vocabulary; or, for a loss that is written for all of
+    them, on fewer rows.
+    """
+    some = ordinary(sample(torch.zeros(1, dtype=torch.long)))
+    vocabulary = some.logits.shape[1]
+    columns = spread(vocabulary, max(WHOLE // rows, 2)).to(some.logits.device)
+    narrow = len(columns) < vocabulary
+    if narrow:
+        try:
+            _read(variant, _on_columns(some, columns, 0))
+        except InputError:
+            rows, narrow = max(WHOLE // vocabulary, 2), False
+    parts: list[Tokens] = []
+    for start in range(0, rows, block):
+        part = ordinary(sample(torch.arange(start, min(start + block, rows))))
+        parts.append(_on_columns(part, columns, start) if narrow else part)
+    names = parts[0].fields()
+    tokens = Tokens.unchecked(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    del parts
+    return _dependence(variant, tokens, twice=False)
+
+
+def _on_columns(tokens: Tokens, columns: Tensor, start: int) -> Tokens:
+    """Rows on some entries of the vocabulary, among them their label's: its logits take the place of one of the entries'.
+
+    Args:
+        tokens: the rows.
+        columns: the entries.
+        start: the number of the first row, so that neighbouring rows have different labels.
+    """
+    number = torch.arange(start, start + len(tokens), device=columns.device)
+    labels, own = (number % len(columns))[:, None], tokens.labels[:, None].long()
+    wide = {
+        name: value[:, columns].scatter(1, labels, value.gather(1, own))
+        for name, value in tokens.fields().items()
+        if name in ("logits", "negatives", *MODELS)
+    }
+    return Tokens.unchecked(**{**tokens.fields(), **wide, "labels": labels[:, 0]})
+
+
+def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
+    """How a row's gradient or loss depends on the rows it is computed with; "" where it does not.
+
+    The cuts go between two halves, through every sequence, and at random, so that any two rows are apart in one of them.
+    """
+    n, at = len(tokens), torch.arange(len(tokens), device=tokens.logits.device)
+    grad, total = _read(variant, tokens)
+    if twice and apart(grad, _read(variant, tokens)[0]):
+        return "two calls on the same rows give two gradients"
+    drawn = (torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5).to(at.device)
+    halves = [(at[: n // 2], at[n // 2 :]), (at[::2], at[1::2]), (at[drawn], at[~drawn])]
+    parts = [*(half for cut in halves for half in cut), at[:1], at[n // 3 : n // 3 + 2]]
+    try:
+        read = [_read(variant, tokens[part]) for part in parts]
+    except LossError as error:
+        return f"it takes {n} rows together, but not a few of them: {error}"
+    for part, (alone, _) in zip(parts, read, strict=True):
+        if len(part) and apart(alone, grad[part]):
+            return _sentence(variant, "gradient", n, len(part))
+    # values are compared as sums: a loss that reduces itself has none of its own for a row
+    for first in range(0, 2 * len(halves), 2):
+        sums = torch.stack([read[first][1], read[first + 1][1]])
+        if bool((sums.sum() - total).abs() > tolerance(torch.cat([sums, total[None]]))):
+            return _sentence(variant, "loss", n, n // 2)
+    return ""
+
+
+def _sentence(variant: Variant, what: str, among: int, few: int) -> str:
+    return (
+        f"it is taken for scope={variant.scope!r}, but a token's {what} among {among} rows is another than among {few}: "
+        "declare scope='batch' (or 'sequence', 'pair')"
+    )
+
+
+def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Gradient, (N, V), and summed loss as the engine takes them; N = 0 has none."""
+    if not len(tokens):
+        return torch.zeros_like(tokens.logits), tokens.logits.new_zeros(())
+    with torch.no_grad():
+        total = variant.loss(tokens).sum()
+    grad = variant.target(tokens).grad
+    return grad, total.to(grad.dtype)
+
+
+def apart(one: Tensor, other: Tensor) -> bool:
+    """Whether two gradients differ by more than rounding."""
+    alike = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
+    return not bool(alike.all())
+
+
+def tolerance(values: Tensor) -> Tensor:
+    """What counts as rounding beside these values."""
+    size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
+    held = TOLERANCE[torch.float64 if carried(values) == torch.float64 else torch.float32]  # a loss may cast its logits
+    return held * size.clamp(min=1e-30)

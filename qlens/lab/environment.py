@@ -1,0 +1,248 @@
+"""World: the language, models, demonstrations and problems of one setting, built on first use."""
+
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from joblib import cpu_count
+from joblib.externals.loky import ProcessPoolExecutor
+from rich.console import Console
+from rich.progress import Progress
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlens.core.errors import UnknownName
+from qlens.core.tokens import expectation
+from qlens.data.examples import encode
+from qlens.data.from_text import tokens_from_text
+from qlens.data.models import load_model, quiet
+from qlens.lab import cache
+from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
+from qlens.lab.models import longest, new_model, sample
+from qlens.lab.setting import SETTINGS, Setting
+from qlens.training.fitting import fit, isolated
+
+VERSION = 2  # of the lab: raised whenever the same numbers would give another world
+MEASURED_ROWS = 400
+
+
+class World:
+    """A small world in which every training can be checked exactly; get one from ``qlens.lab.world``.
+
+    Attributes:
+        setting: the numbers it comes from.
+        folder: where its models lie, as ordinary Hugging Face folders ``base`` and ``teacher``.
+        tokenizer: of all its models.
+        demonstrations: worked solutions to train on; ``clean`` tells the right ones.
+        validation, test: problems with their answers; no prompt is shared between any two parts, corpora included.
+        measured: what the base, the teacher and the demonstrations are like, in numbers.
+    """
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        self.folder = cache.root() / "lab" / f"{setting.name}-v{VERSION}-{setting.key}"
+        self.tokenizer: PreTrainedTokenizerFast = make_tokenizer()
+        self.demonstrations = self._demonstrations()
+        self.validation = self._distinct("validation", setting.validation)
+        self.test = self._distinct("test", setting.test)
+
+    def base(self) -> LlamaForCausalLM:
+        """A fresh copy of the base model: float32, evaluation mode."""
+        return self._load("base")
+
+    def teacher(self) -> LlamaForCausalLM:
+        """A fresh copy of the teacher: float32, evaluation mode."""
+        return self._load("teacher")
+
+    @cached_property
+    def measured(self) -> dict[str, float]:
+        """What is known, noisy, not unique and missing, in numbers.
+
+        ``base``, ``teacher``: accuracies, avg@k on the test problems. Of the demonstrations, ``noise_asked``: the share
+        that the setting's ``noise`` puts an error into; ``noise``: the share with any error (the scribe's false facts
+        count), ``wrong_answers``: with a wrong answer; ``wrong_digits``: the share of their results and answers that are
+        wrong given what stands before; ``base_right``, ``base_agrees``: how often the base answers their problems
+        right, and as they do. ``wordings``: the effective number of wordings, exp of the mean entropy of a choice.
+        ``kl_base_teacher``: mean KL(base || teacher) per token of the demonstrations, in nats."""
+        return json.loads((self.folder / "measured" / "measured.json").read_text(encoding="utf-8"))
+
+    def verify(self, problem: Problem, completion: str) -> bool:
+        """Whether the completion ends in the right answer and gives no other."""
+        return verify(problem, completion)
+
+    def score(self, model: LlamaForCausalLM, problems: Sequence[Problem], k: int, seed: int) -> np.ndarray:
+        """avg@k of every problem, (len(problems),): the share right among k completions at temperature 1."""
+        completions = sample(model, self.tokenizer, problems, k, seed, longest(self.setting))
+        return np.array(
+            [
+                np.mean([verify(problem, text) for text in texts])
+                for problem, texts in zip(problems, completions, strict=True)
+            ]
+        )
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The parts that are built, in order, and how many steps each takes."""
+        return {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
+
+    def whole(self) -> bool:
+        """Whether everything is in the cache."""
+        return all(cache.whole(self.folder / name) for name in self.steps)
+
+    def build(self, tick: Callable[[int], None] = lambda steps: None) -> None:
+        """Make whatever is missing in the cache, after a look at what is there; one process at a time.
+
+        ``tick`` is told of every step done; of the parts that were there, all at once.
+        """
+        parts: dict[str, Callable[[Path, Callable[[], None]], None]] = {
+            "base": self._make_base,
+            "teacher": self._make_teacher,
+            "measured": self._make_measured,
+        }
+        with cache.locked(self.folder):
+            for number, (name, make) in enumerate(parts.items()):
+                if cache.whole(self.folder / name):
+                    tick(self.steps[name])
+                    continue
+                for stale in list(parts)[number:]:  # what came of a part goes with it
+                    cache.discard(self.folder / stale)
+                with cache.sealed(self.folder / name) as folder:
+                    make(folder, lambda: tick(1))
+
+    def _make_base(self, folder: Path, tick: Callable[[], None]) -> None:
+        with isolated(seed := self._random("base").randrange(2**31)):
+            model = new_model(self.setting, self.tokenizer)
+        budget = {"steps": self.setting.pretrain_steps, "learning_rate": self.setting.pretrain_rate, "seed": seed}
+        self._save(self._fit(model, "corpus", tick, **budget), folder)
+
+    def _make_teacher(self, folder: Path, tick: Callable[[], None]) -> None:
+        seed = self._random("teacher").randrange(2**31)
+        budget = {"steps": self.setting.teach_steps, "learning_rate": self.setting.teach_rate, "seed": seed}
+        self._save(self._fit(self.base(), "tutor", tick, **budget), folder)
+
+    def _make_measured(self, folder: Path, tick: Callable[[], None]) -> None:
+        base, teacher, shown = self.base(), self.teacher(), self.demonstrations[:MEASURED_ROWS]
+        pairs = [(each.prompt, each.completion) for each in shown]
+        tokens = tokens_from_text(base, self.tokenizer, pairs, teacher=teacher, batch_size=len(pairs))
+        gap = expectation(tokens.probs, tokens.log_probs - tokens.log_probs_of("teacher"))
+        wrong = [not verify(each.problem, each.completion) for each in self.demonstrations]
+        digits = [right for each in self.demonstrations for right in each.truth if right is not None]
+        told = [
+            text for (text,) in sample(base, self.tokenizer, [d.problem for d in shown], 1, 0, longest(self.setting))
+        ]
+        answers = [(text.split()[-1:], each.completion.split()[-1:]) for text, each in zip(told, shown, strict=True)]
+        measured = {
+            "base": self.score(base, self.test, self.setting.k, 0).mean(),
+            "teacher": self.score(teacher, self.test, self.setting.k, 0).mean(),
+            "noise_asked": self.setting.noise,
+            "noise": np.mean([not each.clean for each in self.demonstrations]),
+            "wrong_answers": np.mean(wrong),
+            "wrong_digits": 1 - np.mean(digits),
+            "base_right": np.mean([verify(each.problem, text) for each, text in zip(shown, told, strict=True)]),
+            "base_agrees": np.mean([mine == theirs for mine, theirs in answers]),
+            "wordings": np.exp(self._writer("scribe").entropy),
+            "kl_base_teacher": gap.mean().item(),
+        }
+        text = json.dumps({name: float(value) for name, value in measured.items()}, indent=1)
+        (folder / "measured.json").write_text(text, encoding="utf-8")
+        tick()
+
+    def _fit(self, model: LlamaForCausalLM, author: str, tick: Callable[[], None], **budget: Any) -> LlamaForCausalLM:
+        examples = encode(self._rows(author), self.tokenizer, None).examples
+        return fit(model, examples, batch_size=self.setting.pretrain_batch, tick=tick, **budget)
+
+    def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
+        with quiet():
+            model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def _load(self, name: str) -> LlamaForCausalLM:
+        return load_model(self.folder / name, dtype="float32")
+
+    def _random(self, purpose: str) -> random.Random:
+        return random.Random(f"{self.setting.seed} {purpose}")
+
+    def _writer(self, role: str) -> Writer:
+        return Writer(getattr(self.setting, role), self.setting.modulus, self._random(role))
+
+    def _problems(self, split: str) -> Iterator[Problem]:
+        return problems(split, self.setting.depth, self.setting.modulus, self._random(f"{split} problems"))
+
+    def _distinct(self, split: str, count: int) -> list[Problem]:
+        drawn, found = self._problems(split), dict[Problem, None]()
+        while len(found) < count:
+            found.setdefault(next(drawn))
+        return list(found)
+
+    def _rows(self, role: str) -> list[dict[str, str]]:
+        writer = self._writer(role)
+        drawn = islice(self._problems(role), self.setting.corpus_rows)
+        return [{"prompt": problem.prompt, "completion": writer.write(problem)[0]} for problem in drawn]
+
+    def _demonstrations(self) -> list[Demonstration]:
+        setting, rng = self.setting, self._random("noise")
+        writer = self._writer("scribe")
+        made = []
+        for problem in self._distinct("demonstrations", setting.demonstrations):
+            error = rng.randrange(setting.depth + 1) if rng.random() < setting.noise else None
+            made.append(Demonstration(problem, *writer.write(problem, error)))
+        return made
+
+
+def world(setting: str | Setting, progress: bool = True) -> World:
+    """The world of a setting, built on first use (half a minute) and from then on taken from the cache.
+
+    The cache is ``$QLENS_CACHE`` or ``~/.cache/qlens``. An interrupted build goes on where a part (base, teacher) was
+    finished; several processes may ask at once, one builds; files that were changed or cut short are made again.
+
+    Args:
+        setting: a name in ``qlens.lab.SETTINGS``, or a Setting of your own.
+        progress: whether to show a bar while building.
+
+    Raises:
+        UnknownName: no setting has this name.
+
+    Example:
+        >>> world = qlens.lab.world("strong-prior")                                        # doctest: +SKIP
+        >>> world.score(world.base(), world.test, k=8, seed=0).mean()                      # doctest: +SKIP
+    """
+    if isinstance(setting, str):
+        if setting not in SETTINGS:
+            raise UnknownName.among("setting", setting, SETTINGS)
+        setting = SETTINGS[setting]
+    build([setting], progress)
+    return World(setting)
+
+
+def build(settings: Sequence[Setting], progress: bool = True) -> None:
+    """Build the worlds that are not in the cache, each in a process of its own where there are several."""
+    missing = [found for setting in settings if not (found := World(setting)).whole()]
+    if not missing:
+        return
+    with Progress(console=Console(stderr=True), disable=not progress) as bar:
+        tasks = [bar.add_task(f"building {each.setting.name}", total=sum(each.steps.values())) for each in missing]
+        if len(missing) == 1:
+            missing[0].build(lambda steps: bar.advance(tasks[0], steps))
+            return
+        workers = ProcessPoolExecutor(min(len(missing), cpu_count()))
+        with tempfile.TemporaryDirectory() as folder, workers:
+            counts = [Path(folder, str(number)) for number in range(len(missing))]
+            pairs = zip(missing, counts, strict=True)
+            running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
+            while wait(running, timeout=0.5).not_done:
+                for task, count in zip(tasks, counts, strict=True):
+                    bar.update(task, completed=count.stat().st_size if count.is_file() else 0)
+            for each in running:
+                each.result()
+
+
+def _build_and_count(setting: Setting, count: Path) -> None:
+    """Build a world; the size of the file ``count`` is the number of steps done."""
+    with count.open("ab", buffering=0) as file:
+        World(setting).build(lambda steps: file.write(b"." * steps))

@@ -1,0 +1,241 @@
+"""Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import combinations
+
+import torch
+from jaxtyping import Float
+from scipy.optimize import minimize_scalar, nnls
+from torch import Tensor
+
+from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens, spread
+from qlens.lens.decompose.mixture import RAW, Mixture
+from qlens.lens.decompose.residuals import Residual, dictionary
+from qlens.lens.rounding import TOLERANCE, Noise, rounding
+
+MOST_PARTS = 4
+FEWEST_TOKENS, ENTRIES = 24, 2**20  # fewer tokens where the vocabulary is large
+MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
+REFINED = 8  # sets of residuals whose parameter is fitted to the last digit, of each size
+TOGETHER = 2**22  # entries of columns solved at a time
+
+
+def decompose(
+    grad: Float[Tensor, "N V"],
+    tokens: Tokens,
+    residuals: Mapping[str, Tensor] | None = None,
+    noise: Noise | None = None,
+) -> Mixture:
+    r"""The fewest pulls toward named distributions that make up a gradient: :math:`g = b(p - d) + \sum_j c_j (p - R_j)`.
+
+    Coefficients are free at every token. A parameter (a temperature, eta or k) is one for all: fitted on every other token and
+    scored on the rest. Fewer parts win, then fewer parameters, then non-negative ones, then the smaller misfit.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        residuals: further distributions of your own, (N, V) by name.
+        noise: the rounding of the gradient; by default what its digits show.
+
+    Raises:
+        InputError: a residual does not fit the tokens.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> list(decompose(qlens.get("kd_hybrid").target(t).grad, t).parts)
+        ['the label', 'the teacher']
+    """
+    for name, probs in (residuals or {}).items():
+        if tuple(probs.shape) != tuple(tokens.logits.shape):
+            wanted = tuple(tokens.logits.shape)
+            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {wanted}")
+    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    number = min(MOST_TOKENS, max(FEWEST_TOKENS, ENTRIES // tokens.logits.shape[1]))
+    picked = spread(len(tokens), number).to(tokens.logits.device)
+    own = {name: probs[picked] for name, probs in (residuals or {}).items()}
+    return _Search(grad[picked].detach().double(), tokens[picked], own, noise[picked]).run(picked.cpu())
+
+
+def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
+    """The same parts on other tokens: their pulls, and whether they explain that gradient; else what does."""
+    search = _Search(grad.detach().double(), tokens.with_precision(torch.float64), {}, noise)
+    value = mixture.parameter and mixture.parameter[1]
+    by_name = {entry.says(value): entry for entry in search.entries}
+    if mixture.explains and set(mixture.parts) <= set(by_name):
+        made = search.made(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
+        if made.explains:
+            return made
+    few = spread(len(tokens), FEWEST_TOKENS).to(tokens.logits.device)
+    made = None if mixture.explains else decompose(grad[few], tokens[few], None, noise[few])
+    if made is None or made.explains:  # what does not explain a few of the tokens does not explain all of them
+        return decompose(grad, tokens, None, noise)
+    return replace(made, index=few.cpu()[made.index])
+
+
+class _Search:
+    def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], noise: Noise):
+        self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
+        self.p = tokens.probs.detach().double()
+        self.rounding = noise.rows
+        sizes = g.norm(dim=-1)
+        share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient say nothing of its digits
+        self.digits = float(share.median()) if len(share) else 1.0
+        self.size = sizes + noise.rows / TOLERANCE  # what is off by rounding alone is off by the tolerance
+        self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
+        self.known: dict[tuple[str, float | None], Tensor] = {}
+        self.entries, self.alike = self._distinct(dictionary(tokens, own))
+        if not bool((g.sum(-1).abs() <= TOLERANCE * g.norm(dim=-1) + noise.sums).all()):
+            self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
+
+    def _distinct(self, entries: list[Residual]) -> tuple[list[Residual], tuple[tuple[str, str], ...]]:
+        """Fixed residuals that differ somewhere, and which coincide with which."""
+        kept, alike = [], []
+        for entry in entries:
+            twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
+            itself = twin is None and not entry.parameter
+            if itself and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12:
+                alike.append(("the student", entry.name))
+            elif twin is not None:
+                alike.append((twin.name, entry.name))
+            else:
+                kept.append(entry)
+        return kept, tuple(alike)
+
+    def _same(self, a: Residual, b: Residual) -> bool:
+        if a.parameter:
+            return False
+        return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
+
+    def column(self, entry: Residual, value: float | None) -> Tensor:
+        """p - R at every token, at unit length."""
+        key = (entry.name, value if entry.parameter else None)
+        if key not in self.known:
+            column = self.p - entry.at(self.tokens, key[1])
+            self.known[key] = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        return self.known[key]
+
+    def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None]) -> Tensor:
+        """The columns of a set at some values of its parameter, (values, N, V, J)."""
+        return torch.stack([torch.stack([self.column(entry, value) for value in values]) for entry in chosen], -1)
+
+    def projected(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """R of the columns' QR, the gradient on its Q, and the relative misfit of every token, (..., N)."""
+        q, r = torch.linalg.qr(columns)
+        on = q.mT @ self.g[..., None]
+        return r, on, (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
+
+    def solve(self, chosen: tuple[Residual, ...], value: float | None) -> Tensor:
+        """Coefficients of the unit columns, (N, J)."""
+        r, on = (part[0] for part in self.projected(self.columns(chosen, [value]))[:2])
+        r = r + torch.diag_embed(
+            torch.where(r.diagonal(dim1=-2, dim2=-1).abs() < 1e-12, 1e-12, 0.0)
+        )  # not unique there
+        return torch.linalg.solve_triangular(r, on, upper=True)[..., 0]
+
+    def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
+        """The root mean square misfit over some tokens, at every value."""
+        found, few = [], max(1, TOGETHER // (self.g.numel() * len(chosen)))
+        for at in range(0, len(values), few):
+            left = self.projected(self.columns(chosen, values[at : at + few]))[2]
+            found += left[:, where].square().mean(-1).sqrt().tolist()
+        return found
+
+    def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
+        """The root mean square misfit over some tokens."""
+        return self.misses(chosen, [value], where)[0]
+
+    def run(self, picked: Tensor) -> Mixture:
+        """The first size at which something explains the gradient; else the best of the last."""
+        if float(self.g.abs().max()) == 0:
+            return self.made((), None, picked)
+        best = None
+        for size in range(1, min(MOST_PARTS, self.g.shape[1] - 2) + 1):
+            found = self._of_size(size)
+            good = [one for one in found if self._explains(*one)]
+            if good:
+                return self.made(*min(good, key=self._order), picked)
+            best = min([*found, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
+        return self.made(*best, picked) if best else self.made((), None, picked)
+
+    def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
+        """Sets of residuals of a size with at most one parameter between them, the most promising ones fitted."""
+        plain, free = [], []
+        for chosen in combinations(self.entries, size):
+            parameters = {entry.parameter for entry in chosen if entry.parameter}
+            if not parameters:
+                plain.append((chosen, None))
+            elif len(parameters) == 1 and size <= 3:
+                grid = next(entry.grid for entry in chosen if entry.parameter)
+                if grid:
+                    miss, value = min(zip(self.misses(chosen, grid, self.fitted), grid, strict=True))
+                    free.append((miss, chosen, value))
+        free.sort(key=lambda one: one[0])
+        return plain + [self._refined(*one[1:]) for one in free[:REFINED]]
+
+    def _refined(self, chosen: tuple[Residual, ...], value: float) -> tuple[tuple[Residual, ...], float | None]:
+        """The parameter to its last digit, between its neighbours on the grid; a k is whole."""
+        entry = next(entry for entry in chosen if entry.parameter)
+        grid = sorted(entry.grid)
+        at = grid.index(value)
+        low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+        if entry.parameter == "k":
+            wholes = range(int(low), int(high) + 1)
+            return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), self.fitted)))
+        low, high = (low / 2, high) if at == 0 else (low, high * 4 if at == len(grid) - 1 else high)
+        if value > 1:
+            low = max(low, 1.05)
+        elif entry.parameter == "temperature":
+            high = min(high, 0.95)
+        found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
+        near = float(f"{found.x:.6g}")  # a number that somebody wrote, if it does as well
+        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(found.fun))
+        return chosen, near if as_well else found.x
+
+    def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
+        halves = [where for where in (self.fitted, ~self.fitted) if where.any()]
+        return all(self.miss(chosen, value, where) <= self.tolerance for where in halves)
+
+    def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
+        made = self.made(*one, torch.arange(len(self.g)))
+        varied = sum(float(c[made.unique].std() / c[made.unique].abs().mean()) for c in made.parts.values())
+        return one[1] is not None, made.signed, -int(made.unique.sum()), round(varied, 6), made.misfit
+
+    def made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
+        """The mixture of a set of residuals, with its pulls and its misfits."""
+        if not chosen:
+            return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), torch.ones(len(self.g)) > 0, alike=self.alike)
+        unit = self.solve(chosen, value)
+        lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
+        a = torch.stack([self.column(entry, value) for entry in chosen], -1)
+        apart = torch.linalg.eigvalsh(a.mT @ a)[:, 0].clamp(min=0).sqrt()
+        unique = (apart > 1e-4) & (lengths > 1e-13).all(-1)
+        c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
+        explains = self._explains(chosen, value)
+        held = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
+        entry = next((entry for entry in chosen if entry.parameter), None)
+        return Mixture(
+            {e.says(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
+            picked,
+            self.miss(chosen, value, self.fitted),
+            held,
+            explains,
+            unique.cpu(),
+            (entry.parameter, float(value)) if entry is not None and value is not None else None,
+            None if explains else self._closest(),
+            self.alike,
+            TOLERANCE + self.digits,
+            (self.rounding / (lengths.amin(-1) * apart).clamp(min=1e-300)).cpu(),
+        )
+
+    def _closest(self) -> float:
+        """The misfit of the best non-negative mixture of all fixed residuals, token by token (scipy's nnls)."""
+        a = torch.stack([self.column(e, None) for e in self.entries if not e.parameter], -1).cpu().numpy()
+        left = torch.tensor([nnls(rows, g)[1] for rows, g in zip(a, self.g.cpu().numpy(), strict=True)])
+        return float((left / self.size.cpu()).square().mean().sqrt())
+
+
+def _cost(search: _Search, chosen: tuple[Residual, ...]) -> Callable[[float], float]:
+    return lambda value: search.miss(chosen, float(value), search.fitted)

@@ -1,0 +1,36 @@
+"""Shifts: whether a loss trains every position on the label of another position of its text."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from qlens.core.autograd import gradient
+from qlens.core.tokens import Tokens, spread
+from qlens.lens.rounding import TOLERANCE
+
+TRIED = 6  # tokens whose label is changed, one at a time
+
+
+def label_offset(loss: Callable[[Tokens], Tensor], tokens: Tokens, before: Tensor, noise: Tensor) -> int:
+    """How many places after its own the label stands that a token is trained on; 0 for its own, or where it is not one place.
+
+    Args:
+        loss: an unreduced loss, tokens -> (N,).
+        tokens: where to try it, with sequences.
+        before: its gradient there, (N, V).
+        noise: the rounding of every row, (N,).
+    """
+    if tokens.sequence is None:
+        return 0
+    found = set()
+    for row in spread(len(tokens), TRIED).tolist():
+        labels = tokens.labels.clone()
+        labels[row] = (labels[row] + 1) % tokens.logits.shape[1]
+        after = gradient(loss, tokens.replace(labels=labels))
+        off = (after - before).double().norm(dim=-1)
+        moved = (off > TOLERANCE * before.double().norm(dim=-1) + 2 * noise).nonzero()[:, 0].tolist()
+        if len(moved) > 1 or (moved and tokens.sequence[moved[0]] != tokens.sequence[row]):
+            return 0
+        text = (tokens.sequence == tokens.sequence[row]).nonzero()[:, 0].tolist()
+        found |= {text.index(row) - text.index(other) for other in moved}
+    return found.pop() if len(found) == 1 else 0

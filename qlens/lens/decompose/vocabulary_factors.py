@@ -1,0 +1,77 @@
+"""Factors that change with the size of the vocabulary, and what they are: 1/V, ln V, ..."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from qlens.lens.identify.matching import RELATIONS, Match, order, written
+from qlens.lens.weights.features import plain
+from qlens.lens.weights.weight_law import Law
+
+EQUAL = 1e-5  # relative difference of factors that are one
+FORMS: dict[str, Callable[[int], float]] = {
+    "1/V": lambda v: 1 / v,
+    "1/ln V": lambda v: 1 / math.log(v),
+    "1/(V - 1)": lambda v: 1 / (v - 1),
+    "1/sqrt(V)": lambda v: v**-0.5,
+    "ln V": math.log,
+    "V": float,
+    "sqrt(V)": math.sqrt,
+    "1/V^2": lambda v: v**-2.0,
+    "1/log2(V)": lambda v: 1 / math.log2(v),
+}
+
+
+@dataclass(frozen=True)
+class VocabularyFactor:
+    """A method whose gradient a loss has times a factor that depends on the size of the vocabulary.
+
+    Args:
+        spec: the method.
+        form: how the factor depends on V, like "1/V"; "" where no known form fits.
+        constant: the factor beside that.
+        seen: sizes of the vocabulary, with the factor at each.
+    """
+
+    spec: str
+    form: str
+    constant: float
+    seen: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, spec: str, seen: Sequence[tuple[int, float]]) -> "VocabularyFactor":
+        """The simplest form that the factors of a method have at several vocabularies."""
+        found = []
+        for form, at in FORMS.items():
+            made = [factor / at(size) for size, factor in seen]
+            if max(made) - min(made) <= EQUAL * max(map(abs, made)):
+                found.append(cls(spec, form, written(made[0], EQUAL), tuple(seen)))
+        return min(found, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(seen)))
+
+    def order(self) -> tuple:
+        """Known forms first, then by simplicity."""
+        factor = self.constant if self.form else self.seen[0][1]
+        return not self.form, order(Match(self.spec, 0.0, factor, 0.0, RELATIONS[1]))
+
+    def __str__(self) -> str:
+        if not self.form:
+            return f"{self.spec} times a factor that changes with the vocabulary: {listed(self.seen)}"
+        return f"{self.spec} times {_multiplied(plain(self.constant), self.form)} ({listed(self.seen)})"
+
+
+def listed(seen: Sequence[tuple[int, float]]) -> str:
+    """A factor at several vocabularies, in words."""
+    return ", ".join(f"{factor:.5g} at V = {size}" for size, factor in seen)
+
+
+def scaled(law: Law, form: str) -> Law:
+    """The law of a pull that is divided by such a factor, as that of the pull itself."""
+    return replace(law, formula=_multiplied(law.formula, form))
+
+
+def _multiplied(formula: str, form: str) -> str:
+    """A formula times a form of V."""
+    if formula == "1":
+        return form
+    whole = f"({formula})" if any(mark in formula for mark in (" + ", " - ", ",", " where ")) else formula
+    return f"{whole} / {form[2:]}" if form.startswith("1/") else f"{form} {whole}"

@@ -1,0 +1,235 @@
+"""Distances: which methods have one gradient, one up to a factor or one target, and how far apart the others are."""
+
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qlens.core.probes import probes
+from qlens.core.tokens import MODELS, Tokens
+from qlens.lens.identify.matching import points, taught
+from qlens.lens.implied import implied_target
+from qlens.registry import Variant, methods, params
+
+INDENT: dict[str, Any] = {
+    "initial_indent": "  ", "subsequent_indent": "      ", "break_long_words": False, "break_on_hyphens": False
+}  # fmt: skip
+KINDS = ("one gradient", "one up to a factor", "one target")
+HEADS = ("The same gradient", "The same gradient up to a constant factor", "The same target at another scale")
+NOTHING = 1e-9  # a gradient below it teaches nothing
+SAME = 1e-6  # two gradients are one up to this share of their size
+
+CIRCUMSTANCES: dict[str, Callable[[Tokens], Tokens]] = {
+    "always": lambda tokens: tokens,
+    "where teacher, reference and old policy are one model": lambda tokens: tokens.replace(
+        **{name: tokens.reference for name in MODELS if getattr(tokens, name) is not None}
+    ),
+    "where every other model is the student itself": lambda tokens: tokens.replace(
+        **{name: tokens.logits for name in MODELS if getattr(tokens, name) is not None}
+    ),
+    "where every advantage is 1": lambda tokens: tokens.replace(advantage=torch.ones_like(tokens.label_probs)),
+}
+"""What may hold of the tokens; an equivalence is listed at the first of these under which it appears."""
+
+
+def tempered(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """The cross-entropy of logits divided by a temperature, a yardstick that no registered method is."""
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits / temperature, labels.long(), reduction="none")
+
+    return loss
+
+
+YARDSTICKS = {f"cross-entropy at temperature {t}": tempered(t) for t in (0.7, 2.0)}
+
+
+@dataclass(frozen=True, eq=False)
+class Relation:
+    """Methods that are one: ``specs`` with their ``factors``, g = factor x g of the first; ``where`` it holds."""
+
+    kind: str
+    specs: tuple[str, ...]
+    factors: tuple[float, ...]
+    where: str
+
+    def __str__(self) -> str:
+        if self.kind == "one target":
+            return ", ".join(self.specs)
+        first, *others = zip(self.specs, self.factors, strict=True)
+        return " = ".join([first[0], *(spec if f == 1 else f"{1 / f:.5g} x {spec}" for spec, f in others)])
+
+
+@dataclass(frozen=True, eq=False)
+class Distances:
+    """Printable: ``relations`` between methods, and ``table``, a row per pair of methods at their defaults.
+
+    ``table`` holds the angle between the two gradients over all tokens, in degrees, and the log-ratio of their norms.
+    """
+
+    relations: list[Relation]
+    table: pd.DataFrame
+    left_out: tuple[str, ...]
+
+    def angles(self) -> pd.DataFrame:
+        """The angles as a square, methods by methods, in degrees."""
+        mirrored = self.table.rename(columns={"left": "right", "right": "left"})
+        square = pd.concat([self.table, mirrored]).pivot(index="left", columns="right", values="angle")
+        return square.fillna(0.0)
+
+    def neighbours(self, number: int = 3) -> dict[str, list[tuple[str, float, float]]]:
+        """Every method's nearest others: name, angle, log-ratio of the scale."""
+        found = {}
+        for name in dict.fromkeys([*self.table["left"], *self.table["right"]]):
+            rows = self.table[(self.table["left"] == name) | (self.table["right"] == name)]
+            rows = rows.nsmallest(number, "angle")
+            found[name] = [
+                (row.right, row.angle, row.log_ratio) if row.left == name else (row.left, row.angle, -row.log_ratio)
+                for row in rows.itertuples()
+            ]
+        return found
+
+    def plot(self) -> Any:
+        """The figure: the methods as a tree of the angles between their gradients (matplotlib)."""
+        from qlens.analysis.plots import figure_atlas
+
+        return figure_atlas(self.angles())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {
+            "relations": [vars(relation) for relation in self.relations],
+            "distances": self.table.to_dict("records"),
+            "left_out": list(self.left_out),
+        }
+
+    def __str__(self) -> str:
+        lines = []
+        for kind, head in zip(KINDS, HEADS, strict=True):
+            for where in CIRCUMSTANCES:
+                found = [r for r in self.relations if (r.kind, r.where) == (kind, where)]
+                if found:
+                    lines += [head + ("" if where == "always" else f", {where}")]
+                    lines += [textwrap.fill(str(r), 118, **INDENT) for r in found] + [""]
+        lines.append("Nearest others: angle between the gradients in degrees, log of the ratio of their sizes")
+        for name, near in self.neighbours().items():
+            lines.append(f"  {name:<22}" + "".join(f"{n + f' {a:.1f} {s:+.2f}':<34}" for n, a, s in near).rstrip())
+        if self.left_out:
+            lines += ["", f"Left out, for want of what they need: {', '.join(self.left_out)}"]
+        return "\n".join(lines)
+
+
+def distances(tokens: Tokens | None = None) -> Distances:
+    r"""How the registered methods relate, computed from their gradients g = s (p - Q).
+
+    Every method is tried at its defaults, at its modes and, one parameter at a time, at the ends and choices of its parameters.
+    Total variation between natural-scale targets would be zero for all label-only methods; gradients tell them apart.
+
+    Args:
+        tokens: where the gradients are taken, (N, V); by default the built-in probes, which feed every method.
+
+    Example:
+        >>> any({"dft", "target_sft(eta=0.0)"} <= set(r.specs) for r in distances().relations)
+        True
+    """
+    tokens = probes() if tokens is None else tokens
+    relations: list[Relation] = []
+    variants = [variant for method in methods().values() for variant in points(method)]
+    for where, change in CIRCUMSTANCES.items():
+        if where != "always" and any(getattr(tokens, name) is None for name in ("teacher", "reference", "old")):
+            continue
+        found, same = _relations(_gradients(variants, change(tokens)), where)
+        relations += [r for r in found if not any(_covers(known, r) for known in relations)]
+        if where == "always":  # what is one always is one here too
+            variants = [variant for variant in variants if variant.spec not in same]
+    defaults = _gradients([method.variant() for method in methods().values()], tokens)
+    left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
+    relations.sort(key=lambda r: (list(CIRCUMSTANCES).index(r.where), KINDS.index(r.kind)))
+    return Distances(relations, _table(defaults), left_out)
+
+
+def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tensor, "N V"]]:
+    """The gradient of every variant that these tokens can feed, and of the yardsticks."""
+    found = {}
+    for variant in variants:
+        grad = taught(variant, tokens)
+        if grad is not None and float(grad.abs().max()) > NOTHING:
+            found[variant.spec] = grad.double()
+    return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}
+
+
+def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], set[str]]:
+    """Which gradients are one, one up to a factor, or parallel token by token; each method once, at its simplest.
+
+    And the specs whose gradient is that of a simpler one.
+    """
+    specs, g = list(grads), torch.stack(list(grads.values()))
+    flat = g.flatten(1)
+    size = flat.norm(dim=1)
+    along = F.normalize(flat, dim=1)
+    parallel = along @ along.T >= 1 - SAME**2
+    same = parallel & ((size[:, None] / size).log().abs() <= SAME)
+    rows = F.normalize(g, dim=2, eps=1e-300).transpose(0, 1)  # N, M, V
+    there = (g.norm(dim=2) > 1e-12 * g.norm(dim=2).amax(1, keepdim=True)).T  # N, M
+    together = there[:, :, None] & there[:, None]
+    aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~together
+    target = aligned.all(0) & together.any(0)
+    found, left, repeated = [], set(specs), set()
+    for kind, related in zip(KINDS, (same, parallel, target), strict=True):
+        for group in _classes(related):
+            sizes = {specs[i]: float(size[i]) for i in group if specs[i] in left}
+            kept = _simplest(sizes, apart=kind == KINDS[1])
+            if len({params.parse(spec)[0] for spec in kept}) > 1 or (len(kept) > 1 and kind == KINDS[1]):
+                found.append(Relation(kind, kept, tuple(round(sizes[s] / sizes[kept[0]], 6) for s in kept), where))
+            if kind == KINDS[0] and kept:
+                repeated |= set(sizes) - {kept[0]}
+        left -= repeated  # said once
+        if kind == KINDS[1]:
+            left = {spec for spec in specs if "(" not in spec}  # parameters that change a scale say nothing more
+    return found, repeated
+
+
+def _classes(related: Bool[Tensor, "M M"]) -> list[list[int]]:
+    """Groups of indices that are all related to the group's first."""
+    left, groups = list(range(len(related))), []
+    while left:
+        group = [i for i in left if i == left[0] or bool(related[left[0], i])]
+        groups.append(group)
+        left = [i for i in left if i not in group]
+    return groups
+
+
+def _simplest(sizes: dict[str, float], apart: bool) -> tuple[str, ...]:
+    """One spec per method (and size, if told ``apart``), the one with the fewest parameters; plain names first."""
+    found: dict[tuple[str, float], str] = {}
+    for spec in sorted(sizes, key=lambda s: (s.count("="), len(s))):
+        size = float(f"{sizes[spec]:.6g}") if apart else 0.0
+        found.setdefault((params.parse(spec)[0], size), spec)
+    return tuple(sorted(found.values(), key=lambda s: ("(" in s, len(params.parse(s)[0]), s)))
+
+
+def _covers(known: Relation, other: Relation) -> bool:
+    """Whether ``other`` says nothing that ``known`` does not: the same methods, at most as closely related."""
+    return KINDS.index(known.kind) <= KINDS.index(other.kind) and set(other.specs) <= set(known.specs)
+
+
+def _table(grads: dict[str, Tensor]) -> pd.DataFrame:
+    """A row per pair of methods: angle and log-ratio of scale."""
+    names = [name for name in grads if name not in YARDSTICKS]
+    flat = torch.stack([grads[name] for name in names]).flatten(1)
+    size = flat.norm(dim=1)
+    along = F.normalize(flat, dim=1)
+    angles = torch.rad2deg(torch.acos((along @ along.T).clamp(-1, 1)))
+    ratios = (size[:, None] / size).log()
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
+    columns = {"left": [names[i] for i, _ in pairs], "right": [names[j] for _, j in pairs]}
+    columns |= {
+        key: [float(values[i, j]) for i, j in pairs] for key, values in (("angle", angles), ("log_ratio", ratios))
+    }
+    return pd.DataFrame(columns)

@@ -1,0 +1,193 @@
+"""Near identities: a method whose gradient a loss has on most tokens, and what is different on the others."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens.core.tokens import Tokens
+from qlens.lens.identify import matching
+from qlens.lens.reading import Reading
+from qlens.lens.weights.features import Seen, plain
+from qlens.lens.weights.weight_law import Law, thresholds
+from qlens.registry import get
+
+LOOSE, EXACT = 0.01, 2e-6  # relative distance that still is the method's gradient here, and that is its own
+CORE, SURE = 1e-4, 0.4  # the share of tokens that must agree to the first number
+SIMPLE = 0.4  # of the tokens that a parameter must win
+ASKED = 8  # tokens whose loss is asked for one at a time
+MOST_LIKE = 0.5  # of the tokens that must have the method's gradient
+LARGEST = 0.1  # number beside p_y that somebody may have meant as an epsilon
+FAR, NEARLY_ALL = (
+    0.1,
+    0.95,
+)  # a distance that is another gradient, and the share of tokens beside which others are exceptions
+EPSILONS = 1.6  # factor between the epsilons that tokens show, where it is one
+
+
+@dataclass(frozen=True)
+class Nearly:
+    """A method that a loss is on most tokens.
+
+    Args:
+        spec: the method.
+        factor: c in g = c g_m.
+        share: of the tokens on which that holds.
+        tokens: how many there are.
+        why: what is different on the others, in words; "" where there are none.
+        distance: the largest relative distance on the tokens where it holds.
+        left: the largest relative distance on the others, where nothing tells these apart or says what is different; else 0.
+    """
+
+    spec: str
+    factor: float
+    share: float
+    tokens: int
+    why: str
+    distance: float = 0.0
+    left: float = 0.0
+
+    @property
+    def named(self) -> str:
+        """The method with its factor."""
+        return self.spec if abs(self.factor - 1) < CORE else f"{self.spec} times {self.factor:.5g}"
+
+    @property
+    def exact(self) -> bool:
+        """Whether it is the method's own gradient where it holds, at its defaults, and what the others get is known."""
+        return self.distance <= EXACT and "(" not in self.spec and not self.left
+
+    @property
+    def telling(self) -> bool:
+        """Whether that says what the loss is: on nearly all tokens, or on tokens that something tells from the others."""
+        return self.left <= FAR or (self.share >= NEARLY_ALL and "(" not in self.spec)
+
+    def __str__(self) -> str:
+        count = round(self.share * self.tokens)
+        near = f"{self.named}, up to {self.distance:.0e}," if self.distance > EXACT else self.named
+        return f"{near} on {count} of the {self.tokens} tokens tried" + (f"; {self.why}" if self.why else "")
+
+
+def nearly(
+    seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str], further: Reading | None = None
+) -> Nearly | None:
+    """The simplest of the methods named that has the gradient on most tokens, up to a hundredth, or None.
+
+    Args:
+        seen: the gradient, and where it was read.
+        loss: the unreduced loss, to ask for the value of one token where only their mean is known.
+        specs: the methods.
+        further: the gradient on other tokens, on which what is different must be told by the same rule.
+    """
+    found = []
+    for spec in specs:
+        other = matching.taught(get(spec), seen.tokens)
+        if other is None or not bool(other.any()):
+            continue
+        factor, agree, _ = matching.agreement(seen.grad, other, seen.noise, LOOSE)
+        told = ~seen.silent | (other.norm(dim=-1) > seen.noise.rows)
+        share = float((agree & told).sum() / told.sum().clamp(min=1))
+        close = (seen.grad - factor * other.double()).norm(dim=-1) <= CORE * seen.grad.norm(dim=-1) + seen.noise.rows
+        if share >= MOST_LIKE and factor != 0 and float((close & told).sum() / told.sum().clamp(min=1)) >= SURE:
+            found.append((share, spec, factor, other.double(), agree))
+    if not found:
+        return None
+    # a simpler method counts for more than some tokens
+    _, spec, factor, other, agree = max(
+        found, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
+    )
+    there = agree & ~seen.silent
+    off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
+    distance = float(off[there].max())
+    rule = _rule([(seen, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
+    why, left = ("", 0.0) if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
+    return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance, left)
+
+
+def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> Nearly | None:
+    """The method that a loss is where the law of its only pull says so, and 0 elsewhere; None where no method is that.
+
+    Args:
+        seen: the gradient, and where it was read.
+        loss: the unreduced loss.
+        law: of the pull toward the label, the only pull.
+    """
+    there = ~seen.silent
+    some = seen[there]
+    near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(there.any()) else []
+    if not near or not near[0].same:
+        return None
+    rest = int((~there).sum())
+    held = _held(seen, loss, ~there) if rest else ""
+    why = f"it is that method {law.where}; on the other {rest} its gradient is zero{held}"
+    return Nearly(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
+
+
+def _simple(spec: str, factor: float) -> tuple:
+    return matching.order(matching.Match(spec, 0.0, factor, 0.0, "up to a factor"))
+
+
+def _agrees(seen: Reading, spec: str, factor: float) -> torch.Tensor:
+    """Where a gradient is that of a method times a factor, (N,)."""
+    other = matching.taught(get(spec), seen.tokens)
+    if other is None:
+        return torch.zeros(len(seen.grad), dtype=torch.bool, device=seen.grad.device)
+    off = (seen.grad - factor * other.double()).norm(dim=-1)
+    return off <= LOOSE * seen.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1)) + seen.noise.rows
+
+
+def _difference(
+    seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
+) -> tuple[str, float]:
+    """What a gradient does where it is not the method's, in words; and how far it is where nothing says why, else 0."""
+    g, apart = seen.grad, ~agree
+    sizes, others = g.norm(dim=-1), other.norm(dim=-1)
+    if bool(seen.silent[apart].all()):
+        return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}", 0.0
+    ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
+    along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + seen.noise.rows
+    far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
+    most, at = float(far[apart].max()), int(torch.where(apart, far, -1.0).argmax())
+    p = seen.tokens.label_probs
+    low, high = float(ratio[apart].min()), float(ratio[apart].max())
+    if bool(along[apart].all()) and high - low <= CORE * max(abs(low), abs(high)):
+        factor = float((other * g)[apart].sum() / other[apart].square().sum())
+        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_not(rule)}", 0.0
+    size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
+    shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
+    if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
+        epsilon = (p * (1 / ratio - 1))[shrunk]
+        small = bool((epsilon > 0).all()) and float(epsilon.max()) < LARGEST
+        if small and float(epsilon.max() / epsilon.min()) < EPSILONS:
+            beside = f"an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
+            return f"on the others {size}: {beside}", 0.0
+    return f"on the others {size}{_not(rule)}", 0.0 if rule else most
+
+
+def _held(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
+    """Whether the loss of tokens without a gradient is held at one value, in words."""
+    values = seen.losses.double()
+    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known: one at a time
+        rows = apart.nonzero()[:ASKED, 0].tolist()
+        with torch.no_grad():
+            values = torch.stack([loss(seen.given[[row]]).sum().double() for row in rows])
+    else:
+        values = values[apart]
+    if float(values.max() - values.min()) > 1e-6 * max(1.0, float(values.abs().max())):
+        return ": a threshold or a mask"
+    return f", where the loss is held at {plain(float(values[0]) + 0.0)}: a clamp{'' if values[0] else ' or a mask'}"
+
+
+def _not(rule: str) -> str:
+    return f"; it is that method {rule}" if rule else ""
+
+
+def _rule(readings: Sequence[tuple[Reading, torch.Tensor]]) -> str:
+    """What tells the tokens where a method's gradient is there from the others, in words; "" where nothing simple does."""
+    on = np.concatenate([agree.cpu().numpy() for _, agree in readings])
+    if on.all() or not on.any():
+        return ""
+    features = [Seen(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
+    return next(thresholds(features, on), "")

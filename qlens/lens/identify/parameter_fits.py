@@ -1,0 +1,299 @@
+"""Fits: the parameters at which one method has a gradient, one at a time over a grid, then all by least squares."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from scipy.optimize import least_squares
+from torch import Tensor
+
+from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
+from qlens.lens.identify import matching
+from qlens.lens.identify.matching import Match
+from qlens.lens.rounding import TOLERANCE, Noise, rounding
+from qlens.registry import params
+from qlens.registry.variant import Method
+
+CHOICES = 2  # settings of what is no number, from which the numbers are fitted
+STARTS = 4  # points of a method that the search sets out from
+STEPS = 12  # of least squares
+PROMISING = 0.05  # what is left, as a share of the gradient, where more is tried
+PINNED = 0.05  # how closely a threshold must be known to be named
+NOTHING = 1e-6  # a number this small may be 0
+ROUNDS = 2  # over the parameters of one method, one at a time
+NUMBERS = (
+    -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 0.28, 1.1, 1.2, 1.28, 1.3,
+    1.4, 1.6, 2.0, 3.0, 5.0, 10.0,
+)  # fmt: skip
+SIMPLER, NARROWED = 2, 2  # rounds of setting parameters to their defaults; of closing in on a threshold
+FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted where they are as good as nothing
+WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
+
+
+def pushes_only(
+    grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
+) -> bool:
+    """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
+    tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
+    log_probs = tokens.log_probs.detach()
+    along = log_probs.exp() - tokens.one_hot
+    push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
+    off = (grad - push * along).norm(dim=-1)
+    return bool((off <= tolerance * grad.norm(dim=-1) + noise.rows).all())
+
+
+class Fit:
+    """One method beside a gradient: its parameters one at a time over a grid, then all numbers at once to the last digit."""
+
+    def __init__(self, method: Method, grad: Tensor, tokens: Tokens, noise: Noise):
+        self.method, self.tokens, self.grad, self.noise = method, tokens, grad.double(), noise
+        self.numbers: Sequence[float] = ()  # further numbers to try
+        self.g, self.goal = self.grad, 0.1 * TOLERANCE
+        rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
+        self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
+        taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
+        self.kinds = {pushes_only(made, tokens) for made, _ in taught if made is not None}
+        self.starts = sorted(((self.size(made), given) for made, given in taught), key=lambda start: start[0])
+        self.best, self.params = self.starts[0]
+
+    def off(self, given: dict[str, Any]) -> np.ndarray | None:
+        """What is left of the gradient at these parameters, up to the best factor, (N V,); None where they do not go."""
+        try:
+            variant = self.method.variant(**given)
+        except InputError:  # out of its range
+            return None
+        made = matching.taught(variant, self.tokens)
+        return None if made is None else self.left(made)
+
+    def left(self, made: Tensor) -> np.ndarray:
+        """What is left of the gradient beside another, up to the best factor, (N V,)."""
+        a, b = made.double() * self.weight, self.g * self.weight
+        factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
+        return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
+
+    def cost(self, given: dict[str, Any]) -> float:
+        """The root mean square of what is left, relative to the gradient."""
+        try:
+            variant = self.method.variant(**given)
+        except InputError:  # out of its range
+            return float("inf")
+        return self.size(matching.taught(variant, self.tokens))
+
+    def size(self, made: Tensor | None) -> float:
+        """The same beside a gradient that is there already."""
+        return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
+
+    def glance(self) -> None:
+        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest; every
+        whole number over its grid, at every choice.
+        """
+        found = []
+        for start in self.choices()[:CHOICES]:
+            self.best, self.params = start
+            self.polish()
+            found.append((self.best, self.params))
+            if self.best <= TOLERANCE:
+                return
+        whole = [name for name, value in self.params.items() if type(value) is int]
+        for start in self.choices() if whole else ():
+            self.best, self.params = start
+            self.scan(whole)
+            found.append((self.best, self.params))
+            if self.best <= TOLERANCE:
+                return
+        self.best, self.params = min(found, key=lambda one: one[0], default=(self.best, self.params))
+
+    def choices(self) -> list[tuple[float, dict[str, Any]]]:
+        """The best start for the defaults of whatever is no number, and for every choice, the nearest first."""
+        plain, made = params.defaults(self.method.fn), {}
+        for best, given in self.starts:
+            others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
+            made.setdefault(others, (best, given))
+        rank = sorted(made, key=lambda others: (len(others) > 0, made[others][0]))
+        return [made[others] for others in rank if np.isfinite(made[others][0])]
+
+    def search(self) -> bool:
+        """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""
+        for start in [(self.best, self.params), *self.starts[:STARTS]]:
+            self.best, self.params = start
+            for _ in range(ROUNDS):
+                before = self.best
+                self.scan(list(self.params))
+                self.polish()
+                if self.best <= TOLERANCE:
+                    return True
+                if self.best > 0.9 * before:
+                    break
+        return False
+
+    def scan(self, names: list[str]) -> None:
+        """One parameter at a time over its grid."""
+        for name in names:
+            for other in _candidates(self.params[name], self.hints.get(name), self.numbers):
+                if self.best > self.goal:
+                    self.take(self.params | {name: other})
+
+    @property
+    def hints(self) -> Mapping[str, Any]:
+        """The annotations of the method's parameters."""
+        return params.hints(self.method.fn)
+
+    def take(self, given: dict[str, Any]) -> None:
+        """Go there, if it is better."""
+        cost = self.cost(given)
+        if cost < self.best * (1 - 1e-9):
+            self.best, self.params = cost, given
+
+    def polish(self) -> None:
+        """All numbers at once by least squares, up to the best factor; one by one where that is not enough."""
+        free = [(name, i) for name, value in self.params.items() for i in _numbers(value)]
+        free = [(name, i) for name, i in free if abs(_part(self.params[name], i)) > TINY or name not in FLOORS]
+        if free and self.best > self.goal:
+            self.descend(free)
+        for one in free if len(free) > 1 else ():
+            if TOLERANCE < self.best < PROMISING:
+                self.descend([one])
+
+    def descend(self, free: list[tuple[str, int | None]]) -> None:
+        """To the bottom beside here, if it is lower."""
+        start, nothing = dict(self.params), np.full(self.g.numel(), 1e3)
+        x0 = np.array([_part(start[name], i) for name, i in free])
+
+        def residuals(x: np.ndarray) -> np.ndarray:
+            off = self.off(_filled(start, free, x))
+            return nothing if off is None else off
+
+        size, end = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-13, ftol=1e-13, gtol=1e-15, max_nfev=STEPS)
+        self.take(_filled(start, free, least_squares(residuals, x0, x_scale=size, **end).x))
+
+    def simpler(self) -> dict[str, Any]:
+        """The same with defaults where these do about as well, one or two at a time, and with short numbers."""
+        made, plain = dict(self.params), params.defaults(self.method.fn)
+        allowed = max(matching.WORSE * self.cost(made), self.goal)
+        for name, value in plain.items():  # what does nothing
+            if made[name] != value and self.cost(made | {name: value}) <= allowed:
+                made[name] = value
+        for _ in range(SIMPLER):
+            changed = [name for name, value in made.items() if value != plain[name]]
+            found = [made]
+            for names in (*combinations(changed, 1), *combinations(changed, 2)):
+                other = made | {name: plain[name] for name in names}
+                self.best, self.params = self.cost(other), other
+                free = [(name, i) for name in changed if name not in names for i in _numbers(other[name])]
+                if allowed < self.best < 1 and free:
+                    self.descend(free)
+                if self.best <= allowed:
+                    found.append(self.params)
+            found = [self.short(other, allowed) for other in found]
+            simplest = min(found, key=lambda other: matching.order(self.match(other)))
+            if simplest == made:
+                break
+            made = simplest
+        return made
+
+    def short(self, made: dict[str, Any], allowed: float) -> dict[str, Any]:
+        """The same with numbers as short as they do about as well."""
+        made, plain = dict(made), params.defaults(self.method.fn)
+        for name, value in made.items():
+            for other in _rounded(value) if value != plain[name] else ():
+                if other != value and self.cost(made | {name: other}) <= allowed:
+                    made[name] = other
+                    break
+        return made
+
+    def match(self, given: dict[str, Any]) -> Match:
+        """The method at these parameters beside the gradient."""
+        found = matching.at(self.method.variant(**given), self.grad, self.tokens, self.noise)
+        assert found is not None
+        return found
+
+    def pinned(self, given: dict[str, Any]) -> bool:
+        """Whether these tokens tell every number that is no default from others near it: a threshold may lie between tokens."""
+        plain = params.defaults(self.method.fn)
+        for name, value in given.items():
+            for i in _numbers(value) if value != plain[name] else ():
+                near = [
+                    _filled(given, [(name, i)], np.array([_part(value, i) * by])) for by in (1 - PINNED, 1 + PINNED)
+                ]
+                if any(self.cost(other) <= self.goal for other in near if _part(value, i)):
+                    return False
+        return True
+
+    def narrow(self, name: str) -> None:
+        """A number that counts as a threshold, between its neighbours among the numbers tried."""
+        for _ in range(NARROWED):
+            value = self.params[name]
+            if not isinstance(value, float) or self.best <= self.goal:
+                return
+            low = max((n for n in NUMBERS if n < value), default=value / 2)
+            high = min((n for n in NUMBERS if n > value), default=value * 2)
+            for other in np.linspace(low, high, 9)[1:-1].tolist():
+                self.take(self.params | {name: other})
+
+
+class ThresholdFit(Fit):
+    """One method beside a gradient that it has on most tokens: what counts is on how many, not by how much it is off.
+
+    A token on the wrong side of a clip may be off by a thousand times its gradient; least squares would follow it.
+    """
+
+    def size(self, made: Tensor | None) -> float:
+        """The root mean square over tokens of the distance at the factor that most tokens have, no token counted above 1."""
+        if made is None:
+            return float("inf")
+        made = made.double()
+        factor, _, _ = matching.agreement(self.g, made, self.noise)
+        larger = self.g.norm(dim=-1).maximum(abs(factor) * made.norm(dim=-1)) + self.noise.rows / TOLERANCE
+        off = (self.g - factor * made).norm(dim=-1) / larger.clamp(min=1e-300)
+        return float(off.clamp(max=1.0).square().mean().sqrt())
+
+
+def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
+    made = dict(start)
+    for (name, i), value in zip(free, x.tolist(), strict=True):
+        made[name] = value if i is None else tuple(value if j == i else old for j, old in enumerate(made[name]))
+    return made
+
+
+def _part(value: Any, i: int | None) -> float:
+    return value if i is None else value[i]
+
+
+def _numbers(value: Any) -> Iterator[int | None]:
+    """Where in a parameter the real numbers are: None for the whole of it, or the places of a tuple."""
+    if isinstance(value, float):
+        yield None
+    elif isinstance(value, tuple):
+        yield from (i for i, part in enumerate(value) if isinstance(part, float))
+
+
+def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[Any]:
+    """Other values to try."""
+    near: list[Any] = params.telling(hint) if hint is not None else []
+    if isinstance(value, bool) or isinstance(value, str):
+        return near
+    if isinstance(value, int):
+        return [*near, *WHOLE]
+    if isinstance(value, float):
+        return [*near, *NUMBERS, *numbers, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
+    if value is None and any(isinstance(one, float) for one in near):  # off, but it may be a number
+        return [*near, *NUMBERS, *numbers]
+    if isinstance(value, tuple):
+        return [
+            tuple(n if j == i else v for j, v in enumerate(value))
+            for i in range(len(value))
+            for n in (*NUMBERS, *numbers)
+        ]
+    return near
+
+
+def _rounded(value: Any) -> Iterator[Any]:
+    if isinstance(value, float):
+        yield from (0.0,) if abs(value) < NOTHING else ()
+        yield from (float(f"{value:.{digits}g}") for digits in (1, 2, 3, 4, 5, 6, 8))
+    elif isinstance(value, tuple):
+        yield from (tuple(float(f"{part:.{digits}g}") for part in value) for digits in (1, 2, 3, 4, 5, 6))

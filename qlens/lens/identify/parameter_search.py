@@ -1,0 +1,99 @@
+"""Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.tokens import Tokens
+from qlens.lens.identify import matching
+from qlens.lens.identify.matching import Match
+from qlens.lens.identify.parameter_fits import ROUNDS, Fit, ThresholdFit, pushes_only
+from qlens.lens.rounding import TOLERANCE, Noise, rounding
+from qlens.registry import get, methods
+
+NEAR = 1e-3  # what a method may leave of the gradient, as a share, to be named as nearly the loss
+SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
+
+
+def search(
+    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+) -> list[Match]:
+    """Matches of registered methods at fitted parameters, the gradient's own up to a factor, simplest first; or none.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V); a few dozen rows are enough.
+        tokens: where they were taken.
+        skip: the name of a method to leave out (the loss's own).
+        most: how many methods to fit.
+        noise: the rounding of the gradient; by default what its digits show.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> search(qlens.get("gce(q=0.35)").target(t).grad, t, skip="gce")[0].spec
+        'beyond_log(alpha=0.35)'
+    """
+    return searched(grad, tokens, skip, most, noise)[0]
+
+
+def searched(
+    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+) -> tuple[list[Match], list[str]]:
+    """The same; and, where no method has the gradient, the specs of those that have it up to ``NEAR``, the nearest first.
+
+    A clamp on probabilities, say, takes the gradient of entries that hardly have any.
+    """
+    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    fits = [Fit(method, grad, tokens, noise) for method in methods().values() if method.name != skip]
+    kinds = {pushes_only(grad, tokens, noise), pushes_only(grad, tokens, noise, NEAR)}
+    fits = [fit for fit in fits if np.isfinite(fit.best) and kinds & fit.kinds]
+    for fit in fits:
+        fit.glance()
+    found = [match for fit in fits if fit.best <= TOLERANCE and (match := _found(fit))]
+    ranked = sorted(fits, key=lambda fit: fit.best)
+    for fit in ranked[: 0 if found else most]:
+        if fit.search() and (match := _found(fit)):
+            found.append(match)
+            break
+    near = [] if found else [fit for fit in ranked if fit.best <= NEAR]
+    return matching.ranked(found), [fit.method.variant(**fit.simpler()).spec for fit in near]
+
+
+def refined(
+    spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise, numbers: Sequence[float] = ()
+) -> Match | None:
+    """A method near a gradient, with every parameter tried on from these; None where none of its settings has the gradient.
+
+    Thresholds and clips tell on a few tokens only: this looks at all of them.
+
+    Args:
+        spec: the method, at parameters that have the gradient on most tokens.
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: where they were taken.
+        noise: the rounding of the gradient.
+        numbers: what thresholds may be, beside the usual ones.
+    """
+    variant = get(spec)
+    if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
+        return None
+    fit = ThresholdFit(variant.method, grad, tokens.with_precision(torch.float64), noise)
+    fit.params, fit.numbers = dict(variant.params), numbers
+    fit.best = fit.cost(fit.params)
+    for _ in range(ROUNDS):
+        before = fit.best
+        for name in [name for name, value in fit.params.items() if not isinstance(value, bool | str)]:
+            fit.scan([name])
+            fit.narrow(name)
+        if fit.best <= TOLERANCE or fit.best >= before:
+            break
+    fit.polish()
+    found = _found(fit) if fit.best <= TOLERANCE else None
+    return found if found is not None and fit.pinned(dict(get(found.spec).params)) else None
+
+
+def _found(fit: "Fit") -> Match | None:
+    match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens, fit.noise)
+    return match if match and match.same else None

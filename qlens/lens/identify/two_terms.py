@@ -1,0 +1,200 @@
+"""Sums: two terms, registered methods or divergences, whose gradients add up to that of a loss, each times one number."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.tokens import Tokens
+from qlens.lens.identify import matching
+from qlens.lens.identify.matching import written
+from qlens.lens.reading import Reading
+from qlens.lens.rounding import TOLERANCE
+from qlens.lens.weights.features import plain
+from qlens.registry import methods, params
+from qlens.registry.variant import Variant
+
+CLOSE = 1e-10  # squared share of the gradient that two terms may leave on a few tokens, to be looked at on all
+PARALLEL = 1e-12  # 1 - cosine of two terms that are one
+APART = 1e-9  # determinant of two unit terms below which their numbers cannot be told apart
+VERIFIED = 12  # pairs that are looked at on all tokens, the simplest first
+COLUMNS = 512  # entries of a row that are compared at first
+SMALLEST = 1e-4  # share of the gradient that a term must make up
+EQUAL = 1e-3  # relative difference of one number on two sets of tokens
+CALLED = {"reference": "the reference", "teacher": "the teacher", "old": "the old policy", "second": "the second pass"}
+
+
+@dataclass(frozen=True)
+class TwoTerms:
+    """Two terms that add up to a loss.
+
+    Args:
+        terms: the specs of registered methods, or divergences in words.
+        factors: the number that each is multiplied by.
+    """
+
+    terms: tuple[str, str]
+    factors: tuple[float, float]
+
+    @property
+    def odd(self) -> bool:
+        """Whether a number of it has more digits than somebody would have written."""
+        return max(map(matching.digits, self.factors)) > matching.SHORT
+
+    def __str__(self) -> str:
+        (first, second), (a, b) = self.terms, self.factors
+        begun = _times(first, a) if a > 0 else f"minus {_times(first, -a)}"
+        return f"{begun} {'plus' if b > 0 else 'minus'} {_times(second, abs(b))}"
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A term, its gradient at some tokens, and how simple it is.
+
+    Args:
+        name: a spec, or a divergence in words.
+        of: its gradient, (N, V); None where the tokens cannot feed it.
+        order: how many parameters are no defaults, whether it is a sum itself, models that it needs, letters of the name.
+    """
+
+    name: str
+    of: Callable[[Tokens], Tensor | None]
+    order: tuple[int, int, int, int]
+
+
+def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoTerms | None:
+    """The simplest two terms whose gradients, each times one number of either sign, add up to a gradient; or None.
+
+    All registered methods are tried at their defaults, modes and ends, the entropy, and the KL divergence of p from and to
+    the uniform distribution and every other model.
+
+    Args:
+        few: the gradient on a few dozen tokens, on which all pairs are compared.
+        readings: the gradient on all tokens and on further ones; the numbers must be the same on each.
+        skip: the name of a method to leave out.
+    """
+    tokens, columns = few.tokens, _columns(few.tokens)
+    sizes = few.grad.norm(dim=-1)
+    weight = torch.where(few.silent, 0.0, 1 / (sizes + few.noise.rows / TOLERANCE).clamp(min=1e-300))[:, None]
+    goal = (few.grad * weight).gather(1, columns).flatten()
+    if not bool(goal.any()):
+        return None
+    terms, rows = [], []
+    for term in _terms(tokens, skip):
+        made = term.of(tokens)
+        if made is not None and bool(made.any()):
+            terms.append(term)
+            rows.append((made.double() * weight).gather(1, columns).flatten())
+    rounding = float((weight[:, 0] * few.noise.rows).square().sum())
+    pairs = [(terms[i], terms[j]) for i, j in _pairs(torch.stack(rows), goal, rounding)] if rows else []
+    pairs = sorted(pairs, key=lambda pair: _sum_of(pair[0].order, pair[1].order))[:VERIFIED]
+    found = [(pair, factors) for pair in pairs if (factors := _same_everywhere(pair, readings)) is not None]
+    if not found:
+        return None
+    pair, factors = min(found, key=lambda one: _clumsiness(*one))
+    ordered = sorted(zip(pair, factors, strict=True), key=lambda one: (one[1] < 0, one[0].order))
+    (first, a), (second, b) = ordered
+    return TwoTerms((first.name, second.name), (a, b))
+
+
+def _pairs(terms: Float[Tensor, "T E"], goal: Float[Tensor, " E"], rounding: float) -> list[tuple[int, int]]:
+    """Which two terms make up the goal on a few tokens: all pairs at once, from their inner products."""
+    unit = terms / terms.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+    cosine = unit @ unit.mT
+    twin = (cosine.abs() > 1 - PARALLEL).tril(-1).any(-1)  # of terms that are one the simplest, which comes first
+    along, size = unit @ goal, float(goal.square().sum())
+    apart = 1 - cosine.square()
+    number = (along[:, None] - cosine * along) / apart.clamp(min=APART)  # of the row's term, beside the column's
+    left = size - number * along[:, None] - number.mT * along
+    telling = number.abs() > SMALLEST * size**0.5
+    good = (left <= CLOSE * size + rounding) & (apart > APART) & telling & telling.mT & ~twin & ~twin[:, None]
+    return [(i, j) for i, j in good.triu(1).nonzero().tolist()]
+
+
+def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> tuple[float, float] | None:
+    """The numbers of two terms that are the gradient at every token of all readings, short where that does; or None."""
+    found = []
+    for at in readings:
+        made = [term.of(at.tokens) for term in pair]
+        if made[0] is None or made[1] is None:
+            return None
+        terms = torch.stack([made[0].double(), made[1].double()], -1)
+        size = terms.norm(dim=-2).amax(-1).maximum(at.grad.norm(dim=-1))
+        allowed = TOLERANCE * size + at.noise.rows
+        weight = 1 / allowed.clamp(min=1e-300)[:, None]
+        a, b = (terms * weight[..., None]).flatten(0, 1), (at.grad * weight).flatten()
+        exact = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
+        spread = 10 * TOLERANCE + float((at.noise.rows / at.grad.norm(dim=-1).clamp(min=1e-300)).median())
+        short = exact.new_tensor([written(value, spread) for value in exact.tolist()])
+        good = [one for one in (short, exact) if bool(((at.grad - terms @ one).norm(dim=-1) <= 4 * allowed).all())]
+        if not good or bool((good[0] == 0).any()):
+            return None
+        found.append(good[0].cpu())
+    first = found[0]
+    same = all(bool(((other - first).abs() <= EQUAL * first.abs()).all()) for other in found)
+    return (float(first[0]), float(first[1])) if same else None
+
+
+def _terms(tokens: Tokens, skip: str) -> list[_Term]:
+    """Everything that may be a term, the simplest first."""
+    points = [point for method in methods().values() if method.name != skip for point in matching.points(method)]
+    return sorted([*map(_method, points), *_divergences(tokens)], key=lambda term: term.order)
+
+
+def _method(point: Variant) -> _Term:
+    changed, of_two = len(params.parse(point.spec)[1]), bool({"weight", "nll"} & set(point.params))
+    order = (changed, int(of_two), len(point.needs), len(point.spec))
+    return _Term(point.spec, lambda t: matching.taught(point, t), order)
+
+
+def _divergences(tokens: Tokens) -> list[_Term]:
+    """The entropy, and KL divergences from and to the uniform distribution and the models that the tokens hold."""
+
+    def model(name: str) -> Callable[[Tokens], Tensor]:
+        return lambda t: t.log_probs_of(name).double()
+
+    def term(name: str, of: Callable[[Tokens], Tensor], models: int) -> _Term:
+        return _Term(name, of, (0, 0, models, len(name)))
+
+    found = [
+        term("the entropy of p", lambda t: -_reverse(t, torch.zeros_like(t.logits)), 0),
+        term("KL(uniform || p)", lambda t: t.probs - 1 / t.logits.shape[1], 0),
+    ]
+    for name in (name for name in CALLED if getattr(tokens, name) is not None):
+        log_q, called = model(name), CALLED[name]
+        found.append(term(f"KL(p || {called})", lambda t, log_q=log_q: _reverse(t, log_q(t)), 1))
+        found.append(term(f"KL({called} || p)", lambda t, log_q=log_q: t.probs - log_q(t).exp(), 1))
+    return found
+
+
+def _reverse(t: Tokens, log_q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """The gradient of KL(p || q); what has no probability takes no part."""
+    off = torch.where(t.probs > 0, t.log_probs.detach() - log_q, 0.0)
+    return t.probs * (off - (t.probs * off).sum(-1, keepdim=True))
+
+
+def _columns(tokens: Tokens) -> Tensor:
+    """Which entries of every row are compared at first: all of a small vocabulary, else likely ones and a spread of others."""
+    v = tokens.logits.shape[1]
+    every = torch.arange(v, device=tokens.logits.device)
+    if v <= COLUMNS:
+        return every.expand(len(tokens), v)
+    top = tokens.logits.topk(COLUMNS // 4, -1).indices
+    some = every[:: 2 * v // COLUMNS].expand(len(tokens), -1)
+    return torch.cat([tokens.labels[:, None].long(), top, some], 1)
+
+
+def _sum_of(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(a + b for a, b in zip(one, other, strict=True))
+
+
+def _clumsiness(pair: tuple[_Term, _Term], factors: tuple[float, float]) -> tuple[float, ...]:
+    """How much two terms and their numbers take from simplicity."""
+    changed, *rest = _sum_of(pair[0].order, pair[1].order)
+    return (round(changed + sum(map(matching.clumsy, factors)), 6), *rest)
+
+
+def _times(name: str, factor: float) -> str:
+    return name if factor == 1 else f"{plain(factor)} times {name}"

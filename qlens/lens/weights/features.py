@@ -1,0 +1,164 @@
+"""Features: what a law of trust may be written in, at every token, and how far a formula is off."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens.core.tokens import Tokens, expectation
+
+TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A pull (N,) at tokens, and the rounding of the gradient that it was read from, (N,) or one number."""
+
+    pull: Tensor
+    tokens: Tokens
+    noise: Tensor | float
+
+    def __getitem__(self, rows: Tensor) -> "Seen":
+        """At some of the tokens."""
+        noise = self.noise[rows] if isinstance(self.noise, Tensor) else self.noise
+        return Seen(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
+
+    def known(self) -> "Seen":
+        """Where the pull is known."""
+        return self[~self.pull.isnan()]
+
+
+class Features:
+    """What a law may be written in, at every token of one or more readings, as numpy arrays."""
+
+    def __init__(self, seen: Sequence[Seen], tolerance: float):
+        self.seen = seen
+        self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in seen})
+        with torch.no_grad():
+            parts = [_arrays(one, place) for place, one in enumerate(seen)]
+        joined = {
+            name: np.concatenate([part[name] for part in parts])
+            for name in parts[0]
+            if all(name in part for part in parts)
+        }
+        self.b, self.log_p, self.log_rest, self.entropy = (joined[n] for n in ("b", "log_p", "log_rest", "entropy"))
+        self.rank, self.largest, self.log_size = (joined[n] for n in ("rank", "largest", "log_size"))
+        self.second, self.log_below_largest = joined["second"], joined["log_below_largest"]
+        self.squares = joined["squares"]
+        self.reading = joined["reading"]
+        self.ranks, self.entropies = (
+            {n: joined[f"{n} {what}"] for n in ("reference", "old", "teacher") if f"{n} {what}" in joined}
+            for what in ("rank", "entropy")
+        )
+        self.top = {k: joined[f"top {k}"] for k in TOP_K if f"top {k}" in joined}
+        self.mass = {k: joined[f"mass {k}"] for k in TOP_K if f"mass {k}" in joined}
+        self.models = {name: joined[name] for name in ("reference", "old", "teacher") if name in joined}
+        self.factors = {
+            said: joined[name] for name, said in (("advantage", "A"), ("weight", "weight")) if name in joined
+        }
+        self.advantage = joined.get("advantage")
+        self.masks = {name: joined[name] for name in ("critical", "hint") if name in joined}
+        self.groups = {name: joined[name] for name in ("sequence", "pair") if name in joined}
+        self.floor = joined["noise"] / tolerance / np.maximum(np.exp(self.log_rest), 1e-300) + 1e-30
+
+    @property
+    def domain(self) -> str:
+        """Where the pull was seen."""
+        low, high = (plain(math.exp(end(self.log_p))) for end in (min, max))
+        rest = math.exp(self.log_rest.min())
+        high = f"1 - {rest:.1g}" if rest < 1e-3 else high
+        return f"on {len(self.b)} tokens, p_y {low} to {high}, entropy {self.entropy.min():.2g} to {self.entropy.max():.2g} nats"
+
+    def misfit(self, made: np.ndarray, where: np.ndarray | None = None) -> float:
+        """Relative and root mean square, with what rounding alone makes of a pull counted as the tolerance."""
+        size = np.maximum(np.abs(self.b), np.abs(made)) + self.floor
+        with np.errstate(invalid="ignore"):  # a form that overflows somewhere fits nowhere
+            off = np.abs(self.b - made) / size
+        return float(np.sqrt(np.mean(np.square(off if where is None else off[where]))))
+
+    def fits(self, where: np.ndarray, made: np.ndarray) -> float | None:
+        """The misfit there, if it is rounding."""
+        miss = self.misfit(made, where)
+        return miss if miss <= self.tolerance else None
+
+    def shortest(
+        self, where: np.ndarray, form: Callable[..., np.ndarray], values: tuple[float, ...]
+    ) -> tuple[float, tuple[float, ...]] | None:
+        """The misfit of a form and its numbers, written as short as they fit about as well; None where it does not fit."""
+        with np.errstate(over="ignore"):
+            least = self.fits(where, form(*values))
+            if least is None:
+                return None
+            allowed, found = max(2 * least, 0.1 * self.tolerance), list(values)
+            for place, value in enumerate(values):  # one after the other
+                for digits in (1, 2, 3, 4):
+                    near = [*found[:place], float(f"{value:.{digits}g}"), *found[place + 1 :]]
+                    if self.misfit(form(*near), where) <= allowed:
+                        found = near
+                        break
+        return self.misfit(form(*found), where), tuple(found)
+
+
+def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
+    """The features of one reading, by name; ids of groups differ from reading to reading."""
+    tokens = seen.tokens.with_precision(torch.float64)
+    p, size = tokens.probs, tokens.logits.shape[1]
+    top = p.topk(2, -1)
+    below_largest = tokens.log_probs.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(-1)
+    noise = seen.noise if isinstance(seen.noise, Tensor) else torch.full((len(tokens),), seen.noise)
+    made = {
+        "b": seen.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
+        "entropy": -expectation(p, tokens.log_probs), "reading": torch.full_like(p[:, 0], place),
+        "rank": _rank(tokens, tokens.logits), "largest": top.values[:, 0], "log_size": torch.full_like(p[:, 0], math.log(size)),
+        "second": top.values[:, 1], "log_below_largest": below_largest, "squares": p.square().sum(-1),
+    }  # fmt: skip
+    made |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
+    made |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
+    for name in ("reference", "old", "teacher"):
+        if getattr(tokens, name) is not None:
+            log_q = tokens.log_probs_of(name)
+            made[name], made[f"{name} rank"] = tokens.gather(log_q), _rank(tokens, log_q)
+            made[f"{name} entropy"] = -expectation(log_q.exp(), log_q)
+    arrays = {name: numpy_of(value) for name, value in made.items()}
+    for name in ("advantage", "weight", "critical", "hint", "sequence", "pair"):
+        value = getattr(tokens, name)
+        if value is not None:
+            arrays[name] = value.detach().cpu().numpy() + (place * 10**6 if name in ("sequence", "pair") else 0)
+    return arrays
+
+
+def _rank(tokens: Tokens, values: Tensor) -> Tensor:
+    """How many entries are above the label's, (N,)."""
+    return (values > tokens.gather(values)[:, None]).sum(-1)
+
+
+def plain(value: float) -> str:
+    """A number as it is printed: five digits."""
+    return f"{value + 0.0:.5g}"
+
+
+def percent(share: float | None) -> str:
+    """A share as it is printed: whole per cent, of less than one two digits; None where it is not known."""
+    if share is None:
+        return "an unknown share"
+    return f"{share:.0%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"
+
+
+def _top_entropy(tokens: Tokens, k: int) -> Tensor:
+    top = tokens.logits.double().topk(k, -1).values.log_softmax(-1)
+    return -(top.exp() * top).sum(-1)
+
+
+def numpy_of(values: Tensor) -> np.ndarray:
+    """The same in numpy, float64."""
+    return values.detach().double().cpu().numpy()
+
+
+def line(x: np.ndarray, y: np.ndarray, weight: np.ndarray, free: bool) -> tuple[float, float]:
+    """c and a in y = c + a x, by weighted least squares; without ``free`` through the origin."""
+    a = np.stack([np.ones_like(x) if free else np.zeros_like(x), x], 1)
+    (c, slope), *_ = np.linalg.lstsq(a * weight[:, None], y * weight, rcond=None)
+    return float(c), float(slope)

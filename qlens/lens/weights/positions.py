@@ -1,0 +1,236 @@
+"""Positions: how a loss weighs a token by its place, found by putting one token at all places of the batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens.core.autograd import gradient
+from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
+from qlens.lens.identify.matching import written
+from qlens.lens.reading import Reading
+from qlens.lens.rounding import TOLERANCE, rounding
+from qlens.lens.weights.features import numpy_of, plain
+from qlens.registry.variant import Variant
+
+EQUAL = 1e-5  # relative difference of weights that are one
+NONE = 1e-7  # share of the largest weight that is rounding beside it
+EXACT = 1e-9  # relative difference to a number that somebody wrote
+FEWEST = 4  # places that a formula must hold on
+PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every place
+LISTED = 6  # weights that are printed where no formula is known
+IN_SEQUENCE, IN_BATCH = "t the position in its sequence, 0 first", "i the row of the batch, 0 first"
+WORDS = {
+    "t": IN_SEQUENCE,
+    "e": "e the number of tokens of its sequence that follow",
+    "t / n": f"{IN_SEQUENCE}, n the length of its sequence",
+    "(t + 1) / n": f"{IN_SEQUENCE}, n the length of its sequence",
+    "t / T": f"{IN_SEQUENCE}, T the length of the longest sequence",
+    "(t + 1) / T": f"{IN_SEQUENCE}, T the length of the longest sequence",
+    "t / (T - 1)": f"{IN_SEQUENCE}, T the length of the longest sequence",
+    "i": IN_BATCH,
+    "j": "j the number of rows that follow",
+    "i / N": f"{IN_BATCH}, N the number of rows",
+    "(i + 1) / N": f"{IN_BATCH}, N the number of rows",
+    "i / (N - 1)": f"{IN_BATCH}, N the number of rows",
+}
+
+
+@dataclass(frozen=True)
+class PositionWeights:
+    """A weight by position.
+
+    Args:
+        formula: in words, with what its symbols mean; "" where no formula is known.
+        weights: of every token shown, in order.
+        besides: a factor that is one for the whole sequence or batch, in words; "" where there is none.
+    """
+
+    formula: str
+    weights: tuple[float, ...]
+    besides: str = ""
+
+    def __str__(self) -> str:
+        low, high = plain(min(self.weights)), plain(max(self.weights))
+        first = ", ".join(plain(weight) for weight in self.weights[:LISTED])
+        said = self.formula or f"from {low} to {high} by no known formula, {first}, ... on the tokens shown"
+        return said + (f", times {self.besides}" if self.besides else "")
+
+
+def weights_at(
+    loss: Callable[[Tokens], Tensor], tokens: Tokens, rows: Sequence[int], precision: torch.dtype
+) -> Tensor | None:
+    """The weight of every place of a batch, (N,); None where places change more than a factor, or another for each token.
+
+    The batch keeps its sequences, and one of its tokens stands at all places. Weights are those of a cross-entropy where the
+    tokens agree on that; otherwise the largest is 1.
+
+    Args:
+        loss: an unreduced loss, tokens -> (N,).
+        tokens: the batch.
+        rows: the tokens that are tried; two or more, of different label probabilities.
+        precision: what the loss computes in.
+    """
+    found, absolute = [], []
+    for row in rows:
+        same = tokens[torch.full((len(tokens),), row, device=tokens.logits.device)]
+        same = same.replace(sequence=tokens.sequence, pair=tokens.pair, chosen=tokens.chosen)
+        try:
+            grad = gradient(loss, same).double()
+        except Exception as error:  # a loss may be made for just these rows
+            raise InputError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}") from error
+        base = grad[int(grad.norm(dim=-1).argmax())]
+        if not bool(grad.isfinite().all() and base.any()):
+            return None
+        ratio = (grad @ base) / base.square().sum()
+        off = (grad - ratio[:, None] * base).norm(dim=-1)
+        if bool((off > 10 * TOLERANCE * grad.norm(dim=-1) + rounding(grad, same, precision).rows).any()):
+            return None
+        found.append(ratio)
+        label = int(tokens.labels[row])
+        absolute.append(float(-base[label] / (1 - tokens.label_probs[row].double())))
+    if any(bool(((other - found[0]).abs() > 100 * EQUAL * found[0].abs() + EQUAL**2).any()) for other in found[1:]):
+        return None
+    same_size = max(absolute) - min(absolute) <= EQUAL * max(map(abs, absolute))
+    return found[0] * (written(absolute[0], EXACT) if same_size else 1.0)
+
+
+def unweighted(
+    variant: Variant, readings: Sequence[Reading]
+) -> tuple[PositionWeights | None, list[tuple[Reading, Tensor]]]:
+    """How a loss weighs tokens by their place, None where it does not alone; and its readings without that, with their rows.
+
+    Args:
+        variant: the loss.
+        readings: its gradient on the tokens shown, and on others.
+    """
+    weighed, without = [], []
+    for at in readings:
+        loud = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
+        if not bool(loud.any()):
+            return None, []
+        p = at.tokens.label_probs
+        rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
+        try:
+            weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
+        except InputError:  # what a loss says of such a batch is no fault of its own
+            return None, []
+        if weights is None:
+            return None, []
+        kept = weights.nonzero()[:, 0]
+        weighed.append((weights, at.given))
+        without.append((at[kept].weighted(1 / weights[kept]), kept.cpu()))
+    return described(weighed), without
+
+
+def described(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:
+    """Weights of places in one or more batches, that of the tokens shown first, by the simplest formula that all follow."""
+    weights = np.concatenate([numpy_of(made) for made, _ in parts])
+    places = [_places(tokens, batch) for batch, (_, tokens) in enumerate(parts)]
+    joined = {name: np.concatenate([one[name] for one in places]) for name in places[0]}
+    groups = {"": np.zeros(len(weights)), "a factor of its batch": joined.pop("batch")}
+    groups["a factor of its sequence"] = joined.pop("sequence")
+    shown = tuple(parts[0][0].tolist())
+    for besides, ids in groups.items():
+        scaled = weights / _largest(weights, ids) if besides else weights
+        if formula := next(_formulas(scaled, joined), ""):
+            return PositionWeights(formula, shown, besides)
+    return PositionWeights("", shown)
+
+
+def _places(tokens: Tokens, batch: int) -> dict[str, np.ndarray]:
+    """What a formula may be written in, by name, and the sequence and the batch of every token."""
+    number = len(tokens)
+    ids = np.arange(number) if tokens.sequence is None else tokens.sequence.cpu().numpy()
+    row = np.arange(number, dtype=float)
+    made = {"i": row, "j": number - 1 - row, "i / N": row / number, "(i + 1) / N": (row + 1) / number}
+    made["i / (N - 1)"] = row / max(number - 1, 1)
+    if tokens.sequence is not None:
+        t = np.array([(ids[:place] == ids[place]).sum() for place in range(number)], dtype=float)
+        n = np.array([(ids == one).sum() for one in ids], dtype=float)
+        longest = n.max()
+        by_length = {"t / n": t / n, "(t + 1) / n": (t + 1) / n, "t / T": t / longest, "(t + 1) / T": (t + 1) / longest}
+        made = {"t": t, "e": n - 1 - t, **by_length, "t / (T - 1)": t / max(longest - 1, 1), **made}
+    return made | {"sequence": ids + batch * 10**6, "batch": np.full(number, batch)}
+
+
+def _largest(weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """The largest weight of every token's group; 1 where that is 0."""
+    largest = {one: np.abs(weights[ids == one]).max() for one in set(ids.tolist())}
+    return np.array([largest[one] or 1.0 for one in ids.tolist()])
+
+
+def _formulas(weights: np.ndarray, places: dict[str, np.ndarray]) -> Iterator[str]:
+    """Everything that fits, simplest first."""
+    everywhere = np.ones(len(weights), bool)
+    for name, x in places.items():
+        for said, _ in (*_step(weights, name, x), *_smooth(weights, name, x, everywhere)):
+            yield f"{said} ({WORDS[name]})"
+    for name, x in places.items():
+        for end, word in ((weights.max(), "at most"), (weights.min(), "at least")):
+            held = np.abs(weights - end) <= EQUAL * abs(end) + 1e-12
+            if len(set(x[~held])) < FEWEST - 1 or len(set(x[held])) < 2:
+                continue
+            for said, made in _smooth(weights, name, x, ~held):
+                beyond = (
+                    made[held] >= end * (1 - EQUAL) if word == "at most" else made[held] <= end * (1 + EQUAL) + 1e-12
+                )
+                if bool(beyond.all()):
+                    yield f"{said}, {word} {_short(end)} ({WORDS[name]})"
+
+
+def _step(weights: np.ndarray, name: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """One weight up to a place and another after it."""
+    values = sorted({_short(weight) for weight in weights})
+    if len(values) != 2:
+        return
+    low, high = (x[[_short(weight) == value for weight in weights]] for value in values)
+    for first, second, at in ((values[0], values[1], low), (values[1], values[0], high)):
+        other = high if at is low else low
+        if at.max() < other.min():
+            yield f"{first} where {name} <= {plain(at.max())}, {second} elsewhere", x
+
+
+def _smooth(weights: np.ndarray, name: str, x: np.ndarray, where: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """Lines, powers and geometric weights, fitted where asked, with the weights that they make at all places."""
+    w, at = weights[where], x[where]
+    if len(set(at)) < FEWEST - 1:
+        return
+    forms: list[tuple[np.ndarray, np.ndarray, Callable[[float, float], tuple[str, np.ndarray]]]] = []
+    if name in ("t", "e", "i", "j") and bool((w > 0).all()):
+        forms.append((np.log(w), at, lambda c, a: (_times(c, f"{plain(np.exp(a))}^{name}"), np.exp(c + a * x))))
+    forms.append((w, at, lambda c, a: (_line(c, a, name), c + a * x)))
+    if name in ("t", "e", "i", "j") and bool((w > 0).all()):
+        grown = np.log1p(x)
+        forms.append((np.log(w), grown[where], lambda c, a: (_times(c, _power(name, a)), np.exp(c + a * grown))))
+    for y, along, said in forms:
+        columns = np.stack([np.ones_like(along), along], 1)
+        (c, a), *_ = np.linalg.lstsq(columns, y, rcond=None)
+        c, a = (float(f"{value:.8g}") if abs(value) > NONE * np.abs(y).max() else 0.0 for value in (c, a))
+        formula, made = said(c, a)
+        if a and bool((np.abs(made[where] - w) <= EQUAL * np.abs(w) + 1e-9 * np.abs(weights).max()).all()):
+            yield formula, made
+
+
+def _power(name: str, a: float) -> str:
+    """(1 + x) to a power, as it is written."""
+    short = _short(a)
+    return f"1 / ({name} + 1)" if short == "-1" else f"({name} + 1)^{short}"
+
+
+def _times(log_c: float, said: str) -> str:
+    return said if abs(log_c) < EQUAL else f"{plain(np.exp(log_c))} {said}"
+
+
+def _line(c: float, a: float, name: str) -> str:
+    slope = name if abs(abs(a) - 1) < EQUAL else f"{_short(abs(a))} {name}"
+    if c == 0:
+        return f"{'-' if a < 0 else ''}{slope}"
+    return f"{_short(c)} {'-' if a < 0 else '+'} {slope}"
+
+
+def _short(value: float) -> str:
+    return plain(written(float(value), EQUAL) if abs(value) > 1e-12 else 0.0)

@@ -1,0 +1,127 @@
+"""Edges: tokens on both sides of every step of a gradient as the label's logit moves, so that thresholds are read exactly."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlens.core.autograd import gradient
+from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
+from qlens.lens.identify.matching import written
+from qlens.lens.reading import Reading
+from qlens.registry.variant import Variant
+
+ROWS = 16  # tokens whose label's logit is moved
+APART = 11  # rows between two of them
+POINTS = 64  # values of that logit at first
+REACH = 16.0  # how far the logarithm of p_y / (1 - p_y) is moved, either way
+STEPS = 3  # places of every row that are looked at closely
+HALVINGS = 24  # of an interval of half a nat
+STEP = 1e-3  # change of a pull over the last interval, as a share of it, that is a step
+TINY = 1e-12  # a pull that is none
+EXACT = 1e-6  # relative difference to a number that somebody wrote
+
+
+@dataclass(frozen=True)
+class Edges:
+    """Tokens at the steps of a loss.
+
+    Args:
+        rows: which of the given tokens they are, without their label's logit, (M,).
+        logits: theirs, (M, V): just below and just above every step.
+        numbers: what a threshold there may be: of p_y, of its ratio to another model and of the loss.
+    """
+
+    rows: Tensor
+    logits: Tensor
+    numbers: tuple[float, ...]
+
+
+def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
+    """The steps of a loss of each token alone along the label's logit, halved down to rounding; None where there are none.
+
+    Args:
+        loss: an unreduced loss, tokens -> (N,), in which no token needs another.
+        tokens: from which rows are taken, in float64.
+    """
+    rows = _chosen(tokens)
+    index = tokens.labels[rows, None].long()
+    z = tokens.logits.detach()[rows]
+    rest = z.scatter(1, index, -torch.inf).logsumexp(-1)
+
+    def pulls(places: Tensor, at: Tensor) -> Tensor:
+        """Pulls toward the label of some of the rows with p_y / (1 - p_y) of these logarithms."""
+        moved = _with(z[places], index[places], rest[places] + at)
+        grad = gradient(loss, tokens[rows[places]].replace(logits=moved)).double()
+        return -grad.gather(1, index[places])[:, 0] * (1 + at.exp())
+
+    odds = torch.linspace(-REACH, REACH, POINTS, dtype=z.dtype, device=z.device)
+    places = torch.arange(len(rows), device=z.device).repeat_interleave(POINTS)
+    found = pulls(places, odds.repeat(len(rows))).reshape(len(rows), POINTS)
+    if not bool(found.isfinite().all()):
+        return None
+    change = _change(found[:, :-1], found[:, 1:])
+    at = change.topk(STEPS, -1).indices
+    places = torch.arange(len(rows), device=z.device).repeat_interleave(STEPS)
+    low, high = odds[at.flatten()], odds[at.flatten() + 1]
+    ends = found[places, at.flatten()], found[places, at.flatten() + 1]
+    size = (
+        ends[0].abs().maximum(ends[1].abs()).clamp(min=TINY)
+    )  # of the whole interval: a pull may pass through 0 in it
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        made = pulls(places, middle)
+        left = (ends[0] - made).abs() >= (made - ends[1]).abs()
+        low, high = torch.where(left, low, middle), torch.where(left, middle, high)
+        ends = torch.where(left, ends[0], made), torch.where(left, made, ends[1])
+    step = ((ends[0] - ends[1]).abs() > STEP * size) & ends[0].isfinite() & ends[1].isfinite()
+    if not bool(step.any()):
+        return None
+    places, low, high = places[step], low[step], high[step]
+    both = torch.cat([places, places])
+    logits = _with(z[both], index[both], rest[both] + torch.cat([low, high]))
+    return Edges(rows[both], logits, _numbers(tokens[rows[places]].replace(logits=logits[: len(places)])))
+
+
+def with_edges(variant: Variant, at: Reading) -> tuple[Reading, tuple[float, ...]]:
+    """A reading in float64 with tokens at the steps of the loss added to it, and what thresholds there may be; else as it is."""
+    if {at.arithmetic, at.given.logits.dtype} != {torch.float64}:
+        return at, ()
+    try:
+        found = edges(variant.loss, at.given)
+        if found is None:
+            return at, ()
+        index = torch.cat([torch.arange(len(at.given), device=found.rows.device), found.rows])
+        logits = torch.cat([at.given.logits, found.logits])
+        wider = Reading.of(variant, at.given[index].replace(logits=logits))
+    except InputError:  # it takes no such tokens
+        return at, ()
+    return (wider, found.numbers) if wider.finite else (at, ())
+
+
+def _chosen(tokens: Tokens) -> Tensor:
+    """Rows spread over all, at a distance that has no factor in common with the periods of masks and advantages."""
+    return (torch.arange(min(ROWS, len(tokens)), device=tokens.logits.device) * APART % len(tokens)).unique()
+
+
+def _with(logits: Tensor, index: Tensor, label: Tensor) -> Tensor:
+    return logits.scatter(1, index, label[:, None].to(logits))
+
+
+def _change(one: Tensor, other: Tensor) -> Tensor:
+    """The relative difference of two pulls."""
+    return (one - other).abs() / one.abs().maximum(other.abs()).clamp(min=TINY)
+
+
+def _numbers(tokens: Tokens) -> tuple[float, ...]:
+    """Numbers that a threshold at these tokens may be written with."""
+    log_p = tokens.label_log_probs.detach()
+    found = [log_p.exp(), -log_p]
+    for name in ("reference", "old", "teacher"):
+        if getattr(tokens, name) is not None:
+            ratio = (log_p - tokens.gather(tokens.log_probs_of(name))).exp()
+            found += [ratio, ratio - 1, 1 - ratio]
+    values = {written(value, EXACT) for part in found for value in part.tolist()}
+    return tuple(sorted(value for value in values if len(f"{abs(value):.8g}".replace(".", "").lstrip("0")) <= 4))

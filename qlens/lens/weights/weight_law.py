@@ -1,0 +1,299 @@
+"""Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
+
+from collections.abc import Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens.core.tokens import Tokens
+from qlens.lens.weights.features import Seen, plain
+from qlens.lens.weights.smooth_laws import FEWEST, Smooth
+
+FEWEST_CUT = 2  # tokens on either side of a threshold on anything but p_y
+COUNTS = {2: "two", 3: "three"}  # of values that a pull may have without a rule
+NEAR_ONE = 0.99  # probabilities above which thresholds are written as 1 - x
+
+
+@dataclass(frozen=True)
+class Law:
+    """A formula for a pull, in the words of the field.
+
+    Args:
+        formula: with its numbers filled in, like "p_y^0.5".
+        parameters: how many numbers were fitted.
+        misfit: relative, root mean square over the tokens.
+        values: the numbers, by name.
+        domain: where it was seen.
+        where: the tokens on which it holds, in words, where it is 0 on the others; else "".
+    """
+
+    formula: str
+    parameters: int
+    misfit: float
+    values: dict[str, float]
+    domain: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.formula} ({self.domain})" if self.domain else self.formula
+
+
+def law(
+    pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: Tensor | float = 1e-15, further: Sequence[Seen] = ()
+) -> Law | None:
+    """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
+
+    Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the largest p, the second, their difference, p_y / max p, the
+    entropy (of the top k too), and of the ratio to another model; those with a weight that carries its gradient; a + b p_y;
+    thresholds, clips, masks; one value per sequence or pair;
+    any of them times the advantage or the token's weight.
+
+    Args:
+        pull: the pull in unit scale, NaN where it is not known.
+        tokens: where it was read.
+        tolerance: the relative misfit that counts as exact.
+        noise: the rounding of the gradient, absolute, (N,) or one number; divided by 1 - p_y, that of a pull.
+        further: the same pull at other tokens, of another vocabulary, say; the formula holds on all of them.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> law(t.label_probs.sqrt(), t).formula
+        'p_y^0.5'
+    """
+    seen = [one for one in (Seen(pull, tokens, noise).known(), *(other.known() for other in further)) if len(one.pull)]
+    if sum(len(one.pull) for one in seen) < FEWEST:
+        return None
+    features = _Laws(seen, tolerance)
+    found = next(iter(features.laws()), None)
+    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain, found.where)
+
+
+def thresholds(seen: Sequence[Seen], on: np.ndarray) -> Iterator[str]:
+    """What tells some tokens of one or more readings from the others, in words: a mask, or a threshold of a signal."""
+    yield from (rule for rule, _, _ in _Laws(seen, 1e-6).rules(on))
+
+
+class _Laws(Smooth):
+    """The formulas that are known, each tried on a pull."""
+
+    def laws(self) -> Iterator[Law]:
+        """Everything that fits, simplest first."""
+        everywhere = np.ones(len(self.b), bool)
+        yield from (Law(f.formula, f.parameters, f.misfit, f.values) for f in self.smooth(everywhere))
+        yield from self.switched()
+        yield from self.clipped()
+        yield from self.in_pieces()
+        yield from self.few_valued()
+        yield from self.grouped()
+
+    def switched(self) -> Iterator[Law]:
+        """A law on some tokens and nothing on the others, told apart by a threshold or a mask."""
+        on = np.abs(self.b) > self.tolerance * max(np.abs(self.b).max(), 1e-300) * 1e-3
+        on &= np.abs(self.b) > 10 * self.floor * self.tolerance
+        usual = np.median(np.abs(self.b[on])) if on.any() else 0.0
+        hidden = ~on & (10 * self.floor * self.tolerance >= usual)  # a usual pull would not be seen there
+        if not usual or bool(hidden[~on].all()):
+            return
+        if hidden.any():
+            yield from _Laws(self.without(hidden), self.tolerance).switched()
+            return
+        for rule, values, count in (*self.rules(on), *self.sided(on)):
+            for inner in self.smooth(on):
+                formula = f"{inner.formula} {rule}, 0 elsewhere"
+                yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
+
+    def without(self, hidden: np.ndarray) -> list[Seen]:
+        """What the laws were looked for in, without some of the tokens."""
+        ends = np.cumsum([len(one.pull) for one in self.seen])[:-1]
+        kept = [
+            torch.from_numpy(~part).to(one.pull.device)
+            for part, one in zip(np.split(hidden, ends), self.seen, strict=True)
+        ]
+        return [one[rows] for one, rows in zip(self.seen, kept, strict=True) if bool(rows.any())]
+
+    def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
+        """What tells the tokens that are on from the others."""
+        for name, mask in self.masks.items():
+            if (mask == on).all():
+                yield f"where {name}", {}, 0
+            if (~mask == on).all():
+                yield f"where not {name}", {}, 0
+        few = min(int(on.sum()), int((~on).sum())) < FEWEST_CUT  # then one of many signals may tell them by chance
+        for name, x in list(self.signals().items())[: 1 if few else None]:
+            low, high = x[on].min(), x[on].max()
+            whole = bool((x == np.round(x)).all())
+            key = self.log_p - self.log_rest if name == "p_y" else x  # tells probabilities near 1 apart
+            # whole numbers are not rounded
+            tie = -0.5 if whole else 1e-12 if name == "p_y" else 1e-9 * max(abs(low), abs(high))
+            first, last = key[on].min(), key[on].max()  # at the threshold itself rounding decides
+            near_one = name == "p_y" and high > NEAR_ONE
+            slack = tie + (4 * np.finfo(float).eps * np.exp(last) if near_one else 0.0)  # 1 - p_y is rounded as p_y is
+            below, above = ~on & (key <= first + tie), ~on & (key >= last - slack)
+            if (below | above).sum() != (~on).sum():
+                continue
+            under, over = below & (key < first - tie), above & (key > last + slack)  # what each end is seen to exclude
+            at_end = near_one and above.any() and not over.any()
+            if (below.any() and not under.any()) or (above.any() and not over.any() and not at_end):
+                continue
+            ends, said = {}, []
+            if below.any():
+                cut = x[under].max()
+                ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
+                said.append(f"{name} >= {plain(ends['low'])}{_seen(plain(cut), plain(low))}")
+            if at_end:
+                ends["high"] = high
+                said.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
+            elif above.any():
+                cut = x[over].min()
+                ends["high"] = high if whole else between(high, cut)
+                text = f"{plain(ends['high'])}{_seen(plain(high), plain(cut))}"
+                if near_one:
+                    rest = np.exp(self.log_rest)
+                    least, most = rest[over].max(), rest[on].min()
+                    ends["high"] = 1 - between(least, most)
+                    text = f"1 - {plain(between(least, most))}{_seen(f'1 - {plain(most)}', f'1 - {plain(least)}')}"
+                said.append(f"{name} <= {text}")
+            yield "where " + " and ".join(said), ends, len(said)
+
+    def signals(self) -> dict[str, np.ndarray]:
+        """What a threshold may be on, by name."""
+        found = {"p_y": np.exp(self.log_p)}
+        found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
+        found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
+        found |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
+        found |= {"the largest p - the second": self.largest - self.second, "the second largest p": self.second}
+        found |= {"the label's rank (0 first)": self.rank}
+        found |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
+        found |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}
+        return found | {f"H_top-{k}": entropy for k, entropy in self.top.items()}
+
+    def sided(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
+        """The clip of a policy's objective: on while the ratio has not gone too far the way that the advantage pays."""
+        if self.advantage is None:
+            return
+        for name, log_q in self.models.items():
+            ratio, up = np.exp(self.log_p - log_q), self.advantage > 0
+            ends = [(ratio[on & up], ratio[~on & up], 1), (ratio[on & ~up], ratio[~on & ~up], -1)]
+            if any(len(kept) and len(cut) and (kept * side).max() >= (cut * side).min() for kept, cut, side in ends):
+                continue
+            if not all(len(kept) and len(cut) for kept, cut, _ in ends):
+                continue
+            high, low = between(ends[0][0].max(), ends[0][1].min()), between(ends[1][1].max(), ends[1][0].min())
+            rule = f"while p_y / {name}_y <= {plain(high)} (A > 0) or >= {plain(low)} (A < 0)"
+            yield rule, {"high": high, "low": low}, 2
+
+    def clipped(self) -> Iterator[Law]:
+        """A law that is held at a least or a greatest value, or at both, where it would go beyond; times a factor of the token
+        too.
+        """
+        for said, factor in self.factors.items():
+            if np.abs(factor).min() > 0:
+                one = copy(self)
+                one.b, one.floor, one.factors = self.b / factor, self.floor / np.abs(factor), {}
+                for law in one.held():
+                    yield replace(law, formula=f"{said} ({law.formula})")
+        yield from self.held()
+
+    def held(self) -> Iterator[Law]:
+        """The same without factors of the token."""
+        ends = {"at most": self.b.max(), "at least": self.b.min()}
+        held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
+        there = [word for word in ends if held[word].sum() >= 2]
+        for words in ([word] for word in there) if len(there) < 2 else (*([word] for word in there), there):
+            cut = np.any([held[word] for word in words], axis=0)
+            if (~cut).sum() < FEWEST:
+                continue
+            for inner in self.smooth(~cut):
+                if not self._varies(inner.made, ~cut):
+                    continue  # that is a switch
+                if not all(self._beyond(inner.made, ends[word], word, held[word]) for word in words):
+                    continue
+                said = ", ".join(f"{word} {plain(ends[word])}" for word in words)
+                numbers = inner.values | {word: float(ends[word]) for word in words}
+                yield Law(f"{inner.formula}, {said}", inner.parameters + len(words), inner.misfit, numbers)
+
+    def _varies(self, made: np.ndarray, where: np.ndarray) -> bool:
+        """Whether a law takes more than one value there."""
+        return bool(np.ptp(made[where]) > 10 * self.tolerance * np.abs(made[where]).max())
+
+    def _beyond(self, made: np.ndarray, end: float, word: str, held: np.ndarray) -> bool:
+        """Whether a law would go beyond its end wherever the pull is held there."""
+        slack = 10 * self.tolerance * (abs(end) + self.floor[held])
+        return bool((made[held] >= end - slack if word == "at most" else made[held] <= end + slack).all())
+
+    def in_pieces(self) -> Iterator[Law]:
+        """A law on some tokens and one other value on the rest, told apart by a threshold or a mask."""
+        for value in self.repeated():
+            on = ~self._near(value)
+            if not value or int(on.sum()) < FEWEST:
+                continue
+            for rule, values, count in (*self.rules(on), *self.sided(on)):
+                for inner in self.smooth(on):
+                    formula = f"{inner.formula} {rule}, {plain(value)} elsewhere"
+                    numbers = inner.values | values | {"elsewhere": value}
+                    yield Law(formula, inner.parameters + count + 1, inner.misfit, numbers)
+
+    def few_valued(self) -> Iterator[Law]:
+        """A pull that has one of two or three values, where nothing is known that tells which."""
+        values = sorted(self.repeated(2))
+        if len(values) not in COUNTS or len(self.b) < FEWEST * len(values):
+            return
+        near = np.array([self._near(value) for value in values])
+        within = np.array(
+            [near[:, self.reading == place].any(1) for place in set(self.reading)]
+        )  # which reading has which
+        apart = within & (within.sum(0) == 1) if len(within) > 1 else within & False
+        if (
+            near.any(0).all() and apart.any(1).sum() < 2
+        ):  # readings with a value of their own each have their own factor
+            *first, last = map(plain, values)
+            made = np.select(list(near), values)
+            formula = f"{COUNTS[len(values)]} values, {', '.join(first)} and {last}"
+            yield Law(formula, len(values), self.misfit(made, ~self.rounded), {"low": values[0], "high": values[-1]})
+
+    def _near(self, value: float) -> np.ndarray:
+        """Where the pull has this value, (N,)."""
+        return np.abs(self.b - value) <= 10 * self.tolerance * (abs(value) + self.floor)
+
+    def repeated(self, least: int = 3) -> list[float]:
+        """Values that the pull has at several tokens, at most three, the rarest first."""
+        found: list[tuple[int, float]] = []
+        left = np.ones(len(self.b), bool)
+        while left.any() and len(found) < 3:
+            values = np.where(self.rounded, 0.0, self.b)[left]
+            value = float(values[np.argmax([(np.abs(values - v) <= 1e-9 * abs(v)).sum() for v in values])])
+            value = float(f"{value:.9g}")  # an exact 1 comes out as 1
+            near = left & self._near(value)
+            if int(near.sum()) < least:
+                break
+            found.append((int(near.sum()), value))
+            left &= ~near
+        return [value for _, value in sorted(found)]
+
+    def grouped(self) -> Iterator[Law]:
+        """One value per sequence, or per side of a pair up to its length."""
+        for name, ids in self.groups.items():
+            means = np.array([self.b[ids == i].mean() for i in ids])
+            if all(
+                np.ptp(means[self.reading == one]) <= self.tolerance * np.abs(means).max() for one in set(self.reading)
+            ):
+                continue  # one value per reading is a factor
+            miss = self.fits(np.ones(len(ids), bool), means)
+            if miss is not None and len(set(ids)) < len(ids):
+                low, high = plain(self.b.min()), plain(self.b.max())
+                yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
+
+
+def _seen(first: str, last: str) -> str:
+    """Between which numbers a threshold was seen, in words; "" where they are printed alike."""
+    return "" if first == last else f" (seen between {first} and {last})"
+
+
+def between(low: float, high: float) -> float:
+    """The shortest number in (low, high], high above 0, the nearer to the middle: what somebody may have written."""
+    tried = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
+    return next((n for n in tried if low < n <= high), high)

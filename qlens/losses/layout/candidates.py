@@ -1,0 +1,132 @@
+"""Candidates: the styles in which a loss may want to be called, by its parameters, the likeliest first."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+
+import torch
+
+from qlens.losses.layout.layouts import Style
+from qlens.losses.layout.names import ROLE
+from qlens.losses.layout.signature import inputs, lists_of, signature
+
+PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
+             "teacher log probs", "log probs", "teacher")  # fmt: skip
+CHUNKS = (8, 4, 2, 3, 16)  # numbers of chunks tried beside those that the loss itself names
+MOST_CHUNKS = 64
+
+
+def contract(fn: Callable, style: Style) -> bool:
+    """Whether a Trainer says how the loss is called: what does not shift then is found out, not helped."""
+    roles = {*inputs(fn).required.values()}
+    return "model" in roles or ("outputs" in roles and style.boxed)
+
+
+def plain(fn: Callable) -> Iterator[list[Style]]:
+    """Styles with logits (N, V) or (B, T, V), the likeliest first; of each list the first that raises nothing counts."""
+    wanted = inputs(fn)
+    roles = set(wanted.required.values()) | set(wanted.optional.values())
+    first = next(iter(wanted.required.items()))
+    if "model" in roles:
+        shapes = [Style("batch")]
+    elif any(role.endswith("chosen log probs") for role in roles):
+        shapes = [Style()]
+    elif "outputs" in roles:
+        shapes = [Style("batch", boxed=True), Style(), Style("batch"), Style("aligned")]
+    elif "log probs" in roles and "labels" not in roles:
+        shapes = [Style(), Style("aligned")]
+    elif first[0].lower() in ROLE:
+        shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True)]
+    else:
+        shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True), Style("aligned", boxed=True)]
+    others = any(role.endswith(" outputs") and role != "return outputs" for role in roles)
+    for shape in shapes:
+        yield from _filled(fn, shape)
+        if others:  # of other models: as outputs, where the student's are none, and the other way round
+            yield from _filled(fn, dataclasses.replace(shape, alike=not shape.alike))
+
+
+def reordered(fn: Callable) -> Iterator[list[Style]]:
+    """Styles with logits (B, V, T), or (T, B, V), sequence first, and labels (T, B) or (B, T)."""
+    roles = {*inputs(fn).required.values()}
+    if {"model", "tokens", "head"} & roles or not {"logits", "outputs", "dict"} & roles:
+        return
+    for order in ("classes", "positions", "mixed"):
+        for shape in ("aligned", "batch"):
+            yield from _filled(fn, Style(shape, order=order))
+
+
+def chunked(fn: Callable) -> Iterator[list[Style]]:
+    """Styles with a list of chunks of logits, along the tokens."""
+    if {"model", "tokens"} & {*inputs(fn).required.values()}:
+        return
+    for shape in ("aligned", "batch", "rows"):
+        for number in _chunk_numbers(fn):
+            for cut in ("chunk", "tensor_split"):
+                yield from _filled(fn, Style(shape, chunks=number, cut=cut))
+
+
+def contained(fn: Callable) -> Iterator[list[Style]]:
+    """Styles with labels as one-hot distributions, in a tuple beside a mask, or in a dict; outputs or inputs in a tuple."""
+    roles = {*inputs(fn).required.values()}
+    if {"tokens", "head"} & roles:
+        return
+    shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True)]
+    if "outputs" in roles:
+        yield from _filled(fn, Style("batch", container="outputs"))
+    if "model" in roles:
+        yield from _filled(fn, Style("batch", container="pair"))
+    elif "labels" in roles:
+        for container in ("one-hot", "pair", "dict"):
+            for shape in shapes:
+                yield from _filled(fn, dataclasses.replace(shape, container=container))
+
+
+def takes_chunks(fn: Callable) -> bool:
+    """Whether the annotations say that logits come as a list of tensors."""
+    roles = inputs(fn).required | inputs(fn).optional
+    return any(roles.get(name) in ("logits", "outputs") for name in lists_of(fn))
+
+
+def _chunk_numbers(fn: Callable) -> list[int]:
+    """Numbers of chunks: those in attributes and parameters that are named so, other small numbers of the loss, usual ones."""
+    owner = getattr(fn, "__self__", fn)
+    named = {**getattr(owner, "__dict__", {}), **{name: p.default for name, p in signature(fn).items()}}
+    first = [value for name, value in named.items() if "chunk" in name]
+    run = inspect.unwrap(getattr(owner, "forward", fn))
+    written = getattr(getattr(run, "__code__", None), "co_consts", ())
+    numbers = [*first, *named.values(), *written, *CHUNKS]
+    whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 1 < n <= MOST_CHUNKS]
+    return list(dict.fromkeys(whole))[: 2 * len(CHUNKS)]
+
+
+def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
+    """The ways in which masks, per-token values and optional inputs may be given in a layout."""
+    wanted = inputs(fn)
+    roles = set(wanted.required.values()) | set(wanted.optional.values())
+    masked = "mask" in roles
+    texts = any(ROLE.get(name) == "input ids" for name, role in wanted.required.items() if role == "labels")
+    attended = "attention mask" in roles
+    flags = [torch.float32, torch.bool, torch.long] if masked or attended else [torch.float32]
+    others = set(wanted.optional.values())
+    optional = [True, False] if others - {"count"} else [True]
+    counted = [False, True] if "count" in others else [False]
+    places = ["labels"]
+    if shape.laid_out and roles & set(PER_TOKEN):
+        places = ["labels", "logits", "shifted"] if shape.shape == "batch" else ["logits"]
+        places += ["rows"] if "log probs" not in roles or "labels" in roles else []  # log-probs would be rows as well
+        places += ["texts", "column"] if {"advantage", "weight"} & roles and shape.order == "texts" else []
+    cleans = [False, True] if attended or texts else [False]
+    if masked:
+        cleans = [False, True] if shape.shape == "batch" else [True, False]
+    for inverted in (False, True) if masked else (False,):
+        yield [
+            dataclasses.replace(
+                shape, optional=given, fields=place, clean=clean, flag=flag, inverted=inverted, counted=count
+            )
+            for given in optional
+            for count in counted
+            for clean in cleans
+            for flag in flags
+            for place in places
+        ]

@@ -1,0 +1,93 @@
+"""Pairing: whether a loss compares texts of its own batch, by their places: chosen in the first half, or in turn."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
+from qlens.core.trial_tokens import random_tokens
+from qlens.losses.layout import candidates
+from qlens.losses.layout.layouts import Style
+from qlens.losses.layout.signature import Memo, inputs
+from qlens.losses.layout.trial import grad_of
+from qlens.losses.replay import Replay
+
+PAIRS, LENGTH, VOCABULARY = 3, 3, 32  # texts of LENGTH tokens, two to a pair
+TRIED = 24  # layouts, at most
+ORDERS = (0, 1, PAIRS, PAIRS + 1)  # by how many places the contents of the texts are moved
+HALVES, ALTERNATE = "halves", "alternate"
+_FOUND = Memo()
+
+
+def pairing(fn: Callable, params: Mapping[str, Any]) -> str:
+    """How a loss of whole batches takes pairs: "halves", the chosen texts before the rejected; "alternate"; "" for none.
+
+    A loss of pairs raises the texts at some places of its batch and lowers those at the others, whatever texts stand there.
+    It is tried on six texts, whose contents change places.
+    """
+    if inputs(fn).kind in ("tokens", "hidden") or _given_as_sums(fn):
+        return ""
+    return _FOUND.get(fn, repr(sorted(params.items(), key=str)), lambda: _pairing(fn, params))
+
+
+def _given_as_sums(fn: Callable) -> bool:
+    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
+
+
+def paired(fn: Callable, how: str) -> Iterator[list[Style]]:
+    """The styles in which a loss takes a batch of pairs; log-probabilities without a mask are those of whole texts."""
+    roles = {*inputs(fn).required.values(), *inputs(fn).optional.values()}
+    if "log probs" in roles and not {"labels", "mask", "attention mask"} & roles:
+        yield [Style(pairs=how)]
+    for alike in candidates.plain(fn):
+        if laid_out := [replace(style, pairs=how) for style in alike if style.laid_out]:
+            yield laid_out
+
+
+def _pairing(fn: Callable, params: Mapping[str, Any]) -> str:
+    texts = torch.arange(2 * PAIRS).repeat_interleave(LENGTH)
+    places = {"sequence": texts, "pair": texts % PAIRS, "chosen": texts < PAIRS}  # in halves each text is at its place
+    tokens = random_tokens(len(texts), VOCABULARY).replace(**places)
+    with Replay(tokens.logits.device, fn).again():
+        for number, style in enumerate(style for alike in paired(fn, HALVES) for style in alike):
+            if number == TRIED:
+                break
+            try:
+                signs = [_signs(fn, params, tokens, places, style, moved) for moved in ORDERS]
+            except InputError:
+                continue
+            if bool(torch.stack(signs).any()):
+                return _pattern(torch.stack(signs))
+    return ""
+
+
+def _signs(
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    places: Mapping[str, torch.Tensor],
+    style: Style,
+    moved: int,
+) -> torch.Tensor:
+    """Whether the labels of the text at each place are raised, 1, or lowered, -1, as the texts move on by some places."""
+    order = torch.arange(len(tokens)).roll(moved * LENGTH)
+    shown = tokens[order].replace(**places)
+    grad = grad_of(fn, params, shown, style).nan_to_num(0.0)
+    at_labels = -grad.gather(1, shown.labels[:, None])[:, 0].view(2 * PAIRS, LENGTH)
+    signs = at_labels.sign()
+    return torch.where((signs == signs[:, :1]).all(1), signs[:, 0], 2.0)
+
+
+def _pattern(signs: torch.Tensor) -> str:
+    """The arrangement of a table of signs, (orders, texts); a loss may leave pairs alone that are far enough apart."""
+    places = torch.arange(2 * PAIRS)
+    for how, chosen in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):
+        sides = torch.where(chosen, signs, -signs)
+        seen = sides[sides != 0]
+        both = bool(signs[:, chosen].any() and signs[:, ~chosen].any())
+        if both and bool((seen == seen[0]).all()) and abs(float(seen[0])) == 1:
+            return how
+    return ""

@@ -1,0 +1,63 @@
+"""Divisors: the counts that a scalar loss may divide by."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from qlens.losses.layout.layouts import Counts
+
+Divisor = Callable[[Counts], Any]
+# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
+REDUCTIONS: dict[str, Divisor] = {
+    "sum": lambda c: 1,
+    "mean over unmasked": lambda c: c.rows,
+    "mean over all": lambda c: c.positions,
+    "mean over all, the unused last position included": lambda c: c.columns,
+    "mean over all but padding": lambda c: c.attended,
+    "sum of each text, mean over texts": lambda c: c.texts,
+    "mean of each text, mean over texts": lambda c: c.texts * c.own,
+    "mean of each text, sum over texts": lambda c: c.own,
+}
+
+
+def _power(name: str, exponent: float) -> Divisor:
+    return lambda c: getattr(c, name) ** exponent
+
+
+NUMBERS = {"rows": "supervised tokens", "columns": "positions", "texts": "texts"}
+UNUSUAL: dict[str, Divisor] = {
+    f"sum divided by the number of {what} to the power {exponent:g}": _power(name, exponent)
+    for exponent in (2, 0.5, 1.5, 3, 0.75, 0.25)
+    for name, what in NUMBERS.items()
+} | {
+    "mean over unmasked, divided by the number of texts once more": lambda c: c.rows * c.texts,
+    "mean over all, divided by the number of texts once more": lambda c: c.positions * c.texts,
+    "mean of each text, mean over texts, divided by the number of texts once more": lambda c: c.texts**2 * c.own,
+    "sum of each text divided by the root of its length, mean over texts": lambda c: c.texts * c.own**0.5,
+}
+
+
+def _corrected(divisor: Divisor, name: str, root: float) -> Divisor:
+    """The same, times a power of m / (m - 1), m the number of values: what the variance of a sample is corrected by."""
+    return lambda c: divisor(c) * (getattr(c, name) / max(getattr(c, name) - 1, 1)) ** root
+
+
+OF_BATCH: dict[str, Divisor] = {
+    f"{known}; {said} of the batch's {what}": _corrected(divisor, name, root)
+    for known, divisor in REDUCTIONS.items()
+    for name, what in (("texts", "texts"), ("rows", "tokens"))
+    for said, root in (
+        ("values are divided by the standard deviation (of a sample)", 0.5),
+        ("each value is compared with the mean of the others", -1.0),
+    )
+}
+"""What gradients are multiplied by to be alike in batches of other sizes, by a count and a statistic of the batch beside it."""
+KNOWN = REDUCTIONS | UNUSUAL | OF_BATCH
+
+
+class Division(NamedTuple):
+    """What a loss divides by: its name, the divisor, what else is to be said of it, and how far it is from exact."""
+
+    name: str
+    divisor: Divisor
+    note: str = ""
+    off: float = 0.0

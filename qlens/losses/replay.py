@@ -1,0 +1,79 @@
+"""Replay: a user's function called once more, with the same draws and states."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlens.losses.states import State, check_unchanged, copied
+
+
+class Replay:
+    """Generators and states of functions at one moment, to call these once more: the same draws, and nothing has changed.
+
+    Args:
+        device: whose torch generator counts beside the CPU's.
+        functions: a user's, which may keep a state or draw by numpy, ``random`` or generators of their own; none for functions
+            that draw by torch alone.
+    """
+
+    def __init__(self, device: torch.device, *functions: Callable):
+        self.device, self.users = device, bool(functions)
+        self.state = State(functions)
+        self.before = copied(self.state.read())
+        self.fixed = self.state.fixed()
+        self.draws = self._draws()
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Inside, what was drawn since then is drawn again, from the states of then; outside, nothing has changed.
+
+        Raises:
+            InputError: a function has written on a tensor that can be neither copied nor replaced.
+        """
+        check_unchanged(self.fixed)
+        later, draws = self.state.read(), self._draws()
+        self.state.write(copied(self.before))
+        self._restore(self.draws)
+        try:
+            yield
+            check_unchanged(self.fixed)
+        finally:
+            self._restore(draws)
+            self.state.write(later)
+
+    def _draws(self) -> tuple[Any, ...]:
+        """The states of the generators that everybody shares."""
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return torch.get_rng_state(), cuda, *((np.random.get_state(), random.getstate()) if self.users else ())
+
+    def _restore(self, states: tuple[Any, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], self.device)
+        if self.users:
+            np.random.set_state(states[2])
+            random.setstate(states[3])
+
+
+def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
+    """Why two readings of a loss on the same tokens differ: it draws numbers from torch, or it keeps a state.
+
+    Args:
+        read: reads it once more.
+        device: where it draws.
+    """
+    replay, found = Replay(device), []
+    for _ in range(2):
+        with replay.again():
+            found.append(read())
+    if torch.allclose(found[0], found[1], rtol=1e-9, atol=0.0, equal_nan=True):
+        return "is random: two calls on the same tokens differ{}. Seed it, or switch dropout off"
+    return (
+        "has a state, or draws numbers that torch does not seed: two calls on the same tokens differ{}. Give its state as an "
+        "argument, or start it anew at every call"
+    )

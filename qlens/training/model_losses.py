@@ -1,0 +1,222 @@
+"""Losses written as compute_loss(model, inputs), called in training with the trained model and its true inputs."""
+
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qlens.core.errors import InputError
+from qlens.core.supervised import IGNORE, Supervised
+from qlens.engine.packing import is_packed
+from qlens.losses.calling import Columns
+from qlens.losses.layout.names import FIELD
+from qlens.losses.layout.signature import inputs, name_of, signature
+from qlens.losses.replay import Replay
+from qlens.losses.return_values import loss_of
+from qlens.losses.user_code import blamed, file_of
+from qlens.registry import Variant
+
+logger = logging.getLogger(__name__)
+SETTINGS = {"ignore": IGNORE, "temperature": 1.0, "return outputs": False}
+SAME = 1e-6  # relative difference below which two values of a loss are one: it does not read the count
+BATCH = {
+    "labels": "labels",
+    "input ids": "input_ids",
+    "attention mask": "attention_mask",
+    "position ids": "position_ids",
+}
+
+
+class Called(NamedTuple):
+    """A loss, and what the model returned in each of its forward passes on the way."""
+
+    loss: Tensor
+    passes: list[Any]
+
+    @property
+    def outputs(self) -> Any:
+        """The outputs of the only forward pass; None where there were none or several."""
+        return self.passes[0] if len(self.passes) == 1 else None
+
+
+class ModelLoss:
+    """A loss f(model, inputs, ...) as a Trainer calls it: with the trained model and the true inputs of a micro-batch.
+
+    It is trained as written. Where it reads ``num_items_in_batch``, its value is a micro-batch's part of the step's loss;
+    where it does not, a micro-batch counts by its share of the step's supervised tokens, so that a mean over tokens stays one
+    however the step is cut.
+
+    Args:
+        variant: the method.
+        models: the other models, by the name of their field; they are handed to parameters such as ``teacher_model``.
+
+    Raises:
+        InputError: the loss is a Trainer's class, whose models are stand-ins.
+    """
+
+    def __init__(self, variant: Variant, models: Mapping[str, nn.Module]):
+        self.fn, self.variant, self.models = variant.loss_fn, variant, models
+        self.reads_count: bool | None = None  # not known before a step has several micro-batches
+        if stand_ins := getattr(self.fn, "stand_ins", ()):
+            raise InputError(
+                f"{variant.name} is a Trainer's class, built with stand-ins for its models ({', '.join(stand_ins)}): "
+                "train with that class itself, or give compute_loss of an instance of it, variant=trainer.compute_loss"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Mapping[str, Any],
+        features: Mapping[str, Any],
+        where: Supervised,
+        items: float | None,
+        share: float,
+    ) -> Called:
+        """The loss of a micro-batch, its part of the step's.
+
+        Args:
+            model: the trained model, in what it is wrapped in.
+            batch: the micro-batch as the data loader gave it, labels and columns included.
+            features: the inputs of the model in it.
+            where: its supervised positions.
+            items: what the losses of the whole step are a mean of; None in evaluation.
+            share: the micro-batch's share of them.
+
+        Raises:
+            LossError: whatever the loss raised.
+            InputError: the batch lacks a column, or texts of a packed row would see each other.
+        """
+        given = self._inputs(batch, features, where)
+        counts = "count" in (*inputs(self.fn).required.values(), *inputs(self.fn).optional.values())
+        if self.reads_count is None and not counts:
+            self.reads_count = False
+        if self.reads_count is None and items is not None and share != 1:
+            self.reads_count = self._tried(model, given, where, items)
+        passes: list[tuple[dict[str, Any], Any]] = []
+        hook = model.register_forward_hook(
+            lambda module, args, kwargs, made: passes.append((kwargs, made)), with_kwargs=True
+        )
+        try:
+            loss = self._value(model, given, where, items)
+        finally:
+            hook.remove()
+        if is_packed(features) and any("position_ids" not in kwargs for kwargs, _ in passes):
+            raise InputError(
+                f"the data are packed (position_ids start again within a row), but {self.variant.name} runs the model without "
+                "position_ids, so that its texts would see each other: write model(**inputs), or give every text a row"
+            )
+        if not self.reads_count and items is not None:
+            loss = loss * share
+        return Called(loss, [made for _, made in passes])
+
+    def _inputs(self, batch: Mapping[str, Any], features: Mapping[str, Any], where: Supervised) -> Columns:
+        """The micro-batch with positions as the model needs them; labels that nothing predicts are -100 beyond column 0."""
+        labels = torch.full_like(batch["labels"], IGNORE).flatten()
+        labels[where.index.to(labels.device) + 1] = where.labels.to(labels)
+        labels = labels.view(batch["labels"].shape)
+        labels[:, 0] = batch["labels"][:, 0]
+        gone = [name for name in ("attention_mask", "position_ids") if name in batch and name not in features]
+        return Columns({k: v for k, v in batch.items() if k not in gone} | dict(features) | {"labels": labels})
+
+    def _value(self, model: nn.Module, given: Columns, where: Supervised, items: float | None) -> Tensor:
+        """One call: a scalar as it is, rows added up over what a mean divides by."""
+        filled = self._arguments(model, given, items)
+        found = signature(self.fn)
+        ordered = [name for name in found if name in filled and found[name].kind is inspect.Parameter.POSITIONAL_ONLY]
+        args = [filled.pop(name) for name in ordered]
+        with blamed(name_of(self.fn), file_of(self.fn)):
+            made = self.fn(*args, **filled)
+        value = loss_of(made, self.variant.name).value
+        if value.ndim:
+            raise InputError(
+                f"{self.variant.name} returned shape {tuple(value.shape)}: a compute_loss returns one number, as a Trainer "
+                "needs it; write its mean over the supervised tokens"
+            )
+        return value
+
+    def _arguments(self, model: nn.Module, given: Columns, items: float | None) -> dict[str, Any]:
+        wanted = inputs(self.fn)
+        filled: dict[str, Any] = {}
+        for name, role in (*wanted.required.items(), *wanted.optional.items()):
+            needed = name in wanted.required
+            if role == "model":
+                filled[name] = model
+            elif role == "batch":
+                filled[name] = Columns(given)
+            elif role == "count":
+                filled[name] = None if items is None else torch.tensor(items, device=given["labels"].device)
+            elif role.endswith(" model") and FIELD[role] in self.models:
+                filled[name] = self.models[FIELD[role]]
+            elif role == "vocabulary":
+                filled[name] = model.get_output_embeddings().weight.shape[0]
+            elif role in SETTINGS:
+                filled |= {name: SETTINGS[role]} if needed else {}
+            elif (column := BATCH.get(role, FIELD.get(role, ""))) in given and not role.endswith(" model"):
+                filled[name] = given[column]
+            elif needed:
+                raise InputError(
+                    f"{self.variant.name} takes {name!r}, which a batch of this data does not have ({', '.join(given)}): give "
+                    "the data a column of that name, or the parameter a default"
+                )
+        filled |= {
+            name: value for name, value in self.variant.params.items() if value is not None or name not in filled
+        }
+        return filled
+
+    def _tried(self, model: nn.Module, given: Columns, where: Supervised, items: float) -> bool:
+        """Whether the loss divides by the count that it is given: its value with twice as many, dropout drawn alike."""
+        replay = Replay(given["labels"].device, self.fn)
+        values = []
+        with torch.no_grad():
+            for count in (items, 2 * items):
+                with replay.again():
+                    values.append(float(self._value(model, given, where, count)))
+        reads = abs(values[0] - values[1]) > SAME * max(abs(values[0]), abs(values[1]))
+        if not reads:
+            logger.warning(
+                "qlens weighs the micro-batches of a step by their supervised tokens for %s: it does not divide by "
+                "num_items_in_batch",
+                self.variant.name,
+            )
+        return reads
+
+
+@contextmanager
+def graph_from_head(model: nn.Module) -> Iterator[None]:
+    """Autograd where there is none, as in evaluation: a model's graph then begins at its head, or at its outputs."""
+    off = model.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    hooks = [off, model.register_forward_hook(_with_leaf)]
+    if isinstance(head, nn.Module):
+        hooks.append(head.register_forward_pre_hook(_with_leaves))
+    with torch.enable_grad():
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _with_leaves(module: nn.Module, given: tuple) -> tuple:
+    """Autograd from here on; what a head is given is where it begins."""
+    torch.set_grad_enabled(True)
+    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+
+
+def _with_leaf(module: nn.Module, given: Any, made: Any) -> Any:
+    """Autograd from here on; logits without a graph are where it begins."""
+    torch.set_grad_enabled(True)
+    if isinstance(made, dict) and isinstance(made.get("logits"), Tensor) and not made["logits"].requires_grad:
+        made["logits"] = made["logits"].detach().requires_grad_()
+    return made
+
+
+def logits_of(outputs: Any, where: Supervised) -> Tensor | None:
+    """The logits (B, T, V) in a model's outputs, None where there are none of the batch's layout."""
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    fits = isinstance(found, Tensor) and found.ndim == 3 and found.shape[:2] == where.shape
+    return found if fits else None

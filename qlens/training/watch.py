@@ -1,0 +1,246 @@
+"""Watch: how the targets of methods move on fixed tokens while any model is trained."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from qlens.core.errors import InputError, brief
+from qlens.core.files import write_text, written
+from qlens.core.supervised import IGNORE
+from qlens.core.target import Target
+from qlens.core.tokens import spread
+from qlens.data.compatibility import check_same_vocabulary
+from qlens.data.examples import encode
+from qlens.data.from_text import token_batches
+from qlens.registry import Variant, resolve
+from qlens.training.fitting import isolated
+from qlens.training.inputs import FOUND, GIVEN
+
+WHOLE = ("step", "token", "label")
+NUMBERS = ("p_y", "trust", "reshape", "entropy", "kl", "negative_mass", "drift", "drift_kl")
+SEED = 0  # of a variant that draws: the same at every record
+
+
+class Watch(TrainerCallback):
+    r"""Records, on fixed probe tokens, how the targets of methods move in any run of a transformers Trainer.
+
+    At the start, every so many steps and at the end: trust against p_y, negative mass, and the drift of Q since the first
+    record, 1/2 sum_k |Q_k - Q0_k|. The run goes on as if nobody had looked: random states and every module's mode are put back.
+
+    ``frame`` has a row per record, variant and token: step, variant, token (its number), label (its id), text (with a
+    tokenizer), p_y, trust (effective), reshape, entropy H(Q), kl KL(Q || p), negative_mass, drift, drift_kl KL(Q || Q0);
+    unit scale, nats; NaN where Q is signed. It lies as NAME.csv in the run's folder, Q0 as NAME.safetensors: a run resumed
+    from a checkpoint goes on with the records up to there, and a new run begins anew.
+
+    Args:
+        variants: specs, Variants or loss functions; the trainer's own loss may be among them or not.
+        examples: rows of text as ``qlens.data.examples.encode`` takes them (with ``tokenizer``), or encoded ones.
+        tokenizer: of the model.
+        teacher, reference: other models over the same vocabulary, for variants that need them.
+        every: optimizer steps between records.
+        tokens: how many of the supervised tokens are kept, evenly spread; Q is made on whole rows.
+        batch_size: rows per forward pass.
+        name: of the files; a second Watch in one run needs another.
+
+    Raises:
+        InputError: no examples, a number below 1, a variant that needs what is not given, or, as training begins, a model
+            of another vocabulary, or records of another Watch in the folder of a run that is resumed.
+
+    Source: the targets are those of Xie et al. 2026 (arXiv 2606.11189).
+
+    Example:
+        >>> watch = Watch(["dft", "target_sft"], rows, tokenizer=tokenizer, teacher=teacher, every=20)  # doctest: +SKIP
+        >>> Trainer(model, args, train_dataset=data, callbacks=[watch]).train()                         # doctest: +SKIP
+        >>> watch.frame.groupby(["variant", "step"]).drift.mean()                                       # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        variants: Variant | str | Callable | Iterable[Variant | str | Callable],
+        examples: Sequence[Any],
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        teacher: nn.Module | None = None,
+        reference: nn.Module | None = None,
+        every: int = 50,
+        tokens: int = 64,
+        batch_size: int = 8,
+        name: str = "watch",
+    ):
+        for key, value in {"every": every, "tokens": tokens, "batch_size": batch_size}.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{key} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
+            raise InputError(f"name must be a file name without a folder, such as 'watch', got {brief(name)}")
+        one = isinstance(variants, str | Variant) or not isinstance(variants, Iterable)
+        resolved = [resolve(each) for each in ([variants] if one else variants)]
+        self.variants = {variant.spec: variant for variant in resolved}
+        if len(self.variants) < len(resolved):
+            raise InputError(f"variants has a name twice: {', '.join(variant.spec for variant in resolved)}")
+        self.others = {k: m for k, m in (("teacher", teacher), ("reference", reference)) if m is not None}
+        _check(resolved, self.others)
+        self.examples = _encoded(examples, tokenizer)
+        if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):
+            raise InputError(
+                "examples have no supervised token: give rows with labels other than -100 after their first"
+            )
+        self.tokenizer, self.every, self.tokens, self.batch_size, self.name = tokenizer, every, tokens, batch_size, name
+        self._records: list[pd.DataFrame] = []
+        self._first: dict[str, Float[Tensor, "N V"]] = {}
+        self._first_inside: dict[str, Bool[Tensor, " N"]] = {}
+
+    @property
+    def frame(self) -> pd.DataFrame:
+        """All records so far, a row per step, variant and token."""
+        return pd.concat(self._records, ignore_index=True) if self._records else pd.DataFrame()
+
+    def plot(self) -> Any:
+        """The figure: trust against p_y at the first and the last record, negative mass and drift of Q by step (matplotlib)."""
+        from qlens.analysis.plots.watch_axes import figure_watch
+
+        return figure_watch(self.frame)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        """Take up the records of a run that is resumed, or make the first."""
+        for name, other in self.others.items():
+            if other is model:
+                raise InputError(f"{name} is the model being trained: give a copy of it")
+            check_same_vocabulary(model, other, name)
+        self._records, self._first, self._first_inside = [], {}, {}
+        if state.global_step:
+            self._load(Path(args.output_dir), state.global_step)
+        if not self._records:
+            self.record(model, state.global_step)
+            self._save(args, state)
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Record, if it is time."""
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        if last or state.global_step % self.every == 0:
+            self.record(model, state.global_step)
+            self._save(args, state)
+
+    def on_train_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Record the end of a run that stopped between records (a best model loaded again is no longer that step's)."""
+        if state.global_step > self._last and not args.load_best_model_at_end:
+            self.record(model, state.global_step)
+            self._save(args, state)
+
+    @property
+    def _last(self) -> int:
+        return int(self._records[-1]["step"].iloc[0]) if self._records else -1
+
+    def record(self, model: nn.Module, step: int) -> None:
+        """Add what the variants' targets are on the probe tokens, as the model stands; once per step."""
+        if step <= self._last:
+            return
+        with isolated(SEED, threads=None):
+            self._records += [pd.DataFrame(self._columns(step, name, read)) for name, read in self._read(model).items()]
+
+    def _read(self, model: nn.Module) -> dict[str, Target]:
+        """Every variant's target in unit scale, at the probe tokens alone, on the CPU."""
+        needs = sorted({need for variant in self.variants.values() for need in variant.needs})
+        total = sum(label != IGNORE for example in self.examples for label in example["labels"][1:])
+        kept, seen = spread(total, self.tokens), 0
+        parts: dict[str, list[Target]] = {name: [] for name in self.variants}
+        with closing(token_batches(model, self.examples, self.batch_size, needs, **self.others)) as batches:
+            for tokens in batches:
+                mine = kept[(kept >= seen) & (kept < seen + len(tokens))] - seen
+                seen += len(tokens)
+                for name, variant in self.variants.items():
+                    target = variant.target(tokens)
+                    parts[name].append(target[mine.to(target.labels.device)].cpu().at("unit"))
+        return {name: Target.join(targets) for name, targets in parts.items()}
+
+    def _columns(self, step: int, name: str, target: Target) -> dict[str, Any]:
+        first, labels = self._first.setdefault(name, target.q), target.labels
+        inside = self._first_inside.setdefault(name, target.in_simplex)
+        texts = {"text": [self.tokenizer.decode([int(y)]) for y in labels]} if self.tokenizer is not None else {}
+        values = {
+            "p_y": target.label_probs,
+            "trust": target.effective_trust,
+            "reshape": target.reshape,
+            "entropy": target.entropy,
+            "kl": target.kl,
+            "negative_mass": target.negative_mass,
+            "drift": (target.q - first).abs().sum(1) / 2,
+            "drift_kl": _divergence(target, first, inside),
+        }
+        place = {"step": step, "variant": name, "token": range(len(labels)), "label": labels.tolist()}
+        return place | texts | {key: value.double().tolist() for key, value in values.items()}
+
+    def _save(self, args: TrainingArguments, state: Any) -> None:
+        """Write the records and, with the first of them, the first targets."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(self._records) == len(self.variants):
+            with written(folder / f"{self.name}.safetensors") as partial:
+                numbered = {str(at): q.contiguous() for at, q in enumerate(self._first.values())}
+                save_file(numbered, partial, metadata={"of": self._identity})
+        write_text(folder / f"{self.name}.csv", self.frame.to_csv(index=False))
+
+    def _load(self, folder: Path, step: int) -> None:
+        """The records up to a step, and the first targets; nothing where there are none."""
+        table, tensors = (folder / f"{self.name}.{kind}" for kind in ("csv", "safetensors"))
+        if not (table.is_file() and tensors.is_file()):
+            return
+        with safe_open(tensors, "pt") as file:
+            if (file.metadata() or {}).get("of") != self._identity:
+                raise InputError(
+                    f"{table} is of other variants or examples: give Watch(name=...) another than {self.name!r}"
+                )
+            self._first = {name: file.get_tensor(str(at)) for at, name in enumerate(self.variants)}
+        frame = pd.read_csv(table, dtype=str, keep_default_na=False)  # read as text: every digit comes back
+        kinds = dict.fromkeys(WHOLE, int) | {name: lambda text: float(text or "nan") for name in NUMBERS}
+        frame = frame.assign(**{name: frame[name].map(kind) for name, kind in kinds.items()})
+        self._records = [rows for _, rows in frame[frame["step"] <= step].groupby(["step", "variant"], sort=False)]
+        for rows in self._records[: len(self.variants)]:  # the entropy of Q0 is NaN where Q0 is signed
+            self._first_inside[rows["variant"].iloc[0]] = torch.tensor(rows["entropy"].notna().to_numpy())
+
+    @property
+    def _identity(self) -> str:
+        """What the records are of."""
+        return json.dumps([list(self.variants), [list(e["labels"]) for e in self.examples], self.tokens])
+
+
+def _divergence(target: Target, first: Float[Tensor, "N V"], first_inside: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
+    """KL(Q || Q0) in nats; NaN where either is no distribution."""
+    q = target.q.clamp(min=0)
+    terms = torch.where(q > 0, q * (q.log() - first.clamp(min=0).log()), 0.0)
+    return torch.where(target.in_simplex & first_inside, terms.sum(-1).clamp(min=0), torch.nan)
+
+
+def _check(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None:
+    if not variants:
+        raise InputError("variants is empty: name at least one, like Watch('dft', ...)")
+    for variant in variants:
+        for need in variant.needs:
+            if need in GIVEN and need not in others:
+                raise InputError(f"{variant.name} needs a {need}: give Watch({need}=...)")
+            if need not in (*FOUND, *GIVEN):
+                raise InputError(f"{variant.name} needs {need!r}, which Watch has no source for")
+
+
+def _encoded(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None) -> list[Any]:
+    if isinstance(examples, str) or not len(examples):
+        raise InputError("examples must be a non-empty list of rows to watch the targets on")
+    if all(isinstance(each, Mapping) and {"input_ids", "labels"} <= set(each) for each in examples):
+        return [{name: list(each[name]) for name in ("input_ids", "labels")} for each in examples]
+    if tokenizer is None:
+        raise InputError("examples are rows of text: give Watch(tokenizer=...), or encode them")
+    rows = [{"text": each} if isinstance(each, str) else each for each in examples]
+    return encode(rows, tokenizer, None).examples

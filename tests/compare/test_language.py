@@ -1,0 +1,119 @@
+"""The lab's language and data: an exact verifier, disjoint prompts, noise as asked."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from mini_lab import MINI, PROBLEM
+
+import qlens.lab
+from qlens.core.errors import InputError, UnknownName
+from qlens.data.examples import encode
+from qlens.lab import SETTINGS, Author, World
+from qlens.lab.language import SPLITS, compute, split_of
+from qlens.lab.models import longest
+
+
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 7", True),
+        ("first 7 plus 5 is 4 , hence answer 7", True),  # only the answer counts
+        ("thus the answer 7 ", True),
+        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 8", False),
+        ("", False),
+        ("7", False),
+        ("so answer", False),
+        ("so answer answer 7", False),
+        ("so answer 7 7", False),
+        ("so answer 77", False),
+        ("so answer 7 , then", False),
+        ("so answer 2 , so answer 7", False),
+        ("so answer 7 , so answer 7", False),
+        ("so unanswer 7", False),
+        ("so answer is 7", False),
+        ("so answer \u0667", False),
+    ],
+)
+def test_the_verifier_is_exact(completion, right):
+    assert World(MINI).verify(PROBLEM, completion) is right
+
+
+def test_problems_read_from_left_to_right_on_the_clock():
+    assert PROBLEM.prompt == "7 plus 5 minus 3 times 3 ?"
+    assert PROBLEM.answer == 7
+    assert [compute(operation, 3, 5, 6) for operation in ("plus", "minus", "times")] == [2, 4, 3]
+
+
+@pytest.mark.parametrize("setting", [MINI, *SETTINGS.values()], ids=lambda setting: setting.name)
+def test_no_two_parts_share_a_prompt(setting):
+    world = World(setting)
+    parts = {role: {row["prompt"] for row in world._rows(role)} for role in ("corpus", "tutor")}
+    parts |= {name: {each.prompt for each in getattr(world, name)} for name in ("demonstrations", "validation", "test")}
+    assert len(set().union(*parts.values())) == sum(map(len, parts.values()))
+    assert {name: {split_of(prompt) for prompt in prompts} for name, prompts in parts.items()} == {
+        n: {n} for n in SPLITS
+    }
+    for name in ("demonstrations", "validation", "test"):
+        assert len(parts[name]) == len(getattr(world, name)) == getattr(setting, name)
+
+
+def test_equal_numbers_give_equal_worlds_and_other_seeds_others():
+    first, again, other = World(MINI), World(MINI), World(dataclasses.replace(MINI, seed=5))
+    assert first.demonstrations == again.demonstrations and first.test == again.test
+    assert first.demonstrations != other.demonstrations and first.test != other.test
+    assert first.folder == again.folder != other.folder
+
+
+def test_clean_rows_are_right_and_the_noise_is_what_was_asked():
+    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Author(), noise=0.4))
+    dirty = [each for each in noisy.demonstrations if not each.clean]
+    assert len(dirty) / len(noisy.demonstrations) == pytest.approx(0.4, abs=0.03)
+    right = [noisy.verify(each.problem, each.completion) for each in noisy.demonstrations if each.clean]
+    assert all(right)
+    lucky = [noisy.verify(each.problem, each.completion) for each in dirty]  # a wrong step may still end right
+    assert 0 < np.mean(lucky) < 0.2
+    spotless = World(dataclasses.replace(MINI, scribe=Author(), noise=0.0))
+    assert all(each.clean for each in spotless.demonstrations)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_wording_is_not_unique(name):
+    demonstrations = World(SETTINGS[name]).demonstrations
+    assert len({each.completion.split()[0] for each in demonstrations}) > 2
+    assert len({each.completion.split()[-3] for each in demonstrations}) > 2
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_word_has_a_token_and_comes_back(name):
+    world = World(SETTINGS[name])
+    texts = [each.completion for each in world.demonstrations[:200]] + [each.prompt for each in world.test]
+    ids = world.tokenizer(texts)["input_ids"]
+    assert not any(world.tokenizer.unk_token_id in row for row in ids)
+    assert world.tokenizer.batch_decode(ids) == texts
+    assert max(len(row) for row in ids) < longest(world.setting)
+    row = {"prompt": texts[-1], "completion": texts[0]}
+    assert encode([row], world.tokenizer, None).examples[0]["input_ids"] == [
+        *ids[-1],
+        *ids[0],
+        world.tokenizer.eos_token_id,
+    ]
+
+
+def test_an_unknown_setting_names_near_ones():
+    with pytest.raises(UnknownName, match="strong-pior.*Did you mean.*strong-prior"):
+        qlens.lab.world("strong-pior")
+
+
+@pytest.mark.parametrize(
+    "change", [{"noise": 1.5}, {"modulus": 12}, {"depth": 1}, {"test": 10**6}, {"name": "../a"}], ids=str
+)
+def test_a_setting_that_makes_no_world_is_refused(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        dataclasses.replace(MINI, **change)
+
+
+@pytest.mark.parametrize("change", [{"slip": (0.0, -0.1, 0.0)}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
+def test_an_author_who_cannot_be_is_refused(change):
+    with pytest.raises(InputError, match=next(iter(change))):
+        Author(**change)

@@ -1,0 +1,193 @@
+"""What happens to a comparison that is killed, that fails in part, or that meets another one in its folder."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from filelock import FileLock
+from mini_lab import MINI
+
+import qlens
+from qlens import InputError
+from qlens.analysis.compare.run_folder import LOCK, claimed
+from qlens.analysis.study.study import FILES, Study
+from qlens.cli import app
+
+CHILD = """
+import sys
+sys.path.insert(0, {tests!r})
+from mini_lab import MINI
+import qlens
+qlens.compare(["sft", "kd"], settings=MINI, seeds=2, steps=4, jobs={jobs}, progress=False, out={out!r})
+"""
+FICKLE = """
+import pathlib
+import torch.nn.functional as F
+def fickle(logits, labels):
+    if pathlib.Path({switch!r}).exists():
+        raise RuntimeError("out of luck")
+    return F.cross_entropy(logits, labels)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache in which the miniature world is built."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLENS_CACHE", str(folder))
+        qlens.lab.world(MINI, progress=False)
+    return folder
+
+
+@pytest.fixture
+def compare(cache, tmp_path, monkeypatch):
+    """A small comparison in the miniature world, in one process."""
+    monkeypatch.setenv("QLENS_CACHE", str(cache))
+
+    def run(variants, **given):
+        options = {"settings": MINI, "seeds": 3, "steps": 4, "jobs": 1, "progress": False, "out": tmp_path / "run"}
+        return qlens.compare(variants, **options | given)
+
+    return run
+
+
+def test_killed_again_and_again_it_ends_with_the_same_table(compare, cache, tmp_path):
+    whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
+    out, tests = tmp_path / "run", str(Path(__file__).parents[1] / "helpers")
+    script = tmp_path / "child.py"
+    killed, environment = [], os.environ | {"QLENS_CACHE": str(cache)}
+    for wanted, jobs in ((1, 2), (4, 1)):  # kill when so many jobs are done
+        script.write_text(CHILD.format(tests=tests, jobs=jobs, out=str(out)))
+        with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
+            while child.poll() is None and len(list(out.glob("jobs/*.json"))) < wanted:
+                time.sleep(0.01)
+            killed.append(child.poll() is None)
+            if killed[-1]:
+                os.killpg(child.pid, signal.SIGKILL)
+    assert killed[0], "at least the first must have been stopped half-way"
+    again = compare(["sft", "kd"], seeds=2, out=out)
+    pd.testing.assert_frame_equal(again.results, whole.results)
+    pd.testing.assert_frame_equal(again.table(), whole.table())
+    assert not [path for path in out.rglob("*.partial")]
+    assert (out / "table.md").read_bytes() == (tmp_path / "whole" / "table.md").read_bytes()
+
+
+def test_a_failing_job_is_written_down_the_others_finish_and_the_next_call_tries_again(compare, tmp_path):
+    switch, file = tmp_path / "switch", tmp_path / "own.py"
+    file.write_text(FICKLE.format(switch=str(switch)))
+    switch.touch()
+    spec = f"{file}:fickle"
+    study = compare(["sft", spec])
+    folder = tmp_path / "run"
+    assert study.methods == ["base", "sft"] and set(study.table()["n"]) == {"3 x 12"}
+    traces = sorted((folder / "failed").iterdir())
+    assert len(traces) == 3
+    text = traces[0].read_text()
+    assert "Traceback" in text and 'raise RuntimeError("out of luck")' in text
+    assert len(study.config["noted"]["failed"]) == 3
+    for said in (str(study), (folder / "report.html").read_text(), (folder / "table.md").read_text()):
+        assert "RuntimeError: out of luck" in said and traces[0].name in said
+    assert str(Study.load(folder)) == str(study)
+    switch.unlink()
+    mended = compare(["sft", spec])
+    assert mended.methods == ["base", "sft", spec] and not list((folder / "failed").iterdir())
+    assert mended.config["noted"]["failed"] == []
+
+
+def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
+    from qlens.analysis.compare.environments import Lab, open_ground
+
+    ground = open_ground(Lab(MINI, 4))
+    scores = iter([ground.score(ground.start(), 0), np.full(12, np.nan)])
+    monkeypatch.setattr(
+        "qlens.analysis.compare.jobs.open_ground",
+        lambda source: dataclasses.replace(ground, score=lambda *_: next(scores)),
+    )
+    study = compare("sft", seeds=1)
+    assert study.methods == ["base"]
+    assert "FloatingPointError: 12 of 12 scores are not finite" in str(study)
+
+
+def test_if_everything_fails_that_is_an_error(compare, tmp_path, monkeypatch):
+    from qlens.analysis.compare.jobs import Job
+
+    def hopeless(job):
+        raise RuntimeError("nothing works")
+
+    monkeypatch.setattr(Job, "work", hopeless)
+    with pytest.raises(
+        InputError, match="every job failed; the first: base in mini at seed 0: RuntimeError: nothing works"
+    ):
+        compare("sft", seeds=1)
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_command_line_exits_with_1_after_a_failure(monkeypatch, capsys, tmp_path):
+    class Failed:
+        config = {"noted": {"failed": ["x"]}}
+
+    monkeypatch.setattr(qlens, "compare", lambda *args, **kwargs: Failed())
+    monkeypatch.setattr(sys, "argv", ["qlens", "compare"])
+    with pytest.raises(SystemExit) as left:
+        app.main()
+    assert left.value.code == 1 and capsys.readouterr().out
+
+
+def test_two_processes_in_one_folder_are_refused(compare, tmp_path):
+    out = tmp_path / "run"
+    compare("sft", seeds=1)
+    held = f"from filelock import FileLock; x = FileLock({str(out / LOCK)!r}); x.acquire(); print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", held], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="another process is at work in"):
+            compare("sft", seeds=1)
+        other.kill()
+    assert len(compare("sft", seeds=1).table()) == 2, "a process that died lets go"
+
+
+def test_a_folder_that_is_claimed_holds_its_configuration_and_is_let_go(tmp_path):
+    for _ in range(2):
+        with claimed(tmp_path / "run", {"a": 1}):
+            assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"a": 1}
+            with pytest.raises(InputError, match="another process"), claimed(tmp_path / "run", {"a": 1}):
+                pass
+    FileLock(tmp_path / "run" / LOCK).acquire(timeout=0)
+    with pytest.raises(InputError, match="a was 1, now 2"), claimed(tmp_path / "run", {"a": 2}):
+        pass
+
+
+@pytest.mark.parametrize("file", [*FILES.values(), "config.json"])
+def test_a_study_that_lacks_a_file_is_no_study(file, tmp_path):
+    for name in (*FILES.values(), "config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / file).unlink()
+    with pytest.raises(InputError, match=f"no finished study: {file} missing"):
+        Study.load(tmp_path)
+
+
+def test_a_damaged_record_is_made_again_and_said_to_be(compare, tmp_path, capsys):
+    study = compare("sft", seeds=1)
+    jobs = sorted((tmp_path / "run" / "jobs").iterdir())
+    whole = {path: json.loads(path.read_text(encoding="utf-8")) for path in jobs}
+    strange = json.dumps(whole[jobs[1]] | {"scores": ["a"]})
+    for damages in (("[]", jobs[1].read_text()[:200]), ("null", strange)):
+        for path, damage in zip(jobs, damages, strict=True):
+            path.write_text(damage, encoding="utf-8")
+        again = compare("sft", seeds=1, progress=True)
+        assert capsys.readouterr().err.count("is damaged and made again") == 2
+        assert again.results.equals(study.results)
+    for content in ("[]", "null", "{"):
+        (tmp_path / "run" / "config.json").write_text(content, encoding="utf-8")
+        with pytest.raises(InputError, match=r"config.json.* is damaged"):
+            compare("sft", seeds=1)

@@ -1,0 +1,152 @@
+"""The notebooks: they run from end to end, and what is stored beside their cells is what these cells showed."""
+
+import copy
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from qlens import InputError
+from qlens.analysis.maintenance import run_notebooks
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
+FILES = run_notebooks.notebooks(FOLDER)
+PICTURES = {1: 1, 2: 5, 3: 2, 4: 2, 5: 3, 6: 5}  # at least so many are promised
+SLIDERS = {2: 0.9, 6: 1.0}  # the notebooks with a slider, and where a test moves it
+SIZE = 3e6  # bytes of all six
+JUNK = re.compile(
+    r"(/home/|/root/|/tmp/|/work/|/usr/|\\Users\\|Warning|\d+%\||it/s\]|<Figure size \d+x\d+ at|0x[0-9a-f]{8})"
+)
+
+
+def number(path):
+    return int(path.name.partition("-")[0])
+
+
+def read(path):
+    return nbformat.read(path, 4)
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code(notebook) for output in cell.outputs]
+
+
+def pictures(notebook):
+    return [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
+
+
+def said(notebook):
+    """All text that is shown."""
+    data = [output.get("data", {}) for output in outputs(notebook)]
+    texts = [text for each in data for kind, text in each.items() if kind.startswith("text/")]
+    return "\n".join([*texts, *(output.text for output in outputs(notebook) if output.output_type == "stream")])
+
+
+def troubles(notebook):
+    """Errors, and whatever was said on stderr: warnings and progress bars."""
+    return [output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"]
+
+
+def result(notebook):
+    """The sentence at the end: of the last cell that puts something out."""
+    return code(notebook)[-1].outputs[-1].data["text/markdown"]
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """Where the lab's small world lies, built once for all notebooks."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_runs_and_writes_nowhere_else(path, tmp_path, cache):
+    notebook, place = read(path), tmp_path / "here"
+    place.mkdir()
+    at, before = SLIDERS.get(number(path)), {file.name for file in FOLDER.iterdir()}
+    if at is not None:
+        notebook.cells += [nbformat.v4.new_code_cell(code) for code in (f"slider.value = {at}", f"display(draw({at}))")]
+    made = run_notebooks.run(notebook, place, cache, "small")
+    assert [cell.source for cell in made.cells] == [cell.source for cell in notebook.cells]
+    assert troubles(made) == []
+    assert len(pictures(made)) >= PICTURES[number(path)]
+    assert {file.name for file in FOLDER.iterdir()} == before and {file.name for file in place.iterdir()} <= {"runs"}
+    if at is not None:
+        shown = pictures(made)
+        assert shown.count(shown[-1]) == 2, "the slider redraws its picture in place"
+        del made.cells[-2:]
+    assert "**Result.**" in result(made)
+
+
+def test_ones_own_models_and_text_can_be_looked_at(own, tmp_path, cache, monkeypatch):
+    for name, path in own.items():
+        monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
+    made = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small")
+    assert troubles(made) == [] and list(tmp_path.iterdir()) == []
+    assert "of 40 rows" in result(made) and "the most suspicious label is" in result(made)
+    assert "left out, longer than the context of 32 tokens: row 41" in said(made)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_what_is_stored_was_shown_by_these_cells(path):
+    notebook = read(path)
+    nbformat.validate(notebook)
+    assert run_notebooks.current(notebook), "run python -m qlens.analysis.maintenance.run_notebooks"
+    assert path.read_text(encoding="utf-8") == nbformat.writes(run_notebooks.stored(copy.deepcopy(notebook))) + "\n"
+    assert not [
+        output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+    assert len(pictures(notebook)) >= PICTURES[number(path)]
+    assert not JUNK.search(said(notebook)), JUNK.search(said(notebook))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_it_says_what_it_teaches_and_ends_with_a_result(path):
+    notebook = read(path)
+    first = notebook.cells[0].source
+    assert first.startswith(f"# {number(path)}. ") and "At the end" in first
+    assert result(notebook).startswith("**Result.**") and re.search(r"\d", result(notebook))
+    assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= 45, "cells are short"
+    assert not re.search(r"https?://(?!arxiv\.org)", "".join(cell.source for cell in notebook.cells))
+
+
+def test_there_are_six_and_they_are_small():
+    assert [number(path) for path in FILES] == [1, 2, 3, 4, 5, 6]
+    assert sum(path.stat().st_size for path in FILES) < SIZE
+
+
+def test_the_readme_lists_them():
+    text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    assert all(f"](notebooks/{path.name})" in text for path in FILES)
+
+
+def test_a_change_of_a_cell_is_noticed():
+    for change in ("source", "count", "order"):
+        notebook = read(FILES[1])
+        if change == "source":
+            notebook.cells[-1].source += " "
+        elif change == "count":
+            code(notebook)[0].execution_count = 2
+        else:
+            notebook.cells[0], notebook.cells[1] = notebook.cells[1], notebook.cells[0]
+        assert not run_notebooks.current(notebook), change
+
+
+def test_one_command_runs_and_stores_them(tmp_path, capsys):
+    cells = [
+        nbformat.v4.new_code_cell("print(6 * 7)"),
+        nbformat.v4.new_code_cell("import ipywidgets; ipywidgets.IntSlider()"),
+    ]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "7-short.ipynb")
+    run_notebooks.main(["--folder", str(tmp_path), "--only", "7"])
+    made = read(tmp_path / "7-short.ipynb")
+    assert run_notebooks.current(made) and said(made) == "42\n" and "widgets" not in made.metadata
+    assert "7-short.ipynb: " in capsys.readouterr().err.replace("\n", "")
+    with pytest.raises(SystemExit, match="holds no numbered notebook"):
+        run_notebooks.main(["--folder", str(tmp_path / "none")])
+    with pytest.raises(InputError, match="holds no numbered notebook"):
+        run_notebooks.notebooks(tmp_path / "none")

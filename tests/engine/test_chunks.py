@@ -1,0 +1,168 @@
+"""A few rows at a time: reading texts and losses in chunks says what reading them whole says, and makes no more logits."""
+
+import json
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import VOCAB, llama, rows
+from torch.testing import assert_close
+
+import qlens
+from qlens.analysis.token_view.summary import summary_of
+from qlens.cli import inputs
+from qlens.data.from_text import token_batches, tokens_from_examples
+from qlens.engine import backbone
+from qlens.engine.heads import Head
+from qlens.engine.kernels import mix_, others_, smooth_
+from qlens.lens import implied
+from qlens.registry.structure import GeometricMixture
+from qlens.testing import random_tokens
+
+EXAMPLES = [row for row in rows(6) if any(label >= 0 for label in row["labels"])]
+
+
+def joined(parts):
+    return {name: torch.cat([part.fields()[name] for part in parts]) for name in parts[0].fields()}
+
+
+@pytest.mark.parametrize("entries", [1, 3 * VOCAB, 10**6])
+def test_texts_in_chunks_are_texts_whole(entries):
+    models = dict(teacher=llama(1), reference=llama(2))
+    needs = ("negatives", "old", "second")
+    whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
+    parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
+    assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
+    found = joined(parts)
+    assert found.keys() == whole.keys()
+    for name, value in whole.items():
+        assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_only_a_chunk_of_logits_is_ever_made():
+    made = []
+    plain = Head.logits
+
+    def watched(self, where, buffer=None):
+        z = plain(self, where, buffer)
+        made.append(len(z))
+        return z
+
+    model, teacher = llama(), llama(1)
+    with mock.patch.object(Head, "logits", watched):
+        parts = list(token_batches(model, EXAMPLES, 3, (), 2 * VOCAB, teacher=teacher))
+    proofs = 2 * [backbone.TRIED]  # of each model's head, once
+    assert sorted(made)[-2:] == proofs and max(sorted(made)[:-2]) <= 2
+    assert sum(len(part) for part in parts) == sum(len(t) for t in token_batches(model, EXAMPLES, 3))
+
+
+@pytest.mark.parametrize("most", [1, 5, 1000])
+def test_fewer_tokens_are_spread_over_all(most):
+    model = llama()
+    whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
+    few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
+    kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
+    for name, value in whole[kept].fields().items():
+        assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_is_proved_once_however_many_batches(monkeypatch):
+    proved, plain = [], backbone.Body._prove
+    monkeypatch.setattr(backbone.Body, "_prove", lambda self, few: proved.append(self.model) or plain(self, few))
+    model, teacher = llama(), llama(1)
+    tokens_from_examples(model, EXAMPLES, teacher=teacher, batch_size=1, most=3)
+    assert proved == [model, teacher]
+
+
+def test_explain_on_a_long_text_says_what_it_reads(tmp_path, capsys, monkeypatch):
+    from tiny import letters
+
+    model = llama()
+    model.save_pretrained(tmp_path / "model")
+    letters().save_pretrained(tmp_path / "model")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": "the cat sat"}) + "\n" for _ in range(4)))
+    options = (str(tmp_path / "model"), None, None, tmp_path / "data.jsonl", 4, "cpu", None, ())
+    whole = inputs.own_tokens(*options)["tokens"]
+    monkeypatch.setattr(inputs, "MOST", 7 * VOCAB)
+    few = inputs.own_tokens(*options)["tokens"]
+    assert len(few) == 7 < len(whole)
+    assert "7 tokens of these are read, spread evenly" in capsys.readouterr().err
+    assert len(inputs.own_tokens(*options, thin=False)["tokens"]) == len(whole)
+
+
+@pytest.mark.parametrize("spec", ["dft", "target_sft", "gem", "iw_sft", "mile"])
+def test_a_gradient_in_chunks_is_the_gradient(monkeypatch, spec):
+    tokens, sizes = random_tokens(20, 9), []
+    whole = qlens.implied_target(spec, tokens)
+    plain = implied.gradient
+    monkeypatch.setattr(implied, "ENTRIES", 3 * 9)
+    monkeypatch.setattr(implied, "gradient", lambda value, some: sizes.append(len(some)) or plain(value, some))
+    chunked = qlens.implied_target(spec, tokens)
+    assert sizes == ([20] if spec in ("iw_sft", "mile") else [3] * 6 + [2])
+    assert_close(chunked.q, whole.q, rtol=1e-12, atol=1e-12)
+
+
+def test_the_view_of_a_text_in_chunks_is_the_view(monkeypatch):
+    variants = [qlens.get(spec) for spec in ("sft", "target_sft")]
+    whole = summary_of(llama(), EXAMPLES, variants, 5, teacher=llama(1))
+    monkeypatch.setattr("qlens.analysis.token_view.summary.ENTRIES", 2 * VOCAB)
+    found = summary_of(llama(), EXAMPLES, variants, 5, teacher=llama(1))
+    assert (found.ids == whole.ids).mean() > 0.95  # ties may fall otherwise
+    assert_close(torch.tensor(found.models["nll"]), torch.tensor(whole.models["nll"]), rtol=1e-4, atol=1e-5)
+    for spec, frame in whole.methods.items():
+        assert_close(
+            torch.tensor(found.methods[spec].to_numpy()),
+            torch.tensor(frame.to_numpy()),
+            rtol=1e-3,
+            atol=1e-4,
+            equal_nan=True,
+        )
+
+
+def test_what_a_label_alone_leaves():
+    z = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]], dtype=torch.float64)
+    log_p, rest = others_(z, torch.tensor([[0], [0]]))
+    assert_close(log_p.exp(), torch.tensor([1.0, 0.5]).double())
+    assert_close(rest.exp(), torch.tensor([0.0, 0.5]).double())
+    assert_close(z, torch.tensor([[-1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]).double())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    own=st.sampled_from([0.0, 0.3, 1.0]),
+    other=st.sampled_from([0.0, 0.7, 1.0]),
+    kl=st.booleans(),
+    trust=st.floats(-0.5, 1.5),
+    scale=st.floats(0.1, 3),
+    impossible=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_mixture_in_place_is_the_mixture_written_out(own, other, kl, trust, scale, impossible, seed):
+    tokens = random_tokens(5, 7, spread=3.0, seed=seed)
+    z, y = tokens.logits.clone(), tokens.teacher.clone()
+    if impossible:  # an entry that neither model allows
+        column = (tokens.labels + 1) % 7
+        z[torch.arange(5), column] = y[torch.arange(5), column] = -torch.inf
+    p, pi = z.softmax(-1), y.softmax(-1)
+    r = torch.where(p > 0, p**own * pi**other, 0.0 if own or other else 1.0)
+    r = r / r.sum(-1, keepdim=True)
+    if own == other == 0:
+        r = torch.full_like(p, 1 / 7)
+        if impossible:
+            return  # toward an impossible entry the value is infinite
+    t, s = (torch.full((5,), value, dtype=torch.float64) for value in (trust, scale))
+    d = torch.nn.functional.one_hot(tokens.labels, 7).double()
+    expected = p - trust * d - (1 - trust) * r
+    far = -torch.special.xlogy(r, p).sum(-1) + kl * torch.special.xlogy(r, r).sum(-1)
+    value = scale * (-trust * p.gather(1, tokens.labels[:, None])[:, 0].log() + (1 - trust) * far)
+    labels, structure_value = tokens.labels[:, None], "kl" if kl else "cross_entropy"
+    if own == other == 0:
+        its, left, losses = smooth_(z, labels, GeometricMixture(None, own, other, structure_value), lambda *_: (t, s))
+        made = its[:, None] * (z - left[:, None] / 7)
+    else:
+        its, losses = mix_(z, y, labels, GeometricMixture("teacher", own, other, structure_value), lambda *_: (t, s))
+        made = its[:, None] * z
+    assert_close(made, scale * expected, rtol=1e-11, atol=1e-11)
+    assert_close(losses, value, rtol=1e-11, atol=1e-11)

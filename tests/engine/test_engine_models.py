@@ -1,0 +1,90 @@
+"""The engine's other models, however they are given, and what it shows on the way."""
+
+import pytest
+import torch
+from test_engine import TOKENS, N, V, engine, parts
+from torch.testing import assert_close
+
+import qlens
+from qlens.engine.fused import fused_loss
+from qlens.engine.heads import Head, TopK
+
+
+def test_other_models_as_hidden_states_logits_and_masked():
+    hidden, head, bias = parts()
+    other, its = parts(seed=5, bias=False)
+    masked = TOKENS.labels.clone()
+    masked[:5] = -100
+    for spec, name in (("kd", "teacher"), ("target_sft", "teacher"), ("psft", "old"), ("asft_anchored", "reference")):
+        as_pair = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: (other, its)})
+        as_logits = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: other @ its.T})
+        assert_close(as_pair, as_logits)
+        for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (as_pair, as_logits)), strict=True):
+            assert_close(a, b)
+        assert other.grad is None and its.grad is None
+
+
+@pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
+@pytest.mark.parametrize(
+    "spec", ["target_sft", "kd_hybrid", "topk_kd(k=3)", "kd(temperature=2.0)", "jsd", "label_smoothing"]
+)
+def test_top_k_teachers_are_the_logits_they_stand_for(tail, spec):
+    hidden, head, bias = parts()
+    known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
+    teacher = TopK(ids, known, tail)
+    as_logits = teacher.logits(slice(None), (hidden @ head.T + bias).detach())
+    values = [
+        fused_loss(spec, hidden, head, TOKENS.labels, bias=bias, teacher=teacher, chunk=7),
+        qlens.get(spec).loss(TOKENS.replace(logits=hidden @ head.T + bias, teacher=as_logits)).mean(),
+    ]
+    assert_close(*values)
+    for a, b in zip(*(torch.autograd.grad(v, (hidden, head)) for v in values), strict=True):
+        assert_close(a, b)
+
+
+def test_the_observer_sees_every_row_once_and_what_it_is_told_is_true():
+    for spec in ("dft", "iw_sft", "target_sft", "gem", "label_smoothing"):
+        seen = []
+        leaves = parts()
+        value = engine(spec, *leaves, chunk=7, observe=lambda *told: seen.append(told))  # noqa: B023
+        tokens = TOKENS.replace(logits=(leaves[0] @ leaves[1].T + leaves[2]).detach())
+        target = qlens.get(spec).target(tokens).at("unit")
+        assert_close(torch.cat([some.labels for some, _, _ in seen]), TOKENS.labels)
+        assert_close(torch.cat([its.at("unit").q for _, its, _ in seen]), target.q)
+        assert_close(torch.cat([losses for _, _, losses in seen]).sum(), value.detach())
+        assert_close(torch.cat([some.label_log_probs for some, _, _ in seen]), tokens.label_log_probs)
+
+
+def test_another_model_as_a_head_of_its_own():
+    hidden, head, bias = parts()
+    other, its, shift = parts(seed=5)
+    made = Head(other.detach(), its.detach(), shift.detach(), softcap=2.0, logit_scale=0.5)
+    values = [
+        fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=teacher, softcap=9.0, chunk=5)
+        for teacher in (made, made.logits(slice(None)))
+    ]
+    assert_close(*values)
+    assert_close(*(torch.autograd.grad(v, hidden)[0] for v in values))
+
+
+@pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
+def test_a_teacher_known_by_its_top_k(tail):
+    hidden, head, bias = parts()
+    log_t = TOKENS.log_probs_of("teacher")
+    known, ids = log_t.topk(5, -1)
+    value = fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=TopK(ids, known, tail), chunk=7)
+    z = hidden @ head.T + bias
+    p = z.detach().softmax(-1)
+    kept = torch.zeros_like(p).scatter(1, ids, 1.0).bool()
+    rest = 1 - known.exp().sum(-1, keepdim=True)
+    others = {
+        "renorm": 0 * p,
+        "uniform": rest / (V - 5) + 0 * p,
+        "student": rest * p / (p * ~kept).sum(-1, keepdim=True),
+    }
+    full = torch.where(kept, log_t.exp(), others[tail])
+    full = full / full.sum(-1, keepdim=True)
+    expected = (torch.special.xlogy(full, full) - full * z.log_softmax(-1)).sum() / N
+    assert_close(value, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (value, expected)), strict=True):
+        assert_close(a, b)

@@ -1,0 +1,124 @@
+"""Batch statistics: methods whose gradient a loss has times a factor of the batch, and names that hold in one batch only."""
+
+import pytest
+import torch.nn.functional as F
+
+import qlens
+from qlens.core.probes import probes, trials
+from qlens.lens.identify import matching
+from qlens.lens.identify.batch_statistics import elsewhere
+from qlens.lens.reading import Reading
+from qlens.registry import resolve
+
+
+def nll(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def found(loss):
+    variant = resolve(loss)
+    shown, trial = (Reading.of(variant, tokens) for tokens in (probes(), trials()))
+    near = matching.nearest(shown.grad, shown.tokens, noise=shown.noise)
+    return elsewhere(near, variant, shown, trial)
+
+
+def by_mean_weight(logits, labels):
+    weight = (-nll(logits, labels)).exp().detach()
+    return weight / weight.mean() * nll(logits, labels)
+
+
+def by_sum_of_weights(logits, labels):
+    weight = (-nll(logits, labels)).exp().detach()
+    return (weight * nll(logits, labels)).sum() / weight.sum()
+
+
+def by_softmax(logits, labels):
+    return ((-nll(logits, labels)).softmax(0).detach() * nll(logits, labels)).sum()
+
+
+def by_largest_weight(logits, labels):
+    weight = (-nll(logits, labels)).exp().detach()
+    return weight / weight.max() * nll(logits, labels)
+
+
+def by_mean_loss(logits, labels):
+    return (nll(logits, labels) / nll(logits, labels).detach().mean()).mean()
+
+
+def log_of_mean(logits, labels):
+    return nll(logits, labels).mean().log1p()
+
+
+@pytest.mark.parametrize(
+    ("loss", "named"),
+    [
+        (by_mean_weight, "dft divided by the batch's mean weight"),
+        (by_sum_of_weights, "dft divided by the batch's mean weight"),
+        (by_softmax, "dft divided by the batch's mean weight"),
+        (by_largest_weight, "dft divided by the batch's largest weight"),
+        (by_mean_loss, "sft divided by the batch's mean loss"),
+        (log_of_mean, "sft divided by 1 + the batch's mean loss"),
+    ],
+)
+def test_what_a_batch_divides_by_is_named_and_no_factor_is_claimed(loss, named):
+    near, normal = found(loss)
+    assert normal.named == named
+    assert not any(match.same for match in near)
+    assert len({round(factor, 6) for factor, _ in normal.factors}) > 1
+
+
+def test_methods_of_the_batch_keep_their_names():
+    near, normal = found(lambda tokens: qlens.get("mile").loss(tokens))
+    assert near[0].spec == "mile" and near[0].relation == "identical" and normal is None
+
+
+def test_weights_of_no_method_are_said_to_be_divided_by_their_mean():
+    def by_entropy(logits, labels):
+        log_p = logits.log_softmax(-1)
+        weight = -(log_p.exp() * log_p).sum(-1).detach()
+        return (weight / weight.mean() * nll(logits, labels)).mean()
+
+    def kept_of_the_best(logits, labels):
+        kept = (logits > logits.gather(1, labels[:, None])).sum(-1) < 20
+        return (nll(logits, labels) * kept).sum() / kept.sum()
+
+    for loss in (by_entropy, kept_of_the_best):
+        near, normal = found(loss)
+        assert not any(match.same for match in near)
+        assert str(normal) == "every token's weight is divided by the batch's mean weight"
+
+
+def test_a_method_that_this_batch_alone_shows_is_not_named():
+    def median(logits, labels):
+        return nll(logits, labels).median()
+
+    near, _ = found(median)
+    assert not any(match.same for match in near)
+
+
+def test_other_statistics_of_the_weights_are_named():
+    def by(statistic):
+        def loss(logits, labels):
+            weight = (-0.5 * nll(logits, labels)).exp().detach()
+            return weight / statistic(weight) * nll(logits, labels)
+
+        return loss
+
+    for statistic, said in (
+        (lambda w: w.max(), "the batch's largest weight"),
+        (lambda w: w.quantile(0.9), "the 0.9-quantile of the batch's weights"),
+        (lambda w: w.std(), "the standard deviation of the batch's weights"),
+        (lambda w: w.sum(), "the sum of the batch's weights"),
+        (lambda w: w.norm(), "the norm of the batch's weights"),
+    ):
+        e = qlens.explain(by(statistic))
+        assert e.scope.of == "batch" and f"gce(q=0.5) divided by {said}" in e.summary, (said, e.summary)
+
+
+def test_a_gate_of_each_token_alone_is_divided_by_how_many_pass():
+    def few_confident(logits, labels):
+        kept = (logits.softmax(-1).amax(-1) < 0.5).detach()
+        return (nll(logits, labels) * kept).sum() / kept.sum().clamp(min=1)
+
+    _, normal = found(few_confident)
+    assert str(normal) == "every token's weight is divided by the batch's mean weight"

@@ -1,0 +1,153 @@
+"""Sentences of explain that named a wrong method, claimed a wrong dependence or printed a number that was none."""
+
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from losses import label_log_probs
+
+import qlens
+from qlens.lens.exact import read_exactly
+from qlens.lens.findings import Study
+from qlens.lens.gradient_flow import destination
+from qlens.lens.weights.label_weights import LabelWeights
+from qlens.registry import resolve
+
+
+def test_ids_beyond_the_vocabulary_shown_are_no_common_label():
+    loss = resolve(lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"))
+    variant, shown, _ = read_exactly(loss, None)
+    study = Study(qlens.explain("sft"), shown, {}, variant)
+    ids = LabelWeights({0: 2.0, 5: 4.0, 74: 1.0}, 1.0)
+    same = study.alike(shown, ids)
+    assert set(same.given.labels.tolist()) == {0}
+    torch.testing.assert_close(same.grad.norm(dim=-1), shown.grad.norm(dim=-1) / 2)
+
+
+def test_a_token_that_is_at_its_target_is_taught_like_the_others():
+    def others(logits, labels, epsilon=0.1):
+        log_p = logits.log_softmax(-1)
+        own = label_log_probs(logits, labels)
+        return -(1 - epsilon) * own - epsilon / (logits.shape[-1] - 1) * (log_p.sum(-1) - own)
+
+    said = qlens.explain(others).text(full=True)
+    assert "It trusts every label alike, by 0.8968" in " ".join(said.split()) and "gets 0" not in said
+
+
+def test_what_is_away_up_to_rounding_is_not_said_to_be_toward():
+    def normalised(logits, labels):
+        log_p = logits.log_softmax(-1)
+        return -label_log_probs(logits, labels) / -log_p.sum(-1)
+
+    said = qlens.explain(normalised).summary
+    assert "It pushes away from uniform." in said and "pulls toward uniform" not in said
+
+
+def test_a_weight_by_the_loss_itself_is_a_law():
+    def unit(logits, labels):
+        nll = F.cross_entropy(logits, labels, reduction="none")
+        return nll / nll.detach()
+
+    assert qlens.explain(unit).law.formula == "(-log p_y)^-1"
+
+
+def test_the_end_is_the_label_frequencies_only_where_the_digits_printed_say_so():
+    def sharper(logits, labels, ref_logits):
+        log_p = logits.log_softmax(-1)
+        reverse = (log_p.exp() * (log_p - ref_logits.log_softmax(-1))).sum(-1)
+        return F.nll_loss(log_p, labels) - 0.1 * reverse.mean()
+
+    end = destination(sharper)
+    assert end.end[0].round(2) == 0.56 and "the label frequencies" not in end.sentence.removesuffix(
+        "sharper than the label frequencies."
+    )
+
+
+def test_no_share_of_a_rounding_that_is_no_number_is_printed():
+    def half(logits, labels):
+        return -torch.log(logits.half().softmax(-1).gather(-1, labels[:, None])).float().mean()
+
+    said = qlens.explain(half).text(full=True)
+    assert "float16 moves the gradient" in said and "nan" not in said
+
+
+def test_a_method_nearby_wins_over_one_that_is_another_on_a_third_of_the_tokens():
+    def ppo(old_log_prob, log_prob, advantages, response_mask, ref_log_prob):
+        ratio = (log_prob - old_log_prob).clamp(-20, 20).exp()
+        pg = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.28))
+        kl = ref_log_prob - log_prob
+        kl = kl.exp() - kl - 1
+        return ((pg + 0.001 * kl) * response_mask).sum() / response_mask.sum()
+
+    assert qlens.explain(ppo).nearest[0].spec == "grpo(eps_high=0.28, weight=0.001)"
+
+
+def test_a_method_on_some_tokens_is_named_only_where_something_tells_these_apart():
+    def worst(logits, labels, old, advantage):
+        ratio = (label_log_probs(logits, labels) - label_log_probs(old, labels)).exp()
+        return -torch.max(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+    def agreed(logits, labels, teacher_logits):
+        teacher = teacher_logits.softmax(-1)
+        log_p = logits.log_softmax(-1)
+        kd = -(teacher * log_p).sum(-1)
+        return torch.where(teacher.argmax(-1) == labels, -label_log_probs(logits, labels), kd)
+
+    for loss in (worst, agreed):
+        e = qlens.explain(loss)
+        assert e.nearly is None and e.summary.startswith("No registered method has this gradient"), e.summary
+
+
+def test_methods_are_compared_on_the_one_advantage_of_a_text():
+    def policy(per_token_logps, old_per_token_logps, advantages, completion_mask):
+        ratio = (per_token_logps - old_per_token_logps).exp()
+        a = advantages.unsqueeze(1)
+        loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        return (loss * completion_mask).sum() / completion_mask.sum()
+
+    e = qlens.explain(policy)
+    assert e.nearest[0].spec == "grpo" and e.nearest[0].relation == "identical" and e.scope.of == "token"
+
+
+def test_a_mean_of_means_of_texts_is_said_to_be_one():
+    def policy(per_token_logps, old_per_token_logps, advantages, completion_mask):
+        ratio = (per_token_logps - old_per_token_logps).exp()
+        a = advantages.unsqueeze(1)
+        loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        return ((loss * completion_mask).sum(1) / completion_mask.sum(1)).mean()
+
+    said = qlens.explain(policy).summary
+    assert said.startswith("This is grpo(normalize='sequences') divided by the number of texts, not of tokens."), said
+
+
+def test_a_cap_on_the_ratio_is_told_beside_the_advantage():
+    def cispo(logits, labels, old, advantage):
+        log_p = label_log_probs(logits, labels)
+        ratio = (log_p - label_log_probs(old, labels)).exp().clamp(max=1.28).detach()
+        return -ratio * advantage * log_p
+
+    assert qlens.explain(cispo).law.formula == "A ((p_y / old_y), at most 1.28)"
+
+
+class Another(torch.nn.Module):
+    """A model that says something of its own of every token id."""
+
+    def forward(self, input_ids, size):
+        return SimpleNamespace(logits=torch.sin(input_ids[..., None] * 0.7 + torch.arange(size) * 1.3))
+
+
+def test_another_models_made_up_inputs_are_no_dependence():
+    another = Another()
+
+    def distill(model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        teacher = another(inputs["input_ids"], logits.shape[-1]).logits
+        kept = labels[:, 1:] != -100
+        kl = F.kl_div(logits[:, :-1].log_softmax(-1), teacher[:, :-1].softmax(-1), reduction="none").sum(-1)
+        return (kl * kept).sum() / kept.sum()
+
+    e = qlens.explain(distill)
+    assert e.scope.of == "token" and not e.scope.through and e.label_weights is None
+    assert "depends on" not in e.summary and "are not tried" in e.scope.evidence
+    assert e.nearest[0].spec.startswith("kd") and e.nearest[0].same

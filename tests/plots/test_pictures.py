@@ -1,0 +1,62 @@
+"""The gallery: one command makes every picture that the pages show, with its data beside it."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from qlens import InputError
+from qlens.analysis.maintenance import readme_figures
+
+ROOT = Path(__file__).parents[2]
+FIGURES = ROOT / "notebooks" / "figures"
+
+
+def test_pictures_of_ones_own_model_come_with_their_data(own, tmp_path, capsys):
+    words = [f"--{name}={path}" for name, path in own.items()]
+    only = ("token", "sequence", "plane", "watch")
+    readme_figures.main([*words, f"--out={tmp_path / 'made'}", f"--only={','.join(only)}"])
+    made = {path.name for path in (tmp_path / "made").iterdir()}
+    assert made == {f"{name}.{kind}" for name in only for kind in ("png", "csv")}
+    watched = pd.read_csv(tmp_path / "made" / "watch.csv")
+    assert set(watched["variant"]) == set(readme_figures.WATCHED) and watched["step"].max() == 120
+    said = capsys.readouterr().err.replace("\n", "")
+    assert all(readme_figures.PICTURES[name][1] in said for name in only)
+
+
+def test_mistakes_are_named(own, tmp_path, capsys):
+    with pytest.raises(SystemExit) as left:
+        readme_figures.main(["--out", str(tmp_path), "--model", str(own["model"])])
+    assert left.value.code == 2 and "go together" in capsys.readouterr().err
+    with pytest.raises(InputError, match="no picture is called 'cats'; there are explain, sweep"):
+        readme_figures.build(tmp_path / "none", only=["cats"])
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "one.jsonl").write_text('{"text": "one row"}\n')
+    with pytest.raises(SystemExit, match="2 rows or more are needed, .* got 1"):
+        readme_figures.main(
+            [
+                "--model",
+                str(own["model"]),
+                "--teacher",
+                str(own["teacher"]),
+                "--data",
+                str(tmp_path / "one.jsonl"),
+                "--out",
+                str(tmp_path),
+            ]
+        )
+
+
+def test_the_pictures_that_are_kept_are_those_of_the_command_and_small():
+    kept = {path.stem for path in FIGURES.glob("*.png")}
+    assert set(readme_figures.PICTURES) <= kept
+    assert all((FIGURES / f"{name}.csv").is_file() for name in readme_figures.PICTURES), "a CSV beside every picture"
+    assert sum(path.stat().st_size for path in FIGURES.iterdir()) < 1.5e6
+
+
+def test_the_readme_shows_pictures_that_are_there():
+    pages = [ROOT / "README.md", ROOT / "analysis" / "README.md", ROOT / "analysis" / "results" / "README.md"]
+    shown = [page.parent / path for page in pages for path in re.findall(r"\]\(([\w/.-]+\.png)\)", page.read_text())]
+    assert shown and all(path.is_file() for path in shown), shown
+    assert {path.resolve() for path in FIGURES.glob("*.png")} <= {path.resolve() for path in shown}

@@ -1,0 +1,163 @@
+"""Studies from made-up scores: ranks, paired differences, corrections, controls and what a reader is told."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+from example_study import MEANS, SETTINGS, example_study
+from numpy.testing import assert_allclose
+from scipy import stats
+
+from qlens import InputError
+from qlens.analysis.compare.learning_rates import GRID
+from qlens.analysis.compare.recipes import CONTROLS
+from qlens.analysis.study.stats import crossed_interval
+from qlens.analysis.study.study import Study
+
+
+def test_the_table_is_the_statistics_of_the_scores():
+    study = example_study()
+    table = study.table().set_index(["setting", "method"])
+    scores = study.scores("two")["dft"].to_numpy()
+    wanted = crossed_interval(scores)
+    found = table.loc[("two", "dft")]
+    assert_allclose([found["mean"], found["low"], found["high"]], [wanted.mean, wanted.low, wanted.high])
+    assert_allclose(found["pass_at_k"], (scores > 0).mean())
+    assert found["n"] == "3 x 40"
+    ranks = table.loc["one"]
+    assert ranks.loc["target_sft", ["rank", "best", "worst"]].tolist() == [1, 1, 1]
+    assert ranks.loc["base", ["rank", "best", "worst"]].tolist() == [5, 5, 5]
+    assert ranks.loc[["sft", "dft"], "best"].tolist() == [3, 3] and ranks.loc[["sft", "dft"], "worst"].tolist() == [
+        4,
+        4,
+    ]
+
+
+def test_differences_are_paired_and_corrected_over_methods_and_settings():
+    study = example_study()
+    found = study.differences()
+    assert set(found["against"]) == {"sft"} and len(found) == 8
+    x = study.scores("one")
+    gap = (x["dft"] - x["sft"]).to_numpy()
+    (row,) = found.query("setting == 'one' and method == 'dft'").itertuples()
+    assert_allclose(row.mean, gap.mean())
+    assert row.high - row.low < 2 * stats.norm.ppf(0.975) * np.hypot(x["dft"].std().mean(), x["sft"].std().mean())
+    order = found.sort_values("p")
+    by_hand = np.maximum.accumulate(np.minimum(1, order["p"].to_numpy() * np.arange(len(order), 0, -1)))
+    assert_allclose(order["p_holm"], by_hand)
+    assert study.differences("base", ["dft"])["method"].tolist() == ["dft", "dft"]
+    with pytest.raises(InputError, match="no results of 'kd'; there are base, sft"):
+        study.differences("kd")
+
+
+def test_without_sft_the_base_is_what_everything_is_compared_with():
+    study = example_study({"base": 0.4, "dft": 0.6})
+    assert set(study.differences()["against"]) == {"base"}
+    assert len(example_study({"base": 0.4}).differences()) == 0
+    assert "avg@8" in str(example_study({"base": 0.4}))
+
+
+def test_controls_stand_on_the_other_side():
+    study = example_study()
+    found = study.controlled()
+    assert set(found["method"]) == {"target_sft"} and set(found["against"]) == {"target_sft_base_teacher"}
+    assert (
+        (found["mean"] > 0.1).all() and (found["low"] < found["mean"]).all() and (found["high"] > found["mean"]).all()
+    )
+    assert set(found["against"]) <= set(CONTROLS)
+    assert "target_sft against its controls" in str(study)
+    assert example_study({"base": 0.4, "target_sft": 0.8}).controlled().empty
+
+
+def test_a_lost_job_leaves_the_others_and_is_said():
+    line = "dft in one at seed 1: RuntimeError: no luck (failed/x.txt)"
+    study = example_study(lost=[("one", "dft", 1)], failed=[line])
+    table = study.table().set_index(["setting", "method"])
+    assert table.loc[("one", "dft"), "n"] == "2 x 40" and table.loc[("one", "sft"), "n"] == "3 x 40"
+    assert study.differences().set_index(["setting", "method"]).loc[("one", "dft"), "n"] == "2 x 40"
+    said = str(study)
+    assert "dft: n = 2 x 40" in said and f"failed: {line}" in said and "n = 3 x 40 (seeds x items)" in said
+    gone = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
+    assert ("one", "dft") not in gone.table().set_index(["setting", "method"]).index
+    assert ("two", "dft") in gone.table().set_index(["setting", "method"]).index
+    apart = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
+    ranks = apart.table().query("setting == 'one'").set_index("method")["rank"]
+    assert ranks[["dft", "sft"]].isna().all() and ranks.drop(["dft", "sft"]).tolist() == [3, 1, 2], (
+        "of those with all seeds"
+    )
+    assert str(apart)
+
+
+def test_rates_are_printed_with_what_is_wrong_with_them():
+    study = example_study()
+    said = str(study)
+    assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the grid" in said
+    assert "dft, target_sft, target_sft_base_teacher: sft's rate, not searched" in said
+    assert "known: base right 0.4\n" in said and "measured: odd thing 1\n" in said
+    seen = study.rates.query("setting == 'one' and method == 'sft'")
+    assert seen["chosen"].tolist() == [True] + [False] * (len(GRID) - 1)
+    assert_allclose(seen["validation"], 0.1)
+
+
+def test_what_is_no_ranking_gets_no_ranks():
+    assert " rank " in str(example_study()) and " rank " not in str(example_study(better="lower", note="a diagnostic"))
+    lower = example_study(better="lower").table().set_index(["setting", "method"])
+    assert lower.loc[("one", "base"), "rank"] == 1 and lower.loc[("one", "target_sft"), "rank"] == 5
+
+
+def test_truths_are_means_over_seeds_where_there_is_noise():
+    study = example_study()
+    found = study.truths().set_index(["setting", "method"])
+    assert_allclose(found.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
+    assert found.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
+    assert found["Q_end"].isna().all()
+    assert "one: trust against truth" in str(study) and "two: trust against truth" not in str(study)
+
+
+def test_curves_have_intervals_over_seeds():
+    found = example_study().curve().query("setting == 'one' and method == 'dft'").set_index("step")
+    assert_allclose(found.loc[10, "mean"], 0.3)
+    half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
+    assert_allclose([found.loc[10, "low"], found.loc[10, "high"]], [0.3 - half, 0.3 + half])
+
+
+@pytest.mark.parametrize("form", ["to_markdown", "to_latex", "__str__"])
+def test_every_form_has_every_method_and_number(form):
+    study = example_study()
+    said = getattr(study, form)().replace("\\", "")
+    assert all(name in said for name in MEANS) and all(name in said for name in SETTINGS)
+    assert all(f"{mean:.3f}" in said for mean in study.table()["mean"])
+
+
+def test_a_study_comes_back_from_its_folder(tmp_path):
+    study = example_study(lost=[("one", "dft", 1)])
+    study.save(tmp_path)
+    loaded = Study.load(tmp_path)
+    for name in ("results", "diagnostics", "rates", "curves", "truth"):
+        pd.testing.assert_frame_equal(getattr(loaded, name), getattr(study, name), check_dtype=False)
+    assert str(loaded) == str(study)
+
+
+def test_names_are_escaped_in_markdown_and_keep_to_their_line_in_print():
+    name = "own.py:a|b`c`\n| d | [e](f) <b>"
+    study = example_study({"base": 0.4, "sft": 0.5, name: 0.6}, failed=[f"{name} in one at seed 1: no"])
+    lines = study.to_markdown().splitlines()
+    assert any(line.startswith(r"| own.py:a\|b\`c\` \| d \| \[e\](f) \<b> |") for line in lines)
+    assert any(r"- failed: own.py:a|b\`c\` | d" in line for line in lines)
+    cells = [line for line in lines[: lines.index("", 2)] if line.startswith("|")]  # of the first table
+    assert len({line.replace(r"\|", "").count("|") for line in cells}) == 1, "every row has as many cells"
+    printed = str(study).splitlines()
+    assert sum("own.py:a|b`c` | d | [e](f) <b>" in line for line in printed) >= 4
+
+
+def test_one_held_out_row_has_no_p_value_and_no_ranks():
+    study = example_study()
+    study = dataclasses.replace(study, results=study.results[study.results["item"] == 0])
+    differences = study.differences()
+    assert (differences["items"] == 1).all() and differences[["p", "p_holm"]].isna().all(axis=None)
+    assert differences["low"].notna().any()
+    table = study.table()
+    assert (table["best"] == 1).all() and (table["worst"] == len(study.methods)).all()
+    row = next(line for line in str(study).splitlines() if line.startswith("target_sft"))
+    assert "<.001" not in row and "p (Holm): over" not in str(study)

@@ -1,0 +1,123 @@
+"""The ranking: scores by hand, ties, short rows, rows with nothing to rank, and every form of it."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from numpy.testing import assert_allclose
+
+from qlens import InputError
+from qlens.analysis.token_view.ranking import rank
+from qlens.analysis.token_view.summary import Summary
+
+# row, p_y, 1 - Q_y of two methods, suspicion
+TOKENS = [
+    (1, 0.9, 0.0, 0.1, -2.0),
+    (1, 0.1, 0.0, 0.8, 3.0),
+    (2, 0.5, 0.0, 0.5, 0.0),
+    (4, 0.2, 0.0, 1.1, 6.0),
+    (4, 0.2, 0.0, 0.8, 1.0),
+    (4, 1.0, 0.0, 0.0, -9.0),
+    (7, 0.99999, 0.0, 0.3, -5.0),
+]
+
+
+def made(tokens=TOKENS, notes=()):
+    rows, p_y, *ignored, suspicion = (np.array(column) for column in zip(*tokens, strict=True))
+    models = {"p_y": p_y, "room": 1 - p_y, "suspicion": suspicion, "p_rival": 1 - p_y}
+    methods = {
+        name: pd.DataFrame(
+            {
+                "q_y": 1 - each,
+                "ignored": each,
+                "pull": 1 - p_y - each,
+                "trust": np.divide(1 - p_y - each, 1 - p_y, where=p_y < 1, out=np.full(len(p_y), np.nan)),
+            }
+        )
+        for name, each in zip(("sft", "mine"), ignored, strict=True)
+    }
+    n = len(tokens)
+    summary = Summary(pd.DataFrame(models), methods, np.zeros((n, 1), int), np.zeros((n, 1)), np.zeros((2, n, 1)), None)
+    words = [f"w{number}" for number in range(n)]
+    return rank(
+        summary, rows, list(range(1, n + 1)), words, ["\u202ebefore"] * n, {r: f"row\n{r}" for r in rows}, words, notes
+    )
+
+
+def of(frame, by):
+    return frame[frame["by"] == by]
+
+
+def test_rows_are_ordered_by_the_share_of_the_pull_that_is_kept():
+    rows = of(made().rows, "mine").set_index("row")
+    assert rows.index.tolist() == [4, 2, 1, 7]
+    assert_allclose(rows.loc[1, "trust"], (0.0 + 0.1) / (0.1 + 0.9), atol=1e-6)
+    assert_allclose(rows.loc[4, "trust"], (-0.3 + 0.0 + 0.0) / 1.6, atol=1e-6)
+    assert_allclose(rows.loc[4, ["room", "ignored", "suspicion", "worst"]].astype(float), [1.6, 1.9 / 3, 7 / 3, 6])
+    assert rows["tokens"].tolist() == [3, 1, 2, 1]
+    assert rows.loc[[4, 2, 1], "rank"].tolist() == [1, 2, 3]
+    assert np.isnan(rows.loc[7, "rank"]), "where SFT would hardly pull either there is nothing to rank"
+
+
+def test_tokens_are_ordered_by_what_is_not_on_the_label():
+    tokens = of(made().tokens, "mine")
+    assert tokens["label"].tolist() == ["w3", "w1", "w4", "w2", "w6", "w0", "w5"], "equal ones by suspicion"
+    assert tokens["rank"].tolist() == [1, 2, 2, 4, 5, 6, 7]
+    assert_allclose(tokens["score"], [-0.1, 0.2, 0.2, 0.5, 0.7, 0.9, 1.0], atol=1e-9)
+
+
+def test_suspicion_has_an_order_of_its_own():
+    ranking = made()
+    assert ranking.orders == ["sft", "mine", "suspicion"]
+    assert of(ranking.rows, "suspicion")["row"].tolist() == [4, 1, 2, 7]
+    assert of(ranking.rows, "suspicion")["rank"].tolist() == [1, 2, 3, 3], "nothing to doubt: a tie"
+    assert of(ranking.tokens, "suspicion")["label"].tolist() == ["w3", "w1", "w4", "w2", "w0", "w6", "w5"]
+
+
+def test_a_method_that_trusts_all_alike_says_so_and_orders_nothing():
+    ranking = made()
+    assert ranking.alike("sft") and not ranking.alike("mine") and not ranking.alike("suspicion")
+    assert set(of(ranking.tokens, "sft")["rank"]) == {1}
+    assert "sft: all labels are alike to it (trust 1.000 in every row); nothing to order" in str(ranking)
+    assert ranking.first(1) == {4}, "an order of ties chooses no row"
+    assert ranking.first(2) == {1, 2, 4}, "rows 4 and 2, and one of the first tokens is in row 1"
+    only = made([(row, p, 0.0, 0.0, 0.0) for row, p, *_ in TOKENS])
+    assert only.first(2) == {1, 2}
+
+
+def test_rounding_makes_ties_and_nan_comes_last():
+    tokens = [(1, 0.5, 0.0, 0.3, 1.0), (1, 0.5, 0.0, 0.3 + 1e-9, np.inf), (2, 0.5, 0.0, np.nan, 1.0)]
+    ranking = made(tokens)
+    mine = of(ranking.tokens, "mine")
+    tiny = of(made([(1, 0.5, 0.0, 1 - q, 1.0) for q in (3e-7, 2e-7, 1e-9, -1e-9)]).tokens, "mine")
+    assert tiny["label"].tolist() == ["w2", "w3", "w1", "w0"] and tiny["rank"].tolist() == [1, 1, 3, 4]
+    assert mine["rank"].tolist()[:2] == [1, 1] and np.isnan(mine["rank"].iloc[2])
+    assert mine["label"].iloc[0] == "w1", "no limit to suspicion"
+    assert np.isnan(of(ranking.rows, "mine").set_index("row").loc[2, "rank"])
+    assert of(ranking.rows, "suspicion")["row"].tolist() == [1, 2]
+    assert "mine: 1 tokens have no rank, their score is NaN" in ranking.notes
+
+
+def test_what_is_particular_is_said():
+    said = str(made(notes=["left out, no supervised token: row 3"]))
+    assert "left out, no supervised token: row 3" in said
+    assert "2 rows have a single supervised token: their score is that token's" in said
+    assert "1 rows leave even SFT a room of less than 0.01" in said
+    assert "'row\\n4'" in said and "\u202e" not in said, "nothing in a text acts on a terminal"
+
+
+def test_json_lines_are_the_tables():
+    ranking = made()
+    lines = [json.loads(line) for line in ranking.to_jsonl().splitlines()]
+    assert len(lines) == len(ranking.rows) + len(ranking.tokens)
+    first = next(line for line in lines if line["kind"] == "row" and line["by"] == "mine")
+    assert first["row"] == 4 and first["rank"] == 1 and first["text"] == "row\n4"
+    assert [line["rank"] for line in lines if line["kind"] == "row" and line["by"] == "mine"][-1] is None
+    few = [json.loads(line) for line in ranking.to_jsonl(1).splitlines()]
+    assert [(line["kind"], line["by"]) for line in few] == [
+        (kind, by) for kind in ("row", "token") for by in ("sft", "mine", "suspicion")
+    ]
+    assert ranking.to_jsonl().isascii()
+    with pytest.raises(InputError, match="by='dft' is no order of this ranking: it has sft, mine, suspicion"):
+        ranking.alike("dft")

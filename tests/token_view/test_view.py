@@ -1,0 +1,164 @@
+"""The token view as a user calls it: from Python and from the command line; and what it refuses."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import letters, llama
+
+import qlens
+from qlens import InputError
+from qlens.analysis.token_view.summary import summarise
+
+PAIRS = [("what is ban", "nab"), ("what is gell", "lleg"), ("a" * 40, "too long for it"), ("what is fars", "sraf")]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {"model": llama(0), "teacher": llama(1), "tokenizer": letters()}
+
+
+@pytest.fixture(scope="module")
+def seen(models):
+    return qlens.view(text=PAIRS, **models)
+
+
+def test_it_is_what_the_summary_of_the_same_tokens_is(seen, models):
+    assert seen.methods == ("sft", "dft", "target_sft", "kd") and len(seen.texts) == 3
+    kept = [pair for number, pair in enumerate(PAIRS) if number != 2]
+    tokens = qlens.Tokens.from_text(models["model"], models["tokenizer"], kept, teacher=models["teacher"])
+    whole = summarise(tokens, [qlens.get(name) for name in seen.methods])
+    pd.testing.assert_frame_equal(seen.summary.models, whole.models, rtol=1e-3, atol=1e-5)
+    for name in seen.methods:
+        pd.testing.assert_frame_equal(seen.summary.methods[name], whole.methods[name], rtol=1e-3, atol=1e-4)
+
+
+def test_rows_keep_their_numbers_and_what_is_left_out_is_said(seen):
+    assert seen.skipped == {3: "longer than the context of 32 tokens"}
+    assert [text.row for text in seen.texts] == [1, 2, 4]
+    assert seen.notes == ["left out, longer than the context of 32 tokens: row 3"]
+    assert seen.notes[0] in str(seen.rank())
+    assert [len(text.places) for text in seen.texts] == [4, 5, 5], "the answer and its end"
+
+
+def test_the_table_has_a_line_per_token_and_method(seen):
+    table = seen.table
+    assert len(table) == 4 * 14 and set(table["method"]) == set(seen.methods)
+    first = table.iloc[0]
+    assert (first["row"], first["position"], first["label"]) == (1, 14, "n")
+    lines = [json.loads(line) for line in seen.to_jsonl().splitlines()]
+    assert len(lines) == len(table) and lines[0]["label"] == "n" and lines[0]["method"] == "sft"
+
+
+def test_the_ranking_is_of_its_rows(seen):
+    ranking = seen.rank()
+    dft = ranking.rows[ranking.rows["by"] == "dft"].set_index("row")
+    mine = seen.summary.methods["dft"]["pull"][:4].sum() / seen.summary.models["room"][:4].sum()
+    assert dft.loc[1, "trust"] == pytest.approx(mine, abs=1e-5) and dft.loc[1, "text"] == "nab</s>"
+    assert dft["rank"].tolist() == [1, 2, 3] and dft["trust"].is_monotonic_increasing
+    tokens = ranking.tokens[ranking.tokens["by"] == "dft"]
+    assert tokens.loc[tokens["row"] == 1, "context"].str.startswith("<s>what is ban").all()
+    few = seen.top(1)
+    assert {text.row for text in few.texts} == ranking.first(1) and few.rank() is ranking
+    assert len(few.summary) == sum(len(text.places) for text in few.texts)
+    assert "<iframe" in few._repr_html_()
+
+
+def test_many_forms_of_text_and_methods(models):
+    model, tokenizer = models["model"], models["tokenizer"]
+    assert len(qlens.view(model, tokenizer, "a word", "dft").summary) == 6
+    assert len(qlens.view(model, tokenizer, {"prompt": "a", "completion": "b"}).summary) == 2
+    assert qlens.view(model, tokenizer, ["ab", "cd", "ef"], rows=2).texts[-1].row == 2
+    ids = [{"input_ids": [4, 5, 6], "labels": [4, -100, 6]}, {"input_ids": [4, 5], "labels": [4, -100]}]
+    seen = qlens.view(model, tokenizer, ids, [lambda logits, labels: 2 * F.cross_entropy(logits, labels)])
+    assert len(seen.summary) == 1 and seen.skipped == {2: "no supervised token"}
+    assert seen.summary.methods["<lambda>"]["trust"].item() == pytest.approx(2, abs=1e-4)
+    reference = llama(1)
+    both = qlens.view(model, tokenizer, ["a word", "another"], ["iw_sft", "psft", "unlikelihood"], reference=reference)
+    ratio = qlens.Tokens.from_text(model, tokenizer, ["another"], reference=reference)
+    wanted = qlens.get("iw_sft").target(ratio).effective_trust
+    torch.testing.assert_close(
+        torch.tensor(both.summary.methods["iw_sft"]["trust"][6:].to_numpy()), wanted, rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"text": []}, "text must be a text"),
+        ({"text": ["a"], "variants": []}, "variants is empty"),
+        ({"text": ["abc"], "variants": ["sft", "sft"]}, "sft is given twice"),
+        ({"text": ["abc"], "variants": ["kd"]}, "kd needs a teacher: give teacher=, on the command line --teacher"),
+        ({"text": ["abc"], "variants": ["cft"]}, "cft needs 'critical', which a text does not carry"),
+        ({"text": ["abc"], "candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
+        ({"text": ["abc"], "rows": 0}, "rows must be a whole number of at least 1, got 0"),
+        ({"text": [""]}, "none of its 1 rows can be shown (row 1: no supervised token)"),
+        ({"text": [{"prompt": "a"}]}, "row 1: keys"),
+        ({"text": ["abc"], "teacher": "folder"}, "teacher must be a loaded model"),
+        ({"text": ["abc"], "teacher": llama(1, vocab=40)}, "teacher has a vocabulary of 40"),
+    ],
+)
+def test_mistakes_are_named(models, given, says):
+    with pytest.raises(InputError) as caught:
+        qlens.view(models["model"], models["tokenizer"], **given)
+    assert says in str(caught.value)
+
+
+def test_a_missing_folder_is_named(seen, tmp_path):
+    with pytest.raises(InputError, match="there is no folder"):
+        seen.save(tmp_path / "no" / "view.html")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_page(run, own, tmp_path):
+    code, out, err = run(
+        "view", "--model", own["model"], "--data", own["data"], "--teacher", own["teacher"], "--rows", 3
+    )
+    assert code == 0 and out.startswith("View: view.html (") and "3 rows: sft, dft, target_sft, kd" in err
+    assert "<!doctype html>" in (tmp_path / "view.html").read_text()
+    code, out, _ = run("view", "--model", own["model"], "--text", "a word", "--variants", "dft", "--json")
+    assert code == 0 and [json.loads(line)["label"] for line in out.splitlines()] == list("a word")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["view.html"], "with --json no page unasked"
+
+
+def test_the_command_ranks(run, own, tmp_path):
+    given = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
+    code, out, err = run(*given)
+    assert code == 0 and "dft: what it trusts least" in out and "rows (of 40):" in out and "1 rows left out" in err
+    assert "left out, longer than the context of 32 tokens: row 41" in out and not list(tmp_path.iterdir())
+    code, out, _ = run(*given, "--json", "--out", "least.html")
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(lines) == 12
+    page = (tmp_path / "least.html").read_text()
+    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
+    assert data["ranked"] == 40 and 2 <= len(data["texts"]) <= 8
+    assert {line["row"] for line in lines if line["by"] != "sft"} == {text["row"] for text in data["texts"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--model", "nowhere"], "--model and --data go together"),
+        (["--model", "./nowhere", "--text", "a"], "'./nowhere' is not there"),
+        (["--model", "nowhere", "--text", "a", "--data", "b"], "--text and --data: give one of them"),
+        (["--model", "nowhere", "--text", "a", "--out", "no/view.html"], "there is no folder no"),
+        (["--rank", "--top", "0"], "top"),
+    ],
+)
+def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, says):
+    code, out, err = run("view", *words)
+    assert code == 2 and says in err and "Traceback" not in err and out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounded_scores_do_not_depend_on_the_order_of_rows(models):
+    rows = [("what is ban", "nab"), ("what is gell", "lleg"), ("what is fars", "sraf")]
+    there, back = (qlens.view(text=given, **models).rank().rows for given in (rows, rows[::-1]))
+    back = back.assign(row=4 - back["row"])
+    both = there.merge(back, on=["by", "row"])
+    assert len(both) == len(there)
+    np.testing.assert_allclose(both["score_x"], both["score_y"], rtol=1e-4, atol=1e-5)
+    assert (both["rank_x"] == both["rank_y"]).all()

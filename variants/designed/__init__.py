@@ -1,0 +1,1 @@
+"""Designed: targets that are written down first, and losses that follow from them."""

@@ -1,0 +1,1 @@
+"""Distillation: divergences from a teacher's distribution."""

@@ -1,0 +1,68 @@
+"""On-policy distillation: a divergence to a teacher on the student's own texts."""
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Positive, Share
+from qlens.variants.distillation.jsd import jsd, jsd_loss
+
+
+@register(
+    "opd",
+    title="On-policy and self-distillation",
+    paper="2026, arXiv 2601.19897 (SDFT); 2023, arXiv 2306.13649 (GKD)",
+    needs=lambda alpha, clip: ("teacher",) if clip is None else ("teacher", "old"),
+    trusted="0 at alpha = 0; else that of jsd(beta=alpha)",
+    residual="teacher at alpha = 0; else that of jsd",
+    scale="1, or min(p_y / old_y, clip)",
+    simplex=lambda alpha, clip: alpha < 1,
+    limits="jsd(beta=alpha); what is on-policy is the text, not the loss",
+    modes={"trl-sdft": {"clip": 2.0}, "reverse": {"alpha": 1.0}},
+    differences=(
+        "The positions are to come from the student's own samples: a fixed data set makes it plain distillation.",
+        "TRL also keeps the teacher's top 100 only; for that see topk_kd, whose tail rule has to be named.",
+    ),
+    code="huggingface/trl trl/experimental/sdft/loss_utils.py::compute_divergence",
+    bibtex=bibtex("sdft2026", "Self-Distillation Enables Continual Learning", 2026, arxiv="2601.19897"),
+)
+def opd(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Target:
+    r"""A divergence to a teacher, weighted by the clipped ratio to the policy that wrote the text.
+
+    .. math:: \ell = w\, JSD_\alpha(\pi_T, p), \quad w = \mathrm{sg} \min(p_y / \pi_{old,y}, c), \qquad
+              Q = Q_{JSD_\alpha}, \quad s = w
+
+    ``alpha`` = 0 is the forward, 1 the reverse divergence; without ``clip`` the weight is 1. Takes ``tokens.teacher``
+    and, with a clip, ``tokens.old`` (N, V); gives (N,) losses in nats and Q (N, V).
+
+    Raises:
+        InputError: ``tokens.teacher`` or ``tokens.old`` is missing.
+
+    Source: released code for arXiv 2601.19897.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> opd(Tokens(logits=z, labels=torch.tensor([0]), teacher=torch.tensor([[0.2, 0.8]]).log()), alpha=0.0).q
+        tensor([[0.2000, 0.8000]])
+    """
+    target = jsd(tokens, beta=alpha)
+    if clip is None:
+        return target
+    ratio = (tokens.label_log_probs.detach() - tokens.gather(tokens.log_probs_of("old"))).exp()
+    return target.weighted(ratio.clamp(max=clip))
+
+
+@opd.loss
+def opd_loss(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Float[Tensor, " N"]:
+    """min(p_y / old_y, clip) JSD_alpha."""
+    loss = jsd_loss(tokens, beta=alpha)
+    if clip is None:
+        return loss
+    labels = tokens.labels.long()
+    now, before = (F.cross_entropy(z, labels, reduction="none") for z in (tokens.logits, tokens.require("old")))
+    return (before - now).exp().clamp(max=clip).detach() * loss

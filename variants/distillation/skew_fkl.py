@@ -1,0 +1,69 @@
+"""Skewed forward KL: the student is mixed with the teacher's distribution."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens, kl, log_mix
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Share
+from qlens.variants.distillation.reverse_kl import both
+
+DISTILLM = bibtex(
+    "ko2024distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024, arxiv="2402.03898"
+)
+DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
+
+
+@register(
+    "skew_fkl",
+    title="Skew forward KL",
+    paper="Ko et al. 2024, arXiv 2402.03898",
+    needs=("teacher",),
+    trusted="p_y ((1 - alpha) teacher_y / m_y - A) / (1 - p_y)",
+    residual="none: Q = p (1 - A + (1 - alpha) teacher / m), A = (1 - alpha) E_p[teacher / m]",
+    simplex=True,
+    limits="alpha = 0 is kd; alpha = 1 teaches nothing",
+    differences=(
+        "The released value leaves out the teacher's entropy, so that it is no divergence; the gradient is right.",
+    ),
+    code=DISTILLM_CODE,
+    bibtex=DISTILLM,
+)
+def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
+    r"""Divergence from the teacher to a mixture that holds some of the teacher already.
+
+    .. math:: \ell = KL(\pi_T \| m), \quad m = \alpha \pi_T + (1 - \alpha) p, \qquad
+              Q = p \odot \big(1 - A + (1 - \alpha) \pi_T / m\big), \quad A = (1 - \alpha) \mathbb{E}_p[\pi_T / m]
+
+    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, always a distribution.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: Ko et al. 2024 (arXiv 2402.03898).
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> skew_fkl(Tokens(logits=z, labels=torch.tensor([0]), teacher=z)).q
+        tensor([[0.5000, 0.5000]])
+    """
+    log_p, log_t = tokens.log_probs.detach(), tokens.log_probs_of("teacher")
+    if alpha == 0:
+        return Target.mix(tokens, trust=0.0, residual=log_t.exp())
+    if alpha == 1:
+        return Target.slope(tokens, torch.zeros_like(log_p))
+    log_m = torch.logaddexp(log_t + math.log(alpha), log_p + math.log1p(-alpha))
+    return Target.slope(tokens, -(1 - alpha) * (log_t - log_m).exp())
+
+
+@skew_fkl.loss
+def skew_fkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+    """KL(teacher || alpha teacher + (1 - alpha) student)."""
+    log_p, log_t = both(tokens)
+    return kl(log_t, log_mix(log_t, log_p, alpha))

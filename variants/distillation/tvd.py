@@ -1,0 +1,68 @@
+"""Total variation from a teacher: which side of it a token is on is all that counts."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+
+TIES = 1e3  # differences within this many roundings of the dtype are none
+
+
+@register(
+    "tvd",
+    title="Total variation distance to a teacher",
+    paper="Wen et al. 2023, arXiv 2307.15190 (f-divergence distillation)",
+    needs=("teacher",),
+    trusted="p_y (E_p[s] - s_y) / (1 - p_y)",
+    residual="none: Q = p (1 - s + E_p[s]), s = sign(p - teacher) / 2",
+    simplex=True,
+    limits="teaches nothing where the student is above the teacher nowhere",
+    differences=("Where student and teacher agree to rounding, a token counts as neither above nor below.",),
+    code="jongwooko/distillm distillm/losses.py::tv_distance",
+    bibtex=bibtex(
+        "wen2023fdistill",
+        "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+        2023,
+        arxiv="2307.15190",
+    ),
+)
+def tvd(tokens: Tokens) -> Target:
+    r"""Half the absolute difference between student and teacher.
+
+    .. math:: \ell = \tfrac12 \sum_k |p_k - \pi_{T,k}|, \qquad Q = p \odot (1 - s + \mathbb{E}_p s), \quad
+              s_k = \tfrac12 \mathrm{sign}(p_k - \pi_{T,k})
+
+    Takes ``tokens.teacher`` (N, V); gives (N,) losses without a unit and Q (N, V) at s = 1, always a distribution.
+    Ties, to rounding, have s_k = 0.
+
+    Raises:
+        InputError: ``tokens.teacher`` is missing.
+
+    Source: as released with arXiv 2402.03898.
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> tvd(Tokens(logits=z, labels=torch.tensor([0]), teacher=torch.tensor([[0.2, 0.8]]).log())).q
+        tensor([[0.2500, 0.7500]])
+    """
+    return Target.slope(tokens, _apart(tokens.probs.detach(), tokens.log_probs_of("teacher").exp()).sign() / 2)
+
+
+@tvd.loss
+def tvd_loss(tokens: Tokens) -> Float[Tensor, " N"]:
+    """sum_k |p_k - teacher_k| / 2."""
+    teacher = F.softmax(tokens.require("teacher"), -1).detach()
+    return _apart(F.softmax(tokens.logits, -1), teacher).abs().sum(-1) / 2
+
+
+def _apart(p: Float[Tensor, "N V"], q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+    """p - q, where they differ by more than rounding; target and loss must not disagree about a sign."""
+    gap = p - q
+    rounding = TIES * torch.finfo(p.dtype).eps * torch.maximum(p, q).detach()
+    return torch.where(gap.detach().abs() <= rounding, 0.0, gap)

@@ -1,0 +1,53 @@
+"""Confidence penalty: the log-likelihood with a reward for entropy."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Weight
+
+
+@register(
+    "confidence_penalty",
+    title="Confidence penalty",
+    paper="Pereyra et al. 2017, arXiv 1701.06548",
+    trusted="1 - weight p_y (log p_y + H) / (1 - p_y)",
+    residual="none: Q = d - weight p (log p + H), signed",
+    simplex=lambda weight: weight == 0,
+    limits="weight = 0 is sft",
+    bibtex=bibtex(
+        "pereyra2017penalty",
+        "Regularizing Neural Networks by Penalizing Confident Output Distributions",
+        2017,
+        arxiv="1701.06548",
+    ),
+)
+def confidence_penalty(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
+    r"""The log-likelihood minus a multiple of the student's entropy.
+
+    .. math:: \ell = -\log p_y - \lambda H(p), \qquad Q = d - \lambda\, p \odot (\log p + H)
+
+    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and a signed Q (N, V) at s = 1.
+
+    Source: Pereyra et al. 2017 (arXiv 1701.06548).
+
+    Example:
+        >>> import torch
+        >>> confidence_penalty(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0]))).q
+        tensor([[1., 0.]])
+    """
+    log_p = tokens.log_probs.detach()
+    return Target.slope(tokens, weight * log_p.masked_fill(log_p == -torch.inf, 0.0), push=1.0)
+
+
+@confidence_penalty.loss
+def confidence_penalty_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+    """-log p_y + weight sum_k p_k log p_k."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
+    return nll + weight * (log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0.0)).sum(-1)

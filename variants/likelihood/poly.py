@@ -1,0 +1,74 @@
+"""PolyLoss: the cross-entropy with the first terms of its expansion changed."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+
+
+def _terms(epsilon: float | tuple[float, ...]) -> tuple[float, ...]:
+    return epsilon if isinstance(epsilon, tuple) else (epsilon,)
+
+
+def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
+    """Whether Q is a distribution: Q_k = -p_y slope p_k and Q_y = 1 + p_y (1 - p_y) slope, which is least at p_y = 1/2."""
+    terms = _terms(epsilon)
+    if all(each <= 0 for each in terms):
+        least = sum(j * each for j, each in enumerate(terms, 1))
+        return True if least >= -4 else False if len(terms) == 1 else None
+    return False if all(each >= 0 for each in terms) else None
+
+
+@register(
+    "poly",
+    title="PolyLoss",
+    paper="Leng et al. 2022, arXiv 2204.12511",
+    structure="label",
+    trusted="1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
+    residual="student",
+    simplex=_inside,
+    limits="epsilon = 0 is sft; epsilon = -1 takes dft's gradient from sft's",
+    modes={"optax": {"epsilon": 2.0}},
+    differences=("Published defaults differ: 1 in the PyTorch port, 2 in optax.",),
+    code="abhuse/polyloss-pytorch polyloss.py",
+    bibtex=bibtex(
+        "leng2022poly",
+        "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions",
+        2022,
+        arxiv="2204.12511",
+    ),
+)
+def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
+    r"""The log-likelihood plus a polynomial in 1 - p_y.
+
+    .. math:: \ell = -\log p_y + \sum_j \epsilon_j (1 - p_y)^j, \qquad Q = a d + (1 - a) p, \quad
+              a = 1 + p_y \sum_j j \epsilon_j (1 - p_y)^{j - 1}
+
+    ``epsilon``: a number is Poly-1, a tuple Poly-N. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses
+    in nats and Q (N, V) at s = 1.
+
+    Source: Leng et al. 2022 (arXiv 2204.12511).
+
+    Example:
+        >>> import torch
+        >>> poly(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), epsilon=-1.0).trust
+        tensor([0.5000])
+    """
+    p_y, rest = tokens.label_probs.detach(), tokens.rest_log_probs.detach().exp()
+    slope = torch.zeros_like(p_y)
+    for j, each in enumerate(_terms(epsilon), 1):
+        slope = slope + j * each * rest ** (j - 1)
+    return Target.push(tokens, 1 + p_y * slope)
+
+
+@poly.loss
+def poly_loss(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Float[Tensor, " N"]:
+    """-log p_y + sum_j epsilon_j (1 - p_y)^j."""
+    nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
+    gap = -torch.expm1(-nll)
+    return nll + sum((each * gap**j for j, each in enumerate(_terms(epsilon), 1)), torch.zeros_like(nll))

@@ -1,0 +1,1 @@
+"""Mixture: a fixed share of the target is uniform or the student's own."""

@@ -1,0 +1,56 @@
+"""Hard bootstrapping: a share of the target is the student's own most probable token."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens, one_hot
+from qlens.registry import register
+from qlens.registry.params import Share
+from qlens.variants.mixture.bootstrap_soft import BIBTEX, CODE, PAPER
+
+
+@register(
+    "bootstrap_hard",
+    title="Hard bootstrapping",
+    paper=PAPER,
+    trusted="beta",
+    residual="one-hot at the student's favourite",
+    simplex=True,
+    limits="beta = 1 is sft",
+    differences=(
+        "Between equal favourites the lowest id is taken here; released code leaves it to argmax.",
+        "The released code does not mask ignored positions in its second term.",
+    ),
+    code=CODE,
+    bibtex=BIBTEX,
+)
+def bootstrap_hard(tokens: Tokens, *, beta: Share = 0.8) -> Target:
+    r"""Cross-entropy toward the label mixed with the student's favourite token.
+
+    .. math:: \ell = -\beta \log p_y - (1 - \beta) \log \max_k p_k, \qquad Q = \beta d + (1 - \beta) d_{\arg\max p}
+
+    Ties go to the lowest id. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at
+    s = 1.
+
+    Source: Reed et al. 2014 (arXiv 1412.6596).
+
+    Example:
+        >>> import torch
+        >>> bootstrap_hard(Tokens(logits=torch.tensor([[0.0, 1.0]]), labels=torch.tensor([0]))).q
+        tensor([[0.8000, 0.2000]])
+    """
+    z = tokens.logits.detach()
+    favourite = z.sort(dim=-1, descending=True, stable=True).indices[:, 0]
+    return Target.mix(tokens, trust=beta, residual=one_hot(favourite, z.shape[-1], tokens.log_probs.dtype))
+
+
+@bootstrap_hard.loss
+def bootstrap_hard_loss(tokens: Tokens, *, beta: Share = 0.8) -> Float[Tensor, " N"]:
+    """-beta log p_y - (1 - beta) log p at the favourite."""
+    log_p = F.log_softmax(tokens.logits, -1)
+    top = tokens.logits.detach() == tokens.logits.detach().amax(-1, keepdim=True)
+    own = -log_p.gather(1, top.to(torch.uint8).argmax(-1, keepdim=True))[:, 0]
+    return beta * F.nll_loss(log_p, tokens.labels.long(), reduction="none") + (1 - beta) * own

@@ -1,0 +1,1 @@
+"""Policy: policy-gradient losses with an advantage per token."""

@@ -1,0 +1,1 @@
+"""Preference: losses of pairs of sequences, one chosen and one rejected."""

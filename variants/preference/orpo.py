@@ -1,0 +1,73 @@
+"""ORPO: log-likelihood and the log-odds ratio of a pair of sequences."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.pairs import Pairs
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Weight
+from qlens.variants.preference.odds import _log_odds, _means, _odds
+
+
+@register(
+    "orpo",
+    title="Odds Ratio Preference Optimization",
+    paper="Hong et al. 2024, arXiv 2403.07691",
+    scope="pair",
+    coupled="pair",
+    needs=("chosen", "pair"),
+    structure="label",
+    trusted="(1 + weight h / (1 - P_w)) / length on chosen tokens, -weight h / ((1 - P_l) length) on rejected ones",
+    residual="student",
+    simplex=None,
+    limits="weight = 0 is length-normalised sft on the chosen; never above asft_absolute",
+    modes={"official": {"weight": 1.0}},
+    differences=(
+        "The official default weight is 1, its script's .1; TRL's is .1.",
+        "TRL's likelihood term covers the prompt too and is a mean over the batch; here it is the chosen sequence's own.",
+    ),
+    code="xfactlab/orpo src/orpo_trainer.py; huggingface/trl trl/experimental/orpo/orpo_trainer.py::odds_ratio_loss",
+    bibtex=bibtex(
+        "hong2024orpo", "ORPO: Monolithic Preference Optimization without Reference Model", 2024, arxiv="2403.07691"
+    ),
+)
+def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
+    r"""The chosen sequence's likelihood, and the log-odds of the chosen against those of the rejected.
+
+    .. math:: L = -m_w - \lambda \log \sigma(o_w - o_l), \quad o = m - \log(1 - e^m), \qquad Q = a d + (1 - a) p, \quad
+              a_w = \frac{1}{|y_w|} \Big(1 + \frac{\lambda h}{1 - P_w}\Big), \quad
+              a_l = -\frac{1}{|y_l|} \frac{\lambda h}{1 - P_l}
+
+    with m the mean log-likelihood of a sequence, P = e^m and h = sigma(o_l - o_w). Takes ``tokens.pair`` and
+    ``tokens.chosen`` (N,); gives (N,) losses in nats, equal shares of their pair's, and Q (N, V) at s = 1. Within the
+    odds m is at most -1e-6.
+
+    Raises:
+        InputError: a field is missing, or a pair lacks a side.
+
+    Source: Hong et al. 2024 (arXiv 2403.07691).
+
+    Example:
+        >>> import torch
+        >>> z, sides = torch.zeros(2, 2), torch.tensor([True, False])
+        >>> orpo(Tokens(logits=z, labels=torch.tensor([0, 1]), chosen=sides, pair=torch.tensor([0, 0])), weight=1.0).trust
+        tensor([ 2., -1.])
+    """
+    pairs = Pairs.of(tokens)
+    means = pairs.means(tokens.label_log_probs.detach())
+    (odds_w, slope_w), (odds_l, slope_l) = map(_odds, means)
+    h = torch.sigmoid(odds_l - odds_w)
+    return Target.push(tokens, pairs.signed(1 + weight * h * slope_w, -weight * h * slope_l) / pairs.size)
+
+
+@orpo.loss
+def orpo_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+    """-m_w - weight log sigma(o_w - o_l), shared by the pair's tokens."""
+    mine, chosen, rejected = _means(tokens)
+    loss = -chosen - weight * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+    return (mine / mine.sum(1, keepdim=True)).T @ loss

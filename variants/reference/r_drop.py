@@ -1,0 +1,69 @@
+"""R-Drop: two dropout passes, each held near the other."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Weight
+
+
+@register(
+    "r_drop",
+    title="R-Drop",
+    paper="Liang et al. 2021, arXiv 2106.14448",
+    needs=("second",),
+    trusted="nll / (nll + weight), to first order",
+    residual="the other pass, to first order; exactly p - g",
+    simplex=lambda weight, nll: weight == 0 and nll <= 1,
+    limits="weight = 0 is nll times sft; equal passes (no dropout): nll times sft",
+    modes={"readme": {"nll": 0.5}, "summarization": {"weight": 0.7}},
+    differences=(
+        "The paper adds the two likelihood terms, the README averages them: its weight is half the paper's for the same ratio.",
+        "Paper and code let the gradient through both passes; here the second is a constant, which by symmetry gives half of "
+        "the gradient in expectation.",
+    ),
+    code="dropreg/R-Drop fairseq_src/examples/language_model_rdrop/language_model_rdrop_src/loss/reg_cross_entropy.py",
+    bibtex=bibtex("liang2021rdrop", "R-Drop: Regularized Dropout for Neural Networks", 2021, arxiv="2106.14448"),
+)
+def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target:
+    r"""The log-likelihood under two passes, and half the divergence between them both ways.
+
+    .. math:: \ell = -n \log p_y - n \log p'_y + \tfrac{\alpha}{2} (KL(p \| p') + KL(p' \| p)), \qquad
+              Q = p - n (p - d) - \tfrac{\alpha}{2} \big[(p - p') + p \odot (\log (p / p') - KL(p \| p'))\big]
+
+    ``weight`` is alpha, ``nll`` is n. Takes the second pass p' as ``tokens.second`` (N, V), a constant; gives (N,)
+    losses in nats and Q (N, V) at s = 1.
+
+    Raises:
+        InputError: ``tokens.second`` is missing.
+
+    Source: Liang et al. 2021 (arXiv 2106.14448).
+
+    Example:
+        >>> import torch
+        >>> z = torch.zeros(1, 2)
+        >>> r_drop(Tokens(logits=z, labels=torch.tensor([0]), second=z)).q
+        tensor([[1., 0.]])
+    """
+    log_p, log_other = tokens.log_probs.detach(), tokens.log_probs_of("second")
+    gap = torch.where(log_p > -torch.inf, log_p - log_other, 0.0)
+    backward = Target.slope(tokens, weight / 2 * gap, push=nll)
+    return Target.from_grad(tokens, backward.grad + weight / 2 * (log_p.exp() - log_other.exp()))
+
+
+@r_drop.loss
+def r_drop_loss(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Float[Tensor, " N"]:
+    """-nll (log p_y + log p'_y) + weight/2 (KL(p || p') + KL(p' || p))."""
+    one = F.log_softmax(tokens.logits, -1)
+    two = F.log_softmax(tokens.require("second"), -1).detach()
+    labels = tokens.labels.long()
+    both = F.nll_loss(one, labels, reduction="none") + F.nll_loss(two, labels, reduction="none")
+    # a token that is impossible in a pass adds nothing to that pass's divergence
+    there = (one.exp() * (one - two).masked_fill(one == -torch.inf, 0.0)).sum(-1)
+    back = (two.exp() * (two - one).masked_fill(two == -torch.inf, 0.0)).sum(-1)
+    return nll * both + weight / 2 * (there + back)

@@ -1,0 +1,115 @@
+"""ProFiT: tokens selected by the label's current probability."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from qlens.core.errors import InputError
+from qlens.core.random_draws import uniform
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+from qlens.registry import register
+from qlens.registry.citations import bibtex
+from qlens.registry.params import Share
+
+Keep = Literal["higher", "lower", "middle", "random"]
+Ties = Literal["keep", "drop"]
+
+
+@register(
+    "profit",
+    title="ProFiT, probability-guided token selection",
+    paper="2026, arXiv 2601.09195",
+    scope=lambda keep, **_: "batch" if keep == "random" else "token",
+    structure="label",
+    trusted="1 where p_y >= threshold, else 0",
+    residual="student",
+    simplex=True,
+    limits="threshold = 0 is sft; beyond_log_threshold divides by the selected tokens, this one by all",
+    modes={
+        "paper": {"ties": "drop"},
+        "lower": {"keep": "lower"},
+        "middle": {"keep": "middle", "upper": 0.9},
+        "random": {"keep": "random"},
+    },
+    differences=(
+        "The code keeps a label whose probability equals the threshold; paper and authors' table ask for more (ties='drop').",
+        "The paper divides by the length of the response; the code by all valid tokens of the batch, or, where it is not "
+        "given their number, by the kept ones (NaN if there are none).",
+        "For random, the code's threshold is the share that is dropped; its README says the share that is trained.",
+        "In the code the direction's default is a string that counts as set, so that a threshold alone raises an error.",
+    ),
+    code="Utaotao/ProFit src/llamafactory/train/trainer_utils.py::profit_loss_func",
+    bibtex=bibtex(
+        "profit2026",
+        "ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection",
+        2026,
+        arxiv="2601.09195",
+    ),
+)
+def profit(
+    tokens: Tokens,
+    *,
+    threshold: Share = 0.1,
+    keep: Keep = "higher",
+    upper: Share | None = None,
+    ties: Ties = "keep",
+    seed: int = 0,
+) -> Target:
+    r"""The log-likelihood of those labels only that the student already gives some probability.
+
+    .. math:: \ell = -1[p_y \ge \tau] \log p_y, \qquad Q = d \text{ where kept}, \quad Q = p \text{ where not}
+
+    ``keep``: "higher" drops p_y below the threshold, "lower" above it, "middle" outside [threshold, upper]; "random"
+    drops tokens with probability ``threshold``, drawn from ``seed`` and the number of tokens, so that loss and target
+    agree. QTrainer draws anew at every micro-batch, from its own seed and the place in the run beside these two, so that a
+    resumed run draws what the uninterrupted one did; in a loop of your own give every step another ``seed``. ``ties``:
+    what happens to p_y at the threshold itself. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats
+    and Q (N, V) at s = 1.
+
+    Raises:
+        InputError: keep = "middle" without an upper threshold, or with one below ``threshold``.
+
+    Source: arXiv 2601.09195, equations 4 and 5.
+
+    Example:
+        >>> import torch
+        >>> profit(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), threshold=0.6).q
+        tensor([[0.5000, 0.5000]])
+    """
+    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
+    return Target.mix(tokens, trust=kept.to(tokens.label_probs), residual="student")
+
+
+@profit.loss
+def profit_loss(
+    tokens: Tokens,
+    *,
+    threshold: Share = 0.1,
+    keep: Keep = "higher",
+    upper: Share | None = None,
+    ties: Ties = "keep",
+    seed: int = 0,
+) -> Float[Tensor, " N"]:
+    """-log p_y where kept, labels of dropped tokens ignored as in the released code."""
+    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
+    labels = tokens.labels.long().masked_fill(~kept, -100)
+    return F.cross_entropy(tokens.logits, labels, ignore_index=-100, reduction="none")
+
+
+def _kept(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool, seed: int) -> Bool[Tensor, " N"]:
+    """Which tokens count; target and loss must not differ by rounding at the threshold."""
+    p_y = tokens.gather(torch.softmax(tokens.logits.detach().to(tokens.label_probs.dtype), -1))
+    if keep == "random":
+        return (uniform(len(p_y), seed) >= low).to(p_y.device)
+    if keep == "middle" and (high is None or high < low):
+        raise InputError(f"profit(keep='middle'): upper must be at least the threshold {low}, got {high}")
+    above = (p_y >= low) if ties else (p_y > low)
+    if keep == "higher":
+        return above
+    limit = low if keep == "lower" or high is None else high
+    below = (p_y <= limit) if ties else (p_y < limit)
+    return below if keep == "lower" else above & below
