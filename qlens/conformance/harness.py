@@ -21,9 +21,9 @@ from qlens.losses.calling import Layout, call, on_batch
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.names import FIELD, ROLE
+from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import Inputs, inputs
 from qlens.losses.layout.trial import value_of
-from qlens.losses.reduction.scalar import pairwise
 from qlens.losses.return_values import check_shape, loss_of
 from qlens.losses.user_code import blamed, file_of
 from qlens.registry.variant import Variant
@@ -208,7 +208,7 @@ class Specimen:
                 return call(around(self.fn), self.params, shown, Layout(), style=self.style)
 
             made = self.reading(run(), leaf, run)
-        if self.variant.derived and not pairwise(self.fn):
+        if self.variant.derived and not given_as_sums(self.fn):
             check_shape(torch.empty(made.shape, device="meta"), len(tokens), self.variant.spec)
         return made
 

@@ -33,6 +33,11 @@ class Groups:
         """The mean over every group, differentiable."""
         return self.total(values) / self.total(torch.ones_like(values))
 
+    def first(self) -> Int[Tensor, " G"]:
+        """The place of every group's first token."""
+        place = torch.arange(len(self.index), device=self.index.device)
+        return place.new_full((self.number,), len(place)).scatter_reduce(0, self.index, place, "amin")
+
     def size(self, like: Tensor) -> Float[Tensor, " N"]:
         """How many tokens the group of each token holds, (N,), in the dtype of ``like``."""
         return self.total(torch.ones_like(like))[self.index]

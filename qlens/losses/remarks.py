@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.segments import Groups
 from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.calling import call, on_view
 from qlens.losses.layout.layout_search import style_of
@@ -19,7 +20,7 @@ from qlens.losses.layout.wording import described
 from qlens.losses.leaves import StubParameter, leaves
 from qlens.losses.reduction.advantages import standardised
 from qlens.losses.reduction.divisors import REDUCTIONS
-from qlens.losses.reduction.scalar import ROUNDING, by_length, find_division, pairwise
+from qlens.losses.reduction.scalar import ROUNDING, by_length, find_division, takes_pairs
 from qlens.losses.return_values import loss_of
 from qlens.losses.side_effects import Seen, watched
 from qlens.losses.user_code import LossError
@@ -196,7 +197,7 @@ def _reduction(
         return "", []
     if found is None:
         return "; it returns one number, and no row tried taught it anything: whether that is a sum is not known", []
-    many = "pairs" if pairwise(fn) or style.pairs else "tokens"
+    many = "pairs" if takes_pairs(fn, style) else "tokens"
     what = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     what |= {"mean over all": "a mean over all positions, the unsupervised included"}
     what |= {name: f"a {name}" for name in REDUCTIONS if name not in what}
@@ -346,10 +347,9 @@ def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     Advantages that it standardises over its batch are standardised.
     """
     if names := given_by_text(fn, params, tokens):
-        _, text = tokens.require("sequence").unique(return_inverse=True)
-        row = torch.arange(len(tokens), device=text.device)
-        first = row.new_full((int(text.max()) + 1,), len(tokens)).scatter_reduce(0, text, row, "amin")
-        tokens = tokens.replace(**{name: getattr(tokens, name)[first[text]] for name in names})
+        texts = Groups(tokens.require("sequence"))
+        first = texts.first()[texts.index]
+        tokens = tokens.replace(**{name: getattr(tokens, name)[first] for name in names})
     if inputs(fn).kind != "tokens" and "advantage" in _asked(fn, params, tokens):
         found = standardised(fn, params, tokens)
         return tokens if found is None else tokens.replace(advantage=found.values)

@@ -116,11 +116,10 @@ def _fit(grad: Rows, features: list[Rows]) -> tuple[Tensor, Tensor]:
     """The weights of features in every row's gradient, (N, features), and how far they are from it, of its size."""
     matrix = torch.stack(features, -1)  # (N, V, features)
     size = matrix.norm(dim=1, keepdim=True).clamp(min=1e-300)
-    q, r = torch.linalg.qr(
-        matrix / size
-    )  # the pseudoinverse of r alone: that of V rows takes seconds where V is 50,000
+    unit = matrix / size
+    q, r = torch.linalg.qr(unit)  # the pseudoinverse of r alone: that of V rows takes seconds where V is 50,000
     weights = torch.linalg.pinv(r, rtol=1e-12) @ (q.mT @ grad[..., None])
-    gap = ((matrix / size) @ weights)[..., 0] - grad
+    gap = (unit @ weights)[..., 0] - grad
     return weights[..., 0] / size[:, 0], gap.norm() / grad.norm()
 
 

@@ -28,12 +28,13 @@ def pairing(fn: Callable, params: Mapping[str, Any]) -> str:
     A loss of pairs raises the texts at some places of its batch and lowers those at the others, whatever texts stand there.
     It is tried on six texts, whose contents change places.
     """
-    if inputs(fn).kind in ("tokens", "hidden") or _given_as_sums(fn):
+    if inputs(fn).kind in ("tokens", "hidden") or given_as_sums(fn):
         return ""
     return _FOUND.get(fn, repr(sorted(params.items(), key=str)), lambda: _pairing(fn, params))
 
 
-def _given_as_sums(fn: Callable) -> bool:
+def given_as_sums(fn: Callable) -> bool:
+    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
     return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.segments import Groups
 from qlens.core.tokens import Tokens
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout
@@ -67,10 +68,8 @@ def _ways(given: Tensor, sequence: Tensor | None, twice: float) -> Iterator[tupl
     value, many = given, "tokens"
     text = torch.arange(len(given), device=given.device)
     if sequence is not None:  # one value for each text, its first token's
-        _, text = sequence.unique(return_inverse=True)
-        first = text.new_full((int(text.max()) + 1,), len(given))
-        value = given[first.scatter_reduce(0, text, torch.arange(len(given), device=text.device), "amin")]
-        many = "texts"
+        texts = Groups(sequence)
+        value, text, many = given[texts.first()], texts.index, "texts"
     for group in (len(value), *(size for size in GROUPS if size < len(value) and not len(value) % size)):
         over = f"all {many} of its batch" if group == len(value) else f"groups of {group} {many}"
         table = value.view(-1, group)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from qlens.core.errors import InputError, UnknownReduction
 from qlens.core.tokens import Tokens, spread
-from qlens.losses.calling import inputs, takes
+from qlens.losses.calling import takes
 from qlens.losses.layout.layout_search import probes_like, style_of
 from qlens.losses.layout.layouts import Counts, Layout, Style, counts
 from qlens.losses.layout.names import role_of
+from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.trial import few, first_copy, grad_of, inputs_masked
 from qlens.losses.reduction.divisors import KNOWN, OF_BATCH, REDUCTIONS, UNUSUAL, Division, Divisor
 from qlens.losses.reduction.random_losses import averaged, draws, nearest_count
@@ -31,11 +32,6 @@ class Shown(NamedTuple):
 
     layouts: list[Layout]
     grads: list[Tensor]
-
-
-def pairwise(fn: Callable) -> bool:
-    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
-    return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
 
 
 def find_reduction(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str) -> str:
@@ -120,19 +116,28 @@ def _replayed(read: Callable[..., Tensor], replay: Replay) -> Callable[..., Tens
     return again
 
 
+def takes_pairs(fn: Callable, style: Style) -> bool:
+    """Whether a loss compares the texts of pairs, given as sums or by their places in a batch."""
+    return given_as_sums(fn) or bool(style.pairs)
+
+
+def rows_to_read(fn: Callable, tokens: Tokens, style: Style) -> Tokens:
+    """Some rows from all over, on which a division is found; of a loss of pairs, whole pairs."""
+    return few(tokens) if takes_pairs(fn, style) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+
+
 def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Iterator[tuple[Tokens, Tensor]]:
     """A few rows that a loss learns from, with their gradient: of the tokens, else of the probes and trials."""
     from qlens.core.probes import trials
 
-    pairs = pairwise(fn) or bool(style.pairs)
-    some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+    some = rows_to_read(fn, tokens, style)
     try:
         base = grad_of(fn, params, some, style)
     except LossError:  # it may want whole groups of texts
         some, base = tokens, grad_of(fn, params, tokens, style)
     if bool(base.any()):
         yield some, base
-    if not pairs and len(tokens) > FOUND_ON:
+    if not takes_pairs(fn, style) and len(tokens) > FOUND_ON:
         learned = grad_of(fn, params, tokens, style).any(-1).nonzero()[:, 0]
         if len(learned):
             some = tokens[learned[spread(len(learned), FOUND_ON).to(learned.device)]]
@@ -243,7 +248,7 @@ def _shifted(fn: Callable, tokens: Tokens, style: Style, shown: Shown) -> Divisi
     ratio = float(shown.grads[1].norm() / shown.grads[0].norm())
     if not 0.5 < ratio < 1:
         return None
-    number = counts(tokens, Layout(), style, pairwise(fn)).rows
+    number = counts(tokens, Layout(), style, given_as_sums(fn)).rows
     added = number * (2 * ratio - 1) / (1 - ratio)
     added = round(added, 3) if abs(added - round(added, 3)) < EXACT else added
 
@@ -274,7 +279,7 @@ def _two_terms(
     for one, other in combinations(REDUCTIONS, 2):
         inverse = []
         for layout in shown.layouts:
-            number = counts(tokens, layout, style, pairwise(fn))
+            number = counts(tokens, layout, style, given_as_sums(fn))
             each = [1 / torch.as_tensor(REDUCTIONS[name](number)).to(stacked) for name in (one, other)]
             inverse.append(torch.stack([value.expand(len(stacked)) for value in each], -1))
         matrix = torch.stack(inverse, 1)  # (N, layouts, 2)
@@ -312,7 +317,7 @@ def _multiplied(divisor: Divisor, fn: Callable, shown: Shown, tokens: Tokens, st
     """Gradients in several layouts, each multiplied by what is divided by there."""
     made = []
     for grad, layout in zip(shown.grads, shown.layouts, strict=True):
-        by = divisor(counts(tokens, layout, style, pairwise(fn)))
+        by = divisor(counts(tokens, layout, style, given_as_sums(fn)))
         made.append(grad * (by.to(grad)[:, None] if isinstance(by, Tensor) else by))
     return made
 

@@ -12,16 +12,17 @@ from torch.autograd.function import once_differentiable
 
 from qlens.core.errors import InputError
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, spread
+from qlens.core.tokens import Tokens
 from qlens.losses import graphs
 from qlens.losses.calling import Layout, call, kind
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Style, counts, sequences
+from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import settings_of
-from qlens.losses.layout.trial import few, grad_of, value_of
+from qlens.losses.layout.trial import grad_of, value_of
 from qlens.losses.leaves import leaves
 from qlens.losses.reduction.divisors import Division
-from qlens.losses.reduction.scalar import ALIKE, FOUND_ON, find_division, pairwise
+from qlens.losses.reduction.scalar import ALIKE, find_division, rows_to_read, takes_pairs
 from qlens.losses.replay import Replay
 from qlens.losses.return_values import check_shape, loss_of
 
@@ -103,11 +104,11 @@ class Unreduced:
         made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
         if made.ndim and made.numel() == len(tokens) and not style.laid_out:
             return made.reshape(-1)
-        if not (style.laid_out or style.pairs or pairwise(self.fn)):
+        if not (style.laid_out or takes_pairs(self.fn, style)):
             check_shape(made, len(tokens), self.name)
         if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
             return made.sum()
-        divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, pairwise(self.fn)))
+        divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, given_as_sums(self.fn)))
         if not isinstance(divisor, Tensor):
             return made * divisor
         assert replay is not None  # a divisor of each row comes of texts alone
@@ -120,7 +121,7 @@ class Unreduced:
             return True
         if not style.laid_out or self.division is None or settings_of(self.fn) != self.settings:
             return style.laid_out
-        return isinstance(self.division.divisor(counts(tokens, Layout(), style, pairwise(self.fn))), Tensor)
+        return isinstance(self.division.divisor(counts(tokens, Layout(), style, given_as_sums(self.fn))), Tensor)
 
     def style(self, tokens: Tokens) -> Style:
         """How the loss is called, remembered."""
@@ -262,8 +263,7 @@ class Whole(Unreduced):
         return made * (len(tokens) if self.ratio < SUM_LIKE else 1)
 
     def _kept_twice(self, tokens: Tokens, style: Style) -> float:
-        pairs = pairwise(self.fn) or bool(style.pairs)
-        some = few(tokens) if pairs else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+        some = rows_to_read(self.fn, tokens, style)
         sizes = [float(grad_of(self.fn, self.params, some, style, Layout(copies)).norm()) for copies in (1, 2)]
         return sizes[1] / sizes[0] if sizes[0] else 0.0
 
