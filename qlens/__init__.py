@@ -5,6 +5,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 from qlens.conformance.report import CheckReport, check
+from qlens.core.deprecation import serve_old_modules
 from qlens.core.errors import InputError, ParameterError, UnknownName
 from qlens.core.probes import probes
 from qlens.core.target import Target
@@ -53,6 +54,8 @@ _LAZY = {
     "compare": "qlens.analysis.compare",
     "view": "qlens.analysis.token_view.token_view",
 }
+
+serve_old_modules()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
-from qlens.core.pairs import Pairs
-from qlens.core.segments import Groups
+from qlens.core.segments import Groups, Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, expectation, precision
 from qlens.losses import calling

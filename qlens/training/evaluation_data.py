@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.pairs import Pairs
+from qlens.core.segments import Pairs
 from qlens.core.supervised import LAYOUT, Supervised
 from qlens.core.token_fields import check_ids, checked_field
 from qlens.core.tokens import Tokens

@@ -5,8 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from qlens import InputError, get
-from qlens.core.pairs import Pairs
-from qlens.core.segments import Groups
+from qlens.core.segments import Groups, Pairs
 from qlens.core.tokens import Tokens
 from qlens.testing import random_tokens
 

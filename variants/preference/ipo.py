@@ -3,7 +3,7 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens.core.pairs import Pairs
+from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register

@@ -1,0 +1,114 @@
+"""Deprecation: old names of modules, attributes and arguments that keep working, with a warning that names the new ones."""
+
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+MODULES = {
+    "qlens.distances": "qlens.lens.equivalences",
+    "qlens.errors": "qlens.core.errors",
+    "qlens.fitting": "qlens.training.fitting",
+    "qlens.heads": "qlens.engine.heads",
+    "qlens.params": "qlens.registry.params",
+    "qlens.sources": "qlens.data.models",
+    "qlens.target": "qlens.core.target",
+    "qlens.tokens": "qlens.core.tokens",
+    "qlens.variant": "qlens.registry.variant",
+    "qlens.watch": "qlens.training.watch",
+    "qlens.analysis.view": "qlens.analysis.token_view.token_view",
+}  # the modules that the README and the notebooks imported from
+
+
+def warn(old: str, new: str, level: int = 3) -> None:
+    """Warn that ``old`` is now called ``new``, at the line that uses it."""
+    warnings.warn(f"{old} is deprecated; write {new}", DeprecationWarning, stacklevel=level)
+
+
+def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
+    """Decorator: a function that also takes arguments by their old names.
+
+    Args:
+        names: the new name of each old one.
+
+    Returns:
+        a decorator. The function that it returns warns for each old name.
+
+    Raises:
+        TypeError: on a call with the old and the new name of one argument.
+
+    Example:
+        >>> @renamed_arguments(losses="variants")
+        ... def draw(variants): return variants
+        >>> draw(["sft"])
+        ['sft']
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old in names.keys() & kwargs.keys():
+                new = names[old]
+                if new in kwargs:
+                    raise TypeError(
+                        f"{fn.__name__}() takes {new}= or its old name {old}=, not both; write {new}= alone"
+                    )
+                warn(f"{fn.__name__}({old}=)", f"{new}=")
+                kwargs[new] = kwargs.pop(old)
+            return fn(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
+    """A module's ``__getattr__`` that serves old names.
+
+    Args:
+        module: the module's ``__name__``.
+        names: the new place of each old name, "module.attribute", or the attribute alone where it is in this module.
+
+    Example:
+        >>> serve = renamed_attributes("qlens.core.scales", {"old": "tolerance"})
+        >>> __getattr__ = serve  # in the module itself
+    """
+
+    def get(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        place, _, attribute = names[name].rpartition(".")
+        warn(f"{module}.{name}", f"{place or module}.{attribute}")
+        return getattr(importlib.import_module(place or module), attribute)
+
+    return get
+
+
+class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports of modules by their old names."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """A spec for an old name of ``MODULES``; None for every other name."""
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MODULES else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """A module that hands every attribute of the new one on."""
+        warnings.warn(f"{spec.name} is deprecated; write {MODULES[spec.name]}", DeprecationWarning, stacklevel=2)
+        return ModuleType(spec.name, f"The old name of {MODULES[spec.name]}.")
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Fill the module with what the new one holds."""
+        new = importlib.import_module(MODULES[module.__name__])
+        module.__dict__.update({name: value for name, value in vars(new).items() if not name.startswith("__")})
+
+
+def serve_old_modules() -> None:
+    """Let modules be imported by their old names; every other finder is asked first."""
+    if not any(isinstance(finder, _OldModules) for finder in sys.meta_path):
+        sys.meta_path.append(_OldModules())
