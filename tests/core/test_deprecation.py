@@ -3,10 +3,11 @@
 import importlib
 import sys
 
+import pandas as pd
 import pytest
 
 import qlens
-from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes
+from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes, renamed_columns
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -41,3 +42,13 @@ def test_an_old_attribute_warns_and_unknown_ones_do_not_exist():
         assert get("LOOK") is qlens.InputError
     with pytest.raises(AttributeError, match="no attribute 'other'"):
         get("other")
+
+
+def test_an_old_column_warns_and_slices_are_plain_frames():
+    frame = renamed_columns(pd.DataFrame({"label_weight": [0.5, 1.0], "p_y": [0.1, 0.2]}), trust="label_weight")
+    with pytest.warns(DeprecationWarning, match="label_weight"):
+        assert frame["trust"].tolist() == [0.5, 1.0]
+    assert list(frame.columns) == ["label_weight", "p_y"] and frame["p_y"].sum() == pytest.approx(0.3)
+    assert type(frame[frame["p_y"] > 0.1]) is pd.DataFrame
+    with pytest.raises(KeyError):
+        frame["other"]
