@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import precision
+from qlens.core.numerics import precision
 from qlens.engine.forward import evaluating, model_logits
 from qlens.engine.heads import Head, capped_
 from qlens.engine.packing import uncached

@@ -10,9 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError, brief
+from qlens.core.numerics import precision
 from qlens.core.supervised import IGNORE, signed
-from qlens.core.token_fields import check_floats, check_ids, check_vocabulary, checked_field, number
-from qlens.core.tokens import PER_TOKEN, Tokens, precision
+from qlens.core.tokens import PER_TOKEN, Tokens
+from qlens.core.tokens.fields import check_floats, check_ids, check_vocabulary, checked_field, number
 from qlens.engine.chunked import Observer, Pass
 from qlens.engine.heads import Head, TopK
 from qlens.engine.row_gradients import block_rows, inputs, structure_of

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import slope_of
+from qlens.core.numerics import precision
 from qlens.core.target import Target
-from qlens.core.tokens import MODELS, Tokens, precision
+from qlens.core.tokens import MODELS, Tokens
 from qlens.engine.heads import Head, TopK
 from qlens.engine.kernels import CACHED, Chunk, grad_, mix_, others_, smooth_
 from qlens.engine.label_only import collapsed
@@ -204,7 +205,7 @@ class GradientKernels:
             tokens, target = self._target(rows, {"logits": (log_p, rest), **others})
             with replay.again():
                 losses = self._losses(tokens)
-            push = target.effective_trust  # NaN where the label is the only possible token
+            push = target.label_weight  # NaN where the label is the only possible token
             self._note_infinite(rows, torch.where(target.rest > 0, push, 0.0))
             return push.nan_to_num(), losses
 

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from qlens.core.errors import InputError, brief
+from qlens.core.numerics import precision
 from qlens.core.random_draws import draws_of
 from qlens.core.supervised import LAYOUT, Supervised
-from qlens.core.tokens import MODELS, Tokens, precision
+from qlens.core.tokens import MODELS, Tokens
 from qlens.data.collator import COLUMNS, collate
 from qlens.data.compatibility import check_model
 from qlens.data.models import check_token_ids

@@ -125,7 +125,7 @@ def noisy(tokens):
 def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make, scope):
     ends, shown = [], []
     for every in (1, 1000):
-        method = qlens.registry.variant.Method(name="noisy", fn=noisy, scope=scope)
+        method = qlens.registry.Method(name="noisy", fn=noisy, scope=scope)
         trainer = make(method.variant(), steps=4, logging_steps=every, logging_first_step=True)
         trainer.train()
         ends.append(parameters(trainer.model))

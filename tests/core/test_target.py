@@ -37,7 +37,7 @@ def test_diagnostics_by_hand():
     assert_close(target.negative_mass, double(0.2))
     assert target.in_simplex.tolist() == [False]
     assert target.kl.isnan().all() and target.entropy.isnan().all()
-    assert_close(target.effective_trust, double(1.4))  # (1.2 - .5) / (1 - .5)
+    assert_close(target.label_weight, double(1.4))  # (1.2 - .5) / (1 - .5)
     # the student's own alternatives would hold (1 - 1.2) * (.6, .4) = (-.12, -.08)
     assert_close(target.reshape, double(0.5 * (0.08 + 0.08)))
     inside = qlens.Target.dense(small(), double([0.5, 0.5, 0.0]))
@@ -152,7 +152,7 @@ def test_rows_of_a_target_are_the_target_of_the_rows():
         joined = qlens.Target.join([whole[:2], whole[2:].cpu()])
         for target in (joined, joined.at("unit")):
             wanted = whole if target is joined else whole.at("unit")
-            for figure in ("q", "grad", "scale", "trust", "effective_trust", "negative_mass", "in_simplex", "reshape"):
+            for figure in ("q", "grad", "scale", "trust", "label_weight", "negative_mass", "in_simplex", "reshape"):
                 assert_close(getattr(target, figure), getattr(wanted, figure), msg=f"{name}: {figure}")
         assert_close(whole[torch.tensor([4, 1])].q, whole.q[[4, 1]])
 
@@ -165,4 +165,4 @@ def test_a_weight_multiplies_the_gradient_and_leaves_the_target():
         weighted = qlens.get(name).target(tokens.replace(weight=weight))
         assert_close(weighted.q, plain.q, msg=name)
         assert_close(weighted.grad, weight[:, None] * plain.grad, msg=name)
-        assert_close(weighted.at("unit").effective_trust, weight * plain.effective_trust, msg=name)
+        assert_close(weighted.at("unit").label_weight, weight * plain.label_weight, msg=name)

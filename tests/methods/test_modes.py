@@ -85,7 +85,7 @@ def test_tuples_of_any_length_are_checked():
 def test_the_card_says_what_a_reader_asks(name):
     variant, method = qlens.get(name), BUILT_IN[name]
     shown = cards.card(variant)
-    for word in ("trust in the label", "the rest goes to", "scale", "needs", "scope", "source", "mean over"):
+    for word in ("trust", "residual", "scale", "needs", "scope", "source", "mean over"):
         assert f"  {word}" in shown, word
     assert all(re.search(rf"^  {re.escape(mode)}\s", shown, re.M) for mode in method.modes)
     flat = re.sub(r"\s+", " ", shown)
@@ -107,5 +107,5 @@ def test_a_method_that_sees_raw_logits_says_so():
     tokens = random_tokens(20, 9)
     far = tokens.replace(logits=tokens.logits + 120.0, hint=torch.ones(20, dtype=torch.bool))
     target = qlens.get("uft@code").target(far)
-    assert "sees raw logits" in cards.card(qlens.get("uft@code"))
+    assert "depends on raw logits" in cards.card(qlens.get("uft@code"))
     assert bool(((target.total - 1).abs() > 1e-9).any()) or not bool(target.grad.any())

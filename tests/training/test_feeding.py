@@ -33,7 +33,7 @@ def seen():
             return -tokens.label_log_probs
 
         spy.tokens = []
-        method = qlens.registry.variant.Method(name="spy", fn=spy, needs=needs)
+        method = qlens.registry.Method(name="spy", fn=spy, needs=needs)
         return method.variant(), spy.tokens
 
     return spying
