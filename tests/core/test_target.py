@@ -32,7 +32,7 @@ def test_mix_by_hand():
     assert_close(unit.trust, double(1.2))  # the label coefficient of s (p - Q) does not change: s * trust = 1.2
 
 
-def test_diagnostics_by_hand():
+def test_metrics_by_hand():
     target = qlens.Target.dense(small(), double([1.2, -0.2, 0.0]))
     assert_close(target.negative_mass, double(0.2))
     assert target.in_simplex.tolist() == [False]
@@ -91,25 +91,25 @@ def test_structural_scale_is_refused_with_the_reason():
         qlens.get("sft").target(tokens).at("other")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (dict(labels=torch.tensor([0, 5])), "labels hold 5, outside the vocabulary 0..2"),
-        (dict(labels=torch.tensor([0, -100])), "labels hold -100"),
-        (dict(labels=torch.tensor([0.0, 1.0])), "labels must be an integer tensor"),
-        (dict(labels=torch.tensor([0])), r"labels has shape \(1,\)"),
-        (dict(logits=torch.zeros(2)), r"logits must be a floating-point tensor \(N, V\)"),
-        (dict(logits=torch.zeros(2, 1)), "vocabulary of 1"),
-        (dict(logits=torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 0.0]])), "logits holds NaN.* row 1"),
-        (dict(logits=torch.tensor([[0.0, torch.inf, 2.0], [0.0, 0.0, 0.0]])), r"\+inf"),
-        (dict(teacher=torch.zeros(2, 4)), r"teacher has shape \(2, 4\)"),
-        (dict(weight=torch.ones(3)), r"weight has shape \(3,\)"),
-    ],
+REFUSED = (
+    (dict(labels=torch.tensor([0, 5])), "labels hold 5, outside the vocabulary 0..2"),
+    (dict(labels=torch.tensor([0, -100])), "labels hold -100"),
+    (dict(labels=torch.tensor([0.0, 1.0])), "labels must be an integer tensor"),
+    (dict(labels=torch.tensor([0])), r"labels has shape \(1,\)"),
+    (dict(logits=torch.zeros(2)), r"logits must be a floating-point tensor \(N, V\)"),
+    (dict(logits=torch.zeros(2, 1)), "vocabulary of 1"),
+    (dict(logits=torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 0.0]])), "logits holds NaN.* row 1"),
+    (dict(logits=torch.tensor([[0.0, torch.inf, 2.0], [0.0, 0.0, 0.0]])), r"\+inf"),
+    (dict(teacher=torch.zeros(2, 4)), r"teacher has shape \(2, 4\)"),
+    (dict(weight=torch.ones(3)), r"weight has shape \(3,\)"),
 )
-def test_tokens_refuse_what_does_not_fit(change, says):
+
+
+def test_tokens_refuse_what_does_not_fit():
     fields = dict(logits=torch.zeros(2, 3), labels=torch.tensor([0, 2]))
-    with pytest.raises(qlens.InputError, match=says):
-        qlens.Tokens(**(fields | change))
+    for change, message in REFUSED:
+        with pytest.raises(qlens.InputError, match=message):
+            qlens.Tokens(**(fields | change))
 
 
 def test_targets_refuse_what_does_not_fit():
