@@ -278,5 +278,5 @@ def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monk
         return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(700), weight])[: len(weight)])
 
     monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", 2**18)
-    monkeypatch.setattr("qlens.engine.verification.row_dependence.MOST", 2**16)
+    monkeypatch.setattr("qlens.engine.verification.row_dependence.TRIAL_ENTRIES", 2**16)
     compare(user_method(loss=far_apart, scope="token"), 300, n=1200, chunk=200)
