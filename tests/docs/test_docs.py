@@ -8,6 +8,7 @@ import pkgutil
 import pytest
 
 import qlens
+from qlens.registry.variant import Method
 
 MODULES = [module.name for module in pkgutil.walk_packages(qlens.__path__, "qlens.") if "__main__" not in module.name]
 PACKAGES = sorted({".".join(name.split(".")[:3]) if "variants" in name else name.split(".")[1] for name in MODULES})
@@ -21,16 +22,40 @@ def registry_as_it_was():
     qlens.registry.registry._METHODS.update(before)
 
 
+class Finder(doctest.DocTestFinder):
+    """Also finds the examples of decorated functions, and of functions that registering has turned into a ``Method``."""
+
+    def _from_module(self, module, object):
+        return isinstance(object, property) or getattr(object, "__module__", None) == module.__name__
+
+    def of(self, module):
+        tests = self.find(module, module=module)
+        for name, value in vars(module).items():
+            if isinstance(value, Method) and value.fn.__module__ == module.__name__:
+                tests += self.find(value.fn, name, module=module, globs=dict(vars(module)))
+        return [test for test in tests if test.examples]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_examples_run(package):
     prefix = package if package.startswith("qlens.") else f"qlens.{package}"
-    failed, tried = [], 0
-    for name in MODULES:
-        if name == prefix or name.startswith(f"{prefix}."):
-            result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-            failed += [name] * bool(result.failed)
-            tried += 1
-    assert tried and not failed
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    modules = [name for name in MODULES if name == prefix or name.startswith(f"{prefix}.")]
+    failed = []
+    for name in modules:
+        for test in Finder().of(importlib.import_module(name)):
+            if runner.run(test).failed:
+                failed.append(test.name)
+    assert modules and not failed
+
+
+def test_examples_of_decorated_functions_are_found():
+    for module, names in {
+        "variants.likelihood.dft": {"dft"},
+        "core.deprecation": {"renamed_arguments", "renamed_attributes", "renamed_columns"},
+    }.items():
+        tests = Finder().of(importlib.import_module(f"qlens.{module}"))
+        assert {test.name.removeprefix(f"qlens.{module}.") for test in tests} == names
 
 
 def test_public_names_have_a_docstring_and_an_example():
