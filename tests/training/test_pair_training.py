@@ -127,7 +127,7 @@ def test_half_a_pair_is_refused_with_what_to_do(make):
 
 
 def test_a_method_of_pairs_needs_their_ids():
-    method = qlens.registry.variant.Method(
+    method = qlens.registry.Method(
         name="mine", fn=lambda tokens: -tokens.label_log_probs, scope="pair", structure="label"
     )
     with pytest.raises(InputError, match=r"mine needs a pair: give fused_loss\(pair=...\)"):
