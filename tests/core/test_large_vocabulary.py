@@ -14,7 +14,7 @@ from qlens.core.numerics import log_softmax
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
 from qlens.core.tokens import MODELS, Tokens
-from qlens.training.metrics import Tally
+from qlens.training.metrics import MetricSums
 
 V = 32_000
 FIGURES = ("total", "negative_mass", "label_weight", "trust", "pull", "room", "reshape", "entropy", "kl", "q")
@@ -197,9 +197,9 @@ def test_logged_means_are_those_of_float64_over_batches_of_any_size():
         kept = ("logits", "labels", *variant.needs)
         given = Tokens(**{field: value for field, value in tokens.fields().items() if field in kept})
         for each, parts in ((given, (slice(0, 3), slice(3, 8))), (double(given), (slice(0, 8),))):
-            tally = Tally()
+            tally = MetricSums()
             for part in parts:
-                tally.look(variant, each[part], variant.loss(each[part]))
+                tally.add_tokens(variant, each[part], variant.loss(each[part]))
             means.append(tally.means(Alone()))
         found, exact = means
         assert found["signed_share"] == exact["signed_share"], name
