@@ -149,7 +149,8 @@ def place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
 def _place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
     fn, params = variant.loss_fn, variant.params
     one = torch.zeros_like(tokens.labels)
-    tokens = few(trial_rows(Tokens.unchecked(**{"sequence": one, **tokens.fields()})))  # copies are texts of their own
+    trial = trial_rows(Tokens.unchecked(**{"sequence": one, **tokens.fields()}))
+    tokens = few(trial, style.group)  # copies are texts of their own
     divisor_of = (find_division(fn, params, tokens, variant.spec) or SUM).divisor
     grads = []
     for layout in (Layout(), PROMPT):

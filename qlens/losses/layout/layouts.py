@@ -55,6 +55,7 @@ class Style:
             "classes": logits (B, V, T), all else (B, T).
         chunks: number of chunks of a list of logits, along the tokens; 0: no list. ``cut``: "chunk" or "tensor_split".
         container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
+        group: number of texts that every batch holds a multiple of, for a loss of groups of texts; 1: any number.
         pairs: how a batch holds the texts of pairs: "halves", all chosen before all rejected; "alternate", each chosen text
             before its rejected one; "": texts are given as they come.
     """
@@ -77,6 +78,7 @@ class Style:
     cut: str = "chunk"
     container: str = ""
     pairs: str = ""
+    group: int = 1
 
     @property
     def laid_out(self) -> bool:
