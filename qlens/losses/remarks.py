@@ -261,20 +261,18 @@ def _without_effect(fn: Callable, params: Mapping[str, Any], tokens: Tokens, sty
     for field, names in fields.items():
         if field == "pair":
             continue
-        other = _turned(tokens, field)
-        if other is None:
-            continue
-        try:
-            moved = (grad_of(fn, params, other, style) - base).norm() > 1e-6 * base.norm()
+        turned = [other for scale in (0.5, 20.0, -20.0) if (other := _turned(tokens, field, scale)) is not None]
+        try:  # a hinge reacts to large changes alone
+            moved = [(grad_of(fn, params, other, style) - base).norm() > 1e-6 * base.norm() for other in turned]
         except InputError:
             continue
-        if not bool(moved):
+        if moved and not any(map(bool, moved)):
             said.append(f"{' and '.join(names)} has no effect on its gradient.")
     return said
 
 
-def _turned(tokens: Tokens, field: str) -> Tokens | None:
-    """The tokens with other values in a field."""
+def _turned(tokens: Tokens, field: str, scale: float) -> Tokens | None:
+    """The tokens with other values in a field; other models' logits moved to the next entry, times ``scale``."""
     value = getattr(tokens, field)
     if field == "weight":
         value = (
@@ -286,7 +284,7 @@ def _turned(tokens: Tokens, field: str) -> Tokens | None:
     if value.dtype is torch.bool:
         return tokens.replace(**{field: ~value})
     if field in MODELS:
-        return tokens.replace(**{field: 0.5 * value.roll(1, -1)})
+        return tokens.replace(**{field: scale * value.roll(1, -1)})
     if value.is_floating_point():
         return tokens.replace(**{field: 2 * value.roll(1, 0) + 1})
     return None

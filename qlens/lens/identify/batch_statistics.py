@@ -218,8 +218,8 @@ def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise, Tensor | None]]) -> 
         weight = weight[rest > NEAR_ONE]
         of["the batch's mean weight"].append(float(weight.mean()))
         gate = (
-            float(weight[weight != 0].std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
-        )  # its largest is 1 anyway
+            float(weight[weight != 0].abs().std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
+        )  # all of one size, as of a hinge on pairs: the largest is no divisor
         of["the batch's largest weight"].append(float("nan") if gate else float(weight.max()))
     for by, values in of.items():
         if (
