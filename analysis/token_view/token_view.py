@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qlens.analysis.token_view.page import html
 from qlens.analysis.token_view.ranking import Ranking, jsonl, rank
 from qlens.analysis.token_view.summary import Summary, summary_of
-from qlens.analysis.token_view.token_text import Pieces, legible
+from qlens.analysis.token_view.token_text import TokenText, legible
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text
 from qlens.core.supervised import IGNORE
@@ -53,7 +53,7 @@ class TokenView:
 
     texts: tuple[Text, ...]
     summary: Summary
-    pieces: Pieces
+    pieces: TokenText
     skipped: Mapping[int, str]
     ranked: Ranking | None = None
 
@@ -199,7 +199,7 @@ def view(
         for row, made in examples.items()
     )
     summary = summary_of(model, list(examples.values()), chosen, candidates, **others)
-    return TokenView(texts, summary, Pieces(tokenizer), skipped)
+    return TokenView(texts, summary, TokenText(tokenizer), skipped)
 
 
 def _columns(text: Any) -> list[str]:

@@ -10,8 +10,8 @@ from numpy.testing import assert_allclose
 from tiny import VOCAB, letters
 
 from qlens import InputError
-from qlens.analysis.compare.environments import Real, open_ground
-from qlens.analysis.compare.evaluation import held_tokens
+from qlens.analysis.compare.environments import UserSource, open_environment
+from qlens.analysis.compare.evaluation import held_out_tokens
 from qlens.analysis.compare.jobs import Job, slug
 from qlens.analysis.study.study import FILES, Study
 from qlens.data.models import load_model
@@ -34,7 +34,11 @@ def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
     study = compare(save=True)
     folder = tmp_path / "run"
     files = ["config.json", "table.md", "report.html", *FILES.values(), "figures/scores.csv"]
-    files += [f"figures/{name}.{kind}" for name in ("scores", "frontier", "curves", "trust") for kind in ("png", "csv")]
+    files += [
+        f"figures/{name}.{kind}"
+        for name in ("scores", "frontier", "curves", "label_weight")
+        for kind in ("png", "pdf", "csv")
+    ]
     assert all((folder / file).stat().st_size for file in files)
     assert not list(folder.rglob("*.partial"))
     assert study.results.columns.tolist() == ["setting", "method", "seed", "item", "score"]
@@ -48,8 +52,8 @@ def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
     assert str(loaded) == str(study) and loaded.to_markdown() == study.to_markdown()
     kept = load_model(folder / "models" / "dft-1")
     (nll,) = study.diagnostics.query("method == 'dft' and seed == 1")["nll"]
-    held = open_ground(Real.of(*(str(p) for p in own_paths(study)), steps=3)).held
-    (tokens,) = held_tokens(kept, held)
+    held = open_environment(UserSource.of(*(str(p) for p in own_paths(study)), steps=3)).held
+    (tokens,) = held_out_tokens(kept, held)
     assert_allclose(-tokens.label_log_probs.mean(), nll, rtol=1e-5)
 
 
@@ -63,7 +67,7 @@ def test_the_base_is_the_start_and_training_moves_away_from_it(compare):
     study = compare()
     found = study.diagnostics.set_index(["method", "seed"])
     assert_allclose(found.loc["base", "kl_start"], 0, atol=1e-7)
-    assert found.loc["base", "trust"].isna().all() and (found.loc["base", "steps"] == 0).all()
+    assert found.loc["base", "label_weight"].isna().all() and (found.loc["base", "steps"] == 0).all()
     assert (found.drop("base")["kl_start"] > 1e-5).all() and (found.drop("base")["steps"] == 3).all()
     base = study.results.query("method == 'base'").pivot(index="seed", columns="item", values="score")
     assert_allclose(base.loc[0], base.loc[1])

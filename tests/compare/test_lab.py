@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlens.lab
 from qlens.analysis.study import tables
 from qlens.core.errors import InputError
-from qlens.lab import Author, World, cache
+from qlens.lab import Annotator, World, cache
 
 PARTS = ("base", "teacher", "measured")
 
@@ -79,7 +79,7 @@ def test_a_second_call_builds_nothing(cached, made):
     )
     assert found["noise"] == np.mean([not each.clean for each in world.demonstrations])
     assert found["noise_asked"] == MINI.noise and found["kl_base_teacher"] > 0
-    judged = [right for each in world.demonstrations for right in each.truth if right is not None]
+    judged = [right for each in world.demonstrations for right in each.correct if right is not None]
     np.testing.assert_allclose(found["wrong_digits"], np.mean(np.logical_not(judged)))
     assert len(judged) == (MINI.depth + 1) * MINI.demonstrations
     assert 1 < found["wordings"] <= 4 and 0 <= found["base_agrees"] <= 1
@@ -135,7 +135,7 @@ def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
 
 
 @pytest.mark.parametrize(
-    "change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Author(slip=(0.06, 0.06, 0.06))}], ids=str
+    "change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Annotator(slip=(0.06, 0.06, 0.06))}], ids=str
 )
 def test_other_numbers_never_meet_an_old_cache(change, cached):
     other = World(dataclasses.replace(MINI, **change))

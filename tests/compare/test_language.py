@@ -9,7 +9,7 @@ from mini_lab import MINI, PROBLEM
 import qlens.lab
 from qlens.core.errors import InputError, UnknownName
 from qlens.data.examples import encode
-from qlens.lab import SETTINGS, Author, World
+from qlens.lab import SETTINGS, Annotator, World
 from qlens.lab.language import SPLITS, compute, split_of
 from qlens.lab.models import longest
 
@@ -66,14 +66,14 @@ def test_equal_numbers_give_equal_worlds_and_other_seeds_others():
 
 
 def test_clean_rows_are_right_and_the_noise_is_what_was_asked():
-    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Author(), noise=0.4))
+    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Annotator(), noise=0.4))
     dirty = [each for each in noisy.demonstrations if not each.clean]
     assert len(dirty) / len(noisy.demonstrations) == pytest.approx(0.4, abs=0.03)
     right = [noisy.verify(each.problem, each.completion) for each in noisy.demonstrations if each.clean]
     assert all(right)
     lucky = [noisy.verify(each.problem, each.completion) for each in dirty]  # a wrong step may still end right
     assert 0 < np.mean(lucky) < 0.2
-    spotless = World(dataclasses.replace(MINI, scribe=Author(), noise=0.0))
+    spotless = World(dataclasses.replace(MINI, scribe=Annotator(), noise=0.0))
     assert all(each.clean for each in spotless.demonstrations)
 
 
@@ -116,4 +116,4 @@ def test_a_setting_that_makes_no_world_is_refused(change):
 @pytest.mark.parametrize("change", [{"slip": (0.0, -0.1, 0.0)}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
 def test_an_author_who_cannot_be_is_refused(change):
     with pytest.raises(InputError, match=next(iter(change))):
-        Author(**change)
+        Annotator(**change)

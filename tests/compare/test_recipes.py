@@ -7,7 +7,7 @@ from tiny import letters, llama
 
 import qlens
 from qlens import InputError
-from qlens.analysis.compare.environments import Ground
+from qlens.analysis.compare.environments import Environment
 from qlens.analysis.compare.recipes import BASE, CONTROLS, DEFAULT, WEIGHTS, Recipe, recipes
 from qlens.testing import CONTRACT, check_variant, random_tokens
 
@@ -49,25 +49,25 @@ def test_constant_trust_changes_the_trust_alone():
         assert_allclose(found.residual, plain.residual, atol=1e-8)
 
 
-def ground(student, teacher):
-    return Ground(
-        train=[], held=[], start=lambda: student, teacher=None if teacher is None else lambda: teacher,
+def environment(student, teacher):
+    return Environment(
+        train=[], held_out=[], start=lambda: student, teacher=None if teacher is None else lambda: teacher,
         score=lambda m, s: None, validate=lambda m, s: None, tokenizer=letters(), steps=150, batch_size=1,
-        learning_rate=1e-3, truth=None, noted={},
+        learning_rate=1e-3, correct=None, metadata={},
     )  # fmt: skip
 
 
 def test_who_guides_and_how_long():
     student, teacher = llama(0), llama(1)
-    here = ground(student, teacher)
+    here = environment(student, teacher)
     guided, alone = Recipe(qlens.get("target_sft")), Recipe(qlens.get("target_sft"), guide="base")
-    assert here.others(guided, ("teacher",)) == {"teacher": teacher}
-    assert here.others(alone, ("teacher", "reference")) == {"teacher": student, "reference": student}
-    assert here.others(guided, ()) == {}
+    assert here.models(guided, ("teacher",)) == {"teacher": teacher}
+    assert here.models(alone, ("teacher", "reference")) == {"teacher": student, "reference": student}
+    assert here.models(guided, ()) == {}
     longer = Recipe(qlens.get("sft"), equal_compute=True)
     assert (here.steps_of(guided), here.steps_of(longer), here.steps_of(Recipe(None))) == (150, 200, 0)
-    with pytest.raises(InputError, match="equal compute"):
-        ground(student, None).steps_of(longer)
+    with pytest.raises(InputError, match="sft_equal_compute needs a teacher"):
+        environment(student, None).steps_of(longer)
 
 
 def test_a_function_cannot_pass_for_a_built_in_row():

@@ -104,12 +104,12 @@ def test_a_failing_job_is_written_down_the_others_finish_and_the_next_call_tries
 
 
 def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
-    from qlens.analysis.compare.environments import Lab, open_ground
+    from qlens.analysis.compare.environments import LabSource, open_environment
 
-    ground = open_ground(Lab(MINI, 4))
+    ground = open_environment(LabSource(MINI, 4))
     scores = iter([ground.score(ground.start(), 0), np.full(12, np.nan)])
     monkeypatch.setattr(
-        "qlens.analysis.compare.jobs.open_ground",
+        "qlens.analysis.compare.jobs.open_environment",
         lambda source: dataclasses.replace(ground, score=lambda *_: next(scores)),
     )
     study = compare("sft", seeds=1)

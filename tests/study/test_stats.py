@@ -266,7 +266,7 @@ def test_figures_of_a_short_simulation_are_near_what_is_promised(case):
 
 
 @pytest.mark.parametrize(
-    "case", [*simulation.CASES[7:9], simulation.Lab(a=0.5, b=4, seed=1, own=0.7, cell=0.8)], ids=str
+    "case", [*simulation.CASES[7:9], simulation.BetaBinomial(a=0.5, b=4, seed=1, own=0.7, cell=0.8)], ids=str
 )
 def test_true_means_are_those_of_many_draws(case):
     shifts = np.array([-1.25, 0.0, 0.02, 1.25])

@@ -13,7 +13,7 @@ import qlens
 from qlens import InputError, Tokens
 from qlens.analysis.token_view import summary
 from qlens.analysis.token_view.summary import Summary, summarise, summary_of
-from qlens.analysis.token_view.token_text import Pieces, completed
+from qlens.analysis.token_view.token_text import TokenText, completed
 
 N, V = 7, 11
 SPECS = ["sft", "dft", "kd", "gem", "label_smoothing"]
@@ -166,7 +166,7 @@ def byte_fallback():
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()], ids=["byte-level", "byte-fallback"])
 @pytest.mark.parametrize("text", ["a a", "a\na", "aé", "a😀!", "שלום", "\u202ea", "👨‍👩‍👧"])
 def test_the_texts_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
-    pieces = Pieces(tokenizer)
+    pieces = TokenText(tokenizer)
     strings = [pieces[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
     assert "".join(strings).encode("utf-8", "surrogateescape").decode() == text
     whole = completed(strings)
@@ -174,6 +174,6 @@ def test_the_texts_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
 
 
 def test_special_and_unknown_tokens_have_names():
-    pieces = Pieces(letters())
+    pieces = TokenText(letters())
     assert pieces[0] == "<s>" and pieces[999] == "<999>" and pieces[3] == "\n"
     assert completed(["\udcf0", "a", "\udc9f"]) == {}

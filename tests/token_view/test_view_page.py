@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from browser import worst
-from made_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
+from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from mini_lab import MINI
 import qlens
 from qlens import InputError
 from qlens.analysis.compare import learning_rates
-from qlens.analysis.compare.environments import Lab
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.learning_rates import (
     GRID,
     SEEDS,
@@ -62,14 +62,14 @@ def test_the_record_has_every_method_and_control_in_every_setting_as_it_is_now(s
     for name, among in recipes([*DEFAULT, *CONTROLS]).items():
         if name == BASE:
             continue
-        scores = recorded(Lab(setting), name)
+        scores = recorded(LabSource(setting), name)
         assert set(scores) == {recipe.spec for recipe in among}, (
             f"{name}: run python -m qlens.analysis.compare.learning_rates"
         )
         for of_recipe in scores.values():
             assert set(of_recipe) == {str(rate) for rate in GRID}
             assert all(len(seen) == len(SEEDS) for seen in of_recipe.values())
-        choice = settle(Lab(setting), name, among, None, False)
+        choice = settle(LabSource(setting), name, among, None, False)
         assert choice.origin == "record" and choice.learning_rate in GRID
 
 
@@ -86,7 +86,7 @@ def record(tmp_path, monkeypatch):
 
 
 def test_who_chooses_the_rate(record):
-    lab, other = Lab(MINI), [Recipe(qlens.get("dft"))]
+    lab, other = LabSource(MINI), [Recipe(qlens.get("dft"))]
     best = 0.03  # .13 against .11: more than the margin
     assert settle(lab, BASE, [Recipe(None)], None, False).learning_rate == 0
     assert settle(lab, "sft", SFT, 0.5, False).told() == {"recipe": "sft", "learning_rate": 0.5, "origin": "given"}
@@ -94,15 +94,15 @@ def test_who_chooses_the_rate(record):
     assert settle(lab, "dft", other, None, False).told() == {"recipe": "dft", "learning_rate": best, "origin": "as sft"}
     assert settle(lab, "dft", other, None, True) == GRID
     assert settle(lab, "sft", SFT, None, True).origin == "record"
-    changed = Lab(dataclasses.replace(MINI, seed=9))
+    changed = LabSource(dataclasses.replace(MINI, seed=9))
     assert settle(changed, "sft", SFT, None, False).told() == {
         "recipe": "sft",
         "learning_rate": MINI.learning_rate,
         "origin": "default",
     }
-    assert settle(Lab(MINI, steps=3), "sft", SFT, None, False).origin == "record of other steps"
-    assert settle(Lab(MINI, steps=3), "sft", SFT, None, True) == GRID, "the record is of other steps"
-    assert settle(Lab(MINI, steps=MINI.steps), "sft", SFT, None, True).origin == "record"
+    assert settle(LabSource(MINI, steps=3), "sft", SFT, None, False).origin == "record of other steps"
+    assert settle(LabSource(MINI, steps=3), "sft", SFT, None, True) == GRID, "the record is of other steps"
+    assert settle(LabSource(MINI, steps=MINI.steps), "sft", SFT, None, True).origin == "record"
     with pytest.raises(InputError, match="kd_hybrid_tuned is chosen on validation.*lr_grid"):
         settle(lab, "kd_hybrid_tuned", TUNED, None, False)
     assert settle(lab, "kd_hybrid_tuned", TUNED, None, True) == GRID
@@ -110,7 +110,7 @@ def test_who_chooses_the_rate(record):
 
 
 def test_a_rate_that_failed_at_a_seed_is_out(tmp_path):
-    tried = trials(Lab(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
+    tried = trials(LabSource(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
     assert len(tried) == 2 * len(SEEDS) and len({trial.path for trial in tried}) == len(tried)
     assert gathered(tried) == {}
     for number, trial in enumerate(tried[:-1]):
