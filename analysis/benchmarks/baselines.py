@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qlens.core.tokens import Tokens
 from qlens.engine.fused import fused_loss
@@ -76,9 +76,10 @@ def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
 
     def run() -> None:
         total = torch.zeros(())
-        for start in range(0, len(x.labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
+        with set_checkpoint_early_stop(False):  # it ends a recomputation by an exception within the loss
+            for start in range(0, len(x.labels), CHUNK):
+                rows = slice(start, start + CHUNK)
+                total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
         (total / len(x.labels)).backward()
 
     return run
