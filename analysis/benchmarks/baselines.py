@@ -110,10 +110,10 @@ def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
 
 def qlens_with_metrics(x: Inputs, method: str) -> Callable[[], None]:
     """The engine, with the metrics that a trainer logs."""
-    from qlens.training.metrics import Tally
+    from qlens.training.metrics import MetricSums
 
     others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=Tally().add, **others).backward()
+    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().add, **others).backward()
 
 
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {

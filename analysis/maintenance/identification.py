@@ -22,8 +22,8 @@ from qlens.core.errors import InputError
 from qlens.core.probes import probes
 from qlens.lens.identify import matching, parameter_search
 from qlens.registry import Variant, methods, params, resolve
+from qlens.registry.method import Method
 from qlens.registry.params import Between
-from qlens.registry.variant import Method
 
 DRAWS = 3
 NO_GRADIENT = 1e-9  # largest gradient that counts as zero
