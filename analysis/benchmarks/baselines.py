@@ -113,7 +113,7 @@ def qlens_with_metrics(x: Inputs, method: str) -> Callable[[], None]:
     from qlens.training.metrics import MetricSums
 
     others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().add, **others).backward()
+    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().observe, **others).backward()
 
 
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
-from qlens.analysis.study.tables import markdown_table
+from qlens.analysis.table_formats import markdown_table
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
 from qlens.core.probes import probes

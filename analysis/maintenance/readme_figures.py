@@ -120,13 +120,13 @@ def _token(source: Source) -> Picture:
     tokens = material.tokens
     unlikely = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0].tolist() or range(len(tokens))
     i = min(unlikely, key=lambda row: abs(float(tokens.label_probs[row]) - SHOWN_P_Y))
-    data = plots.token_frame(METHODS, tokens, i, decode=material.tokenizer)
+    data = plots.token_frame(METHODS, tokens, i, token_text=material.tokenizer)
     return plots.figure_token(data), data
 
 
 def _sequence(source: Source) -> Picture:
     material = source()
-    data = plots.text_frame(METHODS, material.tokens[:TOKENS], decode=material.tokenizer)
+    data = plots.text_frame(METHODS, material.tokens[:TOKENS], token_text=material.tokenizer)
     return plots.figure_sequence(data), data
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from scipy import special
 
 from qlens.analysis.study import stats
-from qlens.analysis.study.tables import markdown_table
+from qlens.analysis.table_formats import markdown_table
 
 SEEDS, ITEMS = (3, 5, 10), (20, 100)
 SETTINGS, METHODS, RANKED = 4, 6, 6

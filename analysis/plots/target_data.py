@@ -109,8 +109,8 @@ def sweep_frame(variants: Variants, tokens: Tokens | None = None) -> pd.DataFram
     return renamed_columns(frame, **old)
 
 
-@renamed_arguments(losses="variants", pieces="decode", at="i")
-def token_frame(variants: Variants, tokens: Tokens, i: int, *, decode: Decode = str, top: int = 8) -> pd.DataFrame:
+@renamed_arguments(losses="variants", pieces="token_text", at="i")
+def token_frame(variants: Variants, tokens: Tokens, i: int, *, token_text: Decode = str, top: int = 8) -> pd.DataFrame:
     """p and Q of one token over its most relevant entries, for ``plot_update``, ``plot_target`` and ``figure_token``.
 
     The entries are the label and the ``top`` with the largest p or |Q| of any variant, at least 0.005, in the order of p;
@@ -120,7 +120,7 @@ def token_frame(variants: Variants, tokens: Tokens, i: int, *, decode: Decode = 
         variants: specs, Variants or callables; or a dict of these by the names to print.
         tokens: N tokens; all of them, for variants that use whole sequences.
         i: row of the token.
-        decode: a tokenizer, or a function from a token id to its text.
+        token_text: a tokenizer, or a function from a token id to its text.
         top: number of entries beside the rest.
 
     Returns:
@@ -145,7 +145,7 @@ def token_frame(variants: Variants, tokens: Tokens, i: int, *, decode: Decode = 
     ids.sort(key=lambda token: -float(p[token]))
     rest = torch.ones_like(p, dtype=torch.bool)
     rest[ids] = False
-    text = _decoder(decode)
+    text = _decoder(token_text)
     names = [text(token) for token in ids]
     parts = []
     for name, row in zip(targets, q, strict=True):
@@ -158,14 +158,14 @@ def token_frame(variants: Variants, tokens: Tokens, i: int, *, decode: Decode = 
     return pd.concat(parts, ignore_index=True)
 
 
-@renamed_arguments(losses="variants", pieces="decode")
-def text_frame(variants: Variants, tokens: Tokens, *, decode: Decode = str) -> pd.DataFrame:
+@renamed_arguments(losses="variants", pieces="token_text")
+def text_frame(variants: Variants, tokens: Tokens, *, token_text: Decode = str) -> pd.DataFrame:
     """Metrics of the targets along a text, for ``plot_sequence`` and ``figure_sequence``.
 
     Args:
         variants: specs, Variants or callables; or a dict of these by the names to print.
         tokens: the N tokens of the text, in order.
-        decode: a tokenizer, or a function from a token id to its text.
+        token_text: a tokenizer, or a function from a token id to its text.
 
     Returns:
         a row per variant and token: method, position (0, 1, ...), token, p_y, label_weight = -g_y / (1 - p_y), entropy H(Q)
@@ -178,7 +178,7 @@ def text_frame(variants: Variants, tokens: Tokens, *, decode: Decode = str) -> p
         >>> text_frame(["sft", "gem"], sweep_tokens([0.2, 0.8])).groupby("method").label_weight.max().round(3).to_dict()
         {'gem': 1.053, 'sft': 1.0}
     """
-    parts, text = [], _decoder(decode)
+    parts, text = [], _decoder(token_text)
     for name, target in _targets(variants, tokens).items():
         columns = {
             "p_y": tokens.label_probs,
@@ -243,9 +243,9 @@ def _targets(variants: Variants, tokens: Tokens) -> dict[str, Target]:
     return {name: resolve(variant).target(tokens).at("unit") for name, variant in named.items()}
 
 
-def _decoder(decode: Decode) -> Callable[[int], str]:
+def _decoder(token_text: Decode) -> Callable[[int], str]:
     """The text of a token; part of a character (a lone surrogate), which no frame or file can hold, as its escape."""
-    text = TokenText(decode).__getitem__ if hasattr(decode, "convert_ids_to_tokens") else decode
+    text = TokenText(token_text).__getitem__ if hasattr(token_text, "convert_ids_to_tokens") else token_text
     return lambda token: text(token).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

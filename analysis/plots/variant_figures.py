@@ -9,14 +9,14 @@ from qlens.analysis.plots.target_figures import figure_plane, figure_sequence, f
 from qlens.core.tokens import Tokens
 
 
-def plot_token(variants: Variants, tokens: Tokens, i: int = 0, *, decode: Decode = str, top: int = 8) -> Figure:
+def plot_token(variants: Variants, tokens: Tokens, i: int = 0, *, token_text: Decode = str, top: int = 8) -> Figure:
     """Targets of variants at one token, side by side: p, the update of the logits Q - p, and Q.
 
     Args:
         variants: specs, Variants or callables; or a dict of these by the names to print.
         tokens: N tokens; the whole batch, for variants that use other tokens.
         i: row of the token.
-        decode: a tokenizer, or a function from a token id to its text; by default the ids are shown.
+        token_text: a tokenizer, or a function from a token id to its text; by default the ids are shown.
         top: number of vocabulary entries shown; the others are summed.
 
     Returns:
@@ -32,16 +32,16 @@ def plot_token(variants: Variants, tokens: Tokens, i: int = 0, *, decode: Decode
         >>> len(figure.axes)
         3
     """
-    return figure_token(token_frame(variants, tokens, i, decode=decode, top=top))
+    return figure_token(token_frame(variants, tokens, i, token_text=token_text, top=top))
 
 
-def plot_text(variants: Variants, tokens: Tokens, *, decode: Decode = str, show: Any = None) -> Figure:
+def plot_text(variants: Variants, tokens: Tokens, *, token_text: Decode = str, show: Any = None) -> Figure:
     """Targets of variants along a text as heat maps, a column per token and a row per variant.
 
     Args:
         variants: specs, Variants or callables; or a dict of these by the names to print.
         tokens: the N tokens of the text, in order.
-        decode: a tokenizer, or a function from a token id to its text; by default the ids are shown.
+        token_text: a tokenizer, or a function from a token id to its text; by default the ids are shown.
         show: names of metrics: "label_weight" (-g_y / (1 - p_y)), "entropy" (H(Q), nats), "kl" (KL(Q || p), nats),
             "negative_mass", "reshape"; by default the first four.
 
@@ -55,7 +55,7 @@ def plot_text(variants: Variants, tokens: Tokens, *, decode: Decode = str, show:
         >>> import qlens
         >>> figure = qlens.plot_text(["sft", "dft"], qlens.probes()[:12], show=["label_weight"])
     """
-    data = text_frame(variants, tokens, decode=decode)
+    data = text_frame(variants, tokens, token_text=token_text)
     return figure_sequence(data) if show is None else figure_sequence(data, show)
 
 

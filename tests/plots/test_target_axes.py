@@ -34,8 +34,8 @@ ODD = [
 ]
 METHODS = ("sft", "dft", "gem", "target_sft")
 SWEEP = sweep_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 19)))
-TOKEN = token_frame(["gem"], sweep_tokens([0.1]), 0, decode=ODD.__getitem__)
-TEXT = text_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 12)), decode=lambda token: "$tok_")
+TOKEN = token_frame(["gem"], sweep_tokens([0.1]), 0, token_text=ODD.__getitem__)
+TEXT = text_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 12)), token_text=lambda token: "$tok_")
 PLANE = plane_frame(METHODS, sweep_tokens())
 ANGLES = pd.DataFrame(
     [[0.0, 10, 80], [10, 0, 60], [80, 60, 0]], index=["sft", "kd", "dft"], columns=["sft", "kd", "dft"]
@@ -230,7 +230,7 @@ def test_figures_fit_a_column_of_a_paper(width, explained):
     """Nothing collapses, no glyph is missing (both would warn), and no text leaves the figure."""
     figures = [
         plots.figure_sweep(SWEEP, width),
-        plots.figure_token(token_frame(METHODS, sweep_tokens([0.1]), 0, decode=ODD.__getitem__), width),
+        plots.figure_token(token_frame(METHODS, sweep_tokens([0.1]), 0, token_text=ODD.__getitem__), width),
         plots.figure_sequence(TEXT, width=width),
         plots.figure_plane(PLANE, width),
         plots.figure_atlas(ANGLES, width),
@@ -246,7 +246,7 @@ def test_figures_fit_a_column_of_a_paper(width, explained):
 
 def test_odd_tokens_are_drawn_without_a_warning(ax):
     tokens = Tokens(logits=torch.linspace(2, 0, len(ODD))[None].double(), labels=torch.tensor([0]))
-    data = token_frame(["sft"], tokens, 0, decode=ODD.__getitem__, top=len(ODD))
+    data = token_frame(["sft"], tokens, 0, token_text=ODD.__getitem__, top=len(ODD))
     plots.plot_update(data, ax=ax)
     ax.figure.draw_without_rendering()
     names = [tick.get_text() for tick in ax.get_yticklabels()]

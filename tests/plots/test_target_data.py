@@ -67,12 +67,12 @@ def test_frames_agree_with_the_targets():
 
 def test_one_call_draws_a_token_a_text_and_the_plane():
     tokens, tokenizer = qlens.probes()[:12], letters()
-    figure = qlens.plot_token(["sft", "gem"], tokens, 3, decode=tokenizer, top=4)
+    figure = qlens.plot_token(["sft", "gem"], tokens, 3, token_text=tokenizer, top=4)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["sft", "gem"]
     names = [name.get_text() for name in figure.axes[0].get_yticklabels()]
-    wanted = token_frame(["sft"], tokens, 3, decode=tokenizer, top=4)["token"]
+    wanted = token_frame(["sft"], tokens, 3, token_text=tokenizer, top=4)["token"]
     assert names == [shown(name) for name in wanted] and names[-1] == "(rest)"
-    figure = qlens.plot_text({"plain": "sft"}, tokens, decode=tokenizer, show=["kl"])
+    figure = qlens.plot_text({"plain": "sft"}, tokens, token_text=tokenizer, show=["kl"])
     text = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert text == [shown(TokenText(tokenizer)[int(label)]) for label in tokens.labels]
     figure = qlens.plot_plane(["sft", "dft"], tokens)
