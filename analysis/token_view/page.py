@@ -33,6 +33,7 @@ class Metric(NamedTuple):
     signed: bool = False
 
 
+MARGIN = "log p of the runner-up minus log p of the label, nats; the smaller of student's and teacher's"
 METRICS = (
     Metric("label_weight", "label weight", "gradient on the label as a share of SFT's, -g_y / (1 - p_y)", True, 1.0, True),
     Metric("q_other", "Q(other)", "1 - Q_y: the target's mass that is not on the label", True, 1.0, True),
@@ -45,7 +46,7 @@ METRICS = (
     Metric("entropy_p", "entropy of p", "in nats", False),
     Metric("teacher_y", "teacher(label)", "the teacher's probability of the label", False, 1.0),
     Metric("disagreement", "teacher disagreement", "half the sum of |teacher - p| over the vocabulary", False, 1.0),
-    Metric(NEGATIVE_MARGIN, "negative margin", "log p of the runner-up minus log p of the label, nats; with a teacher the smaller of the two models'", False, None, True),
+    Metric(NEGATIVE_MARGIN, "negative margin", MARGIN, False, None, True),
 )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Comparisons on miniature models: equal conditions, resuming, refusals, and what the run folder holds."""
+"""Comparisons on miniature models: equal conditions, resuming, refusals, and the run folder."""
 
 import re
 
@@ -14,7 +14,7 @@ from qlens.analysis.compare.environments import UserSource, open_environment
 from qlens.analysis.compare.evaluation import held_out_tokens
 from qlens.analysis.compare.jobs import Job, slug
 from qlens.analysis.study.study import FILES, Study
-from qlens.data.models import load_model
+from qlens.data.models import load_model, load_tokenizer
 
 OWN_LOSS = """
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def same(one, other):
     return True
 
 
-def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
+def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path, figures):
     study = compare(save=True)
     folder = tmp_path / "run"
     files = ["config.json", "table.md", "report.html", *FILES.values(), "figures/scores.csv"]
@@ -52,8 +52,8 @@ def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
     assert str(loaded) == str(study) and loaded.to_markdown() == study.to_markdown()
     kept = load_model(folder / "models" / "dft-1")
     (nll,) = study.diagnostics.query("method == 'dft' and seed == 1")["nll"]
-    held = open_environment(UserSource.of(*(str(p) for p in own_paths(study)), steps=3)).held
-    (tokens,) = held_out_tokens(kept, held)
+    held_out = open_environment(UserSource.of(*(str(p) for p in own_paths(study)), steps=3)).held_out
+    (tokens,) = held_out_tokens(kept, held_out)
     assert_allclose(-tokens.label_log_probs.mean(), nll, rtol=1e-5)
 
 
@@ -158,12 +158,29 @@ def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_p
     strength = 0.25
     with pytest.raises(InputError, match="methods.mine was"):
         compare([spec, mine], seeds=1, out=tmp_path / "1")
-    file.write_text(OWN_LOSS.replace("0.5", "0.7"), encoding="utf-8")
-    with pytest.raises(InputError, match="own.py has changed since"):
-        compare([spec, mine], seeds=1, out=tmp_path / "1")
 
 
-def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(compare, tmp_path):
+def test_models_are_folders_or_modules(compare, own, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
+    modules = {name: load_model(own[name]) for name in ("model", "teacher")}
+    given = modules | {"tokenizer": load_tokenizer(own["model"])}
+    read, loaded = compare("kd", seeds=1, out=tmp_path / "a"), compare("kd", seeds=1, out=tmp_path / "b", **given)
+    assert_allclose(loaded.results["score"], read.results["score"])
+    saved = sorted(path.name for path in (tmp_path / "cache" / "models").iterdir())
+    assert len(saved) == 2, "model and teacher, once each"
+    assert len(compare("kd", seeds=1, out=tmp_path / "b", **given).results) == len(loaded.results), "it resumes"
+    assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == saved
+    with torch.no_grad():
+        next(modules["model"].parameters()).add_(1e-3)
+    with pytest.raises(InputError, match="of another configuration: the file .*models"):
+        compare("kd", seeds=1, out=tmp_path / "b", **given)
+    with pytest.raises(InputError, match="give tokenizer="):
+        compare("kd", seeds=1, out=tmp_path / "c", **modules)
+    with pytest.raises(InputError, match="model must be a folder or a transformers model, got 3"):
+        compare("kd", seeds=1, out=tmp_path / "c", model=3)
+
+
+def test_the_report_is_self_contained_and_escapes_names(compare, tmp_path, figures):
     file = tmp_path / "own.py"
     file.write_text(OWN_LOSS.replace("factor=0.5", 'factor=0.5, name="x"'), encoding="utf-8")
     study = compare([f'{file}:mild(name="<script>alert(1)</script>")'], seeds=1)
