@@ -11,8 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.analysis.compare.label_noise import auroc, calibration
 from qlens.analysis.token_view.token_text import TokenText
+from qlens.core.numerics import expectation
 from qlens.core.segments import Groups
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.tokens import Tokens
 from qlens.data.compatibility import vocabulary_size
 from qlens.data.from_text import token_batches
 from qlens.registry import Variant
@@ -159,7 +160,7 @@ def reading(
     target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
     grid = torch.linspace(0, 1, GRID, device=p_y.device)
     nearest = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()
-    label_weight = target.effective_trust[nearest]
+    label_weight = target.label_weight[nearest]
     finite = label_weight.isfinite()
     unlikely = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
     among = unlikely if len(unlikely) else torch.arange(len(tokens), device=p_y.device)

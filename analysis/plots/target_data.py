@@ -100,7 +100,7 @@ def sweep_frame(variants: Variants, tokens: Tokens | None = None) -> pd.DataFram
             "runner_up_grad": target.grad.gather(1, runner_up),
             "q_label": target.q.gather(1, y),
             "q_runner_up": target.q.gather(1, runner_up),
-            "label_weight": target.effective_trust,
+            "label_weight": target.label_weight,
             "negative_mass": target.negative_mass,
         }
         parts.append(_frame(columns, method=name))
@@ -182,7 +182,7 @@ def text_frame(variants: Variants, tokens: Tokens, *, token_text: Decode = str) 
     for name, target in _targets(variants, tokens).items():
         columns = {
             "p_y": tokens.label_probs,
-            "label_weight": target.effective_trust,
+            "label_weight": target.label_weight,
             "entropy": target.entropy,
             "kl": target.kl,
             "negative_mass": target.negative_mass,
@@ -219,7 +219,7 @@ def plane_frame(variants: Variants, tokens: Tokens) -> pd.DataFrame:
         row = {"method": name, "label_weight": float(target.pull.double().sum() / target.room.double().sum())}
         row |= {"reshape": float(target.reshape.double().mean())}
         row |= {"negative_mass": float(target.negative_mass.double().mean())}
-        for key, values in {"label_weight": target.effective_trust, "reshape": target.reshape}.items():
+        for key, values in {"label_weight": target.label_weight, "reshape": target.reshape}.items():
             finite = values[values.isfinite()].double().cpu().numpy()
             low, high = np.quantile(finite, (0.25, 0.75)) if len(finite) else (np.nan, np.nan)
             row |= {f"{key}_low": float(low), f"{key}_high": float(high)}
