@@ -134,6 +134,31 @@ def test_a_template_that_raises_is_refused():
         encode([PAIR], letters("{{ raise_exception('no') }}"), None)
 
 
+def test_tokens_from_text_take_paths(tmp_path):
+    for seed, name in enumerate(("model", "teacher")):
+        llama(seed).save_pretrained(tmp_path / name)
+    rows = [("ab", "cd")]
+    by_path = qlens.Tokens.from_text(tmp_path / "model", letters(), rows, teacher=str(tmp_path / "teacher"))
+    by_module = qlens.Tokens.from_text(llama(0), letters(), rows, teacher=llama(1))
+    assert torch.equal(by_path.logits, by_module.logits) and torch.equal(by_path.teacher, by_module.teacher)
+    with pytest.raises(InputError, match="reference: model folder .*nope. is not there"):
+        qlens.Tokens.from_text(llama(), letters(), rows, reference=tmp_path / "nope")
+
+
+def test_encoded_rows_show_themselves():
+    encoded = encode([PAIR, {"text": "abc", "weight": 2.0}], letters())
+    assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
+    assert (
+        repr(encoded)
+        == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; .examples are dicts of input_ids, labels>"
+    )
+    assert encoded.to_frame().to_dict("list") == {"tokens": [7, 4], "supervised": [3, 3]}
+    assert encoded.to_dict() == {"examples": encoded.examples, "dropped": 0} and len(encoded) == 2
+    assert "2 examples" in encoded._repr_html_() and "2 rows dropped" in repr(
+        encode([PAIR, PAIR, {"text": "a"}], letters(), 4)
+    )
+
+
 def test_long_rows_are_dropped_and_counted_never_cut():
     rows = [{"text": "a" * length} for length in (3, 9, 4, 20)]
     encoded = encode(rows, letters(), 5)
