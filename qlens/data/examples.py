@@ -156,24 +156,24 @@ def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
 
     def tokens_of(upto: int, prompt: bool) -> list[int]:
         ids = _ids(tokenizer, rendered(turns[:upto], tokenizer, prompt, where))
-        if ids[: len(seen)] != seen:
+        if ids[: len(before)] != before:
             raise InputError(
                 f"{where}: the chat template writes what comes before turn {upto + prompt} differently once that turn "
                 "is there, so that the tokens of its turns cannot be separated"
             )
         return ids
 
-    seen: list[int] = []
+    before: list[int] = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         prompt = tokens_of(number, prompt=True)
-        yield prompt[len(seen) :], False
-        seen = prompt
+        yield prompt[len(before) :], False
+        before = prompt
         turn_ids = tokens_of(number + 1, prompt=False)
-        answer, seen = turn_ids[len(seen) :], turn_ids
+        answer, before = turn_ids[len(before) :], turn_ids
         stops = [at for at, token in enumerate(answer) if token == tokenizer.eos_token_id]
-        end = stops[-1] + 1 if stops else len(answer)  # what a template writes after the end token is not learned
+        end = stops[-1] + 1 if stops else len(answer)  # text of the template after the end token is not learned
         yield answer[:end], True
         yield answer[end:], False
 
