@@ -126,7 +126,7 @@ class Explanation:
             "p_y": p.gather(1, y)[:, 0],
             "p_rival": p.gather(1, rival)[:, 0],
             "loss": self.losses,
-            "trust": t.effective_trust,
+            "trust": t.label_weight,
             "reshape": t.reshape,
             "q_label": t.q.gather(1, y)[:, 0],
             "q_rest": t.q.gather(1, rival)[:, 0],

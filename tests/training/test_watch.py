@@ -88,7 +88,7 @@ def test_the_records_are_those_of_the_targets(tmp_path):
         for step, target, tokens in ((0, start, before[kept]), (6, end, after[kept])):
             mine = frame[(frame["variant"] == name) & (frame["step"] == step)]
             assert mine["label"].tolist() == tokens.labels.tolist()
-            wanted = {"label_weight": target.effective_trust, "trust": target.effective_trust}
+            wanted = {"label_weight": target.label_weight, "trust": target.label_weight}
             wanted |= {"negative_mass": target.negative_mass, "p_y": tokens.label_probs}
             wanted |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
             for column, value in wanted.items():

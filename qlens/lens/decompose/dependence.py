@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient, slopes
+from qlens.core.numerics import spread
 from qlens.core.scales import carried
-from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.tokens import MODELS, Tokens
 from qlens.lens.decompose.batch_changes import Batches, Seen
 from qlens.lens.rounding import moves, rounding
 from qlens.losses.layout.layouts import Layout, tiled

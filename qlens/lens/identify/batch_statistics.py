@@ -155,7 +155,7 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
     """What a batch may be divided by, for a method."""
 
     def weights(tokens: Tokens) -> Tensor:
-        return variant.target(tokens).effective_trust.double().nan_to_num()
+        return variant.target(tokens).label_weight.double().nan_to_num()
 
     def losses(tokens: Tokens) -> Tensor:
         with torch.no_grad():

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
 from qlens.lens.identify.batch_statistics import other_batches
 from qlens.lens.reading import Reading
