@@ -150,13 +150,12 @@ def test_encoded_rows_show_themselves():
     assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
     assert (
         repr(encoded)
-        == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; .examples are dicts of input_ids, labels>"
+        == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; use .examples, dicts of input_ids and labels>"
     )
     assert encoded.to_frame().to_dict("list") == {"tokens": [7, 4], "supervised": [3, 3]}
     assert encoded.to_dict() == {"examples": encoded.examples, "dropped": 0} and len(encoded) == 2
-    assert "2 examples" in encoded._repr_html_() and "2 rows dropped" in repr(
-        encode([PAIR, PAIR, {"text": "a"}], letters(), 4)
-    )
+    assert "<th>supervised</th><td>6</td>" in encoded._repr_html_()
+    assert "2 rows dropped" in repr(encode([PAIR, PAIR, {"text": "a"}], letters(), 4))
 
 
 def test_long_rows_are_dropped_and_counted_never_cut():
@@ -265,7 +264,7 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
     tokens = tokens_from_examples(llama(), examples)
     assert tokens.weight.tolist() == [0.5, 0.5, 2.0] and tokens.pair.tolist() == [3, 3, 4]
     assert tokens.critical.tolist() == [False, True, True]  # of the labels a, b and c
-    assert qlens.explain("cft", tokens).table is not None
+    assert qlens.get("cft").target(tokens).scale.shape == (3,)
     with pytest.raises(InputError, match="row 1: critical has 2 values, but the row has 3 tokens"):
         encode([rows[0] | {"critical": [True, False]}], letters(), None)
     with pytest.raises(InputError, match="line 2: column 'weight' must be in every row or in none"):
