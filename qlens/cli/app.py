@@ -287,7 +287,7 @@ def view(
             text=rows_read,
             variants=None if variants is None else params.split_specs(variants),
             candidates=1 if path is None else candidates,
-            rows=rows or (None if rank else 8),
+            max_rows=rows or (None if rank else 8),
         )
         if path is not None:
             (made.top(top) if rank else made).save(path)
@@ -295,7 +295,7 @@ def view(
     if data is not None and (ignored := ignored_keys(rows_read)):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if rank:
-        print(made.rank().to_jsonl(top) if as_json else made.rank().table(top))
+        print(made.rank().to_jsonl(top) if as_json else made.rank().text(top))
     elif as_json:
         print(made.to_jsonl())
     if path is not None:
