@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
 from qlens.lens.decompose.dependence import Scope, scope
 from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.mixture_search import again, decompose
@@ -27,7 +28,7 @@ from qlens.lens.weights.label_weights import LabelWeights, divided_by_mean, labe
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
 from qlens.lens.weights.weight_law import Law
-from qlens.losses.remarks import given_by_text, made_up_inputs
+from qlens.losses.remarks import given_by_text, made_up_inputs, standardises
 from qlens.registry import Variant, methods
 
 LEFT = 1e-9  # 1 - p_y below which no pull is read
@@ -180,9 +181,18 @@ class Study(Naming):
             at.arithmetic,
             ids.weights if ids else None,
             self.variant.total,
-            given_by_text(self.variant.method.fn, self.variant.params, some) if self.variant.derived else (),
+            self.own_of_text(some),
             self.in_place,
         )
+
+    def own_of_text(self, tokens: Tokens) -> tuple[str, ...]:
+        """The fields of which a text has one value that concerns no other text."""
+        if not self.variant.derived:
+            return ()
+        fn, params = self.variant.method.fn, self.variant.params
+        fields = given_by_text(fn, params, tokens)
+        shared = "advantage" in fields and standardises(fn, params, tokens)
+        return tuple(name for name in fields if name != "advantage" or not shared)
 
     def label_ids(self) -> LabelWeights | None:
         """Whether label ids count, for every id of the trial tokens and for those among one's own labels."""

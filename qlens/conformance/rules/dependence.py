@@ -265,6 +265,8 @@ def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[fl
     """By which factors the gradient grows as rows are shown over and over, all copies added up; how far it is from these."""
     from qlens.losses.layout.layouts import Layout, tiled
 
+    if SHOWN % loss.group:
+        raise NotApplicable(f"it takes texts in groups of {loss.group}, and is tried on {SHOWN} rows")
     some = loss.tokens(SHOWN)
 
     def read(times: int) -> Tensor:

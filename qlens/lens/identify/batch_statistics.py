@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient
+from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
 from qlens.lens.identify.parameter_fits import pushes_only
@@ -124,7 +125,10 @@ def _order(one: Normalised) -> tuple:
 def other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
     """The batches of ``_other_batches``, with advantages that a loss standardises itself standardised over each."""
     for tokens, rows in _other_batches(variant, shown, trial):
-        yield as_given(variant.method.fn, variant.params, tokens) if variant.derived else tokens, rows
+        try:
+            yield as_given(variant.method.fn, variant.params, tokens) if variant.derived else tokens, rows
+        except InputError:  # a loss of groups of texts takes no batch of other numbers of texts
+            continue
 
 
 def _other_batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
@@ -214,8 +218,8 @@ def _weights(batches: Sequence[tuple[Tokens, Tensor, Noise, Tensor | None]]) -> 
         weight = weight[rest > NEAR_ONE]
         of["the batch's mean weight"].append(float(weight.mean()))
         gate = (
-            float(weight[weight != 0].std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
-        )  # its largest is 1 anyway
+            float(weight[weight != 0].abs().std()) <= NEARLY if int((weight != 0).sum()) > 1 else True
+        )  # all of one size, as of a hinge on pairs: the largest is no divisor
         of["the batch's largest weight"].append(float("nan") if gate else float(weight.max()))
     for by, values in of.items():
         if (
@@ -253,6 +257,13 @@ def _switch(loss: Variant, variant: Variant, factors: Sequence[float], batches: 
     """Two factors that the batch's mean loss tells apart, in words; "" where that does not."""
     values = sorted({matching.written(factor, EQUAL) for factor in factors})
     if len(values) != 2:
+        return ""
+    texts = [0 if tokens.sequence is None else len(tokens.sequence.unique()) for tokens in batches]
+    below, above = (
+        {number for number, factor in zip(texts, factors, strict=True) if abs(factor - value) <= EQUAL * abs(value)}
+        for value in values
+    )
+    if not below & above:  # the number of texts tells the factors apart as well
         return ""
     with torch.no_grad():
         means = [float(variant.loss(tokens).double().mean()) for tokens in batches]
