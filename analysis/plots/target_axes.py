@@ -67,6 +67,9 @@ COLORS = "Blues"  # from light to dark in grey too, and for the colour-blind
 ROUNDING = 1e-6  # a largest value below this is rounding, and gets no colour scale of its own
 STILL = 0.02  # of the axis: a move too short for an arrow is a dot
 
+EXPLAINED = {"trust": "label_weight", "q_rest": "q_runner_up", "other_grad": "runner_up_grad"}
+"""The names that columns have in ``Explanation.table``."""
+
 
 def plot_sweep(
     data: pd.DataFrame,
@@ -92,6 +95,7 @@ def plot_sweep(
     if show not in SHOWN:
         raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
     columns, name = SHOWN[show]
+    data = data.assign(**{old: data[new] for old, new in EXPLAINED.items() if new in data})
     need(data, "p_y", *columns)
     need(data, "method" if "shape" not in data else "shape")
     ax = current(ax)

@@ -115,6 +115,11 @@ class _Python(TorchFunctionMode):
 class _Float64(TorchDispatchMode):
     """Every operation in float64. What is random is drawn in its own type, and what is written in place keeps its type."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         aliases = any(given.alias_info is not None for given in (*func._schema.arguments, *func._schema.returns))

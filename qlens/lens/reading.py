@@ -101,7 +101,7 @@ class Reading:
         return bool(self.grad.isfinite().all())
 
     @property
-    def silent(self) -> Tensor:
+    def zero_rows(self) -> Tensor:
         """The tokens without a gradient beyond rounding, (N,)."""
         return self.grad.norm(dim=-1) <= self.noise.rows
 
@@ -121,8 +121,8 @@ class Reading:
         noise = Noise(self.noise.rows * size, self.noise.sums * size)
         return replace(self, grad=self.grad * weights[:, None], noise=noise)
 
-    def undone(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
-        """With something taken off the gradient, and the tokens as the rest of the loss sees them."""
+    def with_gradient(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
+        """The same reading with another gradient, and other tokens if given."""
         return replace(self, grad=grad, given=self.given if tokens is None else tokens)
 
 
@@ -206,11 +206,21 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
     return failed
 
 
-def asked(variant: Variant) -> tuple[str, ...]:
+def requested_fields(variant: Variant) -> tuple[str, ...]:
     """The fields of Tokens that a loss asks for, weights among them where it takes them itself."""
     fn = variant.method.fn
     takes = calling.kind(fn) != "tokens" and calling.takes(fn, "weight") and "weight" not in variant.needs
     return (*variant.needs, *(("weight",) if takes else ()))
+
+
+def fields_taken(variant: Variant) -> frozenset[str] | None:
+    """The fields of Tokens that a loss of logits and labels can depend on, by its signature; None for other kinds of losses."""
+    fn = variant.method.fn
+    if not variant.derived or calling.kind(fn) != "logits":
+        return None
+    wanted = inputs(fn)
+    roles = [*wanted.required.values(), *wanted.optional.values()]
+    return frozenset({"weight", "sequence", "pair", "chosen", *variant.needs, *(FIELD[r] for r in roles if r in FIELD)})
 
 
 def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
@@ -227,7 +237,7 @@ def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
 
 def fed(tokens: Tokens, variant: Variant) -> Tokens:
     """Made-up tokens with weights, where the loss asks for them."""
-    if "weight" not in asked(variant):
+    if "weight" not in requested_fields(variant):
         return tokens
     weights = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.5, 3.0, 0.7], dtype=tokens.logits.dtype)
     return tokens.replace(weight=weights[torch.arange(len(tokens)) % 7].to(tokens.logits.device))

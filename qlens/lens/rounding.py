@@ -118,6 +118,11 @@ class _Trace(TorchDispatchMode):
         for root in roots:
             self.dependent[root] = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         made = func(*args, **kwargs)

@@ -44,7 +44,7 @@ def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
     assert "--full" in out and "Scope:" not in out and len(out.splitlines()) <= 30
     assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
     shown = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
-    assert {"p_y", "q_label", "trust"} <= set(shown) and len(shown) == 57
+    assert {"p_y", "q_label", "label_weight"} <= set(shown) and len(shown) == 57
     assert {"time", "p_0"} <= set(pd.read_csv(tmp_path / "explain-my_loss-f-destination.csv"))
     assert not list(tmp_path.glob(".*partial"))
 

@@ -30,7 +30,7 @@ def test_a_loss_whose_division_needs_its_batch_is_read_whole():
     for loss, through in ((hardest, "labels"), (with_variance, "logits"), (along_the_rows, "position")):
         read = qlens.explain(loss)
         assert read.scope.of == "batch" and through in read.scope.through, read.scope
-        assert "reduction could not be found" in read.whole
+        assert "reduction could not be found" in read.whole_batch
         assert read.findings[0].startswith("WARNING: read whole, its division left as it is")
         with pytest.raises(qlens.InputError, match="reduction could not be found"):
             qlens.implied_target(loss, qlens.probes())
@@ -83,7 +83,7 @@ def test_factors_of_the_vocabulary_are_named():
     ):
         read = qlens.explain(loss)
         assert read.summary.startswith(said), read.summary
-        assert "the same, up to a factor that changes with the vocabulary" in read.elsewhere
+        assert "the same, up to a factor that changes with the vocabulary" in read.other_vocabularies
     assert read.law.formula == "1 times a factor that changes with the vocabulary: 1.32 at V = 32, 2.6 at V = 160"
 
 

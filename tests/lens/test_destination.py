@@ -13,7 +13,7 @@ import qlens
 from qlens import InputError
 from qlens.analysis.plots.flow_figure import GREY
 from qlens.lens.gradient_flow import Destination, destination
-from qlens.lens.weights.label_weights import LabelWeights
+from qlens.lens.weights.class_weights import ClassWeights
 from qlens.registry import resolve
 
 F2 = np.array([0.55, 0.45, 0.0, 0.0])
@@ -224,7 +224,7 @@ def test_an_end_that_depends_on_the_ids_is_said_to():
 
     assert destination(masked).sentence.startswith("With labels 55/45 at ids 0/1 it ends at 1.00/0.00")
     assert destination(masked).sentence.endswith("; at other ids it ends elsewhere.")
-    said = explained("sft", label_weights=LabelWeights({0: 1.0, 1: 2.0}, 1.0))
+    said = explained("sft", class_weights=ClassWeights({0: 1.0, 1: 2.0}, 1.0))
     assert said == "which ids the labels have changes its gradient, and with it where training ends"
 
 

@@ -80,7 +80,7 @@ def test_reverse_kl_is_no_mixture():
 )
 def test_sums_other_than_one_have_their_cause_named(loss, cause):
     read = qlens.explain(loss)
-    assert read.leak.cause == cause and "does not add up to one" in read.summary
+    assert read.shift_variance.cause == cause and "does not add up to one" in read.summary
     assert any(finding.startswith("WARNING: sum(Q) is not 1") and cause in finding for finding in read.findings)
     assert first(read) == ("sft", "identical")  # that apart
     assert read.law.formula == "1"

@@ -11,7 +11,7 @@ import qlens
 from qlens.core.autograd import gradient
 from qlens.core.probes import probes
 from qlens.core.probes import trials as wider
-from qlens.lens.decompose.raw_logits import leak
+from qlens.lens.decompose.shift_variance import shift_variance
 from qlens.lens.reading import Reading, on_own_tokens, on_probes, on_trials
 from qlens.lens.rounding import nothing_but_rounding, traced
 from qlens.registry import resolve
@@ -64,7 +64,7 @@ def test_rounding_is_no_leak_and_no_mismatch():
         shown = on_probes(variant)
         for seen in (shown, on_trials(variant, shown)):
             assert isinstance(seen, Reading) and seen.precision == precision, loss
-            assert leak(seen.grad, seen.tokens, seen.noise) is None, loss
+            assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, loss
             if loss in exact:
                 off = (seen.grad - qlens.get(exact[loss]).target(seen.tokens).grad).norm(dim=-1)
                 assert bool((off <= 1e-6 * seen.grad.norm(dim=-1) + seen.noise.rows).all()), loss
@@ -80,7 +80,7 @@ def test_what_is_true_is_found_in_float32():
 
     for loss, cause in ((z_loss, "a z-loss: 0.0001 log(Z)^2"), (capped, "a soft-cap: 30 tanh(z / 30)")):
         seen = on_probes(resolve(loss))
-        found = leak(seen.grad, seen.tokens, seen.noise)
+        found = shift_variance(seen.grad, seen.tokens, seen.noise)
         assert found is not None and found.cause == cause
 
 
@@ -118,7 +118,7 @@ def test_logits_of_a_model_are_read_in_float64():
     for name in ("dft", "sft", "label_smoothing", "target_sft", "eaft"):
         seen = on_own_tokens(qlens.get(name), tokens)
         assert seen.precision == torch.float64 and seen.given.logits.dtype == torch.float64
-        assert leak(seen.grad, seen.tokens, seen.noise) is None, name
+        assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, name
 
 
 def test_trials_reach_what_published_losses_have():

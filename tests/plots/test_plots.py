@@ -132,7 +132,13 @@ def test_explain_draws_pull_target_and_trust_against_p_y(spec):
     figure = plots.figure_explain(explanation)
     pull, target, trust, ends = figure.axes
     table = explanation.table[explanation.table["shape"] == "peaked"].sort_values("p_y")
-    drawn = {"label_grad": pull, "other_grad": pull, "q_label": target, "q_rest": target, "trust": trust}
+    drawn = {
+        "label_grad": pull,
+        "runner_up_grad": pull,
+        "q_label": target,
+        "q_runner_up": target,
+        "label_weight": trust,
+    }
     for column, ax in drawn.items():
         assert any(np.array_equal(line.get_ydata(), table[column], equal_nan=True) for line in ax.lines), column
     grey = [line for line in trust.lines if "trust" in str(line.get_label())]

@@ -59,7 +59,7 @@ def decompose(
     return _Search(grad[picked].detach().double(), tokens[picked], own, noise[picked]).run(picked.cpu())
 
 
-def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
+def decompose_again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
     """The same parts on other tokens: their pulls, and whether they explain that gradient; else what does."""
     search = _Search(grad.detach().double(), tokens.with_precision(torch.float64), {}, noise)
     value = mixture.parameter and mixture.parameter[1]

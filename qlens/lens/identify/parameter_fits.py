@@ -53,6 +53,7 @@ class Fit:
         self.method, self.tokens, self.grad, self.noise = method, tokens, grad.double(), noise
         self.numbers: Sequence[float] = ()  # further numbers to try
         self.g, self.goal = self.grad, 0.1 * TOLERANCE
+        self._costs: dict[tuple, float] = {}
         rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
         self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
         taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
@@ -77,11 +78,13 @@ class Fit:
 
     def cost(self, given: dict[str, Any]) -> float:
         """The root mean square of what is left, relative to the gradient."""
-        try:
-            variant = self.method.variant(**given)
-        except InputError:  # out of its range
-            return float("inf")
-        return self.size(matching.taught(variant, self.tokens))
+        key = tuple(given.values())
+        if key not in self._costs:
+            try:
+                self._costs[key] = self.size(matching.taught(self.method.variant(**given), self.tokens))
+            except InputError:  # out of its range
+                self._costs[key] = float("inf")
+        return self._costs[key]
 
     def size(self, made: Tensor | None) -> float:
         """The same beside a gradient that is there already."""

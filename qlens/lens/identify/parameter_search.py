@@ -1,6 +1,6 @@
 """Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -40,14 +40,30 @@ def search(
 
 
 def searched(
-    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+    grad: Float[Tensor, "N V"],
+    tokens: Tokens,
+    skip: str = "",
+    most: int = SEARCHED,
+    noise: Noise | None = None,
+    fields: Collection[str] | None = None,
 ) -> tuple[list[Match], list[str]]:
     """The same; and, where no method has the gradient, the specs of those that have it up to ``NEAR``, the nearest first.
 
-    A clamp on probabilities, say, takes the gradient of entries that hardly have any.
+    A clamp on probabilities, for example, changes the gradient only of entries that have hardly any.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: the tokens that they belong to.
+        skip: the name of a method to leave out.
+        most: how many methods to search.
+        noise: rounding error of the gradient.
+        fields: fields of Tokens that the loss takes; methods that need another are left out. None: unknown.
     """
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
-    fits = [Fit(method, grad, tokens, noise) for method in methods().values() if method.name != skip]
+    possible = [
+        m for m in methods().values() if m.name != skip and (fields is None or set(m.variant().needs) <= set(fields))
+    ]
+    fits = [Fit(method, grad, tokens, noise) for method in possible]
     kinds = {pushes_only(grad, tokens, noise), pushes_only(grad, tokens, noise, NEAR)}
     fits = [fit for fit in fits if np.isfinite(fit.best) and kinds & fit.kinds]
     for fit in fits:

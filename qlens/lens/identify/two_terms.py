@@ -77,7 +77,7 @@ def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoT
     """
     tokens, columns = few.tokens, _columns(few.tokens)
     sizes = few.grad.norm(dim=-1)
-    weight = torch.where(few.silent, 0.0, 1 / (sizes + few.noise.rows / TOLERANCE).clamp(min=1e-300))[:, None]
+    weight = torch.where(few.zero_rows, 0.0, 1 / (sizes + few.noise.rows / TOLERANCE).clamp(min=1e-300))[:, None]
     goal = (few.grad * weight).gather(1, columns).flatten()
     if not bool(goal.any()):
         return None

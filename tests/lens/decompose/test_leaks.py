@@ -8,8 +8,8 @@ from torch.testing import assert_close
 import qlens
 from qlens.core.autograd import gradient
 from qlens.core.probes import probes
-from qlens.lens.decompose.raw_logits import leak
-from qlens.lens.decompose.uncoupled import piecewise_linear, uncoupled
+from qlens.lens.decompose.shift_variance import shift_variance
+from qlens.lens.decompose.without_softmax import piecewise_linear, uncoupled
 from qlens.lens.reading import on_probes
 from qlens.registry import resolve
 
@@ -17,7 +17,7 @@ T = probes()
 
 
 def read(loss):
-    return leak(gradient(resolve(loss).loss, T), T)
+    return shift_variance(gradient(resolve(loss).loss, T), T)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_clamped_logits_are_found_where_the_label_is_not_clamped():
 
 
 def test_softmax_alone_leaks_nothing():
-    assert all(leak(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant)
+    assert all(
+        shift_variance(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant
+    )
 
 
 def test_an_unknown_leak_is_not_given_a_name():
@@ -102,7 +104,7 @@ def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
     for loss, alone in ((smoothed, True), (z_loss, False)):
         variant = resolve(loss)
         at = on_probes(variant)
-        found = uncoupled(variant, at, leak(at.grad, at.tokens, at.noise))
+        found = uncoupled(variant, at, shift_variance(at.grad, at.tokens, at.noise))
         assert found is not None and bool(found.uncoupled) == alone
         assert (found.cause == "each logit is pulled for itself, without a softmax") == alone
 
@@ -142,5 +144,5 @@ def test_clamped_logits_are_named_where_every_label_is_clamped():
     e = qlens.explain(
         lambda logits, labels: F.cross_entropy(logits.clamp(max=2), labels), qlens.Tokens(logits=logits, labels=labels)
     )
-    assert e.nearest[0].spec == "sft" and e.leak.cause.startswith("clamped logits: no gradient above about 2")
+    assert e.nearest[0].spec == "sft" and e.shift_variance.cause.startswith("clamped logits: no gradient above about 2")
     assert "no label is trusted" in e.summary and "no softmax" not in e.summary

@@ -144,7 +144,7 @@ def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
         return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
 
     said = qlens.explain(anchored).text(full=True)
-    assert "This is asft_anchored(weight=0.1)." in said and "Nearly" not in said
+    assert "This is asft_anchored(weight=0.1)." in said and "NearMatch" not in said
     assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said
     assert "0 elsewhere" not in said and "pushes away" not in said
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import qlens
 from qlens.core.probes import probes, trials
 from qlens.lens.identify import matching
-from qlens.lens.identify.batch_statistics import elsewhere
+from qlens.lens.identify.batch_factors import elsewhere
 from qlens.lens.reading import Reading
 from qlens.registry import resolve
 

@@ -7,7 +7,7 @@ from losses import forgot_detach, root_weighted
 import qlens
 from qlens.core.probes import probes
 from qlens.lens.decompose.dependence import scope
-from qlens.lens.reading import asked, fed
+from qlens.lens.reading import requested_fields, fed
 from qlens.registry import resolve
 
 REACH = {
@@ -92,7 +92,7 @@ def test_other_tokens_count_through_labels_weights_and_fields():
 
     for loss, through in ((softmax_of_rewards, "advantage"), (averaged_weights, "weight"), (earlier_labels, "labels")):
         variant = resolve(loss)
-        found = scope(variant.loss, fed(probes(), variant), needs=asked(variant))
+        found = scope(variant.loss, fed(probes(), variant), needs=requested_fields(variant))
         assert (found.of, found.through) == ("batch", (through,)), found.evidence
 
 

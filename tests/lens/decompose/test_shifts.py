@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from qlens import Explanation, implied_target, probes
 from qlens.core.autograd import gradient
-from qlens.lens.decompose.shifts import label_offset
+from qlens.lens.decompose.label_offset import label_offset
 from qlens.lens.rounding import rounding
 from qlens.losses.layout.layout_search import style_of
 from qlens.registry import resolve
