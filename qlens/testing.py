@@ -13,7 +13,7 @@ from qlens.core.probes import probes
 from qlens.core.scales import PRECISION
 from qlens.core.tokens import MODELS, Tokens
 from qlens.core.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
-from qlens.engine.row_gradients import by_structure
+from qlens.engine.structures import gradients_by_structure
 from qlens.registry import Variant, get, names, resolve
 from qlens.registry.params import parse
 
@@ -146,7 +146,7 @@ def structure_as_declared(variant: Variant) -> None:
     """The gradient and the value that the engine computes by the declared structure are those of the loss, at any vocabulary."""
     for v in (v for v in VOCABULARIES if v >= least_vocabulary(variant)):
         tokens = wide_tokens(v)
-        grad, losses = by_structure(variant, tokens)
+        grad, losses = gradients_by_structure(variant, tokens)
         what = f"by structure={variant.structure!r} at a vocabulary of {v}"
         _close(grad, gradient(variant.loss, tokens), f"gradient {what}")
         with torch.no_grad():

@@ -109,10 +109,10 @@ def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
 
 def qlens_told(x: Inputs, method: str) -> Callable[[], None]:
     """The engine, with the comparables that a trainer logs out of the same pass."""
-    from qlens.training.metrics import Tally
+    from qlens.training.metrics import MetricSums
 
     others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=Tally().add, **others).backward()
+    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().add, **others).backward()
 
 
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {

@@ -18,9 +18,10 @@ from qlens.core.files import from_here, here, refusal, shown_path, user_path
 from qlens.data import compatibility
 from qlens.data import models as loading
 from qlens.data.collator import COLUMNS
-from qlens.data.examples import encode, ignored_keys, read_rows, split
+from qlens.data.examples import encode
+from qlens.data.rows import ignored_keys, read_rows, split
 from qlens.data.vocabularies import match_vocabulary
-from qlens.engine.verification.causality import check_causal
+from qlens.engine.models.causality import check_causal
 from qlens.lab import Problem, Setting, world
 from qlens.lab.environment import VERSION
 

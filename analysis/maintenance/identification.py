@@ -22,8 +22,8 @@ from qlens.core.errors import InputError
 from qlens.core.probes import probes
 from qlens.lens.identify import matching, parameter_search
 from qlens.registry import Variant, methods, params, resolve
+from qlens.registry.method import Method
 from qlens.registry.params import Between
-from qlens.registry.variant import Method
 
 DRAWS = 3
 NOTHING = 1e-9  # a gradient below it is nobody's

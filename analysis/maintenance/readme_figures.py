@@ -26,9 +26,10 @@ from qlens.analysis.study.study import Study
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.data.compatibility import check_same_tokenizer, shortest_context
-from qlens.data.examples import encode, read_rows
+from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_examples
 from qlens.data.models import load_model, load_tokenizer
+from qlens.data.rows import read_rows
 from qlens.lab import SETTINGS
 from qlens.lab import world as lab_world
 from qlens.lens.equivalences import distances

@@ -276,7 +276,7 @@ def view(
     unasked = None if rank or as_json else "view.html"
     path = unasked if out is None else out
     path = None if path is None else output_file(path, "--out")
-    from qlens.data.examples import ignored_keys
+    from qlens.data.rows import ignored_keys
 
     with redirect_stdout(sys.stderr):
         loaded, rows_read = own_models(

@@ -34,6 +34,7 @@ def own_tokens(
     rows = rows or ROWS
     from qlens.data import compatibility, examples
     from qlens.data.from_text import tokens_from_examples
+    from qlens.data.rows import ignored_keys
 
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if name in needs and folder is None:
@@ -47,7 +48,7 @@ def own_tokens(
     typer.echo(
         f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context", err=True
     )
-    if ignored := examples.ignored_keys(read):
+    if ignored := ignored_keys(read):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if len(tokens) == most:
         typer.echo(f"{most} tokens of these are read, spread evenly: their logits alone are {MOST} numbers", err=True)
@@ -68,10 +69,11 @@ def own_models(
         raise InputError("--model and --data go together: a model folder and a JSON Lines file")
     if data is not None and text is not None:
         raise InputError("--text and --data: give one of them")
-    from qlens.data import compatibility, examples, models
+    from qlens.data import compatibility, models
+    from qlens.data.rows import read_rows
     from qlens.data.vocabularies import match_vocabulary
 
-    read = text if data is None else examples.read_rows(data)
+    read = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):

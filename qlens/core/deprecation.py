@@ -22,7 +22,7 @@ MODULES = {
     "qlens.sources": "qlens.data.models",
     "qlens.target": "qlens.core.target",
     "qlens.tokens": "qlens.core.tokens",
-    "qlens.variant": "qlens.registry.variant",
+    "qlens.variant": "qlens.registry",
     "qlens.watch": "qlens.training.watch",
     "qlens.analysis.view": "qlens.analysis.token_view.token_view",
 }  # the modules that the README and the notebooks imported from

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from qlens.core.errors import InputError
-from qlens.engine.forward import evaluating
+from qlens.engine.models.forward import evaluating
 from qlens.lab.language import LONGEST_ENDING, LONGEST_STEP, Problem
 from qlens.lab.setting import Setting
 from qlens.training.fitting import isolated

@@ -49,6 +49,7 @@ def summary(variant: Variant) -> dict[str, Any]:
         "limits": method.limits,
         "differences": list(method.differences),
         "paper": variant.paper,
+        "cites": list(method.cites),
         "code": method.code,
     }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.core.tokens import Tokens
+from qlens.registry.citations import citation
 from qlens.registry.structure import GeometricMixture
 
 CHOICES = {
@@ -13,7 +14,7 @@ CHOICES = {
     "coupled": ("sequence", "pair", ""),
 }
 TRUTHS = {"simplex": (True, False, None), "invariant": (True, False)}
-TEXTS = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "bibtex", "where")
+TEXTS = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "where")
 FUNCTIONS = ("printed", "on_model", "on_start")
 OF_PARAMETERS = (*CHOICES, *TRUTHS, "needs", "structure")  # fields that may be functions of the parameters
 
@@ -57,6 +58,8 @@ def check_field(name: str, field: str, value: Any) -> None:
         wanted = "" if _are_strings(value) else "names of fields of Tokens, like ('teacher',)"
     elif field == "differences":
         wanted = "" if _are_strings(value) else "sentences, like ('The code divides by k.',)"
+    elif field == "cites":
+        wanted = "" if _are_strings(value) else "keys of references.bib or BibTeX entries, like ('wu2025dft',)"
     elif field == "modes":
         named = isinstance(value, Mapping) and all(isinstance(mode, str) for mode in value)
         whole = named and all(isinstance(point, Mapping) for point in value.values())
@@ -66,6 +69,9 @@ def check_field(name: str, field: str, value: Any) -> None:
         raise InputError(f"register({name!r}): {field} must be {wanted}{functions}, got {brief(value)}")
     if field == "needs":
         _check_needs(name, value)
+    if field == "cites":
+        for key in value:
+            citation(key)
 
 
 def check_function(name: str, value: Any) -> None:

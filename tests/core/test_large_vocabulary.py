@@ -13,7 +13,7 @@ from qlens.analysis.plots.target_data import along
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
 from qlens.core.tokens import MODELS, Tokens, log_softmax
-from qlens.training.metrics import Tally
+from qlens.training.metrics import MetricSums
 
 V = 50_000
 FIGURES = ("total", "negative_mass", "effective_trust", "trust", "pull", "room", "reshape", "entropy", "kl", "q")
@@ -196,9 +196,9 @@ def test_logged_means_are_those_of_float64_over_batches_of_any_size():
         kept = ("logits", "labels", *variant.needs)
         given = Tokens(**{field: value for field, value in tokens.fields().items() if field in kept})
         for each, parts in ((given, (slice(0, 3), slice(3, 8))), (double(given), (slice(0, 8),))):
-            tally = Tally()
+            tally = MetricSums()
             for part in parts:
-                tally.look(variant, each[part], variant.loss(each[part]))
+                tally.add_tokens(variant, each[part], variant.loss(each[part]))
             means.append(tally.means(Alone()))
         found, exact = means
         assert found["signed_share"] == exact["signed_share"], name

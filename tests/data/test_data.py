@@ -14,9 +14,10 @@ import qlens
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
 from qlens.data.compatibility import check_same_tokenizer
-from qlens.data.examples import encode, ignored_keys, read_rows, split
+from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_examples, tokens_from_text
 from qlens.data.models import load_model, load_tokenizer
+from qlens.data.rows import ignored_keys, read_rows, split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 PAIR = {"prompt": "ab", "completion": "cd"}

@@ -14,7 +14,7 @@ from qlens.core.errors import InputError
 from qlens.data import compatibility, models
 from qlens.data.examples import encode
 from qlens.data.vocabularies import match_vocabulary
-from qlens.engine.backbone import Body
+from qlens.engine.models.backbone import Backbone
 
 
 def test_tokenizers_are_compared_piece_by_piece():
@@ -124,7 +124,7 @@ def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mi
     hidden, head = torch.randn(2, 16, requires_grad=True), student.lm_head.weight
     linear = other.get_output_embeddings()
     whole = qlens.fused_loss("kd", hidden, head, torch.tensor([1, 2]), teacher=linear(hidden).detach())
-    assert whole.isfinite() and Body(other, {"input_ids": ids}).of(hidden).logits(slice(None)).shape == (2, mine)
+    assert whole.isfinite() and Backbone(other, {"input_ids": ids}).at(hidden).logits(slice(None)).shape == (2, mine)
 
 
 def test_vocabularies_of_other_tokenizers_are_not_matched():

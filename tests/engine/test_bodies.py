@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaF
 
 from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
-from qlens.engine.backbone import Body, DamagedModel, NoBody
+from qlens.engine.models.backbone import Backbone, DamagedModel
+from qlens.engine.models.head_capture import NoBackbone
 
 
 @pytest.fixture
@@ -78,11 +79,11 @@ def batch_of(count=2):
 
 def test_what_is_done_with_large_outputs_of_a_head_is_found_while_they_are_small():
     for kind in (Capped, Clamped, Floored):
-        with pytest.raises(NoBody, match="its logits are not its head's"):
-            Body(small(kind), batch_of())
-    with pytest.raises(NoBody, match="depend on more than its head's output: on late"):
-        Body(small(Tempered), batch_of())
-    assert Body(small(), batch_of()).softcap is None
+        with pytest.raises(NoBackbone, match="its logits are not its head's"):
+            Backbone(small(kind), batch_of())
+    with pytest.raises(NoBackbone, match="depend on more than its head's output: on late"):
+        Backbone(small(Tempered), batch_of())
+    assert Backbone(small(), batch_of()).softcap is None
 
 
 def test_a_model_that_caps_under_a_name_of_its_own_is_trained_with_the_cap(make):
@@ -101,7 +102,7 @@ def test_a_cap_under_another_name_in_use_is_fused():
     torch.manual_seed(0)
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=VOCAB)
     config = RecurrentGemmaConfig(**shape, lru_width=16, block_types=("recurrent",), logits_soft_cap=30.0)
-    assert Body(RecurrentGemmaForCausalLM(config), batch_of()).softcap == 30.0
+    assert Backbone(RecurrentGemmaForCausalLM(config), batch_of()).softcap == 30.0
 
 
 def test_what_changes_behind_a_head_during_a_run_is_noticed(make, caplog):
@@ -128,7 +129,7 @@ def test_what_changes_behind_a_head_during_a_run_is_noticed(make, caplog):
     for name, change in changes.items():
         trainer = make("sft", model=llama(), steps=2)
         trainer.train()
-        assert trainer._bodies.of(trainer.model, batch_of()) is not None, name
+        assert trainer._student.backbones.of(trainer.model, batch_of()) is not None, name
         change(trainer.model)
         assert trainer.evaluate(rows(6))["eval_loss"] == pytest.approx(true_loss(trainer.model), rel=1e-5), name
         before = parameters(trainer.model)
@@ -146,13 +147,13 @@ def test_what_a_model_does_in_the_very_pass_is_compared_too(make, caplog):
     trainer = make("sft", model=small(Switched), steps=1)
     trainer.train()
     trainer.model.factor = 0.1  # nothing that a fingerprint of head, hooks and configuration shows
-    with caplog.at_level(logging.WARNING, "qlens.engine.backbone"):
+    with caplog.at_level(logging.WARNING, "qlens"):
         assert trainer.evaluate(rows(6))["eval_loss"] == pytest.approx(true_loss(trainer.model), rel=1e-5)
     assert "the configuration says 32, the model makes 3.2" in caplog.text
     insists = make("sft", model=small(Switched), steps=1, fused=True)
     insists.train()
     insists.model.factor = 0.1
-    with pytest.raises(NoBody, match="fused=True, but there are only whole logits of the model"):
+    with pytest.raises(NoBackbone, match="fused=True, but there are only whole logits of the model"):
         insists.evaluate(rows(6))
 
 
@@ -179,15 +180,15 @@ def test_an_adapted_head_is_named_as_such():
 
     model = llama()
     model.set_output_embeddings(Adapter(model.lm_head))
-    with pytest.raises(NoBody, match="its output embedding is a Adapter of .*, an adapted one"):
-        Body(model, batch_of())
+    with pytest.raises(NoBackbone, match="its output embedding is a Adapter of .*, an adapted one"):
+        Backbone(model, batch_of())
 
 
 def test_a_model_whose_logits_are_nan_is_damaged_and_one_with_nan_at_some_tokens_is_not():
     ids = {"input_ids": torch.tensor([[3, 4, 5, 2]])}
     some, every = llama(), llama()
     some.model.norm.register_forward_hook(lambda module, given, made: made.index_fill(1, torch.tensor([3]), torch.nan))
-    assert Body(some, ids).head is some.lm_head
+    assert Backbone(some, ids).head is some.lm_head
     every.lm_head.weight.data[:] = torch.nan
     with pytest.raises(DamagedModel, match="LlamaForCausalLM are NaN at every token"):
-        Body(every, ids)
+        Backbone(every, ids)

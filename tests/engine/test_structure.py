@@ -26,7 +26,7 @@ from qlens import GeometricMixture, Target, Tokens, fused_loss
 from qlens.core.errors import InputError
 from qlens.data.models import load_model, load_tokenizer
 from qlens.engine.fused import ROUNDING
-from qlens.engine.row_gradients import by_structure
+from qlens.engine.structures import gradients_by_structure
 from qlens.registry import methods
 from qlens.testing import CONTRACT, wide_tokens
 
@@ -68,7 +68,7 @@ def test_anybodys_method_is_trained_as_it_is_written():
 def test_a_gate_beyond_small_vocabularies_is_no_sft(gate):
     variant = combination((gate,), student, "token", "both", 1.0)
     tokens = wide_tokens(5000)
-    grad, _ = by_structure(variant, tokens)
+    grad, _ = gradients_by_structure(variant, tokens)
     assert float((grad - qlens.get("sft").target(tokens).grad).abs().max()) > 0.1
     CONTRACT["structure_as_declared"](variant)
 

@@ -264,7 +264,7 @@ def test_rows_that_depend_on_each_other_only_where_they_are_many_are_not_cut(cap
         return -tokens.label_log_probs * (1 - 0.5 * (number >= 1400))
 
     for loss, entries in ((normalised_where_many, 2**20), (after_many_rows, 2**16), (only_the_first, 2**16)):
-        monkeypatch.setattr("qlens.engine.verification.row_dependence.WHOLE", entries)
+        monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", entries)
         variant = user_method(loss=loss, scope="token")
         for n in (1400, 1800):
             compare(variant, 300, n=n, chunk=200)
@@ -277,6 +277,6 @@ def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monk
         weight = tokens.label_probs.detach()
         return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(700), weight])[: len(weight)])
 
-    monkeypatch.setattr("qlens.engine.verification.row_dependence.WHOLE", 2**18)
+    monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", 2**18)
     monkeypatch.setattr("qlens.engine.verification.row_dependence.MOST", 2**16)
     compare(user_method(loss=far_apart, scope="token"), 300, n=1200, chunk=200)

@@ -9,9 +9,22 @@ from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens, expectation, log_softmax
-from qlens.engine.label_only import DENSE, collapse
+from qlens.engine.label_only import two_entry_tokens
 from qlens.registry.structure import GeometricMixture, Structure
 from qlens.registry.variant import ALONE, Variant
+
+DENSE = ("negatives",)  # fields that name entries of the vocabulary, which two entries have none of
+
+
+def collapse(tokens: Tokens) -> Tokens:
+    """The same tokens on the two entries {label, rest}."""
+    models = {name: getattr(tokens, name) for name in ("logits", *MODELS) if getattr(tokens, name) is not None}
+    log_p, log_rest = {}, {}
+    for name, logits in models.items():
+        own = tokens.with_logits(logits.detach())
+        log_p[name], log_rest[name] = own.label_log_probs, own.rest_log_probs
+    fields = {name: value for name, value in tokens.fields().items() if name not in (*models, *DENSE, "labels")}
+    return two_entry_tokens(log_p, log_rest, **fields)
 
 
 def detected(variant: Variant) -> Structure:

@@ -201,12 +201,12 @@ def test_a_scope_or_denominator_that_does_not_exist_is_refused():
 def test_every_field_of_a_card_is_checked_where_it_is_registered():
     """By type and value; and what a function of the parameters says, at their defaults."""
     wrong = [3, 3.5, b"x", (1,), {"a": 1}, object(), int, lambda: 3, lambda **_: 3, lambda **_: "misnamed", 1 + 2j]
-    texts = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "bibtex", "where")
+    texts = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "where")
     functions = ("printed", "on_model", "on_start")
     chosen = ("scope", "denominator", "coupled", "structure", "simplex", "invariant")
-    for field in (*texts, *functions, *chosen, "needs", "modes", "differences", "fn", "tilte"):
+    for field in (*texts, *functions, *chosen, "needs", "modes", "differences", "cites", "fn", "tilte"):
         for value in wrong if field not in functions else wrong[:6]:
-            with pytest.raises(qlens.InputError, match=f"{field}|field of Tokens"):
+            with pytest.raises(qlens.InputError, match=f"{field}|field of Tokens|references.bib"):
                 qlens.register("misdeclared", **{field: value})(lambda tokens, *, a=1.0: tokens.label_log_probs)
     for card, says in (
         ({"structure": 3}, r"structure must be 'label', 'dense' or a GeometricMixture .*, got 3"),

@@ -17,7 +17,7 @@ from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
 from qlens.data.collator import collate
 from qlens.registry import resolve
-from qlens.training.metrics import Tally
+from qlens.training.metrics import MetricSums
 from qlens.training.update_norm import UpdateNorm
 
 
@@ -118,9 +118,9 @@ def test_a_signed_target_is_reported_and_has_no_divergence(make):
     ids=["every 2", "first and 3", "epoch", "never"],
 )
 def test_only_logged_steps_pay_for_comparables(make, monkeypatch, options, logged):
-    counted, add = [], Tally.add
+    counted, add = [], MetricSums.add
     trainer = make("dft", steps=5, **options)
-    monkeypatch.setattr(Tally, "add", lambda *args: (counted.append(trainer.state.global_step + 1), add(*args)))
+    monkeypatch.setattr(MetricSums, "add", lambda *args: (counted.append(trainer.state.global_step + 1), add(*args)))
     trainer.train()
     assert counted == logged
     assert [entry["step"] for entry in steps_of(trainer)] == logged
@@ -144,7 +144,7 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make):
     assert all(a == pytest.approx(b) for a, b in zip(steps_of(evaluated), steps_of(quiet), strict=True))
     assert [e["step"] for e in evaluated.state.log_history if "eval_kl_target" in e] == [1, 2]
     evaluated.compute_loss(evaluated.model, collate(rows(2)))
-    assert evaluated._tally.means(evaluated.accelerator) == {}  # a call by hand is in no log
+    assert evaluated._metrics.means(evaluated.accelerator) == {}  # a call by hand is in no log
 
 
 def test_evaluation_of_several_sets_and_of_none_supervised(make):

@@ -26,9 +26,10 @@ from transformers import (
 
 import qlens
 from qlens.data.collator import collate
-from qlens.engine.backbone import Body, NoBody
-from qlens.engine.forward import model_logits
 from qlens.engine.fused import fusible
+from qlens.engine.models.backbone import Backbone
+from qlens.engine.models.forward import model_logits
+from qlens.engine.models.head_capture import NoBackbone
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
 SHAPE = dict(
@@ -107,7 +108,7 @@ def test_heads_in_use(make, build, spec):
             each.get_output_embeddings().weight.mul_(20)
     found = [step(make, spec, fused, model, teacher=teacher, reference=teacher) for fused in (True, False)]
     assert_close(*found, rtol=1e-8, atol=1e-8)
-    body = Body(model, collate(rows(2)) | {"labels": None})
+    body = Backbone(model, collate(rows(2)) | {"labels": None})
     expected = {"gemma2": (3.0, 1.0), "granite": (None, 0.25), "cohere": (None, 0.3), "gpt2": (None, 1.0)}
     assert (body.softcap, body.logit_scale) == expected[build.__name__]
 
@@ -151,21 +152,21 @@ class Headless(LlamaForCausalLM):
 )
 def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
     model = kind(llama().config)
-    with caplog.at_level(logging.WARNING, "qlens.engine.backbone"):
+    with caplog.at_level(logging.WARNING, "qlens"):
         make(variant, model=model, steps=2).train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "qlens.engine.backbone"]
-    assert len(lines) == 1 and lines[0].startswith("qlens holds whole logits") and says in lines[0]
-    with pytest.raises(NoBody, match="fused=True, but there are only whole logits"):
+    lines = [line for line in caplog.messages if line.startswith("qlens holds whole logits")]
+    assert len(lines) == 1 and says in lines[0]
+    with pytest.raises(NoBackbone, match="fused=True, but there are only whole logits"):
         make(variant, model=model, fused=True).train()
     caplog.clear()
     make(variant, model=model, fused=False).train()
-    assert not [record for record in caplog.records if record.name == "qlens.engine.backbone"]
+    assert not [line for line in caplog.messages if line.startswith("qlens holds whole logits")]
 
 
 def test_the_head_makes_no_logits_of_a_batch(make):
     widths = []
     trainer = make("target_sft", teacher=llama(1), steps=2, batch=8)
-    for model in (trainer.model, trainer._feed.others["teacher"]):
+    for model in (trainer.model, trainer._method_inputs.others["teacher"]):
         model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(out.shape)))
     trainer.train()
     whole = [shape for shape in widths if shape[-1] == VOCAB]
@@ -227,7 +228,7 @@ def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
 def test_threads_that_share_a_model_get_what_each_asked_for(make):
     teacher, batch = llama(1).eval(), collate(rows(4))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    bodies = [Body(teacher, inputs) for _ in range(2)]
+    bodies = [Backbone(teacher, inputs) for _ in range(2)]
     logits, hidden = model_logits(teacher, inputs), bodies[0].hidden(inputs).detach()
     wrong = []
 

@@ -204,7 +204,7 @@ def test_a_teacher_that_is_not_needed_is_not_run(make):
         (dict(variant="kd"), r"kd needs a teacher: give QTrainer\(teacher=...\)"),
         (dict(variant="asft_anchored"), r"asft_anchored needs a reference: give QTrainer\(reference=...\)"),
         (dict(old_every=0), "old_every must be a whole number of at least 1, got 0"),
-        (dict(variant="kd", teacher="path/of/one"), "teacher must be a loaded model, got .path/of/one."),
+        (dict(variant="kd", teacher="path/of/one"), "teacher: model folder .path/of/one. is not there"),
         (dict(variant="kd", teacher=llama(1, vocab=33)), "teacher has a vocabulary of 33, but the model's has 32"),
         (dict(variant="nope"), "unknown method 'nope'"),
         (dict(compute_loss_func=lambda *args, **kwargs: 0), "compute_loss_func and variant"),

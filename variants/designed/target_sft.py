@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, expectation, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.registry.structure import GeometricMixture
 
@@ -34,13 +33,7 @@ def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
         "No code is public, and the value of eta in the paper's experiments is not known.",
         "The authors' page prints no stop-gradient on this row; only with all of Q detached is p - Q the gradient.",
     ),
-    bibtex=bibtex(
-        "xie2026targetsft",
-        "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design",
-        2026,
-        arxiv="2606.11189",
-        author="Xie, Tong and Ban, Yuanhao and Hong, Yunqi and An, Sohyun and Chen, Yihang and Hsieh, Cho-Jui",
-    ),
+    cites=("xie2026targetsft",),
 )
 def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
     r"""Cross-entropy toward a designed, detached target: the label by p_y, the rest to a geometric student-teacher mix.
@@ -66,7 +59,7 @@ def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
 
 
 @target_sft.loss
-def target_sft_loss(tokens: Tokens, *, eta: Share = 0.5) -> Float[Tensor, " N"]:
+def target_sft_loss(tokens: Tokens, *, eta) -> Float[Tensor, " N"]:
     """-sum_k sg(Q_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     labels = tokens.labels.long()

@@ -9,16 +9,8 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl, log_mix
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
-
-GKD = bibtex(
-    "agarwal2023gkd",
-    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-    2023,
-    arxiv="2306.13649",
-)
 
 
 @register(
@@ -37,7 +29,7 @@ GKD = bibtex(
         "DistiLLM's weight is 1 - beta.",
     ),
     code="huggingface/trl trl/experimental/gkd/gkd_trainer.py::GKDTrainer.generalized_jsd_loss",
-    bibtex=GKD,
+    cites=("agarwal2023gkd",),
 )
 def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
     r"""Divergences of teacher and student from their mixture m.
@@ -69,7 +61,7 @@ def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
 
 
 @jsd.loss
-def jsd_loss(tokens: Tokens, *, beta: Share = 0.5) -> Float[Tensor, " N"]:
+def jsd_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """beta KL(teacher || m) + (1 - beta) KL(student || m)."""
     log_p, log_t = both(tokens)
     if beta in (0, 1):

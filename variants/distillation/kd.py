@@ -7,17 +7,8 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.registry.structure import GeometricMixture
-
-BIBTEX = bibtex(
-    "hinton2015distilling",
-    "Distilling the Knowledge in a Neural Network",
-    2015,
-    arxiv="1503.02531",
-    author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
-)
 
 
 @register(
@@ -36,7 +27,7 @@ BIBTEX = bibtex(
         "A draft of the authors' page called this row a fixed mixture; what their plots show is not settled.",
     ),
     code="microsoft/LMOps minillm/finetune.py::get_distil_loss (T = 1, without the teacher's entropy)",
-    bibtex=BIBTEX,
+    cites=("hinton2015distilling",),
 )
 def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Target:
     r"""Kullback-Leibler divergence from the teacher, both softened by the temperature T.
@@ -66,7 +57,7 @@ def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> 
 
 
 @kd.loss
-def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Float[Tensor, " N"]:
+def kd_loss(tokens: Tokens, *, temperature, square) -> Float[Tensor, " N"]:
     """KL(teacher || student), both at the temperature."""
     z, teacher = tokens.logits, tokens.require("teacher").detach()
     if temperature != 1:

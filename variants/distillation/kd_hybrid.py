@@ -9,7 +9,7 @@ from qlens.core.tokens import Tokens, kl
 from qlens.registry import register
 from qlens.registry.params import Positive, Share, Weight
 from qlens.registry.structure import GeometricMixture
-from qlens.variants.distillation.kd import BIBTEX, kd
+from qlens.variants.distillation.kd import kd
 
 
 @register(
@@ -33,7 +33,7 @@ from qlens.variants.distillation.kd import BIBTEX, kd
         "ms-swift adds the label's loss to a whole distillation loss: the weights do not add up to 1 (hard).",
     ),
     code="linkedin/Liger-Kernel src/liger_kernel/chunked_loss/fused_linear_distillation.py",
-    bibtex=BIBTEX,
+    cites=("hinton2015distilling",),
 )
 def kd_hybrid(
     tokens: Tokens,
@@ -72,14 +72,7 @@ def kd_hybrid(
 
 
 @kd_hybrid.loss
-def kd_hybrid_loss(
-    tokens: Tokens,
-    *,
-    weight: Share = 0.5,
-    temperature: Positive = 1.0,
-    square: bool = True,
-    hard: Weight | None = None,
-) -> Float[Tensor, " N"]:
+def kd_hybrid_loss(tokens: Tokens, *, weight, temperature, square, hard) -> Float[Tensor, " N"]:
     """-(1 - weight) log p_y + weight KL(teacher || student), the second at the temperature."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     log_t = F.log_softmax(tokens.require("teacher") / temperature, -1).detach()

@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share
 from qlens.variants.distillation.jsd import jsd, jsd_loss
 
@@ -15,7 +14,7 @@ from qlens.variants.distillation.jsd import jsd, jsd_loss
 @register(
     "opd",
     title="On-policy and self-distillation",
-    paper="2026, arXiv 2601.19897 (SDFT); 2023, arXiv 2306.13649 (GKD)",
+    paper="Shenfeld et al. 2026, arXiv 2601.19897 (SDFT); Agarwal et al. 2023, arXiv 2306.13649 (GKD)",
     needs=lambda alpha, clip: ("teacher",) if clip is None else ("teacher", "old"),
     trusted="0 at alpha = 0; else that of jsd(beta=alpha)",
     residual="teacher at alpha = 0; else that of jsd",
@@ -28,7 +27,7 @@ from qlens.variants.distillation.jsd import jsd, jsd_loss
         "TRL also keeps the teacher's top 100 only; for that see topk_kd, whose tail rule has to be named.",
     ),
     code="huggingface/trl trl/experimental/sdft/loss_utils.py::compute_divergence",
-    bibtex=bibtex("sdft2026", "Self-Distillation Enables Continual Learning", 2026, arxiv="2601.19897"),
+    cites=("sdft2026", "agarwal2023gkd"),
 )
 def opd(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Target:
     r"""A divergence to a teacher, weighted by the clipped ratio to the policy that wrote the text.
@@ -58,7 +57,7 @@ def opd(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> 
 
 
 @opd.loss
-def opd_loss(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Float[Tensor, " N"]:
+def opd_loss(tokens: Tokens, *, alpha, clip) -> Float[Tensor, " N"]:
     """min(p_y / old_y, clip) JSD_alpha."""
     loss = jsd_loss(tokens, beta=alpha)
     if clip is None:

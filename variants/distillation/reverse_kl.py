@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -24,9 +23,7 @@ from qlens.registry.citations import bibtex
         "Infinite where the teacher excludes a token that the student does not.",
     ),
     code="microsoft/LMOps minillm/minillm/losses.py",
-    bibtex=bibtex(
-        "gu2023minillm", "MiniLLM: Knowledge Distillation of Large Language Models", 2023, arxiv="2306.08543"
-    ),
+    cites=("gu2023minillm",),
 )
 def reverse_kl(tokens: Tokens) -> Target:
     r"""Divergence from the student to the teacher, over the whole vocabulary.

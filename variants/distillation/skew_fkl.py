@@ -9,13 +9,9 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl, log_mix
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
 
-DISTILLM = bibtex(
-    "ko2024distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024, arxiv="2402.03898"
-)
 DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
 
 
@@ -32,7 +28,7 @@ DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
         "The released value leaves out the teacher's entropy, so that it is no divergence; the gradient is right.",
     ),
     code=DISTILLM_CODE,
-    bibtex=DISTILLM,
+    cites=("ko2024distillm",),
 )
 def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
     r"""Divergence from the teacher to a mixture that holds some of the teacher already.
@@ -63,7 +59,7 @@ def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 
 
 @skew_fkl.loss
-def skew_fkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+def skew_fkl_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """KL(teacher || alpha teacher + (1 - alpha) student)."""
     log_p, log_t = both(tokens)
     return kl(log_t, log_mix(log_t, log_p, alpha))

@@ -11,7 +11,7 @@ from qlens.core.tokens import Tokens, kl, log_mix
 from qlens.registry import register
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
-from qlens.variants.distillation.skew_fkl import DISTILLM, DISTILLM_CODE
+from qlens.variants.distillation.skew_fkl import DISTILLM_CODE
 
 
 @register(
@@ -24,7 +24,7 @@ from qlens.variants.distillation.skew_fkl import DISTILLM, DISTILLM_CODE
     simplex=lambda alpha: None if alpha > 0.05 else False,
     limits="alpha = 0 is reverse_kl; alpha = 1 teaches nothing",
     code=DISTILLM_CODE,
-    bibtex=DISTILLM,
+    cites=("ko2024distillm",),
 )
 def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
     r"""Divergence from the student to a mixture that holds some of the student already.
@@ -53,7 +53,7 @@ def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 
 
 @skew_rkl.loss
-def skew_rkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+def skew_rkl_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """KL(student || alpha student + (1 - alpha) teacher)."""
     log_p, log_t = both(tokens)
     return kl(log_p, log_mix(log_p, log_t, alpha))

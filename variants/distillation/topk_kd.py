@@ -12,7 +12,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Share
 
 Rank = Annotated[int, Between(1)]
@@ -45,13 +44,7 @@ Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
         "has k = 1.",
     ),
     code="verl-project/verl verl/trainer/distillation/losses.py; NVIDIA-NeMo/RL nemo_rl/algorithms/loss/loss_functions.py",
-    bibtex=bibtex(
-        "hinton2015distilling",
-        "Distilling the Knowledge in a Neural Network",
-        2015,
-        arxiv="1503.02531",
-        author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
-    ),
+    cites=("hinton2015distilling",),
 )
 def topk_kd(
     tokens: Tokens,
@@ -116,15 +109,7 @@ def topk_kd(
 
 
 @topk_kd.loss
-def topk_kd_loss(
-    tokens: Tokens,
-    *,
-    k: Rank = 64,
-    tail: Tail = "student",
-    reverse: Share = 0.0,
-    floor: bool = False,
-    cap: Positive | None = None,
-) -> Float[Tensor, " N"]:
+def topk_kd_loss(tokens: Tokens, *, k, tail, reverse, floor, cap) -> Float[Tensor, " N"]:
     """The divergence on the teacher's top k, clamped."""
     _check(tail, reverse)
     log_t = F.log_softmax(tokens.require("teacher"), -1).detach()

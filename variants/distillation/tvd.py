@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 TIES = 1e3  # differences within this many roundings of the dtype are none
 
@@ -24,12 +23,7 @@ TIES = 1e3  # differences within this many roundings of the dtype are none
     limits="teaches nothing where the student is above the teacher nowhere",
     differences=("Where student and teacher agree to rounding, a token counts as neither above nor below.",),
     code="jongwooko/distillm distillm/losses.py::tv_distance",
-    bibtex=bibtex(
-        "wen2023fdistill",
-        "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
-        2023,
-        arxiv="2307.15190",
-    ),
+    cites=("wen2023fdistill",),
 )
 def tvd(tokens: Tokens) -> Target:
     r"""Half the absolute difference between student and teacher.

@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -20,12 +19,7 @@ from qlens.registry.params import Weight
     residual="none: Q = d - weight p (log p + H), signed",
     simplex=lambda weight: weight == 0,
     limits="weight = 0 is sft",
-    bibtex=bibtex(
-        "pereyra2017penalty",
-        "Regularizing Neural Networks by Penalizing Confident Output Distributions",
-        2017,
-        arxiv="1701.06548",
-    ),
+    cites=("pereyra2017penalty",),
 )
 def confidence_penalty(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
     r"""The log-likelihood minus a multiple of the student's entropy.
@@ -46,7 +40,7 @@ def confidence_penalty(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @confidence_penalty.loss
-def confidence_penalty_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def confidence_penalty_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-log p_y + weight sum_k p_k log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")

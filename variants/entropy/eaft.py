@@ -12,7 +12,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, expectation
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Share, Weight
 
 Rank = Annotated[int, Between(1)]
@@ -24,7 +23,7 @@ Gate = Literal["power", "sigmoid", "mask", "conflict"]
 @register(
     "eaft",
     title="Entropy-Adaptive Fine-Tuning",
-    paper="2026, arXiv 2601.02151",
+    paper="Diao et al. 2026, arXiv 2601.02151",
     scope=lambda gate, **_: "batch" if gate in ("mask", "conflict") else "token",
     trusted="(H_top-k / ln k)^alpha",
     residual="student",
@@ -49,12 +48,7 @@ Gate = Literal["power", "sigmoid", "mask", "conflict"]
         "The entropy is that of the top k logits renormalised, not a part of the full entropy.",
     ),
     code="hiyouga/LLaMA-Factory src/llamafactory/train/trainer_utils.py::eaft_loss_func",
-    bibtex=bibtex(
-        "eaft2026",
-        "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting",
-        2026,
-        arxiv="2601.02151",
-    ),
+    cites=("eaft2026",),
 )
 def eaft(
     tokens: Tokens,
@@ -112,18 +106,7 @@ def eaft(
 
 
 @eaft.loss
-def eaft_loss(
-    tokens: Tokens,
-    *,
-    k: Rank = 20,
-    normalizer: Normalizer = "ln_k",
-    alpha: Weight = 1.0,
-    gate: Gate = "power",
-    beta: float = 0.17,
-    share: Share = 0.15,
-    floor: Floor = 0.0,
-    detach: bool = True,
-) -> Float[Tensor, " N"]:
+def eaft_loss(tokens: Tokens, *, k, normalizer, alpha, gate, beta, share, floor, detach) -> Float[Tensor, " N"]:
     """-gate log p_y."""
     _check(k, normalizer, gate, detach)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")

@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 
 SLOPE = 0.01  # fixed in the released code
@@ -19,7 +18,7 @@ SLOPE = 0.01  # fixed in the released code
 @register(
     "gem",
     title="GEM, preserving diversity",
-    paper="2024, arXiv 2408.16673",
+    paper="Li et al. 2024, arXiv 2408.16673",
     trusted="(1 - q_y) / (1 - p_y), q = softmax(z / beta)",
     residual="none: Q = d + p - q, signed",
     simplex=lambda beta, h: None if beta == 1 or h != "linear" else False,
@@ -32,12 +31,7 @@ SLOPE = 0.01  # fixed in the released code
         "The released kernel's z-loss uses q where p is meant, and normalises q per shard under tensor parallelism.",
     ),
     code="liziniu/GEM sft_trainer.py::SFTTrainer.gem_loss",
-    bibtex=bibtex(
-        "gem2024",
-        "Preserving Diversity in Supervised Fine-Tuning of Large Language Models",
-        2024,
-        arxiv="2408.16673",
-    ),
+    cites=("gem2024",),
 )
 def gem(tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoid"] = "linear") -> Target:
     r"""How far the label's log-probability lies above that of every token, weighted by a sharpened, detached student q.
@@ -64,9 +58,7 @@ def gem(tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoi
 
 
 @gem.loss
-def gem_loss(
-    tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoid"] = "linear"
-) -> Float[Tensor, " N"]:
+def gem_loss(tokens: Tokens, *, beta, h) -> Float[Tensor, " N"]:
     """-sum_k q_k w_k (log p_y - log p_k)."""
     log_p = F.log_softmax(tokens.logits, -1)
     label = tokens.labels.long()[:, None]

@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 LEAST = 1e-8  # the released code's floor of every probability within the entropy
@@ -17,7 +16,7 @@ LEAST = 1e-8  # the released code's floor of every probability within the entrop
 @register(
     "mile",
     title="MiLe loss",
-    paper="2023, arXiv 2310.19531",
+    paper="Su et al. 2023, arXiv 2310.19531",
     scope=lambda gamma: "batch" if gamma else "token",
     trusted="(1 + H)^gamma over its mean in the batch",
     residual="student",
@@ -29,12 +28,7 @@ LEAST = 1e-8  # the released code's floor of every probability within the entrop
         "It was written for pre-training.",
     ),
     code="suu990901/LLaMA-MiLe-Loss utils/trainer.py::MiLeLoss",
-    bibtex=bibtex(
-        "mile2023",
-        "MiLe Loss: a New Loss for Mitigating the Bias of Learning Difficulties in Generative Language Models",
-        2023,
-        arxiv="2310.19531",
-    ),
+    cites=("mile2023",),
 )
 def mile(tokens: Tokens, *, gamma: Weight = 1.0) -> Target:
     r"""The log-likelihood weighted by how unsure the student is, the weights averaging 1 over the batch.
@@ -58,7 +52,7 @@ def mile(tokens: Tokens, *, gamma: Weight = 1.0) -> Target:
 
 
 @mile.loss
-def mile_loss(tokens: Tokens, *, gamma: Weight = 1.0) -> Float[Tensor, " N"]:
+def mile_loss(tokens: Tokens, *, gamma) -> Float[Tensor, " N"]:
     """-sg(w) log p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     with torch.no_grad():

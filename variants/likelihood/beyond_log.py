@@ -8,16 +8,9 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
-PAPER = "2025, arXiv 2510.00526"
+PAPER = "Li et al. 2025, arXiv 2510.00526"
 CODE = "GaotangLi/Beyond-Log-Likelihood main_verl/trainer/fsdp_sft_trainer.py, trainer.objective_trans"
-BIBTEX = bibtex(
-    "beyondlog2025",
-    "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability Continuum",
-    2025,
-    arxiv="2510.00526",
-)
 
 
 @register(
@@ -37,7 +30,7 @@ BIBTEX = bibtex(
         "In the released code alpha = 0 divides by zero and a negative alpha breaks the parsing of its name.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log(tokens: Tokens, *, alpha: float = 1.0) -> Target:
     r"""A power of the label's probability in place of its logarithm, differentiated as it stands.
@@ -58,7 +51,7 @@ def beyond_log(tokens: Tokens, *, alpha: float = 1.0) -> Target:
 
 
 @beyond_log.loss
-def beyond_log_loss(tokens: Tokens, *, alpha: float = 1.0) -> Float[Tensor, " N"]:
+def beyond_log_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """(1 - p_y^alpha) / alpha; -log p_y at alpha = 0."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     return -torch.expm1(-alpha * nll) / alpha if abs(alpha) > 1e-12 else nll  # the limit, to rounding

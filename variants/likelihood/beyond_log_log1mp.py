@@ -8,7 +8,7 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
+from qlens.variants.likelihood.beyond_log import CODE, PAPER
 
 
 @register(
@@ -24,7 +24,7 @@ from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
         "The authors' table gives trust in [0, 1] for the whole row; here it is above 1 wherever p_y is above 1/2.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log_log1mp(tokens: Tokens) -> Target:
     r"""The logarithm of the probability of everything else, which learns most from what is known already.

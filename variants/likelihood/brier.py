@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -18,13 +17,7 @@ from qlens.registry.citations import bibtex
     residual="the student's, the strong alternatives below their share",
     simplex=True,
     limits="no update where p is one-hot, right or wrong",
-    bibtex=bibtex(
-        "brier1950",
-        "Verification of Forecasts Expressed in Terms of Probability",
-        1950,
-        author="Brier, Glenn W.",
-        venue="Monthly Weather Review 78",
-    ),
+    cites=("brier1950",),
 )
 def brier(tokens: Tokens) -> Target:
     r"""The squared distance between the student's distribution and the one-hot label, over the whole vocabulary.

@@ -8,7 +8,7 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.variants.likelihood.deft import BIBTEX, CAYLEY_EPSILON, CODE, PAPER
+from qlens.variants.likelihood.deft import CAYLEY_EPSILON, CODE, PAPER
 
 LEAST, FLOOR_SHARE = 0.001, 0.5
 
@@ -25,7 +25,7 @@ LEAST, FLOOR_SHARE = 0.001, 0.5
     limits="near sft where p_y is small throughout the batch, dft as p_y -> 1",
     differences=("The floor is that of a micro-batch, so that accumulation changes the gradient.",),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("deft2026",),
 )
 def cayley(tokens: Tokens) -> Target:
     r"""A power loss whose exponent grows with the label's probability, from a floor that the batch sets.

@@ -8,16 +8,9 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
-PAPER = "2026, arXiv 2602.11424"
+PAPER = "Wang et al. 2026, arXiv 2602.11424"
 CODE = "luludus/DEFT main_verl/trainer/fsdp_sft_trainer.py, trainer.objective_trans"
-BIBTEX = bibtex(
-    "deft2026",
-    "Gradients Must Earn Their Influence: Unifying SFT with Generalized Entropic Objectives",
-    2026,
-    arxiv="2602.11424",
-)
 DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the gradient
 
 
@@ -34,7 +27,7 @@ DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the g
         "Its sequence-parallel branch is plain cross-entropy.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("deft2026",),
 )
 def deft(tokens: Tokens) -> Target:
     r"""A power loss whose exponent is the concentration of the student's distribution, detached.

@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -25,13 +24,7 @@ from qlens.registry.citations import bibtex
         "In the official code the sequence-parallel branch is plain cross-entropy.",
     ),
     code="yongliang-wu/DFT verl/verl/trainer/fsdp_dft_trainer.py; huggingface/trl trl/trainer/sft_trainer.py::dft_loss",
-    bibtex=bibtex(
-        "wu2025dft",
-        "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
-        2025,
-        arxiv="2508.05629",
-        author="Wu, Yongliang and others",
-    ),
+    cites=("wu2025dft",),
 )
 def dft(tokens: Tokens) -> Target:
     r"""The log-likelihood weighted by the label's own probability, which carries no gradient.

@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -28,13 +27,7 @@ from qlens.registry.params import Weight
         "fvcore's focal loss is the binary one and does not apply.",
     ),
     code="DarthReca/segmentation-losses-nlp loss/focal_loss.py",
-    bibtex=bibtex(
-        "lin2017focal",
-        "Focal Loss for Dense Object Detection",
-        2017,
-        arxiv="1708.02002",
-        author="Lin, Tsung-Yi and Goyal, Priya and Girshick, Ross and He, Kaiming and Doll{\\'a}r, Piotr",
-    ),
+    cites=("lin2017focal",),
 )
 def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Target:
     r"""The log-likelihood weighted down by a power of what the label does not have.
@@ -64,7 +57,7 @@ def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Targe
 
 
 @focal.loss
-def focal_loss(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Float[Tensor, " N"]:
+def focal_loss(tokens: Tokens, *, gamma, detach) -> Float[Tensor, " N"]:
     """-(1 - p_y)^gamma log p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     # log(1 - p_y), added up over the others where p_y is near 1; finite where there are none

@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Share
 
 Power = Annotated[float, Between(0, 1, open_low=True)]
@@ -32,13 +31,7 @@ Power = Annotated[float, Between(0, 1, open_low=True)]
         "label's probability under tokens.old decides, token by token.",
     ),
     code="AlanChou/Truncated-Loss TruncatedLoss.py",
-    bibtex=bibtex(
-        "zhang2018gce",
-        "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
-        2018,
-        arxiv="1805.07836",
-        author="Zhang, Zhilu and Sabuncu, Mert R.",
-    ),
+    cites=("zhang2018gce",),
 )
 def gce(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Target:
     r"""Between the cross-entropy and the mean absolute error.
@@ -65,7 +58,7 @@ def gce(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Tar
 
 
 @gce.loss
-def gce_loss(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Float[Tensor, " N"]:
+def gce_loss(tokens: Tokens, *, q, truncate) -> Float[Tensor, " N"]:
     """(1 - p_y^q) / q, truncated: minus (1 - k^q) / q, times 1[old p_y > k]."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     loss = -torch.expm1(-q * nll) / q

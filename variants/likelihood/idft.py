@@ -11,7 +11,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
@@ -35,7 +34,7 @@ def mix_at(progress: float, warmup: float = 0.2, transition: float = 0.1) -> flo
 @register(
     "idft",
     title="In-distribution fine-tuning",
-    paper="2026, arXiv 2602.12222",
+    paper="Zhang et al. 2026, arXiv 2602.12222",
     trusted="p_y^(1 + mix (e - 1)), e = exp(-(log p_y + H) / beta) clamped",
     residual="student",
     simplex=True,
@@ -47,12 +46,7 @@ def mix_at(progress: float, warmup: float = 0.2, transition: float = 0.1) -> flo
         "The released loss mask is shifted once too often: it trains the last prompt token and not the end of the answer.",
     ),
     code="zhangmiaosen2000/Towards-On-Policy-SFT IDFT/verl/trainer/fsdp_polylog_trainer.py",
-    bibtex=bibtex(
-        "idft2026",
-        "Towards On-Policy SFT: Distribution Discriminant Theory and its Applications in LLM Training",
-        2026,
-        arxiv="2602.12222",
-    ),
+    cites=("idft2026",),
 )
 def idft(
     tokens: Tokens,
@@ -90,14 +84,7 @@ def idft(
 
 
 @idft.loss
-def idft_loss(
-    tokens: Tokens,
-    *,
-    beta: Positive = 1.0,
-    clamp: tuple[float, float] = (0.1, 2.0),
-    mix: Share = 1.0,
-    floor: Weight = 1e-10,
-) -> Float[Tensor, " N"]:
+def idft_loss(tokens: Tokens, *, beta, clamp, mix, floor) -> Float[Tensor, " N"]:
     """-sg(p_y^kappa) log p_y, p_y clamped at the floor."""
     low, high = _ordered(clamp)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")

@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -19,13 +18,7 @@ from qlens.registry.citations import bibtex
     residual="student",
     simplex=False,
     limits="2 times dft",
-    bibtex=bibtex(
-        "ghosh2017mae",
-        "Robust Loss Functions under Label Noise for Deep Neural Networks",
-        2017,
-        arxiv="1712.09482",
-        author="Ghosh, Aritra and Kumar, Himanshu and Sastry, P. S.",
-    ),
+    cites=("ghosh2017mae",),
 )
 def mae(tokens: Tokens) -> Target:
     r"""The absolute difference between the student's distribution and the label.

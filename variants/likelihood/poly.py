@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 def _terms(epsilon: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -36,12 +35,7 @@ def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     modes={"optax": {"epsilon": 2.0}},
     differences=("Published defaults differ: 1 in the PyTorch port, 2 in optax.",),
     code="abhuse/polyloss-pytorch polyloss.py",
-    bibtex=bibtex(
-        "leng2022poly",
-        "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions",
-        2022,
-        arxiv="2204.12511",
-    ),
+    cites=("leng2022poly",),
 )
 def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
     r"""The log-likelihood plus a polynomial in 1 - p_y.
@@ -67,7 +61,7 @@ def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
 
 
 @poly.loss
-def poly_loss(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Float[Tensor, " N"]:
+def poly_loss(tokens: Tokens, *, epsilon) -> Float[Tensor, " N"]:
     """-log p_y + sum_j epsilon_j (1 - p_y)^j."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     gap = -torch.expm1(-nll)

@@ -9,7 +9,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Weight
 
 LogZero = Annotated[float, Between(high=0)]
@@ -25,12 +24,7 @@ LogZero = Annotated[float, Between(high=0)]
     simplex=lambda alpha, beta, log_zero: alpha - beta * log_zero <= 1,
     limits="beta = 0 is alpha times sft; alpha = 0 is -beta log_zero times dft",
     differences=("No default of alpha and beta is confirmed; log 0 is read as -4.",),
-    bibtex=bibtex(
-        "wang2019sce",
-        "Symmetric Cross Entropy for Robust Learning with Noisy Labels",
-        2019,
-        arxiv="1908.06112",
-    ),
+    cites=("wang2019sce",),
 )
 def sce(tokens: Tokens, *, alpha: Weight = 0.1, beta: Weight = 1.0, log_zero: LogZero = -4.0) -> Target:
     r"""Cross-entropy both ways, with log 0 read as a finite number A.
@@ -51,9 +45,7 @@ def sce(tokens: Tokens, *, alpha: Weight = 0.1, beta: Weight = 1.0, log_zero: Lo
 
 
 @sce.loss
-def sce_loss(
-    tokens: Tokens, *, alpha: Weight = 0.1, beta: Weight = 1.0, log_zero: LogZero = -4.0
-) -> Float[Tensor, " N"]:
+def sce_loss(tokens: Tokens, *, alpha, beta, log_zero) -> Float[Tensor, " N"]:
     """alpha CE(d, p) + beta CE(p, d)."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     p = F.softmax(tokens.logits, -1)

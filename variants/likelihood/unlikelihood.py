@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -30,9 +29,7 @@ from qlens.registry.params import Weight
         "The released sum is divided by fairseq's sample size.",
     ),
     code="facebookresearch/unlikelihood_training custom/candidate_penalty_ce_loss.py, custom/sequence_penalty_loss.py",
-    bibtex=bibtex(
-        "welleck2019unlikelihood", "Neural Text Generation with Unlikelihood Training", 2019, arxiv="1908.04319"
-    ),
+    cites=("welleck2019unlikelihood",),
 )
 def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floor: Weight = 1e-5) -> Target:
     r"""The log-likelihood, and for every negative c the log-likelihood of not c.
@@ -66,9 +63,7 @@ def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floo
 
 
 @unlikelihood.loss
-def unlikelihood_loss(
-    tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floor: Weight = 1e-5
-) -> Float[Tensor, " N"]:
+def unlikelihood_loss(tokens: Tokens, *, alpha, nll, floor) -> Float[Tensor, " N"]:
     """-nll log p_y - alpha sum_c log max(1 - p_c, floor)."""
     log_p = F.log_softmax(tokens.logits, -1)
     top = log_p.detach().argmax(-1, keepdim=True)

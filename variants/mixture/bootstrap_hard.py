@@ -9,7 +9,7 @@ from qlens.core.target import Target
 from qlens.core.tokens import Tokens, one_hot
 from qlens.registry import register
 from qlens.registry.params import Share
-from qlens.variants.mixture.bootstrap_soft import BIBTEX, CODE, PAPER
+from qlens.variants.mixture.bootstrap_soft import CODE, PAPER
 
 
 @register(
@@ -25,7 +25,7 @@ from qlens.variants.mixture.bootstrap_soft import BIBTEX, CODE, PAPER
         "The released code does not mask ignored positions in its second term.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("reed2014bootstrapping",),
 )
 def bootstrap_hard(tokens: Tokens, *, beta: Share = 0.8) -> Target:
     r"""Cross-entropy toward the label mixed with the student's favourite token.
@@ -48,7 +48,7 @@ def bootstrap_hard(tokens: Tokens, *, beta: Share = 0.8) -> Target:
 
 
 @bootstrap_hard.loss
-def bootstrap_hard_loss(tokens: Tokens, *, beta: Share = 0.8) -> Float[Tensor, " N"]:
+def bootstrap_hard_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """-beta log p_y - (1 - beta) log p at the favourite."""
     log_p = F.log_softmax(tokens.logits, -1)
     top = tokens.logits.detach() == tokens.logits.detach().amax(-1, keepdim=True)

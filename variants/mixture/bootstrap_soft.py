@@ -8,18 +8,10 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 PAPER = "Reed et al. 2014, arXiv 1412.6596"
 CODE = "vfdev-5/BootstrappingLoss bootstrapping_loss/loss.py"
-BIBTEX = bibtex(
-    "reed2014bootstrapping",
-    "Training Deep Neural Networks on Noisy Labels with Bootstrapping",
-    2014,
-    arxiv="1412.6596",
-    author="Reed, Scott and Lee, Honglak and Anguelov, Dragomir and Szegedy, Christian and Erhan, Dumitru and Rabinovich, Andrew",
-)
 
 
 @register(
@@ -36,7 +28,7 @@ BIBTEX = bibtex(
         "The released code does not mask ignored positions in its second term.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("reed2014bootstrapping",),
 )
 def bootstrap_soft(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -> Target:
     r"""Cross-entropy toward the label mixed with the student's own distribution.
@@ -60,7 +52,7 @@ def bootstrap_soft(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -
 
 
 @bootstrap_soft.loss
-def bootstrap_soft_loss(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -> Float[Tensor, " N"]:
+def bootstrap_soft_loss(tokens: Tokens, *, beta, detach) -> Float[Tensor, " N"]:
     """-sum_k (beta d_k + (1 - beta) p_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     p = log_p.exp().detach() if detach else log_p.exp()

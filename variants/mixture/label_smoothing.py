@@ -9,7 +9,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.registry.structure import GeometricMixture
 
@@ -33,12 +32,7 @@ Over = Literal["all", "others"]
         "Padding rows of the vocabulary take their share of the smoothing everywhere.",
     ),
     code="huggingface/transformers src/transformers/trainer_pt_utils.py::LabelSmoother",
-    bibtex=bibtex(
-        "smoothing2025",
-        "Calibrated Language Models and How to Find Them with Label Smoothing",
-        2025,
-        arxiv="2508.00264",
-    ),
+    cites=("szegedy2016rethinking", "smoothing2025"),
 )
 def label_smoothing(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all") -> Target:
     r"""Cross-entropy toward the label mixed with the uniform distribution over all V entries, the label among them.
@@ -60,7 +54,7 @@ def label_smoothing(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all")
 
 
 @label_smoothing.loss
-def label_smoothing_loss(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all") -> Float[Tensor, " N"]:
+def label_smoothing_loss(tokens: Tokens, *, epsilon, over) -> Float[Tensor, " N"]:
     """-(1 - epsilon) log p_y - epsilon mean_k log p_k, the mean over all or over the others."""
     log_p = F.log_softmax(tokens.logits, -1)
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")

@@ -14,7 +14,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Weight
 
 Rank = Annotated[int, Between(1)]
@@ -24,7 +23,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
 @register(
     "rpsft",
     title="Rotation-preserving SFT",
-    paper="2026, arXiv 2605.10973",
+    paper="Jin et al. 2026, arXiv 2605.10973",
     scope="parameters",
     structure="label",
     trusted="1",
@@ -45,7 +44,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
         "Whether the paper normalises the penalty is not confirmed.",
     ),
     code="jinhangzhan/RPSFT sft/src/training/trainer.py::QwenTrainer.compute_loss",
-    bibtex=bibtex("rpsft2026", "Rotation-Preserving Supervised Fine-Tuning", 2026, arxiv="2605.10973"),
+    cites=("rpsft2026",),
 )
 def rpsft(
     tokens: Tokens, *, weight: Weight = 1.0, k: Rank = 768, normalize: bool = False, half: bool = False
@@ -76,15 +75,13 @@ def rpsft(
 
 
 @rpsft.loss
-def rpsft_loss(
-    tokens: Tokens, *, weight: Weight = 1.0, k: Rank = 768, normalize: bool = False, half: bool = False
-) -> Float[Tensor, " N"]:
+def rpsft_loss(tokens: Tokens, *, weight, k, normalize, half) -> Float[Tensor, " N"]:
     """-log p_y; the penalty is not a token's."""
     return F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
 
 
 @rpsft.penalty
-def rpsft_penalty(model: nn.Module, *, weight: float, k: int, normalize: bool, half: bool) -> Tensor:
+def rpsft_penalty(model: nn.Module, *, weight, k, normalize, half) -> Tensor:
     """weight sum_W || U^T W V - U^T W_0 V ||^2, a scalar."""
     if (k, half) not in _STARTS.get(model, {}):
         rpsft_start(model, None, weight=weight, k=k, normalize=normalize, half=half)
@@ -96,7 +93,7 @@ def rpsft_penalty(model: nn.Module, *, weight: float, k: int, normalize: bool, h
 
 @rpsft.start
 def rpsft_start(
-    model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight: float, k: int, normalize: bool, half: bool
+    model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight, k, normalize, half
 ) -> dict[str, Tensor]:
     """W_0: the model's weights as they are now, or as a checkpoint has them."""
     matrices = _matrices(model)

@@ -13,7 +13,6 @@ from qlens.core.segments import Groups
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Weight
 
 Objective = Literal["clip", "cispo", "sapo"]
@@ -57,12 +56,7 @@ def _sequences(level: str, normalize: object) -> bool:
         "A sequence's ratio counts once per token here, as TRL broadcasts it.",
     ),
     code="huggingface/trl trl/trainer/grpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "shao2024grpo",
-        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        2024,
-        arxiv="2402.03300",
-    ),
+    cites=("shao2024grpo",),
 )
 def grpo(
     tokens: Tokens,
@@ -133,17 +127,7 @@ def grpo(
 
 @grpo.loss
 def grpo_loss(
-    tokens: Tokens,
-    *,
-    objective: Objective = "clip",
-    level: Level = "token",
-    eps_low: Weight = 0.2,
-    eps_high: Weight = 0.2,
-    dual: Positive | None = None,
-    weight: Weight = 0.0,
-    normalize: Normalize = "tokens",
-    temperature: tuple[float, float] = (1.0, 1.05),
-    ratio_clamp: Positive | None = 20.0,
+    tokens: Tokens, *, objective, level, eps_low, eps_high, dual, weight, normalize, temperature, ratio_clamp
 ) -> Float[Tensor, " N"]:
     """The objective and the penalty, normalised."""
     _check(dual, eps_high)

@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
@@ -30,13 +29,7 @@ from qlens.registry.params import Positive, Share, Weight
         "verl adds a dual clip at 3 for negative advantages and clamps the log-ratio to 20 (ratio_clamp).",
     ),
     code="verl-project/verl verl/trainer/ppo/core_algos.py",
-    bibtex=bibtex(
-        "schulman2017ppo",
-        "Proximal Policy Optimization Algorithms",
-        2017,
-        arxiv="1707.06347",
-        author="Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg",
-    ),
+    cites=("schulman2017ppo",),
 )
 def ppo_clip(
     tokens: Tokens,
@@ -78,14 +71,7 @@ def ppo_clip(
 
 
 @ppo_clip.loss
-def ppo_clip_loss(
-    tokens: Tokens,
-    *,
-    eps_low: Share = 0.2,
-    eps_high: Weight = 0.2,
-    dual: Positive | None = None,
-    ratio_clamp: Positive | None = 20.0,
-) -> Float[Tensor, " N"]:
+def ppo_clip_loss(tokens: Tokens, *, eps_low, eps_high, dual, ratio_clamp) -> Float[Tensor, " N"]:
     """-min(A rho, A clip(rho)), and for A < 0 at most -A dual."""
     labels = tokens.labels.long()
     now = F.cross_entropy(tokens.logits, labels, reduction="none")

@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -20,13 +19,7 @@ from qlens.registry.citations import bibtex
     residual="student",
     simplex=None,
     limits="every advantage 1 is sft; a negative one pushes the label down in favour of all others alike",
-    bibtex=bibtex(
-        "williams1992reinforce",
-        "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
-        1992,
-        author="Williams, Ronald J.",
-        venue="Machine Learning 8",
-    ),
+    cites=("williams1992reinforce",),
 )
 def reinforce(tokens: Tokens) -> Target:
     r"""The log-likelihood of a sampled token times its advantage A.

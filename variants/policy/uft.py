@@ -12,7 +12,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 Reduction = Literal["sum", "mean"]
@@ -59,7 +58,7 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
 @register(
     "uft",
     title="Unified supervised and reinforcement fine-tuning",
-    paper="2025, arXiv 2505.16984",
+    paper="Liu et al. 2025, arXiv 2505.16984",
     scope=lambda reduction, **_: "batch" if reduction == "mean" else "token",
     needs=("hint", "advantage", "old", "reference"),
     structure=lambda entropy_weight, logit_clamp, **_: (
@@ -81,7 +80,7 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
         "The code clamps the k3 penalty at 10, beyond which it has no gradient.",
     ),
     code="liumy2010/UFT verl/workers/actor/dp_actor.py::update_policy",
-    bibtex=bibtex("uft2025", "UFT: Unifying Supervised and Reinforcement Fine-Tuning", 2025, arxiv="2505.16984"),
+    cites=("uft2025",),
 )
 def uft(
     tokens: Tokens,
@@ -148,15 +147,15 @@ def uft(
 def uft_loss(
     tokens: Tokens,
     *,
-    weight: Weight = 0.001,
-    kl_weight: Weight = 0.001,
-    entropy_weight: Weight = 0.0,
-    eps_low: Share = 0.2,
-    eps_high: Weight = 0.2,
-    reduction: Reduction = "sum",
-    logit_clamp: Positive | None = None,
-    value_clamp: Positive | None = None,
-    ratio_clamp: Positive | None = 20.0,
+    weight,
+    kl_weight,
+    entropy_weight,
+    eps_low,
+    eps_high,
+    reduction,
+    logit_clamp,
+    value_clamp,
+    ratio_clamp,
 ) -> Float[Tensor, " N"]:
     """Hints: -weight log p_y; responses: the clipped surrogate + kl_weight k3 - entropy_weight H."""
     labels = tokens.labels.long()

@@ -8,7 +8,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, sides_of
 
@@ -26,12 +25,7 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     simplex=None,
     limits="each sequence is pushed by its own log-ratio: the two do not meet",
     code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "doosterlinck2024apo",
-        "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
-        2024,
-        arxiv="2408.06266",
-    ),
+    cites=("doosterlinck2024apo",),
 )
 def apo_zero(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
     r"""The chosen sequence raised and the rejected one lowered, each against the reference alone.
@@ -59,7 +53,7 @@ def apo_zero(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
 
 
 @apo_zero.loss
-def apo_zero_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+def apo_zero_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """1 - sigma(beta Delta_w) + sigma(beta Delta_l), shared by the pair's tokens."""
     sides, share = sides_of(tokens, False)
     now, before = (

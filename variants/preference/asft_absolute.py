@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 from qlens.variants.preference.odds import _log_odds, _means, _odds
 
@@ -17,7 +16,7 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
 @register(
     "asft_absolute",
     title="Aligned SFT through absolute likelihood",
-    paper="2024, arXiv 2409.10571",
+    paper="Wang et al. 2024, arXiv 2409.10571",
     scope="pair",
     coupled="pair",
     needs=("chosen", "pair"),
@@ -32,9 +31,7 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
         "Chosen and rejected do not meet: a pair's loss is the sum of two losses.",
         "Not to be confused with anchored SFT (asft_anchored).",
     ),
-    bibtex=bibtex(
-        "asft2024", "ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood", 2024, arxiv="2409.10571"
-    ),
+    cites=("asft2024",),
 )
 def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, beta: Positive = 1.0) -> Target:
     r"""The chosen sequence made likely and the rejected one unlikely, each by itself.
@@ -66,9 +63,7 @@ def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, be
 
 
 @asft_absolute.loss
-def asft_absolute_loss(
-    tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, beta: Positive = 1.0
-) -> Float[Tensor, " N"]:
+def asft_absolute_loss(tokens: Tokens, *, weight, nll, beta) -> Float[Tensor, " N"]:
     """-nll log P_w - weight (log sigma(beta o_w) + log sigma(-beta o_l)), each part shared by its sequence's tokens."""
     mine, chosen, rejected = _means(tokens)
     raised = -nll * chosen - weight * F.logsigmoid(beta * _log_odds(chosen))

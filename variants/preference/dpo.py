@@ -11,7 +11,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive
 
 Flips = Annotated[float, Between(0, 0.5)]
@@ -33,12 +32,7 @@ PAIR = ("chosen", "pair")
     modes={"sigmoid-norm": {"average": True}, "conservative": {"label_smoothing": 0.1}},
     differences=("The paper sums log-ratios over a sequence; TRL's sigmoid_norm averages them (average).",),
     code="eric-mitchell/direct-preference-optimization trainers.py::preference_loss; huggingface/trl trl/trainer/dpo_trainer.py",
-    bibtex=bibtex(
-        "rafailov2023dpo",
-        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
-        2023,
-        arxiv="2305.18290",
-    ),
+    cites=("rafailov2023dpo",),
 )
 def dpo(tokens: Tokens, *, beta: Positive = 0.1, label_smoothing: Flips = 0.0, average: bool = False) -> Target:
     r"""The chosen sequence's log-ratio to the reference against the rejected one's.
@@ -70,9 +64,7 @@ def dpo(tokens: Tokens, *, beta: Positive = 0.1, label_smoothing: Flips = 0.0, a
 
 
 @dpo.loss
-def dpo_loss(
-    tokens: Tokens, *, beta: Positive = 0.1, label_smoothing: Flips = 0.0, average: bool = False
-) -> Float[Tensor, " N"]:
+def dpo_loss(tokens: Tokens, *, beta, label_smoothing, average) -> Float[Tensor, " N"]:
     """-(1 - eps) log sigma(u) - eps log sigma(-u), shared by the pair's tokens."""
     sides, share = sides_of(tokens, average)
     now, before = (

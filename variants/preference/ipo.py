@@ -7,7 +7,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, sides_of
 
@@ -26,12 +25,7 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     limits="no push where the margin is 1 / (2 beta); beyond it the chosen sequence is pushed down",
     differences=("This is TRL's form, with log-ratios averaged over a sequence.",),
     code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "azar2023ipo",
-        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
-        2023,
-        arxiv="2310.12036",
-    ),
+    cites=("azar2023ipo",),
 )
 def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
     r"""The squared distance of the pair's mean log-ratio margin from its aim.
@@ -61,7 +55,7 @@ def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
 
 
 @ipo.loss
-def ipo_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+def ipo_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """(mean margin - 1 / (2 beta))^2, shared by the pair's tokens."""
     sides, share = sides_of(tokens, True)
     now, before = (

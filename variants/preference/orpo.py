@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.variants.preference.odds import _log_odds, _means, _odds
 
@@ -32,9 +31,7 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
         "TRL's likelihood term covers the prompt too and is a mean over the batch; here it is the chosen sequence's own.",
     ),
     code="xfactlab/orpo src/orpo_trainer.py; huggingface/trl trl/experimental/orpo/orpo_trainer.py::odds_ratio_loss",
-    bibtex=bibtex(
-        "hong2024orpo", "ORPO: Monolithic Preference Optimization without Reference Model", 2024, arxiv="2403.07691"
-    ),
+    cites=("hong2024orpo",),
 )
 def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
     r"""The chosen sequence's likelihood, and the log-odds of the chosen against those of the rejected.
@@ -66,7 +63,7 @@ def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @orpo.loss
-def orpo_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def orpo_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-m_w - weight log sigma(o_w - o_l), shared by the pair's tokens."""
     mine, chosen, rejected = _means(tokens)
     loss = -chosen - weight * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))

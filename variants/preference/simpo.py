@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 from qlens.variants.preference.dpo import PAIR, label_log_probs, sides_of
 
@@ -33,12 +32,7 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, sides_of
         "TRL's likelihood is a mean over the batch's chosen tokens; here every pair has its own mean.",
     ),
     code="princeton-nlp/SimPO scripts/simpo_trainer.py::simpo_loss",
-    bibtex=bibtex(
-        "meng2024simpo",
-        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
-        2024,
-        arxiv="2405.14734",
-    ),
+    cites=("meng2024simpo",),
 )
 def simpo(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weight = 0.0) -> Target:
     r"""The chosen sequence's mean log-likelihood against the rejected one's, with a margin.
@@ -67,7 +61,7 @@ def simpo(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weig
 
 
 @simpo.loss
-def simpo_loss(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weight = 0.0) -> Float[Tensor, " N"]:
+def simpo_loss(tokens: Tokens, *, beta, gamma, nll) -> Float[Tensor, " N"]:
     """-log sigma(beta (m_w - m_l) - gamma) - nll m_w, shared by the pair's tokens."""
     (sides, share), log_p = sides_of(tokens, True), label_log_probs(tokens.logits, tokens)
     return share @ (-F.logsigmoid(beta * (sides @ log_p) - gamma) - nll * (sides.clamp(min=0) @ log_p))

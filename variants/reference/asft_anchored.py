@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, expectation, kl
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.registry.structure import GeometricMixture
 
@@ -39,7 +38,7 @@ Direction = Literal["forward", "reverse"]
         "Ports that see label log-probabilities only have no reference residual at all: label_kl(base='dft').",
     ),
     code="zhuchichi56/ASFT train_v2.py::EnhancedTrainer.compute_loss",
-    bibtex=bibtex("zhu2025asft", "Anchored Supervised Fine-Tuning", 2025, arxiv="2509.23753"),
+    cites=("zhu2025asft",),
 )
 def asft_anchored(tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward") -> Target:
     r"""The p-loss plus a Kullback-Leibler anchor to the frozen reference r, over the whole vocabulary.
@@ -72,9 +71,7 @@ def asft_anchored(tokens: Tokens, *, weight: Weight = 0.05, direction: Direction
 
 
 @asft_anchored.loss
-def asft_anchored_loss(
-    tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward"
-) -> Float[Tensor, " N"]:
+def asft_anchored_loss(tokens: Tokens, *, weight, direction) -> Float[Tensor, " N"]:
     """-sg(p_y) log p_y + weight KL."""
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()

@@ -10,14 +10,13 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, log_softmax
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share, Weight
 
 
 @register(
     "gift",
     title="GIFT, finite-temperature Gibbs initialisation",
-    paper="2026, arXiv 2601.09233",
+    paper="Zhao et al. 2026, arXiv 2601.09233",
     needs=("reference",),
     trusted="1 - 1/Z, with Z = 1 + (e^beta - 1) reference_y",
     residual="reference",
@@ -30,12 +29,7 @@ from qlens.registry.params import Share, Weight
         "The released validation is plain cross-entropy.",
     ),
     code="zzy1127/GIFT verl/verl/trainer/fsdp_gift_trainer.py",
-    bibtex=bibtex(
-        "gift2026",
-        "GIFT: Reconciling Post-Training Objectives via Finite-Temperature Gibbs Initialization",
-        2026,
-        arxiv="2601.09233",
-    ),
+    cites=("gift2026",),
 )
 def gift(tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Weight = 1e-10) -> Target:
     r"""Cross-entropy toward the reference r tilted by a reward of beta on the label.
@@ -68,9 +62,7 @@ def gift(tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Wei
 
 
 @gift.loss
-def gift_loss(
-    tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Weight = 1e-10
-) -> Float[Tensor, " N"]:
+def gift_loss(tokens: Tokens, *, beta, smooth, floor) -> Float[Tensor, " N"]:
     """-sum_k sg(Q_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     with torch.no_grad():

@@ -13,7 +13,6 @@ from qlens.core.segments import Groups
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 Level = Literal["sequence_mean", "sequence_sum", "token"]
@@ -24,7 +23,7 @@ Normalize = Literal["sum", "mean"] | None
 @register(
     "iw_sft",
     title="Importance-weighted SFT",
-    paper="2025, arXiv 2507.12856",
+    paper="Qin and Springenberg 2025, arXiv 2507.12856",
     scope=lambda level, normalize, **_: "batch" if normalize else "token" if level == "token" else "sequence",
     needs=lambda level, policy, **_: (
         "reference",
@@ -57,12 +56,7 @@ Normalize = Literal["sum", "mean"] | None
         "With no labels to learn from, a sequence's weight is 0/0 in the released code; here such a sequence has no rows.",
     ),
     code="emmyqin/iw_sft bounding_trainers.py::IwSFTLoss.__call__; emmyqin/iw_sft_control main.py::loss",
-    bibtex=bibtex(
-        "iwsft2025",
-        "Supervised Fine Tuning on Curated Data is Reinforcement Learning (and can be improved)",
-        2025,
-        arxiv="2507.12856",
-    ),
+    cites=("iwsft2025",),
 )
 def iw_sft(
     tokens: Tokens,
@@ -120,16 +114,7 @@ def iw_sft(
 
 
 @iw_sft.loss
-def iw_sft_loss(
-    tokens: Tokens,
-    *,
-    level: Level = "sequence_mean",
-    clamp: tuple[float, float] = (0.0, 16.0),
-    temperature: Weight = 1.0,
-    normalize: Normalize = None,
-    policy: Policy = "student",
-    detach: bool = True,
-) -> Float[Tensor, " N"]:
+def iw_sft_loss(tokens: Tokens, *, level, clamp, temperature, normalize, policy, detach) -> Float[Tensor, " N"]:
     """-sg(w) log p_y."""
     _check(policy, normalize, detach)
     labels = tokens.labels.long()

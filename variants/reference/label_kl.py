@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
@@ -39,7 +38,7 @@ Base = Literal["sft", "dft"]
         "A weight does not carry over from the divergence over the whole vocabulary.",
     ),
     code="verl-project/verl verl/trainer/ppo/core_algos.py::kl_penalty; NovaSky-AI/SkyRL sft_loss_utils.py::_anchored_loss",
-    bibtex=bibtex("schulman2020kl", "Approximating KL Divergence", 2020, author="Schulman, John"),
+    cites=("schulman2020kl",),
 )
 def label_kl(
     tokens: Tokens,
@@ -86,15 +85,7 @@ def label_kl(
 
 
 @label_kl.loss
-def label_kl_loss(
-    tokens: Tokens,
-    *,
-    estimator: Estimator = "k3",
-    weight: Weight = 0.1,
-    base: Base = "sft",
-    ratio_clamp: Positive | None = 20.0,
-    value_clamp: Positive | None = None,
-) -> Float[Tensor, " N"]:
+def label_kl_loss(tokens: Tokens, *, estimator, weight, base, ratio_clamp, value_clamp) -> Float[Tensor, " N"]:
     """-log p_y, or -sg(p_y) log p_y, plus weight times the estimator."""
     labels = tokens.labels.long()
     nll = F.cross_entropy(tokens.logits, labels, reduction="none")

@@ -10,14 +10,13 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
 @register(
     "psft",
     title="Proximal SFT",
-    paper="2025, arXiv 2508.17784",
+    paper="Zhu et al. 2025, arXiv 2508.17784",
     needs=("old",),
     structure="label",
     trusted="p_y / old_y, and 0 above 1 + eps_high",
@@ -33,7 +32,7 @@ from qlens.registry.params import Positive, Share, Weight
         "Where a mini-batch is the whole batch, the released code's ratio is 1 throughout: plain SFT.",
     ),
     code="zwhong714/PSFT verl/verl/trainer/ppo/core_algos.py::compute_policy_loss_vanilla",
-    bibtex=bibtex("psft2025", "Proximal Supervised Fine-Tuning", 2025, arxiv="2508.17784"),
+    cites=("psft2025",),
 )
 def psft(
     tokens: Tokens, *, eps_low: Share = 0.2, eps_high: Weight = 0.28, ratio_clamp: Positive | None = 20.0
@@ -65,9 +64,7 @@ def psft(
 
 
 @psft.loss
-def psft_loss(
-    tokens: Tokens, *, eps_low: Share = 0.2, eps_high: Weight = 0.28, ratio_clamp: Positive | None = 20.0
-) -> Float[Tensor, " N"]:
+def psft_loss(tokens: Tokens, *, eps_low, eps_high, ratio_clamp) -> Float[Tensor, " N"]:
     """-min(ratio, clip(ratio, 1 - eps_low, 1 + eps_high))."""
     labels = tokens.labels.long()
     before = F.cross_entropy(tokens.require("old"), labels, reduction="none").detach()

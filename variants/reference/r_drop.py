@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -28,7 +27,7 @@ from qlens.registry.params import Weight
         "the gradient in expectation.",
     ),
     code="dropreg/R-Drop fairseq_src/examples/language_model_rdrop/language_model_rdrop_src/loss/reg_cross_entropy.py",
-    bibtex=bibtex("liang2021rdrop", "R-Drop: Regularized Dropout for Neural Networks", 2021, arxiv="2106.14448"),
+    cites=("liang2021rdrop",),
 )
 def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target:
     r"""The log-likelihood under two passes, and half the divergence between them both ways.
@@ -57,7 +56,7 @@ def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target
 
 
 @r_drop.loss
-def r_drop_loss(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Float[Tensor, " N"]:
+def r_drop_loss(tokens: Tokens, *, weight, nll) -> Float[Tensor, " N"]:
     """-nll (log p_y + log p'_y) + weight/2 (KL(p || p') + KL(p' || p))."""
     one = F.log_softmax(tokens.logits, -1)
     two = F.log_softmax(tokens.require("second"), -1).detach()

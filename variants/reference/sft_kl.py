@@ -7,17 +7,14 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.registry.structure import GeometricMixture
-
-RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forgets Less", 2025, arxiv="2509.04259")
 
 
 @register(
     "sft_kl",
     title="SFT with a forward KL anchor",
-    paper="2025, arXiv 2509.04259 (as the authors' table links it)",
+    paper="Shenfeld et al. 2025, arXiv 2509.04259 (as the authors' table links it)",
     needs=("reference",),
     structure=GeometricMixture("reference"),
     trusted="1 / (1 + weight)",
@@ -30,7 +27,7 @@ RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forge
         "The authors' table leaves out the scale 1 + weight; in unit scale Q = d + weight r - weight p is signed.",
     ),
     code="zhuchichi56/ASFT train_v2.py, mode sft+kl (weight 0.1)",
-    bibtex=RAZOR,
+    cites=("razor2025",),
 )
 def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
     r"""The log-likelihood plus the divergence from the frozen reference r to the student.
@@ -55,7 +52,7 @@ def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @sft_kl.loss
-def sft_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def sft_kl_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-log p_y + weight KL(reference || student)."""
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()

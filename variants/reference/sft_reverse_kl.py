@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens, kl
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -23,7 +22,7 @@ from qlens.registry.params import Weight
     limits="weight = 0 is sft; near p = r as sft_kl, to first order",
     differences=("Its target is no mixture of fixed parts, unlike that of the forward direction.",),
     code="jinhangzhan/RPSFT sft/src/training/trainer.py::_KLLossMixin",
-    bibtex=bibtex("rpsft2026", "Rotation-Preserving Supervised Fine-Tuning", 2026, arxiv="2605.10973"),
+    cites=("rpsft2026",),
 )
 def sft_reverse_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
     r"""The log-likelihood plus the divergence from the student to the frozen reference r.
@@ -49,7 +48,7 @@ def sft_reverse_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @sft_reverse_kl.loss
-def sft_reverse_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def sft_reverse_kl_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-log p_y + weight KL(student || reference)."""
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()

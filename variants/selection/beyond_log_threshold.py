@@ -11,7 +11,7 @@ from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Share
-from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
+from qlens.variants.likelihood.beyond_log import CODE, PAPER
 
 
 @register(
@@ -38,7 +38,7 @@ from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
         "The code's threshold replaces the loss mask, so that the mean is over selected tokens only.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log_threshold(
     tokens: Tokens,
@@ -73,15 +73,7 @@ def beyond_log_threshold(
 
 
 @beyond_log_threshold.loss
-def beyond_log_threshold_loss(
-    tokens: Tokens,
-    *,
-    threshold: Share = 0.2,
-    form: Literal["logp", "p"] = "logp",
-    keep: Literal["top", "bottom"] = "top",
-    of: Literal["student", "reference"] = "student",
-    quantile: bool = False,
-) -> Float[Tensor, " N"]:
+def beyond_log_threshold_loss(tokens: Tokens, *, threshold, form, keep, of, quantile) -> Float[Tensor, " N"]:
     """1[p_y beyond the threshold] times -log p_y or 1 - p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     dropped = ~_kept(tokens, threshold, keep, of, quantile)

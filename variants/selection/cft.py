@@ -7,13 +7,12 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
     "cft",
     title="Critical Token Fine-Tuning",
-    paper="2025, arXiv 2510.10974",
+    paper="Ruan et al. 2025, arXiv 2510.10974",
     needs=("critical",),
     trusted="1 on critical tokens, else 0",
     residual="student",
@@ -26,12 +25,7 @@ from qlens.registry.citations import bibtex
         "writes the criterion with the original rest.",
         "No official code is known; the paper does not say what the mean divides by.",
     ),
-    bibtex=bibtex(
-        "cft2025",
-        "Enhancing Large Language Model Reasoning via Selective Critical Token Fine-Tuning",
-        2025,
-        arxiv="2510.10974",
-    ),
+    cites=("cft2025",),
 )
 def cft(tokens: Tokens) -> Target:
     r"""The log-likelihood of those tokens only that decide whether an answer is right.

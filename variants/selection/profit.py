@@ -12,7 +12,6 @@ from qlens.core.random_draws import uniform
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 Keep = Literal["higher", "lower", "middle", "random"]
@@ -22,7 +21,7 @@ Ties = Literal["keep", "drop"]
 @register(
     "profit",
     title="ProFiT, probability-guided token selection",
-    paper="2026, arXiv 2601.09195",
+    paper="Liu et al. 2026, arXiv 2601.09195",
     scope=lambda keep, **_: "batch" if keep == "random" else "token",
     structure="label",
     trusted="1 where p_y >= threshold, else 0",
@@ -43,12 +42,7 @@ Ties = Literal["keep", "drop"]
         "In the code the direction's default is a string that counts as set, so that a threshold alone raises an error.",
     ),
     code="Utaotao/ProFit src/llamafactory/train/trainer_utils.py::profit_loss_func",
-    bibtex=bibtex(
-        "profit2026",
-        "ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection",
-        2026,
-        arxiv="2601.09195",
-    ),
+    cites=("profit2026",),
 )
 def profit(
     tokens: Tokens,
@@ -85,15 +79,7 @@ def profit(
 
 
 @profit.loss
-def profit_loss(
-    tokens: Tokens,
-    *,
-    threshold: Share = 0.1,
-    keep: Keep = "higher",
-    upper: Share | None = None,
-    ties: Ties = "keep",
-    seed: int = 0,
-) -> Float[Tensor, " N"]:
+def profit_loss(tokens: Tokens, *, threshold, keep, upper, ties, seed) -> Float[Tensor, " N"]:
     """-log p_y where kept, labels of dropped tokens ignored as in the released code."""
     kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
     labels = tokens.labels.long().masked_fill(~kept, -100)

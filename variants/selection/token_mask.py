@@ -11,7 +11,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 By = Literal["given", "excess", "history"]
@@ -20,7 +19,7 @@ By = Literal["given", "excess", "history"]
 @register(
     "token_mask",
     title="Selective-token masks (Rho-1, Token Cleaning, ssToken)",
-    paper="2024, arXiv 2404.07965; 2025, arXiv 2502.01968; 2025, arXiv 2510.18250",
+    paper="Lin et al. 2024, arXiv 2404.07965; Pang et al. 2025, arXiv 2502.01968; Qin et al. 2025, arXiv 2510.18250",
     scope=lambda by, keep: "token" if by == "given" else "batch",
     needs=lambda by, keep: {"given": ("critical",), "excess": ("reference",), "history": ("old",)}[by],
     trusted="1 on selected tokens, else 0",
@@ -36,7 +35,7 @@ By = Literal["given", "excess", "history"]
         "ssToken mixes the history score with attention from the last layer; without attention only the first half is here.",
     ),
     code="UCSC-REAL/TokenCleaning scripts/generate_token_label.py; jianke0604/ssToken scripts/finetune.py",
-    bibtex=bibtex("rho2024", "Rho-1: Not All Tokens Are What You Need", 2024, arxiv="2404.07965"),
+    cites=("rho2024", "pang2025cleaning", "qin2025sstoken"),
 )
 def token_mask(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Target:
     r"""The log-likelihood of selected tokens only.
@@ -72,7 +71,7 @@ def token_mask(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Target
 
 
 @token_mask.loss
-def token_mask_loss(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Float[Tensor, " N"]:
+def token_mask_loss(tokens: Tokens, *, by, keep) -> Float[Tensor, " N"]:
     """-mask log p_y."""
     labels = tokens.labels.long()
     nll = F.cross_entropy(tokens.logits, labels, reduction="none")

@@ -1,4 +1,4 @@
-"""Verification of a user's method, once, before the engine trains by its card: structure, identity and scope."""
+"""Verification of what a card declares, once per method: structure, scope, and the target beside the printed loss."""
 
 import logging
 import warnings
@@ -13,10 +13,10 @@ from qlens.core.autograd import gradient, ordinary
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens, spread
 from qlens.core.trial_tokens import trial_rows
-from qlens.engine.batch_losses import is_model_loss, place_matters
 from qlens.engine.finite_values import ADVICE
-from qlens.engine.row_gradients import by_structure
-from qlens.engine.verification.marks import marks
+from qlens.engine.structures import gradients_by_structure
+from qlens.engine.verification.batch_layout import is_model_loss, layout_dependence
+from qlens.engine.verification.fingerprints import fingerprint
 from qlens.engine.verification.row_dependence import SAMPLE, tolerance, why_dependent
 from qlens.losses.leaves import refuse_learned
 from qlens.losses.user_code import LossError
@@ -26,12 +26,12 @@ from qlens.registry.variant import ALONE
 logger = logging.getLogger(__name__)
 UNDECLARED = "a loss of your own may look at all of them together; if it does not, register it with scope='token'"
 CANCELLED = 32  # roundings of the largest p by which two ways to p - Q may differ
-MANY, ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
+TRIAL_ROWS, TRIAL_ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
 _VERDICTS: WeakKeyDictionary[Callable, dict[tuple, "Verdict"]] = WeakKeyDictionary()  # no callable is kept alive
 
 
 class Verdict(NamedTuple):
-    """Why a method's rows must not be cut into parts, "" where they may; and the rows and state that were verified."""
+    """Why a method's rows must not be cut into parts, "" where they may; the number of rows and the state at that time."""
 
     reason: str
     rows: int
@@ -46,19 +46,18 @@ def why_whole(
     fields: dict[str, Tensor],
     trains: bool = False,
 ) -> str:
-    """Why the rows of a batch must not be cut into parts, "" where they may; verified once for every method of a user's own.
+    """Why the rows of a batch must not be cut into parts, "" where they may; verified once per user's method.
 
-    Verified again where a batch has more rows than any before, since a loss may compare its rows only where there are enough,
-    and where what the method reads beside its arguments has changed (``qlens.engine.verification.marks``), since it may be
-    another method then.
+    It is verified again where a batch has more rows than any before, since a loss may compare its rows only where there are
+    enough, and where values that it reads beside its arguments have changed (``fingerprints``).
 
     Args:
-        variant: the method; qlens' own are proved by the tests and not tried here.
+        variant: the method; built-in ones are covered by tests and not verified here.
         sample: tokens at some of the batch's rows, by index.
         rows: how many rows the batch has.
         block: how many rows would be taken at a time.
-        fields: what is known of every row; a loss of pairs is tried on rows of both texts of some pairs.
-        trains: whether gradients of hidden states and head are wanted, and so none is made for anything else.
+        fields: per-token fields of the rows; a loss of pairs is tried on rows of both texts of some pairs.
+        trains: whether gradients of hidden states and head are wanted; a parameter of the loss would get none.
 
     Raises:
         LearnedParameter: the loss has a parameter of its own, and ``trains``.
@@ -68,13 +67,13 @@ def why_whole(
     if not rows or (variant.built_in and not declared):
         return ""
     fn = variant.method.fn
-    seen = [
+    field_kinds = [
         (name, value.ndim == 1 and bool((value != value[:1]).any()), value.dtype == torch.bool and bool(value.any()))
         for name, value in sorted(fields.items())
     ]
     cut = rows > block and variant.scope in ALONE
     card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
-    key = (*seen, *card, cut, trains)
+    key = (*field_kinds, *card, cut, trains)
     try:
         verdicts = _VERDICTS.setdefault(fn, {})
     except TypeError:  # it has no weak reference or no hash: verified anew every time
@@ -84,9 +83,10 @@ def why_whole(
         _report(variant, declared)
     if variant.built_in:
         return verdicts[key].reason
-    known, state = verdicts.get(key), hash(marks(each for each in (fn, variant.method.printed) if each is not None))
-    more = known is None or (cut and not known.reason and rows > known.rows)
-    if known is None or more or state != known.state:
+    functions = [each for each in (fn, variant.method.printed) if each is not None]
+    known, state = verdicts.get(key), hash(fingerprint(functions))
+    more_rows = known is None or (cut and not known.reason and rows > known.rows)
+    if known is None or more_rows or state != known.state:
         with torch.inference_mode(False):
             few = ordinary(sample(_some(variant, rows, fields)))
         with (
@@ -110,7 +110,7 @@ def why_whole(
 
 
 def why_declared_whole(variant: Variant) -> str:
-    """Why a method's rows cannot be taken a few at a time by its card alone, "" where they can."""
+    """Why a method's rows cannot be cut into parts, by its card alone; "" where they can."""
     if variant.scope in ALONE or variant.structure == "label":
         return ""
     if variant.scope == "batch":
@@ -122,7 +122,7 @@ def why_declared_whole(variant: Variant) -> str:
 
 
 def _why_undeclared_whole(variant: Variant) -> str:
-    """Why rows cannot be taken a few at a time where nobody has said that they may; a target is tried for that."""
+    """Why the rows of a loss without a declared scope cannot be cut into parts; those of a target are tried instead."""
     return UNDECLARED if variant.derived and not variant.method.scope else ""
 
 
@@ -147,14 +147,14 @@ def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
 
 
 def _verify_layout(variant: Variant, tokens: Tokens) -> None:
-    """Whether a loss sees a batch by its supervised rows alone, which is all that the engine has of it."""
+    """Check that a loss depends on a batch through its supervised rows alone."""
     if is_model_loss(variant):
         raise InputError(
             f"{variant.spec} runs a model on its inputs, f(model, inputs), which hidden states and a head are not: train it "
             "with QTrainer(variant=...), or write it as a loss of f(logits, labels)"
         )
     style = variant.unreduced.style(variant.shown(tokens).upcast()) if variant.is_loss_alone(tokens) else None
-    if style is not None and style.laid_out and (reason := place_matters(variant, tokens, style)):
+    if style is not None and style.laid_out and (reason := layout_dependence(variant, tokens, style)):
         raise InputError(
             f"{variant.spec} sees whole batches (B, T, V), and {reason}: hidden states of single tokens do not say that. Train "
             "it with QTrainer(variant=...)"
@@ -162,43 +162,43 @@ def _verify_layout(variant: Variant, tokens: Tokens) -> None:
 
 
 def _verify_constants(variant: Variant, tokens: Tokens) -> None:
-    """Whether the loss depends on no parameter of its own, whose gradient the engine would leave out."""
+    """Check that the loss has no learnable parameter of its own, which would get no gradient."""
     with torch.enable_grad(), variant.replay(tokens.logits.device).again():
         leaf = tokens.logits.detach().requires_grad_()
         refuse_learned(variant.spec, variant.loss(tokens.with_logits(leaf)), leaf)
 
 
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
-    """Whether what the engine would compute is the gradient of the printed loss: on these rows and on rows of every kind.
+    """Check that the engine computes the gradient of the printed loss, on these rows and on trial rows of every kind.
 
-    The rows of a first batch may all be alike, before anything is learned.
+    Before anything is learned, the rows of a first batch may all be alike.
     """
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
     _compare(variant, tokens, own=True)
     vocabulary = tokens.logits.shape[1]
-    trial = trial_rows(tokens, max(SAMPLE, min(MANY, ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
+    trial = trial_rows(tokens, max(SAMPLE, min(TRIAL_ROWS, TRIAL_ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
     try:
         with torch.no_grad():
             variant.loss(trial)
             variant.target(trial)
-    except LossError:  # it is written for data of its own
+    except LossError:  # it is written for particular data
         return
     _compare(variant, trial)
 
 
 def _compare(variant: Variant, tokens: Tokens, own: bool = False) -> None:
-    """Whether gradient and losses by the declared structure are those of the printed loss on some rows.
+    """Check that gradient and losses by the declared structure are those of the printed loss on some rows.
 
     Args:
         variant: the method.
         tokens: the rows.
-        own: whether they are the batch's own, at which the pass refuses what is not finite, by the number of the row.
+        own: whether they are rows of the batch, where the chunk loop refuses values that are not finite.
     """
     replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():
-        got, values = by_structure(variant, tokens)
+        got, values = gradients_by_structure(variant, tokens)
     finite, known = wanted.isfinite().all(-1), got.isfinite().all(-1) & ~values.isnan()
     finite = finite & known if own else finite  # elsewhere NaN beside a number is wrong too
     off = (wanted - got).abs().amax(-1)

@@ -13,7 +13,8 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import get, methods, params
-from qlens.registry.variant import Method, Variant
+from qlens.registry.method import Method
+from qlens.registry.variant import Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
 WORSE = 2.0  # of methods within rounding of a gradient, those count that are at most this much further than the nearest

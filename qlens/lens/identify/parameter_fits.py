@@ -16,7 +16,7 @@ from qlens.lens.identify import matching
 from qlens.lens.identify.matching import Match
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import params
-from qlens.registry.variant import Method
+from qlens.registry.method import Method
 
 CHOICES = 2  # settings of what is no number, from which the numbers are fitted
 STARTS = 4  # points of a method that the search sets out from

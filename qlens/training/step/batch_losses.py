@@ -1,7 +1,6 @@
-"""Losses of whole batches, f(logits (B, T, V), labels (B, T)) and f(outputs, labels): called in training on the true layout."""
+"""Losses of whole batches, f(logits (B, T, V), labels (B, T)) and f(outputs, labels): called on the layout of the batch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,24 +9,15 @@ from torch import Tensor
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE, Supervised
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import trial_rows, wide_tokens
+from qlens.engine.verification.batch_layout import layout_dependence
 from qlens.losses.calling import kind, on_view
-from qlens.losses.layout.layouts import Counts, Layout, Style, batch_of, batch_view, counts
+from qlens.losses.layout.layouts import Counts, Style, batch_of
 from qlens.losses.layout.names import role_of
-from qlens.losses.layout.signature import Memo, inputs
-from qlens.losses.layout.trial import few, grad_of, inputs_masked
-from qlens.losses.reduction.scalar import ALIKE, find_division
-from qlens.losses.reduction.unreduced import SUM, add_up, apart
+from qlens.losses.layout.signature import inputs
+from qlens.losses.layout.trial import inputs_masked
+from qlens.losses.reduction.unreduced import add_up, apart
 from qlens.losses.return_values import loss_of
 from qlens.registry import Variant
-
-PROMPT = Layout(before=3)
-_PLACES = Memo()
-
-
-def is_model_loss(variant: Variant) -> bool:
-    """Whether a method's loss runs the model itself, f(model, inputs)."""
-    return kind(variant.loss_fn) == "model"
 
 
 def style_on_batches(variant: Variant, tokens: Tokens) -> Style | None:
@@ -39,7 +29,7 @@ def style_on_batches(variant: Variant, tokens: Tokens) -> Style | None:
         return None
     if tokens.weight is None or variant.weighs(tokens) or bool((tokens.weight == tokens.weight[:1]).all()):
         return style
-    if reason := place_matters(variant, tokens, style):
+    if reason := layout_dependence(variant, tokens, style):
         raise InputError(
             f"{variant.spec}: {reason}, and its tokens weigh differently, so that qlens cannot weigh them: take weight as an "
             "argument, f(logits, labels, weight)"
@@ -115,56 +105,3 @@ def summed_loss(
 def _takes_ids(fn: Callable) -> bool:
     """Whether a loss takes its labels from token ids, f(logits, input_ids)."""
     return any(role == "labels" and role_of(name) == "input ids" for name, role in inputs(fn).required.items())
-
-
-def why_whole_batches(variant: Variant, vocabulary: int) -> str:
-    """Why a method has to see whole batches, (B, T, V), in training; "" where its supervised rows are enough."""
-    if kind(variant.loss_fn) not in ("logits", "outputs"):
-        return ""
-    given = wide_tokens(vocabulary).fields()
-    names = ("logits", "labels", "sequence", *(name for name in variant.needs if name in given))
-    tokens = Tokens.unchecked(**{name: given[name] for name in names})
-    try:
-        style = variant.unreduced.style(tokens)
-        return place_matters(variant, tokens, style) if style.laid_out else ""
-    except InputError:
-        return "it cannot be called on other tokens than its own"
-
-
-def place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
-    """How a loss of whole batches depends on more than its supervised rows, "" where it does not: tried once.
-
-    What a token's place in its text, or a position that is not supervised, changes cannot be known from rows alone.
-    """
-    fn, params = variant.loss_fn, variant.params
-    key = (repr(sorted(params.items(), key=str)), style, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-
-    def tried() -> str:
-        with variant.replay(tokens.logits.device).again():
-            return _place_matters(variant, tokens, replace(style, several=False))
-
-    return _PLACES.get(fn, key, tried)
-
-
-def _place_matters(variant: Variant, tokens: Tokens, style: Style) -> str:
-    fn, params = variant.loss_fn, variant.params
-    one = torch.zeros_like(tokens.labels)
-    tokens = few(trial_rows(Tokens.unchecked(**{"sequence": one, **tokens.fields()})))  # copies are texts of their own
-    divisor_of = (find_division(fn, params, tokens, variant.spec) or SUM).divisor
-    grads = []
-    for layout in (Layout(), PROMPT):
-        divisor = divisor_of(counts(tokens, layout, style))
-        grad = grad_of(fn, params, tokens, style, layout)
-        grads.append(grad * (divisor.to(grad)[:, None] if isinstance(divisor, Tensor) else divisor))
-    if (grads[0] - grads[1]).norm() > ALIKE * grads[0].norm():
-        return "a token's gradient depends on its place in the text"
-    view = batch_view(tokens, PROMPT._replace(masked=2), style)
-    with torch.enable_grad():
-        leaf = view.logits.detach().requires_grad_()
-        value = loss_of(on_view(fn, params, replace(view, logits=leaf.clone())), variant.spec).value.sum()
-        (grad,) = torch.autograd.grad(value, leaf) if value.requires_grad else (torch.zeros_like(leaf),)
-    sizes = grad.flatten(0, 1).norm(dim=-1)
-    beside = torch.ones_like(sizes, dtype=torch.bool).index_fill(0, view.place, False)
-    if sizes[beside].amax() > ALIKE * sizes.amax():
-        return "it has a gradient at positions that are not supervised"
-    return ""

@@ -1,4 +1,4 @@
-"""Measurements: what a Trainer logs beside its loss, in training and in evaluation."""
+"""Logging of metrics beside the loss, in training and in evaluation."""
 
 import logging
 import math
@@ -16,8 +16,8 @@ from qlens.losses.leaves import reaches
 from qlens.losses.replay import Replay
 from qlens.registry import Variant
 from qlens.training.evaluation_data import check_evaluation_data, no_supervised_token
-from qlens.training.metrics import Tally
-from qlens.training.router_loss import asks_for_router_loss, router_loss
+from qlens.training.metrics import MetricSums
+from qlens.training.step.router_loss import asks_for_router_loss, router_loss
 from qlens.training.update_norm import UpdateNorm
 
 logger = logging.getLogger(__name__)
@@ -25,14 +25,14 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGA
 EVALUATION = -1  # instead of a step
 
 
-class Measurements(Trainer):
-    """A Trainer whose logs hold comparables, the update norm and the router loss of the steps that are logged."""
+class MetricsLogging(Trainer):
+    """A Trainer that logs the metrics of ``MetricSums``, the update norm and the router loss beside the loss."""
 
     _variant: Variant
 
     @property
     def variant(self) -> Variant:
-        """The method, for as long as this Trainer lives: its inputs, state and path are chosen when the Trainer is made."""
+        """The method; fixed, since its inputs and state are set up with the Trainer."""
         return self._variant
 
     @variant.setter
@@ -44,22 +44,22 @@ class Measurements(Trainer):
 
     _micro_batches = property(lambda self: getattr(self, "current_gradient_accumulation_steps", 1))  # of this step
 
-    def _measure(self, log_every: int) -> None:
-        """Begin to measure; every so many logs hold the measurements, 0: none."""
+    def _start_metrics(self, log_every: int) -> None:
+        """Set up the metrics; every ``log_every``-th log holds them, none for 0."""
         self.log_every = log_every
-        self._tally, self._evaluating = Tally(), False
+        self._metrics, self._evaluating = MetricSums(), False
         self._evaluated = (0, 0, 0)  # batches, tokens, and items that the evaluation's loss is a mean of
         self._router: list[Tensor] = []
-        self._router_said: set[str] = set()
+        self._warned: set[str] = {""}
         self._place = (EVALUATION, -1)  # step and micro-batch
-        self._update = UpdateNorm(lambda: self.model, self._is_measured)
+        self._update = UpdateNorm(lambda: self.model, self._logs_metrics)
         if self.accelerator.distributed_type in SHARDED:
             logger.warning("qlens logs no update_norm where parameters are sharded over processes")
         else:
             self.add_callback(self._update)
 
     def _next_place(self) -> tuple[int, ...]:
-        """Where in the run the next micro-batch is: none outside of training and evaluation."""
+        """Seed, step, number and process of the next micro-batch, for its draws; () outside of training and evaluation."""
         if not (self.is_in_train or self._evaluating):
             return ()
         step = EVALUATION if self._evaluating else self.state.global_step
@@ -67,12 +67,16 @@ class Measurements(Trainer):
         return (self.args.seed, *self._place, self.accelerator.process_index)
 
     def _count_evaluated(self, tokens: int, items: int) -> None:
-        """Count a micro-batch of an evaluation in."""
+        """Add a micro-batch to the counts of an evaluation."""
         batches, *counted = self._evaluated
         self._evaluated = (batches + 1, counted[0] + tokens, counted[1] + items)
 
-    def _is_measured(self) -> bool:
-        """Whether this batch is measured."""
+    def _wanted_metrics(self) -> MetricSums | None:
+        """The sums that this batch is counted in; None where its metrics are not logged."""
+        return self._metrics if self._logs_metrics() else None
+
+    def _logs_metrics(self) -> bool:
+        """Whether the metrics of this batch are logged."""
         if self._evaluating:
             return True
         if not (self.is_in_train and self.log_every and self.logs_this_step()):
@@ -93,31 +97,31 @@ class Measurements(Trainer):
         return False
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log, with the comparables of the step beside its loss."""
+        """The Trainer's log, with the metrics of the step beside its loss."""
         if "loss" in logs:
-            means, self._tally = self._tally.means(self.accelerator), Tally()
+            means, self._metrics = self._metrics.means(self.accelerator), MetricSums()
             logs |= {name: value for name, value in means.items() if name != "loss"} | self._update.take()
             logs |= self._router_mean()
         super().log(logs, *args, **kwargs)
 
     def _router_mean(self) -> dict[str, float]:
-        """The mean of the router losses that were remembered, on all processes."""
+        """The mean of the router losses since the last log, on all processes."""
         values, self._router = self._router, []
         if not values:
             return {}
         return {"aux_loss": self.accelerator.gather(torch.stack(values).mean()[None]).mean().item()}
 
     def _check_evaluations(self) -> None:
-        """Whether the evaluations that training will make have a loss; draws are left alone.
+        """Check that the evaluations in training will have a loss, without moving random states.
 
         Raises:
-            InputError: one has not.
+            InputError: one will not.
         """
         args, sets = self.args, self.eval_dataset
         if sets is None or (args.eval_strategy == "no" and not args.eval_on_start):
             return
-        known = hasattr(getattr(self.model, "config", None), "get_text_config")
-        vocabulary = vocabulary_size(self.model) if known else None
+        has_config = hasattr(getattr(self.model, "config", None), "get_text_config")
+        vocabulary = vocabulary_size(self.model) if has_config else None
         named = [(f"eval_{key}", key) for key in sets] if isinstance(sets, dict) else [("eval", None)]
         for name, key in named:
             with Replay(args.device, self.data_collator).again():
@@ -126,20 +130,20 @@ class Measurements(Trainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> Any:
-        """The Trainer's loop, with loss and comparables as means over all supervised tokens of the set.
+        """The Trainer's loop, with loss and metrics as means over all supervised tokens of the set.
 
         Raises:
-            InputError: there are losses, but none of a supervised token: their mean would be taken for a perfect 0; or an
-                evaluation (a prediction may) has no loss at all.
+            InputError: no token is supervised, so that a mean of 0 would look perfect; or an evaluation (not a prediction)
+                has no loss at all.
         """
-        training = self._tally, self._router, self._place
-        self._tally, self._evaluating, self._router, self._evaluated = Tally(), True, [], (0, 0, 0)
+        training = self._metrics, self._router, self._place
+        self._metrics, self._evaluating, self._router, self._evaluated = MetricSums(), True, [], (0, 0, 0)
         self._place = (EVALUATION, -1)  # every evaluation of a set draws the same
         try:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-            means = self._tally.means(self.accelerator)
+            means = self._metrics.means(self.accelerator)
             counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
             batches, tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
             if batches and not tokens:
@@ -153,48 +157,48 @@ class Measurements(Trainer):
                 means["loss"] *= tokens / items
             means |= self._router_mean()
         finally:
-            (self._tally, self._router, self._place), self._evaluating = training, False
+            (self._metrics, self._router, self._place), self._evaluating = training, False
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 
     def _with_router_loss(self, loss: Tensor, outputs: Any, training: bool) -> Tensor:
-        """The loss with the model's router loss, if it has one, a micro-batch's share of it; in training only."""
-        if (found := router_loss(self.model, outputs)) is None:
+        """The loss with a micro-batch's share of the model's router loss, where it has one; in training only."""
+        if (term := router_loss(self.model, outputs)) is None:
             return loss
-        value, weight = found
-        if self._is_measured():
+        value, weight = term
+        if self._logs_metrics():
             self._router.append(value.detach())
         return loss + weight * value.to(loss.device) / self._micro_batches if training and weight else loss
 
     def _with_missing_router_loss(self, loss: Tensor, passes: list[Any], training: bool) -> Tensor:
-        """The loss with the mean of the model's router losses in these forward passes, where it was computed from none of them.
+        """The loss with the mean router loss of these forward passes, where it does not depend on one already.
 
-        A loss that returns the model's own, model(**inputs).loss, has the router loss in it.
+        A loss that returns the model's own, model(**inputs).loss, includes it.
         """
-        found = [value for outputs in passes if (value := router_loss(self.model, outputs)) is not None]
-        found = [(value, weight) for value, weight in found if value.requires_grad or not training]
-        if not found:
+        terms = [term for outputs in passes if (term := router_loss(self.model, outputs)) is not None]
+        terms = [(value, weight) for value, weight in terms if value.requires_grad or not training]
+        if not terms:
             if training and asks_for_router_loss(self.model):
-                self._say_router(
-                    "no router loss is trained, although config.output_router_logits is set: the loss does not "
+                self._warn_once(
+                    "qlens: no router loss is trained, although config.output_router_logits is set: the loss does not "
                     "call the model itself, model(**inputs), whose outputs hold aux_loss"
                 )
             return loss
-        mean, weight = torch.stack([value.to(loss.device) for value, _ in found]).mean(), found[0][1]
-        if self._is_measured():
+        mean, weight = torch.stack([value.to(loss.device) for value, _ in terms]).mean(), terms[0][1]
+        if self._logs_metrics():
             self._router.append(mean.detach())
         if not training or not weight:
             return loss
-        if any(reaches(loss, value) for value, _ in found):
+        if any(reaches(loss, value) for value, _ in terms):
             return loss
-        self._say_router(
-            f"{weight:g} times the model's router loss (aux_loss) is added to the loss, which leaves it out; set "
+        self._warn_once(
+            f"qlens: {weight:g} times the model's router loss (aux_loss) is added to the loss, which leaves it out; set "
             "model.config.output_router_logits = False to train without it"
         )
         return loss + weight * mean / self._micro_batches
 
-    def _say_router(self, sentence: str) -> None:
-        """Log what happens to the router loss, once."""
-        if sentence not in self._router_said:
-            self._router_said.add(sentence)
-            logger.warning("qlens: %s", sentence)
+    def _warn_once(self, message: str) -> None:
+        """Log a warning, unless it has been logged before or is empty."""
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)

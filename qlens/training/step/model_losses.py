@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
-from qlens.core.supervised import IGNORE, Supervised
-from qlens.engine.packing import is_packed
+from qlens.core.supervised import IGNORE
+from qlens.data.supervised_batch import SupervisedBatch
+from qlens.engine.models.packing import is_packed
 from qlens.losses.calling import Columns
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs, name_of, signature
@@ -19,6 +20,7 @@ from qlens.losses.replay import Replay
 from qlens.losses.return_values import loss_of
 from qlens.losses.user_code import blamed, file_of
 from qlens.registry import Variant
+from qlens.training.metrics import MetricSums, read_target
 
 logger = logging.getLogger(__name__)
 SETTINGS = {"ignore": IGNORE, "temperature": 1.0, "return outputs": False}
@@ -32,7 +34,7 @@ BATCH = {
 
 
 class Called(NamedTuple):
-    """A loss, and what the model returned in each of its forward passes on the way."""
+    """A loss, and the outputs of every forward pass of the model in its call."""
 
     loss: Tensor
     passes: list[Any]
@@ -70,9 +72,8 @@ class ModelLoss:
     def __call__(
         self,
         model: nn.Module,
-        batch: Mapping[str, Any],
+        batch: SupervisedBatch,
         features: Mapping[str, Any],
-        where: Supervised,
         items: float | None,
         share: float,
     ) -> Called:
@@ -80,9 +81,8 @@ class ModelLoss:
 
         Args:
             model: the trained model, in what it is wrapped in.
-            batch: the micro-batch as the data loader gave it, labels and columns included.
+            batch: the micro-batch.
             features: the inputs of the model in it.
-            where: its supervised positions.
             items: what the losses of the whole step are a mean of; None in evaluation.
             share: the micro-batch's share of them.
 
@@ -90,18 +90,18 @@ class ModelLoss:
             LossError: whatever the loss raised.
             InputError: the batch lacks a column, or texts of a packed row would see each other.
         """
-        given = self._inputs(batch, features, where)
+        columns = self._columns(batch, features)
         counts = "count" in (*inputs(self.fn).required.values(), *inputs(self.fn).optional.values())
         if self.reads_count is None and not counts:
             self.reads_count = False
         if self.reads_count is None and items is not None and share != 1:
-            self.reads_count = self._tried(model, given, where, items)
+            self.reads_count = self._reads_count(model, columns, items)
         passes: list[tuple[dict[str, Any], Any]] = []
         hook = model.register_forward_hook(
-            lambda module, args, kwargs, made: passes.append((kwargs, made)), with_kwargs=True
+            lambda module, args, kwargs, outputs: passes.append((kwargs, outputs)), with_kwargs=True
         )
         try:
-            loss = self._value(model, given, where, items)
+            loss = self._value(model, columns, items)
         finally:
             hook.remove()
         if is_packed(features) and any("position_ids" not in kwargs for kwargs, _ in passes):
@@ -111,26 +111,28 @@ class ModelLoss:
             )
         if not self.reads_count and items is not None:
             loss = loss * share
-        return Called(loss, [made for _, made in passes])
+        return Called(loss, [outputs for _, outputs in passes])
 
-    def _inputs(self, batch: Mapping[str, Any], features: Mapping[str, Any], where: Supervised) -> Columns:
+    def _columns(self, batch: SupervisedBatch, features: Mapping[str, Any]) -> Columns:
         """The micro-batch with positions as the model needs them; labels that nothing predicts are -100 beyond column 0."""
-        labels = torch.full_like(batch["labels"], IGNORE).flatten()
-        labels[where.index.to(labels.device) + 1] = where.labels.to(labels)
-        labels = labels.view(batch["labels"].shape)
-        labels[:, 0] = batch["labels"][:, 0]
-        gone = [name for name in ("attention_mask", "position_ids") if name in batch and name not in features]
-        return Columns({k: v for k, v in batch.items() if k not in gone} | dict(features) | {"labels": labels})
+        inputs = batch.inputs
+        labels = torch.full_like(inputs["labels"], IGNORE).flatten()
+        labels[batch.index + 1] = batch.labels.to(labels)
+        labels = labels.view(inputs["labels"].shape)
+        labels[:, 0] = inputs["labels"][:, 0]
+        dropped = [name for name in ("attention_mask", "position_ids") if name in inputs and name not in features]
+        columns = {name: value for name, value in inputs.items() if name not in dropped}
+        return Columns(columns | dict(features) | {"labels": labels})
 
-    def _value(self, model: nn.Module, given: Columns, where: Supervised, items: float | None) -> Tensor:
-        """One call: a scalar as it is, rows added up over what a mean divides by."""
-        filled = self._arguments(model, given, items)
-        found = signature(self.fn)
-        ordered = [name for name in found if name in filled and found[name].kind is inspect.Parameter.POSITIONAL_ONLY]
-        args = [filled.pop(name) for name in ordered]
+    def _value(self, model: nn.Module, columns: Columns, items: float | None) -> Tensor:
+        """The value of one call, a scalar."""
+        kwargs = self._arguments(model, columns, items)
+        parameters = signature(self.fn)
+        positional = [n for n in parameters if n in kwargs and parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY]
+        args = [kwargs.pop(name) for name in positional]
         with blamed(name_of(self.fn), file_of(self.fn)):
-            made = self.fn(*args, **filled)
-        value = loss_of(made, self.variant.name).value
+            returned = self.fn(*args, **kwargs)
+        value = loss_of(returned, self.variant.name).value
         if value.ndim:
             raise InputError(
                 f"{self.variant.name} returned shape {tuple(value.shape)}: a compute_loss returns one number, as a Trainer "
@@ -138,43 +140,44 @@ class ModelLoss:
             )
         return value
 
-    def _arguments(self, model: nn.Module, given: Columns, items: float | None) -> dict[str, Any]:
-        wanted = inputs(self.fn)
-        filled: dict[str, Any] = {}
-        for name, role in (*wanted.required.items(), *wanted.optional.items()):
-            needed = name in wanted.required
+    def _arguments(self, model: nn.Module, columns: Columns, items: float | None) -> dict[str, Any]:
+        """The arguments of the loss, by the roles of its parameters."""
+        roles = inputs(self.fn)
+        kwargs: dict[str, Any] = {}
+        for name, role in (*roles.required.items(), *roles.optional.items()):
+            required = name in roles.required
             if role == "model":
-                filled[name] = model
+                kwargs[name] = model
             elif role == "batch":
-                filled[name] = Columns(given)
+                kwargs[name] = Columns(columns)
             elif role == "count":
-                filled[name] = None if items is None else torch.tensor(items, device=given["labels"].device)
+                kwargs[name] = None if items is None else torch.tensor(items, device=columns["labels"].device)
             elif role.endswith(" model") and FIELD[role] in self.models:
-                filled[name] = self.models[FIELD[role]]
+                kwargs[name] = self.models[FIELD[role]]
             elif role == "vocabulary":
-                filled[name] = model.get_output_embeddings().weight.shape[0]
+                kwargs[name] = model.get_output_embeddings().weight.shape[0]
             elif role in SETTINGS:
-                filled |= {name: SETTINGS[role]} if needed else {}
-            elif (column := BATCH.get(role, FIELD.get(role, ""))) in given and not role.endswith(" model"):
-                filled[name] = given[column]
-            elif needed:
+                kwargs |= {name: SETTINGS[role]} if required else {}
+            elif (column := BATCH.get(role, FIELD.get(role, ""))) in columns and not role.endswith(" model"):
+                kwargs[name] = columns[column]
+            elif required:
                 raise InputError(
-                    f"{self.variant.name} takes {name!r}, which a batch of this data does not have ({', '.join(given)}): give "
+                    f"{self.variant.name} takes {name!r}, which a batch of this data does not have ({', '.join(columns)}): give "
                     "the data a column of that name, or the parameter a default"
                 )
-        filled |= {
-            name: value for name, value in self.variant.params.items() if value is not None or name not in filled
+        kwargs |= {
+            name: value for name, value in self.variant.params.items() if value is not None or name not in kwargs
         }
-        return filled
+        return kwargs
 
-    def _tried(self, model: nn.Module, given: Columns, where: Supervised, items: float) -> bool:
-        """Whether the loss divides by the count that it is given: its value with twice as many, dropout drawn alike."""
-        replay = Replay(given["labels"].device, self.fn)
+    def _reads_count(self, model: nn.Module, columns: Columns, items: float) -> bool:
+        """Whether the loss divides by ``num_items_in_batch``: its value changes with twice as many, at the same dropout."""
+        replay = Replay(columns["labels"].device, self.fn)
         values = []
         with torch.no_grad():
             for count in (items, 2 * items):
                 with replay.again():
-                    values.append(float(self._value(model, given, where, count)))
+                    values.append(float(self._value(model, columns, count)))
         reads = abs(values[0] - values[1]) > SAME * max(abs(values[0]), abs(values[1]))
         if not reads:
             logger.warning(
@@ -215,8 +218,17 @@ def _with_leaf(module: nn.Module, given: Any, made: Any) -> Any:
     return made
 
 
-def logits_of(outputs: Any, where: Supervised) -> Tensor | None:
-    """The logits (B, T, V) in a model's outputs, None where there are none of the batch's layout."""
-    found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
-    fits = isinstance(found, Tensor) and found.ndim == 3 and found.shape[:2] == where.shape
-    return found if fits else None
+def logits_of(outputs: Any, batch: SupervisedBatch) -> Tensor | None:
+    """The logits (B, T, V) in a model's outputs; None where there are none, or of another layout than the batch."""
+    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    fits = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[:2] == batch.shape
+    return logits if fits else None
+
+
+def count_model_loss(metrics: MetricSums, total: Tensor, outputs: Any, batch: SupervisedBatch) -> None:
+    """Count a summed loss in, with the target that its gradient by the model's logits implies where there is one."""
+    logits = logits_of(outputs, batch)
+    if logits is None or not logits.requires_grad:
+        metrics.add_losses(total, len(batch))
+    else:
+        metrics.add_total(total, read_target(total, logits, batch))

@@ -1,4 +1,4 @@
-"""Router losses: the load balancing term that a mixture-of-experts model asks its trainer to add."""
+"""The router loss of a mixture-of-experts model, a load-balancing term that its trainer adds."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ def asks_for_router_loss(model: nn.Module) -> bool:
 
 
 def router_loss(model: nn.Module, outputs: Any) -> tuple[Tensor, float] | None:
-    """A model's auxiliary loss on a batch, and the weight that its configuration gives it; None where it has none.
+    """A model's router loss on a batch and its weight in the configuration; None where it has none.
 
     transformers' models return ``aux_loss`` where ``config.output_router_logits`` is set.
 

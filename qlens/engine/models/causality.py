@@ -1,4 +1,4 @@
-"""Causality: whether a model predicts every token from the tokens before it alone, tried once for each model."""
+"""Causality: whether a model predicts every token from earlier tokens alone."""
 
 import weakref
 from collections.abc import Mapping
@@ -8,16 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
-from qlens.engine.forward import evaluating
-from qlens.engine.packing import uncached
+from qlens.engine.models.forward import evaluating
+from qlens.engine.models.packing import uncached
 
-TRIED = 16  # tokens of one row on which a model is tried
+TRIAL_TOKENS = 16  # of one row
 ROUNDING = 8  # units in the last place of the largest logit: kernels of experts round by how many tokens they have
 _CAUSAL: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # pyright: ignore
 
 
 def check_decoder(model: Any, name: str) -> None:
-    """Whether a model's configuration says that it has no encoder.
+    """Check that a model has no encoder, by its configuration.
 
     Raises:
         InputError: it has one.
@@ -30,12 +30,12 @@ def check_decoder(model: Any, name: str) -> None:
 
 
 def check_causal(model: nn.Module, features: Mapping[str, Any], name: str) -> None:
-    """Whether a model's logits stay as they are where later tokens change; a model is tried once.
+    """Check, once per model, that its logits do not change with later tokens.
 
     Args:
         model: the model itself, unwrapped.
         features: a batch of its inputs, of which ``input_ids`` (B, T) are changed; other inputs are left as they are.
-        name: what the message calls it.
+        name: of the model in the message.
 
     Raises:
         InputError: the model has an encoder, or its logits at a token depend on later tokens.
@@ -86,7 +86,7 @@ def _part(features: Mapping[str, Any], ids: Tensor) -> tuple[dict[str, Any], Ten
         row = int(mask.sum(1).argmax())
         real = mask[row].nonzero()[:, 0]
         start, end = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
-    at = (slice(row, row + 1), slice(start, min(end, start + TRIED)))
+    at = (slice(row, row + 1), slice(start, min(end, start + TRIAL_TOKENS)))
     part = {name: value[at] if isinstance(value, Tensor) else value for name, value in features.items()}
     if places is not None:
         part["position_ids"] = torch.arange(part["input_ids"].shape[1], device=ids.device)[None]

@@ -1,4 +1,4 @@
-"""Forward passes of a model: its logits, and other models in evaluation mode without gradients."""
+"""Forward passes without gradients."""
 
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def evaluating(model: nn.Module):
-    """The model in evaluation mode and without gradients for as long as the context lasts; then each part as it was."""
+    """Context: the model in evaluation mode and without gradients; the mode of every submodule is restored."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -23,5 +23,5 @@ def evaluating(model: nn.Module):
 
 @torch.no_grad()
 def model_logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
-    """Another model's logits on a batch, (B, T, V), without gradient and without a key-value cache."""
+    """A model's logits on a batch, (B, T, V), without gradient and without a key-value cache."""
     return model(**inputs, use_cache=False)["logits"]

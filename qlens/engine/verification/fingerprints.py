@@ -1,4 +1,4 @@
-"""Marks: what a function's result may depend on beside its arguments, as one value that differs where that has changed."""
+"""Fingerprints of what a function's result may depend on beside its arguments."""
 
 import enum
 import functools
@@ -17,15 +17,14 @@ from qlens.losses.states import LIBRARIES, LONGEST, module_of, names_in
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 SMALL = 4096  # entries of a tensor or array that are compared by value; of a larger one, its version
 DEEPEST = 8  # attributes, entries and calls followed, one in the other
-Mark = tuple[Any, ...]
 
 
-def marks(functions: Iterable[Callable]) -> Mark:
-    """What functions as users write them can read beside their arguments, as it is now.
+def fingerprint(functions: Iterable[Callable]) -> tuple[Any, ...]:
+    """A value that changes with anything that users' functions read beside their arguments.
 
-    Followed are closures, defaults, attributes, containers, and the globals that a function names, with functions of a user's
-    own that it calls; of modules, classes and libraries' objects, such as a Trainer, the attributes whose names are in the
-    function's code. Random generators are left out: a draw is no other method.
+    It covers closures, defaults, attributes, containers, and the globals that a function names, with the user's functions
+    that it calls; of modules, classes and libraries' objects, such as a Trainer, the attributes whose names are in the
+    function's code. Random generators are left out: a draw does not change the method.
 
     Example:
         >>> class Warmup:
@@ -35,34 +34,34 @@ def marks(functions: Iterable[Callable]) -> Mark:
         ...         return logits.sum() if self.on else logits.mean()
         >>> Warmup.__module__ = Warmup.__call__.__module__ = "my_losses"
         >>> loss = Warmup()
-        >>> before = marks([loss])
+        >>> before = fingerprint([loss])
         >>> loss.on = True
-        >>> marks([loss]) == before
+        >>> fingerprint([loss]) == before
         False
     """
     reader = _Reader()
     for function in functions:
         reader.read(function, frozenset(), 0)
-    return tuple(reader.marks)
+    return tuple(reader.values)
 
 
 class _Reader:
     def __init__(self):
-        self.marks: list[Any] = []
+        self.values: list[Any] = []
         self.seen: dict[tuple[int, frozenset[str]], Any] = {}  # by id, kept so that no id is given twice
 
     def read(self, value: Any, names: frozenset[str], depth: int) -> None:
-        """Note what a value is, and what it holds; ``names``: the attributes that the functions on the way ask for."""
+        """Add a value and its contents; ``names`` are the attributes that the functions read so far name."""
         if isinstance(value, PLAIN):
-            self.marks.append(value if value == value else "nan")
+            self.values.append(value if value == value else "nan")
             return
         if depth > DEEPEST or (id(value), names) in self.seen:
             return
         self.seen[id(value), names] = value
         if isinstance(value, Tensor):
-            self.marks.append(_tensor(value))
+            self.values.append(_tensor(value))
         elif isinstance(value, np.ndarray):
-            self.marks.append(value.tobytes() if value.size <= SMALL else id(value))
+            self.values.append(value.tobytes() if value.size <= SMALL else id(value))
         elif isinstance(value, functools.partial):
             self._each([value.func, *value.args, *value.keywords.values()], names, depth)
         elif isinstance(value, types.MethodType):
@@ -71,10 +70,10 @@ class _Reader:
         elif isinstance(value, types.FunctionType):
             self._function(value, names, depth)
         elif isinstance(value, list | tuple | set | frozenset | deque | dict):
-            self.marks.append(len(value))
+            self.values.append(len(value))
             if len(value) <= LONGEST:
-                held = [*value, *value.values()] if isinstance(value, dict) else value
-                self._each(held, names, depth)
+                parts = [*value, *value.values()] if isinstance(value, dict) else value
+                self._each(parts, names, depth)
         else:
             self._object(value, names, depth)
 
@@ -86,41 +85,41 @@ class _Reader:
         if module_of(function) in LIBRARIES:
             return
         names = names | _named(function)
-        self.marks.append(id(function.__code__))
+        self.values.append(id(function.__code__))
         self._each([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()], names, depth)
         self._each([vars(function)], names, depth)
         for cell in function.__closure__ or ():
             try:
                 self.read(cell.cell_contents, names, depth + 1)
             except ValueError:  # an empty cell
-                self.marks.append(None)
+                self.values.append(None)
         self._each([function.__globals__[name] for name in sorted(names & function.__globals__.keys())], names, depth)
 
     def _object(self, value: Any, names: frozenset[str], depth: int) -> None:
-        """An object with attributes: all of a user's own, and of others those that are named."""
+        """An object's attributes: all of a user's object, the named ones of a library's."""
         whole = not isinstance(value, type | types.ModuleType) and module_of(value) not in LIBRARIES
         if isinstance(value, types.ModuleType) and value.__name__.partition(".")[0] in LIBRARIES:
             return
-        self.marks.append(id(value))
+        self.values.append(id(value))
         if not isinstance(value, type | types.ModuleType):
             self._class(type(value), names, depth)
-        held = getattr(value, "__dict__", None)
-        if held is None:
+        attributes = getattr(value, "__dict__", None)
+        if attributes is None:
             return
-        kept = sorted(name for name in held if isinstance(name, str) and (whole or name in names))
+        read = sorted(name for name in attributes if isinstance(name, str) and (whole or name in names))
         if isinstance(value, nn.Module):
-            kept = [name for name in kept if name not in ("_parameters", "_modules", "_buffers")]
+            read = [name for name in read if name not in ("_parameters", "_modules", "_buffers")]
             parts = (dict(value._buffers), dict(value._modules)) if whole else ()
             self._each(parts, names, depth)
-        self._each([held[name] for name in kept], names, depth)
+        self._each([attributes[name] for name in read], names, depth)
 
     def _class(self, kind: type, names: frozenset[str], depth: int) -> None:
-        """The named attributes of an object's class, and of those above it, that a user has written."""
+        """The named attributes of an object's class and its bases, as far as a user wrote them."""
         for each in kind.__mro__:
             if each.__module__.partition(".")[0] not in LIBRARIES | {"builtins"}:
                 called = {"forward", "__call__"} if issubclass(each, nn.Module) else {"__call__"}
-                held = [vars(each)[name] for name in sorted((names | called) & vars(each).keys())]
-                self._each([getattr(h, "__func__", getattr(h, "fget", None) or h) for h in held], names, depth)
+                members = [vars(each)[name] for name in sorted((names | called) & vars(each).keys())]
+                self._each([getattr(m, "__func__", getattr(m, "fget", None) or m) for m in members], names, depth)
 
 
 def _tensor(value: Tensor) -> Any:
@@ -132,6 +131,6 @@ def _tensor(value: Tensor) -> Any:
 
 
 def _named(function: Any) -> frozenset[str]:
-    """The names that a function's code, and the functions in it, may ask for."""
+    """The names in the code of a function and of the functions in it."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return frozenset() if code is None else frozenset(names_in(code))

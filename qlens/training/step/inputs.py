@@ -1,7 +1,7 @@
-"""Feeding: where the inputs of a method come from while it trains."""
+"""The inputs of a method beside logits and labels, while it trains."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -9,21 +9,24 @@ from torch import Tensor, nn
 
 from qlens.core.errors import InputError
 from qlens.core.probes import widened
-from qlens.core.supervised import Supervised
 from qlens.core.tokens import precision
 from qlens.data.base_models import WithoutAdapters, has_adapters
 from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_same_vocabulary, vocabulary_size
-from qlens.data.models import freeze
+from qlens.data.models import freeze, loaded
+from qlens.data.supervised_batch import SupervisedBatch
+from qlens.engine.heads import Head
+from qlens.engine.models.backbones import Backbones
+from qlens.engine.models.forward import model_logits
 from qlens.registry import Variant
 
-GIVEN = ("teacher", "reference")
+ARGUMENTS = ("teacher", "reference")  # models that the user gives
+DERIVED = ("sequence", "old", "second", "negatives")  # inputs that come from the student and the text
 COPY = "{name}=copy.deepcopy(...) of it before training, or load it anew"
-FOUND = ("sequence", "old", "second", "negatives")
 
 
-class Feed:
-    """The fields of Tokens that a method needs, from other models, from the student itself, from text and from data.
+class MethodInputs:
+    """The fields of Tokens that a method needs: from other models, the student itself, the text and columns of the data.
 
     Args:
         variant: the method.
@@ -37,15 +40,15 @@ class Feed:
         for need in variant.needs:
             if need == "teacher" and models[need] is None:
                 raise InputError(f"{variant.name} needs a teacher: give QTrainer(teacher=...)")
-            if need not in (*GIVEN, *FOUND, *COLUMNS):
+            if need not in (*ARGUMENTS, *DERIVED, *COLUMNS):
                 raise InputError(f"{variant.name} needs {need!r}, which QTrainer has no source for")
         self.variant = variant
-        self.others: dict[str, Any] = {name: models[name] for name in variant.needs if name in GIVEN}
+        self.others: dict[str, Any] = {name: models[name] for name in variant.needs if name in ARGUMENTS}
 
-    def settle(self, model: Any, device: torch.device) -> None:
-        """Check the other models against the student, place them, and copy the student as the first old policy.
+    def set_up(self, model: Any, device: torch.device) -> None:
+        """Check, freeze and move the other models, and copy the student as the first old policy.
 
-        The reference of a model with adapters, where none is given, is the model without them.
+        Without a reference, that of a model with adapters is the model without them.
 
         Raises:
             InputError: another model is missing, has another vocabulary, or shares parameters that are trained.
@@ -56,6 +59,7 @@ class Feed:
                 continue
             if other is None:
                 raise InputError(f"{self.variant.name} needs a {name}: give QTrainer({name}=...)")
+            other = loaded(other, name)
             check_same_vocabulary(model, other, name)
             _check_apart(model, other, name)
             self.others[name] = freeze(other).to(device)
@@ -67,20 +71,20 @@ class Feed:
             self.others["old"] = freeze(copy.deepcopy(model)).to(device)
 
     def begin(self, model: Any) -> None:
-        """Begin a run: the student is ``model``, and the old policy a copy of it."""
+        """Begin a run with ``model`` as the student, and its weights in the old policy."""
         self.student = model
         for name, other in self.others.items():
             if isinstance(other, WithoutAdapters):
                 self.others[name] = WithoutAdapters(model)
-        self.refresh()
+        self.sync()
 
-    def refresh(self) -> None:
+    def sync(self) -> None:
         """Copy the student's weights into the old policy."""
         if "old" in self.others:
             self.others["old"].load_state_dict(self.student.state_dict())
 
     def state(self) -> dict[str, Tensor]:
-        """The old policy's weights that training changes, by name; a weight that several layers share, once."""
+        """The old policy's weights that training changes, by name; a weight shared by several layers once."""
         if "old" not in self.others:
             return {}
         trained = {id(p) for p in self.student.parameters() if p.requires_grad}
@@ -90,7 +94,7 @@ class Feed:
         return {name: old[name].contiguous() for at, name in names.items() if at in trained or at in buffers}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Give the old policy the weights that ``state`` returned.
+        """Load into the old policy the weights that ``state`` returned.
 
         Raises:
             InputError: they are of another model.
@@ -98,47 +102,60 @@ class Feed:
         if "old" not in self.others:
             return
         own = {name: tuple(value.shape) for name, value in self.state().items()}
-        given = {name: tuple(value.shape) for name, value in saved.items()}
-        if own != given:
-            name = sorted(own.items() ^ given.items())[0][0]
+        stored = {name: tuple(value.shape) for name, value in saved.items()}
+        if own != stored:
+            name = sorted(own.items() ^ stored.items())[0][0]
             raise InputError(
-                f"the checkpoint's old policy does not fit the model: {name} has shape {given.get(name)} there and "
+                f"the checkpoint's old policy does not fit the model: {name} has shape {stored.get(name)} there and "
                 f"{own.get(name)} here; resume with the model that it was saved with"
             )
         self.others["old"].load_state_dict(dict(saved), strict=False)
 
-    def fields(
-        self,
-        supervised: Supervised,
-        features: Mapping[str, Any],
-        inputs: Mapping[str, Any],
-        vocabulary: int,
-        read: Callable[[str, nn.Module], Any],
+    def gather(
+        self, batch: SupervisedBatch, features: Mapping[str, Any], vocabulary: int, backbones: Backbones | None
     ) -> dict[str, Any]:
-        """Everything beside logits and labels, at the supervised positions of a batch; ``read`` says what a model makes of it.
+        """Everything beside logits and labels, at the supervised rows of a batch.
+
+        Args:
+            batch: the batch.
+            features: the models' inputs.
+            vocabulary: V.
+            backbones: for other models as a ``Head`` where they have one; None for their logits, (N, V).
 
         Raises:
             InputError: the data lack a column that the method needs.
         """
-        fields = {name: read(name, other) for name, other in self.others.items()}
-        fields["sequence"] = supervised.sequence
+        fields = {name: _predictions(name, model, batch, features, backbones) for name, model in self.others.items()}
+        fields["sequence"] = batch.sequence
         if "second" in self.variant.needs:
-            fields["second"] = read("second", self.student)
+            fields["second"] = _predictions("second", self.student, batch, features, backbones)
         if "negatives" in self.variant.needs:
-            fields["negatives"] = supervised.context(features["input_ids"], vocabulary)
+            fields["negatives"] = batch.context(features["input_ids"], vocabulary)
         for name in COLUMNS:
-            if name in inputs:
-                fields[name] = supervised.at_labels(inputs[name].to(supervised.labels.device))
+            if name in batch.columns:
+                fields[name] = batch.columns[name]
             elif name in self.variant.needs:
                 raise InputError(f"{self.variant.name} needs {name!r}: give the data a column of that name")
         return fields
 
 
+def _predictions(
+    name: str, model: nn.Module, batch: SupervisedBatch, features: Mapping[str, Any], backbones: Backbones | None
+) -> Tensor | Head:
+    """Another model's predictions at the supervised rows, as a ``Head`` where backbones are in use and it has one."""
+    with torch.no_grad():
+        states = None if backbones is None else backbones.states(model, features, name)
+        if states is None:
+            return batch.take(model_logits(model, features))
+        backbone, hidden = states
+        return backbone.at(batch.take(hidden))
+
+
 def _check_apart(model: nn.Module, other: nn.Module, name: str) -> None:
-    """Whether another model, which is frozen, has none of the parameters that are trained.
+    """Check that another model, which is frozen, shares no parameter that is trained.
 
     Raises:
-        InputError: it has; the first of them is named.
+        InputError: it does; the first shared parameter is named.
     """
     if other is model:
         raise InputError(
@@ -160,5 +177,5 @@ def _check_apart(model: nn.Module, other: nn.Module, name: str) -> None:
 
 
 def _memory(value: Tensor) -> int:
-    """What tells whether two parameters lie in the same memory."""
+    """An identifier of the memory in which a parameter lies."""
     return value.untyped_storage().data_ptr() or id(value)

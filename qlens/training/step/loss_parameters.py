@@ -1,4 +1,4 @@
-"""Parameters of a loss's own, in training: a temperature, say, which no model holds and so no Trainer looks after."""
+"""Learnable parameters of a loss itself, such as a temperature, in training."""
 
 import logging
 from collections.abc import Callable
@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 class LearnedParameters(TrainerCallback):
-    """Clears the gradients of a loss's own parameters after every step, as the Trainer does for the model's alone.
+    """Clears the gradients of a loss's own parameters after every step; the Trainer clears those of the model alone.
 
     Args:
         name: of the method.
@@ -23,17 +23,17 @@ class LearnedParameters(TrainerCallback):
 
     def __init__(self, name: str, optimizer: Callable[[], Any]):
         self.name, self.optimizer = name, optimizer
-        self.seen: list[Tensor] = []
-        self.looked = False  # in this run
+        self.parameters: list[Tensor] = []
+        self.searched = False  # in this run
 
     def note(self, loss: Tensor, *logits: Tensor, model: nn.Module) -> None:
-        """Note the leaves of a loss other than its logits and the model's parameters; what becomes of each is said once."""
-        self.looked = True
-        known = {id(value) for value in (*model.parameters(), *self.seen)}
+        """Note the leaves of a loss other than its logits and the model's parameters, and log once what happens to each."""
+        self.searched = True
+        known = {id(value) for value in (*model.parameters(), *self.parameters)}
         for leaf in leaves(loss, *logits):
             if id(leaf) in known:
                 continue
-            self.seen.append(leaf)
+            self.parameters.append(leaf)
             groups = getattr(self.optimizer(), "param_groups", [])
             if any(leaf is each for group in groups for each in group["params"]):
                 sentence = (
@@ -50,10 +50,10 @@ class LearnedParameters(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Begin a run with no parameter known."""
-        self.seen, self.looked = [], False
+        self.parameters, self.searched = [], False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Clear their gradients, once the optimizer has used them."""
         with torch.no_grad():
-            for leaf in self.seen:
+            for leaf in self.parameters:
                 leaf.grad = None
