@@ -35,8 +35,10 @@ __all__ = [
     "Variant",
     "Watch",
     "check",
+    "check_variant",
     "compare",
     "destination",
+    "distances",
     "explain",
     "fused_loss",
     "get",
@@ -51,7 +53,9 @@ __all__ = [
 _LAZY = {
     "QTrainer": "qlens.training",
     "Watch": "qlens.training.watch",
+    "check_variant": "qlens.testing",
     "compare": "qlens.analysis.compare",
+    "distances": "qlens.lens.equivalences",
     "view": "qlens.analysis.token_view.token_view",
 }
 

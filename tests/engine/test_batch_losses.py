@@ -92,5 +92,5 @@ def test_trust_that_never_vanishes_is_not_said_to():
         return F.cross_entropy(logits - 2.0 * F.one_hot(labels, logits.shape[-1]), labels)
 
     summary = qlens.explain(with_margin).summary
-    assert "the more it is trusted, by 1 to 7.39." in summary and "hardly count" not in summary
-    assert "labels that surprise it hardly count" in qlens.explain("dft").summary
+    assert "it grows with p_y, from 1 to 7.39." in summary and "hardly count" not in summary
+    assert "unlikely labels hardly count" in qlens.explain("dft").summary

@@ -2,9 +2,9 @@
 
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from losses import label_log_probs
 
 import qlens
@@ -101,16 +101,21 @@ def test_the_precision_is_seen_where_the_digits_do_not_show_it():
     assert traced(resolve(masked).loss, tokens)[1] == torch.float64  # a mask is exact in any type
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does(dtype):
-    def cancels(logits, labels, teacher):
-        s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
-        return (s.exp().detach() * (s - t)).sum(-1)
+def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does():
+    for dtype in [torch.float64, torch.float32]:
+        with case(dtype):
 
-    tokens = probes(dtype)
-    for loss, silent in ((cancels, True), (lambda logits, labels: 1e-20 * F.cross_entropy(logits, labels), False)):
-        variant = resolve(loss)
-        assert nothing_but_rounding(variant.loss, tokens, gradient(variant.loss, tokens), dtype) == silent
+            def cancels(logits, labels, teacher):
+                s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
+                return (s.exp().detach() * (s - t)).sum(-1)
+
+            tokens = probes(dtype)
+            for loss, silent in (
+                (cancels, True),
+                (lambda logits, labels: 1e-20 * F.cross_entropy(logits, labels), False),
+            ):
+                variant = resolve(loss)
+                assert nothing_but_rounding(variant.loss, tokens, gradient(variant.loss, tokens), dtype) == silent
 
 
 def test_logits_of_a_model_are_read_in_float64():

@@ -14,7 +14,10 @@ from qlens.lens.decompose.detached import finite_difference_gap, own_backward
 from qlens.lens.decompose.perturbation import Perturbation, affected_tokens, change_with_number
 from qlens.lens.rounding import moves, rounding
 
-IN_PLACE = " (label ids, other orders and other numbers of tokens are not tested: the loss runs another model, whose inputs are made up)"
+IN_PLACE = (
+    " (label ids, other orders and other numbers of tokens are not tested: the loss runs another model, whose inputs are made "
+    "up)"
+)
 
 
 @dataclass(frozen=True)
