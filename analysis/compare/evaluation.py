@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.analysis.compare.label_noise import auroc, calibration
+from qlens.core.numerics import expectation
 from qlens.core.segments import Groups
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.tokens import Tokens
 from qlens.data.compatibility import vocabulary_size
 from qlens.data.from_text import token_batches
 from qlens.registry import Variant
@@ -131,7 +132,7 @@ def reading(
     target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
     grid = torch.linspace(0, 1, GRID, device=p_y.device)
     shown = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()
-    trust = target.effective_trust[shown]
+    trust = target.label_weight[shown]
     kept = trust.isfinite()
     doubted = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
     among = doubted if len(doubted) else torch.arange(len(tokens), device=p_y.device)

@@ -79,7 +79,7 @@ def sweep(losses: Losses, tokens: Tokens | None = None) -> pd.DataFrame:
             "other_grad": target.grad.gather(1, rival),
             "q_label": target.q.gather(1, y),
             "q_rest": target.q.gather(1, rival),
-            "trust": target.effective_trust,
+            "trust": target.label_weight,
             "negative_mass": target.negative_mass,
         }
         parts.append(_frame(columns, method=name))
@@ -155,7 +155,7 @@ def along(losses: Losses, tokens: Tokens, *, pieces: Callable[[int], str] = str)
     for name, target in _targets(losses, tokens).items():
         columns = {
             "p_y": tokens.label_probs,
-            "trust": target.effective_trust,
+            "trust": target.label_weight,
             "entropy": target.entropy,
             "kl": target.kl,
             "negative_mass": target.negative_mass,
@@ -188,7 +188,7 @@ def plane(losses: Losses, tokens: Tokens) -> pd.DataFrame:
     rows = []
     for name, target in _targets(losses, tokens).items():
         row = {"method": name, "trust": float(target.pull.double().sum() / target.room.double().sum())}
-        spread = {"trust": target.effective_trust, "reshape": target.reshape}
+        spread = {"trust": target.label_weight, "reshape": target.reshape}
         row |= {"reshape": float(target.reshape.double().mean())}
         row |= {"negative_mass": float(target.negative_mass.double().mean())}
         for key, values in spread.items():

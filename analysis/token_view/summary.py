@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 from qlens.data.from_text import ENTRIES, token_batches
 from qlens.registry import Variant
 from qlens.registry.variant import ALONE
@@ -109,7 +110,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
             name: pd.DataFrame(
                 {
                     "q_y": _array(tokens.gather(target.q)),
-                    "trust": _array(target.effective_trust),
+                    "trust": _array(target.label_weight),
                     "pull": _array(target.pull),
                     "ignored": _array(target.room - target.pull),
                     "reshape": _array(target.reshape),

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, precision
+from qlens.core.numerics import precision
+from qlens.core.tokens import Tokens
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, one_hot
+from qlens.core.numerics import one_hot
+from qlens.core.tokens import Tokens
 
 VOCABULARY = 32
 WIDE = 160  # vocabulary of the trials: beyond the top k, ranks and entropies that published losses use

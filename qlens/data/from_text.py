@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, check_same_vocabulary, context_length, vocabulary_size
 from qlens.data.examples import encode

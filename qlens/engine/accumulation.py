@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens.core.tokens import precision
+from qlens.core.numerics import precision
 from qlens.engine.heads import Head
 from qlens.engine.kernels import RowConstants
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import precision
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, precision
+from qlens.core.tokens import Tokens
 from qlens.engine.accumulation import Gradients, GradientSums, Wanted
 from qlens.engine.finite_values import refuse_rows
 from qlens.engine.heads import Head, TopK

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
-from qlens.core.token_fields import check_ids
+from qlens.core.tokens.fields import check_ids
 from qlens.engine.accumulation import Gradients, Wanted
 from qlens.engine.chunked import Observer, chunked_pass
 from qlens.engine.fused_inputs import (

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError, brief
+from qlens.core.numerics import precision
 from qlens.core.supervised import signed
-from qlens.core.token_fields import check_floats, check_vocabulary, checked_field, number
-from qlens.core.tokens import PER_TOKEN, Tokens, precision
+from qlens.core.tokens import PER_TOKEN, Tokens
+from qlens.core.tokens.fields import check_floats, check_vocabulary, checked_field, number
 from qlens.engine.heads import Head, TopK
 from qlens.engine.row_inputs import RowInputs
 from qlens.registry import Variant

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError, brief
-from qlens.core.token_fields import number
-from qlens.core.tokens import log_softmax, precision
+from qlens.core.numerics import log_softmax, precision
+from qlens.core.tokens.fields import number
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qlens.core.numerics import expectation, log_softmax, precision
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation, log_softmax, precision
+from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head
 from qlens.engine.row_inputs import TILE_ENTRIES
 from qlens.registry.structure import GeometricMixture

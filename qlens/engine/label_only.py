@@ -83,7 +83,7 @@ def evaluate(inputs: RowInputs, rows: slice, student: LogProbs, others: dict[str
         tokens, target = two_entry_target(inputs, rows, {"logits": student, **others})
         with replay.again():
             losses = inputs.losses(tokens)
-        label_weight = target.effective_trust  # NaN where the label is the only possible token
+        label_weight = target.label_weight  # NaN where the label is the only possible token
         return TwoEntryResult(
             label_weight.nan_to_num(),
             losses,

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import MODELS, Tokens, precision
+from qlens.core.numerics import precision
+from qlens.core.tokens import MODELS, Tokens
 from qlens.engine.dense import dense_gradients
 from qlens.engine.kernels import others_
 from qlens.engine.label_only import (

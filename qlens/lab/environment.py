@@ -18,7 +18,7 @@ from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlens.core.errors import UnknownName
-from qlens.core.tokens import expectation
+from qlens.core.numerics import expectation
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_text
 from qlens.data.models import load_model, quiet

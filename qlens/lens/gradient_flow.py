@@ -70,7 +70,8 @@ class Destination(Result):
             labels += f" at ids {_listed(seen.nonzero()[0], 'd')}"
         tail = "; with other label ids it converges elsewhere" if self.by_id else ""
         if not self.settled:
-            return f"With label frequencies {labels} training has reached {where} at t = {self.times[-1]:.2g} and is still moving{tail}."
+            time = f"t = {self.times[-1]:.2g}"
+            return f"With label frequencies {labels} training has reached {where} at {time} and is still moving{tail}."
         return f"With label frequencies {labels} training converges to {where}: {self._verdict()}{tail}."
 
     @property

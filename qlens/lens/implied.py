@@ -9,8 +9,9 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
+from qlens.core.numerics import precision
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, precision
+from qlens.core.tokens import Tokens
 from qlens.losses.user_code import blamed
 from qlens.registry import Variant, resolve
 

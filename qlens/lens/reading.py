@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError, UnknownReduction
+from qlens.core.numerics import spread
 from qlens.core.probes import VOCABULARY, WIDE, probes, trials
 from qlens.core.scales import carried
-from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.tokens import MODELS, Tokens
 from qlens.lens.implied import read
 from qlens.lens.rounding import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.losses import calling

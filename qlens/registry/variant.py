@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from qlens.core.display import table_html
 from qlens.core.errors import InputError
+from qlens.core.numerics import expectation, precision
 from qlens.core.segments import Groups, Pairs
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation, precision
+from qlens.core.tokens import Tokens
 from qlens.losses import calling
 from qlens.losses.layout import layout_search, pairing, trial
 from qlens.losses.layout.signature import Memo

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.segments import Pairs
-from qlens.core.token_fields import check_ids, checked_field
 from qlens.core.tokens import Tokens
+from qlens.core.tokens.fields import check_ids, checked_field
 from qlens.data.collator import COLUMNS
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.registry import Variant

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import write_text, written
+from qlens.core.numerics import spread
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
-from qlens.core.tokens import spread
 from qlens.data.compatibility import check_same_vocabulary
 from qlens.data.examples import encode
 from qlens.data.from_text import token_batches
@@ -173,8 +173,8 @@ class Watch(TrainerCallback):
         texts = {"text": [self.tokenizer.decode([int(y)]) for y in labels]} if self.tokenizer is not None else {}
         values = {
             "p_y": target.label_probs,
-            "label_weight": target.effective_trust,
-            "trust": target.effective_trust,  # the old name
+            "label_weight": target.label_weight,
+            "trust": target.label_weight,  # the old name
             "reshape": target.reshape,
             "entropy": target.entropy,
             "kl": target.kl,

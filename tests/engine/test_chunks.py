@@ -1,10 +1,11 @@
-"""A few rows at a time: reading texts and losses in chunks says what reading them whole says, and makes no more logits."""
+"""Texts and gradients in chunks equal those computed whole; kernels against formulas written out."""
 
 import json
 from unittest import mock
 
 import pytest
 import torch
+from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, llama, rows
@@ -28,17 +29,18 @@ def joined(parts):
     return {name: torch.cat([part.fields()[name] for part in parts]) for name in parts[0].fields()}
 
 
-@pytest.mark.parametrize("entries", [1, 3 * VOCAB, 10**6])
-def test_texts_in_chunks_are_texts_whole(entries):
-    models = dict(teacher=llama(1), reference=llama(2))
-    needs = ("negatives", "old", "second")
-    whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
-    parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
-    assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
-    found = joined(parts)
-    assert found.keys() == whole.keys()
-    for name, value in whole.items():
-        assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+def test_texts_in_chunks_are_texts_whole():
+    for entries in [1, 3 * VOCAB, 10**6]:
+        with case(entries):
+            models = dict(teacher=llama(1), reference=llama(2))
+            needs = ("negatives", "old", "second")
+            whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
+            parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
+            assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
+            found = joined(parts)
+            assert found.keys() == whole.keys()
+            for name, value in whole.items():
+                assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_only_a_chunk_of_logits_is_ever_made():
@@ -58,14 +60,15 @@ def test_only_a_chunk_of_logits_is_ever_made():
     assert sum(len(part) for part in parts) == sum(len(t) for t in token_batches(model, EXAMPLES, 3))
 
 
-@pytest.mark.parametrize("most", [1, 5, 1000])
-def test_fewer_tokens_are_spread_over_all(most):
-    model = llama()
-    whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
-    few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
-    kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
-    for name, value in whole[kept].fields().items():
-        assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
+def test_fewer_tokens_are_spread_over_all():
+    for most in [1, 5, 1000]:
+        with case(most):
+            model = llama()
+            whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
+            few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
+            kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
+            for name, value in whole[kept].fields().items():
+                assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_is_proved_once_however_many_batches(monkeypatch):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from cases import case
 from tiny import llama, trainer_in
 from tiny import rows as examples
 from torch.testing import assert_close
@@ -77,8 +78,13 @@ def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_p
         caplog.clear()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
+def test_a_loss_that_reduces_itself_is_cut_without_a_word(caplog):
+    for reduction in ["mean", "sum", "none"]:
+        with case(reduction):
+            compare_reduction(reduction, caplog)
+
+
+def compare_reduction(reduction, caplog):
     def loss(logits, labels):
         return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
@@ -118,9 +124,14 @@ def normalised(tokens):
     return (a - a.mean()) / (a.std() + 1e-6)
 
 
-@pytest.mark.parametrize("weight", [at_least_a_hundred, over_its_mean, normalised])
-@pytest.mark.parametrize("form", ["target", "loss"])
-def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut(weight, form):
+def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut():
+    for weight in [at_least_a_hundred, over_its_mean, normalised]:
+        for form in ["target", "loss"]:
+            with case(weight, form):
+                compare_on_two_batches(weight, form)
+
+
+def compare_on_two_batches(weight, form):
     """Rows are tried on random fields too, and more of them than most losses ask for: a verdict is not a first batch's luck."""
 
     def target(tokens):
@@ -278,5 +289,5 @@ def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monk
         return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(700), weight])[: len(weight)])
 
     monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", 2**18)
-    monkeypatch.setattr("qlens.engine.verification.row_dependence.MOST", 2**16)
+    monkeypatch.setattr("qlens.engine.verification.row_dependence.TRIAL_ENTRIES", 2**16)
     compare(user_method(loss=far_apart, scope="token"), 300, n=1200, chunk=200)

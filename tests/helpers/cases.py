@@ -1,16 +1,14 @@
-"""Cases: loops over cases in one test, whose failures name the case."""
+"""Cases of one claim, tested in a loop: a failure names its case."""
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
 
 
-@contextlib.contextmanager
-def case(*values: Any) -> Iterator[None]:
-    """Name the case in whatever its block raises."""
+@contextmanager
+def case(*names: object) -> Iterator[None]:
+    """Add the names of a case to whatever fails inside."""
     try:
         yield
     except BaseException as error:
-        named = ", ".join(getattr(value, "__name__", None) or repr(value)[:120] for value in values)
-        error.add_note(f"in the case {named}")
+        error.add_note("case: " + ", ".join(map(str, names)))
         raise

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
+from qlens.core.numerics import expectation, log_softmax
 from qlens.core.probes import probes
-from qlens.core.tokens import MODELS, Tokens, expectation, log_softmax
+from qlens.core.tokens import MODELS, Tokens
 from qlens.engine.label_only import two_entry_tokens
 from qlens.registry.structure import GeometricMixture, Structure
 from qlens.registry.variant import ALONE, Variant
@@ -47,8 +48,8 @@ def _is_label(variant: Variant) -> bool:
     for tokens in _trials():
         try:
             small = collapse(tokens)
-            value, push = variant.loss(tokens), variant.target(tokens).effective_trust
-            small_value, small_push = variant.loss(small), variant.target(small).effective_trust
+            value, push = variant.loss(tokens), variant.target(tokens).label_weight
+            small_value, small_push = variant.loss(small), variant.target(small).label_weight
         except InputError:  # these parameters want more entries
             return False
         off = push[:, None] * (tokens.probs - tokens.one_hot) - gradient(variant.loss, tokens)

@@ -79,7 +79,7 @@ def test_many_forms_of_text_and_methods(models):
     reference = llama(1)
     both = qlens.view(model, tokenizer, ["a word", "another"], ["iw_sft", "psft", "unlikelihood"], reference=reference)
     ratio = qlens.Tokens.from_text(model, tokenizer, ["another"], reference=reference)
-    wanted = qlens.get("iw_sft").target(ratio).effective_trust
+    wanted = qlens.get("iw_sft").target(ratio).label_weight
     torch.testing.assert_close(
         torch.tensor(both.summary.methods["iw_sft"]["trust"][6:].to_numpy()), wanted, rtol=1e-3, atol=1e-4
     )

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from pandas.testing import assert_frame_equal
 from tiny import letters, llama, parameters, rows, trainer_in
 from transformers import Trainer
@@ -86,7 +87,7 @@ def test_the_records_are_those_of_the_targets(tmp_path):
         for step, target, tokens in ((0, start, before[kept]), (6, end, after[kept])):
             mine = frame[(frame["variant"] == name) & (frame["step"] == step)]
             assert mine["label"].tolist() == tokens.labels.tolist()
-            wanted = {"trust": target.effective_trust, "negative_mass": target.negative_mass, "p_y": tokens.label_probs}
+            wanted = {"trust": target.label_weight, "negative_mass": target.negative_mass, "p_y": tokens.label_probs}
             wanted |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
             for column, value in wanted.items():
                 np.testing.assert_allclose(
@@ -133,9 +134,8 @@ def test_a_run_that_stops_early_is_recorded_to_its_end(tmp_path):
     assert watch.frame["step"].unique().tolist() == [0, 3]
 
 
-@pytest.mark.parametrize(
-    "given, said",
-    [
+def test_mistakes_are_named():
+    for given, said in [
         (dict(variants="kd"), r"kd needs a teacher: give Watch\(teacher="),
         (dict(variants="cft"), "cft needs 'critical', which Watch has no source for"),
         (dict(variants=[]), "variants is empty"),
@@ -144,12 +144,11 @@ def test_a_run_that_stops_early_is_recorded_to_its_end(tmp_path):
         (dict(examples=["a text"]), r"give Watch\(tokenizer="),
         (dict(every=0), "every must be a whole number of at least 1, got 0"),
         (dict(tokens=2.5), "tokens must be a whole number of at least 1, got 2.5"),
-    ],
-)
-def test_mistakes_are_named(given, said):
-    options = dict(variants="dft", examples=PROBES) | given
-    with pytest.raises(InputError, match=said):
-        Watch(options.pop("variants"), options.pop("examples"), **options)
+    ]:
+        with case(given, said):
+            options = dict(variants="dft", examples=PROBES) | given
+            with pytest.raises(InputError, match=said):
+                Watch(options.pop("variants"), options.pop("examples"), **options)
 
 
 def test_the_model_itself_is_no_teacher(tmp_path):

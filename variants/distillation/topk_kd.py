@@ -1,4 +1,4 @@
-"""Distillation from a teacher's k most probable tokens: the rule for the tail decides what is taught."""
+"""Top-k distillation: KL from the teacher's k most probable tokens, with a rule for the rest."""
 
 import math
 from typing import Annotated, Literal, NamedTuple
@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import kl, log_softmax, top_ids
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Between, Positive, Share
 
@@ -24,7 +25,7 @@ Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
     paper="Hinton et al. 2015, arXiv 1503.02531, as frameworks truncate it",
     needs=("teacher",),
     trusted="0",
-    residual="teacher on its top k; the tail by rule",
+    residual="t + (1 - sum_k t_k) p, with t = top(teacher, k); other tails: by their rule",
     simplex=lambda tail, **_: None if tail == "renorm_both" else True,
     limits="k >= V is kd (renorm_both with reverse = 0 too)",
     modes={
@@ -55,15 +56,24 @@ def topk_kd(
     floor: bool = False,
     cap: Positive | None = None,
 ) -> Target:
-    r"""Divergence from the teacher's top k, S, with mass M under the teacher and P under the student; q_S is the teacher on S.
+    r"""Divergence from the teacher's top k, the set S, of mass M under the teacher and P under the student.
 
     .. math:: Q = q_S + (1 - M) p, \quad q_S / M, \quad q_S / M - p_S (1 - P) / P + p_{\bar S}, \quad
               q_S + (1 - M) p_{\bar S} / (1 - P), \quad q_S + \tfrac{1 - M}{V - k} 1_{\bar S}
 
-    for ``tail`` "student" (truncated), "renorm", "renorm_both", "bucket" and "uniform". ``reverse`` is the share of
-    the reverse divergence, with "renorm_both" only. ``floor`` and ``cap`` clamp a row's value at 0 and at cap: rows
-    beyond have no gradient. Ties at the k-th place go to the lowest id. Takes ``tokens.teacher`` (N, V); gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    Q is listed for tail "student" (truncated), "renorm", "renorm_both", "bucket" and "uniform"; q_S is the teacher on
+    S. Ties at the k-th place go to the lowest id.
+
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+        k: number of the teacher's tokens.
+        tail: rule for the other tokens.
+        reverse: share of the reverse divergence, with "renorm_both" only.
+        floor: clamp a row's loss at 0, with no gradient below.
+        cap: upper bound of a row's loss, in nats, with no gradient above.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing, or ``reverse`` with another tail.
@@ -131,7 +141,7 @@ class Top(NamedTuple):
     @classmethod
     def of(cls, log_p: Tensor, log_t: Tensor, k: int) -> "Top":
         """Ties at the k-th place go to the lowest id."""
-        index = log_t.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+        index = top_ids(log_t, k)
         rest = [log.scatter(1, index, -torch.inf).logsumexp(-1) for log in (log_t, log_p)]
         return cls(index, log_t.gather(1, index), rest[0], log_p, rest[1])
 

@@ -1,4 +1,4 @@
-"""DEFT: p_y to a power that is read from the distribution itself."""
+"""DEFT: power loss whose exponent is the concentration sum_k p_k^2."""
 
 import torch
 import torch.nn.functional as F
@@ -30,14 +30,18 @@ DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the g
     cites=("deft2026",),
 )
 def deft(tokens: Tokens) -> Target:
-    r"""A power loss whose exponent is the concentration of the student's distribution, detached.
+    r"""Power loss (1 - p_y^a) / a whose detached exponent is a = sum_k p_k^2.
 
     .. math:: \ell = \frac{1 - p_y^\alpha}{\alpha + 10^{-6}}, \quad \alpha = \mathrm{sg} \sum_k p_k^2, \qquad
               Q = \gamma d + (1 - \gamma) p, \quad \gamma = p_y^\alpha \frac{\alpha}{\alpha + 10^{-6}}
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
 
-    Source: arXiv 2602.11424; the 1e-6 from released code.
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) have no unit.
+
+    Source: Wang et al. 2026 (arXiv 2602.11424); the 1e-6 from released code.
 
     Example:
         >>> import torch

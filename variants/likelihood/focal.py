@@ -1,4 +1,4 @@
-"""Focal loss: what is known well counts less."""
+"""Focal loss: log-likelihood weighted by (1 - p_y)^gamma."""
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from qlens.registry.params import Weight
     trusted="(1 - p_y)^gamma - gamma p_y (1 - p_y)^(gamma - 1) log p_y; detached: (1 - p_y)^gamma",
     residual="student",
     simplex=lambda gamma, detach: detach or gamma == 0,
-    limits="gamma = 0 is sft; trusts by up to 1.13 (gamma 1), 1.22 (2), 1.39 (5)",
+    limits="gamma = 0 is sft; label weight up to 1.13 (gamma 1), 1.22 (2), 1.39 (5)",
     modes={"detached": {"detach": True}, "strong": {"gamma": 5.0}},
     differences=(
         "Detached, the weight never exceeds 1; as printed, it does for small p_y.",
@@ -30,13 +30,18 @@ from qlens.registry.params import Weight
     cites=("lin2017focal",),
 )
 def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Target:
-    r"""The log-likelihood weighted down by a power of what the label does not have.
+    r"""Log-likelihood weighted by (1 - p_y)^gamma.
 
     .. math:: \ell = -(1 - p_y)^\gamma \log p_y, \qquad Q = a d + (1 - a) p, \quad
               a = (1 - p_y)^\gamma - \gamma p_y (1 - p_y)^{\gamma - 1} \log p_y
 
-    ``detach`` stops the gradient of the weight, so that a = (1 - p_y)^gamma. Takes ``tokens.logits`` and
-    ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        gamma: exponent of the weight.
+        detach: stop the gradient of the weight, so that a = (1 - p_y)^gamma.
+
+    Returns:
+        Q (N, V) at scale 1, signed where a > 1. Losses (N,) are in nats.
 
     Source: Lin et al. 2017 (arXiv 1708.02002).
 

@@ -1,4 +1,4 @@
-"""Generalised cross-entropy: between log-likelihood and the mean absolute error."""
+"""Generalised cross-entropy: loss (1 - p_y^q) / q, label weight p_y^q."""
 
 from typing import Annotated
 
@@ -34,12 +34,18 @@ Power = Annotated[float, Between(0, 1, open_low=True)]
     cites=("zhang2018gce",),
 )
 def gce(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Target:
-    r"""Between the cross-entropy and the mean absolute error.
+    r"""Loss (1 - p_y^q) / q, between the cross-entropy (q -> 0) and the absolute error (q = 1).
 
     .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad Q = p_y^q d + (1 - p_y^q) p
 
-    ``truncate`` k subtracts (1 - k^q)/q and drops the labels to which ``tokens.old`` gave no more than k. Takes
-    ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,); with ``truncate`` also old (N, V).
+        q: exponent, in (0, 1].
+        truncate: threshold k: labels to which ``tokens.old`` gives at most k are dropped, and (1 - k^q) / q is
+            subtracted.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) have no unit.
 
     Raises:
         InputError: ``truncate`` without ``tokens.old``.

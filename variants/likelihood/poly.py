@@ -1,4 +1,4 @@
-"""PolyLoss: the cross-entropy with the first terms of its expansion changed."""
+"""PolyLoss: log-likelihood plus a polynomial in 1 - p_y."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     title="PolyLoss",
     paper="Leng et al. 2022, arXiv 2204.12511",
     structure="label",
-    trusted="1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
+    trusted="1 + epsilon p_y; a tuple: 1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
     residual="student",
     simplex=_inside,
     limits="epsilon = 0 is sft; epsilon = -1 takes dft's gradient from sft's",
@@ -38,13 +38,17 @@ def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     cites=("leng2022poly",),
 )
 def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
-    r"""The log-likelihood plus a polynomial in 1 - p_y.
+    r"""Log-likelihood plus sum_j epsilon_j (1 - p_y)^j.
 
     .. math:: \ell = -\log p_y + \sum_j \epsilon_j (1 - p_y)^j, \qquad Q = a d + (1 - a) p, \quad
               a = 1 + p_y \sum_j j \epsilon_j (1 - p_y)^{j - 1}
 
-    ``epsilon``: a number is Poly-1, a tuple Poly-N. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses
-    in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        epsilon: coefficient of Poly-1, or a tuple of those of Poly-N.
+
+    Returns:
+        Q (N, V) at scale 1, signed for most coefficients. Losses (N,) are in nats.
 
     Source: Leng et al. 2022 (arXiv 2204.12511).
 

@@ -1,4 +1,4 @@
-"""Symmetric cross-entropy: cross-entropy and its reverse, with the logarithm of 0 held at a number."""
+"""Symmetric cross-entropy: alpha CE(d, p) + beta CE(p, d), with log 0 read as a finite number."""
 
 from typing import Annotated
 
@@ -31,8 +31,14 @@ def sce(tokens: Tokens, *, alpha: Weight = 0.1, beta: Weight = 1.0, log_zero: Lo
 
     .. math:: \ell = -\alpha \log p_y - \beta A (1 - p_y), \qquad Q = a d + (1 - a) p, \quad a = \alpha - \beta A p_y
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1, signed where a is
-    above 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        alpha: weight of the cross-entropy.
+        beta: weight of the reverse cross-entropy.
+        log_zero: A, the value of log 0.
+
+    Returns:
+        Q (N, V) at scale 1, signed where a > 1. Losses (N,) are in nats.
 
     Source: Wang et al. 2019 (arXiv 1908.06112).
 

@@ -1,4 +1,4 @@
-"""Label smoothing: a fixed share of the trust goes to all tokens alike."""
+"""Label smoothing: cross-entropy toward the label mixed with the uniform distribution."""
 
 from typing import Literal
 
@@ -35,14 +35,23 @@ Over = Literal["all", "others"]
     cites=("szegedy2016rethinking", "smoothing2025"),
 )
 def label_smoothing(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all") -> Target:
-    r"""Cross-entropy toward the label mixed with the uniform distribution over all V entries, the label among them.
+    r"""Cross-entropy toward (1 - epsilon) d + epsilon / V.
 
     .. math:: \ell = -(1 - \epsilon) \log p_y - \frac{\epsilon}{V} \sum_k \log p_k,
               \qquad Q = (1 - \epsilon) d + \epsilon / V
 
-    ``over="others"`` spreads epsilon over the V - 1 other entries, so that Q_y = 1 - epsilon. Takes ``tokens.logits``
-    and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1. V is the width of the logits, padding rows
-    of the vocabulary included; an impossible token (-inf) makes the loss infinite.
+    V is the width of the logits, padding rows of the vocabulary included; an impossible token (-inf) makes the loss
+    infinite.
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        epsilon: mass of the uniform distribution.
+        over: "all" entries, the label among them, or the V - 1 "others", so that Q_y = 1 - epsilon.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
+
+    Source: Szegedy et al. 2016 (arXiv 1512.00567); for SFT, arXiv 2508.00264.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Rotation-preserving SFT: plain SFT, with the leading singular directions of every weight matrix held in place."""
+"""Rotation-preserving SFT: cross-entropy, and a penalty that holds each weight matrix's leading singular directions."""
 
 import weakref
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
     scope="parameters",
     structure="label",
     trusted="1",
-    residual="none (the penalty acts on weights, not on tokens)",
+    residual="student",
     simplex=True,
     limits="weight = 0 is sft; at token level it is sft always; k >= min(shape) pulls the whole matrix back (L2 to the start)",
     modes={
@@ -54,15 +54,22 @@ def rpsft(
     .. math:: L = -\log p_y + \lambda \sum_W \| U_k^\top W V_k - U_k^\top W_0 V_k \|_F^2, \qquad Q = d
 
     W_0 = U S V^T is the matrix before training; the sum runs over the model's two-dimensional parameters, head and
-    embeddings among them, except those with vision, cross or multi_modal in their names. Where k reaches the smaller
-    side of W the penalty is that of the whole matrix. ``normalize`` divides each term by the squared norm of U_k^T
-    W_0 V_k; ``half`` computes with float16 singular vectors and weights. No token's Q shows any of it:
-    ``variant.penalty(model)`` is the second term. W_0 are the weights at ``variant.start(model)``, which QTrainer calls
-    when a run begins and saves with every checkpoint, so that a resumed run is held to the first one's start; without
-    that call, those at the first ``penalty`` of a model. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    embeddings among them, except those with vision, cross or multi_modal in their names. The penalty does not enter
+    Q: it is ``variant.penalty(model)``. W_0 are the weights at ``variant.start(model)``, which QTrainer calls when a
+    run begins and saves with every checkpoint, so that a resumed run keeps the first one's start; without that call,
+    those at the first ``penalty`` of a model.
 
-    Source: arXiv 2605.10973; released code for the penalty's form.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        weight: lambda, the weight of the penalty.
+        k: number of singular directions; from the smaller side of W on, the penalty is that of the whole matrix.
+        normalize: divide each term by the squared norm of U_k^T W_0 V_k.
+        half: compute with float16 singular vectors and weights.
+
+    Returns:
+        Q (N, V), the one-hot label, at scale 1. Losses (N,) are in nats, without the penalty.
+
+    Source: Jin et al. 2026 (arXiv 2605.10973); released code for the penalty's form.
 
     Example:
         >>> import torch, qlens

@@ -1,4 +1,4 @@
-"""Aligned SFT by absolute likelihood: odds of each sequence for itself."""
+"""Aligned SFT by absolute likelihood: log-odds of the chosen and of the rejected sequence, each by itself."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     coupled="pair",
     needs=("chosen", "pair"),
     structure="label",
-    trusted="(nll + weight) / length on chosen tokens, -weight P_l / ((1 - P_l) length) on rejected ones",
+    trusted=(
+        "(nll + weight) / length where chosen, else -weight P / ((1 - P) length), "
+        "with P = exp(mean_t log(p_y)); beta: see the method"
+    ),
     residual="student",
     simplex=None,
     limits="(1 + weight) length-normalised sft on the chosen plus weight sequence unlikelihood on the rejected",
@@ -34,20 +37,28 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     cites=("asft2024",),
 )
 def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, beta: Positive = 1.0) -> Target:
-    r"""The chosen sequence made likely and the rejected one unlikely, each by itself.
+    r"""Likelihood and log-odds of each sequence by itself: chosen up, rejected down.
 
     .. math:: L = -n \log P_w - \lambda [\log \sigma(\beta o_w) + \log \sigma(-\beta o_l)], \qquad Q = a d + (1 - a) p, \quad
               a_w = \frac{1}{|y_w|} \Big(n + \frac{\lambda \beta \sigma(-\beta o_w)}{1 - P_w}\Big), \quad
               a_l = -\frac{1}{|y_l|} \frac{\lambda \beta \sigma(\beta o_l)}{1 - P_l}
 
-    with P the geometric mean of a sequence's probabilities and o its log-odds; at beta = 1 the loss is -(n + weight)
-    log P_w - weight log(1 - P_l). ``nll`` is n. Takes ``tokens.pair`` and ``tokens.chosen`` (N,); gives (N,) losses
-    in nats, equal shares of their sequence's, and Q (N, V) at s = 1. Within the odds log P is at most -1e-6.
+    P is the geometric mean of a sequence's probabilities and o its log-odds; at beta = 1 the loss is -(n + weight)
+    log P_w - weight log(1 - P_l). Within the odds log P is at most -1e-6.
+
+    Args:
+        tokens: logits (N, V), labels (N,), pair (N,) and chosen (N,).
+        weight: lambda, the weight of the log-odds.
+        nll: n, the weight of the chosen sequence's log-likelihood.
+        beta: factor of the log-odds.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; each sequence's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
 
-    Source: arXiv 2409.10571; the tempered form from the paper that restates it.
+    Source: Wang et al. 2024 (arXiv 2409.10571); the tempered form from the paper that restates it.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""DPO: a chosen and a rejected sequence, and one scalar for all tokens of each."""
+"""DPO: logistic loss of the difference of log-ratios of a chosen and a rejected sequence."""
 
 from typing import Annotated
 
@@ -25,7 +25,10 @@ PAIR = ("chosen", "pair")
     coupled="pair",
     needs=(*PAIR, "reference"),
     structure="label",
-    trusted="beta sigma(-u) on chosen tokens, minus that on rejected ones",
+    trusted=(
+        "beta sigma(-u) where chosen, else -beta sigma(-u), "
+        "with u = beta margin(sum_t log(p_y / reference_y)); average: over length"
+    ),
     residual="student",
     simplex=None,
     limits="all tokens of a sequence are pushed alike: no token is given credit",
@@ -35,14 +38,21 @@ PAIR = ("chosen", "pair")
     cites=("rafailov2023dpo",),
 )
 def dpo(tokens: Tokens, *, beta: Positive = 0.1, label_smoothing: Flips = 0.0, average: bool = False) -> Target:
-    r"""The chosen sequence's log-ratio to the reference against the rejected one's.
+    r"""Logistic loss of the chosen sequence's log-ratio to the reference minus the rejected one's.
 
     .. math:: L = -(1 - \epsilon) \log \sigma(u) - \epsilon \log \sigma(-u), \quad u = \beta (\Delta_w - \Delta_l), \qquad
               Q = a d + (1 - a) p, \quad a = \pm \beta (\sigma(-u) - \epsilon)
 
-    Delta is the summed (or, with ``average``, mean) log-ratio of a sequence. Takes ``tokens.pair``, ``tokens.chosen``
-    (N,) and ``tokens.reference`` (N, V); gives (N,) losses in nats, equal shares of their pair's, and Q (N, V) at s =
-    1.
+    Delta is the summed (or, with ``average``, mean) log-ratio of a sequence to the reference.
+
+    Args:
+        tokens: logits (N, V), labels (N,), reference (N, V), pair (N,) and chosen (N,).
+        beta: factor of the log-ratios, an inverse temperature.
+        label_smoothing: epsilon, the assumed share of swapped pairs.
+        average: mean log-ratios in place of sums.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.

@@ -1,4 +1,4 @@
-"""IPO: a squared distance of the log-ratio margin from 1 / (2 beta)."""
+"""IPO: squared distance of the log-ratio margin from 1 / (2 beta)."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -19,7 +19,9 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     coupled="pair",
     needs=(*PAIR, "reference"),
     structure="label",
-    trusted="-2 e / length on chosen tokens, 2 e / length on rejected ones",
+    trusted=(
+        "-2 e / length where chosen, else 2 e / length, with e = margin(mean_t log(p_y / reference_y)) - 1 / (2 beta)"
+    ),
     residual="student",
     simplex=None,
     limits="no push where the margin is 1 / (2 beta); beyond it the chosen sequence is pushed down",
@@ -28,13 +30,17 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     cites=("azar2023ipo",),
 )
 def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
-    r"""The squared distance of the pair's mean log-ratio margin from its aim.
+    r"""Squared distance of the pair's mean log-ratio margin from 1 / (2 beta).
 
     .. math:: L = e^2, \quad e = \bar\Delta_w - \bar\Delta_l - \tfrac{1}{2 \beta}, \qquad Q = a d + (1 - a) p, \quad
               a_w = -2 e / |y_w|, \quad a_l = 2 e / |y_l|
 
-    Takes ``tokens.pair``, ``tokens.chosen`` (N,) and ``tokens.reference`` (N, V); gives (N,) losses in squared nats,
-    equal shares of their pair's, and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,), reference (N, V), pair (N,) and chosen (N,).
+        beta: sets the margin 1 / (2 beta), in nats.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in squared nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.

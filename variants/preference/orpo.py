@@ -1,4 +1,4 @@
-"""ORPO: log-likelihood and the log-odds ratio of a pair of sequences."""
+"""ORPO: log-likelihood of the chosen sequence and logistic loss of the pair's log-odds ratio."""
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,10 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     coupled="pair",
     needs=("chosen", "pair"),
     structure="label",
-    trusted="(1 + weight h / (1 - P_w)) / length on chosen tokens, -weight h / ((1 - P_l) length) on rejected ones",
+    trusted=(
+        "(1 + weight h / (1 - P)) / length where chosen, else -weight h / ((1 - P) length), "
+        "with P = exp(mean_t log(p_y)), h = sigma(-margin(log(P / (1 - P))))"
+    ),
     residual="student",
     simplex=None,
     limits="weight = 0 is length-normalised sft on the chosen; never above asft_absolute",
@@ -34,15 +37,20 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     cites=("hong2024orpo",),
 )
 def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
-    r"""The chosen sequence's likelihood, and the log-odds of the chosen against those of the rejected.
+    r"""Chosen sequence's mean log-likelihood plus a logistic loss of the log-odds ratio.
 
     .. math:: L = -m_w - \lambda \log \sigma(o_w - o_l), \quad o = m - \log(1 - e^m), \qquad Q = a d + (1 - a) p, \quad
               a_w = \frac{1}{|y_w|} \Big(1 + \frac{\lambda h}{1 - P_w}\Big), \quad
               a_l = -\frac{1}{|y_l|} \frac{\lambda h}{1 - P_l}
 
-    with m the mean log-likelihood of a sequence, P = e^m and h = sigma(o_l - o_w). Takes ``tokens.pair`` and
-    ``tokens.chosen`` (N,); gives (N,) losses in nats, equal shares of their pair's, and Q (N, V) at s = 1. Within the
-    odds m is at most -1e-6.
+    m is the mean log-likelihood of a sequence (at most -1e-6 within the odds), P = e^m and h = sigma(o_l - o_w).
+
+    Args:
+        tokens: logits (N, V), labels (N,), pair (N,) and chosen (N,).
+        weight: lambda, the weight of the log-odds ratio.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.

@@ -1,4 +1,4 @@
-"""Single-token estimators of a KL penalty: what they do to the label, and what they do not do for the rest."""
+"""SFT with a single-token KL estimator: likelihood plus k1, k2 or k3 of the label alone."""
 
 from typing import Literal
 
@@ -22,7 +22,10 @@ Base = Literal["sft", "dft"]
     paper="Schulman 2020 (estimators k1, k2, k3); as used by arXiv 2509.23753's ports",
     needs=("reference",),
     structure="label",
-    trusted="1 - weight c; c = 1, log(p_y / r_y) or 1 - r_y / p_y",
+    trusted=(
+        "1 - weight (1 - reference_y / p_y); k1: 1 - weight; k2: 1 - weight log(p_y / reference_y); "
+        "base = 'dft': p_y for 1"
+    ),
     residual="student",
     simplex=lambda weight, **_: True if weight == 0 else None,
     limits="weight = 0 is sft or dft; the label's trust is all that changes, nothing goes to the reference",
@@ -49,14 +52,23 @@ def label_kl(
     ratio_clamp: Positive | None = 20.0,
     value_clamp: Positive | None = None,
 ) -> Target:
-    r"""A likelihood plus an estimate of KL(p || r) from the label alone, with :math:`\rho = r_y / p_y`.
+    r"""Likelihood plus an estimate of KL(p || r) from the label alone, with :math:`\rho = r_y / p_y`.
 
     .. math:: \ell = \ell_0 + \lambda k, \quad k_1 = -\log \rho, \quad k_2 = \tfrac12 (\log \rho)^2, \quad
               k_3 = \rho - \log \rho - 1, \qquad Q = (a_0 - \lambda c) d + (1 - a_0 + \lambda c) p
 
-    with a_0 = 1 for ``base`` "sft" and p_y for "dft", and c = 1, -log rho, 1 - rho. ``ratio_clamp`` bounds the
-    log-ratio and ``value_clamp`` the value of k3, with no gradient beyond. Takes ``tokens.reference`` (N, V); gives
-    (N,) losses in nats and Q (N, V) at s = 1, signed where the penalty outweighs the label.
+    a_0 is 1 for base "sft" and p_y for "dft"; c is 1, -log rho and 1 - rho for k1, k2 and k3.
+
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        estimator: "k1", "k2", "k3", or "k3+" with the value of k3 and the gradient of k2.
+        weight: lambda, the weight of the estimate.
+        base: l_0, "sft" (-log p_y) or "dft" (-sg(p_y) log p_y).
+        ratio_clamp: bound of the log-ratio in k3, in nats, beyond which it has no gradient.
+        value_clamp: bound of the value of k3, in nats, likewise.
+
+    Returns:
+        Q (N, V) at scale 1, signed where the penalty outweighs the label. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.

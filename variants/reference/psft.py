@@ -1,4 +1,4 @@
-"""Proximal SFT: the clipped ratio to an old policy, with every demonstration an advantage of 1."""
+"""Proximal SFT: clipped ratio of the label's probability to the old policy's."""
 
 import math
 
@@ -19,7 +19,7 @@ from qlens.registry.params import Positive, Share, Weight
     paper="Zhu et al. 2025, arXiv 2508.17784",
     needs=("old",),
     structure="label",
-    trusted="p_y / old_y, and 0 above 1 + eps_high",
+    trusted="p_y / old_y where p_y / old_y <= 1 + eps_high, else 0",
     residual="student",
     simplex=False,
     limits="student = old is sft; ppo_clip with every advantage 1",
@@ -37,18 +37,24 @@ from qlens.registry.params import Positive, Share, Weight
 def psft(
     tokens: Tokens, *, eps_low: Share = 0.2, eps_high: Weight = 0.28, ratio_clamp: Positive | None = 20.0
 ) -> Target:
-    r"""The clipped ratio of the label's probability to the old policy's, as PPO has it with advantage 1.
+    r"""Clipped ratio of p_y to the old policy's probability, PPO's surrogate with advantage 1.
 
     .. math:: \ell = -\min(\rho, \mathrm{clip}(\rho, 1 - \epsilon_l, 1 + \epsilon_h)), \quad \rho = p_y / \pi_{old,y}, \qquad
               Q = \rho d + (1 - \rho) p \text{ where } \rho \le 1 + \epsilon_h, \quad Q = p \text{ above}
 
-    Takes ``tokens.old`` (N, V), the student as it was at the last refresh; gives (N,) losses without a unit and Q (N,
-    V) at s = 1, signed where the ratio is above 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and old (N, V), the student at the last refresh.
+        eps_low: lower end of the clip; without effect here.
+        eps_high: upper end of the clip, beyond which there is no gradient.
+        ratio_clamp: bound of the log-ratio, in nats, with no gradient beyond.
+
+    Returns:
+        Q (N, V) at scale 1, signed where the ratio is above 1. Losses (N,) have no unit.
 
     Raises:
         InputError: ``tokens.old`` is missing.
 
-    Source: arXiv 2508.17784.
+    Source: Zhu et al. 2025 (arXiv 2508.17784).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""R-Drop: two dropout passes, each held near the other."""
+"""R-Drop: log-likelihood under two dropout passes, and half the divergence between them both ways."""
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from qlens.registry.params import Weight
     title="R-Drop",
     paper="Liang et al. 2021, arXiv 2106.14448",
     needs=("second",),
-    trusted="nll / (nll + weight), to first order",
-    residual="the other pass, to first order; exactly p - g",
+    trusted="nll - weight (p_y - second_y + p_y (log(p_y / second_y) - KL(p || second))) / (2 (1 - p_y))",
+    residual="Q = p - nll (p - d) - weight / 2 (p - second + p (log(p / second) - KL(p || second)))",
     simplex=lambda weight, nll: weight == 0 and nll <= 1,
     limits="weight = 0 is nll times sft; equal passes (no dropout): nll times sft",
     modes={"readme": {"nll": 0.5}, "summarization": {"weight": 0.7}},
@@ -30,13 +30,18 @@ from qlens.registry.params import Weight
     cites=("liang2021rdrop",),
 )
 def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target:
-    r"""The log-likelihood under two passes, and half the divergence between them both ways.
+    r"""Log-likelihood under two passes p and p', plus half their divergence both ways.
 
     .. math:: \ell = -n \log p_y - n \log p'_y + \tfrac{\alpha}{2} (KL(p \| p') + KL(p' \| p)), \qquad
               Q = p - n (p - d) - \tfrac{\alpha}{2} \big[(p - p') + p \odot (\log (p / p') - KL(p \| p'))\big]
 
-    ``weight`` is alpha, ``nll`` is n. Takes the second pass p' as ``tokens.second`` (N, V), a constant; gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and second (N, V), the pass p', a constant.
+        weight: alpha, the weight of the divergences.
+        nll: n, the weight of the log-likelihoods.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.second`` is missing.
@@ -51,7 +56,7 @@ def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target
     """
     log_p, log_other = tokens.log_probs.detach(), tokens.log_probs_of("second")
     gap = torch.where(log_p > -torch.inf, log_p - log_other, 0.0)
-    backward = Target.slope(tokens, weight / 2 * gap, push=nll)
+    backward = Target.slope(tokens, weight / 2 * gap, label_weight=nll)
     return Target.from_grad(tokens, backward.grad + weight / 2 * (log_p.exp() - log_other.exp()))
 
 

@@ -1,11 +1,12 @@
-"""SFT with a forward KL penalty against the model that it started from."""
+"""SFT with a forward KL anchor: log-likelihood plus KL(reference || student)."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl
+from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Weight
 from qlens.registry.structure import GeometricMixture
@@ -30,11 +31,16 @@ from qlens.registry.structure import GeometricMixture
     cites=("razor2025",),
 )
 def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
-    r"""The log-likelihood plus the divergence from the frozen reference r to the student.
+    r"""Log-likelihood plus ``weight`` times KL(r || p) to the frozen reference r.
 
     .. math:: \ell = -\log p_y + \lambda\, KL(r \| p), \qquad Q = \frac{d + \lambda r}{1 + \lambda}, \quad s = 1 + \lambda
 
-    Takes ``tokens.reference`` (N, V); gives (N,) losses in nats and Q (N, V).
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        weight: lambda, the weight of the anchor.
+
+    Returns:
+        Q (N, V) at scale 1 + weight. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.

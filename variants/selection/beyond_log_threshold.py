@@ -1,4 +1,4 @@
-"""Beyond log-likelihood with a threshold on p_y: some labels are learned, the others masked."""
+"""Beyond log-likelihood, thresholded: log-likelihood or p-loss of labels at or beyond a probability threshold."""
 
 from typing import Literal
 
@@ -20,7 +20,7 @@ from qlens.variants.likelihood.beyond_log import CODE, PAPER
     paper=PAPER,
     scope=lambda quantile, **_: "batch" if quantile else "token",
     needs=lambda of, **_: ("reference",) if of == "reference" else (),
-    trusted="1 or p_y where p_y is beyond the threshold, else 0",
+    trusted="1 where p_y >= threshold, else 0; form = 'p': p_y where selected",
     residual="student",
     simplex=True,
     denominator="selected",
@@ -49,19 +49,26 @@ def beyond_log_threshold(
     of: Literal["student", "reference"] = "student",
     quantile: bool = False,
 ) -> Target:
-    r"""The log-likelihood, or 1 - p, of those labels only whose probability is at or beyond a threshold.
+    r"""Log-likelihood, or 1 - p_y, of the labels whose probability is at or beyond a threshold.
 
     .. math:: \ell = f(p_y)\, 1[p_y \ge \tau], \qquad Q = \gamma d + (1 - \gamma) p, \quad
               \gamma = 1[p_y \ge \tau] \text{ or } p_y 1[p_y \ge \tau]
 
-    ``keep="bottom"`` keeps p_y at or below the threshold; ``of="reference"`` compares the reference's probability
-    (needs ``tokens.reference``); ``quantile=True`` reads the threshold as a quantile over the batch. Gives (N,)
-    losses and Q (N, V) at s = 1; a mean divides by the selected tokens.
+    Args:
+        tokens: logits (N, V) and labels (N,); with ``of="reference"`` also reference (N, V).
+        threshold: tau, a probability; a quantile of the batch with ``quantile``.
+        form: f, "logp" (-log p_y) or "p" (1 - p_y).
+        keep: "top" selects p_y >= tau, "bottom" p_y <= tau.
+        of: whose probability is compared, "student" or "reference".
+        quantile: read ``threshold`` as a quantile over the batch.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats for "logp"; a mean divides by the selected tokens.
 
     Raises:
-        InputError: ``tokens.reference`` is missing where it is asked for.
+        InputError: ``tokens.reference`` is missing where it is compared.
 
-    Source: arXiv 2510.00526; released objectives OnlyTopLogP, OnlyTopP and their bottoms.
+    Source: Li et al. 2025 (arXiv 2510.00526); released objectives OnlyTopLogP, OnlyTopP and their bottoms.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Critical-token fine-tuning: log-likelihood on the tokens that the data marks as critical."""
+"""Critical-token fine-tuning: log-likelihood of the tokens marked as critical."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,7 +14,7 @@ from qlens.registry import register
     title="Critical Token Fine-Tuning",
     paper="Ruan et al. 2025, arXiv 2510.10974",
     needs=("critical",),
-    trusted="1 on critical tokens, else 0",
+    trusted="1 where critical, else 0",
     residual="student",
     simplex=True,
     denominator="selected",
@@ -28,18 +28,22 @@ from qlens.registry import register
     cites=("cft2025",),
 )
 def cft(tokens: Tokens) -> Target:
-    r"""The log-likelihood of those tokens only that decide whether an answer is right.
+    r"""Log-likelihood of the tokens marked as critical.
 
     .. math:: \ell = -c \log p_y, \qquad Q = d \text{ where } c = 1, \quad Q = p \text{ where } c = 0
 
-    ``tokens.critical`` (N,) holds c: a token is critical if every likely substitute leads the model's greedy
-    continuation to a wrong answer. Gives (N,) losses in nats and Q (N, V) at s = 1; a mean divides by the critical
-    tokens.
+    A token is critical if every likely substitute leads the model's greedy continuation to a wrong answer.
+
+    Args:
+        tokens: logits (N, V), labels (N,) and critical (N,), the mask c.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats; a mean divides by the critical tokens.
 
     Raises:
         InputError: ``tokens.critical`` is missing.
 
-    Source: arXiv 2510.10974.
+    Source: Ruan et al. 2025 (arXiv 2510.10974).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""ProFiT: tokens selected by the label's current probability."""
+"""ProFiT: log-likelihood of labels selected by their current probability."""
 
 from typing import Literal
 
@@ -24,7 +24,7 @@ Ties = Literal["keep", "drop"]
     paper="Liu et al. 2026, arXiv 2601.09195",
     scope=lambda keep, **_: "batch" if keep == "random" else "token",
     structure="label",
-    trusted="1 where p_y >= threshold, else 0",
+    trusted="1 where p_y >= threshold, else 0; other values of keep: 1 where selected",
     residual="student",
     simplex=True,
     limits="threshold = 0 is sft; beyond_log_threshold divides by the selected tokens, this one by all",
@@ -53,21 +53,29 @@ def profit(
     ties: Ties = "keep",
     seed: int = 0,
 ) -> Target:
-    r"""The log-likelihood of those labels only that the student already gives some probability.
+    r"""Log-likelihood of the labels selected by their current probability.
 
     .. math:: \ell = -1[p_y \ge \tau] \log p_y, \qquad Q = d \text{ where kept}, \quad Q = p \text{ where not}
 
-    ``keep``: "higher" drops p_y below the threshold, "lower" above it, "middle" outside [threshold, upper]; "random"
-    drops tokens with probability ``threshold``, drawn from ``seed`` and the number of tokens, so that loss and target
-    agree. QTrainer draws anew at every micro-batch, from its own seed and the place in the run beside these two, so that a
-    resumed run draws what the uninterrupted one did; in a loop of your own give every step another ``seed``. ``ties``:
-    what happens to p_y at the threshold itself. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats
-    and Q (N, V) at s = 1.
+    The random selection is drawn from ``seed`` and the number of tokens, so that loss and target agree. QTrainer
+    draws anew at every micro-batch, from its own seed and the place in the run as well, so that a resumed run repeats
+    the draws of the uninterrupted one; in a loop of your own give every step another ``seed``.
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        threshold: tau, a probability; for "random" the share that is dropped.
+        keep: "higher" selects p_y >= tau, "lower" p_y <= tau, "middle" tau <= p_y <= upper, "random" any token.
+        upper: upper threshold of "middle".
+        ties: "keep" or "drop" labels at a threshold itself.
+        seed: of the random selection.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
-        InputError: keep = "middle" without an upper threshold, or with one below ``threshold``.
+        InputError: keep = "middle" without ``upper``, or with one below ``threshold``.
 
-    Source: arXiv 2601.09195, equations 4 and 5.
+    Source: Liu et al. 2026 (arXiv 2601.09195), equations 4 and 5.
 
     Example:
         >>> import torch

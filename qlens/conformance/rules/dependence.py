@@ -9,7 +9,8 @@ from qlens.conformance.harness import ROWS, Specimen
 from qlens.conformance.rules.rule import Failed, NotApplicable, Remark, relative, rule, to
 from qlens.conformance.synthetic_batches import WIDE, count
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 
 SHOWN = 8  # rows that are repeated
 COPIES = (2, 5, 17, 65, 257)

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import precision
+from qlens.core.numerics import precision
 from qlens.engine.heads import Head, capped_
 from qlens.engine.models.forward import evaluating, model_logits
 from qlens.engine.models.head_capture import NoBackbone, captured_input, linear_head

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient, ordinary
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.core.trial_tokens import trial_rows
 from qlens.engine.finite_values import ADVICE
 from qlens.engine.structures import gradients_by_structure

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from qlens.core.autograd import gradient
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.lens.rounding import TOLERANCE
 
 TRIED = 6  # tokens whose label is changed, one at a time

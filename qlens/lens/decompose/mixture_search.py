@@ -10,7 +10,8 @@ from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.lens.decompose.mixture import RAW, Mixture
 from qlens.lens.decompose.residuals import Residual, dictionary
 from qlens.lens.rounding import TOLERANCE, Noise, rounding

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient
-from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.layout.layouts import Layout, tiled
 
 PERTURBED = 12  # tokens changed, one at a time

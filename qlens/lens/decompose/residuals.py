@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, log_softmax, one_hot
+from qlens.core.numerics import log_softmax, one_hot
+from qlens.core.tokens import Tokens
 
 TEMPERATURE = ("temperature", (0.1, 0.2, 0.4, 0.6, 0.8, 1.3, 2.0, 3.5, 6.0, 10.0))
 ETA = ("eta", (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 1.6))

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from qlens.core.numerics import expectation
 from qlens.core.scales import COARSE
-from qlens.core.tokens import expectation
 from qlens.lens.describe.coefficients import (
     ALIKE,
     TRUST,

@@ -39,7 +39,7 @@ def frame(e: Any) -> pd.DataFrame:
         "p_y": p.gather(1, y)[:, 0],
         "p_runner_up": p.gather(1, runner_up)[:, 0],
         "loss": e.losses,
-        "label_weight": target.effective_trust,
+        "label_weight": target.label_weight,
         "reshape": target.reshape,
         "q_label": target.q.gather(1, y)[:, 0],
         "q_runner_up": target.q.gather(1, runner_up)[:, 0],

@@ -122,7 +122,7 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
     """The statistics that a batch may be divided by, for a method, by name."""
 
     def weights(tokens: Tokens) -> Tensor:
-        return variant.target(tokens).effective_trust.double().nan_to_num()
+        return variant.target(tokens).label_weight.double().nan_to_num()
 
     def losses(tokens: Tokens) -> Tensor:
         with torch.no_grad():

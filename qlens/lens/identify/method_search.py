@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import spread
+from qlens.core.numerics import spread
 from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.vocabulary_factors import EQUAL, VocabularyFactor
 from qlens.lens.identify import matching, parameter_search

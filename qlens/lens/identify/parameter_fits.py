@@ -276,7 +276,7 @@ def _numbers(value: Any) -> Iterator[int | None]:
 
 def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[Any]:
     """Other values to try."""
-    near: list[Any] = params.telling(hint) if hint is not None else []
+    near: list[Any] = params.special_values(hint) if hint is not None else []
     if isinstance(value, bool) or isinstance(value, str):
         return near
     if isinstance(value, int):

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
 from qlens.lens.identify.other_batches import BatchReading
 from qlens.lens.reading import Reading

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 
 TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import precision
 from qlens.core.probes import widened
-from qlens.core.tokens import precision
 from qlens.data.base_models import WithoutAdapters, has_adapters
 from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_same_vocabulary, vocabulary_size

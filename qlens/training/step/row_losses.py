@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlens.core.numerics import precision
 from qlens.core.target import Target
-from qlens.core.tokens import MODELS, Tokens, precision
+from qlens.core.tokens import MODELS, Tokens
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.finite_values import refuse_rows, refuse_total, watch_gradient
 from qlens.engine.fused import fused_pass

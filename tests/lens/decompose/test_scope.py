@@ -168,7 +168,10 @@ def test_a_label_that_repeats_the_one_before_is_seen():
 
 def test_no_more_is_claimed_than_was_tried():
     evidence = scope(resolve(forgot_detach).loss, probes()).evidence
-    assert "in all that was tested (12 changed, one at a time; batches of mean loss 0.0024 to 20; repeated labels" in evidence
+    assert (
+        "in all that was tested (12 changed, one at a time; batches of mean loss 0.0024 to 20; repeated labels"
+        in evidence
+    )
 
 
 def test_ties_and_thresholds_are_no_constants():
@@ -212,7 +215,11 @@ class _Squared(torch.autograd.Function):
 def test_a_backward_of_its_own_is_named():
     variant = resolve(lambda logits, labels: _Squared.apply(logits, labels))
     found = scope(variant.loss, probes(), total=variant.total)
-    assert found.backward == "_Squared" and "its own autograd function _Squared" in str(found) and "detached" not in str(found)
+    assert (
+        found.backward == "_Squared"
+        and "its own autograd function _Squared" in str(found)
+        and "detached" not in str(found)
+    )
     variant = resolve("dft")
     found = scope(variant.loss, probes(), total=variant.total)
     assert found.backward == "" and "a detached weight" in str(found)

@@ -1,4 +1,4 @@
-"""Target: the distribution a loss drives the model toward, with the scale of the pull."""
+"""Target: the distribution Q toward which a loss drives the model, with the scale of its gradient."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -10,33 +10,38 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.scales import natural_scale, with_sum_
-from qlens.core.target_metrics import Diagnostics
-from qlens.core.tokens import Tokens, expectation, log_softmax, one_hot, precision
+from qlens.core.numerics import expectation, log_softmax, one_hot, precision
+from qlens.core.scales import with_sum_
+from qlens.core.target.display import Display
+from qlens.core.target.metrics import Metrics
+from qlens.core.target.scaling import Scale, rescaled
+from qlens.core.tokens import Tokens
 
-Scale = Literal["unit", "structural", "natural"]
 NO_PULLS = "its pulls toward fixed targets are not known"
-BLOCK = 64  # rows taken at a time
-WHOLE = 0.05  # how far the sum of a residual may be from 1, in bfloat16 at a large vocabulary say
+BLOCK = 64  # rows per block, which stay in the cache
+SUM_TOLERANCE = 0.05  # of the sum of a residual, as it is in bfloat16 at a large vocabulary
 
 
-@dataclass(frozen=True, eq=False)
-class Target(Diagnostics):
-    r"""Q and s in g = s (p - Q), at N tokens; everything detached.
+@dataclass(frozen=True, eq=False, repr=False)
+class Target(Metrics, Display):
+    r"""Target distribution Q and scale s in the logit gradient g = s (p - Q), at N tokens; everything detached.
+
+    Make one with ``Target.mix`` or ``Target.dense``, or from a gradient or a loss's slopes with ``from_grad``, ``push`` and
+    ``slope``.
 
     Args:
-        logits: the student's, (N, V), or its log p: their softmax is p.
-        labels: the observed tokens, (N,).
-        dense_q: the target Q, (N, V); may be signed, never clipped. None: made from ``push`` or ``named`` when asked for.
-        dense_grad: the logit gradient g = s (p - Q), (N, V); kept beside Q because p - Q cancels where p is tiny.
-        scale: s, (N,).
-        constructed: the label coefficient of the construction, (N,); None where the target is no mixture of known parts.
-        pulls: total weight of the pulls toward fixed targets, (N,), or the reason why there is none.
-        pushed: a in g = a (p - d), (N,), of a target with no other pull.
+        logits: the student's logits (N, V), or log p: their softmax is p.
+        labels: the observed tokens, ids (N,).
+        dense_q: Q (N, V), possibly signed, never clipped; None where it follows from the other fields.
+        dense_grad: g (N, V); kept beside Q because p - Q cancels where p is tiny.
+        scale: s (N,).
+        constructed: the label's coefficient in the construction (N,); None where Q is no mixture of known parts.
+        pulls: total weight of the pulls toward fixed targets (N,), or the reason why it is undefined.
+        pushed: a (N,) in g = a (p - d), of a target whose only pull is the label's.
         named: the residual of a mixture, "student", "uniform" or probabilities (N, V).
-        proper: rows whose Q is a distribution by construction, (N,); None where that has to be measured.
-        rounding: the least precise dtype that holds the given Q, gradient or residual, or these numbers themselves, looked at
-            when that is asked; None: the dtype of p.
+        proper: rows (N,) whose Q is a distribution by construction; None where that has to be measured.
+        rounding: the least precise dtype that holds Q, gradient or residual, or these numbers, from which it is found when
+            needed; None for the dtype of p.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
 
@@ -67,57 +72,81 @@ class Target(Diagnostics):
         residual: Literal["student", "uniform"] | Tensor,
         scale: Tensor | float = 1.0,
     ) -> "Target":
-        """Q = trust d + (1 - trust) residual; residual by name, or probabilities (N, V).
+        """The mixture Q = trust d + (1 - trust) residual.
+
+        Args:
+            tokens: the student's logits and labels.
+            trust: the label's coefficient, a number or (N,).
+            residual: "student" (p), "uniform" or probabilities (N, V).
+            scale: s, a number or (N,).
 
         Raises:
-            InputError: unknown residual name, shapes that do not fit, or values as in ``checked``.
+            InputError: an unknown residual, shapes that do not fit, or values as in ``checked``.
         """
         trust, scale = _per_token("trust", trust, tokens), _per_token("scale", scale, tokens)
         named = _residual(residual, tokens)
-        only = isinstance(residual, str) and residual == "student"  # no pull but the label's
-        pulls = scale * trust if only else torch.where(trust < 0, torch.nan, scale)  # a negative trust pulls nowhere
-        given = residual.detach() if isinstance(residual, Tensor) else None
-        made = cls(tokens.logits.detach(), tokens.labels, None, None, scale, trust, pulls, named=named, rounding=given)
-        return made.checked() if tokens.checked else made
+        only_label = isinstance(residual, str) and residual == "student"
+        pulls = scale * trust if only_label else torch.where(trust < 0, torch.nan, scale)
+        probs = residual.detach() if isinstance(residual, Tensor) else None
+        target = cls(
+            tokens.logits.detach(), tokens.labels, None, None, scale, trust, pulls, named=named, rounding=probs
+        )
+        return target.checked() if tokens.checked else target
 
     @classmethod
     def dense(cls, tokens: Tokens, q: Tensor, scale: Tensor | float = 1.0) -> "Target":
-        """Any Q, (N, V), written out; its trust is the effective one."""
+        """Any Q (N, V), as it is given; its trust is the label weight.
+
+        Args:
+            tokens: the student's logits and labels.
+            q: the target, (N, V), possibly signed.
+            scale: s, a number or (N,).
+
+        Raises:
+            InputError: shapes that do not fit, or values as in ``checked``.
+        """
         log_probs = tokens.log_probs.detach()
-        given = q.detach()
-        q = given.to(log_probs.dtype)
+        rounding = q.detach()
+        q = rounding.to(log_probs.dtype)
         if q.shape != log_probs.shape:
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
         scale = _per_token("scale", scale, tokens)
         grad = scale[:, None] * (log_probs.exp() - q)
-        made = cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=given)
-        return made.checked() if tokens.checked else made
+        target = cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=rounding)
+        return target.checked() if tokens.checked else target
 
     @classmethod
     def from_grad(cls, tokens: Tokens, grad: Float[Tensor, "N V"]) -> "Target":
-        """The target that a logit gradient implies, in unit scale: Q = p - g."""
-        logits, given = tokens.logits.detach(), grad.detach()
-        grad = given.to(precision(logits.dtype))
+        """The target of a logit gradient (N, V) at unit scale, Q = p - g."""
+        logits, rounding = tokens.logits.detach(), grad.detach()
+        grad = rounding.to(precision(logits.dtype))
         q = torch.empty_like(grad)
-        for z, g, q_rows in zip(*(x.split(BLOCK) for x in (logits, grad, q)), strict=True):  # a few rows stay cached
+        for z, g, q_rows in zip(*(x.split(BLOCK) for x in (logits, grad, q)), strict=True):
             torch.exp(log_softmax(z).to(g.dtype), out=q_rows).sub_(g)
-        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=given)
+        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=rounding)
 
     @classmethod
-    def push(cls, tokens: Tokens, push: Tensor) -> "Target":
-        """The target of a loss that sees the label's probability only, a = -dl / dlog p_y: Q = a d + (1 - a) p.
+    def push(cls, tokens: Tokens, label_weight: Tensor | float) -> "Target":
+        """The target of a loss of p_y alone: Q = a d + (1 - a) p with label weight a = -dl / dlog p_y.
 
         As ``mix`` with the student as residual, but keeps its digits where a grows as 1 / (1 - p_y).
+
+        Args:
+            tokens: the student's logits and labels.
+            label_weight: a, a number or (N,).
         """
-        push = _per_token("push", push, tokens)
+        weight = _per_token("label_weight", label_weight, tokens)
         logits = tokens.logits.detach()
-        return cls(logits, tokens.labels, None, None, torch.ones_like(push), push, push, pushed=push)
+        return cls(logits, tokens.labels, None, None, torch.ones_like(weight), weight, weight, pushed=weight)
 
     @classmethod
-    def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], push: Tensor | float = 0.0) -> "Target":
-        """The target of a loss on all of p, A_k = dl / dp_k, beside a push on the label, in unit scale.
+    def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], label_weight: Tensor | float = 0.0) -> "Target":
+        """The target of a loss of all probabilities at unit scale: Q = p + a (d - p) - p (A - sum_j p_j A_j).
 
-        Q = p + push (d - p) - p (A - sum_j p_j A_j); an entry with p_k = 0 has no slope that counts.
+        Args:
+            tokens: the student's logits and labels.
+            slope: A_k = dl / dp_k, (N, V); ignored where p_k = 0.
+            label_weight: a, of a further loss of p_y alone, a number or (N,).
         """
         log_p = tokens.log_probs.detach()
         p = log_p.exp()
@@ -126,10 +155,10 @@ class Target(Diagnostics):
         index = tokens.labels[:, None].long()
         rest = p.scatter(1, index, 0.0).sum(-1, keepdim=True)
         pulled = p.scatter(1, index, -rest)  # p - d
-        return cls.from_grad(tokens, grad + _per_token("push", push, tokens)[:, None] * pulled)
+        return cls.from_grad(tokens, grad + _per_token("label_weight", label_weight, tokens)[:, None] * pulled)
 
     def checked(self) -> "Target":
-        """The same target, of parts that are what they are said to be.
+        """This target, after a check of its values.
 
         Raises:
             InputError: a scale below 0 or not finite, a trust that is NaN, or a residual that is no distribution.
@@ -141,7 +170,7 @@ class Target(Diagnostics):
             raise InputError(
                 f"trust is NaN at token {int(self.constructed.isnan().nonzero()[0, 0])}: it must be a number"
             )
-        if isinstance(self.named, Tensor) and bool((off := (self.named.sum(-1) - 1).abs() > WHOLE).any()):
+        if isinstance(self.named, Tensor) and bool((off := (self.named.sum(-1) - 1).abs() > SUM_TOLERANCE).any()):
             at = int(off.nonzero()[0, 0])
             raise InputError(
                 f"residual must be probabilities (N, V), but its row {at} sums to {float(self.named[at].sum()):g}: give "
@@ -163,7 +192,7 @@ class Target(Diagnostics):
 
     @property
     def label_only(self) -> bool:
-        """Whether no pull but the label's is there, Q = t d + (1 - t) p."""
+        """Whether the label's is the only pull, Q = t d + (1 - t) p."""
         return self.pushed is not None or (isinstance(self.named, str) and self.named == "student")
 
     @cached_property
@@ -201,70 +230,39 @@ class Target(Diagnostics):
 
     @cached_property
     def trust(self) -> Float[Tensor, " N"]:
-        """The label coefficient of the construction; where that is no mixture, the effective trust, at this scale."""
+        """The label's coefficient in the construction; where that is no mixture, the label weight over the scale."""
         if self.constructed is not None:
             return self.constructed
-        return self.effective_trust / self.scale
+        return self.label_weight / self.scale
 
     def at(self, scale: Scale) -> "Target":
         """The same gradient at another scale: Q' = p - g / s'.
 
-        ``unit``: s' = 1. ``structural``: the total weight of the pulls toward fixed targets. ``natural``: the smallest
-        s' that leaves Q' no negative entry, max(0, max_k g_k / p_k); Q' = p where g = 0.
+        Args:
+            scale: "unit" is s' = 1; "structural" the total weight of the pulls toward fixed targets; "natural" the smallest
+                s' for which Q' has no negative entry, max(0, max_k g_k / p_k), with Q' = p where g = 0.
 
         Raises:
-            InputError: an unknown scale, or ``structural`` where it is undefined (the reason is named).
-        """
-        if scale == "unit":
-            wanted = torch.ones_like(self.scale)
-        elif scale == "structural":
-            if isinstance(self.structural, str):
-                raise InputError(f"the structural scale is undefined here: {self.structural}")
-            wanted = self.structural
-        elif scale == "natural":
-            wanted = self._natural_scale()
-        else:
-            raise InputError(f"scale must be 'unit', 'structural' or 'natural', got {scale!r}")
-        same = wanted == self.scale
-        if bool(same.all()):
-            return self
-        some = wanted > 0
-        if self.label_only:
-            push = self._total_push
-            trust = torch.where(same, self.trust, torch.where(some, push / wanted, 0.0))
-            return replace(self, scale=wanted, constructed=trust, pushed=push, named=None)
-        # Q' = p + (Q - p) s / s' lies between p and Q where s <= s'
-        if scale == "natural":
-            proper = self.shift_invariant
-        elif self.named is not None or self.proper is not None:
-            proper = self.in_simplex & (same | ~some | ((self.scale >= 0) & (self.scale <= wanted)))
-        else:
-            proper = None
-        q = self.probs - torch.where(some[:, None], self.grad / wanted[:, None].to(self.grad), 0.0)
-        if scale == "natural":
-            q = with_sum_(q, self.log_probs, 1.0, rows=proper)
-        q = torch.where(same[:, None], self.q, q)  # nothing is lost on the way to the scale it already has
-        trust = torch.where(same, self.trust, torch.where(some, self.trust * self.scale / wanted, 0.0))
-        made = Target(self.logits, self.labels, q, self.grad, wanted, trust, self.pulls)
-        return replace(made, proper=proper, rounding=self.rounding)
+            InputError: an unknown scale, or "structural" where it is undefined (the reason is named).
 
-    def _natural_scale(self) -> Float[Tensor, " N"]:
-        if not self.label_only:
-            return natural_scale(self.log_probs, self.grad)
-        push = self._total_push  # pushed down, the label's own Q is the first to reach 0
-        down = torch.where(self.label_probs > 0, -push * self.rest / self.label_probs, 0.0)
-        return torch.where(push > 0, torch.where(self.rest > 0, push, 0.0), down.clamp(min=0))
+        Example:
+            >>> import torch
+            >>> tokens = Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0]))
+            >>> Target.push(tokens, 2.0).at("natural").scale
+            tensor([2.])
+        """
+        return rescaled(self, scale)
 
     def weighted(self, weight: Float[Tensor, " N"]) -> "Target":
-        """The same Q, pulled ``weight`` times as hard."""
+        """The same Q with ``weight`` times the scale."""
         pulls = self.pulls if isinstance(self.pulls, str) else self.pulls * weight
-        made = replace(self, scale=self.scale * weight, pulls=pulls)
+        target = replace(self, scale=self.scale * weight, pulls=pulls)
         if self.pushed is not None:
-            return replace(made, pushed=self.pushed * weight)
-        return made if self.dense_grad is None else replace(made, dense_grad=self.dense_grad * weight[:, None])
+            return replace(target, pushed=self.pushed * weight)
+        return target if self.dense_grad is None else replace(target, dense_grad=self.dense_grad * weight[:, None])
 
     def __getitem__(self, rows: Any) -> "Target":
-        """The chosen rows: ``target[mask]``, ``target[2:5]``."""
+        """A selection of rows: ``target[mask]``, ``target[2:5]``."""
         return self._each(lambda value: value[rows])
 
     def cpu(self) -> "Target":
@@ -273,14 +271,14 @@ class Target(Diagnostics):
 
     @classmethod
     def join(cls, parts: Sequence["Target"]) -> "Target":
-        """One target of the rows of several, made by one method."""
+        """The rows of several targets of one method in one."""
         joined: dict[str, Any] = {}
         for name in (field.name for field in fields(cls)):
             values = [getattr(part, name) for part in parts]
-            tensors = all(isinstance(value, Tensor) for value in values)
-            joined[name] = (
-                torch.cat(values) if tensors else next((v for v in values if not isinstance(v, Tensor)), None)
-            )
+            if all(isinstance(value, Tensor) for value in values):
+                joined[name] = torch.cat(values)
+            else:
+                joined[name] = next((value for value in values if not isinstance(value, Tensor)), None)
         return cls(**joined)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Target":

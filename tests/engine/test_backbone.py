@@ -1,4 +1,4 @@
-"""Bodies of models: what happens behind a head is found at large logits, and again when it changes during a run."""
+"""Backbones: changes behind a model's head are found at large logits, and again when they occur during a run."""
 
 import functools
 import logging
@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from tiny import VOCAB, llama, parameters, rows, trainer_in
 from torch import nn
 from torch.testing import assert_close
@@ -157,19 +158,20 @@ def test_what_a_model_does_in_the_very_pass_is_compared_too(make, caplog):
         insists.evaluate(rows(6))
 
 
-@pytest.mark.parametrize("spec", ["dft", "kd", "target_sft"])
-def test_mixed_precision_is_fused_and_right(make, spec):
-    runs = []
-    for fused in (True, False):
-        trainer = make(spec, model=llama(), teacher=llama(1), fused=fused, bf16=True, steps=3)
-        start = parameters(trainer.model)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        runs.append((parameters(trainer.model) - start, torch.tensor(losses)))
-    (moved, losses), (plain, plain_losses) = runs
-    assert moved.dtype == torch.float32 and plain.norm() > 1e-2
-    assert float((moved - plain).norm() / plain.norm()) < 0.02
-    assert_close(losses, plain_losses, rtol=2e-3, atol=1e-4)
+def test_mixed_precision_is_fused_and_right(make):
+    for spec in ["dft", "kd", "target_sft"]:
+        with case(spec):
+            runs = []
+            for fused in (True, False):
+                trainer = make(spec, model=llama(), teacher=llama(1), fused=fused, bf16=True, steps=3)
+                start = parameters(trainer.model)
+                trainer.train()
+                losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+                runs.append((parameters(trainer.model) - start, torch.tensor(losses)))
+            (moved, losses), (plain, plain_losses) = runs
+            assert moved.dtype == torch.float32 and plain.norm() > 1e-2
+            assert float((moved - plain).norm() / plain.norm()) < 0.02
+            assert_close(losses, plain_losses, rtol=2e-3, atol=1e-4)
 
 
 def test_an_adapted_head_is_named_as_such():

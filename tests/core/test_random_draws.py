@@ -125,7 +125,7 @@ def noisy(tokens):
 def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make, scope):
     ends, shown = [], []
     for every in (1, 1000):
-        method = qlens.registry.variant.Method(name="noisy", fn=noisy, scope=scope)
+        method = qlens.registry.Method(name="noisy", fn=noisy, scope=scope)
         trainer = make(method.variant(), steps=4, logging_steps=every, logging_first_step=True)
         trainer.train()
         ends.append(parameters(trainer.model))
@@ -134,16 +134,13 @@ def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make, scope):
     assert shown[0]["trust"] == shown[1]["trust"]
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "whole logits"])
-@pytest.mark.parametrize(
-    "spec", ["sft", "dft", "kd", "target_sft", "label_smoothing", "asft_anchored", "psft", "cft", "gem", "iw_sft"]
-)
-def test_a_logged_step_and_an_unlogged_one_have_the_same_bits(make, spec, fused):
-    ends = []
-    for every in (1, 1000):
-        examples = [row | {"critical": [at % 2 == 0 for at in range(len(row["input_ids"]))]} for row in rows(8)]
-        others = dict(teacher=llama(1), reference=llama(2), old_every=2, examples=examples)
-        trainer = make(spec, steps=4, logging_steps=every, fused=fused, **others)
-        trainer.train()
-        ends.append(parameters(trainer.model))
-    assert torch.equal(*ends)
+@pytest.mark.parametrize("spec", ["sft", "kd", "target_sft", "label_smoothing", "psft", "gem", "iw_sft"])
+def test_a_logged_step_and_an_unlogged_one_have_the_same_bits(make, spec):
+    for fused in (True, False):
+        trained = []
+        for every in (1, 1000):
+            models = dict(teacher=llama(1), reference=llama(2), old_every=2)
+            trainer = make(spec, steps=4, logging_steps=every, fused=fused, examples=rows(8), **models)
+            trainer.train()
+            trained.append(parameters(trainer.model))
+        assert torch.equal(*trained), fused

@@ -1,6 +1,7 @@
-"""Diagnostics: the figures of a target, one per token.
+"""Metrics: scalar metrics of a target, one value per token.
 
-What the construction of a target says is not measured on its V entries: see ``Target.label_only`` and ``Target.named``.
+What follows from the construction of a target is not computed from its V entries: see ``Target.label_only`` and
+``Target.named``.
 """
 
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qlens.core.deprecation import warn
+from qlens.core.numerics import BLOCK_ENTRIES, expectation
 from qlens.core.scales import balanced, carried, coefficient_tolerance, gradient_tolerance, label_pull, tolerance
-from qlens.core.tokens import BLOCK_ENTRIES, expectation
 
 
 class Residual(NamedTuple):
-    """Of a mixture's residual r, (N,) each: r_y, the sum of the other entries, no entry below 0, and a distribution."""
+    """A mixture's residual r, (N,) each: r_y, the sum of the others, whether all are >= 0, whether r is a distribution."""
 
     at_label: Float[Tensor, " N"]
     others: Float[Tensor, " N"]
@@ -24,17 +26,17 @@ class Residual(NamedTuple):
     fits: Bool[Tensor, " N"]
 
 
-class Diagnostics:
-    """The figures of a ``Target``.
+class Metrics:
+    """Scalar metrics of a ``Target``.
 
-    Three kinds of target have different sources for them. A label-only one, Q = t d + (1 - t) p, is known from t, p_y and two
-    sums over the other entries. A mixture with another residual is a distribution where its coefficients and the residual are.
-    Any other is measured entry by entry.
+    There are three cases. For a label-only target, Q = t d + (1 - t) p, they follow from t, p_y and two sums over the other
+    entries. A mixture with another residual is a distribution where its coefficients and the residual are. For any other
+    target they are computed entry by entry.
     """
 
     @cached_property
     def total(self) -> Float[Tensor, " N"]:
-        """sum_k Q_k: 1 exactly when the loss sees logits only through softmax."""
+        """sum_k Q_k, which is 1 if the loss depends on the logits only through softmax."""
         if self.label_only:
             return torch.ones_like(self.rest)
         if self.named is not None:
@@ -45,7 +47,7 @@ class Diagnostics:
 
     @cached_property
     def shift_invariant(self) -> Bool[Tensor, " N"]:
-        """Whether adding a constant to the logits changes nothing, sum_k g_k = 0; where it does, the loss sees raw logits."""
+        """Whether sum_k g_k = 0, so that adding a constant to the logits changes nothing; false for losses of raw logits."""
         if self.label_only:
             return torch.ones_like(self.rest, dtype=torch.bool)
         if self.named is not None and bool(self._of_residual.fits.all()):
@@ -54,10 +56,7 @@ class Diagnostics:
 
     @cached_property
     def negative_mass(self) -> Float[Tensor, " N"]:
-        """sum_k max(0, -Q_k) over the entries that are below zero by more than rounding: how far Q leaves the simplex.
-
-        An entry's rounding is that of p_k - g_k / s, whatever V is: 0 means that no entry is negative.
-        """
+        """sum_k max(0, -Q_k) over the entries below zero by more than the rounding of p_k - g_k / s; 0 if there are none."""
         if self.label_only:
             t = self.trust
             return self._excess(t, self.rest) + _below(self.label_probs, t * self.rest)
@@ -69,7 +68,7 @@ class Diagnostics:
 
     @cached_property
     def in_simplex(self) -> Bool[Tensor, " N"]:
-        """Whether Q is a distribution: no entry is negative, and the sum is 1, up to rounding."""
+        """Whether Q is a distribution: no negative entry and a sum of 1, up to rounding."""
         inside = self.negative_mass == 0
         if self.label_only:
             return inside
@@ -77,41 +76,50 @@ class Diagnostics:
         return inside & (fits | (self.shift_invariant & (self.scale >= 1)))
 
     @property
+    def label_weight(self) -> Float[Tensor, " N"]:
+        """-g_y / (1 - p_y), the label gradient relative to that of SFT, for any construction; NaN where 1 - p_y = 0."""
+        weight = self.scale * self.trust if self.label_only else self.pull / self.rest
+        return torch.where(self.rest > 0, weight, torch.nan)
+
+    @property
     def effective_trust(self) -> Float[Tensor, " N"]:
-        """-g_y / (1 - p_y): the pull toward the label, in unit scale, whatever the construction; NaN where 1 - p_y = 0."""
-        trust = self.scale * self.trust if self.label_only else self.pull / self.rest
-        return torch.where(self.rest > 0, trust, torch.nan)
+        """The old name of ``label_weight``."""
+        warn("Target.effective_trust", "Target.label_weight")
+        return self.label_weight
 
     @cached_property
     def pull(self) -> Float[Tensor, " N"]:
-        """-g_y, how hard the label is pulled, and ``room``, how hard SFT would: averaged over tokens, their ratio is the
-        trust of a whole text. (A mean of effective trusts says little: near p_y = 1 they grow without bound.)"""
+        """-g_y, the label gradient.
+
+        For a mean label weight over tokens divide its sum by that of ``room``, the label gradient of SFT: single label
+        weights grow without bound near p_y = 1.
+        """
         if self.label_only:
             return self.scale * self.trust * self.rest
         if self.named is None:
             return label_pull(self.log_probs, self.labels, self.grad, self.shift_invariant)
         t, r = self.trust, self._of_residual
-        sure = r.fits & (self.label_probs > 0.5)  # r_y - p_y without its cancellation
-        apart = torch.where(sure, self.rest - r.others, r.at_label - self.label_probs)
-        return self.scale * (t * self.rest + (1 - t) * apart)
+        near_one = r.fits & (self.label_probs > 0.5)  # r_y - p_y without its cancellation
+        gap = torch.where(near_one, self.rest - r.others, r.at_label - self.label_probs)
+        return self.scale * (t * self.rest + (1 - t) * gap)
 
     @property
     def room(self) -> Float[Tensor, " N"]:
-        """1 - p_y, summed over the other entries, so that it keeps its digits."""
+        """1 - p_y, the label gradient of SFT."""
         return self.rest
 
     @cached_property
     def reshape(self) -> Float[Tensor, " N"]:
-        """1/2 sum_{k != y} |Q_k - p_k (1 - Q_y)/(1 - p_y)|, in unit scale: how far the alternatives leave the student's own."""
+        """1/2 sum_{k != y} |Q_k - p_k (1 - Q_y)/(1 - p_y)| at unit scale, the change of the alternatives' proportions."""
         if self.label_only:
             return torch.zeros_like(self.rest)
-        kept = torch.where(self.rest > 0, self.pull / self.rest, 0.0)  # the sum's terms are |g_k - kept p_k|
-        apart = torch.zeros_like(kept)
+        weight = torch.where(self.rest > 0, self.pull / self.rest, 0.0)  # the terms are |g_k - weight p_k|
+        total = torch.zeros_like(weight)
         for rows in self._blocks():
             p = self.log_probs[rows].exp()
-            terms = (self.grad[rows] - kept[rows, None] * p).abs_()
-            apart[rows] = terms.scatter_(1, self._index[rows], 0.0).sum(-1) / 2
-        return apart
+            terms = (self.grad[rows] - weight[rows, None] * p).abs_()
+            total[rows] = terms.scatter_(1, self._index[rows], 0.0).sum(-1) / 2
+        return total
 
     @property
     def entropy(self) -> Float[Tensor, " N"]:
@@ -119,8 +127,8 @@ class Diagnostics:
         if not self.label_only:
             return torch.where(self.in_simplex, self._divergences[0], torch.nan)
         others = (1 - self.trust).clamp(min=0)
-        made = others * self._beside[1] - self.rest * _xlogx(others) - _xlogx(self._label_mass.clamp(0, 1))
-        return torch.where(self.in_simplex, made.clamp(min=0), torch.nan)
+        entropy = others * self._beside[1] - self.rest * _xlogx(others) - _xlogx(self._label_mass.clamp(0, 1))
+        return torch.where(self.in_simplex, entropy.clamp(min=0), torch.nan)
 
     @property
     def kl(self) -> Float[Tensor, " N"]:
@@ -131,12 +139,12 @@ class Diagnostics:
         gain = t * self.rest
         ratio = torch.where(gain.abs() < p_y, (gain / p_y).log1p(), q_y.log() - self.label_log_probs)
         ratio = torch.where(t == 1, -self.label_log_probs, ratio)
-        made = torch.where(q_y > 0, q_y * ratio, 0.0) + self.rest * _xlogx((1 - t).clamp(min=0))
-        return torch.where(self.in_simplex, made.clamp(min=0), torch.nan)
+        kl = torch.where(q_y > 0, q_y * ratio, 0.0) + self.rest * _xlogx((1 - t).clamp(min=0))
+        return torch.where(self.in_simplex, kl.clamp(min=0), torch.nan)
 
     @cached_property
     def label_log_probs(self) -> Float[Tensor, " N"]:
-        """log p_y; near p_y = 1 it is log(1 - (1 - p_y)), which keeps the digits of 1 - p_y."""
+        """log p_y, near p_y = 1 computed from 1 - p_y."""
         direct = self.log_probs.gather(1, self._index)[:, 0]
         return torch.where(direct > -0.5, (-self.rest.clamp(max=0.5)).log1p(), direct)
 
@@ -147,12 +155,12 @@ class Diagnostics:
 
     @property
     def rest(self) -> Float[Tensor, " N"]:
-        """1 - p_y, summed over the other entries."""
+        """1 - p_y, summed over the other entries so that it keeps its digits."""
         return self._beside[0]
 
     @cached_property
     def _beside(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """sum p_k and -sum p_k log p_k over the entries beside the label."""
+        """sum p_k and -sum p_k log p_k over all entries but the label."""
         rest, spread = torch.zeros_like(self.log_probs[:, 0]), torch.zeros_like(self.log_probs[:, 0])
         for rows in self._blocks():
             log_p = self.log_probs[rows]
@@ -168,7 +176,7 @@ class Diagnostics:
 
     @cached_property
     def _of_residual(self) -> Residual:
-        """What the figures of a mixture ask of its residual."""
+        """The sums and signs of a mixture's residual."""
         if not isinstance(self.named, Tensor):
             at_label, yes = torch.full_like(self.trust, 1 / self.logits.shape[-1]), torch.ones_like(self.trust) > 0
             return Residual(at_label, 1 - at_label, yes, yes)
@@ -183,7 +191,7 @@ class Diagnostics:
 
     @cached_property
     def _signs(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """sum(Q) and the mass below zero of any Q, from all its entries."""
+        """sum(Q) and the negative mass of any Q, from all its entries."""
         total, negative = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
         for rows in self._blocks():
             p, q = self.log_probs[rows].exp(), self.q_rows(rows)
@@ -204,11 +212,11 @@ class Diagnostics:
         return entropy, kl
 
     def _excess(self, t: Float[Tensor, " N"], others: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-        """What (1 - t) times the residual's other entries has below zero."""
+        """The negative mass of (1 - t) times the residual's other entries."""
         return torch.where(t - 1 > coefficient_tolerance(t), (t - 1) * others, 0.0)
 
     def _blocks(self) -> Iterator[slice]:
-        """Rows that fit into the cache."""
+        """Blocks of rows that fit into the cache."""
         size = max(1, BLOCK_ENTRIES // self.logits.shape[-1])
         return (slice(start, start + size) for start in range(0, len(self.labels), size))
 
@@ -218,14 +226,14 @@ class Diagnostics:
 
     @cached_property
     def _carried(self) -> torch.dtype:
-        """The dtype that the given numbers had."""
+        """The dtype that Q, gradient or residual were computed in."""
         if isinstance(self.rounding, Tensor):
             return carried(self.rounding)
         return self.rounding or self.log_probs.dtype
 
 
 def _below(a: Float[Tensor, " N"], b: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """What a + b has below zero, by more than the rounding of its terms."""
+    """max(0, -(a + b)), where it exceeds the rounding of the terms."""
     return torch.where(a + b < -coefficient_tolerance(a) * (a.abs() + b.abs()), -(a + b), 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What QTrainer logs beside its loss, in training and in evaluation, against sums written out."""
+"""Metrics that QTrainer logs, in training and in evaluation, against sums written out."""
 
 import copy
 import functools
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from tiny import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
 from torch import nn
 from transformers import TrainerCallback
@@ -27,7 +28,7 @@ def make(tmp_path):
     return functools.partial(trainer_in, tmp_path)
 
 
-def comparables_by_hand(model, batches) -> dict[str, float]:
+def metrics_by_hand(model, batches) -> dict[str, float]:
     """What must be logged for dft, Q = p_y d + (1 - p_y) p, from float64 loops."""
     pull, room, trust, entropy, kl, nll, loss = [], [], [], [], [], [], []
     for batch in batches:
@@ -55,12 +56,12 @@ def comparables_by_hand(model, batches) -> dict[str, float]:
     }
 
 
-def test_comparables_cover_the_whole_logged_step(make):
+def test_metrics_cover_the_whole_logged_step(make):
     recorder, model = Recorder(), llama()
     trainer = make("dft", model=copy.deepcopy(model), batch=2, accumulate=4, steps=1, data_collator=recorder)
     trainer.train()
     log = steps_of(trainer)[0]
-    expected = comparables_by_hand(model, recorder.batches)
+    expected = metrics_by_hand(model, recorder.batches)
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     moved = (parameters(trainer.model) - parameters(model)).norm().item()
     assert log["update_norm"] == pytest.approx(moved, rel=1e-4)
@@ -72,11 +73,11 @@ def test_every_log_is_of_its_own_step(make):
     trainer = make("dft", model=copy.deepcopy(model), data_collator=recorder, learning_rate=0.0)
     trainer.train()
     for log, batch in zip(steps_of(trainer), recorder.batches, strict=True):
-        expected = comparables_by_hand(model, [batch])
+        expected = metrics_by_hand(model, [batch])
         assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
-def test_comparables_are_in_unit_scale(make):
+def test_metrics_are_in_unit_scale(make):
     logs = []
     for trust, scale in ((1.0, 0.5), (0.5, 1.0)):  # one gradient: half a pull to the label
         trainer = make(lambda tokens, t=trust, s=scale: Target.mix(tokens, t, "student", s), steps=1)
@@ -87,7 +88,7 @@ def test_comparables_are_in_unit_scale(make):
         assert logs[0][name] == pytest.approx(logs[1][name], rel=1e-5)
 
 
-def test_sft_comparables_are_the_known_ones(make):
+def test_sft_metrics_are_the_known_ones(make):
     trainer = make("sft", steps=1)
     trainer.train()
     log = steps_of(trainer)[0]
@@ -117,7 +118,7 @@ def test_a_signed_target_is_reported_and_has_no_divergence(make):
     ],
     ids=["every 2", "first and 3", "epoch", "never"],
 )
-def test_only_logged_steps_pay_for_comparables(make, monkeypatch, options, logged):
+def test_only_logged_steps_pay_for_metrics(make, monkeypatch, options, logged):
     counted, add = [], MetricSums.add
     trainer = make("dft", steps=5, **options)
     monkeypatch.setattr(MetricSums, "add", lambda *args: (counted.append(trainer.state.global_step + 1), add(*args)))
@@ -128,13 +129,14 @@ def test_only_logged_steps_pay_for_comparables(make, monkeypatch, options, logge
     assert trainer._update.take() == {}  # no norm was measured and not logged
 
 
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_evaluation_is_the_token_mean_of_the_whole_set(make, batch):
-    examples, model = rows(7, seed=3), llama()
-    trainer = make("dft", model=model, eval_dataset=examples, per_device_eval_batch_size=batch)
-    metrics = trainer.evaluate()
-    expected = comparables_by_hand(model, [collate(examples)])
-    assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
+def test_evaluation_is_the_token_mean_of_the_whole_set(make):
+    for batch in [1, 3, 8]:
+        with case(batch):
+            examples, model = rows(7, seed=3), llama()
+            trainer = make("dft", model=model, eval_dataset=examples, per_device_eval_batch_size=batch)
+            metrics = trainer.evaluate()
+            expected = metrics_by_hand(model, [collate(examples)])
+            assert {name: metrics[f"eval_{name}"] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
 def test_evaluation_during_training_leaves_the_training_log_alone(make):
@@ -166,18 +168,26 @@ def test_compute_metrics_gets_predictions(make):
     assert metrics["eval_one"] == 1.0 and metrics["eval_nll"] > 0
 
 
-@pytest.mark.parametrize("optim", ["sgd", "adamw_torch", "adafactor"])
-def test_the_update_norm_is_exact_where_few_numbers_are_trained(make, optim):
-    model = llama()
-    model.lm_head.weight.requires_grad_(False)
-    trainer = make("dft", model=model, steps=1, optim=optim)
-    start = parameters(model).clone()
-    trainer.train()
-    assert steps_of(trainer)[0]["update_norm"] == pytest.approx(float((parameters(model) - start).norm()), rel=1e-5)
+def test_the_update_norm_is_exact_where_few_numbers_are_trained(make):
+    for optim in ["sgd", "adamw_torch", "adafactor"]:
+        with case(optim):
+            model = llama()
+            model.lm_head.weight.requires_grad_(False)
+            trainer = make("dft", model=model, steps=1, optim=optim)
+            start = parameters(model).clone()
+            trainer.train()
+            assert steps_of(trainer)[0]["update_norm"] == pytest.approx(
+                float((parameters(model) - start).norm()), rel=1e-5
+            )
 
 
-@pytest.mark.parametrize("kind", ["as the gradient", "all", "few rows"])
-def test_the_update_norm_of_many_is_an_estimate_with_the_error_that_is_stated(kind):
+def test_the_update_norm_of_many_is_an_estimate_with_the_error_that_is_stated():
+    for kind in ["as the gradient", "all", "few rows"]:
+        with case(kind):
+            compare_estimate(kind)
+
+
+def compare_estimate(kind):
     draw = torch.Generator().manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in ((3000, 40), (7,), (20, 30, 40), (9000,)))
     changes = []
@@ -219,8 +229,13 @@ def test_the_update_norm_draws_none_of_torchs_numbers(make):
     assert callback.take() == {}
 
 
-@pytest.mark.parametrize("options", [dict(log_every=0), dict(log_every=1, logging_strategy="no")], ids=["0", "no logs"])
-def test_what_is_not_logged_is_not_remembered(make, options):
+def test_what_is_not_logged_is_not_remembered(make):
+    for options in [dict(log_every=0), dict(log_every=1, logging_strategy="no")]:
+        with case(options):
+            count_remembered(make, options)
+
+
+def count_remembered(make, options):
     trainer, held = make("dft", steps=3, **options), []
     trainer.add_callback(Before(lambda: held.append(len(trainer._update.before))))
     trainer.train()

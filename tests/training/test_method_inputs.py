@@ -1,4 +1,4 @@
-"""What QTrainer finds for a method by itself: old policy, second pass, negatives, columns of the data, selected tokens."""
+"""Inputs of a method that QTrainer provides: old policy, second pass, negatives, columns of the data, selected tokens."""
 
 import copy
 import functools
@@ -33,13 +33,13 @@ def seen():
             return -tokens.label_log_probs
 
         spy.tokens = []
-        method = qlens.registry.variant.Method(name="spy", fn=spy, needs=needs)
+        method = qlens.registry.Method(name="spy", fn=spy, needs=needs)
         return method.variant(), spy.tokens
 
     return spying
 
 
-def test_the_old_policy_is_the_student_at_the_last_refresh(make, seen):
+def test_the_old_policy_is_the_student_at_the_last_sync(make, seen):
     variant, tokens = seen("old")
     trainer = make(variant, old_every=2, steps=5, fused=False)
     trainer.train()

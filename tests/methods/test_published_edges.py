@@ -20,7 +20,7 @@ from oracle import (
     push,
     unit,
 )
-from test_released_family import idft, unlikelihood
+from test_published_wider_losses import idft, unlikelihood
 from torch.testing import assert_close
 
 import qlens
@@ -52,6 +52,17 @@ def test_idft_has_no_gradient_below_its_floor(prob, floored):
     assert qlens.get("idft@exact").target(tokens).grad.abs().max() > 0
     power = 2.0  # far out of distribution
     assert_near(push("idft@exact", tokens), number(prob**power))
+
+
+@pytest.mark.parametrize(
+    ("label", "old", "active"), [(1.0, 0.8, True), (1.0, 0.6, False), (-9.0, 9.0, True), (-22.0, 22.0, False)]
+)
+def test_psft_has_no_gradient_beyond_its_clip_and_its_clamp(label, old, active):
+    tokens = one(label, old=old)
+    log_ratio = float(logp(tokens) - logp(tokens, "old"))
+    assert active == (-20 <= log_ratio <= math.log(1.28))
+    assert bool(qlens.get("psft").target(tokens).grad.any()) == active
+    assert bool(qlens.get("psft@paper").target(tokens).grad.any()) == (log_ratio <= math.log(1.28))
 
 
 def test_idft_is_warmed_up_from_dft():

@@ -1,8 +1,9 @@
-"""The engine's other models, however they are given, and what it shows on the way."""
+"""Other models of fused_loss, as hidden states, logits, heads or top-k; and the observer."""
 
 import pytest
 import torch
-from test_engine import TOKENS, N, V, engine, parts
+from cases import case
+from test_fused_loss import TOKENS, N, V, engine, parts
 from torch.testing import assert_close
 
 import qlens
@@ -12,23 +13,26 @@ from qlens.engine.heads import Head, TopK
 
 def test_other_models_as_hidden_states_logits_and_masked():
     hidden, head, bias = parts()
-    other, its = parts(seed=5, bias=False)
+    other, other_head = parts(seed=5, bias=False)
     masked = TOKENS.labels.clone()
     masked[:5] = -100
     for spec, name in (("kd", "teacher"), ("target_sft", "teacher"), ("psft", "old"), ("asft_anchored", "reference")):
-        as_pair = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: (other, its)})
-        as_logits = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: other @ its.T})
+        as_pair = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: (other, other_head)})
+        as_logits = fused_loss(spec, hidden, head, masked, bias=bias, chunk=6, **{name: other @ other_head.T})
         assert_close(as_pair, as_logits)
         for a, b in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (as_pair, as_logits)), strict=True):
             assert_close(a, b)
-        assert other.grad is None and its.grad is None
+        assert other.grad is None and other_head.grad is None
 
 
 @pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
-@pytest.mark.parametrize(
-    "spec", ["target_sft", "kd_hybrid", "topk_kd(k=3)", "kd(temperature=2.0)", "jsd", "label_smoothing"]
-)
-def test_top_k_teachers_are_the_logits_they_stand_for(tail, spec):
+def test_a_top_k_teacher_equals_its_logits(tail):
+    for spec in ("target_sft", "kd_hybrid", "topk_kd(k=3)", "kd(temperature=2.0)", "jsd", "label_smoothing"):
+        with case(spec):
+            compare_top_k(spec, tail)
+
+
+def compare_top_k(spec, tail):
     hidden, head, bias = parts()
     known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
     teacher = TopK(ids, known, tail)
@@ -42,26 +46,26 @@ def test_top_k_teachers_are_the_logits_they_stand_for(tail, spec):
         assert_close(a, b)
 
 
-def test_the_observer_sees_every_row_once_and_what_it_is_told_is_true():
+def test_the_observer_is_given_every_row_once_with_its_target():
     for spec in ("dft", "iw_sft", "target_sft", "gem", "label_smoothing"):
         seen = []
         leaves = parts()
-        value = engine(spec, *leaves, chunk=7, observe=lambda *told: seen.append(told))  # noqa: B023
+        value = engine(spec, *leaves, chunk=7, observe=lambda *values: seen.append(values))  # noqa: B023
         tokens = TOKENS.replace(logits=(leaves[0] @ leaves[1].T + leaves[2]).detach())
         target = qlens.get(spec).target(tokens).at("unit")
         assert_close(torch.cat([some.labels for some, _, _ in seen]), TOKENS.labels)
-        assert_close(torch.cat([its.at("unit").q for _, its, _ in seen]), target.q)
+        assert_close(torch.cat([each.at("unit").q for _, each, _ in seen]), target.q)
         assert_close(torch.cat([losses for _, _, losses in seen]).sum(), value.detach())
         assert_close(torch.cat([some.label_log_probs for some, _, _ in seen]), tokens.label_log_probs)
 
 
 def test_another_model_as_a_head_of_its_own():
     hidden, head, bias = parts()
-    other, its, shift = parts(seed=5)
-    made = Head(other.detach(), its.detach(), shift.detach(), softcap=2.0, logit_scale=0.5)
+    other, weight, shift = parts(seed=5)
+    teacher_head = Head(other.detach(), weight.detach(), shift.detach(), softcap=2.0, logit_scale=0.5)
     values = [
         fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=teacher, softcap=9.0, chunk=5)
-        for teacher in (made, made.logits(slice(None)))
+        for teacher in (teacher_head, teacher_head.logits(slice(None)))
     ]
     assert_close(*values)
     assert_close(*(torch.autograd.grad(v, hidden)[0] for v in values))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -110,11 +111,12 @@ def test_collate_keeps_a_mask_that_is_there_and_takes_tensors():
     assert collate([example])["attention_mask"].tolist() == [[0, 1]]
 
 
-@pytest.mark.parametrize("given_labels", [{}, {"labels": [1]}], ids=["none", "short"])
-def test_collate_refuses_labels_that_do_not_fit(given_labels):
-    example = {"input_ids": [1, 2], **given_labels}
-    with pytest.raises(InputError, match="example 0 .* input_ids and labels of one length"):
-        collate([example])
+def test_collate_refuses_labels_that_do_not_fit():
+    for given_labels in [{}, {"labels": [1]}]:
+        with case(given_labels):
+            example = {"input_ids": [1, 2], **given_labels}
+            with pytest.raises(InputError, match="example 0 .* input_ids and labels of one length"):
+                collate([example])
 
 
 def test_positions_count_real_tokens_only():

@@ -1,7 +1,6 @@
-"""Tokens: everything a loss may look at, at N supervised positions."""
+"""Tokens: the inputs of a loss at N supervised positions."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,26 +8,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qlens.core.display import table_html
 from qlens.core.errors import InputError
-from qlens.core.token_fields import check_labels, check_logits, check_shape, checked_field
+from qlens.core.numerics import log_softmax, one_hot, precision
+from qlens.core.tokens.fields import check_labels, check_logits, check_shape, checked_field
 
 MODELS = ("reference", "teacher", "old", "second")
-BLOCK_ENTRIES = 2**18  # entries worked on at a time, so that passes over them stay in the cache
 PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "pair")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Tokens:
-    r"""Logits and labels at N supervised positions, with whatever else a method asks for.
+    r"""Logits and labels at N supervised positions, with the other inputs of a method.
 
     Args:
         logits: the student's logits z, (N, V). No NaN, no +inf; -inf marks an impossible token.
-        labels: the observed tokens y, (N,). -100 is refused: ``qlens.core.supervised`` removes it.
-        reference, teacher, old, second: other passes' logits, (N, V); constants to every method.
-        sequence: the id of the sequence each position belongs to, (N,).
-        weight: multiplies loss and scale, (N,).
-        critical, hint, chosen: masks, (N,); ``advantage``: (N,); ``pair``: ids of pairs, (N,).
-        negatives: candidate tokens to push down, (N, V).
+        labels: the observed tokens y, ids (N,). -100 is refused: ``qlens.core.supervised`` removes it.
+        reference, teacher, old, second: logits (N, V) of other forward passes, constants to every method.
+        sequence: ids of the sequences, (N,).
+        weight: factor of loss and scale, (N,).
+        critical, hint: masks, (N,).
+        advantage: advantages of a policy gradient, (N,).
+        chosen: whether a token is of the chosen text of its pair, (N,).
+        pair: ids of the pairs, (N,).
+        negatives: mask of tokens that should be unlikely, (N, V).
 
     Raises:
         InputError: shapes, dtypes, labels or values that do not fit.
@@ -55,7 +58,7 @@ class Tokens:
     pair: Int[Tensor, " N"] | None = None
     negatives: Bool[Tensor, "N V"] | None = None
 
-    checked = False  # whether all values were looked at when these were made
+    checked = False  # whether the values were checked when the tokens were made
 
     def __post_init__(self):
         object.__setattr__(self, "checked", True)
@@ -65,7 +68,7 @@ class Tokens:
 
     @classmethod
     def unchecked(cls, **fields: Tensor) -> "Tokens":
-        """Tokens of fields that have been checked already: no pass over the logits, no wait for a device."""
+        """Tokens of fields that have been checked already, without a pass over the logits."""
         tokens = object.__new__(cls)
         for field in dataclasses.fields(cls):
             object.__setattr__(tokens, field.name, fields.get(field.name))
@@ -75,7 +78,13 @@ class Tokens:
     def from_text(cls, model: Any, tokenizer: Any, rows: Any, teacher: Any = None, reference: Any = None) -> "Tokens":
         """Tokens at every supervised position of texts, or of prompt/completion pairs.
 
-        See ``qlens.data.from_text.tokens_from_text``.
+        Args:
+            model: a causal language model, or its path.
+            tokenizer: its tokenizer.
+            rows: texts, or (prompt, completion) pairs, whose completions are supervised.
+            teacher, reference: other models, or their paths.
+
+        See ``qlens.data.from_text.tokens_from_text`` for the options.
 
         Example:
             >>> Tokens.from_text(model, tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
@@ -95,12 +104,16 @@ class Tokens:
         return rows
 
     def fields(self) -> dict[str, Tensor]:
-        """The fields that are there, by name."""
-        named = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in named.items() if value is not None}
+        """The fields that are not None, by name."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
 
     def replace(self, **changes: Any) -> "Tokens":
-        """A copy with the given fields changed, None for none; the others have been checked already."""
+        """A copy with some fields changed (None removes one); only these are checked.
+
+        Raises:
+            InputError: an unknown field, or a value that does not fit.
+        """
         unknown = [name for name in changes if name not in self.__dataclass_fields__]
         if unknown:
             raise InputError(
@@ -109,12 +122,12 @@ class Tokens:
         changes = {name: _outside_inference(value) for name, value in changes.items()}
         tokens = Tokens.unchecked(**{**self.fields(), **changes})
         if changes.get("logits") is not None and changes["logits"].shape != self.logits.shape:
-            changes = tokens.fields()  # every other field has to fit the new shape
+            changes = tokens.fields()  # all fields must fit the new shape
         tokens._check({name: value for name, value in changes.items() if value is not None})
         return tokens
 
     def with_logits(self, logits: Float[Tensor, "N V"]) -> "Tokens":
-        """A copy with logits that hold what has been checked already, in another dtype or with a graph."""
+        """A copy with the same logits in another dtype or with a graph, unchecked."""
         return Tokens.unchecked(**{**self.fields(), "logits": logits})
 
     def unweighted(self) -> "Tokens":
@@ -122,18 +135,16 @@ class Tokens:
         return self if self.weight is None else Tokens.unchecked(**{**self.fields(), "weight": None})
 
     def copied(self) -> "Tokens":
-        """The same tokens on memory of their own, differentiable: for a method of a user's own, which may write on them."""
+        """A deep copy, differentiable, for user methods that may write to their inputs."""
         return Tokens.unchecked(**{name: value.clone() for name, value in self.fields().items()})
 
     def upcast(self) -> "Tokens":
         """The same tokens with every model's logits in float32 at least, differentiable."""
         models = {name: value for name, value in self.fields().items() if name in ("logits", *MODELS)}
         changed = {name: value.to(precision(value.dtype)) for name, value in models.items()}
-        return (
-            self
-            if all(changed[name] is models[name] for name in models)
-            else Tokens.unchecked(**{**self.fields(), **changed})
-        )
+        if all(changed[name] is models[name] for name in models):
+            return self
+        return Tokens.unchecked(**{**self.fields(), **changed})
 
     def with_precision(self, dtype: torch.dtype) -> "Tokens":
         """The same tokens with every model's logits in another dtype."""
@@ -142,32 +153,48 @@ class Tokens:
         return self.replace(**changed) if changed else self
 
     def require(self, name: str) -> Tensor:
-        """The field ``name``, or an error that says who lacks it."""
+        """The field ``name``.
+
+        Raises:
+            InputError: it is None.
+        """
         value = getattr(self, name)
         if value is None:
             raise InputError(f"{name} is missing: this method needs Tokens({name}=...)")
         return value
 
-    def _check(self, given: dict[str, Tensor]) -> None:
-        """Refuse those of the given fields that do not fit the logits.
+    def __repr__(self) -> str:
+        size, vocabulary = self.logits.shape
+        others = "".join(f", {name}" for name in self.fields() if name not in ("logits", "labels"))
+        return f"Tokens(N={size}, V={vocabulary}, {str(self.logits.dtype).removeprefix('torch.')}{others})"
+
+    def _repr_html_(self) -> str:
+        fields = {
+            name: f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            for name, value in self.fields().items()
+        }
+        return table_html(repr(self), fields)
+
+    def _check(self, fields: dict[str, Tensor]) -> None:
+        """Check fields against the logits.
 
         Raises:
             InputError: naming the field, its shape or value, and what would be right.
         """
-        if "logits" in given:
+        if "logits" in fields:
             check_logits("logits", self.logits)
         shape = tuple(self.logits.shape)
-        if "labels" in given:
+        if "labels" in fields:
             check_labels(self.labels, shape)
             object.__setattr__(self, "labels", self.labels.long())
-        for name in given:
+        for name, value in fields.items():
             if name in MODELS:
-                check_logits(name, given[name])
-                check_shape(name, given[name], shape)
+                check_logits(name, value)
+                check_shape(name, value, shape)
             elif name in PER_TOKEN:
-                object.__setattr__(self, name, checked_field(name, given[name], shape[:1]))
+                object.__setattr__(self, name, checked_field(name, value, shape[:1]))
             elif name == "negatives":
-                object.__setattr__(self, name, checked_field(name, given[name], shape))
+                object.__setattr__(self, name, checked_field(name, value, shape))
 
     @property
     def log_probs(self) -> Float[Tensor, "N V"]:
@@ -191,7 +218,7 @@ class Tokens:
 
     @property
     def rest_log_probs(self) -> Float[Tensor, " N"]:
-        """log(1 - p_y), differentiable: added up over the other tokens, so that it keeps its digits as p_y -> 1.
+        """log(1 - p_y), differentiable, summed over the other tokens so that it keeps its digits as p_y -> 1.
 
         Finite (-1e30) where the label is the only possible token.
         """
@@ -199,7 +226,7 @@ class Tokens:
 
     @property
     def others(self) -> Float[Tensor, "N V"]:
-        """p_{-y}: p with the label removed and renormalised, 0 at the label and where nothing is left; without gradient."""
+        """p_{-y}: p without the label, renormalised; 0 at the label and in rows where p_y = 1; without gradient."""
         rest = self.log_probs.detach().scatter(-1, self.labels[:, None].long(), -torch.inf)
         return torch.where(rest.amax(-1, keepdim=True) > -torch.inf, log_softmax(rest).exp(), 0.0)
 
@@ -218,89 +245,8 @@ class Tokens:
 
 
 def _outside_inference(value: Any) -> Any:
-    """A tensor made under ``torch.inference_mode()`` as one that autograd may use."""
+    """A copy that autograd may use of a tensor made under ``torch.inference_mode()``; other values as they are."""
     if not isinstance(value, Tensor) or not value.is_inference():
         return value
     with torch.inference_mode(False):
         return value.clone()
-
-
-def spread(number: int, most: int) -> Int[Tensor, " n"]:
-    """Indices of at most so many of ``number`` rows, from the first to the last."""
-    return torch.linspace(0, number - 1, min(number, most)).long().unique()
-
-
-def precision(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that probabilities are computed in: float64 stays, everything else becomes float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
-    """log p = z - logsumexp(z), in float32 at least: the house's only normalisation.
-
-    On a CPU, torch sums the V terms of a float32 row one after another, so that log p is off by 4e-5 at V = 250,000. Here
-    sum(p) = 1 up to 1e-6 at any V.
-    """
-    z = logits.to(precision(logits.dtype))
-    if z.dtype == torch.float64 or z.device.type != "cpu":
-        return torch.log_softmax(z, -1)
-    return _LogSoftmax.apply(z)
-
-
-SMALLEST = -80.0  # log of a share that adds nothing to 1; subnormal numbers, which are slow, are avoided
-
-
-class _LogSoftmax(torch.autograd.Function):
-    """z - max(z) - log sum exp(z - max(z)), some rows at a time, with sums that torch adds up pairwise."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
-        log_p, size = torch.empty_like(z, memory_format=torch.contiguous_format), z.shape[-1]
-        step = max(1, BLOCK_ENTRIES // size)
-        for few, made in zip(z.reshape(-1, size).split(step), log_p.view(-1, size).split(step), strict=True):
-            torch.sub(few, few.amax(-1, keepdim=True), out=made)
-            made.sub_(made.clamp(min=SMALLEST).exp_().sum(-1, keepdim=True).log_())
-        ctx.save_for_backward(log_p)
-        return log_p
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
-        (log_p,) = ctx.saved_tensors
-        return torch.ops.aten._log_softmax_backward_data(grads[0], log_p, -1, log_p.dtype)
-
-
-def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:
-    """One-hot rows of the given width."""
-    zeros = torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device)
-    return zeros.scatter(-1, labels[..., None].long(), 1.0)
-
-
-def expectation(probs: Float[Tensor, "N V"], values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """sum_k probs_k values_k, where an exact zero ignores even an infinite value (0 log 0 = 0)."""
-    made = _dot(probs, values)
-    if bool(made.isfinite().all()):  # the masks cost more than the sum, and few rows need them
-        return made
-    return torch.where(probs == 0, 0.0, probs * values.masked_fill(probs == 0, 0.0)).sum(-1)
-
-
-def kl(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """KL(a || b) = sum_k a_k (log a_k - log b_k) of log-distributions, differentiable in both; a_k = 0 adds nothing."""
-    if bool((made := _dot(log_a.exp(), log_a - log_b)).isfinite().all()):
-        return made
-    gap = (log_a - log_b.masked_fill(log_a.detach() == -torch.inf, 0.0)).masked_fill(log_a.detach() == -torch.inf, 0.0)
-    return (log_a.exp() * gap).sum(-1)
-
-
-def _dot(a: Float[Tensor, "N V"], b: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """sum_k a_k b_k without a tensor of the products."""
-    wide = torch.promote_types(a.dtype, b.dtype)
-    return torch.linalg.vecdot(a.to(wide), b.to(wide))
-
-
-def log_mix(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"], share: float) -> Float[Tensor, "N V"]:
-    """log(share a + (1 - share) b) of log-distributions, differentiable in both; -inf where both are."""
-    first, second = (math.log(part) if part else -math.inf for part in (share, 1 - share))
-    one, two = log_a + first, log_b + second
-    neither = (one == -torch.inf) & (two == -torch.inf)
-    mixed = torch.logaddexp(one.masked_fill(neither, 0.0), two.masked_fill(neither, 0.0))
-    return mixed.masked_fill(neither, -torch.inf)
