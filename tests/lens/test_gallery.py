@@ -53,14 +53,14 @@ def test_linear_gem_is_signed():
     read = qlens.explain(losses.gem_linear)
     assert first(read) == ("gem", "identical")
     assert read.mixture.signed and "It pushes away from the student at temperature 0.7" in read.summary
-    assert "some weights negative" in "\n".join(read.findings)
+    assert "some w negative" in "\n".join(read.findings)
 
 
 def test_a_forgotten_detach_is_negative_trust_below_one_in_e():
     read = qlens.explain(losses.forgot_detach)
     table = read.table
     assert (table["trust"] < 0).equals(table["p_y"] < 0.36787944)
-    assert read.law.formula == "p_y (1 + log p_y), the weight p_y carrying its own gradient"
+    assert read.law.formula == "p_y (1 + log p_y), the undetached weight p_y"
     assert read.scope.detached is False
     assert read.destination.end[:2].max() < 0.01  # it ends on entries that never are labels
 

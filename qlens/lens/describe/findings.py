@@ -128,8 +128,8 @@ def _decomposition(e: Any) -> list[str]:
             f"leaves {signed}."
         ]
     fit, held_out = _relative_error(mixture.misfit), _relative_error(mixture.held)
-    signed = ", some weights negative" if mixture.signed else ""
-    text = [f"{DECOMPOSITION}, relative error {fit} (held-out tokens: {held_out}){signed}:"]
+    signed = ", some w negative" if mixture.signed else ""
+    text = [f"{DECOMPOSITION}, relative error {fit} (held out: {held_out}){signed}:"]
     for name, weight in mixture.parts.items():
         known, law = weight[mixture.sure], e.laws.get(name)
         span = f"{float(known.min()):.4g} to {float(known.max()):.4g}, no known formula" if len(known) else "not known"

@@ -22,10 +22,7 @@ COLUMNS = {
     "q_runner_up": "Q(runner-up)",
     "negative_mass": "negative mass",
 }
-LEGEND = (
-    "d: one-hot label. label weight: -g_y / (1 - p_y), 1 for cross-entropy. runner-up: the most probable token besides the "
-    "label. negative mass: minus the sum of Q's negative entries."
-)
+LEGEND = "label weight: -g_y / (1 - p_y), 1 for cross-entropy; runner-up: the most probable token besides the label"
 LATEX = ("p_y", "label_weight", "q_label", "p_runner_up", "q_runner_up", "negative_mass")
 LATEX_NAMES = ("$p_y$", "label weight", "$Q_y$", "$p$ (runner-up)", "$Q$ (runner-up)", "negative mass")
 

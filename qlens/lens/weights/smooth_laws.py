@@ -196,11 +196,11 @@ class Smooth(Features):
     def carried(self, where: np.ndarray) -> Iterator[Fit]:
         """A weight w(p_y) on -log p_y that carries its own gradient: w + p_y w' log p_y."""
         forms: dict[str, tuple[Callable[[float], np.ndarray], tuple[float, float]]] = {
-            "p_y^{0} (1 + {0} log p_y), the weight p_y^{0}": (
+            "p_y^{0} (1 + {0} log p_y), the undetached weight p_y^{0}": (
                 lambda a: np.exp(a * self.log_p) * (1 + a * self.log_p),
                 (-0.99, 8.0),
             ),
-            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the weight (1 - p_y)^{0}": (
+            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the undetached weight (1 - p_y)^{0}": (
                 lambda a: np.exp(a * self.log_rest) * (1 - a * np.exp(self.log_p - self.log_rest) * self.log_p),
                 (0.05, 12.0),
             ),
@@ -211,7 +211,7 @@ class Smooth(Features):
             if found is not None and abs(a) > 1e-3:
                 miss, (a, c) = found
                 text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
-                formula = f"{multiple(c)}{text} carrying its own gradient"
+                formula = f"{multiple(c)}{text}"
                 yield Fit(formula, 2, miss, {"c": c, "a": a}, made=c * form(a))
 
     def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:

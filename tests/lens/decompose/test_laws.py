@@ -38,10 +38,10 @@ def test_laws_are_recovered():
         (P / REST, "(p_y / (1 - p_y))"),
         (REST**2, "(1 - p_y)^2"),
         (0.1 + 4 * P, "0.1 + 4 p_y"),
-        (P * (1 + P.log()), "p_y (1 + log p_y), the weight p_y carrying its own gradient"),
+        (P * (1 + P.log()), "p_y (1 + log p_y), the undetached weight p_y"),
         (
             REST**2 - 2 * P * REST * P.log(),
-            "(1 - p_y)^2 (1 - 2 p_y log p_y / (1 - p_y)), the weight (1 - p_y)^2 carrying its own gradient",
+            "(1 - p_y)^2 (1 - 2 p_y log p_y / (1 - p_y)), the undetached weight (1 - p_y)^2",
         ),
         (1.0 * (P >= 0.25), "1 where p_y >= 0.3 (seen between 0.2 and 0.3), 0 elsewhere"),
         (P * (P <= 0.25), "p_y where p_y <= 0.3 (seen between 0.2 and 0.3), 0 elsewhere"),
