@@ -98,7 +98,7 @@ def test_a_relation_reads_as_an_equation():
 
 def test_the_command_prints_them():
     result = CliRunner().invoke(app, ["list", "--distances"])
-    assert result.exit_code == 0 and "The same gradient" in result.output and "Nearest others" in result.output
+    assert result.exit_code == 0 and "The same gradient" in result.output and "Nearest other methods" in result.output
     told = json.loads(CliRunner().invoke(app, ["list", "--distances", "--json"]).output)
     assert set(told) == {"relations", "distances", "left_out"} and told["left_out"] == []
     refused = CliRunner().invoke(app, ["list", "--model", "here"])

@@ -25,7 +25,7 @@ def test_a_loss_whose_division_needs_its_batch_is_read_whole():
         read = qlens.explain(loss)
         assert read.scope.of == "batch" and through in read.scope.through, read.scope
         assert "reduction could not be found" in read.whole_batch
-        assert read.findings[0].startswith("WARNING: read whole, its division left as it is")
+        assert read.findings[0].startswith("WARNING: read as a whole batch, its reduction left as it is")
         with pytest.raises(qlens.InputError, match="reduction could not be found"):
             qlens.implied_target(loss, qlens.probes())
 
@@ -52,7 +52,7 @@ def test_a_threshold_on_the_batch_is_said_first():
 
     read = qlens.explain(flooded)
     assert (
-        "depends on the rest of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"
+        "depends on the other tokens of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"
         in read.summary
     )
 

@@ -245,9 +245,7 @@ class _Laws(Smooth):
             [near[:, self.reading == place].any(1) for place in set(self.reading)]
         )  # which reading has which
         apart = within & (within.sum(0) == 1) if len(within) > 1 else within & False
-        if (
-            near.any(0).all() and apart.any(1).sum() < 2
-        ):  # one value per reading is a factor of the reading
+        if near.any(0).all() and apart.any(1).sum() < 2:  # one value per reading is a factor of the reading
             *first, last = map(plain, values)
             made = np.select(list(near), values)
             formula = f"{COUNTS[len(values)]} values, {', '.join(first)} and {last}"

@@ -222,7 +222,7 @@ def test_a_backward_of_its_own_is_named():
     )
     variant = resolve("dft")
     found = scope(variant.loss, probes(), total=variant.total)
-    assert found.backward == "" and "a detached weight" in str(found)
+    assert found.backward == "" and "a factor is detached" in str(found)
 
 
 def test_a_clamp_at_a_tokens_own_probability_holds_nothing_constant():
