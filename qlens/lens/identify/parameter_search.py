@@ -1,4 +1,4 @@
-"""Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
+"""Parameter search: the registered method and parameters with the gradient of a loss, between the points of matching."""
 
 from collections.abc import Collection, Sequence
 
@@ -14,21 +14,21 @@ from qlens.lens.identify.parameter_fits import ROUNDS, Fit, ThresholdFit, pushes
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import get, methods
 
-NEAR = 1e-3  # what a method may leave of the gradient, as a share, to be named as nearly the loss
-SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
+NEAR = 1e-3  # relative misfit up to which a method counts as near
+SEARCHED = 6  # nearest methods whose parameters are searched
 
 
 def search(
     grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
 ) -> list[Match]:
-    """Matches of registered methods at fitted parameters, the gradient's own up to a factor, simplest first; or none.
+    """Registered methods at fitted parameters that have a gradient up to a factor, simplest first.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V); a few dozen rows are enough.
-        tokens: where they were taken.
+        tokens: the tokens that they belong to.
         skip: the name of a method to leave out (the loss's own).
-        most: how many methods to fit.
-        noise: the rounding of the gradient; by default what its digits show.
+        most: how many methods to search.
+        noise: rounding error of the gradient; by default estimated from its digits.
 
     Example:
         >>> import qlens
@@ -81,16 +81,16 @@ def searched(
 def refined(
     spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise, numbers: Sequence[float] = ()
 ) -> Match | None:
-    """A method near a gradient, with every parameter tried on from these; None where none of its settings has the gradient.
+    """A method fitted to a gradient from given parameters, on all tokens; None where none of its settings has the gradient.
 
-    Thresholds and clips tell on a few tokens only: this looks at all of them.
+    Thresholds and clips show on a few tokens only.
 
     Args:
         spec: the method, at parameters that have the gradient on most tokens.
         grad: logit gradients of the unreduced loss, (N, V).
-        tokens: where they were taken.
-        noise: the rounding of the gradient.
-        numbers: what thresholds may be, beside the usual ones.
+        tokens: the tokens that they belong to.
+        noise: rounding error of the gradient.
+        numbers: possible values of thresholds, besides the usual ones.
     """
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
