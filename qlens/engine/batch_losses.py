@@ -12,10 +12,11 @@ from qlens.core.supervised import IGNORE, Supervised
 from qlens.core.tokens import Tokens
 from qlens.core.trial_tokens import trial_rows, wide_tokens
 from qlens.losses.calling import kind, on_view
-from qlens.losses.layout.layouts import Counts, Layout, Style, batch_of, batch_view, counts
+from qlens.losses.layout.layouts import Counts, Layout, Style, counts
 from qlens.losses.layout.names import role_of
 from qlens.losses.layout.signature import Memo, inputs
 from qlens.losses.layout.trial import few, grad_of, inputs_masked
+from qlens.losses.layout.views import batch_of, batch_view
 from qlens.losses.reduction.scalar import ALIKE, find_division
 from qlens.losses.reduction.unreduced import SUM, add_up, apart
 from qlens.losses.return_values import loss_of

@@ -12,10 +12,11 @@ from qlens.core.segments import Groups
 from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.calling import call, on_view
 from qlens.losses.layout.layout_search import style_of
-from qlens.losses.layout.layouts import Layout, Style, batch_view, label_log_probs
+from qlens.losses.layout.layouts import Layout, Style
 from qlens.losses.layout.names import FIELD, role_of
 from qlens.losses.layout.signature import Inputs, Memo, inputs, name_of, seen_as
 from qlens.losses.layout.trial import ROWS, TURNED, across, changed, few, grad_of
+from qlens.losses.layout.views import batch_view, label_log_probs
 from qlens.losses.layout.wording import described
 from qlens.losses.leaves import StubParameter, leaves
 from qlens.losses.reduction.advantages import standardised
