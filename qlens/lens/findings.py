@@ -28,7 +28,7 @@ from qlens.lens.weights.label_weights import LabelWeights, divided_by_mean, labe
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
 from qlens.lens.weights.weight_law import Law
-from qlens.losses.remarks import given_by_text, made_up_inputs, standardises
+from qlens.losses.notes.seen_tokens import given_by_text, made_up_inputs, standardises
 from qlens.registry import Variant, methods
 
 LEFT = 1e-9  # 1 - p_y below which no pull is read

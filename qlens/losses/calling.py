@@ -82,10 +82,14 @@ def call(
         style = style_of(fn, params, tokens)
     rows = tiled(tokens, layout)
     if kind(fn) == "tokens":
-        own = rows if is_built_in(fn) else rows.copied()  # a user's function may write on them
-        return on_view(fn, params, rows_view(own, layout, style, safe=True))
+        return on_view(fn, params, rows_view(protected(fn, rows), layout, style, safe=True))
     view = batch_view(rows, layout, style) if style.laid_out else rows_view(rows, layout, style, safe)
     return on_view(fn, params, view)
+
+
+def protected(fn: Callable, tokens: Tokens) -> Tokens:
+    """The tokens for a method of tokens: copies for a user's own, which may write on them, else the tokens themselves."""
+    return tokens if is_built_in(fn) else tokens.copied()
 
 
 def is_built_in(fn: Callable) -> bool:

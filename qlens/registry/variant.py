@@ -24,7 +24,7 @@ from qlens.registry.declarations import OF_PARAMETERS, check_function, declared
 from qlens.registry.structure import Structure, check_structure
 
 if TYPE_CHECKING:
-    from qlens.losses import remarks
+    from qlens.losses.notes.account import Account
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is tried for what it returns
 _KINDS = Memo()  # whether a function of tokens returns a target, by function and parameters
@@ -233,7 +233,7 @@ class Variant:
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens" and not (self.may_return_target and self.is_loss_alone(tokens)):
             with blamed(self.spec):
-                made = self.method.fn(calling.shown(self.method.fn, self.shown(tokens)), **self.params)
+                made = self.method.fn(calling.protected(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(made, Target):
                 weight = None if self.weighs(tokens) else tokens.weight
                 return made if weight is None else made.weighted(weight.to(made.scale))
@@ -264,11 +264,11 @@ class Variant:
             return self.unreduced(tokens.upcast()).sum()
         return self.loss(tokens).sum()
 
-    def account(self, tokens: Tokens) -> "remarks.Account":
+    def account(self, tokens: Tokens) -> "Account":
         """How the loss is called on such tokens, and sentences about what else it does (another model run, say)."""
-        from qlens.losses import remarks
+        from qlens.losses.notes.account import account
 
-        return remarks.account(self.method.fn, self.params, tokens)
+        return account(self.method.fn, self.params, tokens)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """The term on the model's parameters, a scalar; zero for methods that have none."""

@@ -16,7 +16,7 @@ from qlens.lens.identify.parameter_fits import pushes_only
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import Noise, rounding
 from qlens.lens.weights.features import plain
-from qlens.losses.remarks import as_given
+from qlens.losses.notes.seen_tokens import as_given
 from qlens.registry import Variant, get
 
 TRIED = 12  # matching methods that are compared on other batches
