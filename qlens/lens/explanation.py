@@ -29,7 +29,7 @@ from qlens.lens.weights.batch_moments import BatchMoments
 from qlens.lens.weights.class_weights import ClassWeights
 from qlens.lens.weights.positions import PositionWeights
 from qlens.lens.weights.weight_law import Law
-from qlens.losses import remarks
+from qlens.losses.notes.account import Account
 from qlens.losses.user_code import first_line, quiet
 from qlens.registry.variant import Variant
 
@@ -170,9 +170,9 @@ class Explanation(Result):
         return self._account.notes
 
     @cached_property
-    def _account(self) -> remarks.Account:
+    def _account(self) -> Account:
         if not self.variant.derived:
-            return remarks.Account("", ())
+            return Account("", ())
         with quiet():
             return self.variant.account(self.tokens)
 

@@ -29,7 +29,7 @@ from qlens.lens.weights.batch_moments import batch_moments
 from qlens.lens.weights.class_weights import ClassWeights, divided_by_mean, find_class_weights, with_usual_class
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
-from qlens.losses.remarks import given_by_text, made_up_inputs, standardises
+from qlens.losses.notes.seen_tokens import given_by_text, made_up_inputs, standardises
 from qlens.registry import Variant, methods
 
 OPEN = 1e-9  # least 1 - p_y at which a label weight is read

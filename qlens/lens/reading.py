@@ -22,8 +22,8 @@ from qlens.losses import calling
 from qlens.losses.layout.layout_search import in_whole_groups
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs
+from qlens.losses.notes.seen_tokens import as_given, supplied
 from qlens.losses.reduction import unreduced
-from qlens.losses.remarks import as_given, supplied
 from qlens.losses.replay import why_calls_differ
 from qlens.losses.user_code import first_line, numbers_of
 from qlens.registry.variant import Variant

@@ -1,7 +1,7 @@
-"""Losses: any loss as somebody wrote it, called as it wants to be called, its reduction undone.
+"""Losses: calls of any user-written loss, and the unreduced loss behind a scalar one.
 
-Read ``calling`` (one call) and ``return_values``, then the packages ``layout`` (which inputs, in which shape) and
-``reduction`` (what a scalar loss divides by). ``user_files`` and ``user_code`` load and run what users write,
-``states`` and ``replay`` restore what it keeps from call to call, ``graphs`` and ``leaves`` say which gradients it
-has; ``stubs`` serves losses that want a whole model, ``remarks`` and ``side_effects`` say what else they do.
+Read ``calling`` (one call), ``arguments`` (the values of its inputs) and ``return_values``, then the packages ``layout``
+(the inputs that a loss takes, and their shapes) and ``reduction`` (the count that a scalar loss divides by). ``user_files``
+and ``user_code`` load and run users' code, ``states`` and ``replay`` restore its state, ``graphs`` and ``leaves`` look at
+its graph; ``stubs`` has models for losses that take one, ``notes`` describes what else a loss does.
 """

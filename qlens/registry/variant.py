@@ -26,7 +26,7 @@ from qlens.registry.declarations import OF_PARAMETERS, declared
 from qlens.registry.structure import Structure, check_structure
 
 if TYPE_CHECKING:
-    from qlens.losses import remarks
+    from qlens.losses.notes.account import Account
     from qlens.registry.method import Method
 
 TRIED = (32, 1000)  # vocabularies on which a function of tokens is called to see whether it returns a target
@@ -178,7 +178,7 @@ class Variant:
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens" and not (self.may_return_target and self.is_loss_alone(tokens)):
             with blamed(self.spec):
-                target = self.method.fn(calling.shown(self.method.fn, self.shown(tokens)), **self.params)
+                target = self.method.fn(calling.protected(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(target, Target):
                 weight = None if self.weighs(tokens) else tokens.weight
                 return target if weight is None else target.weighted(weight.to(target.scale))
@@ -216,11 +216,11 @@ class Variant:
             return self.unreduced(tokens.upcast()).sum()
         return self.loss(tokens).sum()
 
-    def account(self, tokens: Tokens) -> "remarks.Account":
-        """How the loss is called on these tokens, with remarks on its side effects."""
-        from qlens.losses import remarks
+    def account(self, tokens: Tokens) -> "Account":
+        """How the loss is called on these tokens, with notes on its side effects."""
+        from qlens.losses.notes.account import account
 
-        return remarks.account(self.method.fn, self.params, tokens)
+        return account(self.method.fn, self.params, tokens)
 
     def penalty(self, model: nn.Module) -> Tensor:
         """The method's term on a model's parameters, a scalar; zero for methods that have none."""

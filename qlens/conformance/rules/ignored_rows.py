@@ -14,8 +14,8 @@ from qlens.conformance.wrappers import Around, as_it_is
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
 from qlens.losses.calling import on_view
-from qlens.losses.layout.layouts import View, token_ids
 from qlens.losses.layout.names import ROLE
+from qlens.losses.layout.views import View, token_ids
 
 EQUALS = ("eq", "ne", "not_equal")
 ORDERS = ("lt", "le", "gt", "ge", "less", "less_equal", "greater", "greater_equal")

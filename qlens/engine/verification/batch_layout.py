@@ -9,9 +9,10 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.core.trial_tokens import trial_rows, wide_tokens
 from qlens.losses.calling import kind, on_view
-from qlens.losses.layout.layouts import Layout, Style, batch_view, counts
+from qlens.losses.layout.layouts import Layout, Style, counts
 from qlens.losses.layout.signature import Memo
 from qlens.losses.layout.trial import few, grad_of
+from qlens.losses.layout.views import batch_view
 from qlens.losses.reduction.scalar import ALIKE, find_division
 from qlens.losses.reduction.unreduced import SUM
 from qlens.losses.return_values import loss_of

@@ -53,7 +53,10 @@ class MethodSearch:
         fields: fields of Tokens that the loss takes; methods that need another are not fitted. None: unknown.
     """
 
-    other_batches: list[BatchReading]
+    @property
+    def other_batches(self) -> list[BatchReading]:
+        """The gradient on other batches."""
+        raise NotImplementedError
 
     def __init__(self, variant: Variant, own_spec: str, shown: Reading):
         self.variant, self.own_spec, self.shown = variant, own_spec, shown

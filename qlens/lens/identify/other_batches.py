@@ -11,7 +11,7 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import Noise, rounding
-from qlens.losses.remarks import as_given
+from qlens.losses.notes.seen_tokens import as_given
 from qlens.registry.variant import Variant
 
 UNLIKELY = 0.5  # label probability below which tokens form one of the batches

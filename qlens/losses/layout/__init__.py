@@ -1,6 +1,7 @@
-"""Layout: which inputs a loss asks for, and in which shape: rows, batches, shifted inside or outside.
+"""Layout: the inputs that a loss takes, and their shapes: rows or batches, shifted inside or outside.
 
-Read ``names`` and ``signature`` (parameters to inputs), ``layouts`` (the shapes), ``candidates`` (the likely ones) and
-``layout_search`` (which one a loss wants, by ``trial`` on a few rows), ``pairing`` (losses that compare texts of their
-batch); ``wording`` says which was taken.
+Read ``names`` and ``signature`` (inputs by parameter), ``layouts`` and ``views`` (the shapes and their tensors),
+``candidates`` (the styles that a loss may have), ``trial`` (one style on a few rows), ``style_trials`` (the best of all) and
+``layout_search`` (the style of a loss, remembered); ``past_searches`` and ``search_errors`` belong to it. ``pairing`` finds
+losses that compare the texts of a batch, ``flattening`` losses of (B, T) that were given rows, ``wording`` describes a style.
 """

@@ -4,13 +4,13 @@ import functools
 import inspect
 import re
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from qlens.core.errors import InputError
-from qlens.losses.layout.names import FIELD, KERNEL, ROLE, STUDENT, role_by_words
+from qlens.losses.layout.names import FIELD, KERNEL, ROLE, STUDENT, role_by_words, role_of
 
 CALLERS = ("num_items_in_batch", "return_outputs")  # what a Trainer fills in, no parameters of the loss
 
@@ -76,6 +76,13 @@ def inputs(fn: Callable) -> Inputs:
         InputError: there is no parameter that logits could be given to.
     """
     return _SIGNATURES.get(fn, "inputs", lambda: _inputs(fn))
+
+
+def roles_taken(fn: Callable, columns: Collection[str] = ()) -> set[str]:
+    """The inputs that a loss takes, as parameters or as columns of its batch."""
+    wanted = inputs(fn)
+    roles = (*wanted.required.values(), *wanted.optional.values(), *map(role_of, columns))
+    return {role for role in roles if role is not None}
 
 
 def lists_of(fn: Callable) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Trying: one style on a few rows, what it shows, and the gradient of one call."""
+"""Trials: whether one style fits a loss, by its gradient on a few rows and by what changed labels and values do to it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -18,17 +18,30 @@ from qlens.losses.layout.signature import inputs, name_of
 from qlens.losses.return_values import loss_of
 from qlens.losses.user_code import EndedError, blamed
 
-ROWS = 8  # rows that a layout is tried on
-MASKED = (5, 7, 4, 9)  # further positions, of which the first leaves no two sizes alike: nothing broadcasts by accident
-WIDTHS = (6, 8, 13)  # further positions at which chunks are tried again
-TURNED = 1e-3  # of its gradient: a row whose gradient turns by more reacts to a label
-ROUNDING = 64  # machine epsilons of the largest gradient, below which a turn is rounding
+ROWS = 8  # rows of a trial
+MASKED = (
+    5,
+    7,
+    4,
+    9,
+)  # numbers of further positions; the first that makes no two sizes equal is used, against broadcasts
+WIDTHS = (6, 8, 13)  # numbers of further positions at which chunks are tried again
+TURNED = 1e-3  # relative change of a row's gradient that counts as a reaction to a label
+ROUNDING = 64  # machine epsilons of the largest gradient, below which a change is rounding
 AS_GIVEN = Layout()
 
 
 class Trial(NamedTuple):
-    """What a call in one style showed: whether supervised rows have gradient, react to their own labels, and to the
-    per-token values of others; whether the value had a graph; and whether rows are treated as texts, or the other way."""
+    """The outcome of calls in one style.
+
+    Args:
+        style: how the loss was called.
+        lit: share of the supervised rows that have a gradient.
+        reacts: share of these whose gradient changes with their own label, and with no other.
+        mislaid: whether a per-token value changes the gradient of other rows.
+        graph: whether the value had a graph.
+        flattened: whether the loss reduced rows as if they were texts, or broadcast (N, 1) against (N,).
+    """
 
     style: Style
     lit: float
@@ -39,74 +52,75 @@ class Trial(NamedTuple):
 
     @property
     def full(self) -> bool:
-        """Whether nothing speaks against this style; (B, 1) fits losses of tokens too, and speaks for nothing."""
+        """Whether every row fits; never for (B, 1) advantages, which fit losses of tokens as well."""
         return self.lit == 1 and self.fits and self.style.fields != "column"
 
     @property
     def fits(self) -> bool:
-        """Whether the rows that have gradient react to their own labels and values alone."""
+        """Whether the rows that have a gradient react to their own labels and values alone."""
         return self.lit > 0 and self.reacts == 1 and not self.mislaid and not self.flattened
 
     @property
     def plain_rows(self) -> bool:
-        """Whether the loss takes rows (N, V), and learns from some of them only: it selects."""
+        """Whether the loss takes rows (N, V) and has a gradient at some of them, as a loss that selects rows."""
         return self.style.shape == "rows" and self.lit > 0 and self.reacts == 1 and not self.mislaid
 
 
 class Gradient(NamedTuple):
-    """The gradient of one call, (N, V), and whether the value that it is of had a graph."""
+    """The gradient of one call, (N, V), and whether the value had a graph."""
 
     grad: Tensor
     graph: bool
 
 
 def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
-    """One style on a few rows: their gradients, and which of them turn or vanish as every third label changes.
+    """A trial of one style on a few rows.
 
     Raises:
         LossError: the loss raised.
     """
     layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
     with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
-        found = gradient(fn, params, tokens, style, layout)
-    return _judged(fn, params, tokens, style, layout, found)._replace(flattened=flattened.seen)
+        gradient = gradient_of(fn, params, tokens, style, layout)
+    return _outcome(fn, params, tokens, style, layout, gradient)._replace(flattened=flattened.seen)
 
 
-def _judged(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, found: Gradient
+def _outcome(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, gradient: Gradient
 ) -> Trial:
-    """What the gradient in one style shows, with that of other labels and other per-token values beside it."""
-    base, graph = found
+    """The outcome of a call with this gradient, after further calls with other labels and other per-token values."""
+    base, graph = gradient
     size = base.norm(dim=-1)
     if not bool(base.isfinite().all()) or not bool(size.any()):
         return Trial(style, 0.0, 0.0, graph=graph)
     lit = float((size > 0).double().mean())
     mislaid = _mislaid(fn, params, tokens, style, layout, base)
-    if lit < 0.5:  # a maximum over a text, say: the few rows that have gradient are asked one by one
-        return Trial(style, lit, _own_labels(fn, params, tokens, style, layout, base), mislaid)
-    some = torch.arange(len(tokens)) % 3 == 1
-    other = grad_of(fn, params, changed(tokens, some), style, layout)
+    if lit < 0.5:  # as of a maximum over a text: the rows that have a gradient are tried one by one
+        return Trial(style, lit, _reacting_alone(fn, params, tokens, style, layout, base), mislaid)
+    third = torch.arange(len(tokens)) % 3 == 1
+    other = grad_of(fn, params, changed(tokens, third), style, layout)
     least = (TURNED * size).clamp(min=ROUNDING * torch.finfo(size.dtype).eps * float(size.max()))
-    turned = (across(other, base) > least) | ((size > 0) & (other.norm(dim=-1) <= TURNED * size))  # turned, or gone
-    mine = some.to(turned.device) & (size > 0)
-    if not bool(turned.any()) or not bool(mine.any()):
-        return Trial(style, lit, float(not bool(turned.any())), mislaid)
-    return Trial(style, lit, float(turned[mine].double().mean()), mislaid)
+    vanished = (size > 0) & (other.norm(dim=-1) <= TURNED * size)
+    reacted = (across(other, base) > least) | vanished
+    expected = third.to(reacted.device) & (size > 0)
+    if not bool(reacted.any()) or not bool(expected.any()):
+        return Trial(style, lit, float(not bool(reacted.any())), mislaid)
+    return Trial(style, lit, float(reacted[expected].double().mean()), mislaid)
 
 
-def _own_labels(
+def _reacting_alone(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
 ) -> float:
-    """Of the rows with gradient, the share whose gradient changes with their own label."""
-    rows, reacts = base.norm(dim=-1).nonzero()[:, 0].tolist(), 0
+    """Of the rows with a gradient, the share whose gradient changes with their own label."""
+    rows, number = base.norm(dim=-1).nonzero()[:, 0].tolist(), 0
     for row in rows:
         after = grad_of(fn, params, changed(tokens, torch.arange(len(tokens)) == row), style, layout)
-        reacts += bool((after - base)[row].norm() > TURNED * base[row].norm())
-    return reacts / len(rows)
+        number += bool((after - base)[row].norm() > TURNED * base[row].norm())
+    return number / len(rows)
 
 
 def attempt_at_widths(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Trial:
-    """One style; in chunks, at several widths of the texts, which tell numbers of chunks and ways to cut apart.
+    """A trial of one style; in chunks at several widths, to tell numbers of chunks and ways to cut apart.
 
     Raises:
         LossError: the loss raised.
@@ -123,15 +137,17 @@ def attempt_at_widths(fn: Callable, params: Mapping[str, Any], tokens: Tokens, s
 
 
 def _masked(tokens: Tokens) -> int:
-    """A number of further positions by which no width, and no number of rows, is the size of the vocabulary."""
+    """A number of further positions that makes neither a width nor the number of rows equal to the vocabulary."""
     rows = len(tokens)
     longest = rows if tokens.sequence is None else int(tokens.sequence.unique(return_counts=True)[1].max())
-    sizes = {tokens.logits.shape[1]}
-    return next((more for more in MASKED if not sizes & {rows + more, longest + more, longest + 1 + more}), MASKED[0])
+    vocabulary = tokens.logits.shape[1]
+    return next(
+        (more for more in MASKED if vocabulary not in (rows + more, longest + more, longest + 1 + more)), MASKED[0]
+    )
 
 
 def inputs_masked(fn: Callable) -> bool:
-    """Whether a loss takes a mask that tells supervised rows."""
+    """Whether a loss takes a mask of the supervised rows."""
     wanted = inputs(fn)
     return "mask" in wanted.required.values() or "mask" in wanted.optional.values()
 
@@ -139,23 +155,23 @@ def inputs_masked(fn: Callable) -> bool:
 def _mislaid(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
 ) -> bool:
-    """Whether a per-token value moves the gradient of other rows than its own: it stands at another place, or is broadcast."""
+    """Whether a per-token value changes the gradient of other rows: its position is wrong, or it is broadcast."""
     wanted = inputs(fn)
     fields = {FIELD.get(role) for role in (*wanted.required.values(), *wanted.optional.values())}
     fields |= {FIELD.get(role_of(name) or "") for name in style.columns}
-    last = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1  # the second text, where there are two
-    one = torch.arange(len(tokens), device=base.device) == 1
+    second_text = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1
+    second_row = torch.arange(len(tokens), device=base.device) == 1
     for field in fields & {"weight", "advantage"}:
         value = getattr(tokens, str(field))
         if value is None and field == "weight":
             value = torch.ones(len(tokens), dtype=base.dtype, device=base.device)
         if value is None:
             continue
-        for rows in (last,) if style.by_text else (last, one):
+        for rows in (second_text,) if style.by_text else (second_text, second_row):
             other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
             moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
-            seen = moved > TURNED * float(base.norm(dim=-1).max())
-            if bool(seen[~rows].any()):
+            reacted = moved > TURNED * float(base.norm(dim=-1).max())
+            if bool(reacted[~rows].any()):
                 return True
     return False
 
@@ -167,7 +183,7 @@ def changed(tokens: Tokens, rows: Tensor) -> Tokens:
 
 
 def across(grad: Tensor, base: Tensor) -> Tensor:
-    """The size of every row's part of ``grad`` at right angles to ``base``, (N,)."""
+    """The size of each row's component of ``grad`` orthogonal to ``base``, (N,)."""
     along = (grad * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True)
     return (grad - torch.where(along.isfinite(), along, 0.0) * base).norm(dim=-1)
 
@@ -175,56 +191,64 @@ def across(grad: Tensor, base: Tensor) -> Tensor:
 def grad_of(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None, layout: Layout = AS_GIVEN
 ) -> Tensor:
-    """The gradient of the summed loss on the first copy of every row, all copies added up as one row would be, (N, V).
+    """The gradient of the summed loss at every row, (N, V), averaged over its copies.
 
     Raises:
         LossError: the loss, or its backward, raised, or it returns a value other than zero that has no graph.
         InputError: it returns nothing that is a loss.
     """
-    return gradient(fn, params, tokens, style, layout).grad
+    return gradient_of(fn, params, tokens, style, layout).grad
 
 
-def gradient(
+def gradient_of(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None, layout: Layout = AS_GIVEN
 ) -> Gradient:
-    """The gradient as of ``grad_of``, and whether the loss returned a value with a graph: zeros may come without one."""
+    """The gradient as of ``grad_of``, and whether the value had a graph: a loss may return zero without one."""
     with recorded():
-        tokens = ordinary(tokens)
-        leaf = tokens.logits.detach().clone().requires_grad_()
+        tokens, leaf = _with_leaf(tokens)
 
         def run() -> Any:
             return call(fn, params, tokens.with_logits(leaf), layout, style=style)
 
         result = loss_of(run(), name_of(fn))
         value = graphs.checked(result, name_of(fn), run, leaf).value
-        with blamed(name_of(fn), kind=EndedError):
-            (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
-    made = torch.zeros_like(leaf) if grad is None else grad / layout.copies
-    return Gradient(made, result.value.requires_grad and grad is not None)
+        grad = _derivative(fn, value, leaf)
+    return Gradient(
+        torch.zeros_like(leaf) if grad is None else grad / layout.copies,
+        result.value.requires_grad and grad is not None,
+    )
 
 
 def value_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Tensor:
-    """The loss without its graph, in a call with one: of several things returned, the one that has a graph is the loss."""
+    """The detached loss; computed with a graph, which of several returned values is the loss is seen by that."""
     with recorded():
-        tokens = ordinary(tokens)
-        leaf = tokens.logits.detach().clone().requires_grad_()
+        tokens, leaf = _with_leaf(tokens)
         return loss_of(call(fn, params, tokens.with_logits(leaf), AS_GIVEN, style=style), name_of(fn)).value.detach()
 
 
 def first_copy(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout = AS_GIVEN
 ) -> Tensor:
-    """The gradient of the summed loss on the first copy of every row alone, the others being constants, (N, V)."""
+    """The gradient of the summed loss at the first copy of every row, the others held constant, (N, V)."""
     many = tiled(tokens, layout)
     with recorded():
-        tokens = ordinary(tokens)
-        leaf = tokens.logits.detach().clone().requires_grad_()
+        tokens, leaf = _with_leaf(tokens)
         logits = torch.cat([leaf, many.logits[len(tokens) :].detach()])
-        made = call(fn, params, many.with_logits(logits), layout._replace(copies=1), style=style)
-        value = loss_of(made, name_of(fn)).value
-        with blamed(name_of(fn), kind=EndedError):
-            (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True)
+        result = call(fn, params, many.with_logits(logits), layout._replace(copies=1), style=style)
+        grad = _derivative(fn, loss_of(result, name_of(fn)).value, leaf)
     return torch.zeros_like(leaf) if grad is None else grad
+
+
+def _with_leaf(tokens: Tokens) -> tuple[Tokens, Tensor]:
+    """The tokens as ordinary tensors, and a leaf of their logits."""
+    tokens = ordinary(tokens)
+    return tokens, tokens.logits.detach().clone().requires_grad_()
+
+
+def _derivative(fn: Callable, value: Tensor, leaf: Tensor) -> Tensor | None:
+    """The gradient of the sum of a value, None if it does not depend on the leaf."""
+    with blamed(name_of(fn), kind=EndedError):
+        return torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
 
 
 def few(tokens: Tokens, group: int = 1) -> Tokens:

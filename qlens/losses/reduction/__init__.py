@@ -1,5 +1,6 @@
-"""Reduction: a scalar loss, undone to one value per token.
+"""Reduction: the unreduced loss behind a scalar one.
 
-Read ``unreduced`` (the loss per token), ``scalar`` (what a scalar loss divides by), ``divisors`` (the counts it may be) and
-``random_losses`` (losses that draw numbers); ``advantages`` says what a loss makes of its advantages over a batch.
+Read ``unreduced`` (the loss per token), ``scalar`` (the count that a loss divides by), ``comparison`` (its gradients in
+several layouts), ``divisors`` (the known counts) and ``two_terms`` (unusual reductions); ``random_losses`` is about losses
+that draw numbers, ``advantages`` about losses that standardise their advantages.
 """

@@ -11,10 +11,11 @@ from qlens.core.tokens import Tokens
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.verification.batch_layout import layout_dependence
 from qlens.losses.calling import kind, on_view
-from qlens.losses.layout.layouts import Counts, Style, batch_of
+from qlens.losses.layout.layouts import Counts, Style
 from qlens.losses.layout.names import role_of
 from qlens.losses.layout.signature import inputs
 from qlens.losses.layout.trial import inputs_masked
+from qlens.losses.layout.views import batch_of
 from qlens.losses.reduction.unreduced import add_up, apart
 from qlens.losses.return_values import loss_of
 from qlens.registry import Variant
