@@ -1,4 +1,4 @@
-"""The notebooks: they run from end to end, and what is stored beside their cells is what these cells showed."""
+"""The notebooks run from end to end, and their stored outputs are those of their cells."""
 
 import copy
 import re
@@ -59,7 +59,7 @@ def result(notebook):
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """Where the lab's small world lies, built once for all notebooks."""
+    """Cache folder of the lab, built once for all notebooks."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -91,27 +91,26 @@ def test_ones_own_models_and_text_can_be_looked_at(own, tmp_path, cache, monkeyp
     assert "left out, longer than the context of 32 tokens: row 41" in said(made)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_is_stored_was_shown_by_these_cells(path):
-    notebook = read(path)
-    nbformat.validate(notebook)
-    assert run_notebooks.current(notebook), "run python -m qlens.analysis.maintenance.run_notebooks"
-    assert path.read_text(encoding="utf-8") == nbformat.writes(run_notebooks.stored(copy.deepcopy(notebook))) + "\n"
-    assert not [
-        output for output in outputs(notebook) if output.output_type == "error" or output.get("name") == "stderr"
-    ]
-    assert len(pictures(notebook)) >= PICTURES[number(path)]
-    assert not JUNK.search(said(notebook)), JUNK.search(said(notebook))
+def test_stored_outputs_are_those_of_the_cells():
+    for path in FILES:
+        notebook = read(path)
+        nbformat.validate(notebook)
+        assert run_notebooks.current(notebook), f"{path.name}: run python -m qlens.analysis.maintenance.run_notebooks"
+        again = nbformat.writes(run_notebooks.stored(copy.deepcopy(notebook))) + "\n"
+        assert path.read_text(encoding="utf-8") == again, path.name
+        assert troubles(notebook) == [], path.name
+        assert len(pictures(notebook)) >= PICTURES[number(path)], path.name
+        assert not JUNK.search(said(notebook)), (path.name, JUNK.search(said(notebook)))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_says_what_it_teaches_and_ends_with_a_result(path):
-    notebook = read(path)
-    first = notebook.cells[0].source
-    assert first.startswith(f"# {number(path)}. ") and "At the end" in first
-    assert result(notebook).startswith("**Result.**") and re.search(r"\d", result(notebook))
-    assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= 45, "cells are short"
-    assert not re.search(r"https?://(?!arxiv\.org)", "".join(cell.source for cell in notebook.cells))
+def test_it_says_what_it_teaches_and_ends_with_a_result():
+    for path in FILES:
+        notebook = read(path)
+        first = notebook.cells[0].source
+        assert first.startswith(f"# {number(path)}. ") and "At the end" in first, path.name
+        assert result(notebook).startswith("**Result.**") and re.search(r"\d", result(notebook)), path.name
+        assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= 45, f"{path.name}: cells are short"
+        assert not re.search(r"https?://(?!arxiv\.org)", "".join(cell.source for cell in notebook.cells)), path.name
 
 
 def test_there_are_six_and_they_are_small():

@@ -20,7 +20,7 @@ def test_pictures_of_ones_own_model_come_with_their_data(own, tmp_path, capsys):
     made = {path.name for path in (tmp_path / "made").iterdir()}
     assert made == {f"{name}.{kind}" for name in only for kind in ("png", "csv")}
     watched = pd.read_csv(tmp_path / "made" / "watch.csv")
-    assert set(watched["variant"]) == set(readme_figures.WATCHED) and watched["step"].max() == 120
+    assert set(watched["variant"]) == set(readme_figures.METHODS) and watched["step"].max() == 120
     said = capsys.readouterr().err.replace("\n", "")
     assert all(readme_figures.PICTURES[name][1] in said for name in only)
 
