@@ -215,9 +215,9 @@ def _simplex(e: Any) -> list[str]:
     off = (table["total"] - 1).abs()
     found = e.shift_variance
     tolerance = 100 * torch.finfo(e.precision).eps
-    if found is not None and (unequal := int((off > tolerance).sum())):
+    unequal = 0 if found is None else int((off > tolerance).sum())
+    if found is not None and unequal:
         cause = found.cause or "the loss sees raw logits, not only their softmax"
-
         text.append(f"WARNING: sum(Q) is not 1 on {unequal} of {n} tokens (off by up to {off.max():.3g}): {cause}.")
     elif found is not None:
         text.append(f"WARNING: sum(Q) is not 1 on further trial tokens: {found.cause or 'the loss sees raw logits'}.")
