@@ -118,9 +118,9 @@ def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mi
         assert (
             qlens.implied_target(spec, tokens).grad.isfinite().all() and qlens.get(spec).loss(tokens).isfinite().all()
         )
-    ground = UserSource.of(folders[0], folders[3], folders[1]).open
+    environment = UserSource.of(folders[0], folders[3], folders[1]).open
     (tmp_path / "data.jsonl").write_text('{"text": "what is banana"}\n{"text": "banana"}')
-    other = ground().teacher()
+    other = environment().teacher()
     hidden, head = torch.randn(2, 16, requires_grad=True), student.lm_head.weight
     linear = other.get_output_embeddings()
     whole = qlens.fused_loss("kd", hidden, head, torch.tensor([1, 2]), teacher=linear(hidden).detach())

@@ -46,7 +46,7 @@ def both(variant, dtype=torch.float64, seed=0, **options):
     return found
 
 
-def compare_with_autograd(spec, **options):
+def assert_matches_autograd(spec, **options):
     for fused, plain in zip(*both(spec, **options), strict=True):
         assert_close(fused, plain, rtol=1e-10, atol=1e-10 * max(1.0, float(plain.abs().max())))
 
@@ -55,7 +55,7 @@ def compare_with_autograd(spec, **options):
 def test_every_method_and_preset_is_the_plain_path(name):
     for preset in ("", *methods()[name].modes):
         with case(preset):
-            compare_with_autograd(f"{name}@{preset}" if preset else name, chunk=7)
+            assert_matches_autograd(f"{name}@{preset}" if preset else name, chunk=7)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_every_method_and_preset_is_the_plain_path(name):
 def test_chunks_and_real_heads(options):
     for spec in ("sft", "dft", "psft", "iw_sft", "dpo", "kd", "target_sft", "label_smoothing", "gem", "eaft"):
         with case(spec):
-            compare_with_autograd(spec, **options)
+            assert_matches_autograd(spec, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -81,10 +81,10 @@ def test_precision(dtype):
     for name in qlens.names():
         if fusible(qlens.get(name)):
             with case(name):
-                compare_with_float64(name, dtype)
+                assert_matches_float64(name, dtype)
 
 
-def compare_with_float64(name, dtype):
+def assert_matches_float64(name, dtype):
     """Against float64 on the same logits, which are the product in the inputs' own dtype."""
     leaves = parts(dtype)
     rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given().items()}
@@ -107,10 +107,10 @@ def test_gradients_are_finite_differences_of_the_value():
     for spec in ("sft", "gce", "kd_hybrid", "sft_kl", "label_smoothing", "focal", "dpo", "simpo", "orpo", "jsd"):
         for softcap in (None, 4.0):
             with case(spec, softcap):
-                gradcheck(spec, softcap)
+                assert_gradcheck(spec, softcap)
 
 
-def gradcheck(spec, softcap):
+def assert_gradcheck(spec, softcap):
     variant = qlens.get(spec)
     rows = slice(0, 4) if variant.scope == "token" else slice(0, N)
     leaves = [leaf.detach()[rows] if i == 0 else leaf.detach() for i, leaf in enumerate(parts())]

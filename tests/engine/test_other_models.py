@@ -38,10 +38,10 @@ def test_other_models_as_hidden_states_logits_and_masked():
 def test_a_top_k_teacher_equals_its_logits(tail):
     for spec in ("target_sft", "kd_hybrid", "topk_kd(k=3)", "kd(temperature=2.0)", "jsd", "label_smoothing"):
         with case(spec):
-            compare_top_k(spec, tail)
+            assert_top_k_equals_logits(spec, tail)
 
 
-def compare_top_k(spec, tail):
+def assert_top_k_equals_logits(spec, tail):
     hidden, head, bias = parts()
     known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
     teacher = TopK(ids, known, tail)

@@ -81,10 +81,10 @@ def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_p
 def test_a_loss_that_reduces_itself_is_cut_without_a_word(caplog):
     for reduction in ["mean", "sum", "none"]:
         with case(reduction):
-            compare_reduction(reduction, caplog)
+            assert_cut_silently(reduction, caplog)
 
 
-def compare_reduction(reduction, caplog):
+def assert_cut_silently(reduction, caplog):
     def loss(logits, labels):
         return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
@@ -128,10 +128,10 @@ def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not
     for weight in [at_least_a_hundred, over_its_mean, normalised]:
         for form in ["target", "loss"]:
             with case(weight, form):
-                compare_on_two_batches(weight, form)
+                assert_right_on_two_batches(weight, form)
 
 
-def compare_on_two_batches(weight, form):
+def assert_right_on_two_batches(weight, form):
     """Rows are tried on random fields too, and more of them than most losses ask for: a verdict is not a first batch's luck."""
 
     def target(tokens):

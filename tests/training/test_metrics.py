@@ -185,10 +185,10 @@ def test_the_update_norm_is_exact_where_few_numbers_are_trained(make):
 def test_the_update_norm_of_many_is_an_estimate_with_the_error_that_is_stated():
     for kind in ["as the gradient", "all", "few rows"]:
         with case(kind):
-            compare_estimate(kind)
+            assert_estimate(kind)
 
 
-def compare_estimate(kind):
+def assert_estimate(kind):
     draw = torch.Generator().manual_seed(0)
     model = nn.ParameterList(nn.Parameter(torch.zeros(size)) for size in ((3000, 40), (7,), (20, 30, 40), (9000,)))
     changes = []
@@ -233,10 +233,10 @@ def test_the_update_norm_draws_none_of_torchs_numbers(make):
 def test_what_is_not_logged_is_not_remembered(make):
     for options in [dict(log_every=0), dict(log_every=1, logging_strategy="no")]:
         with case(options):
-            count_remembered(make, options)
+            assert_nothing_remembered(make, options)
 
 
-def count_remembered(make, options):
+def assert_nothing_remembered(make, options):
     trainer, held = make("dft", steps=3, **options), []
     trainer.add_callback(Before(lambda: held.append(len(trainer._update.before))))
     trainer.train()

@@ -74,10 +74,10 @@ def joined(examples: list[dict]) -> dict:
 def test_engine_and_trainer_divide_alike(make):
     for spec in ("dpo", "simpo", "ipo", "orpo"):
         with case(spec):
-            compare_denominators(make, spec)
+            assert_one_denominator(make, spec)
 
 
-def compare_denominators(make, spec):
+def assert_one_denominator(make, spec):
     model, reference, examples = llama(), llama(2), in_pairs(6)
     batch = collate(examples)
     where = Supervised.of(batch)
