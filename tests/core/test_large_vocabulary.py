@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlens
-from qlens.analysis.plots.target_data import along
+from qlens.analysis.plots.target_data import text_frame
 from qlens.core.numerics import log_softmax
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
@@ -255,12 +255,12 @@ def test_targets_on_a_chat_model_are_drawn_without_false_signs():
     tokens = Tokens.from_text(model, tokenizer, [row])
     tokens = tokens.replace(teacher=tokens.logits.roll(1, 0))
     for given in (tokens, tokens.replace(logits=tokens.logits.bfloat16(), teacher=tokens.teacher.bfloat16())):
-        frame = along(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], given)
+        frame = text_frame(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], given)
         proper = frame[frame["method"] != "gem"]
         assert proper.notna().all().all() and (proper["negative_mass"] == 0).all()
         assert (frame[frame["method"] == "sft"]["entropy"] == 0).all()
         assert (frame[frame["method"] == "gem"]["negative_mass"] > 0).any()
-        exact = along(["dft", "target_sft", "gem"], double(given))
-        for name in ("entropy", "kl", "negative_mass", "trust", "reshape"):
+        exact = text_frame(["dft", "target_sft", "gem"], double(given))
+        for name in ("entropy", "kl", "negative_mass", "label_weight", "reshape"):
             found = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
             assert found.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name

@@ -66,11 +66,10 @@ class Display:
         Returns:
             The Axes.
         """
-        from qlens.analysis.plots import plot_trust
+        from qlens.analysis.plots import plot_label_weight
 
         frame = self.to_frame().dropna(subset="label_weight")
-        frame = frame.assign(method=name, trust=frame["label_weight"])  # as plot_trust names it
-        return plot_trust(frame[["method", "p_y", "trust", "label_weight"]], ax=ax, **line)
+        return plot_label_weight(frame.assign(method=name)[["method", "p_y", "label_weight"]], ax=ax, **line)
 
 
 def _range(values: "Tensor") -> str:
