@@ -35,7 +35,7 @@ def latex_table(frame: pd.DataFrame, columns: Sequence[str] | None = None, capti
     if columns is not None:
         if unknown := [name for name in columns if name not in frame]:
             raise InputError(f"columns: no column {unknown[0]!r}; there are {', '.join(map(str, frame.columns))}")
-        frame = frame[list(columns)]
+        frame = frame.loc[:, list(columns)]
     options: dict[str, Any] = {
         "index": False,
         "escape": True,

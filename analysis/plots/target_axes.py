@@ -92,21 +92,23 @@ def plot_sweep(
     Raises:
         InputError: columns are missing, or an unknown ``show``.
     """
-    show = renamed_metric(show)
-    if show not in SHOWN:
+    metric = renamed_metric(show)
+    if metric not in SHOWN:
         raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
-    data, (columns, name) = current_names(data), SHOWN[show]
+    data, (columns, name) = current_names(data), SHOWN[metric]
     need(data, "p_y", *columns)
     need(data, "method" if "shape" not in data else "shape")
     ax = current(ax)
     ax.axhline(0, color=INK, lw=0.8, zorder=1)
-    _references(ax, show, data["p_y"])
+    _references(ax, metric, data["p_y"])
     for key, rows, style in _lines(data):
         solid = style | line
         dashed = solid | {"ls": "--", "markerfacecolor": "none" if len(rows) > MANY else "white", "label": "_"}
         for column, options in zip(columns[::-1], (solid, dashed)[len(columns) - 1 :: -1], strict=True):
             ax.plot(rows["p_y"], rows[column], **{"label": key} | options)
-    if show == "label_weight" and data[show].abs().max() > 20:  # a few tokens with p_y near 1 would flatten all others
+    if (
+        metric == "label_weight" and data[metric].abs().max() > 20
+    ):  # a few tokens with p_y near 1 would flatten all others
         ax.set_yscale("symlog", linthresh=1.0)
     _p_y_axis(ax, data["p_y"])
     ax.set(xlabel=r"label probability $p_y$", ylabel=name)

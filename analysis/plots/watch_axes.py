@@ -106,26 +106,26 @@ def plot_course(
     Raises:
         InputError: columns are missing, there are no records, or an unknown metric.
     """
-    show = renamed_metric(show)
-    if show not in COURSES:
+    metric = renamed_metric(show)
+    if metric not in COURSES:
         raise InputError(f"show must be one of {', '.join(COURSES)}, got {show!r}")
-    frame = _checked(frame, show)
+    frame = _checked(frame, metric)
     ax, chosen = current(ax), look(frame, "variant")
-    if show in ("negative_mass", "label_weight"):
+    if metric in ("negative_mass", "label_weight"):
         ax.axhline(0, color=INK, lw=0.8, zorder=1)
     for name, rows in frame.groupby("variant", sort=False):
-        by_step, style = rows.groupby("step")[show], chosen[str(name)]
+        by_step, style = rows.groupby("step")[metric], chosen[str(name)]
         low, mean, high = by_step.quantile(0.25), by_step.mean(), by_step.quantile(0.75)
         ax.fill_between(mean.index, low, high, color=style.color, alpha=0.12, lw=0, zorder=2)
         options = {"color": style.color, "marker": style.marker, "markersize": 4.0, "lw": 1.3, "zorder": 3}
         options |= {"markeredgecolor": "white", "markeredgewidth": 0.4, "label": name}
         ax.plot(mean.index, mean, **options | {"markevery": max(1, len(mean) // 10)} | line)
-    if unknown := int(frame[show].isna().sum()):
+    if unknown := int(frame[metric].isna().sum()):
         note(ax, f"{unknown} of {len(frame)} not defined", y=0.98, va="top")
-    if show not in SIGNED:
+    if metric not in SIGNED:
         top = max(ax.get_ylim()[1], 0.01)  # an all-zero metric lies at the bottom
         ax.set_ylim(-0.04 * top, top)
-    ax.set(xlabel="training step", ylabel=COURSES[show])
+    ax.set(xlabel="training step", ylabel=COURSES[metric])
     return clean(ax)
 
 

@@ -102,7 +102,9 @@ def html(study: Study, figures: Mapping[str, bytes]) -> str:
 
 
 def _measured(metadata: Mapping[str, Any]) -> pd.DataFrame:
-    """A row per setting, a column per measurement."""
-    frame = pd.DataFrame(metadata.get("settings", {})).T
-    words = {name: text for subject in MEASURED.values() for name, text in subject.items()}
-    return frame.rename(columns=words).rename_axis("setting").reset_index().fillna("-")
+    """A row per measurement, a column per setting."""
+    frame = pd.DataFrame(metadata.get("settings", {}))
+    words = {name: f"{subject}: {text}" for subject, texts in MEASURED.items() for name, text in texts.items()}
+    known = [name for name in words if name in frame.index]
+    frame = frame.loc[[*known, *frame.index.difference(known, sort=False)]]
+    return frame.rename(index=words).rename_axis("measurement").reset_index().fillna("-")

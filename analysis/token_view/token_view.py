@@ -1,6 +1,6 @@
 """Token view: the targets of methods at every token of a text, as an HTML page, a table, a figure or a ranking."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.analysis.table_formats import latex_table
+from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, tokenizer_of, variants_of
 from qlens.analysis.token_view.page import html
 from qlens.analysis.token_view.ranking import OLD_COLUMNS, Ranking, jsonl, rank, records
 from qlens.analysis.token_view.summary import Summary, summary_of
@@ -21,14 +22,10 @@ from qlens.core.deprecation import renamed_arguments, renamed_columns, warn
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text
 from qlens.core.supervised import IGNORE
-from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_model, check_same_vocabulary, shortest_context
-from qlens.data.examples import example
-from qlens.data.from_text import check_fits, row_of
-from qlens.data.models import load_model, load_tokenizer
-from qlens.registry import Variant, resolve
+from qlens.data.compatibility import check_same_vocabulary, shortest_context
+from qlens.data.from_text import check_fits
+from qlens.registry import Variant
 
-DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
 FIELDS = ("old", "second", "sequence", "negatives")  # that a text and its model provide
 CONTEXT, TEXT = 24, 60  # letters shown of the context of a token, and of a row
 
@@ -237,17 +234,17 @@ def view(
     Example:
         >>> qlens.view(model, tokenizer, [("2 + 2 =", "4")], ["sft", "dft"]).save("view.html")  # doctest: +SKIP
     """
-    chosen = _variants(variants, teacher, reference, (*FIELDS, *_columns(text)))
+    chosen = variants_of(variants, teacher, reference, (*FIELDS, *columns_of(text)))
     for name, value in (("candidates", candidates), ("max_rows", 1 if max_rows is None else max_rows)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-    loaded, tokenizer = _loaded(model, "model"), _tokenizer(model, tokenizer)
+    student, tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
     given = {name: each for name, each in (("teacher", teacher), ("reference", reference)) if each is not None}
-    models = {name: _loaded(each, name) for name, each in given.items()}
+    models = {name: loaded_model(each, name) for name, each in given.items()}
     for name, other in models.items():
-        check_same_vocabulary(loaded, other, name)
-    examples, skipped = _read(text, tokenizer, shortest_context(loaded, *models.values()), max_rows)
-    check_fits(list(examples.values()), {"model": loaded, **models})
+        check_same_vocabulary(student, other, name)
+    examples, skipped = encoded_rows(text, tokenizer, shortest_context(student, *models.values()), max_rows)
+    check_fits(list(examples.values()), {"model": student, **models})
     texts = tuple(
         Text(
             row,
@@ -256,80 +253,5 @@ def view(
         )
         for row, encoded in examples.items()
     )
-    summary = summary_of(loaded, list(examples.values()), chosen, candidates, **models)
+    summary = summary_of(student, list(examples.values()), chosen, candidates, **models)
     return TokenView(texts, summary, TokenText(tokenizer), skipped)
-
-
-def _loaded(model: Any, name: str) -> nn.Module:
-    """A model, loaded if it is a folder."""
-    loaded = load_model(model) if isinstance(model, str | Path) else model
-    check_model(loaded, name)
-    return loaded
-
-
-def _tokenizer(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer, loaded if it is a folder, or from the folder of the model.
-
-    Raises:
-        InputError: a module without a tokenizer.
-    """
-    if tokenizer is None and not isinstance(model, str | Path):
-        raise InputError("tokenizer is None, and model is a module, which does not know its tokenizer: give tokenizer")
-    source = model if tokenizer is None else tokenizer
-    return load_tokenizer(source) if isinstance(source, str | Path) else source
-
-
-def _columns(text: Any) -> list[str]:
-    """Per-token columns that all rows have."""
-    rows = (
-        [text]
-        if isinstance(text, Mapping)
-        else text
-        if isinstance(text, Sequence) and not isinstance(text, str)
-        else []
-    )
-    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
-
-
-def _variants(variants: Any, teacher: Any, reference: Any, fields: Collection[str]) -> list[Variant]:
-    """The resolved variants, checked for repetitions and for the fields that they need."""
-    if variants is None:
-        variants = DEFAULT + WITH_TEACHER * (teacher is not None)
-    single = isinstance(variants, str | Variant) or callable(variants)
-    chosen = [resolve(each) for each in ([variants] if single else variants)]
-    if not chosen:
-        raise InputError("variants is empty: give at least one method, like 'sft'")
-    specs = [variant.spec for variant in chosen]
-    for variant in chosen:
-        if specs.count(variant.spec) > 1:
-            raise InputError(f"variants: {variant.spec} is given twice")
-        for need in variant.needs:
-            models = {"teacher": teacher, "reference": reference}
-            if need in models and models[need] is None:
-                raise InputError(f"variants: {variant.spec} needs a {need}: give {need}=, on the command line --{need}")
-            if need not in (*models, *fields):
-                raise InputError(f"variants: {variant.spec} needs {need!r}, which a text does not have")
-    return chosen
-
-
-def _read(text: Any, tokenizer: Any, limit: int | None, max_rows: int | None) -> tuple[dict[int, dict], dict[int, str]]:
-    """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
-    rows = [text] if isinstance(text, (str, Mapping)) else text
-    if not isinstance(rows, Sequence) or not len(rows):
-        raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
-    examples, skipped = {}, {}
-    for number, row in enumerate(rows, 1):
-        encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
-        encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
-        if limit is not None and len(encoded_row["input_ids"]) > limit:
-            skipped[number] = f"longer than the context of {limit} tokens"
-        elif all(label == IGNORE for label in encoded_row["labels"][1:]):
-            skipped[number] = "no supervised token"
-        else:
-            examples[number] = encoded_row
-        if len(examples) == max_rows:
-            break
-    if not examples:
-        reasons = "; ".join(f"row {row}: {reason}" for row, reason in list(skipped.items())[:3])
-        raise InputError(f"text: none of its {len(rows)} rows can be shown ({reasons})")
-    return examples, skipped

@@ -97,8 +97,9 @@
   }
   function describe(at) {
     const parts = [`${texts[at].count} of ${texts[at].length} tokens supervised`];
-    for (const side of [shown.left, shown.right])
-      if (side >= 0 && scores[methods[side]][at] !== null) parts.push(`label weight of ${methods[side]} ${number(scores[methods[side]][at])}`);
+    const sides = [shown.left, shown.right].filter((side) => side >= 0 && scores[methods[side]][at] !== null);
+    const weights = sides.map((side) => `${methods[side]} ${number(scores[methods[side]][at])}`);
+    if (weights.length) parts.push(`label weight: ${weights.join(", ")}`);
     parts.push(`negative margin ${number(scores.negative_margin[at] ?? NaN)}`);
     const order = orders.find((each) => each.by === shown.order);
     if (order) parts.unshift(order.ranks[at] === null ? "not ranked" : `rank ${order.ranks[at]} of ${data.ranked}`);

@@ -24,8 +24,8 @@ def test_a_loss_whose_division_needs_its_batch_is_read_whole():
     for loss, through in ((hardest, "labels"), (along_the_rows, "position")):
         read = qlens.explain(loss)
         assert read.scope.of == "batch" and through in read.scope.through, read.scope
-        assert "reduction could not be found" in read.whole
-        assert read.findings[0].startswith("WARNING: read whole, its division left as it is")
+        assert "reduction could not be found" in read.whole_batch
+        assert read.findings[0].startswith("WARNING: read as a whole batch, its reduction left as it is")
         with pytest.raises(qlens.InputError, match="reduction could not be found"):
             qlens.implied_target(loss, qlens.probes())
 
@@ -52,7 +52,7 @@ def test_a_threshold_on_the_batch_is_said_first():
 
     read = qlens.explain(flooded)
     assert (
-        "depends on the rest of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"
+        "depends on the other tokens of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"
         in read.summary
     )
 
@@ -73,7 +73,7 @@ def test_factors_of_the_vocabulary_are_named():
     ):
         read = qlens.explain(loss)
         assert read.summary.startswith(said), read.summary
-        assert "the same, up to a factor that changes with the vocabulary" in read.elsewhere
+        assert "the same, up to a factor that changes with the vocabulary" in read.other_vocabularies
     assert read.law.formula == "1 times a factor that changes with the vocabulary: 1.32 at V = 32, 2.6 at V = 160"
 
 
@@ -82,4 +82,4 @@ def test_trust_that_never_vanishes_is_not_said_to():
         return F.cross_entropy(logits - 2.0 * F.one_hot(labels, logits.shape[-1]), labels)
 
     summary = qlens.explain(with_margin).summary
-    assert "the more it is trusted, by 1 to 7.39." in summary and "hardly count" not in summary
+    assert "it grows with p_y, from 1 to 7.39." in summary and "hardly count" not in summary

@@ -1,4 +1,4 @@
-"""Shifts: whether a loss trains every position on the label of another position of its text."""
+"""Label offset: losses that train every position on the label of another position of its text."""
 
 from collections.abc import Callable
 
@@ -13,17 +13,17 @@ TRIED = 6  # tokens whose label is changed, one at a time
 
 
 def label_offset(loss: Callable[[Tokens], Tensor], tokens: Tokens, before: Tensor, noise: Tensor) -> int:
-    """How many places after its own the label stands that a token is trained on; 0 for its own, or where it is not one place.
+    """The number of places between a token's own label and the label that it is trained on; 0 if they are the same or it varies.
 
     Args:
         loss: an unreduced loss, tokens -> (N,).
         tokens: where to try it, with sequences.
-        before: its gradient there, (N, V).
-        noise: the rounding of every row, (N,).
+        before: its gradient, (N, V).
+        noise: rounding error of every row, (N,).
     """
     if tokens.sequence is None:
         return 0
-    found = set()
+    offsets = set()
     for row in spread(len(tokens), TRIED).tolist():
         labels = tokens.labels.clone()
         labels[row] = (labels[row] + 1) % tokens.logits.shape[1]
@@ -33,5 +33,5 @@ def label_offset(loss: Callable[[Tokens], Tensor], tokens: Tokens, before: Tenso
         if len(moved) > 1 or (moved and tokens.sequence[moved[0]] != tokens.sequence[row]):
             return 0
         text = (tokens.sequence == tokens.sequence[row]).nonzero()[:, 0].tolist()
-        found |= {text.index(row) - text.index(other) for other in moved}
-    return found.pop() if len(found) == 1 else 0
+        offsets |= {text.index(row) - text.index(other) for other in moved}
+    return offsets.pop() if len(offsets) == 1 else 0
