@@ -1,7 +1,7 @@
 """Core: tokens, targets and their arithmetic; nothing here knows a method, a loss or a model.
 
 Read ``tokens`` (the inputs of a loss), ``target`` (the distribution Q with its scale) and ``numerics`` (softmax and
-divergences); then ``autograd`` (logit gradients), ``scales`` (label weight, natural scale, tolerances), ``segments`` (sums over
-sequences and pairs) and ``supervised`` (-100, shift and padding). ``probes`` and ``trial_tokens`` make tokens to try losses on;
-``errors``, ``files``, ``display``, ``random_draws`` and ``deprecation`` serve every package.
+divergences); then ``autograd`` (logit gradients), ``scales`` (label weight, natural scale, tolerances), ``segments``
+(sums over sequences and pairs) and ``supervised`` (-100, shift and padding). ``probes`` and ``trial_tokens`` make
+tokens to try losses on; ``errors``, ``files``, ``display``, ``random_draws`` and ``deprecation`` serve every package.
 """

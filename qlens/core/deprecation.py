@@ -1,4 +1,4 @@
-"""Deprecation: old names of modules, attributes and arguments that keep working, with a warning that names the new ones."""
+"""Deprecation: old names of modules, attributes and arguments, with a warning that names the new ones."""
 
 import functools
 import importlib

@@ -129,7 +129,8 @@ def written(path: Path) -> Iterator[Path]:
     The temporary name is unique, so that several processes or machines may write the same ``path``; the last one wins.
 
     Raises:
-        InputError: the disk is full, the name too long, the folder read-only: any ``OSError``, with what to do about it.
+        InputError: the disk is full, the name too long, the folder read-only: any ``OSError``, with what to do about
+            it.
 
     Example:
         >>> with written(Path("table.md")) as partial:  # doctest: +SKIP

@@ -19,8 +19,8 @@ def precision(dtype: torch.dtype) -> torch.dtype:
 def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
     """log p = z - logsumexp(z), in float32 at least.
 
-    On a CPU, torch sums the V terms of a float32 row one after another, so that log p is off by 4e-5 at V = 250,000. Here
-    sum(p) = 1 up to 1e-6 at any V.
+    On a CPU, torch sums the V terms of a float32 row one after another, so that log p is off by 4e-5 at V = 250,000.
+    Here sum(p) = 1 up to 1e-6 at any V.
     """
     z = logits.to(precision(logits.dtype))
     if z.dtype == torch.float64 or z.device.type != "cpu":

@@ -40,8 +40,8 @@ def probes(
 ) -> Tokens:
     """57 tokens that distinguish losses: 19 values of p_y, each with alternatives of low, middle and high entropy.
 
-    Teacher, reference, old policy and second pass differ from the student and from each other. The tokens belong to eight
-    sequences in four pairs; masks, advantages and negatives vary over them.
+    Teacher, reference, old policy and second pass differ from the student and from each other. The tokens belong to
+    eight sequences in four pairs; masks, advantages and negatives vary over them.
 
     Args:
         dtype: of the logits.
@@ -131,10 +131,10 @@ SPREADS = (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # standard deviations of logits
 def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", vocabulary: int = WIDE) -> Tokens:
     """163 tokens beyond the sweep of ``probes``, at which clamps, floors and thresholds of published losses act.
 
-    p_y runs from 1e-14 to 1 - 1e-7, the label's rank from first to last, the entropy from 0 to ln V, ratios to reference and
-    old policy from below 0.01 to above 100. Teachers are flatter or sharper than the student, so that divergences on their top
-    k are negative somewhere. Each of the first 160 ids is a label. N is no multiple of V, so that a confusion of rows and
-    entries shows.
+    p_y runs from 1e-14 to 1 - 1e-7, the label's rank from first to last, the entropy from 0 to ln V, ratios to
+    reference and old policy from below 0.01 to above 100. Teachers are flatter or sharper than the student, so that
+    divergences on their top k are negative somewhere. Each of the first 160 ids is a label. N is no multiple of V, so
+    that a confusion of rows and entries shows.
 
     Example:
         >>> t = trials()

@@ -46,8 +46,8 @@ def balanced(
 ) -> Bool[Tensor, " N"]:
     """Whether sum_k g_k = 0 up to the rounding of ``dtype`` (of the gradient itself by default), whatever V is.
 
-    Rounding is relative to s in g = s (p - Q), which is at least the largest entry of |g|. It is more in a row whose p is nearly
-    all on one token, if g is s p on all the others.
+    Rounding is relative to s in g = s (p - Q), which is at least the largest entry of |g|. It is more in a row whose p
+    is nearly all on one token, if g is s p on all the others.
     """
     off, slack = grad.sum(-1).abs(), gradient_tolerance(dtype or grad)
     zero = off <= slack * grad.abs().amax(-1).clamp(min=1)
@@ -64,7 +64,8 @@ def balanced(
 def tolerance(values: Tensor | torch.dtype) -> float:
     """The relative error that counts as rounding in probabilities computed in this dtype; it does not depend on V.
 
-    float64: 1e-9. float32: 1e-4, because torch's own softmax is off by up to 4e-5 on a CPU at V = 250,000, and so is the
+    float64: 1e-9. float32: 1e-4, because torch's own softmax is off by up to 4e-5 on a CPU at V = 250,000, and so is
+        the
     gradient of any loss that uses it. Half precision: 1e-2.
     """
     dtype = values.dtype if isinstance(values, Tensor) else values

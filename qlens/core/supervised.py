@@ -71,8 +71,8 @@ def signed(labels: Tensor) -> Int[Tensor, "*N"]:
 class Supervised:
     """The positions of a batch that predict a supervised label: t - 1 for every supervised label at t.
 
-    A label is supervised unless it is -100, begins its row or its packed sequence (where ``position_ids`` do not increase), or
-    follows padding.
+    A label is supervised unless it is -100, begins its row or its packed sequence (where ``position_ids`` do not
+    increase), or follows padding.
 
     Args:
         labels: unshifted, (B, T), -100 where nothing is learned.

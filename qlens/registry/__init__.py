@@ -1,7 +1,7 @@
 """Registry: methods by name, and variants of them at chosen parameters.
 
-Read ``method`` (a registered target and loss with its card), ``variant`` (a method at chosen parameters), ``params`` (typed
-parameters and specs), ``structure`` (the kinds of logit gradient) and ``registry`` (register, get, resolve).
+Read ``method`` (a registered target and loss with its card), ``variant`` (a method at chosen parameters), ``params``
+(typed parameters and specs), ``structure`` (the kinds of logit gradient) and ``registry`` (register, get, resolve).
 ``declarations`` checks the fields of a card, ``cards`` prints it, and ``citations`` reads ``variants/references.bib``.
 """
 

@@ -18,8 +18,8 @@ from qlens.registry.variant import Variant
 class Method:
     """A registered name: its target or loss as a function of tokens, and the fields of its card.
 
-    ``scope``, ``needs``, ``simplex``, ``invariant``, ``coupled``, ``structure`` and ``denominator`` may be functions of the
-    parameters.
+    ``scope``, ``needs``, ``simplex``, ``invariant``, ``coupled``, ``structure`` and ``denominator`` may be functions
+    of the parameters.
 
     Args:
         name: the registered name.
@@ -29,16 +29,16 @@ class Method:
         family: the group it is listed under.
         scope: what a token's gradient depends on: "token", "sequence", "pair", "batch" or "parameters".
         needs: fields of Tokens it needs beside logits and labels.
-        trusted: formula of the label's coefficient in Q = trust d + (1 - trust) residual, at the default parameters; what
-            follows a semicolon describes other parameters.
+        trusted: formula of the label's coefficient in Q = trust d + (1 - trust) residual, at the default parameters;
+            what follows a semicolon describes other parameters.
         residual: name or formula of the residual, in the same way; "Q = ..." where Q is no such mixture.
         scale: formula of s in g = s (p - Q), in the same way.
         simplex: whether Q is always a distribution; None where nobody has declared it.
         invariant: False where the loss also sees raw logits, so that sum(Q) is not 1.
         coupled: "sequence" or "pair" where the rows of such a group share one gradient, so that they must weigh alike.
-        structure: what the logit gradient is a function of: "label" (g = a (p - d) with a a function of label probabilities
-            and per-token fields), a ``GeometricMixture`` of label and one other model, or "dense" (anything). The engine
-            chooses its path by it, and ``check_variant`` proves it.
+        structure: what the logit gradient is a function of: "label" (g = a (p - d) with a a function of label
+            probabilities and per-token fields), a ``GeometricMixture`` of label and one other model, or "dense"
+            (anything). The engine chooses its path by it, and ``check_variant`` proves it.
         denominator: what a mean divides by: "valid" tokens or only the "selected" ones.
         limits: what it becomes at special parameters or probabilities.
         modes: named points of the parameters (presets), above all those of released code (``get("eaft@axolotl")``).
@@ -86,8 +86,8 @@ class Method:
         """Decorator for the loss as the paper prints it, written independently of the target.
 
         Args:
-            fn: ``fn(tokens, *, ...) -> (N,)`` with the method's parameters by name. They take the method's defaults: write
-                ``def my_loss(tokens, *, alpha)``.
+            fn: ``fn(tokens, *, ...) -> (N,)`` with the method's parameters by name. They take the method's defaults:
+                write ``def my_loss(tokens, *, alpha)``.
 
         Raises:
             InputError: no function, other parameters, or other defaults.

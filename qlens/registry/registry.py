@@ -37,8 +37,9 @@ def register(name: str | Callable | None = None, **card: Any) -> Method | Callab
     """Decorator that registers a loss or a target under a name.
 
     The first parameter of the function tells what it is: ``f(tokens)`` returns a ``Target`` or losses (N,),
-    ``f(logits, labels)`` a loss with any reduction, and so on (see ``qlens.explain``). Its other parameters are the method's
-    parameters. Running a notebook cell or reloading a module again replaces the method, and a log message says so.
+    ``f(logits, labels)`` a loss with any reduction, and so on (see ``qlens.explain``). Its other parameters are the
+    method's parameters. Running a notebook cell or reloading a module again replaces the method, and a log message
+    says so.
 
     Args:
         name: the method's name, an identifier; by default the function's own (``@qlens.register`` without brackets).

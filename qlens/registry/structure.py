@@ -21,8 +21,8 @@ class GeometricMixture:
         model: the model of :math:`\pi`: "teacher", "reference", "old" or "second"; None where r is uniform.
         own: exponent of the student's p; 0 where r is uniform.
         other: exponent of :math:`\pi`; 0 where r is uniform.
-        value: the printed loss: "kl" is s (t NLL + (1 - t) KL(r || p)), "cross_entropy" is s (t NLL + (1 - t) CE(r, p)).
-            By default "kl", and "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p).
+        value: the printed loss: "kl" is s (t NLL + (1 - t) KL(r || p)), "cross_entropy" is s (t NLL + (1 - t) CE(r,
+            p)). By default "kl", and "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p).
 
     Raises:
         InputError: an unknown model or value, exponents that are no numbers, or exponents for a uniform r.

@@ -193,8 +193,8 @@ class Variant:
             tokens: N tokens with the fields that the method needs; ``tokens.weight`` multiplies the loss.
 
         Returns:
-            (N,) losses, in nats where the loss is a log-likelihood or divergence, differentiable in ``tokens.logits``. Of a
-            method that is a target alone: s CE(Q, p), with Q and s detached.
+            (N,) losses, in nats where the loss is a log-likelihood or divergence, differentiable in ``tokens.logits``.
+            Of a method that is a target alone: s CE(Q, p), with Q and s detached.
 
         Raises:
             InputError: a needed field is missing.

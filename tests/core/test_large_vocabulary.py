@@ -261,6 +261,6 @@ def test_targets_on_a_chat_model_are_drawn_without_false_signs():
         assert (frame[frame["method"] == "sft"]["entropy"] == 0).all()
         assert (frame[frame["method"] == "gem"]["negative_mass"] > 0).any()
         exact = text_frame(["dft", "target_sft", "gem"], double(given))
-        for name in ("entropy", "kl", "negative_mass", "trust", "reshape"):
+        for name in ("entropy", "kl", "negative_mass", "label_weight", "reshape"):
             found = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
             assert found.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name

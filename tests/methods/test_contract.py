@@ -169,7 +169,7 @@ def test_the_suite_takes_a_users_method_and_fails_a_wrong_one():
         log_p = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         return -(log_p.detach() * alpha).exp() * log_p
 
-    with pytest.warns(UserWarning, match="a loss alone"):
+    with pytest.warns(UserWarning, match="a loss without a target of its own"):
         assert set(check_variant(good)) == set(CONTRACT) - {"identity", "structure_as_declared"}
 
     with temporary():

@@ -126,11 +126,11 @@ def test_a_loss_alone_is_said_to_have_no_target():
     def detached(tokens):
         return -tokens.label_probs.detach() * tokens.label_log_probs
 
-    for loss, says in (
+    for loss, message in (
         (forgotten_detach, "derivative of its value: nothing"),
         (detached, "something in it is detached"),
     ):
-        with pytest.warns(UserWarning, match=f"no target to compare it with.*{says}"):
+        with pytest.warns(UserWarning, match=f"without a target of its own.*{message}"):
             run = check_variant(method(loss))
         assert set(CONTRACT) - set(run) == {"identity", "structure_as_declared"}
     with pytest.warns(UserWarning, match="so that identity cannot fail"):

@@ -1,4 +1,4 @@
-"""The wider family of SFT losses against what papers and released code compute: values, gradients, floors and clamps."""
+"""Further SFT losses against what papers and released code compute: values, gradients, floors and clamps."""
 
 import math
 

@@ -144,7 +144,10 @@ def test_loss_and_penalty_take_the_defaults_of_the_method():
 def test_missing_inputs_are_named():
     tokens = random_tokens(3, 4).replace(teacher=None)
     for ask in (qlens.get("target_sft").target, qlens.get("target_sft").loss):
-        with pytest.raises(qlens.InputError, match="target_sft needs a teacher"):
+        with pytest.raises(
+            qlens.InputError,
+            match=r"target_sft needs a teacher: give Tokens\(teacher=...\), on the command line --teacher",
+        ):
             ask(tokens)
 
 

@@ -30,7 +30,8 @@ from qlens.variants.distillation.kd import kd
     },
     differences=(
         "The authors' table is exact at T = 1 only.",
-        "Liger and axolotl leave out the factor T squared; Liger's labels stay at T = 1, and its mean is over valid tokens.",
+        "Liger and axolotl leave out the factor T squared; Liger's labels stay at T = 1, and its mean is over "
+        "valid tokens.",
         "ms-swift adds the label's loss to a whole distillation loss: the weights do not add up to 1 (hard).",
     ),
     code="linkedin/Liger-Kernel src/liger_kernel/chunked_loss/fused_linear_distillation.py",

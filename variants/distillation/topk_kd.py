@@ -37,11 +37,15 @@ Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
         "uniform": {"tail": "uniform"},
     },
     differences=(
-        "Truncated (student): the tail's mass stays with the student. renorm: the tail is pushed to zero. renorm_both: the "
-        "mass on the top k is not controlled at all. bucket: the tail's mass is kept, shared out as the student has it.",
-        "verl clamps a row's value at 0 (floor) and at a maximum (cap): no gradient beyond; a truncated sum is no divergence "
+        "Truncated (student): the tail's mass stays with the student. renorm: the tail is pushed to zero. "
+        "renorm_both: the "
+        "mass on the top k is not controlled at all. bucket: the tail's mass is kept, shared out as the student "
+        "has it.",
+        "verl clamps a row's value at 0 (floor) and at a maximum (cap): no gradient beyond; a truncated sum is no "
+        "divergence "
         "and may be negative.",
-        "verl ships k = 32 and has 128 in its dataclass; NeMo-RL mixes both directions in halves at k = 64; TRL's server "
+        "verl ships k = 32 and has 128 in its dataclass; NeMo-RL mixes both directions in halves at k = 64; TRL's "
+        "server "
         "has k = 1.",
     ),
     code="verl-project/verl verl/trainer/distillation/losses.py; NVIDIA-NeMo/RL nemo_rl/algorithms/loss/loss_functions.py",

@@ -43,7 +43,8 @@ Gate = Literal["power", "sigmoid", "mask", "conflict"]
         "attached": {"detach": False},
     },
     differences=(
-        "The paper and the authors' table divide by ln k; LLaMA-Factory and the author's ms-swift divide by 3.0, axolotl "
+        "The paper and the authors' table divide by ln k; LLaMA-Factory and the author's ms-swift divide by 3.0, "
+        "axolotl "
         "by nothing.",
         "The paper does not say whether the entropy carries a gradient; all released code detaches it.",
         "The entropy is that of the top k logits renormalised, not a part of the full entropy.",

@@ -26,9 +26,11 @@ SLOPE = 0.01  # fixed in the released code
     limits="beta = 1 is sft; linear is beta times the cross-entropy at temperature beta",
     modes={"scripts": {"h": "logsigmoid"}},
     differences=(
-        "The authors' table is the linear form; the shipped scripts use the log-sigmoid, whose weights are near 1/2, so that it "
+        "The authors' table is the linear form; the shipped scripts use the log-sigmoid, whose weights are near "
+        "1/2, so that it "
         "moves about half as far at the same rate.",
-        "The command line's default became linear in March 2025; before, it was the log-sigmoid, as the method's own still is.",
+        "The command line's default became linear in March 2025; before, it was the log-sigmoid, as the method's "
+        "own still is.",
         "The released kernel's z-loss uses q where p is meant, and normalises q per shard under tensor parallelism.",
     ),
     code="liziniu/GEM sft_trainer.py::SFTTrainer.gem_loss",

@@ -23,7 +23,8 @@ LEAST = 1e-8  # the released code's floor of every probability within the entrop
     simplex=lambda gamma: gamma == 0,
     limits="gamma = 0 is sft; label weight above 1 where H is above its mean in the batch",
     differences=(
-        "The released mean runs over ignored positions too, which Tokens does not hold: here it runs over all tokens given.",
+        "The released mean runs over ignored positions too, which Tokens does not hold: here it runs over all "
+        "tokens given.",
         "The released code averages the normaliser over devices; here it is the micro-batch's own.",
         "It was written for pre-training.",
     ),

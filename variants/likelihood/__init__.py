@@ -1,1 +1,1 @@
-"""Likelihood: losses of the label probability p_y, with different label weights; some also weigh by negatives or entropy."""
+"""Likelihood: losses of the label probability p_y with different label weights; some add negatives or entropy."""

@@ -23,7 +23,8 @@ DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the g
     simplex=True,
     limits="near sft where p is spread out, near dft where it is peaked",
     differences=(
-        "The released code's 1e-6 lowers the trust of a uniform distribution over 151,936 entries to .87 of what it would be.",
+        "The released code's 1e-6 lowers the trust of a uniform distribution over 151,936 entries to .87 of what "
+        "it would be.",
         "Its sequence-parallel branch is plain cross-entropy.",
     ),
     code=CODE,

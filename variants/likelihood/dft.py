@@ -20,7 +20,8 @@ from qlens.registry import register
     limits="p_y -> 1 gives sft; p_y -> 0 gives Q = p (no update)",
     differences=(
         "The paper sums over a sequence; the official code takes the token mean of every micro-batch.",
-        "TRL computes the probability in the logits' own dtype, Liger in the model's: in bfloat16 the weight has three digits.",
+        "TRL computes the probability in the logits' own dtype, Liger in the model's: in bfloat16 the weight has "
+        "three digits.",
         "In the official code the sequence-parallel branch is plain cross-entropy.",
     ),
     code="yongliang-wu/DFT verl/verl/trainer/fsdp_dft_trainer.py; huggingface/trl trl/trainer/sft_trainer.py::dft_loss",

@@ -27,7 +27,8 @@ Power = Annotated[float, Between(0, 1, open_low=True)]
     limits="beyond_log(alpha=q); q = 1 is dft; q -> 0 is sft",
     modes={"truncated": {"truncate": 0.5}},
     differences=(
-        "The released truncation keeps a weight per sample of a classification data set, refreshed now and then: here the "
+        "The released truncation keeps a weight per sample of a classification data set, refreshed now and then: "
+        "here the "
         "label's probability under tokens.old decides, token by token.",
     ),
     code="AlanChou/Truncated-Loss TruncatedLoss.py",

@@ -41,9 +41,12 @@ def mix_at(progress: float, warmup: float = 0.2, transition: float = 0.1) -> flo
     limits="mix = 0 is dft; far out of distribution p_y^2, well within p_y^0.1",
     modes={"warmup": {"mix": 0.0}, "exact": {"floor": 0.0}},
     differences=(
-        "The released code adds 1e-10 within the entropy's logarithm and gives no gradient where p_y is below 1e-10 (floor).",
-        "The README sets warm-up and transition to 0, so that mix is 1 throughout; the code's defaults are .2 and .1 (mix_at).",
-        "The released loss mask is shifted once too often: it trains the last prompt token and not the end of the answer.",
+        "The released code adds 1e-10 within the entropy's logarithm and gives no gradient where p_y is below "
+        "1e-10 (floor).",
+        "The README sets warm-up and transition to 0, so that mix is 1 throughout; the code's defaults are .2 and "
+        ".1 (mix_at).",
+        "The released loss mask is shifted once too often: it trains the last prompt token and not the end of the "
+        "answer.",
     ),
     code="zhangmiaosen2000/Towards-On-Policy-SFT IDFT/verl/trainer/fsdp_polylog_trainer.py",
     cites=("idft2026",),

@@ -26,7 +26,8 @@ from qlens.registry.params import Weight
     modes={"sequence": {"nll": 0.0, "floor": 1e-20}},
     differences=(
         "1 - p is clamped at 1e-5 (at 1e-20 in the sequence form): above, a negative is not pushed any more (floor).",
-        "The released negatives are all earlier targets of the flattened batch, other rows' among them, and the padding id.",
+        "The released negatives are all earlier targets of the flattened batch, other rows' among them, and the "
+        "padding id.",
         "The released sum is divided by fairseq's sample size.",
     ),
     code="facebookresearch/unlikelihood_training custom/candidate_penalty_ce_loss.py, custom/sequence_penalty_loss.py",

@@ -24,7 +24,8 @@ CODE = "vfdev-5/BootstrappingLoss bootstrapping_loss/loss.py"
     limits="beta = 1 is sft; detached it is sft with a constant trust",
     modes={"attached": {"detach": False}},
     differences=(
-        "With the student's part not detached the alternatives are reshaped too: the weak lose mass, down to below zero.",
+        "With the student's part not detached the alternatives are reshaped too: the weak lose mass, down to below "
+        "zero.",
         "The released code does not mask ignored positions in its second term.",
     ),
     code=CODE,

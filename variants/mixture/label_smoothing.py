@@ -27,7 +27,8 @@ Over = Literal["all", "others"]
     modes={"fairseq": {"over": "others"}},
     differences=(
         "The linked paper (arXiv 2508.00264) has released no code.",
-        "torch, transformers and Liger smooth over all V entries, the label among them; newer fairseq over the V - 1 others.",
+        "torch, transformers and Liger smooth over all V entries, the label among them; newer fairseq over the V - "
+        "1 others.",
         "Older transformers ignored num_items_in_batch here, so that the scale was wrong under accumulation.",
         "Padding rows of the vocabulary take their share of the smoothing everywhere.",
     ),

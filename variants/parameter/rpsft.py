@@ -36,9 +36,11 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
         "full-fine-tune": {"half": True},
     },
     differences=(
-        "The released docstring divides each term by the squared norm of its pretrained block; in the code that division "
+        "The released docstring divides each term by the squared norm of its pretrained block; in the code that "
+        "division "
         "is commented out (normalize=True brings it back).",
-        "Released code keeps the singular vectors in float16 and, in full fine-tuning, casts the weights to float16 for "
+        "Released code keeps the singular vectors in float16 and, in full fine-tuning, casts the weights to "
+        "float16 for "
         "the product (half=True).",
         "Released defaults differ: weight 1 and k 768 in script and README, 0 and 4096 in the dataclass.",
         "Whether the paper normalises the penalty is not confirmed.",

@@ -53,7 +53,8 @@ def _sequences(level: str, normalize: object) -> bool:
         "kl": {"weight": 0.04},
     },
     differences=(
-        "Normalisers differ: the paper's mean of sequence means, TRL's default over all tokens, Dr. GRPO's constant length.",
+        "Normalisers differ: the paper's mean of sequence means, TRL's default over all tokens, Dr. GRPO's "
+        "constant length.",
         "TRL's defaults: both clips .2, no penalty, one iteration, so that the ratio is 1 and the clip idle.",
         "cispo caps the ratio, detached, and never stops a gradient; its eps_high is the cap itself.",
         "A sequence's ratio counts once per token here, as TRL broadcasts it.",

@@ -78,9 +78,11 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
         "r3": {"weight": 0.0},
     },
     differences=(
-        "The paper sums over the hint's steps, the code takes means over hint and response tokens of a micro-batch (reduction).",
+        "The paper sums over the hint's steps, the code takes means over hint and response tokens of a micro-batch "
+        "(reduction).",
         "The paper has one coefficient for likelihood and divergence; the code two, both .001.",
-        "The code adds an entropy bonus of .001 that the objective does not print, and clamps the hint's logits to 100.",
+        "The code adds an entropy bonus of .001 that the objective does not print, and clamps the hint's logits to "
+        "100.",
         "The code clamps the k3 penalty at 10, beyond which it has no gradient.",
     ),
     code="liumy2010/UFT verl/workers/actor/dp_actor.py::update_policy",

@@ -31,7 +31,8 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     modes={"official": {"weight": 1.0}},
     differences=(
         "The official default weight is 1, its script's .1; TRL's is .1.",
-        "TRL's likelihood term covers the prompt too and is a mean over the batch; here it is the chosen sequence's own.",
+        "TRL's likelihood term covers the prompt too and is a mean over the batch; here it is the chosen "
+        "sequence's own.",
     ),
     code="xfactlab/orpo src/orpo_trainer.py; huggingface/trl trl/experimental/orpo/orpo_trainer.py::odds_ratio_loss",
     cites=("hong2024orpo",),

@@ -1,1 +1,1 @@
-"""Reference: ratios to, or penalties against, another pass: the initial model, an old policy or a second dropout mask."""
+"""Reference: ratios to, or penalties against, the initial model, an old policy or a second dropout pass."""

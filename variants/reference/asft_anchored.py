@@ -34,7 +34,8 @@ Direction = Literal["forward", "reverse"]
         "The authors' table leaves out the scale p_y + weight.",
         "Defaults: .05 in the paper and the README's command, .1 in the code, .03 advised for bfloat16.",
         "The released arguments clip_min, clip_max and alpha are stored and never used.",
-        "The official trainer and LLaMA-Factory ignore num_items_in_batch: under accumulation the gradient is the sum of "
+        "The official trainer and LLaMA-Factory ignore num_items_in_batch: under accumulation the gradient is the "
+        "sum of "
         "the micro-batches' means.",
         "Ports that see label log-probabilities only have no reference residual at all: label_kl(base='dft').",
     ),

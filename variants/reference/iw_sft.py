@@ -56,7 +56,8 @@ Normalize = Literal["sum", "mean"] | None
         "The table's ratio of sequence probabilities is, in the code, a geometric mean over the tokens.",
         "The official code is right for one sequence per device only: the weight's shape does not fit a larger batch.",
         "The RPSFT repository's copy does not detach the weight.",
-        "With no labels to learn from, a sequence's weight is 0/0 in the released code; here such a sequence has no rows.",
+        "With no labels to learn from, a sequence's weight is 0/0 in the released code; here such a sequence has "
+        "no rows.",
     ),
     code="emmyqin/iw_sft bounding_trainers.py::IwSFTLoss.__call__; emmyqin/iw_sft_control main.py::loss",
     cites=("iwsft2025",),
@@ -151,6 +152,7 @@ def iw_sft_loss(tokens: Tokens, *, level, clamp, temperature, normalize, policy,
 def _check(policy: Policy, normalize: Normalize, detach: bool) -> None:
     if not detach and (policy != "student" or normalize):
         raise InputError(
-            "iw_sft: detach = False sends a gradient through the student's own weight: it goes with policy = 'student' and "
+            "iw_sft: detach = False sends a gradient through the student's own weight: it goes with policy = "
+            "'student' and "
             f"normalize = None, got policy = {policy!r}, normalize = {normalize!r}"
         )

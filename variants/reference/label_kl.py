@@ -36,7 +36,8 @@ Base = Literal["sft", "dft"]
     },
     differences=(
         "Ports of anchored SFT that see label log-probabilities only use these: their residual is the student.",
-        "verl clamps the log-ratio to 20 and the value to 10, SkyRL the log-ratio to 10; beyond, the penalty has no gradient.",
+        "verl clamps the log-ratio to 20 and the value to 10, SkyRL the log-ratio to 10; beyond, the penalty has "
+        "no gradient.",
         "verl's k3+ has the value of k3 and the gradient of k2.",
         "A weight does not carry over from the divergence over the whole vocabulary.",
     ),

@@ -25,10 +25,12 @@ from qlens.registry.params import Positive, Share, Weight
     limits="student = old is sft; ppo_clip with every advantage 1",
     modes={"paper": {"ratio_clamp": None}, "tight": {"eps_high": 0.14}, "wide": {"eps_high": 0.42}},
     differences=(
-        "The authors' table names the old policy as residual; the gradient's residual is the current student, and the old "
+        "The authors' table names the old policy as residual; the gradient's residual is the current student, and "
+        "the old "
         "policy enters by the label's ratio alone.",
         "With every advantage 1 the lower end of the clip does nothing.",
-        "The released code clamps the log-ratio to 20 either way (ratio_clamp), which ends the gradient below exp(-20).",
+        "The released code clamps the log-ratio to 20 either way (ratio_clamp), which ends the gradient below "
+        "exp(-20).",
         "Where a mini-batch is the whole batch, the released code's ratio is 1 throughout: plain SFT.",
     ),
     code="zwhong714/PSFT verl/verl/trainer/ppo/core_algos.py::compute_policy_loss_vanilla",

@@ -22,8 +22,10 @@ from qlens.registry.params import Weight
     limits="weight = 0 is nll times sft; equal passes (no dropout): nll times sft",
     modes={"readme": {"nll": 0.5}, "summarization": {"weight": 0.7}},
     differences=(
-        "The paper adds the two likelihood terms, the README averages them: its weight is half the paper's for the same ratio.",
-        "Paper and code let the gradient through both passes; here the second is a constant, which by symmetry gives half of "
+        "The paper adds the two likelihood terms, the README averages them: its weight is half the paper's for the "
+        "same ratio.",
+        "Paper and code let the gradient through both passes; here the second is a constant, which by symmetry "
+        "gives half of "
         "the gradient in expectation.",
     ),
     code="dropreg/R-Drop fairseq_src/examples/language_model_rdrop/language_model_rdrop_src/loss/reg_cross_entropy.py",

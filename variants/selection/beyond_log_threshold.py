@@ -33,7 +33,8 @@ from qlens.variants.likelihood.beyond_log import CODE, PAPER
         "base-quantile": {"of": "reference", "quantile": True},
     },
     differences=(
-        "The paper's ablation takes quantiles of the base model's probabilities before training (mode base-quantile); the "
+        "The paper's ablation takes quantiles of the base model's probabilities before training (mode "
+        "base-quantile); the "
         "code compares the current probability with an absolute threshold.",
         "The code's threshold replaces the loss mask, so that the mean is over selected tokens only.",
     ),

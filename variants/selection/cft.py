@@ -21,7 +21,8 @@ from qlens.registry import register
     structure="label",
     limits="all tokens critical is sft",
     differences=(
-        "The paper finds critical tokens by regenerating the rest of an answer after each substitute; the authors' table "
+        "The paper finds critical tokens by regenerating the rest of an answer after each substitute; the authors' "
+        "table "
         "writes the criterion with the original rest.",
         "No official code is known; the paper does not say what the mean divides by.",
     ),

@@ -35,11 +35,14 @@ Ties = Literal["keep", "drop"]
         "random": {"keep": "random"},
     },
     differences=(
-        "The code keeps a label whose probability equals the threshold; paper and authors' table ask for more (ties='drop').",
-        "The paper divides by the length of the response; the code by all valid tokens of the batch, or, where it is not "
+        "The code keeps a label whose probability equals the threshold; paper and authors' table ask for more "
+        "(ties='drop').",
+        "The paper divides by the length of the response; the code by all valid tokens of the batch, or, where it "
+        "is not "
         "given their number, by the kept ones (NaN if there are none).",
         "For random, the code's threshold is the share that is dropped; its README says the share that is trained.",
-        "In the code the direction's default is a string that counts as set, so that a threshold alone raises an error.",
+        "In the code the direction's default is a string that counts as set, so that a threshold alone raises an "
+        "error.",
     ),
     code="Utaotao/ProFit src/llamafactory/train/trainer_utils.py::profit_loss_func",
     cites=("profit2026",),

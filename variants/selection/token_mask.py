@@ -32,7 +32,8 @@ By = Literal["given", "excess", "history"]
     differences=(
         "Rho-1's repository holds no training code, and its ratio of .6 to .7 is not confirmed.",
         "Token Cleaning computes its mask before training, from a base and a reference model: hand it in as critical.",
-        "ssToken mixes the history score with attention from the last layer; without attention only the first half is here.",
+        "ssToken mixes the history score with attention from the last layer; without attention only the first half "
+        "is here.",
     ),
     code="UCSC-REAL/TokenCleaning scripts/generate_token_label.py; jianke0604/ssToken scripts/finetune.py",
     cites=("rho2024", "pang2025cleaning", "qin2025sstoken"),

@@ -69,8 +69,7 @@ class Display:
         from qlens.analysis.plots import plot_label_weight
 
         frame = self.to_frame().dropna(subset="label_weight")
-        frame = frame.assign(method=name)
-        return plot_label_weight(frame[["method", "p_y", "label_weight"]], ax=ax, **line)
+        return plot_label_weight(frame.assign(method=name)[["method", "p_y", "label_weight"]], ax=ax, **line)
 
 
 def _range(values: "Tensor") -> str:

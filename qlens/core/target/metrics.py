@@ -29,9 +29,9 @@ class Residual(NamedTuple):
 class Metrics:
     """Scalar metrics of a ``Target``.
 
-    There are three cases. For a label-only target, Q = t d + (1 - t) p, they follow from t, p_y and two sums over the other
-    entries. A mixture with another residual is a distribution where its coefficients and the residual are. For any other
-    target they are computed entry by entry.
+    There are three cases. For a label-only target, Q = t d + (1 - t) p, they follow from t, p_y and two sums over the
+    other entries. A mixture with another residual is a distribution where its coefficients and the residual are. For
+    any other target they are computed entry by entry.
     """
 
     @cached_property

@@ -26,8 +26,8 @@ BLOCK = 64  # rows per block, which stay in the cache
 class Target(Metrics, Display):
     r"""Target distribution Q and scale s in the logit gradient g = s (p - Q), at N tokens; everything detached.
 
-    Make one with ``Target.mix`` or ``Target.dense``, or from a gradient or a loss's slopes with ``from_grad``, ``push`` and
-    ``slope``.
+    Make one with ``Target.mix`` or ``Target.dense``, or from a gradient or a loss's slopes with ``from_grad``,
+    ``push`` and ``slope``.
 
     Args:
         logits: the student's logits (N, V), or log p: their softmax is p.
@@ -40,8 +40,8 @@ class Target(Metrics, Display):
         pushed: a (N,) in g = a (p - d), of a target whose only pull is the label's.
         named: the residual of a mixture, "student", "uniform" or probabilities (N, V).
         proper: rows (N,) whose Q is a distribution by construction; None where that has to be measured.
-        rounding: the least precise dtype that holds Q, gradient or residual, or these numbers, from which it is found when
-            needed; None for the dtype of p.
+        rounding: the least precise dtype that holds Q, gradient or residual, or these numbers, from which it is found
+            when needed; None for the dtype of p.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), Q = p - g and Q = trust d + (1 - trust) residual.
 
@@ -227,8 +227,8 @@ class Target(Metrics, Display):
         """The same gradient at another scale: Q' = p - g / s'.
 
         Args:
-            scale: "unit" is s' = 1; "structural" the total weight of the pulls toward fixed targets; "natural" the smallest
-                s' for which Q' has no negative entry, max(0, max_k g_k / p_k), with Q' = p where g = 0.
+            scale: "unit" is s' = 1; "structural" the total weight of the pulls toward fixed targets; "natural" the
+                smallest s' for which Q' has no negative entry, max(0, max_k g_k / p_k), with Q' = p where g = 0.
 
         Raises:
             InputError: an unknown scale, or "structural" where it is undefined (the reason is named).

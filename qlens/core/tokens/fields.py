@@ -27,7 +27,8 @@ def checked_field(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     """A field other than logits and labels, checked; masks as bool.
 
     Raises:
-        InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not finite.
+        InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not
+            finite.
     """
     wanted = "an integer" if name in IDS else "a real" if name in NUMBERS else "a bool"
     if not isinstance(value, Tensor):
