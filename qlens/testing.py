@@ -1,4 +1,4 @@
-"""The contract every method keeps, in float64: run it on your own method with ``check_variant``."""
+"""Contract of a method in float64: ``check_variant`` runs it on any method or loss."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,33 +8,34 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from qlens.core.autograd import gradient, slopes
+from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError
 from qlens.core.probes import probes
 from qlens.core.scales import PRECISION
 from qlens.core.tokens import MODELS, Tokens
 from qlens.core.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
-from qlens.engine.row_gradients import by_structure
+from qlens.engine.structures import gradients_by_structure
 from qlens.registry import Variant, get, names, resolve
 from qlens.registry.params import parse
 
 TOLERANCE = PRECISION[torch.float64]
 
 VOCABULARIES = (2, 3, 11, 101, 1000, 5000)
-"""Vocabularies on which a declared structure is proved: gates on ranks, entropies and top-k masses show at one of them."""
+"""Vocabularies on which a declared structure is tested: gates on ranks, entropies and top-k masses show at one of them."""
 
 CONTRACT: dict[str, Callable[[Variant], None]] = {}
 
 
+@renamed_arguments(thing="loss")
 @torch.inference_mode(False)
-def check_variant(thing: Variant | str | Callable) -> tuple[str, ...]:
-    """Run the whole contract on a method, the one qlens' own methods keep; returns the names of the checks.
+def check_variant(loss: Variant | str | Callable) -> tuple[str, ...]:
+    """Run the contract that all methods of qlens keep.
 
-    A loss alone has no target to be compared with: ``identity`` and, where it is dense, ``structure_as_declared`` would compare
-    it with itself. They are left out, and a warning says so and what can still be told: whether the gradient is the
-    derivative of the value.
+    A loss without a target of its own cannot be compared with one: ``identity`` and, where it is dense,
+    ``structure_as_declared`` are left out, with a warning that also says whether its gradient is the derivative of its value.
 
     Args:
-        thing: a Variant, a spec, a registered method or a function.
+        loss: a Variant, a spec, a registered method or a function.
 
     Returns:
         The names of the checks that were run.
@@ -46,7 +47,7 @@ def check_variant(thing: Variant | str | Callable) -> tuple[str, ...]:
         >>> len(check_variant("label_smoothing(epsilon=0.3)")) == len(CONTRACT)
         True
     """
-    variant, failures = resolve(thing), []
+    variant, failures = resolve(loss), []
     alone = variant.derived
     vacuous = ("identity", "structure_as_declared")[: 1 + (variant.structure == "dense")] if alone else ()
     checks = {name: check for name, check in CONTRACT.items() if name not in vacuous}
@@ -63,10 +64,10 @@ def check_variant(thing: Variant | str | Callable) -> tuple[str, ...]:
 
 
 def _remarks(variant: Variant, vacuous: tuple[str, ...]) -> Iterator[str]:
-    """What the contract could not see of a method, a sentence each."""
+    """The parts of the contract that could not be tested, a sentence each."""
     if vacuous:
         yield (
-            f"{variant.spec} is a loss alone: there is no target to compare it with, so that {' and '.join(vacuous)} cannot "
+            f"{variant.spec} is a loss without a target of its own to compare it with, so that {' and '.join(vacuous)} cannot "
             f"fail and {'was' if len(vacuous) == 1 else 'were'} not run. {_slope_remark(variant)} To test what it should teach, "
             f"register its target, and the loss beside it with @{variant.name}.loss."
         )
@@ -95,7 +96,7 @@ def _contract(check: Callable[[Variant], None]) -> Callable[[Variant], None]:
 
 
 def least_vocabulary(variant: Variant) -> int:
-    """The least of ``VOCABULARIES`` that a method runs on: a loss of a top k needs k entries.
+    """The smallest of ``VOCABULARIES`` that a method runs on; a top-k loss needs k entries.
 
     Raises:
         InputError: it runs on none of them; the last error is named.
@@ -119,7 +120,7 @@ def vocabulary_of(variant: Variant) -> int:
 
 
 def cases(variant: Variant) -> Iterator[tuple[str, Tokens]]:
-    """Tokens of every kind a method must stand: ordinary, extreme, tiny and empty, by name; the least pair has 2 tokens."""
+    """Ordinary, extreme, tiny and empty tokens, by name; the smallest pair has 2 tokens."""
     least, v = 2 if variant.scope == "pair" else 1, vocabulary_of(variant)
     yield "random", random_tokens(64, v)
     yield "sharp", random_tokens(64, v, spread=10.0)
@@ -143,10 +144,10 @@ def identity(variant: Variant) -> None:
 
 @_contract
 def structure_as_declared(variant: Variant) -> None:
-    """The gradient and the value that the engine computes by the declared structure are those of the loss, at any vocabulary."""
+    """By the declared structure, the engine computes the gradient and the value of the loss, at any vocabulary."""
     for v in (v for v in VOCABULARIES if v >= least_vocabulary(variant)):
         tokens = wide_tokens(v)
-        grad, losses = by_structure(variant, tokens)
+        grad, losses = gradients_by_structure(variant, tokens)
         what = f"by structure={variant.structure!r} at a vocabulary of {v}"
         _close(grad, gradient(variant.loss, tokens), f"gradient {what}")
         with torch.no_grad():
@@ -177,7 +178,7 @@ def simplex_as_declared(variant: Variant) -> None:
 
 @_contract
 def finite(variant: Variant) -> None:
-    """Loss, gradient, Q and scale are finite everywhere, and none is missing."""
+    """Loss, gradient, Q and scale are finite on every token."""
     for case, tokens in cases(variant):
         target = variant.target(tokens)
         parts = {"loss": variant.loss(tokens), "Q": target.q, "scale": target.scale, "gradient": target.grad}

@@ -1,5 +1,7 @@
-"""The command line: ``app`` has one verb per thing a user does, ``inputs`` loads models and data, ``console`` ends on one
-line.
+"""The command line: verbs, their options, and errors.
+
+Read ``app`` and ``methods`` (the verbs), ``options`` (what they share), ``inputs`` (models and data) and ``console``
+(errors as one line).
 """
 
 from qlens.cli.app import main

@@ -1,4 +1,4 @@
-"""The outermost boundary of the command line: every error leaves as one line on stderr and an exit code."""
+"""Console: every error of the command line as one line on stderr and an exit code."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from qlens.core.errors import InputError, brief, one_line
 from qlens.core.files import from_here
 
 USAGE, FAULT, INTERRUPTED = 2, 3, 130
-"""Exit codes: a user's mistake, a fault of the program, Ctrl-C. 1 is a verb's own: a check or a job failed."""
+"""Exit codes of usage errors, faults of the program and Ctrl-C. 1 is a verb's own: a check or a job failed."""
 TRACEBACK = "QLENS_TRACEBACK"
 CLICK: Any = typer.BadParameter.__mro__[2]  # the base of usage errors, from click or from typer's own copy of it
 
@@ -38,7 +38,7 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
         return _report(error, f"{message} ({command} --help lists what there is)", USAGE)
     except InputError as error:
         return _report(error, str(error), USAGE)
-    except BrokenPipeError:  # whoever reads the output has seen enough
+    except BrokenPipeError:  # the reader of the output closed it
         _abandon_output()
         return 1
     except OSError as error:
@@ -52,8 +52,10 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     except BaseException as error:  # a Rust panic is no Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{Path(frame.filename).name}, line {frame.lineno}"
-        said = f"{type(error).__name__} in {where}: {error}; a fault of the program: {TRACEBACK}=1 shows the traceback"
-        return _report(error, said, FAULT)
+        message = (
+            f"{type(error).__name__} in {where}: {error}; a fault of the program: {TRACEBACK}=1 shows the traceback"
+        )
+        return _report(error, message, FAULT)
 
 
 def _help(app: Callable[..., Any]) -> int:
@@ -63,7 +65,7 @@ def _help(app: Callable[..., Any]) -> int:
 
 
 def _check_text(arguments: Sequence[str]) -> None:
-    """Whether all arguments are text."""
+    """Refuse arguments that are no text."""
     for argument in arguments:
         if "\0" in argument:
             raise InputError(f"argument {brief(argument)} holds a NUL character")
@@ -79,7 +81,7 @@ def _report(error: BaseException, message: str, code: int) -> int:
 
 
 def _abandon_output() -> None:
-    """Keep the interpreter from flushing, at its end, what could not be written."""
+    """Keep the interpreter from flushing at exit the output that could not be written."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):  # an output without a file behind it has nothing to flush

@@ -1,4 +1,4 @@
-"""The user's own models and text, as the command line names them: folders and files, loaded."""
+"""Models and text of a command: folders and files, loaded."""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +7,8 @@ import typer
 
 from qlens.core.errors import InputError
 
-ROWS = 32  # of the data, where not told
-MOST = 2**26  # logits of one model, to be read as a whole
+ROWS = 32  # rows of the data that are read by default
+MOST = 2**26  # logits of one model that are read as a whole
 
 
 def own_tokens(
@@ -22,18 +22,19 @@ def own_tokens(
     needs: tuple[str, ...],
     thin: bool = True,
 ) -> dict[str, Any]:
-    """Tokens of the user's model on the user's text, and how to print them; nothing where no model and no text is named.
+    """The arguments ``tokens`` and ``token_text`` of explain for a model and a text; none where neither is named.
 
-    ``thin``: of more than ``MOST`` logits, only so many tokens are read, spread evenly; what looks at whole texts must not.
+    ``thin``: of more than ``MOST`` logits, read evenly spread tokens only; not for losses of whole texts.
     """
     if all(each is None for each in (model, data, teacher, reference)):
-        given = {"--rows": rows, "--device": device, "--dtype": dtype}
-        if beside := [name for name, each in given.items() if each is not None]:
-            raise InputError(f"{beside[0]} goes with --model DIR --data FILE: the built-in probes have no use for it")
+        options = {"--rows": rows, "--device": device, "--dtype": dtype}
+        if extra := [name for name, value in options.items() if value is not None]:
+            raise InputError(f"{extra[0]} goes with --model DIR --data FILE: the built-in probes do not use it")
         return {}
     rows = rows or ROWS
     from qlens.data import compatibility, examples
     from qlens.data.from_text import tokens_from_examples
+    from qlens.data.rows import ignored_keys
 
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if name in needs and folder is None:
@@ -47,11 +48,11 @@ def own_tokens(
     typer.echo(
         f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context", err=True
     )
-    if ignored := examples.ignored_keys(read):
+    if ignored := ignored_keys(read):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if len(tokens) == most:
-        typer.echo(f"{most} tokens of these are read, spread evenly: their logits alone are {MOST} numbers", err=True)
-    return {"tokens": tokens, "pieces": lambda token: repr(tokenizer.decode([token]))}
+        typer.echo(f"{most} of these tokens are read, evenly spread: their logits alone are {MOST} numbers", err=True)
+    return {"tokens": tokens, "token_text": tokenizer}
 
 
 def own_models(
@@ -63,33 +64,34 @@ def own_models(
     dtype: str | None,
     text: str | None = None,
 ) -> tuple[dict[str, Any], Any]:
-    """The user's models and tokenizer by their names, and the rows of the user's data, or the text given instead."""
+    """The models and the tokenizer by name, and the rows of the data, or the text given instead."""
     if model is None or (data is None and text is None):
         raise InputError("--model and --data go together: a model folder and a JSON Lines file")
     if data is not None and text is not None:
         raise InputError("--text and --data: give one of them")
-    from qlens.data import compatibility, examples, models
+    from qlens.data import compatibility, models
+    from qlens.data.rows import read_rows
     from qlens.data.vocabularies import match_vocabulary
 
-    read = text if data is None else examples.read_rows(data)
+    read = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if folder is not None:
-            its = models.load_tokenizer(folder)
-            compatibility.check_same_tokenizer(tokenizer, its)
+            other = models.load_tokenizer(folder)
+            compatibility.check_same_tokenizer(tokenizer, other)
             loaded[name] = models.load_model(folder, device, dtype)
             width = compatibility.vocabulary_size(loaded["model"])
-            if done := match_vocabulary(width, loaded[name], name, tokenizer, its):
-                typer.echo(done, err=True)
+            if remark := match_vocabulary(width, loaded[name], name, tokenizer, other):
+                typer.echo(remark, err=True)
     return loaded, read
 
 
 def figure_path(figure: str) -> Path:
-    """Where ``--figure`` puts a figure.
+    """The path of ``--figure``, checked.
 
     Raises:
-        InputError: no figure can go there.
+        InputError: no figure can be written there.
     """
     from qlens.analysis.plots.save import check_path
 

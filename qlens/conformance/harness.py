@@ -1,4 +1,4 @@
-"""Specimen: a loss under test, called as its caller would call it, on rows or on batches of texts."""
+"""Specimen: a loss under test and its calls, on rows or on batches of texts."""
 
 import copy
 import inspect
@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qlens.conformance.synthetic_batches import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, texts
+from qlens.conformance.synthetic_batches import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, pad, texts
 from qlens.conformance.wrappers import Around, as_it_is
 from qlens.core.errors import InputError
-from qlens.core.supervised import IGNORE
 from qlens.core.tokens import Tokens
 from qlens.core.trial_tokens import random_tokens
 from qlens.losses import graphs
@@ -28,9 +27,9 @@ from qlens.losses.return_values import check_shape, loss_of
 from qlens.losses.user_code import blamed, file_of
 from qlens.registry.variant import Variant
 
-ROWS = 24
-PER_TEXT = 4  # rows of a text, where rows are shown to a loss of batches
-TOLERANCE = 1e-5  # of the largest gradient: losses may compute in float32, and mistakes are far larger
+ROWS = 24  # of an ordinary call
+PER_TEXT = 4  # rows of a text, where rows are given to a loss of batches
+TOLERANCE = 1e-5  # share of the largest gradient: losses may compute in float32, and mistakes are far larger
 COARSE_TOLERANCE = 0.05  # in bfloat16, whose steps are 2^-8: about a dozen roundings
 COUNT = "num_items_in_batch"
 
@@ -40,8 +39,8 @@ class IncompleteGroup(InputError):
 
 
 class Reading(NamedTuple):
-    """What a call gave: the value summed, its gradient by row, the largest one on padding, the shape returned, and whether
-    the value had a graph."""
+    """A call: the sum of the value, its gradient (K, V), the largest gradient on padding, the shape returned, and whether the
+    value had a graph."""
 
     value: Tensor
     grad: Float[Tensor, "K V"]
@@ -54,14 +53,14 @@ class Specimen:
     """A loss under test.
 
     Args:
-        variant: the loss; a method with a target of its own is read through ``variant.loss``, any other as it was written.
-        dtype: what it is read in where nothing else is asked.
+        variant: the loss; a method with a target of its own is called through ``variant.loss``, any other as it is written.
+        dtype: of the logits, unless a rule asks for another.
         vocabulary: number of columns of the logits.
 
     Attributes:
-        tolerance: what counts as rounding, as a share of the largest gradient.
-        digits: the dtype that holds every digit of its gradient: what it computes in.
-        prompts: whether texts begin with a prompt that is labelled -100.
+        tolerance: share of the largest gradient that counts as rounding.
+        digits: the dtype that it computes in, by the digits of its gradient.
+        prompts: whether texts begin with a prompt labelled -100.
 
     Raises:
         InputError: a function of tokens that fails on the built-in probes.
@@ -76,11 +75,11 @@ class Specimen:
         groups = ["pair"] if variant.compares_pairs else [] if "sequence" not in variant.needs else ["sequence"]
         self.declared = groups[0] if groups and variant.scope == "token" else variant.scope
         self.prompts = True
-        self._made: dict[tuple, Any] = {}
+        self._cache: dict[tuple, Any] = {}
 
     @cached_property
     def style(self) -> Style:
-        """How it is called."""
+        """The layout in which it is called."""
         return style_of(self.fn, self.params, self.tokens())
 
     @property
@@ -101,46 +100,46 @@ class Specimen:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """What every parameter that is filled stands for."""
+        """The role of every parameter that is filled."""
         return self.takes.required | self.takes.optional
 
     @cached_property
     def fields(self) -> tuple[str, ...]:
-        """The fields of Tokens that its inputs are made from, beside logits and labels."""
+        """The fields of Tokens that its inputs are made from, besides logits and labels."""
         if not self.variant.derived or self.kind == "tokens":
             return tuple(self.variant.needs)
         return tuple(dict.fromkeys(FIELD[role] for role in self.roles.values() if role in FIELD))
 
     @property
     def count(self) -> str:
-        """The name of the parameter that takes the number of predicted labels of the whole batch; "" if there is none."""
+        """The parameter for the number of predicted labels of the whole batch; "" if there is none."""
         return next((name for name, role in self.roles.items() if role == "count"), "")
 
     @property
     def attends(self) -> bool:
-        """Whether it is given an attention mask, and may know by that, not by labels, which tokens count."""
+        """Whether it takes an attention mask, by which it may select tokens instead of by labels."""
         return self.laid_out and "attention mask" in self.roles.values()
 
     def without_prompts(self) -> "Specimen":
-        """The same loss, shown texts of which every token is learned."""
-        made = copy.copy(self)
-        made.prompts, made._made = False, {}
-        return made
+        """The same loss, on texts of which every token is learned."""
+        other = copy.copy(self)
+        other.prompts, other._cache = False, {}
+        return other
 
     def with_vocabulary(self, vocabulary: int) -> "Specimen":
-        """The same loss, shown logits of another width."""
-        made = Specimen(self.variant, self.dtype, vocabulary)
-        made.tolerance, made.digits, made.prompts = self.tolerance, self.digits, self.prompts
-        return made
+        """The same loss, on logits of another width."""
+        other = Specimen(self.variant, self.dtype, vocabulary)
+        other.tolerance, other.digits, other.prompts = self.tolerance, self.digits, self.prompts
+        return other
 
     @property
     def nothing(self) -> float:
-        """Up to which share of the largest gradient an entry counts as zero."""
+        """Share of the largest gradient up to which an entry counts as zero."""
         return min(max(1e-12, 8 * torch.finfo(self.digits).eps), 1e-3)
 
     @cached_property
     def counted(self) -> bool:
-        """Whether it can be told the number of predicted labels of the whole batch."""
+        """Whether it takes the number of predicted labels of the whole batch."""
         if self.count:
             return True
         given = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
@@ -156,14 +155,16 @@ class Specimen:
         return coupling(self)
 
     def tokens(self, rows: int = ROWS) -> Tokens:
-        """Ordinary rows, every field filled."""
-        return self.kept(("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype)))
+        """Ordinary rows with every field."""
+        return self.cached(
+            ("rows", rows), lambda: self._weighted(cast(random_tokens(rows, self.vocabulary), self.dtype))
+        )
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
         """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn; whole groups of texts.
 
-        A third of these lengths at wide vocabularies. Without prompts all of a text is learned, but its first token; a loss
-        that reads its labels from ``input_ids`` sees no others.
+        A third of these lengths at wide vocabularies. Without prompts all of a text but its first token is learned, as always
+        for a loss that reads its labels from ``input_ids``.
         """
         if self.vocabulary > WIDE:
             lengths, prompts = ([-(-n // 3) for n in each] for each in (lengths, prompts))
@@ -172,7 +173,7 @@ class Specimen:
             prompts = (1,)
         lengths = [lengths[i % len(lengths)] for i in range(-(-len(lengths) // self.group) * self.group)]
         key = ("texts", tuple(lengths), tuple(prompts))
-        return self.kept(
+        return self.cached(
             key,
             lambda: [
                 text._replace(tokens=self._weighted(text.tokens))
@@ -181,46 +182,46 @@ class Specimen:
         )
 
     def _weighted(self, tokens: Tokens) -> Tokens:
-        """The tokens with weights, where the loss takes some: nobody else multiplies by them then."""
+        """The tokens with weights, where the loss takes weights itself."""
         if "weight" not in self.roles.values():
             return tokens
         ramp = torch.linspace(0.5, 1.5, len(tokens), dtype=torch.float64) if len(tokens) > 1 else torch.ones(1)
         return tokens.replace(weight=ramp.to(tokens.logits.dtype))
 
-    def kept(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """What is made once: random logits of a wide vocabulary take longer than the loss."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+    def cached(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """A cached value: random logits of a wide vocabulary take longer than the loss."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def unequal(self) -> list[Text]:
         """Eight texts of unequal lengths."""
         return self.texts(UNEQUAL, PROMPTS)
 
     def read(self, tokens: Tokens, around: Around = as_it_is, per_text: int = PER_TEXT) -> Reading:
-        """One call on rows, (N, V), in the layout that the loss wants; ``around`` wraps the function called.
+        """One call on rows, (N, V), in the layout of the loss; ``around`` wraps the function called.
 
-        A loss of batches sees them as texts of ``per_text`` rows, and is told their count.
+        A loss of batches gets them as texts of ``per_text`` rows, with their count.
 
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
         if self.laid_out:
             shown = self.in_groups(tokens, per_text)
-            made = self.read_batch(shown, sum(len(text.tokens) for text in shown), around=around)
+            reading = self.read_batch(shown, sum(len(text.tokens) for text in shown), around=around)
             rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in shown])
-            return made._replace(grad=made.grad[rows][: len(tokens)])
+            return reading._replace(grad=reading.grad[rows][: len(tokens)])
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
-            shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss may write on it and be found out
+            shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss can modify it, which is detected
 
             def run() -> Any:
                 return call(around(self.fn), self.params, shown, Layout(), style=self.style)
 
-            made = self.reading(run(), leaf, run)
+            reading = self.reading(run(), leaf, run)
         if self.variant.derived and not given_as_sums(self.fn):
-            check_shape(torch.empty(made.shape, device="meta"), len(tokens), self.variant.spec)
-        return made
+            check_shape(torch.empty(reading.shape, device="meta"), len(tokens), self.variant.spec)
+        return reading
 
     def in_groups(self, tokens: Tokens, per_text: int) -> list[Text]:
         """The rows as texts of at most ``per_text`` rows; further texts of the same rows make up the last group."""
@@ -233,7 +234,7 @@ class Specimen:
         return texts
 
     def value(self, tokens: Tokens) -> Tensor:
-        """The sum of what it returns for these rows."""
+        """The sum of its values for these rows."""
         if self.laid_out:
             return self.read(tokens).value
         return value_of(self.fn, self.params, tokens, self.style).sum()
@@ -244,25 +245,25 @@ class Specimen:
         return graphs.checked(result, self.variant.spec, again, logits).value, result.value.requires_grad
 
     def reading(self, returned: Any, leaf: Tensor, again: Callable[[], Any] | None = None) -> Reading:
-        """What a call returned, and its gradient by the logits it was given; ``again`` calls once more, to see what is lost.
+        """The value that a call returned, and its gradient by the logits; ``again`` repeats the call.
 
         Raises:
             InputError: it is no floating-point tensor, or one other than zero without a graph.
         """
-        made, graph = self._graded(returned, again or (lambda: returned), leaf)
-        return Reading(*self._derived(made, leaf), 0.0, tuple(made.shape), graph)
+        losses, graph = self._graded(returned, again or (lambda: returned), leaf)
+        return Reading(*self._derived(losses, leaf), 0.0, tuple(losses.shape), graph)
 
-    def _derived(self, made: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    def _derived(self, losses: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
         """The value, and its gradient by the logits.
 
         Raises:
             InputError: the backward pass raises.
         """
         with blamed(self.variant.spec, file_of(self.fn)):
-            (grad,) = torch.autograd.grad(made.sum(), leaf, allow_unused=True)
+            (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
         if grad is None:
             raise InputError("it returns a value whose graph does not lead back to the logits")
-        return made.detach().sum(), grad
+        return losses.detach().sum(), grad
 
     def read_batch(
         self,
@@ -273,51 +274,42 @@ class Specimen:
         around: Around = as_it_is,
         attended: bool = True,
     ) -> Reading:
-        """One call on texts padded to one width and ``columns`` more; ``count`` goes to losses that can be told it.
+        """One call on texts padded to one width and ``columns`` more; ``count`` goes to losses that take it.
 
-        The attention mask is 1 on texts, unless they are not ``attended``, and 0 on padding.
+        The attention mask is 1 on texts if they are ``attended``, and 0 on padding.
 
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
         if len(texts) % self.group:
             raise IncompleteGroup(f"it takes texts in groups of {self.group}, and is tried on {len(texts)}")
-        width = max(len(text.labels) for text in texts) + columns
-        draw, size = torch.Generator().manual_seed(width), (len(texts), width)
-        table = torch.randn(*size, self.vocabulary, generator=draw, dtype=torch.float64).to(texts[0].logits.dtype)
-        labels, ids = torch.full(size, IGNORE), torch.zeros(size, dtype=torch.long)
-        real = torch.zeros(size, dtype=torch.bool)
-        for row, text in enumerate(texts):
-            start = 0 if side == "right" else width - len(text.labels)
-            at = slice(start, start + len(text.labels))
-            table[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
-            ids[row, at] = text.ids
-        parts = [text.tokens.fields() for text in texts]
-        rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        padded = pad(texts, side, columns, self.vocabulary)
         name = self.count or COUNT
         given = {}
         if self.counted and count is not None:
             given[name] = torch.tensor(count)
         elif self.count:
             given[name] = None
+        real = padded.real
         with torch.enable_grad():
-            leaf = table.requires_grad_()
+            leaf = padded.logits.requires_grad_()
             mask = real.long() * attended
             shown = leaf.clone()
 
             def run() -> Any:
-                return on_batch(around(self.fn), shown, labels, rows, self.params, self.style, mask, ids, **given)
+                fn, rows = around(self.fn), padded.rows
+                return on_batch(fn, shown, padded.labels, rows, self.params, self.style, mask, padded.ids, **given)
 
-            made, graph = self._graded(run(), run, shown)
-            value, grad = self._derived(made, leaf)
+            losses, graph = self._graded(run(), run, shown)
+            value, grad = self._derived(losses, leaf)
         padding = ~real
-        if self.labels_from_ids:  # whatever stands before a text's first token learns it
+        if self.labels_from_ids:  # the position before a text's first token learns it
             padding[:, :-1] &= ~real[:, 1:]
         outside = float(grad[padding].abs().max()) if bool(padding.any()) else 0.0
-        return Reading(value, grad[real], outside, tuple(made.shape), graph)
+        return Reading(value, grad[real], outside, tuple(losses.shape), graph)
 
 
 def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
-    """The tokens with these logits, every other field a copy that a loss may write on."""
+    """The tokens with these logits, every other field a copy that a loss may modify."""
     others = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
     return Tokens(logits=logits, **others)

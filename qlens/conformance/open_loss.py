@@ -1,4 +1,4 @@
-"""Opening: the specimen of a loss, at a vocabulary and in a precision that it accepts, with a gradient to test."""
+"""Opening a loss: the vocabulary and precision that it accepts, and whether it has a gradient to test."""
 
 from collections.abc import Iterator
 
@@ -15,21 +15,25 @@ from qlens.losses.layout.signature import inputs
 from qlens.losses.user_code import numbers_of
 from qlens.registry.variant import Variant
 
-WIDER = (64, 1024, 50_304)  # tried in turn where a loss refuses a vocabulary of 24: a top-50, a wide top-k, a token id
+WIDER = (
+    64,
+    1024,
+    50_304,
+)  # vocabularies tried in turn where a loss refuses 24 columns: a top-50, a wide top-k, a token id
 WIDEST = 300_000
-WIDEST_HEAD = 2048  # where the head is a matrix of that size, squared
-NUDGE = {torch.float64: 1e-4, torch.float32: 1e-2}  # of the logits; 0.1 in coarser types
+WIDEST_HEAD = 2048  # for losses with a head, a square matrix of that size
+NUDGE = {torch.float64: 1e-4, torch.float32: 1e-2}  # change of the logits; 0.1 in coarser types
 SMALL = 256  # roundings of a softmax gradient, below which a gradient may be rounding alone
 SIZE_ERRORS = (RuntimeError, IndexError, ValueError, AssertionError)
 
 
 def specimen(variant: Variant) -> tuple[Specimen, str]:
-    """The loss, called once on ordinary rows to see that there is something to test, and a remark on how it was called.
+    """The loss called once on ordinary rows, and the error at 24 columns if it needs a wider vocabulary.
 
     It is read in float32 where it refuses float64, and at a wider vocabulary where it refuses 24 columns.
 
     Raises:
-        InputError: it cannot be called, writes on what it needs, has no gradient, is NaN or infinite, or teaches nothing.
+        InputError: it cannot be called, or its gradient is missing, not finite or zero.
     """
     loss, ordinary, refused = _opened(variant)
     for what, values in (("value", ordinary.value), ("gradient", ordinary.grad)):
@@ -50,24 +54,24 @@ def specimen(variant: Variant) -> tuple[Specimen, str]:
 
 
 def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
-    """The first vocabulary and precision at which a call succeeds, and what the first call said if it did not.
+    """The first vocabulary and precision at which a call succeeds, its reading, and the error of the first call.
 
     Raises:
         InputError: no call succeeds.
     """
     first: InputError | None = None
     written: list[str] = []
-    said: list[str] = []
-    for vocabulary in _vocabularies(said, _widest(variant)):
+    messages: list[str] = []
+    for vocabulary in _vocabularies(messages, _widest(variant)):
         for dtype in (torch.float64, torch.float32):  # a loss with float32 inside may refuse float64
             try:
                 loss = Specimen(variant, dtype, vocabulary)
-                made = loss.read(loss.tokens(), around=watching(written))
+                reading = loss.read(loss.tokens(), around=watching(written))
                 refused = "" if first is None or vocabulary == VOCABULARY else str(first)
-                return loss, made, refused
+                return loss, reading, refused
             except InputError as error:
                 first = first or error
-                said.append(str(error.__cause__))
+                messages.append(str(error.__cause__))
                 if not _may_be_size(error):
                     break
         if not _may_be_size(first):
@@ -78,12 +82,12 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
 
 
 def _may_be_size(error: InputError) -> bool:
-    """Whether what the loss raised may come of too few columns."""
+    """Whether an error may come from too few columns."""
     return isinstance(error.__cause__, SIZE_ERRORS) and not isinstance(error.__cause__, InputError)
 
 
 def _written(variant: Variant, seen: list[str]) -> list[str]:
-    """What a loss that fails writes on: as seen in a call, or in one on plain rows."""
+    """The arguments that a failing loss writes on, as seen in a call or in one on plain rows."""
     if seen:
         return seen
     try:
@@ -97,12 +101,12 @@ def _widest(variant: Variant) -> int:
     return WIDEST_HEAD if variant.derived and inputs(variant.method.fn).kind in ("model", "hidden") else WIDEST
 
 
-def _vocabularies(said: list[str], widest: int) -> Iterator[int]:
-    """24, then the sizes that error messages name (a weight per class, an index out of range), then ever wider ones."""
+def _vocabularies(messages: list[str], widest: int) -> Iterator[int]:
+    """24, then sizes named by error messages (weights per class, an index out of range), then wider ones."""
     tried = {VOCABULARY}
     yield VOCABULARY
     for wider in WIDER:
-        named = dict.fromkeys(int(number) for message in said for number in numbers_of(message)[:20])
+        named = dict.fromkeys(int(number) for message in messages for number in numbers_of(message)[:20])
         for size in [size for number in named for size in (number, number + 1)][:12]:
             if VOCABULARY < size <= widest and size not in tried:
                 tried.add(size)
@@ -113,7 +117,7 @@ def _vocabularies(said: list[str], widest: int) -> Iterator[int]:
 
 
 def _is_rounding(loss: Specimen, ordinary: Reading) -> bool:
-    """Whether a small gradient is rounding: a tiny change of the logits then changes most of it."""
+    """Whether a small gradient is rounding, so that a tiny change of the logits changes most of it."""
     size = ordinary.grad.norm()
     if not bool(size):
         return True

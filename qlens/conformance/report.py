@@ -1,10 +1,11 @@
-"""Check: a conformance report on the implementation of a loss."""
+"""Check: the conformance report on the implementation of a loss."""
 
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+import pandas as pd
 import torch
 
 from qlens.conformance import (
@@ -20,22 +21,27 @@ from qlens.conformance import (
 )
 from qlens.conformance.synthetic_batches import VOCABULARY
 from qlens.core.errors import InputError
+from qlens.lens.describe.result import Result, heading
 from qlens.losses import user_code
 from qlens.losses.user_code import first_line
 from qlens.registry import resolve
 from qlens.registry.variant import Variant
 
 State = Literal["passed", "failed", "remark", "not applicable"]
-STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # as they are printed
-BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules of what a loss divides by
+STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # in the order of the printout
+BY_LENGTH = ("accumulation", "evaluation", "padding_side", "padding_amount")  # rules on the divisor of the reduction
 WIDTH, EVIDENCE = max(map(len, RULES)), 100  # columns
 
 
 @dataclass(frozen=True)
 class Item:
-    """One line of the report: what was tested, how it went, the numbers, and for a failure what follows from it.
+    """The outcome of one rule.
 
-    A "remark" is what whoever trains with the loss should know, and no fault of its code.
+    Args:
+        id: name of the rule.
+        state: "passed", "failed", "not applicable", or "remark": worth knowing for training, but no fault of the code.
+        evidence: what was measured.
+        consequence: effect of a failure on training.
     """
 
     id: str
@@ -44,18 +50,18 @@ class Item:
     consequence: str = ""
 
 
-@dataclass(frozen=True)
-class CheckReport:
-    """How a loss is implemented: print it, or read ``ok``, ``failures`` and ``items``.
+@dataclass(frozen=True, repr=False)
+class CheckReport(Result):
+    """The conformance of a loss: print it, or read ``ok``, ``failures`` and ``items``.
 
     Args:
         spec: the loss.
-        kind: how it is called: tokens, logits, outputs, hidden or model.
-        called_as: how it was called, in words.
-        notes: what it does beside: another model run, an input without effect, ...
+        kind: its call signature: tokens, logits, outputs, hidden or model.
         items: one per rule, in a fixed order; ``report["padding_side"]`` is the one of that id.
         vocabulary: number of columns of the logits that it was called with.
-        refused: what it raised at a vocabulary of 24, where it asked for a wider one.
+        refused: the error at a vocabulary of 24, where it needs a wider one.
+        called_as: how it was called, in words.
+        notes: remarks on other effects: another model that it runs, an input without effect, ...
 
     Example:
         >>> report = check("dft")
@@ -73,7 +79,7 @@ class CheckReport:
 
     @property
     def remarks(self) -> tuple[Item, ...]:
-        """The items that are no faults of the code, and worth knowing."""
+        """The items that are worth knowing and no faults of the code."""
         return tuple(item for item in self.items if item.state == "remark")
 
     @property
@@ -102,12 +108,34 @@ class CheckReport:
             "notes": list(self.notes),
         }
 
+    def to_frame(self) -> pd.DataFrame:
+        """A row per rule: id, state, evidence, consequence."""
+        return pd.DataFrame([asdict(item) for item in self.items])
+
+    def plot(self) -> Any:
+        """The figure: a coloured row per rule (matplotlib)."""
+        from qlens.analysis.plots.check_figure import figure_check
+
+        return figure_check(self)
+
+    def _repr_html_(self) -> str:
+        table = self.to_frame().query("state != 'not applicable'").to_html(index=False, border=0)
+        return heading(f"{self.spec}: {self._counts()}") + table
+
+    def _counts(self) -> str:
+        counts = {state: sum(item.state == state for item in self.items) for state in STATES}
+        order = ("passed", "failed", "remark", "not applicable")
+        return ", ".join(f"{counts[state]} {state}" for state in order if counts[state] or state != "remark")
+
+    def __repr__(self) -> str:
+        return f"CheckReport({self.spec}: {self._counts()})"
+
     def __str__(self) -> str:
         by_state = {state: [item for item in self.items if item.state == state] for state in STATES}
-        lines = [f"{self.spec}: how it is implemented (called with {self.kind})", ""]
+        lines = [f"{self.spec}: conformance of its implementation (called with {self.kind})", ""]
         for item in (*by_state["failed"], *by_state["remark"], *by_state["passed"]):
             lines += _entry(item.state, item.id.replace("_", " "), item.evidence)
-            lines += _entry("", "", f"so: {item.consequence}") if item.consequence else []
+            lines += _entry("", "", f"consequence: {item.consequence}") if item.consequence else []
         for reason in dict.fromkeys(item.evidence for item in by_state["not applicable"]):
             names = ", ".join(
                 item.id.replace("_", " ") for item in by_state["not applicable"] if item.evidence == reason
@@ -117,13 +145,9 @@ class CheckReport:
                 names if "," not in names else "",
                 reason if "," not in names else f"{names}: {reason}",
             )
-        shown = [
-            state for state in ("passed", "failed", "remark", "not applicable") if by_state[state] or state != "remark"
-        ]
-        counts = ", ".join(f"{len(by_state[state])} {state}" for state in shown)
         called = [f"Called with {self.called_as}{self._width()}."] if self.called_as else []
-        said = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
-        return "\n".join([*lines, "", *said, counts])
+        notes = [line for note in (*called, *self.notes) for line in textwrap.wrap(note, 110, break_on_hyphens=False)]
+        return "\n".join([*lines, "", *notes, self._counts()])
 
     def _width(self) -> str:
         if self.vocabulary == VOCABULARY:
@@ -134,18 +158,20 @@ class CheckReport:
 @user_code.quiet()
 @torch.inference_mode(False)
 def check(loss: Variant | str | Callable) -> CheckReport:
-    """Conformance of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits and manners.
+    """Check the implementation of a loss: accumulation, evaluation, padding, packing, masks, shift, precision, limits, inputs.
 
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, a callable or a trainer's class (see ``implied_target``).
 
-    Gradients count as the same when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16). A loss
-    that refuses a vocabulary of 24 is shown a wider one; ``report.vocabulary`` says which. What is no fault of the code, but
-    worth knowing, is a remark and leaves the report ``ok``.
+    Gradients count as equal when they differ by at most 1e-5 of the largest entry (0.05 for a loss in bfloat16). A loss
+    that needs a vocabulary above 24 is called with a wider one, ``report.vocabulary``. A remark is worth knowing but no fault
+    of the code, and leaves the report ``ok``.
+
+    Returns:
+        A CheckReport: printable, with ``ok``, ``failures``, ``items`` and exports.
 
     Raises:
-        InputError: the loss cannot be called on ordinary input, has no finite gradient there, or teaches nothing, its gradient
-            being zero up to rounding; the message says why.
+        InputError: the loss cannot be called on ordinary input, or its gradient there is not finite or zero up to rounding.
 
     Example:
         >>> import torch.nn.functional as F
@@ -190,18 +216,18 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
 
 
 def _spared(rule: Rule, tested: Specimen) -> str:
-    """That a loss which may go by the attention mask keeps the rule on texts without prompts, or nothing."""
+    """A remark if a loss that may use the attention mask keeps the rule on texts without prompts; else ""."""
     try:
         rule.run(tested.without_prompts())
     except (Failed, NotApplicable, InputError):
         return ""
     except Remark as remark:
         return f"where nothing is a prompt: {remark}"
-    return "not so where nothing is a prompt: it goes by the attention mask, prompts included"
+    return "not so where nothing is a prompt: it uses the attention mask, prompts included"
 
 
-def _entry(state: str, name: str, said: str) -> list[str]:
-    """A line of the table, with what does not fit below it."""
+def _entry(state: str, name: str, text: str) -> list[str]:
+    """A row of the printed table, wrapped."""
     start = f"{state:<{len(STATES[-1])}}  {name:<{WIDTH}}  "
-    wrapped = textwrap.wrap(said, EVIDENCE, break_on_hyphens=False)
+    wrapped = textwrap.wrap(text, EVIDENCE, break_on_hyphens=False)
     return [(start if not i else " " * len(start)) + part for i, part in enumerate(wrapped)]

@@ -1,10 +1,10 @@
-"""Texts: what conformance is tested on, ordinary rows cut into texts with prompts of their own."""
+"""Synthetic batches: ordinary rows cut into texts with prompts, on which conformance is tested."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.core.supervised import IGNORE
@@ -26,33 +26,60 @@ class Text(NamedTuple):
     tokens: Tokens
 
 
+class Padded(NamedTuple):
+    """Texts padded to one width: logits (B, T, V), labels (B, T), input ids (B, T), where they are no padding, all rows."""
+
+    logits: Float[Tensor, "B T V"]
+    labels: Int[Tensor, "B T"]
+    ids: Int[Tensor, "B T"]
+    real: Bool[Tensor, "B T"]
+    rows: Tokens
+
+
+def pad(texts: Sequence[Text], side: str, columns: int, vocabulary: int) -> Padded:
+    """Pad texts on one side to the width of the longest and ``columns`` more, with random logits."""
+    width = max(len(text.labels) for text in texts) + columns
+    draw, size = torch.Generator().manual_seed(width), (len(texts), width)
+    logits = torch.randn(*size, vocabulary, generator=draw, dtype=torch.float64).to(texts[0].logits.dtype)
+    labels, ids = torch.full(size, IGNORE), torch.zeros(size, dtype=torch.long)
+    real = torch.zeros(size, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        start = 0 if side == "right" else width - len(text.labels)
+        at = slice(start, start + len(text.labels))
+        logits[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
+        ids[row, at] = text.ids
+    parts = [text.tokens.fields() for text in texts]
+    rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+    return Padded(logits, labels, ids, real, rows)
+
+
 def texts(lengths: Sequence[int], prompts: Sequence[int], dtype: torch.dtype, vocabulary: int) -> list[Text]:
     """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn."""
     n = sum(lengths)
     rows, other = (cast(random_tokens(n, vocabulary, seed=seed), dtype) for seed in (1, 2))
     rows = rows.replace(sequence=torch.repeat_interleave(torch.tensor(lengths)))
     draw = torch.Generator().manual_seed(3)
-    made, start = [], 0
+    built, start = [], 0
     for number, length in enumerate(lengths):
         own, prompt = rows[start : start + length], prompts[number % len(prompts)]
         logits = torch.cat([other.logits[: prompt - 1], own.logits, other.logits[-1:]])
         labels = torch.cat([own.labels.new_full((prompt,), IGNORE), own.labels])
         ids = torch.cat([torch.randint(vocabulary, (prompt,), generator=draw), own.labels])
-        made.append(Text(logits, labels, ids, own))
+        built.append(Text(logits, labels, ids, own))
         start += length
-    return made
+    return built
 
 
 def cut(tokens: Tokens, length: int) -> list[Text]:
     """The rows as texts of so many labels each, without a prompt: only a first token, which nothing predicts."""
-    made = []
+    built = []
     for start in range(0, len(tokens), length):
         own = tokens[start : start + length]
         first = (own.labels[:1] + 1) % own.logits.shape[1]
         labels = torch.cat([torch.full_like(first, IGNORE), own.labels])
         ids = torch.cat([first, own.labels])
-        made.append(Text(torch.cat([own.logits, own.logits.detach()[:1]]), labels, ids, own))
-    return made
+        built.append(Text(torch.cat([own.logits, own.logits.detach()[:1]]), labels, ids, own))
+    return built
 
 
 def count(texts: Sequence[Text]) -> int:

@@ -1,4 +1,4 @@
-"""Wrapping: a function called as before, its arguments changed on the way in, or watched."""
+"""Wrappers of a loss function that change or watch its arguments."""
 
 import functools
 import inspect
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from qlens.core.tokens import Tokens
 
 Around = Callable[[Callable], Callable]
-"""What wraps the function that is called."""
+"""A wrapper of the loss function."""
 
 
 def as_it_is(fn: Callable) -> Callable:
-    """No wrapper."""
+    """The function itself."""
     return fn
 
 
@@ -60,7 +60,7 @@ def watching(written: list[str]) -> Around:
             def note(name: str, thing: Any) -> None:
                 each_tensor(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
                 if isinstance(thing, nn.Module):
-                    thing.register_forward_hook(lambda module, given, made: note("the model's outputs", made))
+                    thing.register_forward_hook(lambda module, given, outputs: note("the model's outputs", outputs))
 
             for name, thing in inspect.signature(run).bind(*args, **kwargs).arguments.items():
                 note(name, thing)

@@ -1,7 +1,7 @@
-"""Core: tokens, targets and the arithmetic between them; nothing here knows a method, a loss or a model.
+"""Core: tokens, targets and their arithmetic; nothing here knows a method, a loss or a model.
 
-Read ``tokens`` (what a loss may look at), ``target`` (the distribution Q with its scale) and ``target_metrics`` (its
-figures); then ``autograd`` (logit gradients), ``scales``, ``segments`` (sums over sequences and pairs),
-``supervised`` (-100, shift and padding), ``probes`` and ``trial_tokens`` (tokens to try losses on), and
-``deprecation`` (old names).
+Read ``tokens`` (the inputs of a loss), ``target`` (the distribution Q with its scale) and ``numerics`` (softmax and
+divergences); then ``autograd`` (logit gradients), ``scales`` (label weight, natural scale, tolerances), ``segments`` (sums over
+sequences and pairs) and ``supervised`` (-100, shift and padding). ``probes`` and ``trial_tokens`` make tokens to try losses on;
+``errors``, ``files``, ``display``, ``random_draws`` and ``deprecation`` serve every package.
 """

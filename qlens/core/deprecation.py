@@ -22,7 +22,7 @@ MODULES = {
     "qlens.sources": "qlens.data.models",
     "qlens.target": "qlens.core.target",
     "qlens.tokens": "qlens.core.tokens",
-    "qlens.variant": "qlens.registry.variant",
+    "qlens.variant": "qlens.registry",
     "qlens.watch": "qlens.training.watch",
     "qlens.analysis.view": "qlens.analysis.token_view.token_view",
 }  # the modules that the README and the notebooks imported from
@@ -122,6 +122,13 @@ class _WithOldColumns(pd.DataFrame):
         return super().__getitem__(key if new is None else new)
 
 
+class _OldModule(ModuleType):
+    """A module under its old name. ``qlens.distances`` is a function too, which the import of the old module hides."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
+
+
 class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports of modules by their old names."""
 
@@ -132,7 +139,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """A module that hands every attribute of the new one on."""
         warnings.warn(f"{spec.name} is deprecated; write {MODULES[spec.name]}", DeprecationWarning, stacklevel=2)
-        return ModuleType(spec.name, f"The old name of {MODULES[spec.name]}.")
+        return _OldModule(spec.name, f"The old name of {MODULES[spec.name]}.")
 
     def exec_module(self, module: ModuleType) -> None:
         """Fill the module with what the new one holds."""

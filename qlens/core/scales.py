@@ -1,4 +1,4 @@
-"""Scales: what a gradient and p say by themselves (effective trust, natural scale), and what counts as rounding."""
+"""Scales: label weight and natural scale of a logit gradient, and tolerances for rounding."""
 
 import math
 
@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qlens.core.tokens import BLOCK_ENTRIES
+from qlens.core.numerics import BLOCK_ENTRIES
 
 COARSE = (torch.bfloat16, torch.float16)
 DISTINCT = 32  # different digits that tell the precision of values
 
 
-def effective_trust(
+def label_weight(
     log_probs: Float[Tensor, "N V"], labels: Int[Tensor, " N"], grad: Float[Tensor, "N V"]
 ) -> Float[Tensor, " N"]:
-    """-g_y / (1 - p_y) in unit scale, (N,); NaN where 1 - p_y = 0, so that nothing is left to pull."""
+    """-g_y / (1 - p_y), (N,); NaN where 1 - p_y = 0."""
     rest = log_probs.exp().scatter(1, labels[:, None].long(), 0.0).sum(-1)
     return torch.where(rest > 0, label_pull(log_probs, labels, grad, balanced(log_probs, grad)) / rest, torch.nan)
 
@@ -25,20 +25,20 @@ def label_pull(
 ) -> Float[Tensor, " N"]:
     """-g_y, (N,). Where sum(g) = 0 and p_y > 1/2 it is the sum of the other entries, which keeps its digits as p_y -> 1."""
     index = labels[:, None].long()
-    sure = balance & (log_probs.gather(1, index)[:, 0] > math.log(0.5))
-    return torch.where(sure, grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
+    near_one = balance & (log_probs.gather(1, index)[:, 0] > math.log(0.5))
+    return torch.where(near_one, grad.scatter(1, index, 0.0).sum(-1), -grad.gather(1, index)[:, 0])
 
 
 def with_sum_(
     values: Float[Tensor, "N V"], log_probs: Float[Tensor, "N V"], total: float, rows: Bool[Tensor, " N"] | None = None
 ) -> Float[Tensor, "N V"]:
-    """Rows known to sum to ``total``: where one p exceeds 1/2, its entry is set in place to what the others leave."""
+    """Rows known to sum to ``total``: in place, an entry with p > 1/2 becomes ``total`` minus the others, for its digits."""
     top = log_probs.argmax(-1, keepdim=True)
-    sure = log_probs.gather(1, top) > math.log(0.5)
+    dominant = log_probs.gather(1, top) > math.log(0.5)
     if rows is not None:
-        sure &= rows[:, None]
-    left = total - values.scatter(1, top, 0.0).sum(-1, keepdim=True)
-    return values.scatter_(1, top, torch.where(sure, left, values.gather(1, top)))
+        dominant &= rows[:, None]
+    remainder = total - values.scatter(1, top, 0.0).sum(-1, keepdim=True)
+    return values.scatter_(1, top, torch.where(dominant, remainder, values.gather(1, top)))
 
 
 def balanced(
@@ -50,15 +50,15 @@ def balanced(
     all on one token, if g is s p on all the others.
     """
     off, slack = grad.sum(-1).abs(), gradient_tolerance(dtype or grad)
-    found = off <= slack * grad.abs().amax(-1).clamp(min=1)
-    for row in (~found).nonzero().split(8):
+    zero = off <= slack * grad.abs().amax(-1).clamp(min=1)
+    for row in (~zero).nonzero().split(8):
         g, p = grad[row[:, 0]], log_probs[row[:, 0]].exp()
         top = p.argmax(-1, keepdim=True)
         g, p = (values.scatter(1, top, 0.0) for values in (g, p))
         scale = g.sum(-1) / p.sum(-1)
         alike = (g - scale[:, None] * p).abs().sum(-1) <= 0.01 * g.abs().sum(-1)
-        found[row[:, 0]] = alike & (off[row[:, 0]] <= slack * scale.abs())
-    return found
+        zero[row[:, 0]] = alike & (off[row[:, 0]] <= slack * scale.abs())
+    return zero
 
 
 def tolerance(values: Tensor | torch.dtype) -> float:
@@ -78,15 +78,15 @@ def gradient_tolerance(values: Tensor | torch.dtype) -> float:
 
 
 def carried(values: Tensor) -> torch.dtype:
-    """The least precise dtype that holds every digit of the values: what they were computed in, whatever they were cast to.
+    """The dtype that values were computed in before a cast: the least precise one that holds all their digits.
 
-    The values' own dtype where they hold too few different digits to tell.
+    The values' own dtype where they have too few different digits to tell.
     """
     some = values.detach().flatten()[:: max(1, values.numel() // 2**16)]
-    if len(torch.frexp(some[some != 0]).mantissa.abs().unique()) < DISTINCT:  # 1 and 0.5 say nothing of what made them
+    if len(torch.frexp(some[some != 0]).mantissa.abs().unique()) < DISTINCT:  # 1 and 0.5 fit any dtype
         return values.dtype
     for dtype in (*COARSE, torch.float32):
-        if all(bool((few.to(dtype).to(few.dtype) == few).all()) for few in values.split(8)):
+        if all(bool((rows.to(dtype).to(rows.dtype) == rows).all()) for rows in values.split(8)):
             return dtype
     return values.dtype
 
@@ -99,7 +99,7 @@ def coefficient_tolerance(values: Tensor) -> float:
 def natural_scale(log_probs: Float[Tensor, "N V"], grad: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """max(0, max_k g_k / p_k) over p_k > 0, (N,), in float64: the smallest s whose Q has no negative entry.
 
-    Entries below the smallest normal number of the gradient's dtype have no digits left, and are passed over.
+    Entries below the smallest normal number of the gradient's dtype are ignored: they have no digits left.
     """
     size, tiny = max(1, BLOCK_ENTRIES // grad.shape[-1]), torch.finfo(grad.dtype).tiny
     scale = torch.zeros_like(grad[:, 0])

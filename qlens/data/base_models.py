@@ -1,21 +1,21 @@
-"""Base models: a model with adapters (peft), as it is without them."""
+"""Base models: a model with adapters (peft) run without them."""
 
 from typing import Any
 
 from torch import nn
 
-from qlens.engine.forward import evaluating
+from qlens.engine.models.forward import evaluating
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether a model has adapters that can be switched off for a while, as those of peft."""
+    """Whether a model has adapters that can be switched off, such as peft's."""
     return callable(getattr(model, "disable_adapter", None)) and callable(getattr(model, "get_base_model", None))
 
 
 class WithoutAdapters(nn.Module):
-    """A model with its adapters switched off for as long as a pass lasts, in evaluation mode and without gradients.
+    """A model whose adapters are switched off in every pass, in evaluation mode and without gradients.
 
-    It has no parameters of its own: freezing or moving it does nothing to the model.
+    It has no parameters of its own, so that freezing or moving it leaves the model alone.
 
     Args:
         model: the model with adapters, such as a ``peft.PeftModel``.

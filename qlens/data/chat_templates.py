@@ -1,4 +1,4 @@
-"""Chat templates: code of a model's folder, run in bounded time and length."""
+"""Chat templates, which are code of a model's folder, run with a limit on time and length."""
 
 import ctypes
 import functools
@@ -17,10 +17,10 @@ FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeErro
 
 
 def rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, prompt: bool, where: str) -> str:
-    """What the chat template, which is code of the model's folder, writes; in bounded time and length.
+    """The text that a tokenizer's chat template writes for some turns.
 
     Raises:
-        InputError: it fails, refuses the turns, does not end, or writes what is no text; ``where`` begins the message.
+        InputError: the template fails, refuses the turns, does not end, or writes no valid text; ``where`` begins the message.
     """
     if isinstance(tokenizer.chat_template, str):
         check_template(tokenizer.chat_template)
@@ -32,8 +32,8 @@ def rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, pr
     except TemplateError as error:
         raise InputError(f"{where}: the chat template refuses these turns: {error}") from error
     except FAULTS as error:
-        said = f"{type(error).__name__}: {error}"
-        raise InputError(f"{where}: the chat template fails on these turns: {said}") from error
+        message = f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: the chat template fails on these turns: {message}") from error
     if len(text) > CHARACTERS:
         raise InputError(f"{where}: the chat template writes {len(text)} characters: at most {CHARACTERS} are read")
     check_text(text, f"{where}: what the chat template writes")
@@ -41,10 +41,10 @@ def rendered(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, pr
 
 
 def check_text(value: Any, name: str) -> None:
-    """Whether a value is text that can be written in UTF-8.
+    """Check that a value is text that can be written in UTF-8.
 
     Raises:
-        InputError: no string, or half of a surrogate pair in it; ``name`` begins the message.
+        InputError: not a string, or one with half of a surrogate pair; ``name`` begins the message.
     """
     if not isinstance(value, str):
         raise InputError(f"{name} must be a string, got {type(value).__name__}")
@@ -56,17 +56,17 @@ def check_text(value: Any, name: str) -> None:
 
 
 class TimeUp(BaseException):
-    """The time is over; no Exception, so that code inside cannot catch it by accident."""
+    """The time limit is over; not an Exception, so that ``except Exception`` inside does not catch it."""
 
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise ``TimeUp`` in this thread if the block takes longer. Python code is interrupted, a single call of C is not."""
-    thread, lock, over = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
+    thread, lock, done = ctypes.c_ulong(threading.get_ident()), threading.Lock(), threading.Event()
 
     def interrupt() -> None:
         with lock:
-            if not over.is_set():
+            if not done.is_set():
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(TimeUp))
 
     timer = threading.Timer(seconds, interrupt)
@@ -76,20 +76,20 @@ def time_limit(seconds: float) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        with lock:  # after this, nothing comes too late
-            over.set()
+        with lock:  # no interrupt after this
+            done.set()
 
 
 @functools.lru_cache(maxsize=64)
 def check_template(template: str) -> None:
-    """Whether a chat template can be interrupted: powers, which no template needs, may take a single call for ever.
+    """Check that a chat template can be interrupted: it has no powers (**), a single call of which may never end.
 
     Raises:
-        InputError: it raises to a power, or is no template.
+        InputError: it has a power, or is not a template.
     """
     try:
-        found = any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template))
+        powers = any(kind == "operator" and value == "**" for _, kind, value in Environment().lex(template))
     except TemplateSyntaxError as error:
         raise InputError(f"the chat template is none: line {error.lineno}: {error.message}") from error
-    if found:
+    if powers:
         raise InputError("the chat template raises to a power (**), which may take for ever: leave it out")

@@ -1,4 +1,4 @@
-"""The collator: examples of token ids and labels, padded to a batch with every further column."""
+"""The collator: encoded examples padded to a batch, with the columns of the data."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -18,9 +18,9 @@ COLUMNS = {
     "advantage": torch.float32,
     "weight": torch.float32,
 }
-"""Fields of Tokens that data may carry beside input_ids and labels: a list as long as these, or one value per example."""
+"""Fields of Tokens that data may have as columns: one value per token, or one per example."""
 INPUTS = ("position_ids", "token_type_ids")
-"""Inputs of models that have one integer per token."""
+"""Model inputs with one integer per token."""
 
 
 def collate(
@@ -28,18 +28,20 @@ def collate(
 ) -> dict[str, Tensor]:
     """A right-padded batch of ``{"input_ids", "labels"}``: input_ids, attention_mask and labels, each (B, T).
 
-    Padding is neither attended to nor supervised, so any ``pad_id`` will do for a tokenizer that has none. Columns named
-    as in ``COLUMNS`` (critical, advantage, weight, ...) come along as (B, T), a value per example being every token's.
+    Padding is neither attended to nor supervised, so that any ``pad_id`` works for a tokenizer that has none. Columns of
+    ``COLUMNS`` (critical, advantage, weight, ...) become (B, T); one value per example is repeated for every token.
 
-    An example may hold several texts, one after the other (packed): ``position_ids`` start again where a text begins, or
-    ``seq_lengths`` are the texts' lengths. Where a row is packed, the batch has position_ids and no attention_mask, as
-    transformers' models look for texts to keep apart only without a mask; every column of padding then has position 0.
+    An example may be packed with several texts: ``position_ids`` start again where a text begins, or ``seq_lengths`` are the
+    texts' lengths. A batch with a packed row has position_ids and no attention_mask, since transformers' models keep texts
+    apart only without a mask; padding then has position 0.
 
     Args:
         examples: lists or tensors by name, one value per token.
-        pad_id: what input_ids are filled up with.
-        inputs: names of further inputs of the model, one integer per token, that come along as (B, T), filled up with 0;
-            other keys of an example are no inputs and left out.
+        pad_id: of input_ids.
+        inputs: names of further model inputs, one integer per token, padded with 0; other keys of an example are left out.
+
+    Returns:
+        A dict of tensors (B, T).
 
     Raises:
         InputError: an example lacks input_ids or labels, they differ in length, a column is not in every example, or an
@@ -61,11 +63,11 @@ def collate(
 
     examples = [_with_positions(example) for example in examples]
     ids = [example["input_ids"] for example in examples]
-    seen = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
+    masks = [example.get("attention_mask", [1] * len(row)) for example, row in zip(examples, ids, strict=True)]
     labels = [example["labels"] for example in examples]
     batch = {
         "input_ids": padded("input_ids", ids, pad_id),
-        "attention_mask": padded("attention_mask", seen, 0),
+        "attention_mask": padded("attention_mask", masks, 0),
         "labels": padded("labels", labels, IGNORE),
     }
     for name in dict.fromkeys(("position_ids", *inputs)):
@@ -81,21 +83,21 @@ def collate(
 
 
 def _exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
-    """An example's values as a tensor of a type that holds them.
+    """An example's values as a tensor of a dtype, exactly.
 
     Raises:
-        InputError: it does not, as of 1.5 among whole numbers or 2 in a mask; or they are no numbers.
+        InputError: the dtype cannot hold them (1.5 among whole numbers, 2 in a mask), or they are not numbers.
     """
     try:
-        given = torch.as_tensor(row)
-        made = given.to(dtype)
-        exact = not given.is_complex() and (dtype.is_floating_point or bool((made == given).all()))
+        values = torch.as_tensor(row)
+        converted = values.to(dtype)
+        exact = not values.is_complex() and (dtype.is_floating_point or bool((converted == values).all()))
     except (TypeError, ValueError, RuntimeError, OverflowError):
-        exact, made = False, torch.empty(0)
+        exact, converted = False, torch.empty(0)
     if not exact:
-        wanted = {torch.long: "whole numbers", torch.bool: "true and false, or 1 and 0"}.get(dtype, "numbers")
-        raise InputError(f"{name} must hold {wanted} in every example of the batch, got {brief(row)}")
-    return made
+        expected = {torch.long: "whole numbers", torch.bool: "true and false, or 1 and 0"}.get(dtype, "numbers")
+        raise InputError(f"{name} must hold {expected} in every example of the batch, got {brief(row)}")
+    return converted
 
 
 def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -109,7 +111,7 @@ def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _input(example: Mapping[str, Any], name: str) -> Tensor:
-    """An example's values of an input of the model, one integer per token."""
+    """An example's values of a model input, one integer per token."""
     size, value = len(example["input_ids"]), example.get(name)
     if value is None and name == "position_ids":  # a text alone among packed ones
         return torch.arange(size)
@@ -118,10 +120,10 @@ def _input(example: Mapping[str, Any], name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError):
         row = torch.empty(0)
     if row.shape != (size,) or row.is_floating_point() or row.is_complex():
-        found = "lacks it" if value is None else f"has {type(value).__name__} {str(value)[:40]} for {size} tokens"
+        problem = "lacks it" if value is None else f"has {type(value).__name__} {str(value)[:40]} for {size} tokens"
         raise InputError(
             f"{name!r} is an input of the model, and collate takes one integer per token for it in every example: one "
-            f"{found}; give QTrainer(data_collator=...) for other inputs, or drop the column"
+            f"{problem}; give QTrainer(data_collator=...) for other inputs, or drop the column"
         )
     return row
 
@@ -131,6 +133,6 @@ def _column(example: Mapping[str, Any], name: str) -> list:
     size, value = len(example["input_ids"]), example.get(name)
     row = list(value) if isinstance(value, Sequence | Tensor) else [value] * size
     if value is None or len(row) != size:
-        found = "lacks it" if value is None else f"has {len(row)} values for {size} tokens"
-        raise InputError(f"column {name!r} must hold one value, or one per token, in every example: one {found}")
+        problem = "lacks it" if value is None else f"has {len(row)} values for {size} tokens"
+        raise InputError(f"column {name!r} must hold one value, or one per token, in every example: one {problem}")
     return row

@@ -1,4 +1,4 @@
-"""Whether models and tokenizers fit together: vocabularies, context lengths and head types."""
+"""Compatibility of models and tokenizers: vocabularies and context lengths."""
 
 from typing import Any
 
@@ -14,30 +14,30 @@ def vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model was made for, in tokens; None where its configuration names none.
+    """The longest sequence that a model takes, in tokens; None where its configuration names none.
 
     Raises:
-        InputError: the configuration names one that is no length.
+        InputError: the configuration names a value that is not a length.
     """
-    found = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if found is not None and (not isinstance(found, int) or isinstance(found, bool) or found < 2):
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 2):
         raise InputError(
-            f"the model's configuration has max_position_embeddings = {brief(found)}: it must be at least 2"
+            f"the model's configuration has max_position_embeddings = {brief(length)}: it must be at least 2"
         )
-    return found
+    return length
 
 
 def shortest_context(*models: PreTrainedModel | None) -> int | None:
-    """The longest sequence that all the models (None apart) were made for; None where no configuration names one."""
-    known = [context_length(model) for model in models if model is not None]
-    return min((length for length in known if length is not None), default=None)
+    """The longest sequence that all models take (None is skipped); None where no configuration names one."""
+    lengths = [context_length(model) for model in models if model is not None]
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def check_model(model: Any, name: str) -> None:
-    """Whether this is a loaded model, not, say, the path of one.
+    """Check that an argument is a loaded causal language model.
 
     Raises:
-        InputError: it is none.
+        InputError: it is not.
     """
     if not isinstance(model, nn.Module) or not hasattr(model, "config"):
         raise InputError(
@@ -46,26 +46,26 @@ def check_model(model: Any, name: str) -> None:
 
 
 def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: str) -> None:
-    """Whether another model's logits have the width of the model's.
+    """Check that two models have logits of one width.
 
     Raises:
-        InputError: they do not; both sizes are named. Or the other is no model but, say, the path of one.
+        InputError: they do not, with both widths; or the other is not a loaded model.
     """
     check_model(other, name)
-    mine, its = vocabulary_size(model), vocabulary_size(other)
-    if mine != its:
+    width, other_width = vocabulary_size(model), vocabulary_size(other)
+    if width != other_width:
         raise InputError(
-            f"{name} has a vocabulary of {its}, but the model's has {mine}: they must share one tokenizer; where only the "
-            f"padding differs, qlens.data.vocabularies.match_vocabulary({mine}, {name}, {name!r}, tokenizer, "
-            "its_tokenizer) makes one"
+            f"{name} has a vocabulary of {other_width}, but the model's has {width}: they must share one tokenizer; where only "
+            f"the padding differs, qlens.data.vocabularies.match_vocabulary({width}, {name}, {name!r}, tokenizer, "
+            f"{name}_tokenizer) makes one"
         )
 
 
 def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
-    """Whether two tokenizers have the same pieces at the same ids.
+    """Check that two tokenizers have the same pieces at the same ids.
 
     Raises:
-        InputError: they do not; the first difference is named.
+        InputError: they do not, with the first difference.
     """
     first, second = a.get_vocab(), b.get_vocab()
     if first == second:

@@ -1,4 +1,4 @@
-"""Sizes that a model's configuration may ask for: no more than the weights beside it can fill."""
+"""Plausibility of the sizes in a model's configuration, given the weights beside it."""
 
 import functools
 import json
@@ -13,14 +13,14 @@ WIDTHS = (
     "vocab_size hidden_size n_embd d_model n_embed intermediate_size n_inner d_ff ffn_dim ffn_hidden_size head_dim "
     "num_attention_heads n_head num_key_value_heads num_experts num_local_experts n_routed_experts moe_intermediate_size"
 ).split()
-PACKED = 16  # weights that one stored number may stand for, where they are quantized
-HEADER = 100 * 2**20  # bytes, the most that safetensors itself reads
+PACKED = 16  # weights per stored number at most, where they are quantized
+HEADER = 100 * 2**20  # bytes of a header at most, as in safetensors itself
 
 
 def check_sizes(folder: Path) -> int | None:
-    """How many numbers a folder's safetensors files hold, once config.json asks for no size that they could not fill.
+    """Count the numbers in a folder's safetensors files, and check that config.json asks for no more.
 
-    None where that is not known: no such files, or unreadable ones, which loading them will say.
+    None where there are no such files or they are unreadable, which loading them reports.
 
     Raises:
         InputError: more layers than there are tensors, or an extent that is larger than all tensors together.
@@ -28,27 +28,27 @@ def check_sizes(folder: Path) -> int | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         stored = [shape for file in sorted(folder.glob("*.safetensors")) for shape in _shapes(file)]
-    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):  # no header, or a strange one
+    except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError):  # no valid header
         return None
     if not stored or not isinstance(config, dict):
         return None
     numbers = sum(stored) * (PACKED if "quantization_config" in config else 1)
     for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
-        for names, most, what in ((LAYERS, len(stored), "tensors"), (WIDTHS, numbers, "numbers")):
+        for names, limit, unit in ((LAYERS, len(stored), "tensors"), (WIDTHS, numbers, "numbers")):
             for name in names:
                 value = part.get(name)
                 if isinstance(value, int) and value < 1:
                     raise InputError(f"model folder {brief(str(folder))}: config.json has {name} = {brief(value)}")
-                if isinstance(value, int) and value > most:
+                if isinstance(value, int) and value > limit:
                     raise InputError(
                         f"model folder {brief(str(folder))}: config.json asks for {name} = {brief(value)}, but its weights "
-                        f"have {most} {what}: the configuration is of another model, or damaged"
+                        f"have {limit} {unit}: the configuration is of another model, or damaged"
                     )
     return numbers
 
 
 def check_parameters(folder: Path, wanted: int, stored: int) -> None:
-    """Whether a model that was built without memory has about as many parameters as are stored (tied ones count twice).
+    """Check that a model has about as many parameters as are stored (tied ones count twice).
 
     Raises:
         InputError: it has more than twice as many.
@@ -61,7 +61,7 @@ def check_parameters(folder: Path, wanted: int, stored: int) -> None:
 
 
 def _shapes(file: Path) -> list[int]:
-    """How many numbers each tensor of a safetensors file has."""
+    """The number of entries of each tensor of a safetensors file."""
     with file.open("rb") as stream:
         size = int.from_bytes(stream.read(8), "little")
         header: Any = json.loads(stream.read(size)) if size <= HEADER else {}

@@ -1,4 +1,4 @@
-"""Where models come from: local folders or the hub, frozen teachers, and whether two of them fit together."""
+"""Loading of models and tokenizers from Hugging Face folders or the hub."""
 
 import contextlib
 import logging
@@ -24,27 +24,33 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
 ) -> PreTrainedModel:
-    """A causal language model from a Hugging Face folder (or hub name), in evaluation mode on ``device``.
+    """Load a causal language model from a Hugging Face folder or the hub, in evaluation mode.
 
-    Weights are read from safetensors only and code in the folder is never run.
+    Weights are read from safetensors only, and code in the folder is never run.
 
     Args:
         path: the folder, or a name on the hub.
         device: where the model goes.
-        dtype: such as "float32" or "bfloat16"; as saved if not given.
+        dtype: such as "float32" or "bfloat16"; None: as saved.
+
+    Returns:
+        The model.
 
     Raises:
-        InputError: no such folder, nothing readable in it, weights missing from it, or an unknown dtype or device.
+        InputError: no such folder, nothing readable in it, missing weights, or an unknown dtype or device.
+
+    Example:
+        >>> model = load_model("path/to/model", dtype="bfloat16")  # doctest: +SKIP
     """
-    wanted, place = _dtype(dtype), _device(device)
+    torch_dtype, place = _dtype(dtype), _device(device)
     folder = user_path(path, "model folder")
     if folder.is_dir() and (stored := check_sizes(folder)) is not None:
         config = _load(AutoConfig, path, "model")
-        with _readable("model", path, local=True), quiet(), torch.device("meta"):  # without memory
+        with _readable("model", path, local=True), quiet(), torch.device("meta"):  # allocates nothing
             count = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
         check_parameters(folder, count, stored)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    model, report = _load(AutoModelForCausalLM, path, "model", dtype=wanted, **options)
+    model, report = _load(AutoModelForCausalLM, path, "model", dtype=torch_dtype, **options)
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored_shape, shape = mismatched[0]
         raise InputError(
@@ -61,24 +67,52 @@ def load_model(
         raise InputError(f"device {str(device)!r} cannot be used: {_short(error)}") from None
 
 
+def loaded(model: Any, name: str, device: str | torch.device = "cpu") -> Any:
+    """A model as it is, or loaded by ``load_model`` where ``model`` is a path.
+
+    Args:
+        model: a module, a folder or a name on the hub; None stays None.
+        name: of the argument, for messages.
+        device: where a loaded model goes; a module stays where it is.
+
+    Raises:
+        InputError: nothing can be loaded from the path.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    try:
+        return load_model(model, device)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder (or hub name); code in the folder is never run.
+    """Load the tokenizer of a Hugging Face folder or the hub; code in the folder is never run.
+
+    Args:
+        path: the folder, or a name on the hub.
+
+    Returns:
+        The tokenizer.
 
     Raises:
         InputError: no such folder, or no readable tokenizer in it.
+
+    Example:
+        >>> tokenizer = load_tokenizer("path/to/model")  # doctest: +SKIP
     """
     return _load(AutoTokenizer, path, "tokenizer")
 
 
-NEEDED = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.model")}
+PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.model")}
 
 
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
     folder, shown = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
     local = folder.is_dir()
-    if local and not any(found for pattern in NEEDED[kind] for found in folder.glob(pattern)):
-        what = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(NEEDED[kind])}"
-        raise InputError(f"{shown} {what}: it needs a Hugging Face {kind}")
+    if local and not any(file for pattern in PATTERNS[kind] for file in folder.glob(pattern)):
+        problem = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(PATTERNS[kind])}"
+        raise InputError(f"{shown} {problem}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{shown} is not there, or is no folder (a name on the hub is owner/name)")
     with _readable(kind, path, local), quiet():
@@ -88,7 +122,7 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
 
 @contextmanager
 def _readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
-    """Whatever reading a model raises, as an InputError: tokenizers raises bare exceptions, safetensors its own, Rust panics."""
+    """Context that turns every error into an InputError: tokenizers raises bare exceptions, safetensors its own, Rust panics."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -98,31 +132,31 @@ def _readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
         raise InputError(f"{kind} {brief(str(path))} cannot be read{hint}: {_short(error)}") from error
 
 
-def _is_a_path(given: str, folder: Path) -> bool:
-    """Whether this is meant as a folder, not as a name on the hub, which is ``owner/name``."""
-    beside = folder.parent.is_dir()  # of a bare name, that is here: a typo never goes out to the network
-    return given.startswith((".", "~")) or Path(given).is_absolute() or len(Path(given).parts) != 2 or beside
+def _is_a_path(text: str, folder: Path) -> bool:
+    """Whether a path is meant as a folder, not as a name on the hub, which is ``owner/name``."""
+    parent_exists = folder.parent.is_dir()  # that of a bare name does: a typo is never looked up on the network
+    return text.startswith((".", "~")) or Path(text).is_absolute() or len(Path(text).parts) != 2 or parent_exists
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
     if dtype is None:
         return "auto"
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if found not in DTYPES:
+    torch_dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if torch_dtype not in DTYPES:
         raise InputError(f"dtype must be a floating-point type like 'float32' or 'bfloat16', got {brief(dtype)}")
-    return found
+    return torch_dtype
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """A device that numbers can be put on."""
+    """A device that can hold numbers."""
     try:
-        found = torch.device(device)
-        torch.zeros(1, device=found)
+        place = torch.device(device)
+        torch.zeros(1, device=place)
     except (RuntimeError, AssertionError, TypeError, ValueError, ImportError, AttributeError) as error:
         raise InputError(f"device {brief(device)} cannot be used: {_short(error)}") from error
-    if found.type == "meta":
+    if place.type == "meta":
         raise InputError("device 'meta' holds no numbers: name one that does, like 'cpu' or 'cuda'")
-    return found
+    return place
 
 
 def _short(error: BaseException) -> str:
@@ -131,7 +165,7 @@ def _short(error: BaseException) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' bars for reading and writing weights, which would tear our own apart, and without its warnings."""
+    """Context without the progress bars and warnings of transformers, which would garble those of qlens."""
     shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_level = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -147,20 +181,20 @@ def quiet() -> Iterator[None]:
 
 
 def freeze(model: nn.Module) -> nn.Module:
-    """The same model, in evaluation mode and without gradients."""
+    """Switch a model to evaluation mode and its gradients off; returns the same model."""
     return model.eval().requires_grad_(False)
 
 
 def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
-    """Whether the token ids of a batch are rows of the model's input embedding.
+    """Check that the token ids of a batch are within the model's input embedding.
 
     Raises:
         InputError: one is not.
     """
-    ids, found = features.get("input_ids"), None
-    with contextlib.suppress(AttributeError, NotImplementedError):  # not every model says where its embedding is
-        found = model.get_input_embeddings()
-    if isinstance(ids, Tensor) and ids.numel() and type(found) is nn.Embedding:
+    ids, embedding = features.get("input_ids"), None
+    with contextlib.suppress(AttributeError, NotImplementedError):  # not every model has the method
+        embedding = model.get_input_embeddings()
+    if isinstance(ids, Tensor) and ids.numel() and type(embedding) is nn.Embedding:
         for id in (int(ids.min()), int(ids.max())):
-            if not 0 <= id < found.num_embeddings:
-                raise InputError(f"input_ids hold {id}, outside the vocabulary 0..{found.num_embeddings - 1}")
+            if not 0 <= id < embedding.num_embeddings:
+                raise InputError(f"input_ids hold {id}, outside the vocabulary 0..{embedding.num_embeddings - 1}")

@@ -1,4 +1,4 @@
-"""Finite values: a loss or gradient that is NaN although all logits are finite is refused, with the method and its rows."""
+"""Refusal of losses and gradients that are not finite although all logits are."""
 
 import torch
 from jaxtyping import Bool
@@ -14,12 +14,12 @@ ADVICE = (
 
 
 def refuse_rows(name: str, rows: Bool[Tensor, " N"], what: str = "loss or its gradient") -> None:
-    """Refuse a method whose values are not finite in some rows.
+    """Refuse a method whose values are not finite in some rows of a batch.
 
     Args:
         name: of the method.
-        rows: which of the supervised rows, (N,).
-        what: which of its values.
+        rows: mask of these supervised rows, (N,).
+        what: the values, as the message names them.
 
     Raises:
         InputError: there is such a row; the first ones are named.
@@ -36,12 +36,12 @@ def refuse_rows(name: str, rows: Bool[Tensor, " N"], what: str = "loss or its gr
 
 
 def refuse_total(name: str, total: Tensor, logits: Tensor | None = None) -> None:
-    """Refuse a loss of a whole batch that is NaN; the model's own logits are named where they are.
+    """Refuse a loss of a whole batch that is NaN; where the logits are NaN too, the message says so.
 
     Args:
         name: of the method.
         total: its value, a scalar.
-        logits: of the model, where they are known.
+        logits: of the model; None where they are not known.
 
     Raises:
         InputError: it is NaN.
@@ -60,9 +60,9 @@ def watch_gradient(name: str, rows: Tensor) -> None:
         InputError: in the backward pass; the first rows are named.
     """
 
-    def look(grad: Tensor) -> None:
+    def check(grad: Tensor) -> None:
         sums = grad.sum(-1, dtype=torch.promote_types(grad.dtype, torch.float32)).flatten()
         refuse_rows(name, sums.isnan() if grad.dtype == torch.float16 else ~sums.isfinite(), "gradient")
 
     if rows.requires_grad:
-        rows.register_hook(look)
+        rows.register_hook(check)

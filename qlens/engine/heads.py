@@ -1,4 +1,4 @@
-"""Heads: logits from hidden states, a few rows at a time, and the way back; other models as logits, heads or top-k."""
+"""Heads: logits computed from hidden states, some rows at a time; and models known by their top-k probabilities."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,13 +8,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError, brief
-from qlens.core.token_fields import number
-from qlens.core.tokens import log_softmax, precision
+from qlens.core.numerics import log_softmax, precision
+from qlens.core.tokens.fields import number
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
-    r"""Logits :math:`z = c \tanh(s (h W^T + b) / c)` of hidden states, without ever holding all of them.
+    r"""Logits :math:`z = c \tanh(s (h W^T + b) / c)` of hidden states, computed for some rows at a time.
 
     Args:
         hidden: h, (N, H).
@@ -24,7 +24,7 @@ class Head:
         logit_scale: s (Cohere; Granite divides: 1 / its scaling).
 
     Raises:
-        InputError: shapes or dtypes that do not fit.
+        InputError: shapes or dtypes that do not fit, or a cap or scale that is not finite, is 0, or, for a cap, below 0.
 
     Example:
         >>> Head(torch.ones(1, 2), torch.tensor([[1.0, 1.0], [0.0, 3.0]]), softcap=3.0).logits(slice(None))
@@ -56,6 +56,12 @@ class Head:
         if self.softcap is not None and self.softcap < 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")
 
+    def __repr__(self) -> str:
+        (rows, width), options = self.hidden.shape, ""
+        options += "" if self.softcap is None else f", softcap {self.softcap:g}"
+        options += "" if self.logit_scale == 1 else f", logit_scale {self.logit_scale:g}"
+        return f"<Head: {rows} rows of width {width}, vocabulary {len(self.weight)}, {self.hidden.dtype}{options}>"
+
     def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
@@ -81,13 +87,16 @@ def capped_(z: Tensor, softcap: float | None, logit_scale: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A model of which only the k most probable tokens are known.
+    """A model's k most probable tokens, with a rule for the other entries.
 
     Args:
         ids: their ids, (N, k).
         log_probs: their log-probabilities, (N, k).
-        tail: who gets the rest of the mass: "renorm" nobody, the k share it; "uniform" all others alike; "student" the
-            others by the student's own shape.
+        tail: where the remaining mass goes: "renorm", to the k tokens, in proportion; "uniform", to all other entries
+            alike; "student", to the other entries in proportion to the student's p.
+
+    Raises:
+        InputError: shapes or types that do not fit, or an unknown tail.
 
     Example:
         >>> known = TopK(torch.tensor([[0, 2]]), torch.tensor([[0.6, 0.3]]).log(), "uniform")
@@ -108,32 +117,36 @@ class TopK:
         if self.tail not in ("renorm", "uniform", "student"):
             raise InputError(f"TopK: tail must be 'renorm', 'uniform' or 'student', got {self.tail!r}")
 
+    def __repr__(self) -> str:
+        rows, k = self.ids.shape
+        return f"<TopK: {rows} rows of {k} tokens, tail {self.tail!r}>"
+
     def check_values(self, name: str) -> None:
-        """Whether every row names different ids, with probabilities.
+        """Check that every row has distinct ids and valid log-probabilities.
 
         Raises:
-            InputError: an id is there twice, or log-probabilities are NaN, above 0 or of more mass than 1; the row is named.
+            InputError: an id occurs twice, or log-probabilities are NaN, above 0 or of more mass than 1; the row is named.
         """
-        ids, most = self.ids.long().sort(-1).values, 1 + max(1e-3, 4 * torch.finfo(self.log_probs.dtype).eps)
+        ids, limit = self.ids.long().sort(-1).values, 1 + max(1e-3, 4 * torch.finfo(self.log_probs.dtype).eps)
         mass = self.log_probs.double().exp().sum(-1)
-        for wrong, what in (
+        for wrong, problem in (
             ((ids[:, 1:] == ids[:, :-1]).any(-1), "names an id twice"),
             (mass.isnan(), "holds NaN"),
             (
-                mass > most,
+                mass > limit,
                 "has probabilities that add up to more than 1: give log-probabilities, logits.log_softmax(-1)",
             ),
         ):
             if bool(wrong.any()):
-                raise InputError(f"{name}: row {int(wrong.nonzero()[0, 0])} of TopK {what}")
+                raise InputError(f"{name}: row {int(wrong.nonzero()[0, 0])} of TopK {problem}")
 
     def logits(self, rows: slice, student: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """Log-probabilities over the whole vocabulary for some rows, up to a constant."""
         ids, known = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)
         if self.tail == "renorm":
-            made = torch.full_like(student, -torch.inf)
+            log_probs = torch.full_like(student, -torch.inf)
         else:
             left = torch.log1p(-known.exp().sum(-1, keepdim=True).clamp(max=1))
-            others = student if self.tail == "student" else torch.zeros_like(student)
-            made = log_softmax(others.scatter(-1, ids, -torch.inf)) + left
-        return made.scatter_(-1, ids, known)
+            tail = student if self.tail == "student" else torch.zeros_like(student)
+            log_probs = log_softmax(tail.scatter(-1, ids, -torch.inf)) + left
+        return log_probs.scatter_(-1, ids, known)

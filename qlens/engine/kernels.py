@@ -1,24 +1,25 @@
 """In-place softmax and gradient kernels for one chunk of logits."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from qlens.core.numerics import expectation, log_softmax, precision
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation, log_softmax, precision
+from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head
+from qlens.engine.row_inputs import TILE_ENTRIES
 from qlens.registry.structure import GeometricMixture
-
-CACHED = 2**20  # entries worked on at a time, so that the passes over them stay near the processor
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few rows of every tensor, as many as stay near the processor."""
-    size = max(1, CACHED // tensors[0].shape[1])
+    """Matching tiles of rows of every tensor, small enough to stay in the cache."""
+    size = max(1, TILE_ENTRIES // tensors[0].shape[1])
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
@@ -33,76 +34,105 @@ def normalise_(z: Float[Tensor, "n V"], out: Float[Tensor, "n V"] | None = None)
 def others_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
     """p_{-y} - d in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends.
 
-    p - d = (1 - p_y)(p_{-y} - d), and the factor of a whole row is the caller's to fold in where it costs nothing.
+    p - d = (1 - p_y)(p_{-y} - d); the factor of a whole row is left to the caller, who folds it into smaller operands.
     """
-    found = []
-    for rows, label in blocks(z, labels):  # all of it while the rows are still near
+    tiles = []
+    for rows, label in blocks(z, labels):  # all of it while the rows are cached
         at_label = rows.gather(1, label)
         rest = normalise_(rows.scatter_(1, label, torch.finfo(z.dtype).min))  # no -inf: the label may stand alone
         rows.scatter_(1, label, -1.0)
         log_z = torch.logaddexp(at_label, rest)
-        found.append(torch.cat([at_label - log_z, (rest - log_z).clamp(min=-1e30)], 1))
-    log_p, rest = torch.cat(found).unbind(1)
-    return log_p, rest
+        tiles.append(torch.cat([at_label - log_z, (rest - log_z).clamp(min=-1e30)], 1))
+    log_p, log_rest = torch.cat(tiles).unbind(1)
+    return log_p, log_rest
 
 
-def mix_(
+class MixtureTerms(NamedTuple):
+    """Of a chunk's rows: r, (n, V); log p_y, log(1 - p_y) and the loss toward r, (n,); p_y, r_y and 1 - p_y, (n, 1)."""
+
+    r: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+    residual_loss: Tensor
+    p_y: Tensor
+    r_y: Tensor
+    rest: Tensor
+
+
+def mixture_terms_(
     z: Float[Tensor, "n V"],
-    y: Float[Tensor, "n V"],
+    other: Float[Tensor, "n V"],
     labels: Int[Tensor, "n 1"],
     mixture: GeometricMixture,
-    told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
-    r"""p - t d - (1 - t) r in place of the student's logits, for a mixture's r; returns s and the loss of every row, (n,).
-
-    ``y`` are the other model's logits and are used up; ``told`` gives t and s, (n,), for log p_y and log(1 - p_y).
-    """
-    at_label, r = z.gather(1, labels), torch.empty_like(y)
-    mixture.logits_(y, z)
+) -> MixtureTerms:
+    """p, with 0 at the label, in place of the student's logits; the other model's logits are used up."""
+    at_label, r = z.gather(1, labels), torch.empty_like(other)
+    mixture.logits_(other, z)
     if mixture.value != "cross_entropy":
-        log_r = normalise_(y, out=r)[:, 0]
-        far = expectation(r, y.sub_(z)) - log_r
+        log_r = normalise_(other, out=r)[:, 0]
+        residual_loss = expectation(r, other.sub_(z)) - log_r
     else:
-        torch.softmax(y, -1, out=r)
-        far = -expectation(r, z)
+        torch.softmax(other, -1, out=r)
+        residual_loss = -expectation(r, z)
     log_z = normalise_(z)
     log_p, p_y, r_y = at_label - log_z, z.gather(1, labels), r.gather(1, labels)
     rest = z.scatter_(1, labels, 0.0).sum(-1, keepdim=True)
-    t, s = told(log_p[:, 0], rest.log().clamp(min=-1e30)[:, 0])
-    loss = _split(t, log_p[:, 0], far + log_z[:, 0])
-    t = t[:, None]
-    z.addcmul_(r, t - 1)
-    z.scatter_(1, labels, (1 - t) * (p_y - r_y) - t * rest)  # p_y - t - (1 - t) r_y without its cancellation
-    return s, s * loss
+    log_rest = rest.log().clamp(min=-1e30)[:, 0]
+    return MixtureTerms(r, log_p[:, 0], log_rest, residual_loss + log_z[:, 0], p_y, r_y, rest)
 
 
-def smooth_(
+def mixture_gradient_(
+    z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"], terms: MixtureTerms, trust: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """p - t d - (1 - t) r in place of what ``mixture_terms_`` left; returns the losses without the scale."""
+    losses = _mixed_loss(trust, terms.log_p, terms.residual_loss)
+    t = trust[:, None]
+    z.addcmul_(terms.r, t - 1)
+    z.scatter_(1, labels, (1 - t) * (terms.p_y - terms.r_y) - t * terms.rest)  # p_y - t - (1 - t) r_y, uncancelled
+    return losses
+
+
+class UniformTerms(NamedTuple):
+    """Of a chunk's rows, (n,) each: the label's logit, the mean logit, log p_y and log(1 - p_y)."""
+
+    at_label: Tensor
+    mean: Tensor
+    log_p: Tensor
+    log_rest: Tensor
+
+
+def uniform_terms_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> UniformTerms:
+    """p, with -(1 - p_y) at the label, in place of the logits."""
+    at_label, tiles = z.gather(1, labels)[:, 0], []
+    for rows, label in blocks(z, labels):
+        mean = rows.mean(-1)
+        log_p, log_rest = others_(rows, label)
+        rows.mul_(log_rest.exp()[:, None])
+        tiles.append(torch.stack([mean, log_p, log_rest]))
+    return UniformTerms(at_label, *torch.cat(tiles, 1))
+
+
+def uniform_gradient_(
     z: Float[Tensor, "n V"],
     labels: Int[Tensor, "n 1"],
+    terms: UniformTerms,
+    trust: Float[Tensor, " n"],
     mixture: GeometricMixture,
-    told: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor, Tensor]:
-    r"""p - t d in place of the logits, for a mixture's uniform part u; returns s, 1 - t and the losses, (n,).
+) -> Float[Tensor, " n"]:
+    """p - t d in place of what ``uniform_terms_`` left; returns the losses without the scale.
 
-    What is left of p - t d - (1 - t) u is the same on every entry, and ``Flat`` adds it without a pass over them. ``told`` as in
-    ``mix_``.
+    The other part of p - t d - (1 - t) / V is the same on every entry, and ``RowConstants`` adds it without a pass over them.
     """
-    at_label, found = z.gather(1, labels)[:, 0], []
-    for rows, label in blocks(z, labels):
-        along = rows.mean(-1)
-        log_p, rest = others_(rows, label)
-        rows.mul_(rest.exp()[:, None])
-        found.append(torch.stack([along, log_p, rest]))
-    along, log_p, rest = torch.cat(found, 1)
-    t, s = told(log_p, rest)
-    z.scatter_(1, labels, ((1 - t) * log_p.exp() - t * rest.exp())[:, None])  # p_y - t without its cancellation
-    far = at_label - log_p - along - (math.log(z.shape[1]) if mixture.value != "cross_entropy" else 0.0)
-    far = far.masked_fill(along == -torch.inf, torch.inf)  # an impossible token, the label too: no inf - inf
-    return s, 1 - t, s * _split(t, log_p, far)
+    at_label, mean, log_p, log_rest = terms
+    label_entry = (1 - trust) * log_p.exp() - trust * log_rest.exp()  # p_y - t without its cancellation
+    z.scatter_(1, labels, label_entry[:, None])
+    residual_loss = at_label - log_p - mean - (math.log(z.shape[1]) if mixture.value != "cross_entropy" else 0.0)
+    residual_loss = residual_loss.masked_fill(mean == -torch.inf, torch.inf)  # of an impossible token: no inf - inf
+    return _mixed_loss(trust, log_p, residual_loss)
 
 
-class Flat:
-    """A part of the logit gradients that is one number for a whole row, on its way to hidden states, head and bias."""
+class RowConstants:
+    """Gradients of hidden states, head and bias from a part of the logit gradients that is constant within every row."""
 
     def __init__(self, head: Head):
         wide = precision(head.weight.dtype)
@@ -113,20 +143,22 @@ class Flat:
     def sub_(
         self, c: Float[Tensor, "n 1"], hidden: Float[Tensor, "n H"], d_hidden: Float[Tensor, "n H"] | None
     ) -> None:
-        """Take a row's number c from all its entries."""
+        """Subtract c from every entry of each row."""
         self.head -= c.T @ hidden
         self.bias -= c.sum()
         if d_hidden is not None:
             d_hidden.addcmul_(c, self.column, value=-1)
 
 
-def _split(t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], far: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """t times the label's loss and 1 - t times the rest's; a share of 0 ignores even an infinite loss."""
-    return torch.where(t == 0, 0.0, -t * log_p) + torch.where(t == 1, 0.0, (1 - t) * far)
+def _mixed_loss(
+    t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], residual_loss: Float[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """t NLL + (1 - t) times the loss toward the residual; a factor of 0 ignores even an infinite loss."""
+    return torch.where(t == 0, 0.0, -t * log_p) + torch.where(t == 1, 0.0, (1 - t) * residual_loss)
 
 
-class Chunk(Tokens):
-    """Tokens without a graph, which compute log p once; a copy with other logits is plain ``Tokens`` and has no cache."""
+class CachedTokens(Tokens):
+    """Tokens without a graph that compute log p once; a copy with other logits is plain ``Tokens`` and has no cache."""
 
     @property
     def log_probs(self) -> Float[Tensor, "n V"]:
@@ -138,8 +170,8 @@ class Chunk(Tokens):
         return log_softmax(self.logits)
 
 
-def grad_(z: Float[Tensor, "n V"], tokens: Chunk, target: Target) -> Float[Tensor, " n"]:
-    """g' in place of the logits, without the detour over Q where the target says what it is made of; returns a in g = a g'."""
+def target_gradient_(z: Float[Tensor, "n V"], tokens: CachedTokens, target: Target) -> Float[Tensor, " n"]:
+    """g' in place of the logits, from the parts of the target where it is a construction; returns a in g = a g'."""
     labels, ones = tokens.labels[:, None], torch.ones_like(target.scale)
     if target.pushed is not None:
         rest = tokens.rest_log_probs.exp()

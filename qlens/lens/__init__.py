@@ -1,9 +1,9 @@
-"""Lens: the target that any loss implies, Q = p - g, and what it says about the loss.
+"""Lens: the target that any loss implies, Q = p - g, and everything that its gradient shows.
 
-Read ``implied`` (implied_target) and ``explain``; ``explain`` takes a ``reading`` of the gradient with its
-``rounding``, ``findings`` gathers what is found in it: parts (``decompose``), their formulas (``weights``), registered
-methods (``identify``). ``explanation``, ``summary`` and ``wording`` print it; ``exact`` reads losses that cast in
-float64. ``equivalences`` compares all methods, ``gradient_flow`` integrates the gradient.
+Read ``implied`` (implied_target) and ``explain``. ``explain`` takes a ``reading`` of the gradient with its ``rounding``
+(``exact`` replaces casts by float64); ``gradient_analysis`` finds its parts (``decompose``), their formulas (``weights``)
+and registered methods (``identify``); ``explanation`` holds the result and ``describe`` words it. ``equivalences``
+compares all methods, ``gradient_flow`` integrates the gradient.
 """
 
 from qlens.core.autograd import gradient

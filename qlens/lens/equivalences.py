@@ -1,4 +1,4 @@
-"""Distances: which methods have one gradient, one up to a factor or one target, and how far apart the others are."""
+"""Equivalences: methods with the same gradient, up to a factor or with the same target, and angles between the others."""
 
 import textwrap
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens
+from qlens.lens.describe.result import Result
 from qlens.lens.identify.matching import points, taught
 from qlens.lens.implied import implied_target
 from qlens.registry import Variant, methods, params
@@ -22,8 +23,8 @@ INDENT: dict[str, Any] = {
 }  # fmt: skip
 KINDS = ("one gradient", "one up to a factor", "one target")
 HEADS = ("The same gradient", "The same gradient up to a constant factor", "The same target at another scale")
-NOTHING = 1e-9  # a gradient below it teaches nothing
-SAME = 1e-6  # two gradients are one up to this share of their size
+NOTHING = 1e-9  # gradients below it count as zero
+SAME = 1e-6  # relative difference of two gradients that count as equal
 
 CIRCUMSTANCES: dict[str, Callable[[Tokens], Tokens]] = {
     "always": lambda tokens: tokens,
@@ -35,11 +36,11 @@ CIRCUMSTANCES: dict[str, Callable[[Tokens], Tokens]] = {
     ),
     "where every advantage is 1": lambda tokens: tokens.replace(advantage=torch.ones_like(tokens.label_probs)),
 }
-"""What may hold of the tokens; an equivalence is listed at the first of these under which it appears."""
+"""Conditions on the tokens; an equivalence is listed under the first that it needs."""
 
 
 def tempered(temperature: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """The cross-entropy of logits divided by a temperature, a yardstick that no registered method is."""
+    """The cross-entropy of logits divided by a temperature, which no registered method is."""
 
     def loss(logits: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(logits / temperature, labels.long(), reduction="none")
@@ -52,7 +53,7 @@ YARDSTICKS = {f"cross-entropy at temperature {t}": tempered(t) for t in (0.7, 2.
 
 @dataclass(frozen=True, eq=False)
 class Relation:
-    """Methods that are one: ``specs`` with their ``factors``, g = factor x g of the first; ``where`` it holds."""
+    """Equivalent methods: ``specs`` with ``factors``, g = factor x g of the first; ``where`` is the condition."""
 
     kind: str
     specs: tuple[str, ...]
@@ -66,11 +67,15 @@ class Relation:
         return " = ".join([first[0], *(spec if f == 1 else f"{1 / f:.5g} x {spec}" for spec, f in others)])
 
 
-@dataclass(frozen=True, eq=False)
-class Distances:
-    """Printable: ``relations`` between methods, and ``table``, a row per pair of methods at their defaults.
+@dataclass(frozen=True, eq=False, repr=False)
+class Distances(Result):
+    """Equivalences and distances of the registered methods; printable.
 
-    ``table`` holds the angle between the two gradients over all tokens, in degrees, and the log-ratio of their norms.
+    Args:
+        relations: groups of equivalent methods.
+        table: a row per pair of methods at their defaults: the angle between their gradients over all tokens, in degrees,
+            and the logarithm of the ratio of their norms.
+        left_out: methods that need a field which the tokens lack.
     """
 
     relations: list[Relation]
@@ -84,7 +89,7 @@ class Distances:
         return square.fillna(0.0)
 
     def neighbours(self, number: int = 3) -> dict[str, list[tuple[str, float, float]]]:
-        """Every method's nearest others: name, angle, log-ratio of the scale."""
+        """The nearest other methods of every method: name, angle, log-ratio of the norms."""
         found = {}
         for name in dict.fromkeys([*self.table["left"], *self.table["right"]]):
             rows = self.table[(self.table["left"] == name) | (self.table["right"] == name)]
@@ -109,6 +114,14 @@ class Distances:
             "left_out": list(self.left_out),
         }
 
+    def to_frame(self) -> pd.DataFrame:
+        """``table``: a row per pair of methods."""
+        return self.table
+
+    def __repr__(self) -> str:
+        methods = len({*self.table["left"], *self.table["right"]})
+        return f"Distances({methods} methods, {len(self.relations)} groups of equivalent ones)"
+
     def __str__(self) -> str:
         lines = []
         for kind, head in zip(KINDS, HEADS, strict=True):
@@ -117,22 +130,25 @@ class Distances:
                 if found:
                     lines += [head + ("" if where == "always" else f", {where}")]
                     lines += [textwrap.fill(str(r), 118, **INDENT) for r in found] + [""]
-        lines.append("Nearest others: angle between the gradients in degrees, log of the ratio of their sizes")
+        lines.append("Nearest other methods: angle between the gradients in degrees, log of the ratio of their norms")
         for name, near in self.neighbours().items():
             lines.append(f"  {name:<22}" + "".join(f"{n + f' {a:.1f} {s:+.2f}':<34}" for n, a, s in near).rstrip())
         if self.left_out:
-            lines += ["", f"Left out, for want of what they need: {', '.join(self.left_out)}"]
+            lines += ["", f"Left out, because the tokens lack a field that they need: {', '.join(self.left_out)}"]
         return "\n".join(lines)
 
 
 def distances(tokens: Tokens | None = None) -> Distances:
     r"""How the registered methods relate, computed from their gradients g = s (p - Q).
 
-    Every method is tried at its defaults, at its modes and, one parameter at a time, at the ends and choices of its parameters.
-    Total variation between natural-scale targets would be zero for all label-only methods; gradients tell them apart.
+    Every method is taken at its defaults, at its presets and, one parameter at a time, at the ends and choices of its
+    parameters. Gradients are compared rather than natural-scale targets, which are equal for all label-only methods.
 
     Args:
-        tokens: where the gradients are taken, (N, V); by default the built-in probes, which feed every method.
+        tokens: N rows on which the gradients are taken; by default the built-in probes, which have every field.
+
+    Returns:
+        Distances: printable, with ``relations``, ``table``, ``angles()``, ``neighbours()`` and ``plot()``.
 
     Example:
         >>> any({"dft", "target_sft(eta=0.0)"} <= set(r.specs) for r in distances().relations)
@@ -146,7 +162,7 @@ def distances(tokens: Tokens | None = None) -> Distances:
             continue
         found, same = _relations(_gradients(variants, change(tokens)), where)
         relations += [r for r in found if not any(_covers(known, r) for known in relations)]
-        if where == "always":  # what is one always is one here too
+        if where == "always":  # equivalent without the condition too
             variants = [variant for variant in variants if variant.spec not in same]
     defaults = _gradients([method.variant() for method in methods().values()], tokens)
     left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
@@ -155,7 +171,7 @@ def distances(tokens: Tokens | None = None) -> Distances:
 
 
 def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tensor, "N V"]]:
-    """The gradient of every variant that these tokens can feed, and of the yardsticks."""
+    """The gradient of every variant whose fields the tokens have, and of the yardsticks."""
     found = {}
     for variant in variants:
         grad = taught(variant, tokens)
@@ -165,9 +181,9 @@ def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tenso
 
 
 def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], set[str]]:
-    """Which gradients are one, one up to a factor, or parallel token by token; each method once, at its simplest.
+    """Groups of gradients that are equal, equal up to a factor or parallel on every token, each method at its simplest spec.
 
-    And the specs whose gradient is that of a simpler one.
+    Also the specs whose gradient equals that of a simpler one.
     """
     specs, g = list(grads), torch.stack(list(grads.values()))
     flat = g.flatten(1)
@@ -189,9 +205,9 @@ def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], se
                 found.append(Relation(kind, kept, tuple(round(sizes[s] / sizes[kept[0]], 6) for s in kept), where))
             if kind == KINDS[0] and kept:
                 repeated |= set(sizes) - {kept[0]}
-        left -= repeated  # said once
+        left -= repeated  # listed once
         if kind == KINDS[1]:
-            left = {spec for spec in specs if "(" not in spec}  # parameters that change a scale say nothing more
+            left = {spec for spec in specs if "(" not in spec}  # parameters that change a scale add nothing
     return found, repeated
 
 
@@ -206,7 +222,7 @@ def _classes(related: Bool[Tensor, "M M"]) -> list[list[int]]:
 
 
 def _simplest(sizes: dict[str, float], apart: bool) -> tuple[str, ...]:
-    """One spec per method (and size, if told ``apart``), the one with the fewest parameters; plain names first."""
+    """One spec per method (and per norm, if ``apart``), the one with the fewest parameters; plain names first."""
     found: dict[tuple[str, float], str] = {}
     for spec in sorted(sizes, key=lambda s: (s.count("="), len(s))):
         size = float(f"{sizes[spec]:.6g}") if apart else 0.0
@@ -215,7 +231,7 @@ def _simplest(sizes: dict[str, float], apart: bool) -> tuple[str, ...]:
 
 
 def _covers(known: Relation, other: Relation) -> bool:
-    """Whether ``other`` says nothing that ``known`` does not: the same methods, at most as closely related."""
+    """Whether ``known`` implies ``other``: the same methods, at least as closely related."""
     return KINDS.index(known.kind) <= KINDS.index(other.kind) and set(other.specs) <= set(known.specs)
 
 

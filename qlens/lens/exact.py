@@ -1,4 +1,4 @@
-"""Exact: a loss computed in float64 whatever it casts to, so that what it teaches is read without its rounding."""
+"""Exact: a loss computed in float64 whatever it casts to, so that its gradient has no rounding of its own."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -21,18 +21,18 @@ from qlens.losses.reduction.unreduced import Whole, whole
 from qlens.registry.variant import Variant
 
 COARSER = (torch.float32, torch.bfloat16, torch.float16)
-SHARE = 0.8  # of the tokens on which a loss and its float64 version must agree up to the loss's rounding
-SLACK = 3.0  # times the rounding that is expected
+SHARE = 0.8  # share of tokens on which a loss and its float64 version must agree up to rounding
+SLACK = 3.0  # factor on the expected rounding error
 
 
 @dataclass(frozen=True)
 class OwnPrecision:
-    """What the precision that a loss computes in makes of its gradient, beside the same loss in float64.
+    """The precision of a loss and the error of its gradient against the same loss in float64.
 
     Args:
         dtype: the coarsest type that it computes in.
-        usual: the relative distance of the two gradients, median over tokens.
-        largest: the largest.
+        usual: relative error of the gradient, median over tokens.
+        largest: the largest relative error.
     """
 
     dtype: torch.dtype
@@ -48,12 +48,12 @@ class Exact(Variant):
 
     @classmethod
     def of(cls, variant: Variant) -> "Exact":
-        """The same variant in float64, its reduction left as it is where it is read whole."""
+        """The same variant in float64."""
         made = cls(variant.method, variant.params)
         return whole(made) if isinstance(variant.unreduced, Whole) else made
 
     def arithmetic(self) -> contextlib.AbstractContextManager:
-        """Within it, everything is computed as the loss is."""
+        """A context in which everything is computed in float64."""
         return float64()
 
     def loss(self, tokens: Tokens) -> Tensor:
@@ -65,7 +65,7 @@ class Exact(Variant):
 
 @contextmanager
 def float64() -> Iterator["_Float64"]:
-    """Within it, torch computes every floating-point operation in float64, and casts to a coarser type do nothing."""
+    """Context in which torch computes in float64, and casts to a coarser dtype have no effect."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -87,7 +87,7 @@ def _attached(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Tensor:
 
 
 class _Attach(torch.autograd.Function):
-    """Values that depend on a leaf of their own, as values of the logits."""
+    """Attach values computed from a separate leaf to the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, leaf: Tensor, values: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class _Attach(torch.autograd.Function):
 
 
 class _Python(TorchFunctionMode):
-    """Asks for float64 where Python code asks for a coarser type, so that constants are not rounded on the way."""
+    """Create tensors in float64 where code asks for a coarser dtype, so that constants are not rounded."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -113,12 +113,17 @@ class _Python(TorchFunctionMode):
 
 
 class _Float64(TorchDispatchMode):
-    """Every operation in float64. What is random is drawn in its own type, and what is written in place keeps its type."""
+    """Every operation in float64, except in-place writes; random numbers are drawn in their own dtype."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         aliases = any(given.alias_info is not None for given in (*func._schema.arguments, *func._schema.returns))
-        if aliases:  # views and what is written in place
+        if aliases:  # views and in-place writes
             return func(*args, **kwargs)
         args = tree_map(_wide, args)
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -128,17 +133,17 @@ class _Float64(TorchDispatchMode):
 
 
 def _wide(value: Any) -> Any:
-    """A floating-point tensor or type in float64; anything else as it is."""
+    """A floating-point tensor or dtype in float64; any other value unchanged."""
     if isinstance(value, Tensor):
         return value.double() if value.dtype in COARSER else value
     return torch.float64 if value in COARSER else value
 
 
 def read_exactly(variant: Variant, tokens: Tokens | None) -> tuple[Variant, Reading, OwnPrecision | None]:
-    """A loss read on tokens, or on the probes: in float64 where its own gradient is that up to rounding.
+    """Read a loss on tokens or on the probes, in float64 where its own gradient agrees with that up to rounding.
 
     Returns:
-        the variant to study, its reading, and what its own precision makes of the gradient; None where it is read as it is.
+        The variant to analyse, its reading, and its own precision; None for the last where it is read as it is.
     """
     found = before_casts(variant) if tokens is None else on_own_tokens(variant, tokens)
     exact = _in_float64(variant, found)
@@ -148,7 +153,7 @@ def read_exactly(variant: Variant, tokens: Tokens | None) -> tuple[Variant, Read
 
 
 def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, OwnPrecision] | None:
-    """The same reading without the rounding of the loss; None where it has none, or is another function without it."""
+    """The reading in float64; None where the loss has no rounding of its own, or another gradient in float64."""
     if found.own == torch.float64 or not found.finite or not bool(found.grad.any()):
         return None
     if found.given.logits.numel() > MOST:
@@ -156,7 +161,7 @@ def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, Own
     exact = Exact.of(variant)
     try:
         read = Reading.of(exact, found.given.with_precision(torch.float64))
-    except InputError:  # it insists on its own type; it is read in that
+    except InputError:  # it requires its own dtype
         return None
     if not read.finite:
         return None
@@ -164,13 +169,13 @@ def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, Own
     agree = off <= SLACK * found.noise.rows + TOLERANCE * size
     if float(agree.double().mean()) < SHARE:
         return None
-    told = found.noise.rows.isfinite()  # moved by rounding, the loss may be no number
-    distance = off / torch.where(told, size.maximum(found.noise.rows), size).clamp(min=1e-300)
+    known = found.noise.rows.isfinite()  # moved by rounding, the loss may be NaN
+    distance = off / torch.where(known, size.maximum(found.noise.rows), size).clamp(min=1e-300)
     return exact, read, OwnPrecision(found.own, float(distance.median()), float(distance.max()))
 
 
 def without_casts(variant: Variant, tokens: Tokens) -> Variant:
-    """A loss computed in float64 where it casts to a coarser type, and is the same up to rounding; else the loss as it is."""
+    """The loss in float64 where it casts to a coarser dtype and agrees with that up to rounding; else the loss itself."""
     if isinstance(variant, Exact):
         return variant
     exact = Exact.of(variant)
@@ -180,7 +185,7 @@ def without_casts(variant: Variant, tokens: Tokens) -> Variant:
         if own == torch.float64:
             return variant
         before, after = (gradient(one.loss, tokens).double() for one in (variant, exact))
-    except Exception:  # whatever is wrong with the loss, its caller meets it too, and says it
+    except Exception:  # the caller meets and reports the same error
         return variant
     alike = (before - after).norm() <= 100 * torch.finfo(own).eps * after.norm()
     return exact if bool(alike) else variant

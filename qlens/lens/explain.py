@@ -1,18 +1,20 @@
-"""Explain: everything that can be read off the gradient of a loss."""
+"""Explain: what the gradient of a loss teaches, and which registered method it is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qlens.core.autograd import ordinary
+from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError, brief
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.lens.exact import read_exactly
 from qlens.lens.explanation import Explanation
-from qlens.lens.findings import Study, own_spec
+from qlens.lens.gradient_analysis import GradientAnalysis, own_spec
 from qlens.lens.identify import matching
 from qlens.lens.reading import Reading, on_trials, whole_where_needed
 from qlens.lens.rounding import nothing_but_rounding
@@ -20,28 +22,33 @@ from qlens.losses import calling, user_code
 from qlens.registry import Variant, resolve
 
 
+@renamed_arguments(pieces="token_text")
 @user_code.quiet()
 @torch.inference_mode(False)
 def explain(
     loss: Variant | str | Callable,
     tokens: Tokens | None = None,
     *,
-    pieces: Callable[[int], str] | None = None,
+    token_text: Callable[[int], str] | Any | None = None,
     residuals: Mapping[str, Tensor] | None = None,
 ) -> Explanation:
-    r"""What any loss teaches: its implied Q = p - g, its trust in the label, and the method it comes nearest to.
+    r"""Read the implied target Q = p - g of a loss: its label weight, its residual and the nearest registered method.
 
-    The loss is read on the tokens shown, in float64 where it allows that, and on wider trial tokens
+    The loss is read in float64 where it allows that, on the tokens given and on wider trial tokens
     (``qlens.core.probes.trials``): a method is named only where it has the gradient on both.
 
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
-        tokens: where to read it; by default the built-in probes, on which p_y runs from 1e-6 to 1 - 1e-6.
-        pieces: turns a token id into its text, for printing (a tokenizer's ``convert_ids_to_tokens``, say).
-        residuals: distributions of your own that it may send probability to, (N, V) by name; with ``tokens`` only.
+        tokens: N supervised positions; by default the built-in probes, on which p_y runs from 1e-6 to 1 - 1e-6.
+        token_text: a tokenizer, or a function from a token id to its text such as ``lambda i: tokenizer.decode([i])``;
+            names labels and runner-ups in printed tables.
+        residuals: further distributions that may be part of the target, probabilities (N, V) by name; with ``tokens`` only.
+
+    Returns:
+        An Explanation: printable, with ``summary``, ``table``, ``nearest``, ``residual``, ``law``, ``plot()`` and exports.
 
     Raises:
-        InputError: the loss cannot be called, has no gradient or is random, or there are no tokens; what it raised is named.
+        InputError: the loss cannot be called, has no gradient or is random; there are no tokens.
 
     Source: Xie et al. 2026 (arXiv 2606.11189).
 
@@ -53,44 +60,66 @@ def explain(
     """
     if tokens is not None and not isinstance(tokens, Tokens):
         raise InputError(f"tokens must be qlens.Tokens(logits=..., labels=...) or None, got {brief(tokens)}")
-    variant, whole = whole_where_needed(resolve(loss), tokens)
+    token_text = _text_of(token_text)
+    original, whole_batch = whole_where_needed(resolve(loss), tokens)
     if residuals and tokens is None:
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
-    given = variant
-    variant, shown, own = read_exactly(given, None if tokens is None else ordinary(tokens))
+    variant, shown, own_precision = read_exactly(original, None if tokens is None else ordinary(tokens))
     e = Explanation(
         variant,
         shown.given,
         Target.from_grad(shown.given, shown.grad),
         shown.losses,
         [],
-        pieces,
-        written=calling.written(variant.method.fn, variant.params, shown.given),
+        token_text,
+        modified_inputs=calling.written(variant.method.fn, variant.params, shown.given),
         on_probes=tokens is None,
         precision=shown.precision,
-        own=own,
-        stored=None if tokens is None else tokens.logits.dtype,
+        own_precision=own_precision,
+        logits_dtype=None if tokens is None else tokens.logits.dtype,
         registered=bool(own_spec(variant)),
-        whole=whole,
+        whole_batch=whole_batch,
     )
     if not shown.finite:
         return e
     if nothing_but_rounding(variant.loss, shown.given, shown.grad, shown.precision):
         near = matching.nearest(shown.grad, shown.tokens, own_spec(variant), shown.noise)
-        silent = replace(e, nearest=[match for match in near if match.relation == "identical"], silent=True)
-        return silent if tokens is not None else _widened(silent, given)
-    return Study(e, shown, residuals or {}, given).run()
+        zero = replace(e, nearest=[match for match in near if match.relation == "identical"], zero_gradient=True)
+        return zero if tokens is not None else _on_trial_tokens(zero, original)
+    return GradientAnalysis(e, shown, residuals or {}, original).run()
 
 
-def _widened(e: Explanation, given: Variant) -> Explanation:
-    """A loss that is silent on the probes, with what the wider trial tokens say of it."""
-    wide = on_trials(e.variant, Reading.of(e.variant, e.tokens))
-    if isinstance(wide, str) or nothing_but_rounding(e.variant.loss, wide.given, wide.grad, wide.precision):
+def _text_of(token_text: Any) -> Callable[[int], str] | None:
+    """A function from a token id to its text, given as such or as a tokenizer.
+
+    Raises:
+        InputError: neither.
+    """
+    decode = getattr(token_text, "decode", None)
+    if callable(decode):
+        return lambda token: repr(decode([token]))
+    if token_text is None or callable(token_text):
+        return token_text
+    raise InputError(
+        f"token_text must be a tokenizer or a function from a token id to its text, got {brief(token_text)}; "
+        "write token_text=tokenizer"
+    )
+
+
+def _on_trial_tokens(e: Explanation, original: Variant) -> Explanation:
+    """The explanation of a loss without a gradient on the probes, read on the trial tokens; as it is without one there too."""
+    trial = on_trials(e.variant, Reading.of(e.variant, e.tokens))
+    if isinstance(trial, str) or nothing_but_rounding(e.variant.loss, trial.given, trial.grad, trial.precision):
         return e
-    made = Explanation(
-        e.variant, wide.given, Target.from_grad(wide.given, wide.grad), wide.losses, [], on_probes=True,
-        written=e.written, precision=wide.precision, own=e.own, registered=e.registered, whole=e.whole,
-    )  # fmt: skip
-    return Study(made, wide, {}, given).run()
+    read = replace(
+        e,
+        tokens=trial.given,
+        target=Target.from_grad(trial.given, trial.grad),
+        losses=trial.losses,
+        nearest=[],
+        precision=trial.precision,
+        zero_gradient=False,
+    )
+    return GradientAnalysis(read, trial, {}, original).run()

@@ -1,4 +1,4 @@
-"""Destination: where training on a loss ends, once the target moves with the student."""
+"""Gradient flow: the fixed point that training on a loss converges to, as the target moves with the student."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,29 +14,30 @@ from scipy.special import entr, softmax
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
+from qlens.lens.describe.result import Result
 from qlens.lens.exact import without_casts
 from qlens.registry import Variant, resolve
 
-GRID = np.geomspace(0.01, 1e5, 141)  # steps of gradient descent on the logits, at rate 1
-USUAL = (0.01, 100.0)  # sizes of a gradient beside p - d between which time is counted in such steps
+GRID = np.geomspace(0.01, 1e5, 141)  # times, in steps of gradient descent on the logits at rate 1
+USUAL = (0.01, 100.0)  # range of |g| / |p - d| in which time is counted in such steps
 SIZE = 4  # of the vocabulary
 MOST_STEPS = 300  # a smooth loss takes 250
-RATE, TAIL = 0.03, 2000  # of the gradient descent that takes over where the solver sticks at a threshold
-ROLLED = 8  # ids tried at most
-STILL, ALIKE = 0.005, 0.01  # what two printed digits do not show, and hardly show
+RATE, TAIL = 0.03, 2000  # rate and steps of the gradient descent that takes over where the solver sticks
+ROLLED = 8  # most permutations of the ids that are tested
+STILL, ALIKE = 0.005, 0.01  # differences that two printed digits do not show, and hardly show
 
 
-@dataclass(frozen=True, eq=False)
-class Destination:
-    """Where a loss takes one distribution: print it, or read ``end``, ``sentence``, ``times``, ``probs`` and ``plot()``.
+@dataclass(frozen=True, eq=False, repr=False)
+class Destination(Result):
+    """The fixed point of a loss on one distribution: print it, or read ``end``, ``sentence``, ``times``, ``probs``, ``plot()``.
 
     Args:
         spec: the loss.
-        frequencies, start: how often each entry is the label, and the distribution at time 0, (size,).
-        times, probs: log-spaced times in steps of gradient descent at rate 1, (T,), and p at each, (T, size).
-        settled: whether no entry moved by ``STILL`` over the last three quarters of the time.
-        by_id: whether the gradient changes with which ids the entries have, so that other ids may end elsewhere.
-        teacher, reference: what the loss was given, (size,); None where it asks for none.
+        frequencies, start: label frequency of each entry, and the distribution at time 0, (size,).
+        times, probs: log-spaced times in steps of gradient descent at rate 1, (T,); p at each, (T, size).
+        settled: whether no entry moved by 0.005 over the last three quarters of the time.
+        by_id: whether permuting the ids changes the gradient, so that other ids may converge elsewhere.
+        teacher, reference: the distributions that the loss was given, (size,); None where it needs none.
 
     Example:
         >>> destination("dft").end.round(2)
@@ -60,21 +61,22 @@ class Destination:
 
     @property
     def sentence(self) -> str:
-        """Where it ends, in plain words."""
+        """The fixed point in one sentence."""
         seen = self.frequencies > 0
         labels, where = _listed(100 * self.frequencies[seen], ".3g"), _listed(self.end[seen], ".2f")
         if len(seen) > SIZE:
             labels += f" (V = {len(seen)})"
         if self.by_id:
             labels += f" at ids {_listed(seen.nonzero()[0], 'd')}"
-        tail = "; at other ids it ends elsewhere" if self.by_id else ""
+        tail = "; with other label ids it converges elsewhere" if self.by_id else ""
         if not self.settled:
-            return f"With labels {labels} it has reached {where} at t = {self.times[-1]:.2g} and is still moving{tail}."
-        return f"With labels {labels} it ends at {where}: {self._verdict()}{tail}."
+            time = f"t = {self.times[-1]:.2g}"
+            return f"With label frequencies {labels} training has reached {where} at {time} and is still moving{tail}."
+        return f"With label frequencies {labels} training converges to {where}: {self._verdict()}{tail}."
 
     @property
     def table(self) -> pd.DataFrame:
-        """What the figure shows: time, and the probability of every entry, p_0, p_1, ..."""
+        """A row per time: the time, and the probability of every entry, p_0, p_1, ..."""
         columns = {f"p_{entry}": probs for entry, probs in enumerate(self.probs.T)}
         return pd.DataFrame({"time": self.times, **columns})
 
@@ -105,8 +107,15 @@ class Destination:
         if np.allclose(end, self.start, atol=ALIKE):
             return "where it started"
         unseen = end[f == 0].sum()
-        tail = f", with {unseen:.2f} on entries that never are labels" if unseen > ALIKE else ""
+        tail = f", with {unseen:.2f} on entries that are never labels" if unseen > ALIKE else ""
         return f"{'sharper' if entr(end).sum() < entr(f).sum() else 'flatter'} than the label frequencies{tail}"
+
+    def to_frame(self) -> pd.DataFrame:
+        """``table``: a row per time."""
+        return self.table
+
+    def __repr__(self) -> str:
+        return f"Destination({self.spec}: {_listed(self.end, '.2f')}{'' if self.settled else ', still moving'})"
 
     def __str__(self) -> str:
         return f"{self.spec}: {self.sentence}"
@@ -121,30 +130,33 @@ def destination(
     teacher: Sequence[float] | None = None,
     reference: Sequence[float] | None = None,
 ) -> Destination:
-    r"""Where the expected gradient flow of a loss takes one distribution, when its labels vary.
+    r"""The fixed point of the expected gradient flow of a loss on one distribution with varying labels.
 
     .. math:: \dot z = -\sum_y f_y\, g(z, y), \qquad p = \mathrm{softmax}(z), \qquad 0 \le t \le 10^5
 
-    One step's Q is not where training ends if Q moves with the student: sft ends at f, dft at the majority. The logits are
-    free, and centred. Where thresholds stop the solver, small steps of gradient descent go on for 60 units of time. Of a loss
-    whose gradient is far from the size of p - d, a weight of 1e-9 say, time is counted in steps of a rate that makes up for it.
+    It differs from the Q of one step where Q moves with the student: sft converges to f, dft to the majority. The logits are
+    free and centred. Where thresholds stop the solver, gradient descent goes on for 60 units of time. Where the gradient is far
+    from the size of p - d, because of a weight of 1e-9 for example, time is scaled by that.
 
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
-        frequencies: f, how often entries 0, 1, ... are the label; the rest of the vocabulary never is.
-        size: of the vocabulary, V; a few entries say it all, and thousands take their time.
+        frequencies: f, label frequencies of entries 0, 1, ...; the other entries are never labels.
+        size: of the vocabulary, V; a few entries suffice, and thousands are slow.
         start, reference: probabilities (size,), by default uniform and the start; the old policy is always the start.
         teacher: probabilities (size,); by default it prefers entry 1: (0.35, 0.5, 0.1, 0.05) at size 4.
 
-    The second pass is the student, every advantage 1, every token critical, hinted and a sequence of its own; the entries
-    that never are labels are the negatives.
+    The second pass is the student, every advantage is 1, every token is critical, hinted and a sequence of its own; the
+    entries that are never labels are the negatives.
+
+    Returns:
+        A Destination: printable, with ``end``, ``sentence``, ``table`` and ``plot()``.
 
     Raises:
-        InputError: no probabilities; a loss of another scope than "token", or one that fails or is not finite on the way.
+        InputError: arguments that are no probabilities; a loss of another scope than "token"; one that fails or is not finite.
 
     Example:
         >>> print(destination("dft"))
-        dft: With labels 55/45 it ends at 1.00/0.00: the majority wins outright.
+        dft: With label frequencies 55/45 training converges to 1.00/0.00: the majority wins outright.
     """
     variant = resolve(loss)
     if variant.scope != "token":
@@ -171,7 +183,7 @@ def destination(
 
 
 class _Field:
-    """The gradient flow of a loss: one row of Tokens per label that occurs."""
+    """The vector field of the flow: one row of Tokens per label that occurs."""
 
     def __init__(self, variant: Variant, f: np.ndarray, models: dict[str, np.ndarray]):
         (self.seen,) = f.nonzero()
@@ -196,13 +208,13 @@ class _Field:
         except InputError:
             if self.dtype == torch.float32:
                 raise
-            self.dtype = torch.float32  # a loss may insist on it
+            self.dtype = torch.float32  # a loss may require it
             try:
                 return self.gradient(tokens.with_precision(torch.float32))
             except InputError:
                 self.dtype = torch.float64
             raise
-        except Exception as error:  # anything at all may go wrong inside a user's loss
+        except Exception as error:  # a user's loss may raise anything
             raise InputError(f"loss: {spec} raised {type(error).__name__}: {error}") from error
         if not bool(g.isfinite().all()):
             raise InputError(f"loss: the gradient of {spec} is not finite at p = {tokens.probs[0].numpy().round(6)}")
@@ -214,7 +226,7 @@ class _Field:
         return -_centred(pull)
 
     def pace(self, z: np.ndarray) -> float:
-        """The size of the gradient beside p - d, at most over p_y from the start's to nearly 1; 1 where it is a usual one."""
+        """The largest |g| / |p - d| for p_y from the start's to nearly 1; 1 where it is of the usual size."""
         largest, one_hot = 0.0, np.eye(len(z))[self.seen]
         for push in (0.0, 2.0, 4.0, 8.0):
             for row, label in enumerate(one_hot):
@@ -226,7 +238,7 @@ class _Field:
         return largest or 1.0
 
     def by_id(self, z: np.ndarray) -> bool:
-        """Whether the gradient changes when every entry gets another id."""
+        """Whether permuting the ids changes the gradient."""
         tokens = self.tokens(_centred(z + 0.3 * np.cos(np.arange(len(z)))))
         before = self.gradient(tokens)
         for by in range(1, min(len(z), ROLLED)):

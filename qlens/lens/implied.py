@@ -1,4 +1,4 @@
-"""The lens: the target that any loss implies, Q = p - g, read from its gradient."""
+"""Implied target: Q = p - g of any loss, read from its logit gradient."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -9,12 +9,13 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
+from qlens.core.numerics import precision
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, precision
+from qlens.core.tokens import Tokens
 from qlens.losses.user_code import blamed
 from qlens.registry import Variant, resolve
 
-ENTRIES = 2**22  # logits that autograd works on at a time
+ENTRIES = 2**22  # logits per call of autograd
 
 
 def implied_target(
@@ -25,14 +26,17 @@ def implied_target(
     Args:
         loss: a Variant, a spec, or a callable: f(logits, labels) on rows (N, V) or batches (B, T, V), f(outputs, labels),
             f(model, inputs), f(tokens), f(log_probs, ...), a Trainer's class and so on. Its layout and its reduction are
-            found by trying; the reduction is undone, so that g is the gradient of the unreduced loss.
+            found by trial calls; the reduction is undone, so that g is the gradient of the unreduced loss.
         tokens: N supervised positions, (N, V).
         scale: "unit" (s = 1) or "natural" (the smallest s that leaves Q no negative entry).
 
-    A loss that also sees raw logits gives rows whose ``target.total`` is not 1; they are reported, not projected.
+    A loss that also depends on raw logits gives rows whose ``target.total`` is not 1; they are not projected.
+
+    Returns:
+        The implied Target, N rows.
 
     Raises:
-        InputError: the loss cannot be called, has no gradient, or divides in a way that cannot be found.
+        InputError: the loss cannot be called, has no gradient, or has an unknown reduction.
 
     Source: Xie et al. 2026 (arXiv 2606.11189), from any loss to Q.
 
@@ -53,8 +57,7 @@ def implied_target(
 def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) -> Float[Tensor, "N V"]:
     """The gradient of a variant's summed ``value``, its loss or total, (N, V).
 
-    Some rows at a time where no row needs another, so that autograd's own copies stay small on long texts; a loss that
-    nobody has declared so is shown all of them.
+    Methods that are declared per-token are read some rows at a time, so that autograd's copies stay small on long texts.
     """
     size = max(1, ENTRIES // tokens.logits.shape[1])
     declared = variant.built_in or bool(variant.method.scope)

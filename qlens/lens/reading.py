@@ -1,4 +1,4 @@
-"""Readings: a loss's gradient at some tokens, with the precision it was computed in and the rounding it holds."""
+"""Reading: the gradient of a loss on some tokens, with its precision and rounding error."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError, UnknownReduction
+from qlens.core.numerics import spread
 from qlens.core.probes import VOCABULARY, WIDE, probes, trials
 from qlens.core.scales import carried
-from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.tokens import MODELS, Tokens
 from qlens.lens.implied import read
 from qlens.lens.rounding import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.losses import calling
@@ -27,25 +28,25 @@ from qlens.losses.replay import why_calls_differ
 from qlens.losses.user_code import first_line, numbers_of
 from qlens.registry.variant import Variant
 
-SAME = 1e-6  # two calls of one loss differ by no more, in float64
-MOST = 2**26  # logits read in float64; more are read in the precision they are given in
-LARGE = 2**20  # logits from which on fewer moved gradients measure the rounding
-FEW = 57  # tokens on which a reduction is looked for first
-NAMED = 4  # vocabularies tried that a loss's error message names
+SAME = 1e-6  # relative difference of two calls, in float64, beyond which a loss is random
+MOST = 2**26  # logits up to which tokens are read in float64
+LARGE = 2**20  # logits beyond which fewer moved gradients measure the rounding
+FEW = 57  # tokens on which the reduction is first searched
+NAMED = 4  # vocabularies tried that an error message names
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """The gradient of an unreduced loss at tokens.
+    """The gradient of an unreduced loss on tokens.
 
     Args:
-        given: the tokens as the loss saw them.
+        given: the tokens as given to the loss.
         grad: its gradient, (N, V), in float64.
-        noise: the rounding in it.
-        precision: of the gradient: the coarser of the loss's operations and of what its digits show.
-        arithmetic: of the loss's operations on the way from the logits.
-        own: the coarsest of the gradient's precision and of the constants that enter it.
-        losses: its values, (N,).
+        noise: its rounding error.
+        precision: of the gradient, the coarser of the loss's operations and of its digits.
+        arithmetic: precision of the loss's operations on the logits.
+        own: the coarser of ``precision`` and of the constants that enter the loss.
+        losses: values in nats, (N,).
     """
 
     given: Tokens
@@ -58,22 +59,22 @@ class Reading:
 
     @classmethod
     def of(cls, variant: Variant, tokens: Tokens) -> "Reading":
-        """One reading; two where the loss may be random.
+        """Read a loss, twice to detect randomness.
 
         Raises:
-            InputError: it fails, or two calls on the same tokens differ; what it raised is named.
+            InputError: it fails, or two calls on the same tokens differ.
         """
         try:
             if variant.derived:
                 with getattr(
                     variant, "arithmetic", contextlib.nullcontext
-                )():  # a teacher in a closure, as the loss sees it
+                )():  # a teacher in a closure, in the precision of the loss
                     tokens = supplied(variant.method.fn, variant.params, tokens)
                 tokens = as_given(variant.method.fn, variant.params, tokens)
             grad = read(variant, tokens, variant.loss)
-            losses, arithmetic, constants = traced(variant.loss, tokens)  # by now it is known how the loss is called
-            if not variant.built_in:  # a state that other tokens leave behind shows in the next call
-                with contextlib.suppress(InputError):  # on logits that nobody showed it, it may fail
+            losses, arithmetic, constants = traced(variant.loss, tokens)  # after the layout was found
+            if not variant.built_in:  # a state left by other tokens shows in the next call
+                with contextlib.suppress(InputError):  # it may fail on these logits
                     read(variant, tokens.with_logits(tokens.logits / 2), variant.loss)
             again = read(variant, tokens, variant.loss)
             precision = coarser(arithmetic, carried(grad))
@@ -86,53 +87,53 @@ class Reading:
             moved = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
             raise
-        except Exception as error:  # anything at all may go wrong inside a user's loss
+        except Exception as error:  # a user's loss may raise anything
             raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
         noise = rounding(grad, tokens, arithmetic, moved, constants)
         return cls(tokens, grad.double(), noise, precision, arithmetic, coarser(precision, constants), losses)
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The tokens in float64: what everything but the loss is computed from."""
+        """The tokens in float64, from which everything but the loss is computed."""
         return self.given.with_precision(torch.float64)
 
     @property
     def finite(self) -> bool:
-        """Whether the gradient is a number everywhere."""
+        """Whether the gradient is finite everywhere."""
         return bool(self.grad.isfinite().all())
 
     @property
-    def silent(self) -> Tensor:
-        """The tokens without a gradient beyond rounding, (N,)."""
+    def zero_rows(self) -> Tensor:
+        """The tokens whose gradient is zero up to rounding, (N,)."""
         return self.grad.norm(dim=-1) <= self.noise.rows
 
     def __getitem__(self, rows: Any) -> "Reading":
-        """The chosen rows of it, not read anew."""
+        """The reading of some rows."""
         some = {name: getattr(self, name)[rows] for name in ("given", "grad", "noise", "losses")}
         return replace(self, **some)
 
     def anew(self, variant: Variant, rows: Any) -> "Reading":
-        """The chosen rows, read as a batch of their own."""
+        """Some rows, read again as a batch of their own."""
         few = self.given[rows]
         return replace(self[rows], grad=gradient(variant.loss, few).double())
 
     def weighted(self, weights: Float[Tensor, " N"]) -> "Reading":
-        """Times a weight for every row."""
+        """The reading times a weight per row."""
         size = weights.abs()
         noise = Noise(self.noise.rows * size, self.noise.sums * size)
         return replace(self, grad=self.grad * weights[:, None], noise=noise)
 
-    def undone(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
-        """With something taken off the gradient, and the tokens as the rest of the loss sees them."""
+    def with_gradient(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
+        """The same reading with another gradient, and other tokens if given."""
         return replace(self, grad=grad, given=self.given if tokens is None else tokens)
 
 
 def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
-    """A loss, left as it is where its reduction cannot be found because it needs its batch; and why, "" where it can.
+    """The loss, as a whole batch where its reduction cannot be found; and the reason, "" where it can.
 
     Args:
         variant: the loss.
-        tokens: where it is going to be read; None for the probes.
+        tokens: the tokens it will be read on; None for the probes.
     """
     at = probes() if tokens is None else tokens
     if len(at) > FEW and not variant.compares_pairs:
@@ -141,13 +142,13 @@ def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant
         gradient(variant.loss, fed(at, variant))
     except UnknownReduction as error:
         return unreduced.whole(variant), str(error).partition(" Return the")[0]
-    except Exception:  # whatever else it raises, it raises again where it is read
+    except Exception:  # it raises the same again where it is read
         return variant, ""
     return variant, ""
 
 
 def on_probes(variant: Variant) -> Reading:
-    """A reading on the built-in probes in the loss's own precision; the logits are rounded to it, so that no cast changes them.
+    """A reading on the built-in probes, whose logits are rounded to the loss's precision so that no cast changes them.
 
     Raises:
         InputError: the loss fails at every vocabulary tried.
@@ -183,8 +184,9 @@ def before_casts(variant: Variant) -> Reading:
 
 
 def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> Reading | str:
-    """A reading on the wider trial tokens, at their own vocabulary or else at the one shown, or at the first of ``sizes``
-    that works; or why there is none.
+    """A reading on the trial tokens, at the first vocabulary that works; or the reason why there is none.
+
+    Vocabularies are those of ``sizes``, else the trial tokens' own and that of the tokens shown.
     """
     size = shown.given.logits.shape[1]
     dtype = torch.float64 if shown.given.logits.dtype == torch.float64 else torch.float32
@@ -198,7 +200,7 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
             failed = failed or f"at V = {vocabulary} {str(error).partition(chr(10))[0][:140]}"
             continue
         if failed:
-            failed = f"{failed}; what is said holds at V = {vocabulary}"
+            failed = f"{failed}; the findings hold at V = {vocabulary}"
         kept = found.grad.isfinite().all(-1) & found.tokens.logits.isfinite().all(-1)
         if not bool(kept.any() and found.grad[kept].any()):
             failed = failed or f"at V = {vocabulary} the gradient is zero or not finite"
@@ -207,15 +209,25 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
     return failed
 
 
-def asked(variant: Variant) -> tuple[str, ...]:
-    """The fields of Tokens that a loss asks for, weights among them where it takes them itself."""
+def requested_fields(variant: Variant) -> tuple[str, ...]:
+    """The fields of Tokens that a loss asks for, with ``weight`` where it takes weights itself."""
     fn = variant.method.fn
     takes = calling.kind(fn) != "tokens" and calling.takes(fn, "weight") and "weight" not in variant.needs
     return (*variant.needs, *(("weight",) if takes else ()))
 
 
+def fields_taken(variant: Variant) -> frozenset[str] | None:
+    """The fields of Tokens that a loss of logits and labels can depend on, by its signature; None for other kinds of losses."""
+    fn = variant.method.fn
+    if not variant.derived or calling.kind(fn) != "logits":
+        return None
+    wanted = inputs(fn)
+    roles = [*wanted.required.values(), *wanted.optional.values()]
+    return frozenset({"weight", "sequence", "pair", "chosen", *variant.needs, *(FIELD[r] for r in roles if r in FIELD)})
+
+
 def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
-    """The tokens without other models that a loss of logits does not take: it cannot send probability there."""
+    """The tokens without the other models that a loss of logits does not take: they cannot be part of its target."""
     fn = variant.method.fn
     if calling.kind(fn) != "logits":
         return tokens
@@ -227,17 +239,17 @@ def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
 
 
 def fed(tokens: Tokens, variant: Variant) -> Tokens:
-    """Made-up tokens with weights, where the loss asks for them, in whole groups of texts."""
+    """Built-in tokens with weights, where the loss asks for them, in whole groups of texts."""
     if variant.derived:
         tokens = in_whole_groups(variant.method.fn, variant.params, tokens)
-    if "weight" not in asked(variant):
+    if "weight" not in requested_fields(variant):
         return tokens
     weights = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.5, 3.0, 0.7], dtype=tokens.logits.dtype)
     return tokens.replace(weight=weights[torch.arange(len(tokens)) % 7].to(tokens.logits.device))
 
 
 def on_own_tokens(variant: Variant, tokens: Tokens) -> Reading:
-    """A reading of a user's tokens: all models' logits in float64, where the loss allows that and memory does."""
+    """A reading of a user's tokens, with all logits in float64 where the loss and memory allow it."""
     if tokens.logits.numel() <= MOST and tokens.logits.dtype != torch.float64:
         try:
             return Reading.of(variant, tokens.with_precision(torch.float64))
@@ -248,7 +260,7 @@ def on_own_tokens(variant: Variant, tokens: Tokens) -> Reading:
 
 
 def rounded_to_precision(variant: Variant, found: Reading) -> Reading:
-    """The same on tokens whose logits the loss's own precision holds exactly."""
+    """A reading on tokens whose logits are exact in the loss's precision."""
     if found.precision == torch.float64 or not found.finite:
         return found
     exact = found.given.with_precision(found.precision).with_precision(torch.float32)
@@ -256,7 +268,7 @@ def rounded_to_precision(variant: Variant, found: Reading) -> Reading:
 
 
 def _sizes(message: str, tried: list[int]) -> Iterator[int]:
-    """Numbers in an error message that may be the vocabulary which a loss is made for."""
+    """Numbers in an error message that may be the vocabulary of the loss."""
     for text in reversed(numbers_of(message)):
         if text and len(text) < 7 and 3 <= int(text) <= 300_000 and int(text) not in tried:
             yield int(text)

@@ -1,4 +1,4 @@
-"""Noise: what rounding alone makes of a gradient, from the precision that its loss computes in."""
+"""Rounding: the rounding error of a gradient, from the precision of its loss."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ from qlens.core.autograd import gradient
 from qlens.core.scales import carried
 from qlens.core.tokens import MODELS, Tokens
 
-TOLERANCE = 1e-6  # relative difference between two exact formulas of one gradient; rounding comes on top
-MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding that measure it; the second on large tokens
-SUSPECT = 1e4  # gradients below this many units of rounding are tried again at logits moved a little
-HALF = 1e-4  # the unit of rounding of half precisions is above it
+TOLERANCE = 1e-6  # relative difference of two formulas of one gradient that counts as equal, besides rounding
+MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding; the second for many logits
+SUSPECT = 1e4  # multiples of the unit roundoff below which a gradient may be rounding
+HALF = 1e-4  # unit roundoff above which a dtype is a half precision
 SWITCHED, CLOSE = 0.01, 1e-8  # a change in float64 that is a threshold or a tie, where 1 - p of the top entry is larger
 MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
 
@@ -104,7 +104,7 @@ def moves(tokens: Tokens, precision: torch.dtype, number: int) -> Iterator[Token
 
 
 class _Trace(TorchDispatchMode):
-    """Watches every operation on values that depend on the logits.
+    """Record the precision of all operations on values that depend on the logits.
 
     Attributes:
         coarsest: the least precise type among those values.
@@ -117,6 +117,11 @@ class _Trace(TorchDispatchMode):
         self.digits, self.constants = WeakTensorKeyDictionary(), torch.float64
         for root in roots:
             self.dependent[root] = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -141,7 +146,7 @@ class _Trace(TorchDispatchMode):
         return made
 
     def _digits(self, value: Tensor) -> torch.dtype:
-        """The precision of a constant; one that a half precision holds too (0, 1, a mask) is as good as exact."""
+        """The precision of a constant; constants that half precision holds (0, 1, a mask) count as exact."""
         if value not in self.digits:
             short = value.dtype == torch.float64 or _short(value)
             self.digits[value] = torch.float64 if short else value.dtype
@@ -176,7 +181,7 @@ def traced(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, to
 def nothing_but_rounding(
     loss: Callable[[Tokens], Tensor], tokens: Tokens, grad: Float[Tensor, "N V"], precision: torch.dtype
 ) -> bool:
-    """Whether a gradient is zero up to rounding: so small that rounding reaches it, and another at logits moved a little."""
+    """Whether a gradient is zero up to rounding: tiny, and different at logits moved a little."""
     unit, size = torch.finfo(precision).eps, grad.norm()
     if float(grad.abs().max()) > SUSPECT * unit or not bool(grad.any()):
         return not bool(grad.any())

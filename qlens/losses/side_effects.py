@@ -1,6 +1,7 @@
 """Modules that run during a call of a loss: other models, layers of its own, passes of the stub model."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,18 +31,22 @@ class Seen:
     started: list[str] = field(default_factory=list)
 
 
+def _is_stub(module: nn.Module) -> bool:
+    """Whether a module is the stub model, which is imported, with transformers, only for losses that take a model."""
+    stubs = sys.modules.get("qlens.losses.stubs.stub_model")
+    return stubs is not None and isinstance(module, stubs.StubModel)
+
+
 @contextlib.contextmanager
 def watched(own: Any = None) -> Iterator[Seen]:
     """A context that records the modules that run, but those of ``own``, the loss itself."""
-    from qlens.losses.stubs.stub_model import StubModel
-
     seen = Seen()
     spared = {id(part) for part in own.modules()} if isinstance(own, nn.Module) else set()
     running: list[int] = []  # only outermost modules are recorded
 
     def begin(module: nn.Module, given: Any) -> None:
         if id(module) not in spared:
-            own_part = isinstance(module, StubModel) or type(module).__module__.startswith(("torch.nn.", "qlens."))
+            own_part = _is_stub(module) or type(module).__module__.startswith(("torch.nn.", "qlens."))
             seen.started += [] if running or own_part else [type(module).__name__]
             running.append(id(module))
 
@@ -49,7 +54,7 @@ def watched(own: Any = None) -> Iterator[Seen]:
         if id(module) in spared:
             return
         running.pop()
-        if isinstance(module, StubModel):
+        if _is_stub(module):
             seen.passes += int(module.adapted)  # without its adapter it is the reference
             seen.hidden |= bool(keywords.get("output_hidden_states"))
         elif not running and not type(module).__module__.startswith("qlens."):

@@ -6,6 +6,7 @@ import inspect
 import io
 import logging
 import re
+import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -98,6 +99,15 @@ def blamed(name: str, file: str = "", kind: type[LossError] = LossError) -> Iter
         raise kind.of(name, error, file) from error
 
 
+def _without_compiling() -> contextlib.AbstractContextManager:
+    """Run compiled functions eagerly: hundreds of calls in other shapes would each compile anew.
+
+    Before the first ``torch.compile`` there is nothing to do, and the import of the compiler takes seconds.
+    """
+    compiling = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiling else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """A context without output, logs and warnings, for losses that are called hundreds of times.
@@ -111,7 +121,7 @@ def quiet() -> Iterator[None]:
         warnings.catch_warnings(),
         torch.inference_mode(False),
         torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),  # hundreds of calls in other shapes: each would be compiled anew
+        _without_compiling(),
     ):
         warnings.simplefilter("ignore")
         logging.disable(logging.CRITICAL)

@@ -1,4 +1,4 @@
-"""Cards: what the registry says about its methods, for the terminal, the README and JSON, all from the same fields."""
+"""Cards: the metadata of methods as text, Markdown and JSON."""
 
 import inspect
 import textwrap
@@ -23,7 +23,7 @@ COLUMNS = ("name", "trust", "residual", "scale", "needs", "paper")
 
 
 def summary(variant: Variant) -> dict[str, Any]:
-    """The fields of a method's card, as plain values.
+    """The fields of a method's card at its parameters, as plain values for JSON.
 
     Example:
         >>> summary(get("dft"))["trust"]
@@ -34,8 +34,8 @@ def summary(variant: Variant) -> dict[str, Any]:
         "name": variant.name,
         "title": variant.title,
         "family": variant.family,
-        "trust": method.trusted or ("read from the loss" if variant.derived else "not said"),
-        "residual": method.residual or ("read from the loss" if variant.derived else "not said"),
+        "trust": method.trusted or ("read from the loss" if variant.derived else "not declared"),
+        "residual": method.residual or ("read from the loss" if variant.derived else "not declared"),
         "scale": method.scale,
         "needs": list(variant.needs),
         "scope": variant.scope,
@@ -45,10 +45,11 @@ def summary(variant: Variant) -> dict[str, Any]:
         "denominator": variant.denominator,
         "derived": variant.derived,
         "parameters": variant.params,
-        "modes": {mode: dict(point) for mode, point in method.modes.items()},
+        "modes": {preset: dict(point) for preset, point in method.modes.items()},
         "limits": method.limits,
         "differences": list(method.differences),
         "paper": variant.paper,
+        "cites": list(method.cites),
         "code": method.code,
     }
 
@@ -59,26 +60,26 @@ def summaries() -> list[dict[str, Any]]:
 
 
 def families() -> dict[str, list[dict[str, Any]]]:
-    """The cards by family: the families that have most to do with labels first, the user's own last."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for each in summaries():
-        found.setdefault(each["family"], []).append(each)
-    known = [family for family in FAMILIES if family in found]
-    return {family: found[family] for family in (*known, *sorted(set(found) - set(FAMILIES)))}
+    """The cards by family, in the order of ``FAMILIES``, user methods last."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for fields in summaries():
+        groups.setdefault(fields["family"], []).append(fields)
+    known = [family for family in FAMILIES if family in groups]
+    return {family: groups[family] for family in (*known, *sorted(set(groups) - set(FAMILIES)))}
 
 
 def markdown() -> str:
     """The table of methods of ``variants/README.md``."""
     rows = [
-        "| method | trust in the label | where the rest goes | scale | needs | source |",
+        "| method | trust | residual | scale | needs | source |",
         "|---|---|---|---|---|---|",
     ]
     for family, cards in families().items():
         rows.append(f"| **{family}** | | | | | |")
-        for each in cards:
-            cells = (f"`{each['name']}`", each["trust"], each["residual"], each["scale"])
-            needs = ", ".join(each["needs"]) or "-"
-            rows.append(f"| {' | '.join(map(_cell, cells))} | {needs} | {each['paper']} |")
+        for fields in cards:
+            cells = (f"`{fields['name']}`", fields["trust"], fields["residual"], fields["scale"])
+            needs = ", ".join(fields["needs"]) or "-"
+            rows.append(f"| {' | '.join(map(_cell, cells))} | {needs} | {fields['paper']} |")
     return "\n".join(rows)
 
 
@@ -87,24 +88,25 @@ def _cell(text: str) -> str:
 
 
 def card(variant: Variant) -> str:
-    """One method's card, for reading."""
+    """One method's card as text."""
     fields = summary(variant)
     simplex = {True: "always a distribution", False: "may leave the simplex", None: "not declared"}[fields["simplex"]]
     lines = [
         f"{variant.name}: {variant.title}" if variant.title else variant.name,
         "",
-        f"  trust in the label   {fields['trust']}",
-        f"  the rest goes to     {fields['residual']}",
+        "  gradient = scale (p - Q), Q = trust d + (1 - trust) residual; d: one-hot label, p: student",
+        *_hanging("trust", fields["trust"]),
+        *_hanging("residual", fields["residual"]),
         f"  scale                {fields['scale']}",
-        f"  target               {simplex}",
+        f"  Q                    {simplex}",
         f"  needs                {', '.join(variant.needs) or 'logits and labels only'}",
         f"  scope                {variant.scope}",
         f"  structure            {structure_text(variant)}",
         f"  mean over            {variant.denominator} tokens",
-        f"  identity             {'by construction: the target is read from the loss' if variant.derived else 'a real test'}",
+        f"  target               {'derived from the loss' if variant.derived else 'explicit, tested against the loss'}",
     ]
     if not variant.invariant:
-        lines.append("  sum(Q)               not 1 everywhere: the loss sees raw logits")
+        lines.append("  sum(Q)               not 1 everywhere: the loss depends on raw logits")
     if fields["limits"]:
         lines += _hanging("limits", fields["limits"])
     lines += [f"  source               {fields['paper'] or '-'}", f"  family               {variant.family}"]
@@ -117,22 +119,22 @@ def card(variant: Variant) -> str:
             changed = "" if value == default[name] else f" (default {default[name]!r})"
             lines.append(f"  {name} = {value!r}{changed}")
     if fields["modes"]:
-        lines += ["", f"Modes, as {variant.name}@MODE"]
-        for mode, point in fields["modes"].items():
-            lines.append(f"  {mode:<20} {', '.join(f'{k}={v!r}' for k, v in point.items()) or 'the defaults'}")
+        lines += ["", f"Presets, as {variant.name}@PRESET"]
+        for preset, point in fields["modes"].items():
+            lines.append(f"  {preset:<20} {', '.join(f'{k}={v!r}' for k, v in point.items()) or 'the defaults'}")
     if fields["differences"]:
         lines += ["", "Where paper, released code and the authors' table differ"]
         lines += [
             textwrap.fill(each, 118, initial_indent="  - ", subsequent_indent="    ") for each in fields["differences"]
         ]
-    described = inspect.getdoc(variant.method.fn)
-    if described:
-        lines += ["", textwrap.indent(described.partition("\nExample:")[0].strip(), "  ")]
+    docstring = inspect.getdoc(variant.method.fn)
+    if docstring:
+        lines += ["", textwrap.indent(docstring.partition("\nExample:")[0].strip(), "  ")]
     return "\n".join(lines)
 
 
 def structure_text(variant: Variant) -> str:
-    """What the method's logit gradient is a function of, in words."""
+    """The declared structure of the logit gradient, in words."""
     structure = variant.structure
     if structure == "label":
         return "label: a function of label probabilities, g = a (p - d)"
@@ -145,5 +147,5 @@ def structure_text(variant: Variant) -> str:
 
 
 def _hanging(name: str, text: str) -> list[str]:
-    """A field of the card whose text may take several lines."""
+    """A field of the card, wrapped."""
     return textwrap.wrap(text, 118, initial_indent=f"  {name:<20} ", subsequent_indent=" " * 23)

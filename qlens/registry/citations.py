@@ -1,19 +1,38 @@
-"""Citations: a BibTeX entry from what a card knows of a paper."""
+"""Citations: entries of ``variants/references.bib`` by key."""
+
+import functools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from qlens.core.errors import UnknownName
+
+FILE = Path(__file__).parents[1] / "variants" / "references.bib"
 
 
-def bibtex(key: str, title: str, year: int, *, arxiv: str = "", author: str = "", venue: str = "") -> str:
-    """One ``@misc`` entry, with the fields that are known.
+@functools.cache
+def references() -> Mapping[str, str]:
+    """The entries of ``references.bib`` by key, each as it stands in the file.
 
     Example:
-        >>> print(bibtex("szegedy2016rethinking", "Rethinking the Inception Architecture", 2016, venue="CVPR"))
-        @misc{szegedy2016rethinking,
-          title = {Rethinking the Inception Architecture},
-          year = {2016},
-          note = {CVPR},
-        }
+        >>> references()["brier1950"].splitlines()[0]
+        '@article{brier1950,'
     """
-    fields = {"title": title, "author": author, "year": str(year), "note": venue}
-    if arxiv:
-        fields |= {"eprint": arxiv, "archivePrefix": "arXiv"}
-    lines = [f"  {name} = {{{value}}}," for name, value in fields.items() if value]
-    return "\n".join([f"@misc{{{key},", *lines, "}"])
+    entries = re.findall(r"^@\w+\{.*?^\}", FILE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return {entry[entry.index("{") + 1 : entry.index(",")]: entry for entry in entries}
+
+
+def citation(key: str) -> str:
+    """One BibTeX entry.
+
+    Args:
+        key: a key of ``references.bib``, or an entry written out, which is returned as it is.
+
+    Raises:
+        UnknownName: no such key.
+    """
+    if key.startswith("@"):
+        return key
+    if key not in references():
+        raise UnknownName.among("key of references.bib", key, references())
+    return references()[key]

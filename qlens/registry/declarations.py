@@ -1,10 +1,11 @@
-"""Declarations: what the fields of a method's card may hold, checked where the method is registered."""
+"""Declarations: checks of the fields of a method's card, at registration."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.core.tokens import Tokens
+from qlens.registry.citations import citation
 from qlens.registry.structure import GeometricMixture
 
 CHOICES = {
@@ -13,20 +14,20 @@ CHOICES = {
     "coupled": ("sequence", "pair", ""),
 }
 TRUTHS = {"simplex": (True, False, None), "invariant": (True, False)}
-TEXTS = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "bibtex", "where")
+TEXTS = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "where")
 FUNCTIONS = ("printed", "on_model", "on_start")
 OF_PARAMETERS = (*CHOICES, *TRUTHS, "needs", "structure")  # fields that may be functions of the parameters
 
 
 def check_card(name: str, card: Mapping[str, Any]) -> None:
-    """Whether every field of a card holds what it may.
+    """Check every field of a card; functions of the parameters are checked by ``declared``.
 
     Args:
-        name: the method's.
+        name: the method's name.
         card: fields of ``Method`` by name.
 
     Raises:
-        InputError: one does not; the field, its value and what would be right are named.
+        InputError: a field has a value of the wrong kind; the message says what would be right.
     """
     for field, value in card.items():
         if not (field in OF_PARAMETERS and callable(value) and not isinstance(value, type)):
@@ -34,10 +35,10 @@ def check_card(name: str, card: Mapping[str, Any]) -> None:
 
 
 def check_field(name: str, field: str, value: Any) -> None:
-    """Whether a value is one of a field's own, not a function of the parameters.
+    """Check the value of one field, that is not a function of the parameters.
 
     Raises:
-        InputError: it is not.
+        InputError: it is of the wrong kind.
     """
     wanted = ""
     if field in CHOICES:
@@ -57,40 +58,45 @@ def check_field(name: str, field: str, value: Any) -> None:
         wanted = "" if _are_strings(value) else "names of fields of Tokens, like ('teacher',)"
     elif field == "differences":
         wanted = "" if _are_strings(value) else "sentences, like ('The code divides by k.',)"
+    elif field == "cites":
+        wanted = "" if _are_strings(value) else "keys of references.bib or BibTeX entries, like ('wu2025dft',)"
     elif field == "modes":
-        named = isinstance(value, Mapping) and all(isinstance(mode, str) for mode in value)
-        whole = named and all(isinstance(point, Mapping) for point in value.values())
-        wanted = "" if whole else "a dict of dicts like {'v1': {'factor': 0.5}}"
+        by_name = isinstance(value, Mapping) and all(isinstance(preset, str) for preset in value)
+        valid = by_name and all(isinstance(point, Mapping) for point in value.values())
+        wanted = "" if valid else "a dict of dicts like {'v1': {'factor': 0.5}}"
     if wanted:
         functions = " or a function of the parameters" if field in OF_PARAMETERS else ""
         raise InputError(f"register({name!r}): {field} must be {wanted}{functions}, got {brief(value)}")
     if field == "needs":
         _check_needs(name, value)
+    if field == "cites":
+        for key in value or ():
+            citation(key)
 
 
 def check_function(name: str, value: Any) -> None:
-    """Whether a decorator was given something to call.
+    """Check that a decorator got a function.
 
     Raises:
-        InputError: it was not.
+        InputError: it did not.
     """
     if not callable(value):
         raise InputError(f"{name} decorates a function, got {brief(value)}: write it above def")
 
 
 def declared(name: str, field: str, function: Callable, params: Mapping[str, Any]) -> Any:
-    """What a function of the parameters says of a field.
+    """The value of a field that is a function of the parameters.
 
     Raises:
-        InputError: it cannot be called with the parameters, or says what the field cannot hold.
+        InputError: the function cannot be called with the parameters, or returns a value of the wrong kind.
     """
     try:
         value = function(**params)
     except Exception as error:
-        said = f"{type(error).__name__}: {error}"
-        takes = ", ".join(params) or "none"
+        reason = f"{type(error).__name__}: {error}"
+        names = ", ".join(params) or "none"
         raise InputError(
-            f"register({name!r}): {field} as a function raises {said}; it is called with all parameters by name ({takes}), "
+            f"register({name!r}): {field} as a function raises {reason}; it is called with all parameters by name ({names}), "
             f"lambda {', '.join([*list(params)[:1], '**_'])}: ..."
         ) from error
     check_field(name, field, value)
@@ -98,10 +104,10 @@ def declared(name: str, field: str, function: Callable, params: Mapping[str, Any
 
 
 def _check_needs(name: str, needs: Any) -> None:
-    if strange := [need for need in needs if need not in Tokens.__dataclass_fields__]:
-        raise UnknownName.among("field of Tokens in needs", strange[0], Tokens.__dataclass_fields__)
-    if given := [need for need in needs if need in ("logits", "labels")]:
-        raise InputError(f"register({name!r}): needs names {given[0]}, which every method has: leave it out")
+    if unknown := [need for need in needs if need not in Tokens.__dataclass_fields__]:
+        raise UnknownName.among("field of Tokens in needs", unknown[0], Tokens.__dataclass_fields__)
+    if always := [need for need in needs if need in ("logits", "labels")]:
+        raise InputError(f"register({name!r}): needs names {always[0]}, which every method has: leave it out")
 
 
 def _are_strings(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters of methods: declared by a function's keyword-only arguments, checked in one place."""
+"""Parameters of methods: their types and ranges from a function's annotations, and spec strings."""
 
 import ast
 import hashlib
@@ -14,14 +14,14 @@ from qlens.core.errors import InputError, ParameterError, brief
 from qlens.losses import calling
 from qlens.losses.layout.signature import Memo
 
-LONGEST = 10_000  # characters of a spec, or of several
-WHOLE = 2**63  # what torch takes for a whole number lies below
+LONGEST = 10_000  # characters of one spec or of a list of them
+WHOLE = 2**63  # torch takes integers below this
 _HINTS = Memo()
 
 
 @dataclass(frozen=True)
 class Between:
-    """A range for a number, ends included unless ``open_low``; the marker inside ``Annotated``."""
+    """A closed range for a number, open below with ``open_low``, as a marker inside ``Annotated``."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -41,27 +41,32 @@ Positive = Annotated[float, Between(0, open_low=True)]  # above 0
 
 
 def defaults(fn: Callable) -> dict[str, Any]:
-    """Name -> default of every parameter a user may set: the arguments of ``fn`` that have a default."""
-    given = calling.signature(fn).values()
-    return {p.name: p.default for p in given if p.default is not p.empty and p.name not in calling.CALLERS}
+    """The default of every parameter of a function that a user may set, by name."""
+    arguments = calling.signature(fn).values()
+    return {p.name: p.default for p in arguments if p.default is not p.empty and p.name not in calling.CALLERS}
 
 
 def missing(fn: Callable) -> tuple[str, ...]:
-    """Parameters that have no default and are no input of a loss: a user must give them."""
+    """Parameters that a user must give: without a default, and no input of a loss."""
     return calling.inputs(fn).missing
 
 
-def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The full set of parameters: ``given`` over the defaults, names, types and ranges checked.
+def bind(method: str, fn: Callable, values: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a method: the given values over the defaults, with names, types and ranges checked.
+
+    Args:
+        method: the method's name, for messages.
+        fn: its function.
+        values: parameters by name.
 
     Raises:
-        ParameterError: naming the method, the parameter, its value and what would be right.
+        ParameterError: an unknown name, a wrong type or a value out of range; the message says what would be right.
     """
     bound, annotated, bare = defaults(fn), hints(fn), missing(fn)
     for name in bare:
-        if name not in given:
+        if name not in values:
             raise ParameterError(lacks(fn, name))
-    for name, value in given.items():
+    for name, value in values.items():
         if name not in bound and name not in bare:
             known = ", ".join(dict.fromkeys([*bare, *defaults(fn)])) or "it has none"
             raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {known})")
@@ -75,7 +80,7 @@ def bind(method: str, fn: Callable, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lacks(fn: Callable, name: str) -> str:
-    """The sentence about a parameter that nothing can be given to."""
+    """The message about a parameter without a value."""
     who = calling.name_of(fn)
     if name == "self":
         return f"{who} is a method without its object: name the class, or give the method of an instance"
@@ -86,7 +91,7 @@ def lacks(fn: Callable, name: str) -> str:
 
 
 def parse(spec: str) -> tuple[str, dict[str, Any]]:
-    """'name(a=1, b="x")' -> ('name', {'a': 1, 'b': 'x'}); literals only, nothing is evaluated.
+    """Name and parameters of a spec like 'name(a=1, b="x")', whose values are Python literals.
 
     Raises:
         InputError: the spec is malformed.
@@ -125,10 +130,14 @@ def _literal(name: str, node: ast.expr) -> Any:
 
 
 def split_specs(text: str) -> list[str]:
-    """'a,b(x=1,y=2)' -> ['a', 'b(x=1,y=2)']: commas inside brackets stay.
+    """The specs of a comma-separated list; commas inside brackets do not separate.
 
     Raises:
-        InputError: there is nothing between two commas, at an end, or at all; or far too much.
+        InputError: an empty entry, or a list that is too long.
+
+    Example:
+        >>> split_specs("a,b(x=1,y=2)")
+        ['a', 'b(x=1,y=2)']
     """
     if len(text) > LONGEST:
         raise InputError(f"the list {brief(text)} has {len(text)} characters: at most {LONGEST} are read")
@@ -145,13 +154,13 @@ def split_specs(text: str) -> list[str]:
 
 
 def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
-    """The spec of a point: the name, and the parameters that differ from their defaults."""
+    """The spec string of a method at these parameters: its name and the parameters that differ from the defaults."""
     changed = {key: value for key, value in params.items() if key not in default or not _alike(value, default[key])}
     return f"{name}({', '.join(f'{k}={_shown(v)}' for k, v in changed.items())})" if changed else name
 
 
 def _alike(value: Any, other: Any) -> bool:
-    """Whether two values of a parameter are one; tensors and arrays, which compare by entry, too."""
+    """Whether two values of a parameter are equal; tensors and arrays by their entries."""
     if value is other:
         return True
     if type(value) is not type(other):
@@ -164,7 +173,7 @@ def _by_entry(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    """A value's repr; of a tensor or an array, which has none that fits a line, its shape and a digest of its entries."""
+    """A value's repr; of a tensor or an array its shape and a digest of its entries, which fit on a line."""
     if not _by_entry(value):
         return repr(value)
     entries = value.detach().cpu().double().numpy() if hasattr(value, "detach") else value
@@ -173,7 +182,7 @@ def _shown(value: Any) -> str:
 
 
 def ends(fn: Callable) -> list[dict[str, Any]]:
-    """Points that matter, one parameter at a time: the finite ends of a range, 0 and 1 within it, every choice.
+    """Parameter sets at which limits and identities may stand: one parameter at 0, at 1, or at another of its choices.
 
     Example:
         >>> def f(tokens, *, eta: Share = 0.5, square: bool = False): ...
@@ -181,28 +190,28 @@ def ends(fn: Callable) -> list[dict[str, Any]]:
         [{'eta': 0.0}, {'eta': 1.0}, {'square': True}]
     """
     annotated = hints(fn)
-    points = [{name: value} for name in defaults(fn) for value in telling(annotated.get(name, Any))]
-    given = defaults(fn)
-    return [point for point in points if any(not _alike(value, given[name]) for name, value in point.items())]
+    default = defaults(fn)
+    points = [{name: value} for name in default for value in special_values(annotated.get(name, Any))]
+    return [point for point in points if any(not _alike(value, default[name]) for name, value in point.items())]
 
 
-def telling(hint: Any) -> list[Any]:
-    """The values of an annotation that a limit or an identity may stand at."""
+def special_values(hint: Any) -> list[Any]:
+    """The values of an annotation at which a limit or an identity may stand."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return [v for v in (0.0, 1.0) if inner[0] is float and v in inner[1]]
     if origin is Literal:
         return list(inner)
     if origin is not None and origin is not tuple:
-        return [value for side in inner for value in telling(side)]
+        return [value for side in inner for value in special_values(side)]
     return {bool: [False, True], float: [0.0, 1.0], type(None): [None]}.get(hint, [])
 
 
 def hints(fn: Callable) -> Mapping[str, Any]:
-    """The annotations of a function's arguments; a callable object has none that can be read this way.
+    """The annotations of a function's arguments; none for callable objects.
 
     Raises:
-        InputError: an annotation, which is code of the user's, cannot be evaluated.
+        InputError: an annotation cannot be evaluated.
     """
     return _HINTS.get(fn, "hints", lambda: _hints(fn))
 
@@ -212,7 +221,7 @@ def _hints(fn: Callable) -> Mapping[str, Any]:
         return {}
     try:
         return typing.get_type_hints(fn, include_extras=True)
-    except NameError:  # a name imported for type checkers only: the defaults' types are what is left to go by
+    except NameError:  # a name imported for type checkers only: the types of the defaults are used instead
         return {}
     except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -224,7 +233,7 @@ def _is_float(hint: Any) -> bool:
 
 
 def _misfit(value: Any, hint: Any) -> str | None:
-    """What ``value`` should have been, or None where it fits."""
+    """What ``value`` should be, in words; None where it fits."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         base, *marks = inner
@@ -240,7 +249,7 @@ def _misfit(value: Any, hint: Any) -> str | None:
         fits = isinstance(value, tuple | list) and len(value) == len(inner)
         fits = fits and all(_misfit(v, h) is None for v, h in zip(value, inner, strict=True))
         return None if fits else f"({', '.join(map(_named, inner))})"
-    if origin in (typing.Union, types.UnionType):  # any side will do
+    if origin in (typing.Union, types.UnionType):
         wanted = [_misfit(value, side) for side in inner]
         return None if None in wanted else " or ".join(w for w in wanted if w)
     if hint is float:
@@ -259,7 +268,7 @@ def _finite(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 

@@ -2,53 +2,93 @@
 
 import inspect
 import keyword
-from collections.abc import Callable, Mapping
-from typing import Any
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, overload
 
+from qlens.core.deprecation import warn
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.losses import calling, user_files
 from qlens.losses.user_code import blamed
 from qlens.registry import params
 from qlens.registry.declarations import check_card, check_function
-from qlens.registry.variant import Method, Variant
+from qlens.registry.method import Method
+from qlens.registry.variant import Variant
+
+logger = logging.getLogger(__name__)
 
 FIELDS = tuple(field for field in Method.__dataclass_fields__ if field not in ("name", "fn"))
 _METHODS: dict[str, Method] = {}
 
 
-def register(name: str, **card: Any) -> Callable[[Callable], Method]:
-    """Decorator: register a target ``f(tokens) -> Target``, a loss ``f(tokens) -> (N,)`` or a loss ``f(logits, labels)``.
+@overload
+def register(name: Callable) -> Method:
+    """Without brackets, under the function's own name."""
 
-    Keyword-only arguments of the function are the method's parameters. ``card`` takes the fields of
-    :class:`Method`: title, paper, family, scope, needs, simplex, ...
+
+@overload
+def register(name: str | None = None, **card: Any) -> Callable[[Callable], Method]:
+    """With a name or with fields of the card."""
+
+
+def register(name: str | Callable | None = None, **card: Any) -> Method | Callable[[Callable], Method]:
+    """Decorator that registers a loss or a target under a name.
+
+    The first parameter of the function tells what it is: ``f(tokens)`` returns a ``Target`` or losses (N,),
+    ``f(logits, labels)`` a loss with any reduction, and so on (see ``qlens.explain``). Its other parameters are the method's
+    parameters. Running a notebook cell or reloading a module again replaces the method, and a log message says so.
+
+    Args:
+        name: the method's name, an identifier; by default the function's own (``@qlens.register`` without brackets).
+        card: fields of :class:`Method`: title, paper, cites, scope, needs, simplex, ...
+
+    Returns:
+        The decorator; without brackets, the registered ``Method``.
 
     Raises:
-        InputError: the name is taken (both places are named), not an identifier, or a field of the card is unknown or holds what
-            it may not.
+        InputError: the name is taken or no identifier, or a field of the card is unknown or holds a wrong value.
 
     Example:
         >>> import qlens
-        >>> @qlens.register("half_nll_example")
+        >>> import torch.nn.functional as F
+        >>> @qlens.register
         ... def half_nll_example(logits, labels, *, factor=0.5):
-        ...     import torch.nn.functional as F
         ...     return factor * F.cross_entropy(logits, labels)
         >>> qlens.get("half_nll_example").derived
         True
+        >>> @qlens.register("masked_nll_example", scope="token", title="NLL where p_y is above a threshold")
+        ... def masked_nll_example(tokens, *, threshold=0.1):
+        ...     keep = (tokens.label_probs > threshold).to(tokens.label_probs)
+        ...     return qlens.Target.mix(tokens, trust=keep, residual="student")
     """
-    if not isinstance(name, str) or not name.isidentifier() or keyword.iskeyword(name):
-        hint = ": write @qlens.register('my_loss') above its def" if callable(name) else ""
-        raise InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}{hint}")
-    _check_card(name, card)
+    if name is not None and not isinstance(name, str):
+        if not callable(name):
+            raise _not_a_name(name)
+        return _add(_own_name(name), name, {})
+    if name is not None and not _is_name(name):
+        raise _not_a_name(name)
+    if "bibtex" in card:
+        warn("register(bibtex=)", "cites=(entry,)")
+        card["cites"] = (card.pop("bibtex"),)
+    _check_fields(name or "", card)
+    return lambda fn: _add(name or _own_name(fn), fn, dict(card))
 
-    def add(fn: Callable) -> Method:
-        check_function(f"register({name!r})", fn)
-        method = _method(name, fn, **card)
-        if name in _METHODS and not _redefined(_METHODS[name].fn, fn):
-            raise InputError(f"method {name!r} is registered twice: {_METHODS[name].where} and {method.where}")
-        _METHODS[name] = method
-        return method
 
-    return add
+def _add(name: str, fn: Callable, card: dict[str, Any]) -> Method:
+    """Register a function under a name."""
+    check_function(f"register({name!r})", fn)
+    method = _method(name, fn, **card)
+    old = _METHODS.get(name)
+    if old is not None and not _is_redefinition(old.fn, fn):
+        raise InputError(
+            f"method {name!r} is registered twice: {old.where} and {method.where}; give one of them another name"
+        )
+    if old is not None and not old.fn.__module__.startswith("qlens_user_"):  # a file that is read again
+        logger.warning("qlens: %r replaces the method registered at %s", name, old.where)
+    _METHODS[name] = method
+    return method
 
 
 def names() -> tuple[str, ...]:
@@ -62,11 +102,41 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_METHODS))
 
 
-def get(spec: str, **given: Any) -> Variant:
-    """A variant by name, by spec string, by NAME@MODE, or by FILE.py:FUNCTION, with parameters.
+def methods() -> Mapping[str, Method]:
+    """The registered methods by name, sorted."""
+    return {name: _METHODS[name] for name in names()}
+
+
+@contextmanager
+def temporary() -> Iterator[None]:
+    """Within it methods may be registered and replaced; afterwards the registry is as it was.
+
+    Example:
+        >>> with temporary():
+        ...     _ = register("gone_example")(lambda logits, labels: logits.sum())
+        >>> "gone_example" in names()
+        False
+    """
+    before = dict(_METHODS)
+    try:
+        yield
+    finally:
+        _METHODS.clear()
+        _METHODS.update(before)
+
+
+def get(spec: str, **parameters: Any) -> Variant:
+    """A variant by name, spec string, NAME@PRESET or FILE.py:FUNCTION.
+
+    Args:
+        spec: ``"dft"``, ``"kd(temperature=2.0)"``, ``"eaft@axolotl"`` or ``"my_loss.py:f(a=3.0)"``.
+        parameters: values of parameters, before those of the spec.
+
+    Returns:
+        The method at these parameters.
 
     Raises:
-        UnknownName: no such method or mode (near names are suggested), file or function.
+        UnknownName: no such method or preset (near names are suggested), file or function.
         ParameterError: a parameter is unknown, of the wrong type or out of range.
 
     Example:
@@ -79,44 +149,48 @@ def get(spec: str, **given: Any) -> Variant:
     if not isinstance(spec, str):
         raise InputError(f"a spec is a string like 'dft' or 'kd(temperature=2.0)', got {type(spec).__name__}")
     name, parsed = params.parse(spec)
-    given = {**parsed, **given}
+    parameters = {**parsed, **parameters}
     if ".py:" in name:
-        return _from_file(name).variant(**given)
+        return _from_file(name).variant(**parameters)
     if name.endswith(".py"):
         raise InputError(f"{spec} is a file: name the function in it, {name}:FUNCTION")
-    name, at, mode = name.partition("@")
+    name, at, preset = name.partition("@")
     if name not in _METHODS:
         raise UnknownName.among("method", name, names())
-    modes = _METHODS[name].modes
-    if at and mode not in modes:
-        raise UnknownName.among(f"mode of {name}", mode, tuple(modes))
-    return _METHODS[name].variant(**(dict(modes[mode]) if at else {}) | given)
+    presets = _METHODS[name].modes
+    if at and preset not in presets:
+        raise UnknownName.among(f"preset of {name}", preset, tuple(presets))
+    return _METHODS[name].variant(**(dict(presets[preset]) if at else {}) | parameters)
 
 
-def resolve(thing: Variant | str | Callable) -> Variant:
-    """A Variant from a Variant, a spec, a registered method or a callable; anything else raises InputError."""
-    if isinstance(thing, Variant):
-        return thing
-    if isinstance(thing, str):
-        return get(thing)
-    if isinstance(thing, Method):
-        return thing.variant()
-    if callable(thing):
-        with blamed(calling.name_of(thing)):
-            return _method(calling.name_of(thing), thing).variant()
-    raise InputError(f"a loss is a Variant, a spec string or a callable, got {type(thing).__name__}")
+def resolve(loss: Variant | str | Callable) -> Variant:
+    """The Variant of a Variant, a spec, a registered method or a function.
+
+    Raises:
+        InputError: anything else.
+    """
+    if isinstance(loss, Variant):
+        return loss
+    if isinstance(loss, str):
+        return get(loss)
+    if isinstance(loss, Method):
+        return loss.variant()
+    if callable(loss):
+        with blamed(calling.name_of(loss)):
+            return _method(calling.name_of(loss), loss).variant()
+    raise InputError(f"a loss is a Variant, a spec string or a callable, got {type(loss).__name__}")
 
 
 def _method(name: str, fn: Callable, **card: Any) -> Method:
+    """A Method of a function and the checked fields of a card, completed by what the function itself shows."""
     fn = calling.opened(fn)
     asked, needs = calling.extra_inputs(fn), card.get("needs", ())
     if callable(needs) and asked:
         raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
     if not callable(needs):
         card["needs"] = (*needs, *(n for n in asked if n not in needs))
-    for mode, point in card.get("modes", {}).items():
-        params.bind(f"{name}@{mode}", fn, point)
-    _check_card(name, card)
+    for preset, point in card.get("modes", {}).items():
+        params.bind(f"{name}@{preset}", fn, point)
     card = {key: tuple(value) if isinstance(value, list) else value for key, value in card.items()}
     code = getattr(inspect.unwrap(fn), "__code__", None)
     where = f"{code.co_filename}:{code.co_firstlineno}" if code else repr(fn)
@@ -128,31 +202,47 @@ def _method(name: str, fn: Callable, **card: Any) -> Method:
     return method
 
 
-def _check_card(name: str, card: Mapping[str, Any]) -> None:
-    """Whether a card has known fields alone, each with a value that it may hold."""
-    if unknown := sorted(set(card) - set(Method.__dataclass_fields__) | {"fn"} & set(card)):
+def _check_fields(name: str, card: Mapping[str, Any]) -> None:
+    """Check that a card has known fields alone, each with a value of its kind."""
+    if unknown := sorted(set(card) - set(FIELDS)):
         raise InputError(f"register({name!r}): unknown field {unknown[0]!r} of the card, which has {', '.join(FIELDS)}")
     check_card(name, card)
 
 
+def _is_name(name: str) -> bool:
+    return name.isidentifier() and not keyword.iskeyword(name)
+
+
+def _own_name(fn: Callable) -> str:
+    """The name that a function is registered under by default."""
+    name = getattr(fn, "__name__", "")
+    if not _is_name(name):
+        raise _not_a_name(fn)
+    return name
+
+
+def _not_a_name(name: Any) -> InputError:
+    hint = ": write @qlens.register('my_loss') above its def" if callable(name) else ""
+    return InputError(f"a method's name must be an identifier like 'my_loss', got {brief(name)}{hint}")
+
+
 def _family(fn: Callable) -> str:
-    """The folder in which a method of qlens is, as "distillation" of qlens.variants.distillation.kd; "user" for any other."""
+    """The folder of one of qlens' own methods, "distillation" of qlens.variants.distillation.kd; "user" for any other."""
     module = getattr(inspect.unwrap(fn), "__module__", None) or ""
     return module.split(".")[2] if module.startswith("qlens.variants.") else "user"
 
 
-def _redefined(old: Callable, new: Callable) -> bool:
-    """Whether a notebook cell or a user's file was run again: the same function, defined anew."""
+def _is_redefinition(old: Callable, new: Callable) -> bool:
+    """Whether the same function is defined anew: a cell run again, a module reloaded, a file read again.
+
+    In a notebook or at a prompt, where nothing is imported from ``__main__``, any two of its functions are.
+    """
     place = [(getattr(fn, "__module__", ""), getattr(fn, "__qualname__", "")) for fn in (old, new)]
-    return place[0] == place[1] and place[0][0].startswith(("__main__", "qlens_user_"))
+    interactive = not hasattr(sys.modules["__main__"], "__file__")
+    return place[0] == place[1] or (interactive and place[0][0] == place[1][0] == "__main__")
 
 
 def _from_file(name: str) -> Method:
     """The method that FILE.py:FUNCTION names: registered there, or a plain loss."""
-    found = user_files.function(name)
-    return found if isinstance(found, Method) else _method(name, found)
-
-
-def methods() -> Mapping[str, Method]:
-    """The registered methods by name, sorted."""
-    return {name: _METHODS[name] for name in names()}
+    function = user_files.function(name)
+    return function if isinstance(function, Method) else _method(name, function)

@@ -1,4 +1,4 @@
-"""Structure: what a method's logit gradient is a function of, declared on its card; the engine chooses its path by it."""
+"""Structure: the kinds of logit gradient that a card may declare, by which the engine chooses its path."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -7,22 +7,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.token_fields import number
 from qlens.core.tokens import MODELS
+from qlens.core.tokens.fields import number
 
 
 @dataclass(frozen=True)
 class GeometricMixture:
-    r"""Structure of :math:`g = s (p - t d - (1 - t) r)` with :math:`r \propto p^{own}\, \pi^{other}`, a geometric mixture.
+    r"""Gradient :math:`g = s (p - t d - (1 - t) r)` with a geometric mixture :math:`r \propto p^{own}\, \pi^{other}`.
 
     Trust t and scale s are functions of the student's label probability and of per-token fields alone.
 
     Args:
-        model: whose distribution :math:`\pi` is: "teacher", "reference", "old" or "second"; None where r is uniform.
+        model: the model of :math:`\pi`: "teacher", "reference", "old" or "second"; None where r is uniform.
         own: exponent of the student's p; 0 where r is uniform.
         other: exponent of :math:`\pi`; 0 where r is uniform.
         value: the printed loss: "kl" is s (t NLL + (1 - t) KL(r || p)), "cross_entropy" is s (t NLL + (1 - t) CE(r, p)).
-            By default "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p), else "kl".
+            By default "kl", and "cross_entropy" for a target without a printed loss, whose loss is s CE(Q, p).
 
     Raises:
         InputError: an unknown model or value, exponents that are no numbers, or exponents for a uniform r.
@@ -65,13 +65,13 @@ Structure = Literal["label", "dense"] | GeometricMixture
 
 
 def check_structure(name: str, structure: object, needs: tuple[str, ...]) -> Structure:
-    """A structure as declared on a card, refused where it is none.
+    """The declared structure, checked.
 
     Raises:
         InputError: another value, a mixed model that the method does not need, or "label" with negatives.
     """
     if structure == "label" and "negatives" in needs:
-        raise InputError(f"{name}: negatives name entries of the vocabulary, so that its structure is 'dense'")
+        raise InputError(f"{name}: negatives name entries of the vocabulary: write structure='dense'")
     if structure == "label" or structure == "dense":
         return structure  # pyright: ignore[reportReturnType]
     if not isinstance(structure, GeometricMixture):

@@ -1,4 +1,4 @@
-"""Checkpoints: what a run needs beside weights and optimizer, so that a resumed run is the uninterrupted one."""
+"""The state of a run beside weights and optimizer, in its checkpoints."""
 
 import logging
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from qlens.core.errors import InputError
 from qlens.core.files import written
-from qlens.engine.verification.marks import marks
+from qlens.engine.verification.fingerprints import fingerprint
 from qlens.losses.states import State
 from qlens.registry import Variant
-from qlens.training.inputs import Feed
+from qlens.training.step.inputs import MethodInputs
 
 logger = logging.getLogger(__name__)
 NAME = "qlens_state.safetensors"
@@ -24,77 +24,79 @@ OLD, START = "old.", "start."  # how the names of their tensors begin
 
 
 class RunState(TrainerCallback):
-    """The old policy and the start of the penalty: begun with a run, saved in its checkpoints, restored from them.
+    """Starts, saves and restores the old policy and the start of a penalty, so that a resumed run equals the uninterrupted one.
 
     Args:
         variant: the method that is trained.
-        feed: holds the old policy.
-        every: optimizer steps between refreshes of the old policy.
+        inputs: hold the old policy.
+        every: optimizer steps between syncs of the old policy.
 
     Attributes:
         checkpoint: the folder that the run is resumed from; None for a new run.
     """
 
-    def __init__(self, variant: Variant, feed: Feed, every: int):
-        self.variant, self.feed, self.every = variant, feed, every
+    def __init__(self, variant: Variant, inputs: MethodInputs, every: int):
+        self.variant, self.inputs, self.every = variant, inputs, every
         self.checkpoint: Path | None = None
         self.start: dict[str, Tensor] = {}
-        self.read: Any = None  # what the method read beside its arguments when the run began
-        self.keeps = False  # whether that has changed since, so that the method keeps values from call to call
+        self.state_at_start: Any = None  # of what the method reads beside its arguments
+        self.keeps_values = False  # whether that has changed since
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Begin the run at the model as it is, or where the checkpoint left it."""
+        """Start from the model, or from the checkpoint."""
         model = kwargs["model"]
-        self.feed.begin(model)
-        self.read, self.keeps = self._readings(), False
+        self.inputs.begin(model)
+        self.state_at_start, self.keeps_values = self._method_state(), False
         if self.checkpoint is not None:
             self._compare(self.checkpoint / NAME)
         if self.checkpoint is None:
             self.start = self.variant.start(model)
-        elif self._needed():
+        elif self._needs_file():
             saved = self._read(self.checkpoint / NAME)
-            self.feed.restore(_part(saved, OLD))
+            self.inputs.restore(_part(saved, OLD))
             self.start = self.variant.start(model, _part(saved, START))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Refresh the old policy, every so many steps."""
+        """Sync the old policy every ``every`` steps."""
         if state.global_step % self.every == 0:
-            self.feed.refresh()
+            self.inputs.sync()
 
     def save(self, run: str, step: int) -> None:
-        """Write the file into the checkpoint folder of a step, whole or not at all; it names the method, whatever that needs."""
+        """Write the state into the checkpoint folder of a step, atomically; it names the method, also where there is no state."""
         folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {OLD + name: value for name, value in self.feed.state().items()}
+        tensors = {OLD + name: value for name, value in self.inputs.state().items()}
         tensors |= {START + name: value for name, value in self.start.items()}
-        if not self.keeps and self._readings() != self.read:
-            self.keeps = True
-            logger.warning("qlens: %s: a run that is resumed from %s begins with the values you give", self._kept, run)
-        metadata = {"variant": self.variant.spec, "keeps": str(self.keeps)}
+        if not self.keeps_values and self._method_state() != self.state_at_start:
+            self.keeps_values = True
+            logger.warning(
+                "qlens: %s: a run that is resumed from %s begins with the values you give", self._keeping, run
+            )
+        metadata = {"variant": self.variant.spec, "keeps": str(self.keeps_values)}
         with written(folder / NAME) as partial:
             save_file(tensors, partial, metadata=metadata)
 
     @property
-    def _kept(self) -> str:
+    def _keeping(self) -> str:
         return (
             f"{self.variant.spec} keeps values from call to call (a mean, a counter, a generator of its own), and checkpoints "
             "do not hold them"
         )
 
-    def _readings(self) -> Any:
-        """What a method of a user's own reads beside its arguments, and the states of its generators, as they are now."""
+    def _method_state(self) -> Any:
+        """A fingerprint of what a user's method reads beside its arguments, and of its generators."""
         method = self.variant.method
         if self.variant.built_in:
             return None
         functions = [fn for fn in (method.fn, method.printed, method.on_model) if fn is not None]
-        return marks(functions), State(functions).drawn()
+        return fingerprint(functions), State(functions).drawn()
 
-    def _needed(self) -> bool:
+    def _needs_file(self) -> bool:
         """Whether a checkpoint of the method needs the file."""
         return "old" in self.variant.needs or self.variant.method.on_start is not None
 
     def _compare(self, path: Path) -> None:
-        """Warn where a checkpoint was trained by another method, by other parameters, or lacks what the method keeps itself."""
+        """Warn where a checkpoint is of another method or parameters, or lacks values that the method keeps itself."""
         if not path.is_file():
             return
         try:
@@ -107,7 +109,7 @@ class RunState(TrainerCallback):
             logger.warning(
                 "qlens: %s: this run, resumed from %s, begins with those that it has now, and is no uninterrupted one unless you "
                 "have given it those of that step",
-                self._kept,
+                self._keeping,
                 path.parent,
             )
         if trained != self.variant.spec:

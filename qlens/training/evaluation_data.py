@@ -1,4 +1,4 @@
-"""Evaluation data: whether an evaluation in the middle of training will have a loss, seen before the first step."""
+"""Evaluation data: check before the first step that evaluations in training will have a loss."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,10 +8,10 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.segments import Pairs
-from qlens.core.supervised import LAYOUT, Supervised
-from qlens.core.token_fields import check_ids, checked_field
 from qlens.core.tokens import Tokens
+from qlens.core.tokens.fields import check_ids, checked_field
 from qlens.data.collator import COLUMNS
+from qlens.data.supervised_batch import SupervisedBatch
 from qlens.registry import Variant
 
 
@@ -26,13 +26,13 @@ def no_supervised_token(name: str) -> InputError:
 def check_evaluation_data(
     name: str, batches: Iterable[Mapping[str, Any]], variant: Variant, vocabulary: int | None
 ) -> None:
-    """Whether a method has a loss on the batches of an evaluation set; the first ones are read, up to a supervised token.
+    """Check that a method has a loss on an evaluation set; batches are read up to the first supervised token.
 
     Args:
         name: of the set, "eval" or "eval_..." as in its metrics.
         batches: as the data loader gives them.
         variant: the method.
-        vocabulary: the number of entries of the model's logits; None where it is not known.
+        vocabulary: the number of entries of the model's logits; None supervised it is not known.
 
     Raises:
         InputError: a batch lacks labels or a column that the method needs, or holds labels outside the vocabulary or half
@@ -51,20 +51,19 @@ def check_evaluation_data(
 
 
 def _has_loss(batch: Mapping[str, Any], variant: Variant, vocabulary: int | None) -> bool:
-    """Whether a batch has supervised tokens, and what the method needs from the data at them."""
-    where = Supervised.of({key: value for key, value in batch.items() if key in LAYOUT})
-    if not len(where):
+    """Whether a batch has supervised tokens; the columns that the method needs are checked at them."""
+    supervised = SupervisedBatch(batch)
+    if not len(supervised):
         return False
     if vocabulary is not None:
-        check_ids(where.labels, vocabulary)
+        check_ids(supervised.labels, vocabulary)
     fields: dict[str, Tensor] = {}
     for column in COLUMNS:
-        if column in batch:
-            value = where.at_labels(batch[column].to(where.labels.device))
-            fields[column] = checked_field(column, value, (len(where),))
+        if column in supervised.columns:
+            fields[column] = checked_field(column, supervised.columns[column], (len(supervised),))
         elif column in variant.needs:
             raise InputError(f"{variant.name} needs {column!r}: give the data a column of that name")
     if "pair" in variant.needs and "chosen" in variant.needs:
-        logits = torch.zeros(len(where), 1, device=where.labels.device)
-        Pairs.of(Tokens.unchecked(logits=logits, labels=torch.zeros_like(where.labels), **fields))
+        logits = torch.zeros(len(supervised), 1, device=supervised.labels.device)
+        Pairs.of(Tokens.unchecked(logits=logits, labels=torch.zeros_like(supervised.labels), **fields))
     return True

@@ -1,10 +1,11 @@
-"""Fit: train a model in place for a number of steps, the same way everywhere, leaving no files behind."""
+"""Short, seeded training runs that leave no files."""
 
 import gc
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,37 +13,54 @@ import torch
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from qlens.core.errors import InputError, brief
+from qlens.data.models import loaded
 from qlens.registry import Variant
 from qlens.training.trainer import QTrainer
 
 
 def fit(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     examples: Sequence[Mapping[str, list[int]]],
     *,
     steps: int,
     batch_size: int,
     learning_rate: float,
     seed: int,
-    variant: Variant | str = "sft",
-    teacher: PreTrainedModel | None = None,
-    reference: PreTrainedModel | None = None,
+    variant: Variant | str | Callable = "sft",
+    teacher: PreTrainedModel | str | Path | None = None,
+    reference: PreTrainedModel | str | Path | None = None,
     tick: Callable[[], None] = lambda: None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
-    """Train a model in place, on its own device, with QTrainer: AdamW, 5 % warm-up, linear decay.
+    """Train a model in place with QTrainer: AdamW, 5 % warm-up, linear decay; no files are left.
 
-    At one seed every method sees the same batches in the same order; ``tick`` is called after every step, and
-    ``callbacks`` are the Trainer's. One fit at a time in a process: seed, threads and garbage collection are the process's.
+    At one seed every method sees the same batches in the same order. One fit at a time in a process: seed, threads and garbage
+    collection are the process's.
+
+    Args:
+        model: the model, trained on its own device, or the path of one.
+        examples: dicts of ``input_ids`` and ``labels``, and columns, as ``qlens.data.encode`` returns them.
+        steps: optimizer steps.
+        batch_size: rows per step.
+        learning_rate: the highest, after the warm-up.
+        seed: of data order, dropout and draws of the method.
+        variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
+        teacher, reference: other models or their paths, for methods that need them.
+        tick: called after every step.
+        callbacks: of the Trainer.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        InputError: fewer than one step; what QTrainer raises.
+        InputError: fewer than one step; any that QTrainer raises.
 
     Example:
         >>> fit(model, examples, steps=100, batch_size=16, learning_rate=1e-3, seed=0, variant="dft")  # doctest: +SKIP
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"steps must be a whole number, at least 1, got {brief(steps)}")
+    model = loaded(model, "model")
     with tempfile.TemporaryDirectory() as folder, isolated(seed):
         arguments = TrainingArguments(
             output_dir=folder,
@@ -59,8 +77,8 @@ def fit(
             disable_tqdm=True,
         )
         trainer, frozen = None, gc.get_freeze_count() == 0
-        if frozen:  # unless somebody else has, whose objects unfreezing would take in
-            gc.freeze()  # a Trainer ends by collecting garbage: that of this run, not in all that was ever imported
+        if frozen:  # not where the caller has frozen objects, which unfreeze() would release
+            gc.freeze()  # the Trainer calls gc.collect(), which would scan every imported object
         try:
             trainer = QTrainer(
                 model=model,
@@ -88,15 +106,15 @@ class Ticker(TrainerCallback):
         self.tick = tick
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step is done."""
+        """Call the function."""
         self.tick()
 
 
 @contextmanager
 def isolated(seed: int, threads: int | None = 1) -> Iterator[None]:
-    """Seeded and on one thread inside, so that results are the same everywhere; outside, nothing has changed.
+    """Context with a fixed seed and one thread; random states and threads are restored at its end.
 
-    Random states and the number of torch's threads are those of the whole process: other threads of it see them changed.
+    They are the whole process's: its other threads see them changed.
 
     Args:
         seed: of torch, on every device in use.

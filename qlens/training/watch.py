@@ -1,4 +1,4 @@
-"""Watch: how the targets of methods move on fixed tokens while any model is trained."""
+"""Watch: a callback that records the targets of methods on fixed tokens during training."""
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,45 +16,47 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import write_text, written
+from qlens.core.numerics import spread
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
-from qlens.core.tokens import spread
 from qlens.data.compatibility import check_same_vocabulary
 from qlens.data.examples import encode
 from qlens.data.from_text import token_batches
+from qlens.data.models import loaded
 from qlens.registry import Variant, resolve
 from qlens.training.fitting import isolated
-from qlens.training.inputs import FOUND, GIVEN
+from qlens.training.step.inputs import ARGUMENTS, DERIVED
 
-WHOLE = ("step", "token", "label")
-NUMBERS = ("p_y", "trust", "reshape", "entropy", "kl", "negative_mass", "drift", "drift_kl")
-SEED = 0  # of a variant that draws: the same at every record
+INTEGERS = ("step", "token", "label")
+NUMBERS = ("p_y", "label_weight", "trust", "reshape", "entropy", "kl", "negative_mass", "drift", "drift_kl")
+SEED = 0  # of a variant that draws numbers, at every record
 
 
 class Watch(TrainerCallback):
-    r"""Records, on fixed probe tokens, how the targets of methods move in any run of a transformers Trainer.
+    r"""Records the targets of methods on fixed probe tokens in a run of any transformers Trainer.
 
-    At the start, every so many steps and at the end: trust against p_y, negative mass, and the drift of Q since the first
-    record, 1/2 sum_k |Q_k - Q0_k|. The run goes on as if nobody had looked: random states and every module's mode are put back.
+    Records are made at the start, every ``every`` steps and at the end. They do not change the run: random states and the mode
+    of every module are restored.
 
     ``frame`` has a row per record, variant and token: step, variant, token (its number), label (its id), text (with a
-    tokenizer), p_y, trust (effective), reshape, entropy H(Q), kl KL(Q || p), negative_mass, drift, drift_kl KL(Q || Q0);
-    unit scale, nats; NaN where Q is signed. It lies as NAME.csv in the run's folder, Q0 as NAME.safetensors: a run resumed
-    from a checkpoint goes on with the records up to there, and a new run begins anew.
+    tokenizer), p_y, label_weight (also as trust), reshape, entropy H(Q), kl KL(Q || p), negative_mass, drift
+    1/2 sum_k |Q_k - Q0_k| since the first record, drift_kl KL(Q || Q0); unit scale, nats; NaN where Q is signed. It is saved
+    as NAME.csv in the run's folder, and Q0 as NAME.safetensors: a run resumed from a checkpoint continues with the records
+    up to there, and a new run starts anew.
 
     Args:
-        variants: specs, Variants or loss functions; the trainer's own loss may be among them or not.
-        examples: rows of text as ``qlens.data.examples.encode`` takes them (with ``tokenizer``), or encoded ones.
+        variants: specs, Variants or loss functions; the trainer's own loss need not be among them.
+        examples: rows of text as ``qlens.data.encode`` takes them (with ``tokenizer``), or encoded ones.
         tokenizer: of the model.
-        teacher, reference: other models over the same vocabulary, for variants that need them.
+        teacher, reference: other models over the same vocabulary, or their paths, for variants that need them.
         every: optimizer steps between records.
-        tokens: how many of the supervised tokens are kept, evenly spread; Q is made on whole rows.
+        tokens: number of supervised tokens that are recorded, evenly spread; Q is computed on whole rows.
         batch_size: rows per forward pass.
         name: of the files; a second Watch in one run needs another.
 
     Raises:
-        InputError: no examples, a number below 1, a variant that needs what is not given, or, as training begins, a model
-            of another vocabulary, or records of another Watch in the folder of a run that is resumed.
+        InputError: no examples, a number below 1, a variant that needs a missing input, or, as training begins, a model of
+            another vocabulary, or records of another Watch in the folder of a resumed run.
 
     Source: the targets are those of Xie et al. 2026 (arXiv 2606.11189).
 
@@ -70,8 +72,8 @@ class Watch(TrainerCallback):
         examples: Sequence[Any],
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        teacher: nn.Module | None = None,
-        reference: nn.Module | None = None,
+        teacher: nn.Module | str | Path | None = None,
+        reference: nn.Module | str | Path | None = None,
         every: int = 50,
         tokens: int = 64,
         batch_size: int = 8,
@@ -82,13 +84,14 @@ class Watch(TrainerCallback):
                 raise InputError(f"{key} must be a whole number of at least 1, got {value!r}")
         if not isinstance(name, str) or Path(name).name != name or not name.isprintable():
             raise InputError(f"name must be a file name without a folder, such as 'watch', got {brief(name)}")
-        one = isinstance(variants, str | Variant) or not isinstance(variants, Iterable)
-        resolved = [resolve(each) for each in ([variants] if one else variants)]
+        single = isinstance(variants, str | Variant) or not isinstance(variants, Iterable)
+        resolved = [resolve(each) for each in ([variants] if single else variants)]
         self.variants = {variant.spec: variant for variant in resolved}
         if len(self.variants) < len(resolved):
             raise InputError(f"variants has a name twice: {', '.join(variant.spec for variant in resolved)}")
-        self.others = {k: m for k, m in (("teacher", teacher), ("reference", reference)) if m is not None}
-        _check(resolved, self.others)
+        others = {"teacher": teacher, "reference": reference}
+        self.others = {name: loaded(model, name) for name, model in others.items() if model is not None}
+        _check_needs(resolved, self.others)
         self.examples = _encoded(examples, tokenizer)
         if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):
             raise InputError(
@@ -105,7 +108,7 @@ class Watch(TrainerCallback):
         return pd.concat(self._records, ignore_index=True) if self._records else pd.DataFrame()
 
     def plot(self) -> Any:
-        """The figure: trust against p_y at the first and the last record, negative mass and drift of Q by step (matplotlib)."""
+        """A matplotlib figure: label weight against p_y at the first and last record; negative mass and drift of Q by step."""
         from qlens.analysis.plots.watch_axes import figure_watch
 
         return figure_watch(self.frame)
@@ -113,7 +116,7 @@ class Watch(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
-        """Take up the records of a run that is resumed, or make the first."""
+        """Load the records of a resumed run, or make the first."""
         for name, other in self.others.items():
             if other is model:
                 raise InputError(f"{name} is the model being trained: give a copy of it")
@@ -126,14 +129,14 @@ class Watch(TrainerCallback):
             self._save(args, state)
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record, if it is time."""
+        """Record every ``every`` steps and at the last."""
         last = state.global_step >= state.max_steps or control.should_training_stop
         if last or state.global_step % self.every == 0:
             self.record(model, state.global_step)
             self._save(args, state)
 
     def on_train_end(self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Record the end of a run that stopped between records (a best model loaded again is no longer that step's)."""
+        """Record the end of a run that stopped between records, unless its best model has been loaded instead."""
         if state.global_step > self._last and not args.load_best_model_at_end:
             self.record(model, state.global_step)
             self._save(args, state)
@@ -143,7 +146,7 @@ class Watch(TrainerCallback):
         return int(self._records[-1]["step"].iloc[0]) if self._records else -1
 
     def record(self, model: nn.Module, step: int) -> None:
-        """Add what the variants' targets are on the probe tokens, as the model stands; once per step."""
+        """Record the variants' targets on the probe tokens; once per step."""
         if step <= self._last:
             return
         with isolated(SEED, threads=None):
@@ -153,15 +156,15 @@ class Watch(TrainerCallback):
         """Every variant's target in unit scale, at the probe tokens alone, on the CPU."""
         needs = sorted({need for variant in self.variants.values() for need in variant.needs})
         total = sum(label != IGNORE for example in self.examples for label in example["labels"][1:])
-        kept, seen = spread(total, self.tokens), 0
+        index, start = spread(total, self.tokens), 0
         parts: dict[str, list[Target]] = {name: [] for name in self.variants}
         with closing(token_batches(model, self.examples, self.batch_size, needs, **self.others)) as batches:
             for tokens in batches:
-                mine = kept[(kept >= seen) & (kept < seen + len(tokens))] - seen
-                seen += len(tokens)
+                rows = index[(index >= start) & (index < start + len(tokens))] - start
+                start += len(tokens)
                 for name, variant in self.variants.items():
                     target = variant.target(tokens)
-                    parts[name].append(target[mine.to(target.labels.device)].cpu().at("unit"))
+                    parts[name].append(target[rows.to(target.labels.device)].cpu().at("unit"))
         return {name: Target.join(targets) for name, targets in parts.items()}
 
     def _columns(self, step: int, name: str, target: Target) -> dict[str, Any]:
@@ -170,7 +173,8 @@ class Watch(TrainerCallback):
         texts = {"text": [self.tokenizer.decode([int(y)]) for y in labels]} if self.tokenizer is not None else {}
         values = {
             "p_y": target.label_probs,
-            "trust": target.effective_trust,
+            "label_weight": target.label_weight,
+            "trust": target.label_weight,  # the old name
             "reshape": target.reshape,
             "entropy": target.entropy,
             "kl": target.kl,
@@ -189,12 +193,12 @@ class Watch(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         if len(self._records) == len(self.variants):
             with written(folder / f"{self.name}.safetensors") as partial:
-                numbered = {str(at): q.contiguous() for at, q in enumerate(self._first.values())}
-                save_file(numbered, partial, metadata={"of": self._identity})
+                tensors = {str(number): q.contiguous() for number, q in enumerate(self._first.values())}
+                save_file(tensors, partial, metadata={"of": self._identity})
         write_text(folder / f"{self.name}.csv", self.frame.to_csv(index=False))
 
     def _load(self, folder: Path, step: int) -> None:
-        """The records up to a step, and the first targets; nothing where there are none."""
+        """Load the records up to a step, and the first targets, where there are any."""
         table, tensors = (folder / f"{self.name}.{kind}" for kind in ("csv", "safetensors"))
         if not (table.is_file() and tensors.is_file()):
             return
@@ -203,9 +207,10 @@ class Watch(TrainerCallback):
                 raise InputError(
                     f"{table} is of other variants or examples: give Watch(name=...) another than {self.name!r}"
                 )
-            self._first = {name: file.get_tensor(str(at)) for at, name in enumerate(self.variants)}
-        frame = pd.read_csv(table, dtype=str, keep_default_na=False)  # read as text: every digit comes back
-        kinds = dict.fromkeys(WHOLE, int) | {name: lambda text: float(text or "nan") for name in NUMBERS}
+            self._first = {name: file.get_tensor(str(number)) for number, name in enumerate(self.variants)}
+        frame = pd.read_csv(table, dtype=str, keep_default_na=False)  # as text, so that no digit is lost
+        frame = frame.assign(label_weight=frame.get("label_weight", frame["trust"]))  # a file of an older qlens
+        kinds = dict.fromkeys(INTEGERS, int) | {name: lambda text: float(text or "nan") for name in NUMBERS}
         frame = frame.assign(**{name: frame[name].map(kind) for name, kind in kinds.items()})
         self._records = [rows for _, rows in frame[frame["step"] <= step].groupby(["step", "variant"], sort=False)]
         for rows in self._records[: len(self.variants)]:  # the entropy of Q0 is NaN where Q0 is signed
@@ -213,7 +218,7 @@ class Watch(TrainerCallback):
 
     @property
     def _identity(self) -> str:
-        """What the records are of."""
+        """An identifier of variants, examples and tokens."""
         return json.dumps([list(self.variants), [list(e["labels"]) for e in self.examples], self.tokens])
 
 
@@ -224,14 +229,14 @@ def _divergence(target: Target, first: Float[Tensor, "N V"], first_inside: Bool[
     return torch.where(target.in_simplex & first_inside, terms.sum(-1).clamp(min=0), torch.nan)
 
 
-def _check(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None:
+def _check_needs(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None:
     if not variants:
         raise InputError("variants is empty: name at least one, like Watch('dft', ...)")
     for variant in variants:
         for need in variant.needs:
-            if need in GIVEN and need not in others:
+            if need in ARGUMENTS and need not in others:
                 raise InputError(f"{variant.name} needs a {need}: give Watch({need}=...)")
-            if need not in (*FOUND, *GIVEN):
+            if need not in (*DERIVED, *ARGUMENTS):
                 raise InputError(f"{variant.name} needs {need!r}, which Watch has no source for")
 
 

@@ -93,7 +93,7 @@ def test_what_the_loss_of_a_text_is_comes_from_its_labels_shown_twice():
 
 def test_nothing_is_held_constant_where_the_last_position_is_trained_too():
     report = qlens.check(unshifted)
-    assert report["shift"].state == "failed" and "nothing is held constant" in report["stop_gradient"].evidence
+    assert report["shift"].state == "failed" and "no factor is detached" in report["stop_gradient"].evidence
     assert "it shifts them" not in report.called_as
 
 

@@ -7,6 +7,7 @@ import right_models  # noqa: F401  it adds to RIGHT, as does right_batches
 import torch
 import torch.nn.functional as F
 import wrong_calls  # noqa: F401  it adds to WRONG
+from cases import case
 from right_losses import FINDINGS, RIGHT
 from wrong_losses import UNSEEN, WRONG
 
@@ -100,8 +101,8 @@ def test_what_the_code_cannot_show_is_no_failure():
     assert reports["ignores_token_zero"]["label_ids"].evidence.endswith("0: 0")
 
 
-@pytest.mark.parametrize("factor", [1.0, 1e-6])
-def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(factor):
+def _a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(factor):
+
     def cancels(logits, labels, teacher):
         s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
         return factor * (s.exp().detach() * (s - t)).sum(-1).mean()
@@ -115,6 +116,12 @@ def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(facto
             qlens.check(loss)
     assert qlens.check(lambda logits, labels: 1e-9 * factor * RIGHT["gathered"](logits, labels)).ok
     assert qlens.check(lambda logits, labels: factor * RIGHT["upcast"](logits, labels)).ok
+
+
+def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does():
+    for factor in [1.0, 1e-6]:
+        with case(factor):
+            _a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does(factor)
 
 
 def test_batches_masked_by_attention_are_told_from_ones_that_learn_padding():
@@ -215,8 +222,9 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
     assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
 
 
-@pytest.mark.parametrize("vocabulary", [32, 5_000])
-def test_cross_entropy_is_no_binary_one_at_any_vocabulary(vocabulary):
-    """Where all other tokens are unlikely the two are nearly one: nothing is to be said then."""
-    loss = Specimen(resolve(lambda logits, labels: F.cross_entropy(logits, labels)), torch.float32, vocabulary)
-    assert "cross_entropy" in RULES["functions"].run(loss)
+def test_cross_entropy_is_no_binary_one_at_any_vocabulary():
+    for vocabulary in [32, 5_000]:
+        with case(vocabulary):
+            """Where all other tokens are unlikely the two are nearly one: nothing is to be said then."""
+            loss = Specimen(resolve(lambda logits, labels: F.cross_entropy(logits, labels)), torch.float32, vocabulary)
+            assert "cross_entropy" in RULES["functions"].run(loss)

@@ -32,12 +32,12 @@ def test_mix_by_hand():
     assert_close(unit.trust, double(1.2))  # the label coefficient of s (p - Q) does not change: s * trust = 1.2
 
 
-def test_diagnostics_by_hand():
+def test_metrics_by_hand():
     target = qlens.Target.dense(small(), double([1.2, -0.2, 0.0]))
     assert_close(target.negative_mass, double(0.2))
     assert target.in_simplex.tolist() == [False]
     assert target.kl.isnan().all() and target.entropy.isnan().all()
-    assert_close(target.effective_trust, double(1.4))  # (1.2 - .5) / (1 - .5)
+    assert_close(target.label_weight, double(1.4))  # (1.2 - .5) / (1 - .5)
     # the student's own alternatives would hold (1 - 1.2) * (.6, .4) = (-.12, -.08)
     assert_close(target.reshape, double(0.5 * (0.08 + 0.08)))
     inside = qlens.Target.dense(small(), double([0.5, 0.5, 0.0]))
@@ -91,25 +91,25 @@ def test_structural_scale_is_refused_with_the_reason():
         qlens.get("sft").target(tokens).at("other")
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (dict(labels=torch.tensor([0, 5])), "labels hold 5, outside the vocabulary 0..2"),
-        (dict(labels=torch.tensor([0, -100])), "labels hold -100"),
-        (dict(labels=torch.tensor([0.0, 1.0])), "labels must be an integer tensor"),
-        (dict(labels=torch.tensor([0])), r"labels has shape \(1,\)"),
-        (dict(logits=torch.zeros(2)), r"logits must be a floating-point tensor \(N, V\)"),
-        (dict(logits=torch.zeros(2, 1)), "vocabulary of 1"),
-        (dict(logits=torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 0.0]])), "logits holds NaN.* row 1"),
-        (dict(logits=torch.tensor([[0.0, torch.inf, 2.0], [0.0, 0.0, 0.0]])), r"\+inf"),
-        (dict(teacher=torch.zeros(2, 4)), r"teacher has shape \(2, 4\)"),
-        (dict(weight=torch.ones(3)), r"weight has shape \(3,\)"),
-    ],
+REFUSED = (
+    (dict(labels=torch.tensor([0, 5])), "labels hold 5, outside the vocabulary 0..2"),
+    (dict(labels=torch.tensor([0, -100])), "labels hold -100"),
+    (dict(labels=torch.tensor([0.0, 1.0])), "labels must be an integer tensor"),
+    (dict(labels=torch.tensor([0])), r"labels has shape \(1,\)"),
+    (dict(logits=torch.zeros(2)), r"logits must be a floating-point tensor \(N, V\)"),
+    (dict(logits=torch.zeros(2, 1)), "vocabulary of 1"),
+    (dict(logits=torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 0.0]])), "logits holds NaN.* row 1"),
+    (dict(logits=torch.tensor([[0.0, torch.inf, 2.0], [0.0, 0.0, 0.0]])), r"\+inf"),
+    (dict(teacher=torch.zeros(2, 4)), r"teacher has shape \(2, 4\)"),
+    (dict(weight=torch.ones(3)), r"weight has shape \(3,\)"),
 )
-def test_tokens_refuse_what_does_not_fit(change, says):
+
+
+def test_tokens_refuse_what_does_not_fit():
     fields = dict(logits=torch.zeros(2, 3), labels=torch.tensor([0, 2]))
-    with pytest.raises(qlens.InputError, match=says):
-        qlens.Tokens(**(fields | change))
+    for change, message in REFUSED:
+        with pytest.raises(qlens.InputError, match=message):
+            qlens.Tokens(**(fields | change))
 
 
 def test_targets_refuse_what_does_not_fit():
@@ -152,7 +152,7 @@ def test_rows_of_a_target_are_the_target_of_the_rows():
         joined = qlens.Target.join([whole[:2], whole[2:].cpu()])
         for target in (joined, joined.at("unit")):
             wanted = whole if target is joined else whole.at("unit")
-            for figure in ("q", "grad", "scale", "trust", "effective_trust", "negative_mass", "in_simplex", "reshape"):
+            for figure in ("q", "grad", "scale", "trust", "label_weight", "negative_mass", "in_simplex", "reshape"):
                 assert_close(getattr(target, figure), getattr(wanted, figure), msg=f"{name}: {figure}")
         assert_close(whole[torch.tensor([4, 1])].q, whole.q[[4, 1]])
 
@@ -165,4 +165,4 @@ def test_a_weight_multiplies_the_gradient_and_leaves_the_target():
         weighted = qlens.get(name).target(tokens.replace(weight=weight))
         assert_close(weighted.q, plain.q, msg=name)
         assert_close(weighted.grad, weight[:, None] * plain.grad, msg=name)
-        assert_close(weighted.at("unit").effective_trust, weight * plain.effective_trust, msg=name)
+        assert_close(weighted.at("unit").label_weight, weight * plain.label_weight, msg=name)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import CHARACTERS, letters, llama
@@ -14,9 +15,10 @@ import qlens
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
 from qlens.data.compatibility import check_same_tokenizer
-from qlens.data.examples import encode, ignored_keys, read_rows, split
+from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_examples, tokens_from_text
 from qlens.data.models import load_model, load_tokenizer
+from qlens.data.rows import ignored_keys, read_rows, split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 PAIR = {"prompt": "ab", "completion": "cd"}
@@ -49,16 +51,14 @@ def write(tmp_path):
 TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
 
 
-@pytest.mark.parametrize(
-    "row", [{"question": "1?", "answer": "2"}, PAIR, {"messages": TURNS}, {"text": "héllo"}], ids=lambda row: min(row)
-)
-def test_rows_are_read_as_they_are(write, row):
-    assert read_rows(write(row, b"", row, b"  ")) == [row, row]
+def test_rows_are_read_as_they_are(write):
+    for row in [{"question": "1?", "answer": "2"}, PAIR, {"messages": TURNS}, {"text": "héllo"}]:
+        with case(row):
+            assert read_rows(write(row, b"", row, b"  ")) == [row, row]
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
+def test_a_bad_line_is_named(write):
+    for line, message in [
         (b"{", "not JSON"),
         (b"\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
@@ -72,12 +72,10 @@ def test_rows_are_read_as_they_are(write, row):
         ({"messages": [{"role": "asistant", "content": "a"}]}, "turn 1 needs a role of"),
         ({"messages": [{"role": "user", "content": 1}]}, "and a content string"),
         ({"messages": TURNS[:1]}, "no assistant turn"),
-    ],
-    ids=lambda value: str(value)[:30],
-)
-def test_a_bad_line_is_named(write, line, message):
-    with pytest.raises(InputError, match=rf"data.jsonl, line 3: .*{message}"):
-        read_rows(write(PAIR, b"", line))
+    ]:
+        with case(line, message):
+            with pytest.raises(InputError, match=rf"data.jsonl, line 3: .*{message}"):
+                read_rows(write(PAIR, b"", line))
 
 
 def test_files_without_rows_are_refused(write, tmp_path):
@@ -87,20 +85,17 @@ def test_files_without_rows_are_refused(write, tmp_path):
         read_rows(tmp_path / "nope.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("row", "text", "learned"),
-    [
+def test_labels_without_a_chat_template():
+    for row, text, learned in [
         (PAIR, "<s>ab\ncd</s>", "....cd</s>"),
         ({"question": "ab", "answer": "cd"}, "<s>ab\ncd</s>", "....cd</s>"),
         ({"text": "abc"}, "<s>abc", ".abc"),
         ({"messages": [*TURNS, *TURNS]}, "<s>ab\ncd</s>ab\ncd</s>", "....cd</s>...cd</s>"),
         ({"messages": [*TURNS, TURNS[0]]}, "<s>ab\ncd</s>", "....cd</s>"),
-    ],
-    ids=["pair", "question", "text", "messages", "ends with a user"],
-)
-def test_labels_without_a_chat_template(row, text, learned):
-    tokenizer = letters()
-    assert spelled(tokenizer, encode([row], tokenizer, None).examples[0]) == (text, learned)
+    ]:
+        with case(row, text, learned):
+            tokenizer = letters()
+            assert spelled(tokenizer, encode([row], tokenizer, None).examples[0]) == (text, learned)
 
 
 def test_a_tokenizer_without_special_tokens():
@@ -139,6 +134,30 @@ def test_a_template_that_raises_is_refused():
         encode([PAIR], letters("{{ raise_exception('no') }}"), None)
 
 
+def test_tokens_from_text_take_paths(tmp_path):
+    for seed, name in enumerate(("model", "teacher")):
+        llama(seed).save_pretrained(tmp_path / name)
+    rows = [("ab", "cd")]
+    by_path = qlens.Tokens.from_text(tmp_path / "model", letters(), rows, teacher=str(tmp_path / "teacher"))
+    by_module = qlens.Tokens.from_text(llama(0), letters(), rows, teacher=llama(1))
+    assert torch.equal(by_path.logits, by_module.logits) and torch.equal(by_path.teacher, by_module.teacher)
+    with pytest.raises(InputError, match="reference: model folder .*nope. is not there"):
+        qlens.Tokens.from_text(llama(), letters(), rows, reference=tmp_path / "nope")
+
+
+def test_encoded_rows_show_themselves():
+    encoded = encode([PAIR, {"text": "abc", "weight": 2.0}], letters())
+    assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
+    assert (
+        repr(encoded)
+        == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; use .examples, dicts of input_ids and labels>"
+    )
+    assert encoded.to_frame().to_dict("list") == {"tokens": [7, 4], "supervised": [3, 3]}
+    assert encoded.to_dict() == {"examples": encoded.examples, "dropped": 0} and len(encoded) == 2
+    assert "<th>supervised</th><td>6</td>" in encoded._repr_html_()
+    assert "2 rows dropped" in repr(encode([PAIR, PAIR, {"text": "a"}], letters(), 4))
+
+
 def test_long_rows_are_dropped_and_counted_never_cut():
     rows = [{"text": "a" * length} for length in (3, 9, 4, 20)]
     encoded = encode(rows, letters(), 5)
@@ -168,27 +187,27 @@ def test_split_by_share_and_what_it_refuses():
             split(range(10), held_out, 0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_tokens_from_text_are_the_models_own_predictions(batch_size):
-    model, teacher, tokenizer = llama().train(), llama(1), letters()
-    rows = ["abcde", ("ab", "cd"), {"text": "zyx"}]
-    tokens = tokens_from_text(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
-    logits, labels, taught, sequence = [], [], [], []
-    for number, (text, first) in enumerate([("<s>abcde", 1), ("<s>ab\ncd</s>", 4), ("<s>zyx", 1)]):
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        logits += list(model(ids).logits[0, first - 1 : -1].detach())
-        taught += list(teacher(ids).logits[0, first - 1 : -1].detach())
-        labels += ids[0, first:].tolist()
-        sequence += [number] * (ids.shape[1] - first)
-    assert tokens.labels.tolist() == labels and tokens.require("sequence").tolist() == sequence
-    torch.testing.assert_close(tokens.logits, torch.stack(logits), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(tokens.teacher, torch.stack(taught), atol=1e-5, rtol=1e-5)
-    assert not tokens.logits.requires_grad and model.training and tokens.reference is None
+def test_tokens_from_text_are_the_models_own_predictions():
+    for batch_size in [1, 2, 8]:
+        with case(batch_size):
+            model, teacher, tokenizer = llama().train(), llama(1), letters()
+            rows = ["abcde", ("ab", "cd"), {"text": "zyx"}]
+            tokens = tokens_from_text(model, tokenizer, rows, teacher=teacher, batch_size=batch_size)
+            logits, labels, taught, sequence = [], [], [], []
+            for number, (text, first) in enumerate([("<s>abcde", 1), ("<s>ab\ncd</s>", 4), ("<s>zyx", 1)]):
+                ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+                logits += list(model(ids).logits[0, first - 1 : -1].detach())
+                taught += list(teacher(ids).logits[0, first - 1 : -1].detach())
+                labels += ids[0, first:].tolist()
+                sequence += [number] * (ids.shape[1] - first)
+            assert tokens.labels.tolist() == labels and tokens.require("sequence").tolist() == sequence
+            torch.testing.assert_close(tokens.logits, torch.stack(logits), atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(tokens.teacher, torch.stack(taught), atol=1e-5, rtol=1e-5)
+            assert not tokens.logits.requires_grad and model.training and tokens.reference is None
 
 
-@pytest.mark.parametrize(
-    ("rows", "options", "message"),
-    [
+def test_text_that_does_not_fit_is_refused():
+    for rows, options, message in [
         (["ab", "a" * 32], {}, "row 2 has 33 tokens, but the model's context is 32"),
         (["ab" * 5], {"teacher": llama(context=8)}, "row 1 has 11 tokens, but the teacher's context is 8"),
         (["ab"], {"reference": llama(vocab=9)}, "reference has a vocabulary of 9, but the model's has"),
@@ -196,12 +215,10 @@ def test_tokens_from_text_are_the_models_own_predictions(batch_size):
         ("ab", {}, "rows must be a non-empty list"),
         ([], {}, "rows must be a non-empty list"),
         ([3], {}, "row 1: a row must be an object, got int"),
-    ],
-    ids=["context", "teacher", "vocabulary", "token", "string", "none", "type"],
-)
-def test_text_that_does_not_fit_is_refused(rows, options, message):
-    with pytest.raises(InputError, match=message):
-        tokens_from_text(rows=rows, tokenizer=letters(), **{"model": llama(), **options})
+    ]:
+        with case(rows, options, message):
+            with pytest.raises(InputError, match=message):
+                tokens_from_text(rows=rows, tokenizer=letters(), **{"model": llama(), **options})
 
 
 def test_real_tokenizer_keeps_a_prompts_tokens_and_counts_what_is_too_long():
@@ -247,29 +264,27 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
     tokens = tokens_from_examples(llama(), examples)
     assert tokens.weight.tolist() == [0.5, 0.5, 2.0] and tokens.pair.tolist() == [3, 3, 4]
     assert tokens.critical.tolist() == [False, True, True]  # of the labels a, b and c
-    assert qlens.explain("cft", tokens).table is not None
+    assert qlens.get("cft").target(tokens).scale.shape == (3,)
     with pytest.raises(InputError, match="row 1: critical has 2 values, but the row has 3 tokens"):
         encode([rows[0] | {"critical": [True, False]}], letters(), None)
     with pytest.raises(InputError, match="line 2: column 'weight' must be in every row or in none"):
         read_rows(write({"text": "a", "weight": 1}, {"text": "b"}))
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
+def test_chat_templates_run_in_bounded_time_and_length(monkeypatch):
+    for template, message in [
         ("{{ 1 / 0 }}", "row 1: the chat template fails on these turns: ZeroDivisionError"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "has not ended after 0.2 s"),
         ("{{ 9**9**9 }}", "raises to a power"),
         ("{{ 'a' * 2000 }}", "writes 2000 characters: at most 1000"),
         ("{{ '\ud800' }}", "half of a surrogate pair"),
-    ],
-)
-def test_chat_templates_run_in_bounded_time_and_length(monkeypatch, template, message):
-    monkeypatch.setattr("qlens.data.chat_templates.SECONDS", 0.2)
-    monkeypatch.setattr("qlens.data.chat_templates.CHARACTERS", 1000)
-    with pytest.raises(InputError, match=message):
-        encode([PAIR], letters(template=template), None)
+    ]:
+        with case(template, message):
+            monkeypatch.setattr("qlens.data.chat_templates.SECONDS", 0.2)
+            monkeypatch.setattr("qlens.data.chat_templates.CHARACTERS", 1000)
+            with pytest.raises(InputError, match=message):
+                encode([PAIR], letters(template=template), None)
 
 
 def test_a_key_that_is_there_twice_and_a_file_of_nothing_are_refused(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from cases import case
 
 import qlens
 
@@ -44,14 +45,15 @@ def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
     assert "--full" in out and "Scope:" not in out and len(out.splitlines()) <= 30
     assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
     shown = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
-    assert {"p_y", "q_label", "trust"} <= set(shown) and len(shown) == 57
+    assert {"p_y", "q_label", "label_weight"} <= set(shown) and len(shown) == 57
     assert {"time", "p_0"} <= set(pd.read_csv(tmp_path / "explain-my_loss-f-destination.csv"))
     assert not list(tmp_path.glob(".*partial"))
 
 
 def test_explain_in_full(run, my_loss):
     code, out, _ = run("explain", "my_loss.py:f", "--full")
-    assert code == 0 and all(f"\n{word}: " in out for word in ("Trust", "Simplex", "Scope", "Tried", "Ends")), out
+    words = ("Trust (the label's coefficient in Q)", "Simplex", "Scope", "Range covered", "Fixed point")
+    assert code == 0 and all(f"\n{word}: " in out for word in words), out
 
 
 def test_explain_as_json_writes_no_figure_unasked(run, my_loss, tmp_path):
@@ -73,7 +75,7 @@ def test_check_exits_with_what_it_finds(run, my_loss):
     code, out, _ = run("check", "my_loss.py:f", "--json")
     assert code == 1 and {row["state"] for row in json.loads(out)["items"] if row["id"] == "extremes"} == {"failed"}
     code, out, _ = run("check", "my_loss.py:f")
-    assert code == 1 and "so: one sure or hopeless token turns the weights NaN" in out
+    assert code == 1 and "consequence: one sure or hopeless token turns the weights NaN" in out
     my_loss.write_text("def f(logits, labels):\n    return logits.detach().sum()\n")
     code, out, err = run("check", "my_loss.py:f")
     assert code == 2 and out == "" and "without a graph" in err
@@ -98,9 +100,8 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
     assert "V = 512" in out and "Nearest methods" in out
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path):
+    for words, says in [
         (["show", "sftt"], "Did you mean sft"),
         (["explain", "kd(temperature=0)"], "temperature = 0"),
         (["check", "sftt"], "Did you mean sft"),
@@ -126,14 +127,15 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
         (["compare", "--seeds", "0"], "seeds"),
         (["compare", "--frobnicate"], "frobnicate"),
         (["frobnicate"], "frobnicate"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path, words, says):
-    (tmp_path / "ok.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)
-    before = sorted(tmp_path.rglob("*"))
-    code, out, err = run(*words)
-    assert code == 2 and says in err and "Traceback" not in err and out == ""
-    assert sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before  # nothing half-written
+    ]:
+        with case(words, says):
+            (tmp_path / "ok.jsonl").write_text('{"prompt": "2 + 2 =", "completion": "4"}\n' * 4)
+            before = sorted(tmp_path.rglob("*"))
+            code, out, err = run(*words)
+            assert code == 2 and says in err and "Traceback" not in err and out == ""
+            assert (
+                sorted(p for p in tmp_path.rglob("*") if "__pycache__" not in p.parts) == before
+            )  # nothing half-written
 
 
 def test_settings_of_the_lab_do_not_go_with_a_model_of_ones_own(run):

@@ -8,7 +8,7 @@ import pkgutil
 import pytest
 
 import qlens
-from qlens.registry.variant import Method
+from qlens.registry import Method
 
 MODULES = [module.name for module in pkgutil.walk_packages(qlens.__path__, "qlens.") if "__main__" not in module.name]
 PACKAGES = sorted({".".join(name.split(".")[:3]) if "variants" in name else name.split(".")[1] for name in MODULES})

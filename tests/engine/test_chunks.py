@@ -1,10 +1,11 @@
-"""A few rows at a time: reading texts and losses in chunks says what reading them whole says, and makes no more logits."""
+"""Texts and gradients in chunks equal those computed whole; kernels against formulas written out."""
 
 import json
 from unittest import mock
 
 import pytest
 import torch
+from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, llama, rows
@@ -14,9 +15,9 @@ import qlens
 from qlens.analysis.token_view.summary import summary_of
 from qlens.cli import inputs
 from qlens.data.from_text import token_batches, tokens_from_examples
-from qlens.engine import backbone
+from qlens.engine import kernels
 from qlens.engine.heads import Head
-from qlens.engine.kernels import mix_, others_, smooth_
+from qlens.engine.models import backbone
 from qlens.lens import implied
 from qlens.registry.structure import GeometricMixture
 from qlens.testing import random_tokens
@@ -28,17 +29,18 @@ def joined(parts):
     return {name: torch.cat([part.fields()[name] for part in parts]) for name in parts[0].fields()}
 
 
-@pytest.mark.parametrize("entries", [1, 3 * VOCAB, 10**6])
-def test_texts_in_chunks_are_texts_whole(entries):
-    models = dict(teacher=llama(1), reference=llama(2))
-    needs = ("negatives", "old", "second")
-    whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
-    parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
-    assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
-    found = joined(parts)
-    assert found.keys() == whole.keys()
-    for name, value in whole.items():
-        assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+def test_texts_in_chunks_are_texts_whole():
+    for entries in [1, 3 * VOCAB, 10**6]:
+        with case(entries):
+            models = dict(teacher=llama(1), reference=llama(2))
+            needs = ("negatives", "old", "second")
+            whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
+            parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
+            assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
+            found = joined(parts)
+            assert found.keys() == whole.keys()
+            for name, value in whole.items():
+                assert_close(found[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_only_a_chunk_of_logits_is_ever_made():
@@ -53,24 +55,25 @@ def test_only_a_chunk_of_logits_is_ever_made():
     model, teacher = llama(), llama(1)
     with mock.patch.object(Head, "logits", watched):
         parts = list(token_batches(model, EXAMPLES, 3, (), 2 * VOCAB, teacher=teacher))
-    proofs = 2 * [backbone.TRIED]  # of each model's head, once
+    proofs = 2 * [backbone.TRIAL_TOKENS]  # of each model's head, once
     assert sorted(made)[-2:] == proofs and max(sorted(made)[:-2]) <= 2
     assert sum(len(part) for part in parts) == sum(len(t) for t in token_batches(model, EXAMPLES, 3))
 
 
-@pytest.mark.parametrize("most", [1, 5, 1000])
-def test_fewer_tokens_are_spread_over_all(most):
-    model = llama()
-    whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
-    few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
-    kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
-    for name, value in whole[kept].fields().items():
-        assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
+def test_fewer_tokens_are_spread_over_all():
+    for most in [1, 5, 1000]:
+        with case(most):
+            model = llama()
+            whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
+            few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
+            kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
+            for name, value in whole[kept].fields().items():
+                assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_head_is_proved_once_however_many_batches(monkeypatch):
-    proved, plain = [], backbone.Body._prove
-    monkeypatch.setattr(backbone.Body, "_prove", lambda self, few: proved.append(self.model) or plain(self, few))
+    proved, plain = [], backbone.Backbone._verify
+    monkeypatch.setattr(backbone.Backbone, "_verify", lambda self, few: proved.append(self.model) or plain(self, few))
     model, teacher = llama(), llama(1)
     tokens_from_examples(model, EXAMPLES, teacher=teacher, batch_size=1, most=3)
     assert proved == [model, teacher]
@@ -123,7 +126,7 @@ def test_the_view_of_a_text_in_chunks_is_the_view(monkeypatch):
 
 def test_what_a_label_alone_leaves():
     z = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]], dtype=torch.float64)
-    log_p, rest = others_(z, torch.tensor([[0], [0]]))
+    log_p, rest = kernels.others_(z, torch.tensor([[0], [0]]))
     assert_close(log_p.exp(), torch.tensor([1.0, 0.5]).double())
     assert_close(rest.exp(), torch.tensor([0.0, 0.5]).double())
     assert_close(z, torch.tensor([[-1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]).double())
@@ -152,17 +155,19 @@ def test_a_mixture_in_place_is_the_mixture_written_out(own, other, kl, trust, sc
         r = torch.full_like(p, 1 / 7)
         if impossible:
             return  # toward an impossible entry the value is infinite
-    t, s = (torch.full((5,), value, dtype=torch.float64) for value in (trust, scale))
+    t = torch.full((5,), trust, dtype=torch.float64)
     d = torch.nn.functional.one_hot(tokens.labels, 7).double()
     expected = p - trust * d - (1 - trust) * r
     far = -torch.special.xlogy(r, p).sum(-1) + kl * torch.special.xlogy(r, r).sum(-1)
     value = scale * (-trust * p.gather(1, tokens.labels[:, None])[:, 0].log() + (1 - trust) * far)
     labels, structure_value = tokens.labels[:, None], "kl" if kl else "cross_entropy"
     if own == other == 0:
-        its, left, losses = smooth_(z, labels, GeometricMixture(None, own, other, structure_value), lambda *_: (t, s))
-        made = its[:, None] * (z - left[:, None] / 7)
+        terms = kernels.uniform_terms_(z, labels)
+        mixture = GeometricMixture(None, own, other, structure_value)
+        losses = kernels.uniform_gradient_(z, labels, terms, t, mixture)
+        z -= (1 - t)[:, None] / 7
     else:
-        its, losses = mix_(z, y, labels, GeometricMixture("teacher", own, other, structure_value), lambda *_: (t, s))
-        made = its[:, None] * z
-    assert_close(made, scale * expected, rtol=1e-11, atol=1e-11)
-    assert_close(losses, value, rtol=1e-11, atol=1e-11)
+        terms = kernels.mixture_terms_(z, y, labels, GeometricMixture("teacher", own, other, structure_value))
+        losses = kernels.mixture_gradient_(z, labels, terms, t)
+    assert_close(scale * z, scale * expected, rtol=1e-11, atol=1e-11)
+    assert_close(scale * losses, value, rtol=1e-11, atol=1e-11)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from cases import case
 from tiny import llama, trainer_in
 from tiny import rows as examples
 from torch.testing import assert_close
@@ -77,8 +78,13 @@ def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_p
         caplog.clear()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_a_loss_that_reduces_itself_is_cut_without_a_word(reduction, caplog):
+def test_a_loss_that_reduces_itself_is_cut_without_a_word(caplog):
+    for reduction in ["mean", "sum", "none"]:
+        with case(reduction):
+            compare_reduction(reduction, caplog)
+
+
+def compare_reduction(reduction, caplog):
     def loss(logits, labels):
         return torch.nn.functional.cross_entropy(logits, labels, reduction=reduction)
 
@@ -118,9 +124,14 @@ def normalised(tokens):
     return (a - a.mean()) / (a.std() + 1e-6)
 
 
-@pytest.mark.parametrize("weight", [at_least_a_hundred, over_its_mean, normalised])
-@pytest.mark.parametrize("form", ["target", "loss"])
-def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut(weight, form):
+def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut():
+    for weight in [at_least_a_hundred, over_its_mean, normalised]:
+        for form in ["target", "loss"]:
+            with case(weight, form):
+                compare_on_two_batches(weight, form)
+
+
+def compare_on_two_batches(weight, form):
     """Rows are tried on random fields too, and more of them than most losses ask for: a verdict is not a first batch's luck."""
 
     def target(tokens):
@@ -234,10 +245,11 @@ def test_inference_mode_gives_what_no_grad_gives(tmp_path):
         for mode in (torch.inference_mode, torch.no_grad):
             with mode():
                 values += [fused_loss(method, hidden * 1, head * 1, labels, chunk=chunk) for chunk in (None, 5)]
-                trainer = trainer_in(tmp_path, method, model=llama(), eval_dataset=examples(4))
-                nll.append(trainer.evaluate()["eval_loss"])
+                if name in ("both", "bare", "built-in"):
+                    trainer = trainer_in(tmp_path, method, model=llama(), eval_dataset=examples(4))
+                    nll.append(trainer.evaluate()["eval_loss"])
         assert_close(torch.stack(values), values[-1].expand(4), msg=name)
-        assert nll[0] == nll[1] != 0
+        assert not nll or nll[0] == nll[1] != 0
     variant = methods["rows"]
     with torch.inference_mode():
         tokens = Tokens(logits=hidden @ head.T, labels=labels * 1)
@@ -264,7 +276,7 @@ def test_rows_that_depend_on_each_other_only_where_they_are_many_are_not_cut(cap
         return -tokens.label_log_probs * (1 - 0.5 * (number >= 1400))
 
     for loss, entries in ((normalised_where_many, 2**20), (after_many_rows, 2**16), (only_the_first, 2**16)):
-        monkeypatch.setattr("qlens.engine.verification.row_dependence.WHOLE", entries)
+        monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", entries)
         variant = user_method(loss=loss, scope="token")
         for n in (1400, 1800):
             compare(variant, 300, n=n, chunk=200)
@@ -277,6 +289,6 @@ def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monk
         weight = tokens.label_probs.detach()
         return -tokens.label_log_probs * (1 + torch.cat([weight.new_zeros(700), weight])[: len(weight)])
 
-    monkeypatch.setattr("qlens.engine.verification.row_dependence.WHOLE", 2**18)
-    monkeypatch.setattr("qlens.engine.verification.row_dependence.MOST", 2**16)
+    monkeypatch.setattr("qlens.engine.verification.row_dependence.BATCH_ENTRIES", 2**18)
+    monkeypatch.setattr("qlens.engine.verification.row_dependence.TRIAL_ENTRIES", 2**16)
     compare(user_method(loss=far_apart, scope="token"), 300, n=1200, chunk=200)

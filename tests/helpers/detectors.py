@@ -7,11 +7,25 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
+from qlens.core.numerics import expectation, log_softmax
 from qlens.core.probes import probes
-from qlens.core.tokens import MODELS, Tokens, expectation, log_softmax
-from qlens.engine.label_only import DENSE, collapse
+from qlens.core.tokens import MODELS, Tokens
+from qlens.engine.label_only import two_entry_tokens
 from qlens.registry.structure import GeometricMixture, Structure
 from qlens.registry.variant import ALONE, Variant
+
+DENSE = ("negatives",)  # fields that name entries of the vocabulary, which two entries have none of
+
+
+def collapse(tokens: Tokens) -> Tokens:
+    """The same tokens on the two entries {label, rest}."""
+    models = {name: getattr(tokens, name) for name in ("logits", *MODELS) if getattr(tokens, name) is not None}
+    log_p, log_rest = {}, {}
+    for name, logits in models.items():
+        own = tokens.with_logits(logits.detach())
+        log_p[name], log_rest[name] = own.label_log_probs, own.rest_log_probs
+    fields = {name: value for name, value in tokens.fields().items() if name not in (*models, *DENSE, "labels")}
+    return two_entry_tokens(log_p, log_rest, **fields)
 
 
 def detected(variant: Variant) -> Structure:
@@ -34,8 +48,8 @@ def _is_label(variant: Variant) -> bool:
     for tokens in _trials():
         try:
             small = collapse(tokens)
-            value, push = variant.loss(tokens), variant.target(tokens).effective_trust
-            small_value, small_push = variant.loss(small), variant.target(small).effective_trust
+            value, push = variant.loss(tokens), variant.target(tokens).label_weight
+            small_value, small_push = variant.loss(small), variant.target(small).label_weight
         except InputError:  # these parameters want more entries
             return False
         off = push[:, None] * (tokens.probs - tokens.one_hot) - gradient(variant.loss, tokens)

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from hypothesis import strategies as st
 
+from qlens.registry.method import Method
 from qlens.registry.params import Between
-from qlens.registry.variant import Method, Variant
+from qlens.registry.variant import Variant
 
 
 def variants(method: Method) -> st.SearchStrategy[Variant]:

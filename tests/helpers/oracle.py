@@ -1,7 +1,8 @@
 """Oracles: losses as papers and released code compute them, by plain torch, and how a method is held against one."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,14 @@ def assert_agrees(spec: str, oracle: Oracle, *batches: Tokens, value: str | None
         assert_near(gradient(variant.loss, tokens), grad, f"{spec}: the gradient of its loss")
         if value is not None:
             assert_near(grouped(variant.loss(tokens), tokens, value), printed, f"{spec}: its value")
+
+
+def by_method(specs: Iterable[str]) -> dict[str, list[str]]:
+    """Specs by the method's name."""
+    groups: dict[str, list[str]] = {}
+    for spec in specs:
+        groups.setdefault(re.split("[@(]", spec)[0], []).append(spec)
+    return groups
 
 
 def differentiate(oracle: Oracle, tokens: Tokens) -> tuple[Tensor, Tensor]:

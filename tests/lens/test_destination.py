@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from numpy.testing import assert_allclose
 from torch.testing import assert_close
 
@@ -13,7 +14,7 @@ import qlens
 from qlens import InputError
 from qlens.analysis.plots.flow_figure import GREY
 from qlens.lens.gradient_flow import Destination, destination
-from qlens.lens.weights.label_weights import LabelWeights
+from qlens.lens.weights.class_weights import ClassWeights
 from qlens.registry import resolve
 
 F2 = np.array([0.55, 0.45, 0.0, 0.0])
@@ -24,11 +25,12 @@ def assert_ends(found, wanted, within=0.002):
     assert_close(torch.tensor(found.end), torch.tensor(np.asarray(wanted, float)), atol=within, rtol=0)
 
 
-@pytest.mark.parametrize("frequencies", [(0.55, 0.45), (0.2, 0.5, 0.3), (1.0,)])
-def test_sft_ends_at_the_label_frequencies(frequencies):
-    found = destination("sft", frequencies)
-    assert_ends(found, [*frequencies, *[0.0] * (4 - len(frequencies))])
-    assert found.settled and found.sentence.endswith("the label frequencies.")
+def test_sft_ends_at_the_label_frequencies():
+    for frequencies in [(0.55, 0.45), (0.2, 0.5, 0.3), (1.0,)]:
+        with case(frequencies):
+            found = destination("sft", frequencies)
+            assert_ends(found, [*frequencies, *[0.0] * (4 - len(frequencies))])
+            assert found.settled and found.sentence.endswith("the label frequencies.")
 
 
 def test_sft_follows_the_ordinary_differential_equation_step_by_step():
@@ -42,27 +44,36 @@ def test_sft_follows_the_ordinary_differential_equation_step_by_step():
         assert_allclose(at, wanted[round(t / 5e-4)], atol=2e-4)
 
 
-@pytest.mark.parametrize("start", [None, (0.1, 0.7, 0.1, 0.1)])
-def test_dft_gives_everything_to_the_majority_from_anywhere(start):
-    found = destination("dft", start=start)
-    assert_ends(found, [1, 0, 0, 0])
-    assert found.sentence == "With labels 55/45 it ends at 1.00/0.00: the majority wins outright."
-    assert_ends(destination("dft", (0.3, 0.7), start=start), [0, 1, 0, 0])
+def test_dft_gives_everything_to_the_majority_from_anywhere():
+    for start in [None, (0.1, 0.7, 0.1, 0.1)]:
+        with case(start):
+            found = destination("dft", start=start)
+            assert_ends(found, [1, 0, 0, 0])
+            assert (
+                found.sentence
+                == "With label frequencies 55/45 training converges to 1.00/0.00: the majority wins outright."
+            )
+            assert_ends(destination("dft", (0.3, 0.7), start=start), [0, 1, 0, 0])
 
 
-@pytest.mark.parametrize("alpha", [0.3, 0.5, 0.7])
-def test_beyond_log_ends_at_a_power_of_the_frequencies(alpha):
-    power = F2 ** (1 / (1 - alpha))  # where f_y p_y^alpha / p_y is the same for every label
-    found = destination(f"beyond_log(alpha={alpha})")
-    assert_ends(found, power / power.sum(), within=0.005)
-    assert found.sentence.endswith("sharper than the label frequencies.")
+def test_beyond_log_ends_at_a_power_of_the_frequencies():
+    for alpha in [0.3, 0.5, 0.7]:
+        with case(alpha):
+            power = F2 ** (1 / (1 - alpha))  # where f_y p_y^alpha / p_y is the same for every label
+            found = destination(f"beyond_log(alpha={alpha})")
+            assert_ends(found, power / power.sum(), within=0.005)
+            assert found.sentence.endswith("sharper than the label frequencies.")
 
 
-@pytest.mark.parametrize("epsilon", [0.1, 0.4])
-def test_label_smoothing_ends_at_the_smoothed_frequencies(epsilon):
-    found = destination(f"label_smoothing(epsilon={epsilon})", size=5)
-    assert_ends(found, (1 - epsilon) * np.append(F2, 0) + epsilon / 5)
-    assert f"flatter than the label frequencies, with {epsilon * 3 / 5:.2f} on entries that never" in found.sentence
+def test_label_smoothing_ends_at_the_smoothed_frequencies():
+    for epsilon in [0.1, 0.4]:
+        with case(epsilon):
+            found = destination(f"label_smoothing(epsilon={epsilon})", size=5)
+            assert_ends(found, (1 - epsilon) * np.append(F2, 0) + epsilon / 5)
+            assert (
+                f"flatter than the label frequencies, with {epsilon * 3 / 5:.2f} on entries that never"
+                in found.sentence
+            )
 
 
 def test_distillation_ends_at_the_teacher_and_mixtures_on_the_way_there():
@@ -83,11 +94,12 @@ def test_reference_and_old_policy_are_the_start_unless_given():
     assert_close(torch.tensor(clipped[:2]), torch.tensor([0.48, 0.12], dtype=torch.float64), atol=0.004, rtol=0)
 
 
-@pytest.mark.parametrize("size", [2, 3, 4, 40])
-def test_the_default_teacher_prefers_the_second_entry_at_any_size(size):
-    teacher = destination("kd", size=size).teacher
-    assert teacher.argmax() == 1 and teacher.min() > 0 and abs(teacher.sum() - 1) < 1e-12
-    assert size != 4 or np.allclose(teacher, [0.35, 0.5, 0.1, 0.05])
+def test_the_default_teacher_prefers_the_second_entry_at_any_size():
+    for size in [2, 3, 4, 40]:
+        with case(size):
+            teacher = destination("kd", size=size).teacher
+            assert teacher.argmax() == 1 and teacher.min() > 0 and abs(teacher.sum() - 1) < 1e-12
+            assert size != 4 or np.allclose(teacher, [0.35, 0.5, 0.1, 0.05])
 
 
 def test_a_loss_of_ones_own_whatever_its_reduction():
@@ -113,14 +125,19 @@ def test_thresholds_do_not_hang_the_solver():
 
 def test_what_still_moves_is_said_to():
     slow = destination("beyond_log(alpha=10.0)")
-    assert slow.sentence == "With labels 55/45 it has reached 0.26/0.25 at t = 1e+05 and is still moving."
+    assert (
+        slow.sentence == "With label frequencies 55/45 training has reached 0.26/0.25 at t = 1e+05 and is still moving."
+    )
     assert destination("profit(threshold=0.3)").sentence.endswith(": where it started.")
 
 
 def test_minorities_that_win_are_called_so():
     ends = np.array([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
     found = Destination("mine", F2, ends[0], np.array([0.01, 1e5]), ends, settled=True)
-    assert str(found) == "mine: With labels 55/45 it ends at 0.00/1.00: entry 1 wins, against the majority."
+    assert (
+        str(found)
+        == "mine: With label frequencies 55/45 training converges to 0.00/1.00: entry 1 wins, against the majority."
+    )
 
 
 def test_a_destination_goes_to_json():
@@ -130,9 +147,8 @@ def test_a_destination_goes_to_json():
     assert (back["spec"], back["settled"], back["reference"]) == ("kd_hybrid", True, None)
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
+def test_what_is_no_distribution_is_refused():
+    for given, message in [
         ({"frequencies": (0.5, 0.4)}, r"frequencies must be some probabilities that sum to 1, got \(0.5, 0.4\)"),
         ({"frequencies": 0.5}, "frequencies must be .* got 0.5"),
         ({"frequencies": ("a", "b")}, r"frequencies must be .* got \('a', 'b'\)"),
@@ -142,17 +158,19 @@ def test_a_destination_goes_to_json():
         ({"start": (0.5, 0.5, 0.0, 0.0)}, "start must be positive, got 0 for entry 2"),
         ({"teacher": (0.5, 0.5)}, "teacher must be 4 probabilities"),
         ({"reference": (0.5, 0.5, 0.5, 0.5)}, "reference must be 4 probabilities"),
-    ],
-)
-def test_what_is_no_distribution_is_refused(given, message):
-    with pytest.raises(InputError, match=message):
-        destination("sft", **given)
+    ]:
+        with case(given, message):
+            with pytest.raises(InputError, match=message):
+                destination("sft", **given)
 
 
-@pytest.mark.parametrize(("spec", "scope"), [("dpo", "pair"), ("iw_sft", "sequence"), ("mile", "batch")])
-def test_losses_without_a_flow_of_their_own_are_refused_with_the_reason(spec, scope):
-    with pytest.raises(InputError, match=f"loss: {spec} has scope '{scope}': its gradient depends on the {scope}, not"):
-        destination(spec)
+def test_losses_without_a_flow_of_their_own_are_refused_with_the_reason():
+    for spec, scope in [("dpo", "pair"), ("iw_sft", "sequence"), ("mile", "batch")]:
+        with case(spec, scope):
+            with pytest.raises(
+                InputError, match=f"loss: {spec} has scope '{scope}': its gradient depends on the {scope}, not"
+            ):
+                destination(spec)
 
 
 def test_what_goes_wrong_inside_a_loss_is_named():
@@ -173,32 +191,33 @@ def test_every_method_with_a_flow_of_its_own_ends_on_the_simplex():
     for name in [name for name in qlens.names() if qlens.get(name).scope == "token"]:
         found = destination(name)
         assert_allclose(found.probs.sum(-1), 1.0, err_msg=name)
-        assert found.probs.min() >= 0 and "With labels 55/45 it " in found.sentence, name
+        assert found.probs.min() >= 0 and "With label frequencies 55/45 it " in found.sentence, name
 
 
-@pytest.mark.parametrize("spec", ["sft", "target_sft", "sft_kl"])
-def test_the_figure_draws_every_entry_its_frequency_and_the_other_model(spec):
-    found = destination(spec)
-    figure = found.plot()
-    (ax,) = figure.axes
-    lines = [line for line in ax.lines if len(line.get_ydata())]  # without the legend's
-    curves = {tuple(line.get_ydata()): line for line in lines if np.array_equal(line.get_xdata(), found.times)}
-    assert set(curves) == set(map(tuple, found.probs.T))
-    levels = {line.get_ydata()[0]: line.get_color() for line in lines if line.get_linestyle() == "--"}
-    colors = [curves[tuple(found.probs[:, entry])].get_color() for entry in (0, 1)]
-    assert levels == {0.55: colors[0], 0.45: colors[1]}
-    assert curves[tuple(found.probs[:, 3])].get_color() == GREY and len({*colors, GREY}) == 3
-    named, other = {"target_sft": ("teacher", found.teacher), "sft_kl": ("reference", found.reference)}.get(
-        spec, ("", [])
-    )
-    assert sorted(line.get_ydata()[0] for line in lines if line.get_marker() == "<") == sorted(other)
-    legend = [text.get_text() for text in figure.legends[0].get_texts()]
-    names = ["entry 0, 0.55 of the labels", "entry 1, 0.45 of the labels", "never a label", "label frequency"]
-    assert legend == names + [named] * bool(named)
-    assert ax.get_xscale() == "log" and ax.get_xlim() == (found.times[0], found.times[-1])
-    assert ax.get_ylim() == (-0.02, 1.02) and "time" in ax.get_xlabel() and ax.get_ylabel() == "probability"
-    assert found.sentence == ax.get_title(loc="left") and figure.get_suptitle() == spec
-    figure.draw_without_rendering()
+def test_the_figure_draws_every_entry_its_frequency_and_the_other_model():
+    for spec in ["sft", "target_sft", "sft_kl"]:
+        with case(spec):
+            found = destination(spec)
+            figure = found.plot()
+            (ax,) = figure.axes
+            lines = [line for line in ax.lines if len(line.get_ydata())]  # without the legend's
+            curves = {tuple(line.get_ydata()): line for line in lines if np.array_equal(line.get_xdata(), found.times)}
+            assert set(curves) == set(map(tuple, found.probs.T))
+            levels = {line.get_ydata()[0]: line.get_color() for line in lines if line.get_linestyle() == "--"}
+            colors = [curves[tuple(found.probs[:, entry])].get_color() for entry in (0, 1)]
+            assert levels == {0.55: colors[0], 0.45: colors[1]}
+            assert curves[tuple(found.probs[:, 3])].get_color() == GREY and len({*colors, GREY}) == 3
+            named, other = {"target_sft": ("teacher", found.teacher), "sft_kl": ("reference", found.reference)}.get(
+                spec, ("", [])
+            )
+            assert sorted(line.get_ydata()[0] for line in lines if line.get_marker() == "<") == sorted(other)
+            legend = [text.get_text() for text in figure.legends[0].get_texts()]
+            names = ["entry 0, 0.55 of the labels", "entry 1, 0.45 of the labels", "never a label", "label frequency"]
+            assert legend == names + [named] * bool(named)
+            assert ax.get_xscale() == "log" and ax.get_xlim() == (found.times[0], found.times[-1])
+            assert ax.get_ylim() == (-0.02, 1.02) and "time" in ax.get_xlabel() and ax.get_ylabel() == "probability"
+            assert found.sentence == ax.get_title(loc="left") and figure.get_suptitle() == spec
+            figure.draw_without_rendering()
 
 
 def test_time_is_counted_in_the_size_of_the_gradient():
@@ -222,10 +241,12 @@ def test_an_end_that_depends_on_the_ids_is_said_to():
         z[:, 0] = -1e4
         return F.cross_entropy(z, labels)
 
-    assert destination(masked).sentence.startswith("With labels 55/45 at ids 0/1 it ends at 1.00/0.00")
-    assert destination(masked).sentence.endswith("; at other ids it ends elsewhere.")
-    said = explained("sft", label_weights=LabelWeights({0: 1.0, 1: 2.0}, 1.0))
-    assert said == "which ids the labels have changes its gradient, and with it where training ends"
+    assert destination(masked).sentence.startswith(
+        "With label frequencies 55/45 at ids 0/1 training converges to 1.00/0.00"
+    )
+    assert destination(masked).sentence.endswith("; with other label ids it converges elsewhere.")
+    said = explained("sft", class_weights=ClassWeights({0: 1.0, 1: 2.0}, 1.0))
+    assert said == "which ids the labels have changes its gradient, and with it the fixed point"
 
 
 def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
@@ -234,14 +255,15 @@ def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
             raise ValueError(f"made for more than {size} entries")
         return F.cross_entropy(logits, labels)
 
-    assert "With labels 55/45 (V = 12) it" in explained(lambda logits, labels: more_than(8, logits, labels)).sentence
+    found = explained(lambda logits, labels: more_than(8, logits, labels))
+    assert "With label frequencies 55/45 (V = 12) training" in found.sentence
     failed = explained(lambda logits, labels: more_than(99, logits, labels))
     where = (
         "the loss fails where it was followed, on vocabularies of 4, 12, 32 (ValueError: made for more than 99 entries)"
     )
     assert failed == f"not known, because {where}"
     coarse = destination(lambda logits, labels: F.cross_entropy(logits.bfloat16(), labels))
-    assert coarse.settled and coarse.sentence == "With labels 55/45 it ends at 0.55/0.45: the label frequencies."
+    assert coarse.settled and coarse.sentence.endswith("training converges to 0.55/0.45: the label frequencies.")
 
     def insists(logits, labels):
         assert logits.dtype == torch.float32

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from cases import case
 from numpy.testing import assert_allclose
 from typer.testing import CliRunner
 
@@ -23,12 +24,15 @@ def together(found, kind, where="always"):
     return [set(r.specs) for r in found.relations if (r.kind, r.where) == (kind, where)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "where", "specs"),
-    [
+def test_what_is_known_to_be_one_is_found(found):
+    for kind, where, specs in [
         ("one gradient", 0, {"dft", "beyond_log", "gce(q=1.0)", "target_sft(eta=0.0)", "asft_anchored(weight=0.0)"}),
         ("one gradient", 0, {"dft", "idft(mix=0.0)"}),
-        ("one gradient", 0, {"sft", "rpsft", "beyond_log(alpha=0.0)", "focal(gamma=0.0)", "label_smoothing(epsilon=0.0)"}),
+        (
+            "one gradient",
+            0,
+            {"sft", "rpsft", "beyond_log(alpha=0.0)", "focal(gamma=0.0)", "label_smoothing(epsilon=0.0)"},
+        ),
         ("one gradient", 0, {"kd", "kd_hybrid(weight=1.0)", "jsd(beta=0.0)", "opd(alpha=0.0)"}),
         ("one up to a factor", 0, {"gem", "cross-entropy at temperature 0.7"}),
         ("one up to a factor", 0, {"dft", "mae"}),
@@ -38,13 +42,12 @@ def together(found, kind, where="always"):
         ("one gradient", 3, {"sft", "reinforce"}),
         ("one gradient", 3, {"psft(eps_high=1.0)", "grpo(eps_high=1.0)"}),
         ("one target", 0, {"sft", "dft", "eaft", "beyond_log", "profit", "mae", "sce"}),
-    ],
-)  # fmt: skip
-def test_what_is_known_to_be_one_is_found(found, kind, where, specs):
-    where = list(CIRCUMSTANCES)[where]
-    finer = KINDS[: KINDS.index(kind) + 1]
-    groups = [group for each in finer for group in together(found, each, where)]
-    assert any(specs <= group for group in groups), f"{sorted(specs)} not together in {groups}"
+    ]:
+        with case(kind, where):
+            where = list(CIRCUMSTANCES)[where]
+            finer = KINDS[: KINDS.index(kind) + 1]
+            groups = [group for each in finer for group in together(found, each, where)]
+            assert any(specs <= group for group in groups), f"{sorted(specs)} not together in {groups}"
 
 
 def test_factors_are_measured(found):
@@ -95,7 +98,7 @@ def test_a_relation_reads_as_an_equation():
 
 def test_the_command_prints_them():
     result = CliRunner().invoke(app, ["list", "--distances"])
-    assert result.exit_code == 0 and "The same gradient" in result.output and "Nearest others" in result.output
+    assert result.exit_code == 0 and "The same gradient" in result.output and "Nearest other methods" in result.output
     told = json.loads(CliRunner().invoke(app, ["list", "--distances", "--json"]).output)
     assert set(told) == {"relations", "distances", "left_out"} and told["left_out"] == []
     refused = CliRunner().invoke(app, ["list", "--model", "here"])

@@ -137,5 +137,5 @@ class _Twice(torch.autograd.Function):
 
 def test_a_backward_of_its_own_is_named_where_the_loss_casts_too():
     read = qlens.explain(lambda logits, labels: F.cross_entropy(_Twice.apply(logits.float()), labels))
-    assert read.own is not None and read.own.dtype == torch.float32
+    assert read.own_precision is not None and read.own_precision.dtype == torch.float32
     assert read.scope.backward == "_Twice" and read.nearest[0].spec == "sft" and read.nearest[0].factor == 2

@@ -1,7 +1,7 @@
 """Identifying: methods found again from their gradient alone, at parameters between the points that are listed."""
 
-import pytest
 import torch
+from cases import case
 from torch.testing import assert_close
 
 import qlens
@@ -15,9 +15,8 @@ from qlens.registry import methods, params
 T = probes()
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
+def test_methods_between_their_points_are_found_with_their_numbers():
+    for spec in [
         "beyond_log(alpha=0.37)",
         "target_sft(eta=0.8)",
         "gem(beta=1.9)",
@@ -29,19 +28,18 @@ T = probes()
         "topk_kd(k=2)",
         "dpo(beta=0.35)",
         "mile(gamma=2.5)",
-    ],
-)
-def test_methods_between_their_points_are_found_with_their_numbers(spec):
-    variant = qlens.get(spec)
-    found = search(variant.target(T).grad, T)
-    (mine,) = [match for match in found if params.parse(match.spec)[0] == variant.name]
-    assert mine.relation == "identical"
-    for name, value in params.parse(spec)[1].items():
-        got = qlens.get(mine.spec).params[name]
-        if isinstance(value, float):
-            assert_close(got, value, rtol=1e-5, atol=0)
-        else:
-            assert got == value
+    ]:
+        with case(spec):
+            variant = qlens.get(spec)
+            found = search(variant.target(T).grad, T)
+            (mine,) = [match for match in found if params.parse(match.spec)[0] == variant.name]
+            assert mine.relation == "identical"
+            for name, value in params.parse(spec)[1].items():
+                got = qlens.get(mine.spec).params[name]
+                if isinstance(value, float):
+                    assert_close(got, value, rtol=1e-5, atol=0)
+                else:
+                    assert got == value
 
 
 def test_a_factor_is_found_with_the_parameters():

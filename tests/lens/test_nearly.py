@@ -8,9 +8,9 @@ from losses import label_log_probs
 
 import qlens
 from qlens.core.probes import trials
-from qlens.lens.identify.near_identity import gate, nearly
+from qlens.lens.identify.near_identity import gate, near_match
 from qlens.lens.reading import Reading
-from qlens.lens.weights.label_weights import divided_by_mean, label_weights, relabelled
+from qlens.lens.weights.class_weights import class_weights, divided_by_mean, relabelled
 from qlens.lens.weights.weight_law import law
 from qlens.registry import resolve
 
@@ -20,7 +20,7 @@ NAMES = ("sft", "dft", "focal", "topk_kd(k=4)", "kd")
 
 def found(loss):
     variant = resolve(loss)
-    return nearly(Reading.of(variant, T), variant.loss, NAMES)
+    return near_match(Reading.of(variant, T), variant.loss, NAMES)
 
 
 def nll(logits, labels):
@@ -80,10 +80,10 @@ def test_weights_by_label_id_are_found_with_their_ids():
             {i: i + 1.0 for i in range(1, 160)},
         ),
     ):
-        got = label_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
+        got = class_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
         assert got.equal and got.unusual == unusual
     ids = T.labels.unique().tolist()
-    assert label_weights(qlens.get("eaft").loss, T, 26, ids, torch.float64) is None
+    assert class_weights(qlens.get("eaft").loss, T, 26, ids, torch.float64) is None
     assert math.isclose(got.of(torch.tensor([4]))[0], 5.0)
 
 
@@ -93,12 +93,12 @@ def test_a_column_that_is_treated_apart_is_no_weight():
         mask[:, 7] = -5.0
         return nll(logits + mask, labels)
 
-    got = label_weights(resolve(suppressed).loss, T, 26, range(160), torch.float64)
+    got = class_weights(resolve(suppressed).loss, T, 26, range(160), torch.float64)
     assert got is not None and not got.equal
 
 
 def ids_of(loss):
-    return label_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
+    return class_weights(resolve(loss).loss, T, 26, range(160), torch.float64)
 
 
 def test_ids_of_weight_zero_are_counted():
@@ -131,10 +131,10 @@ def test_weights_that_are_divided_by_their_mean_are_told_from_others():
         lambda logits, labels: (nll(logits, labels) * (labels == 5)).sum() / (labels == 5).sum().clamp(min=1),
     ):
         run = resolve(loss).loss
-        got = label_weights(run, T, 26, range(160), torch.float64)
+        got = class_weights(run, T, 26, range(160), torch.float64)
         assert divided_by_mean(got, run, T, torch.float64).divided
     run = resolve(lambda logits, labels: nll(logits, labels) * weights[labels]).loss
-    assert divided_by_mean(label_weights(run, T, 26, range(160), torch.float64), run, T, torch.float64) is None
+    assert divided_by_mean(class_weights(run, T, 26, range(160), torch.float64), run, T, torch.float64) is None
 
 
 def test_one_label_id_for_all_keeps_every_distribution():
@@ -156,7 +156,7 @@ def test_a_gate_is_the_method_it_is_where_it_is_on():
     for loss, spec, rule in ((truncated, "gce", "where p_y >= 0.5"), (backed, "sft", "where teacher_y >= 0.1")):
         variant = resolve(loss)
         seen = Reading.of(variant, T)
-        rows = ~seen.silent
+        rows = ~seen.zero_rows
         pull = torch.where(rows, -seen.tokens.gather(seen.grad) / seen.tokens.rest_log_probs.exp(), 0.0)
         known = law(pull, seen.tokens, noise=seen.noise.rows)
         got = gate(seen, variant.loss, known)

@@ -2,16 +2,16 @@
 
 import math
 
-import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from losses import label_log_probs
 
 import qlens
 from qlens.core.autograd import gradient
 from qlens.core.probes import probes
 from qlens.core.probes import trials as wider
-from qlens.lens.decompose.raw_logits import leak
+from qlens.lens.decompose.shift_variance import shift_variance
 from qlens.lens.reading import Reading, on_own_tokens, on_probes, on_trials
 from qlens.lens.rounding import nothing_but_rounding, traced
 from qlens.registry import resolve
@@ -64,7 +64,7 @@ def test_rounding_is_no_leak_and_no_mismatch():
         shown = on_probes(variant)
         for seen in (shown, on_trials(variant, shown)):
             assert isinstance(seen, Reading) and seen.precision == precision, loss
-            assert leak(seen.grad, seen.tokens, seen.noise) is None, loss
+            assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, loss
             if loss in exact:
                 off = (seen.grad - qlens.get(exact[loss]).target(seen.tokens).grad).norm(dim=-1)
                 assert bool((off <= 1e-6 * seen.grad.norm(dim=-1) + seen.noise.rows).all()), loss
@@ -80,7 +80,7 @@ def test_what_is_true_is_found_in_float32():
 
     for loss, cause in ((z_loss, "a z-loss: 0.0001 log(Z)^2"), (capped, "a soft-cap: 30 tanh(z / 30)")):
         seen = on_probes(resolve(loss))
-        found = leak(seen.grad, seen.tokens, seen.noise)
+        found = shift_variance(seen.grad, seen.tokens, seen.noise)
         assert found is not None and found.cause == cause
 
 
@@ -101,16 +101,21 @@ def test_the_precision_is_seen_where_the_digits_do_not_show_it():
     assert traced(resolve(masked).loss, tokens)[1] == torch.float64  # a mask is exact in any type
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does(dtype):
-    def cancels(logits, labels, teacher):
-        s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
-        return (s.exp().detach() * (s - t)).sum(-1)
+def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does():
+    for dtype in [torch.float64, torch.float32]:
+        with case(dtype):
 
-    tokens = probes(dtype)
-    for loss, silent in ((cancels, True), (lambda logits, labels: 1e-20 * F.cross_entropy(logits, labels), False)):
-        variant = resolve(loss)
-        assert nothing_but_rounding(variant.loss, tokens, gradient(variant.loss, tokens), dtype) == silent
+            def cancels(logits, labels, teacher):
+                s, t = logits.log_softmax(-1), teacher.log_softmax(-1)
+                return (s.exp().detach() * (s - t)).sum(-1)
+
+            tokens = probes(dtype)
+            for loss, silent in (
+                (cancels, True),
+                (lambda logits, labels: 1e-20 * F.cross_entropy(logits, labels), False),
+            ):
+                variant = resolve(loss)
+                assert nothing_but_rounding(variant.loss, tokens, gradient(variant.loss, tokens), dtype) == silent
 
 
 def test_logits_of_a_model_are_read_in_float64():
@@ -118,7 +123,7 @@ def test_logits_of_a_model_are_read_in_float64():
     for name in ("dft", "sft", "label_smoothing", "target_sft", "eaft"):
         seen = on_own_tokens(qlens.get(name), tokens)
         assert seen.precision == torch.float64 and seen.given.logits.dtype == torch.float64
-        assert leak(seen.grad, seen.tokens, seen.noise) is None, name
+        assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, name
 
 
 def test_trials_reach_what_published_losses_have():

@@ -8,18 +8,15 @@ from losses import label_log_probs
 
 import qlens
 from qlens.lens.exact import read_exactly
-from qlens.lens.findings import Study
 from qlens.lens.gradient_flow import destination
-from qlens.lens.weights.label_weights import LabelWeights
+from qlens.lens.weights.class_weights import ClassWeights, with_usual_class
 from qlens.registry import resolve
 
 
 def test_ids_beyond_the_vocabulary_shown_are_no_common_label():
     loss = resolve(lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"))
     variant, shown, _ = read_exactly(loss, None)
-    study = Study(qlens.explain("sft"), shown, {}, variant)
-    ids = LabelWeights({0: 2.0, 5: 4.0, 74: 1.0}, 1.0)
-    same = study.alike(shown, ids)
+    same = with_usual_class(variant, shown, ClassWeights({0: 2.0, 5: 4.0, 74: 1.0}, 1.0))
     assert set(same.given.labels.tolist()) == {0}
     torch.testing.assert_close(same.grad.norm(dim=-1), shown.grad.norm(dim=-1) / 2)
 
@@ -31,7 +28,7 @@ def test_a_token_that_is_at_its_target_is_taught_like_the_others():
         return -(1 - epsilon) * own - epsilon / (logits.shape[-1] - 1) * (log_p.sum(-1) - own)
 
     said = qlens.explain(others).text(full=True)
-    assert "It trusts every label alike, by 0.8968" in " ".join(said.split()) and "gets 0" not in said
+    assert "is 0.8968 for every token" in " ".join(said.split()) and "no gradient" not in said
 
 
 def test_what_is_away_up_to_rounding_is_not_said_to_be_toward():
@@ -68,7 +65,7 @@ def test_no_share_of_a_rounding_that_is_no_number_is_printed():
         return -torch.log(logits.half().softmax(-1).gather(-1, labels[:, None])).float().mean()
 
     said = qlens.explain(half).text(full=True)
-    assert "float16 moves the gradient" in said and "nan" not in said
+    assert "float16 changes the gradient" in said and "nan" not in said
 
 
 def test_a_method_nearby_wins_over_one_that_is_another_on_a_third_of_the_tokens():
@@ -95,7 +92,7 @@ def test_a_method_on_some_tokens_is_named_only_where_something_tells_these_apart
 
     for loss in (worst, agreed):
         e = qlens.explain(loss)
-        assert e.nearly is None and e.summary.startswith("No registered method has this gradient"), e.summary
+        assert e.near_match is None and e.summary.startswith("No registered method has this gradient"), e.summary
 
 
 def test_methods_are_compared_on_the_one_advantage_of_a_text():
@@ -148,6 +145,6 @@ def test_another_models_made_up_inputs_are_no_dependence():
         return (kl * kept).sum() / kept.sum()
 
     e = qlens.explain(distill)
-    assert e.scope.of == "token" and not e.scope.through and e.label_weights is None
-    assert "depends on" not in e.summary and "are not tried" in e.scope.evidence
+    assert e.scope.of == "token" and not e.scope.through and e.class_weights is None
+    assert "depends on" not in e.summary and "are not tested" in e.scope.evidence
     assert e.nearest[0].spec.startswith("kd") and e.nearest[0].same

@@ -11,10 +11,8 @@ from qlens.testing import random_tokens
 
 @pytest.fixture(autouse=True)
 def registry_as_it_was():
-    before = dict(registry._METHODS)
-    yield
-    registry._METHODS.clear()
-    registry._METHODS.update(before)
+    with registry.temporary():
+        yield
 
 
 def test_names_are_sorted_and_hold_the_spine():
@@ -37,7 +35,7 @@ def test_three_forms_of_register():
         return mine_target(tokens, eta=eta)
 
     @mine_both.loss
-    def mine_both_loss(tokens, *, eta=0.5):
+    def mine_both_loss(tokens, *, eta):
         kl = F.kl_div(tokens.log_probs, tokens.log_probs_of("teacher"), reduction="none", log_target=True).sum(-1)
         return eta * kl - (1 - eta) * tokens.label_log_probs
 
@@ -116,8 +114,31 @@ def test_register_refuses_what_it_must():
     def halves(tokens, *, a=1.0):
         return qlens.Target.mix(tokens, trust=a, residual="student")
 
-    with pytest.raises(qlens.InputError, match="different parameters"):
-        halves.loss(lambda tokens, *, b=1.0: tokens.label_log_probs)
+    for other in (lambda tokens, *, b=1.0: tokens, lambda tokens, *, a=2.0: tokens, lambda tokens: tokens):
+        with pytest.raises(qlens.InputError, match=r"different parameters.*def halves_loss\(tokens, \*, a\)"):
+            halves.loss(other)
+
+
+def test_loss_and_penalty_take_the_defaults_of_the_method():
+    @qlens.register
+    def powered(tokens, *, alpha=0.5, weight=2.0):
+        return qlens.Target.push(tokens, weight * (alpha * tokens.label_log_probs.detach()).exp())
+
+    @powered.loss
+    def powered_loss(tokens, *, weight, alpha):
+        return -weight * (alpha * tokens.label_log_probs).exp() / alpha
+
+    @powered.penalty
+    def powered_penalty(model, *, alpha, weight):
+        return weight * next(model.parameters()).square().sum()
+
+    tokens = random_tokens(5, 6)
+    torch.testing.assert_close(powered_loss(tokens), powered_loss(tokens, alpha=0.5, weight=2.0))
+    for spec in ("powered", "powered(alpha=1.5, weight=0.3)"):
+        variant = qlens.get(spec)
+        torch.testing.assert_close(qlens.implied_target(variant, tokens).q, variant.target(tokens).q)
+    model = torch.nn.Linear(1, 1, bias=False)
+    assert float(powered_penalty(model).detach()) == pytest.approx(2 * float(model.weight.detach().square()))
 
 
 def test_missing_inputs_are_named():
@@ -201,12 +222,12 @@ def test_a_scope_or_denominator_that_does_not_exist_is_refused():
 def test_every_field_of_a_card_is_checked_where_it_is_registered():
     """By type and value; and what a function of the parameters says, at their defaults."""
     wrong = [3, 3.5, b"x", (1,), {"a": 1}, object(), int, lambda: 3, lambda **_: 3, lambda **_: "misnamed", 1 + 2j]
-    texts = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "bibtex", "where")
+    texts = ("title", "paper", "family", "trusted", "residual", "scale", "limits", "code", "where")
     functions = ("printed", "on_model", "on_start")
     chosen = ("scope", "denominator", "coupled", "structure", "simplex", "invariant")
-    for field in (*texts, *functions, *chosen, "needs", "modes", "differences", "fn", "tilte"):
+    for field in (*texts, *functions, *chosen, "needs", "modes", "differences", "cites", "fn", "tilte"):
         for value in wrong if field not in functions else wrong[:6]:
-            with pytest.raises(qlens.InputError, match=f"{field}|field of Tokens"):
+            with pytest.raises(qlens.InputError, match=f"{field}|field of Tokens|references.bib"):
                 qlens.register("misdeclared", **{field: value})(lambda tokens, *, a=1.0: tokens.label_log_probs)
     for card, says in (
         ({"structure": 3}, r"structure must be 'label', 'dense' or a GeometricMixture .*, got 3"),

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from tiny import VOCAB, llama, parameters, rows, trainer_in
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
@@ -155,12 +156,13 @@ def by_hand_after(fn, model):
     return total / number
 
 
-@pytest.mark.parametrize("fn", [distilled, repeating, decayed, prompts_too, *SEE_THE_BATCH])
-def test_micro_batches_add_up_to_the_whole_step(make, fn):
+def test_micro_batches_add_up_to_the_whole_step(make):
     """A loss that divides by the count it is given is a part of the step's; any other counts by its supervised tokens."""
-    _, grad = by_hand(fn)
-    _, got, _ = trained(make, fn, batch=2, accumulate=4)
-    assert_close(got, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 2e-6)
+    for fn in [distilled, repeating, decayed, prompts_too, *SEE_THE_BATCH]:
+        with case(fn):
+            _, grad = by_hand(fn)
+            _, got, _ = trained(make, fn, batch=2, accumulate=4)
+            assert_close(got, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 2e-6)
 
 
 def test_a_compute_loss_is_a_trainers_own(make, tmp_path):
@@ -184,7 +186,7 @@ def test_a_compute_loss_is_a_trainers_own(make, tmp_path):
     assert_close(run(qlens.QTrainer, variant=distilled), run(Own), rtol=0, atol=1e-6)
 
 
-def test_comparables_are_those_of_the_gradient_that_trained(make):
+def test_metrics_are_those_of_the_gradient_that_trained(make):
     """For a plain cross-entropy all figures are sft's, in training and in evaluation; two passes have a loss alone."""
 
     def plain(model, inputs):

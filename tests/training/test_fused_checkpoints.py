@@ -1,4 +1,4 @@
-"""QTrainer by the engine and by whole logits on small pretrained checkpoints: the same training, to rounding."""
+"""QTrainer from hidden states and from whole logits on small pretrained checkpoints: the same training, to rounding."""
 
 import copy
 import functools
@@ -35,16 +35,16 @@ def real(texts: int, dtype: torch.dtype):
     ]
     tokenizer = load_tokenizer(MODELS / "llama2xs-279k")
     rows_ = [{"text": sentences[i % 4] + " " + sentences[(i + i // 4) % 4]} for i in range(texts)]
-    return student, teacher, encode(rows_, tokenizer, None).examples
+    return student, teacher, encode(rows_, tokenizer).examples
 
 
-@pytest.mark.parametrize("spec", ["sft", "target_sft", "iw_sft", "gem"])
-def test_ten_steps_on_real_checkpoints_agree_to_rounding(make, spec):
+@pytest.mark.parametrize("spec", ["target_sft", "iw_sft"])
+def test_five_steps_on_real_checkpoints_agree_to_rounding(make, spec):
     student, teacher, examples = real(8, torch.float64)
     found = []
     for fused in (True, False):
         trainer = make(
-            spec, model=copy.deepcopy(student), teacher=teacher, reference=teacher, examples=examples, steps=10, fused=fused,
+            spec, model=copy.deepcopy(student), teacher=teacher, reference=teacher, examples=examples, steps=5, fused=fused,
             batch=4, learning_rate=0.05,
         )  # fmt: skip
         trainer.train()
@@ -53,7 +53,7 @@ def test_ten_steps_on_real_checkpoints_agree_to_rounding(make, spec):
     assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
-def test_eighty_steps_drift_no_further_than_sums_reordered(make):
+def test_forty_steps_drift_no_further_than_sums_reordered(make):
     student, _, examples = real(16, torch.float32)
     ends = {}
     for name, fused, collator in (
@@ -62,8 +62,8 @@ def test_eighty_steps_drift_no_further_than_sums_reordered(make):
         ("engine", True, collate),
     ):
         trainer = make(
-            "dft", model=copy.deepcopy(student), examples=examples, steps=80, fused=fused, batch=2,
-            data_collator=collator, logging_steps=80, learning_rate=0.02,
+            "dft", model=copy.deepcopy(student), examples=examples, steps=40, fused=fused, batch=2,
+            data_collator=collator, logging_steps=40, learning_rate=0.02,
         )  # fmt: skip
         trainer.train()
         ends[name] = parameters(trainer.model).double()

@@ -1,4 +1,4 @@
-"""QTrainer by the engine against QTrainer by whole logits: every method, real heads and checkpoints, and who gets which path."""
+"""QTrainer from hidden states against QTrainer from whole logits: methods of every kind, real heads, and the choice of path."""
 
 import copy
 import functools
@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from cases import case
 from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
 from torch import nn
 from torch.testing import assert_close
@@ -26,9 +28,10 @@ from transformers import (
 
 import qlens
 from qlens.data.collator import collate
-from qlens.engine.backbone import Body, NoBody
-from qlens.engine.forward import model_logits
 from qlens.engine.fused import fusible
+from qlens.engine.models.backbone import Backbone
+from qlens.engine.models.forward import model_logits
+from qlens.engine.models.head_capture import NoBackbone
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
 SHAPE = dict(
@@ -73,12 +76,23 @@ def step(make, variant, fused, model, examples=None, **others):
     return loss.detach(), torch.cat([g.flatten() for g in grads])
 
 
-@pytest.mark.parametrize("name", [name for name in qlens.names() if fusible(qlens.get(name))])
-def test_a_step_by_the_engine_is_a_step_by_whole_logits(make, name):
+def one_of_a_kind() -> list[str]:
+    """A fusible method for every combination of structure, scope, inputs and denominator."""
+    kinds = {}
+    for name in qlens.names():
+        variant = qlens.get(name)
+        if fusible(variant):
+            kinds.setdefault((str(variant.structure), variant.scope, variant.needs, variant.denominator), name)
+    return list(kinds.values())
+
+
+def test_a_fused_step_is_a_step_by_whole_logits(make):
     others = dict(teacher=llama(1).double(), reference=llama(2).double())
-    found = [step(make, name, fused, llama().double(), **others) for fused in (True, False)]
-    assert found[0][1].norm() > 1e-6 or name == "psft" or found[1][1].norm() <= 1e-6
-    assert_close(*found, rtol=1e-9, atol=1e-9)
+    for name in one_of_a_kind():
+        with case(name):
+            found = [step(make, name, fused, llama().double(), **others) for fused in (True, False)]
+            assert found[0][1].norm() > 1e-6 or name == "psft" or found[1][1].norm() <= 1e-6
+            assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 def gemma2():
@@ -98,18 +112,19 @@ def gpt2():
 
 
 @pytest.mark.parametrize("build", [gemma2, granite, cohere, gpt2])
-@pytest.mark.parametrize("spec", ["dft", "target_sft", "dpo"])
-def test_heads_in_use(make, build, spec):
+def test_heads_in_use(make, build):
     torch.manual_seed(3)
     model, teacher = build().double(), build().double()
     with torch.no_grad():
         for each in (model, teacher):
             each.get_output_embeddings().weight.mul_(20)
-    found = [step(make, spec, fused, model, teacher=teacher, reference=teacher) for fused in (True, False)]
-    assert_close(*found, rtol=1e-8, atol=1e-8)
-    body = Body(model, collate(rows(2)) | {"labels": None})
+    for spec in ("dft", "target_sft", "dpo"):
+        with case(spec):
+            steps = [step(make, spec, fused, model, teacher=teacher, reference=teacher) for fused in (True, False)]
+            assert_close(*steps, rtol=1e-8, atol=1e-8)
+    backbone = Backbone(model, collate(rows(2)) | {"labels": None})
     expected = {"gemma2": (3.0, 1.0), "granite": (None, 0.25), "cohere": (None, 0.3), "gpt2": (None, 1.0)}
-    assert (body.softcap, body.logit_scale) == expected[build.__name__]
+    assert (backbone.softcap, backbone.logit_scale) == expected[build.__name__]
 
 
 def test_a_teacher_with_another_head_keeps_its_own(make):
@@ -143,7 +158,11 @@ class Headless(LlamaForCausalLM):
     ("variant", "kind", "says"),
     [
         ("mile", LlamaForCausalLM, "for mile: it weighs tokens by a statistic of whole distributions"),
-        (lambda logits, labels: logits.sum() * 0, LlamaForCausalLM, "a loss of your own may look at all tokens"),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels),
+            LlamaForCausalLM,
+            "a loss of your own may look at all tokens",
+        ),
         ("sft", Shifted, "of the model: its logits are not its head's: they differ by"),
         ("sft", Headless, "of the model: it has no plain linear head: its output embedding is a Sequential"),
     ],
@@ -151,21 +170,21 @@ class Headless(LlamaForCausalLM):
 )
 def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
     model = kind(llama().config)
-    with caplog.at_level(logging.WARNING, "qlens.engine.backbone"):
+    with caplog.at_level(logging.WARNING, "qlens"):
         make(variant, model=model, steps=2).train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "qlens.engine.backbone"]
-    assert len(lines) == 1 and lines[0].startswith("qlens holds whole logits") and says in lines[0]
-    with pytest.raises(NoBody, match="fused=True, but there are only whole logits"):
+    lines = [line for line in caplog.messages if line.startswith("qlens holds whole logits")]
+    assert len(lines) == 1 and says in lines[0]
+    with pytest.raises(NoBackbone, match="fused=True, but there are only whole logits"):
         make(variant, model=model, fused=True).train()
     caplog.clear()
     make(variant, model=model, fused=False).train()
-    assert not [record for record in caplog.records if record.name == "qlens.engine.backbone"]
+    assert not [line for line in caplog.messages if line.startswith("qlens holds whole logits")]
 
 
 def test_the_head_makes_no_logits_of_a_batch(make):
     widths = []
     trainer = make("target_sft", teacher=llama(1), steps=2, batch=8)
-    for model in (trainer.model, trainer._feed.others["teacher"]):
+    for model in (trainer.model, trainer._method_inputs.others["teacher"]):
         model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(out.shape)))
     trainer.train()
     whole = [shape for shape in widths if shape[-1] == VOCAB]
@@ -210,8 +229,13 @@ class Sizes(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("spec", ["sft", "label_smoothing", "kd", "gem", "iw_sft"])
-def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
+def test_without_gradient_the_logits_are_the_only_product_with_the_head():
+    for spec in ("sft", "label_smoothing", "kd", "gem", "iw_sft"):
+        with case(spec):
+            count_products(spec)
+
+
+def count_products(spec):
     torch.manual_seed(0)
     hidden, head = torch.randn(6, 50, requires_grad=True), torch.randn(40, 50, requires_grad=True)
     given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
@@ -227,8 +251,8 @@ def test_without_gradient_the_engine_makes_the_logits_and_nothing_else(spec):
 def test_threads_that_share_a_model_get_what_each_asked_for(make):
     teacher, batch = llama(1).eval(), collate(rows(4))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    bodies = [Body(teacher, inputs) for _ in range(2)]
-    logits, hidden = model_logits(teacher, inputs), bodies[0].hidden(inputs).detach()
+    backbones = [Backbone(teacher, inputs) for _ in range(2)]
+    logits, hidden = model_logits(teacher, inputs), backbones[0].hidden(inputs).detach()
     wrong = []
 
     def differs(read, expected):
@@ -237,7 +261,7 @@ def test_threads_that_share_a_model_get_what_each_asked_for(make):
                 if not torch.equal(read(), expected):
                     wrong.append(read)
 
-    jobs = [(lambda body=body: body.hidden(inputs), hidden) for body in bodies]
+    jobs = [(lambda backbone=backbone: backbone.hidden(inputs), hidden) for backbone in backbones]
     jobs += [(lambda: model_logits(teacher, inputs), logits)]
     threads = [threading.Thread(target=differs, args=job) for job in jobs]
     for thread in threads:
@@ -247,7 +271,7 @@ def test_threads_that_share_a_model_get_what_each_asked_for(make):
     assert not wrong and "forward" not in teacher.lm_head.__dict__
 
 
-def test_comparables_come_out_of_the_same_pass_and_can_be_thinned(make):
+def test_metrics_come_out_of_the_same_pass_and_can_be_thinned(make):
     logs = {}
     for fused in (True, False):
         trainer = make("kd_hybrid", teacher=llama(1), steps=4, fused=fused, log_every=2)

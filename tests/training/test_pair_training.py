@@ -6,6 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from tiny import llama, parameters, rows, steps_of, trainer_in
 from torch.testing import assert_close
 
@@ -70,8 +71,13 @@ def joined(examples: list[dict]) -> dict:
     return {"input_ids": ids, "labels": ids, "seq_lengths": sizes, **per_token}
 
 
-@pytest.mark.parametrize("spec", ["dpo", "simpo", "ipo", "orpo"])
-def test_engine_and_trainer_divide_alike(make, spec):
+def test_engine_and_trainer_divide_alike(make):
+    for spec in ("dpo", "simpo", "ipo", "orpo"):
+        with case(spec):
+            compare_denominators(make, spec)
+
+
+def compare_denominators(make, spec):
     model, reference, examples = llama(), llama(2), in_pairs(6)
     batch = collate(examples)
     where = Supervised.of(batch)
@@ -96,7 +102,7 @@ def test_evaluation_is_the_mean_over_the_pairs_of_the_set(make, fused):
     examples = [*in_pairs(4), *in_pairs(2, first=7), *in_pairs(4, first=20)]
     expected = dpo_by_hand(model, reference, examples).mean().item()
     nll = []
-    for batch in (2, 4, 10):
+    for batch in (2, 10):
         trainer = make(
             "dpo",
             model=model,
@@ -108,7 +114,7 @@ def test_evaluation_is_the_mean_over_the_pairs_of_the_set(make, fused):
         metrics = trainer.evaluate()
         assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
         nll.append(metrics["eval_nll"])  # a mean over tokens as for any method
-    assert nll[0] == pytest.approx(nll[1], rel=1e-5) == nll[2]
+    assert nll[0] == pytest.approx(nll[1], rel=1e-5)
     assert nll[0] == pytest.approx(make("sft", model=model, eval_dataset=examples).evaluate()["eval_nll"], rel=1e-4)
 
 
@@ -121,7 +127,7 @@ def test_half_a_pair_is_refused_with_what_to_do(make):
 
 
 def test_a_method_of_pairs_needs_their_ids():
-    method = qlens.registry.variant.Method(
+    method = qlens.registry.Method(
         name="mine", fn=lambda tokens: -tokens.label_log_probs, scope="pair", structure="label"
     )
     with pytest.raises(InputError, match=r"mine needs a pair: give fused_loss\(pair=...\)"):

@@ -19,7 +19,7 @@ from transformers import (
 
 from qlens.core.errors import InputError
 from qlens.data.collator import collate
-from qlens.training.router_loss import router_loss
+from qlens.training.step.router_loss import router_loss
 
 SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 

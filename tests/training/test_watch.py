@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from pandas.testing import assert_frame_equal
 from tiny import letters, llama, parameters, rows, trainer_in
 from transformers import Trainer
@@ -73,7 +74,8 @@ def test_every_part_keeps_its_mode(tmp_path):
 def test_the_records_are_those_of_the_targets(tmp_path):
     model, teacher = llama(), llama(1)
     before = tokens_from_examples(model, PROBES, teacher=teacher)
-    watch = Watch(["kd", "gem", "dft"], PROBES, tokenizer=letters(), teacher=teacher, every=4, tokens=9)
+    teacher.save_pretrained(tmp_path / "teacher")
+    watch = Watch(["kd", "gem", "dft"], PROBES, tokenizer=letters(), teacher=tmp_path / "teacher", every=4, tokens=9)
     run(tmp_path, watch, model=model, steps=6)
     after = tokens_from_examples(model, PROBES, teacher=teacher)
     kept = torch.linspace(0, len(before) - 1, 9).long()
@@ -86,7 +88,8 @@ def test_the_records_are_those_of_the_targets(tmp_path):
         for step, target, tokens in ((0, start, before[kept]), (6, end, after[kept])):
             mine = frame[(frame["variant"] == name) & (frame["step"] == step)]
             assert mine["label"].tolist() == tokens.labels.tolist()
-            wanted = {"trust": target.effective_trust, "negative_mass": target.negative_mass, "p_y": tokens.label_probs}
+            wanted = {"label_weight": target.label_weight, "trust": target.label_weight}
+            wanted |= {"negative_mass": target.negative_mass, "p_y": tokens.label_probs}
             wanted |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
             for column, value in wanted.items():
                 np.testing.assert_allclose(
@@ -133,9 +136,8 @@ def test_a_run_that_stops_early_is_recorded_to_its_end(tmp_path):
     assert watch.frame["step"].unique().tolist() == [0, 3]
 
 
-@pytest.mark.parametrize(
-    "given, said",
-    [
+def test_mistakes_are_named():
+    for given, said in [
         (dict(variants="kd"), r"kd needs a teacher: give Watch\(teacher="),
         (dict(variants="cft"), "cft needs 'critical', which Watch has no source for"),
         (dict(variants=[]), "variants is empty"),
@@ -144,12 +146,11 @@ def test_a_run_that_stops_early_is_recorded_to_its_end(tmp_path):
         (dict(examples=["a text"]), r"give Watch\(tokenizer="),
         (dict(every=0), "every must be a whole number of at least 1, got 0"),
         (dict(tokens=2.5), "tokens must be a whole number of at least 1, got 2.5"),
-    ],
-)
-def test_mistakes_are_named(given, said):
-    options = dict(variants="dft", examples=PROBES) | given
-    with pytest.raises(InputError, match=said):
-        Watch(options.pop("variants"), options.pop("examples"), **options)
+    ]:
+        with case(given, said):
+            options = dict(variants="dft", examples=PROBES) | given
+            with pytest.raises(InputError, match=said):
+                Watch(options.pop("variants"), options.pop("examples"), **options)
 
 
 def test_the_model_itself_is_no_teacher(tmp_path):

@@ -1,14 +1,14 @@
-"""Target-SFT: trust the label as far as the student does, and let a teacher guide what is left."""
+"""Target-SFT: cross-entropy toward Q = p_y d + (1 - p_y) times a geometric student-teacher mixture."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import expectation, log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.registry.structure import GeometricMixture
 
@@ -27,29 +27,27 @@ def guided(tokens: Tokens, eta: float) -> Float[Tensor, "N V"]:
     needs=("teacher",),
     structure=lambda eta: GeometricMixture("teacher", own=1 - eta, other=eta, value="cross_entropy"),
     trusted="p_y",
-    residual="guided: p^(1-eta) teacher^eta, normalised",
+    residual="normalised(p^(1 - eta) teacher^eta)",
     simplex=True,
     limits="eta = 0 is dft; p_y -> 1 gives sft; p_y -> 0 gives the guided distribution",
     differences=(
         "No code is public, and the value of eta in the paper's experiments is not known.",
         "The authors' page prints no stop-gradient on this row; only with all of Q detached is p - Q the gradient.",
     ),
-    bibtex=bibtex(
-        "xie2026targetsft",
-        "A Unifying Lens on Supervised Fine-Tuning Through Target Distribution Design",
-        2026,
-        arxiv="2606.11189",
-        author="Xie, Tong and Ban, Yuanhao and Hong, Yunqi and An, Sohyun and Chen, Yihang and Hsieh, Cho-Jui",
-    ),
+    cites=("xie2026targetsft",),
 )
 def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
-    r"""Cross-entropy toward a designed, detached target: the label by p_y, the rest to a geometric student-teacher mix.
+    r"""Cross-entropy toward a designed, detached target of label and geometric student-teacher mixture.
 
     .. math:: \ell = CE(\mathrm{sg}\,Q, p), \qquad Q = p_y d + (1 - p_y)\,\tilde\pi, \qquad
               \tilde\pi \propto p^{1 - \eta}\, \pi_T^{\eta}
 
-    ``eta`` is the teacher's intensity; the paper's value is not known, sweep it and report it. Takes
-    ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and teacher (N, V).
+        eta: the teacher's exponent in the mixture. The paper's value is not known: sweep it and report it.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -66,7 +64,7 @@ def target_sft(tokens: Tokens, *, eta: Share = 0.5) -> Target:
 
 
 @target_sft.loss
-def target_sft_loss(tokens: Tokens, *, eta: Share = 0.5) -> Float[Tensor, " N"]:
+def target_sft_loss(tokens: Tokens, *, eta) -> Float[Tensor, " N"]:
     """-sum_k sg(Q_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     labels = tokens.labels.long()

@@ -1,4 +1,4 @@
-"""Generalised Jensen-Shannon divergence from a teacher."""
+"""Generalised Jensen-Shannon divergence between teacher and student."""
 
 import math
 
@@ -6,19 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl, log_mix
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_mix
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
-
-GKD = bibtex(
-    "agarwal2023gkd",
-    "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
-    2023,
-    arxiv="2306.13649",
-)
 
 
 @register(
@@ -26,8 +19,8 @@ GKD = bibtex(
     title="Generalised Jensen-Shannon divergence",
     paper="Agarwal et al. 2023, arXiv 2306.13649",
     needs=("teacher",),
-    trusted="(1 - beta) p_y (KL(p || m) - log(p_y / m_y)) / (1 - p_y)",
-    residual="none: Q = p (1 - (1 - beta) (log(p / m) - KL(p || m)))",
+    trusted="(1 - beta) p_y (KL(p || m) - log(p_y / m_y)) / (1 - p_y), with m = beta teacher + (1 - beta) p",
+    residual="Q = p (1 - (1 - beta) (log(p / m) - KL(p || m))), with m = beta teacher + (1 - beta) p",
     simplex=lambda beta: beta < 1,
     limits="beta = 0 is kd, beta = 1 is reverse_kl, as TRL has it; near the ends the loss is smaller by beta, or 1 - beta",
     modes={"distillation-trainer": {"beta": 1.0}},
@@ -37,7 +30,7 @@ GKD = bibtex(
         "DistiLLM's weight is 1 - beta.",
     ),
     code="huggingface/trl trl/experimental/gkd/gkd_trainer.py::GKDTrainer.generalized_jsd_loss",
-    bibtex=GKD,
+    cites=("agarwal2023gkd",),
 )
 def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
     r"""Divergences of teacher and student from their mixture m.
@@ -45,8 +38,12 @@ def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
     .. math:: \ell = \beta KL(\pi_T \| m) + (1 - \beta) KL(p \| m), \quad m = \beta \pi_T + (1 - \beta) p, \qquad
               Q = p \odot (1 - (1 - \beta)(\log (p / m) - KL(p \| m)))
 
-    Q is always a distribution for beta < 1. Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V)
-    at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and teacher (N, V).
+        beta: share of the teacher; 0 is KL(teacher || p), 1 is KL(p || teacher), as TRL has it.
+
+    Returns:
+        Q (N, V) at scale 1, a distribution for beta < 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -69,7 +66,7 @@ def jsd(tokens: Tokens, *, beta: Share = 0.5) -> Target:
 
 
 @jsd.loss
-def jsd_loss(tokens: Tokens, *, beta: Share = 0.5) -> Float[Tensor, " N"]:
+def jsd_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """beta KL(teacher || m) + (1 - beta) KL(student || m)."""
     log_p, log_t = both(tokens)
     if beta in (0, 1):

@@ -1,23 +1,15 @@
-"""Knowledge distillation: the teacher's distribution as the target."""
+"""Knowledge distillation: KL divergence from the teacher's distribution."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl, log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.registry.structure import GeometricMixture
-
-BIBTEX = bibtex(
-    "hinton2015distilling",
-    "Distilling the Knowledge in a Neural Network",
-    2015,
-    arxiv="1503.02531",
-    author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
-)
 
 
 @register(
@@ -36,20 +28,28 @@ BIBTEX = bibtex(
         "A draft of the authors' page called this row a fixed mixture; what their plots show is not settled.",
     ),
     code="microsoft/LMOps minillm/finetune.py::get_distil_loss (T = 1, without the teacher's entropy)",
-    bibtex=BIBTEX,
+    cites=("hinton2015distilling",),
 )
 def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Target:
-    r"""Kullback-Leibler divergence from the teacher, both softened by the temperature T.
+    r"""KL divergence from the teacher, both softened by the temperature T.
 
     .. math:: \ell = KL(\pi_T^{(T)} \| p^{(T)}), \qquad Q = \pi_T \text{ at } T = 1, \quad
               Q = p - c\,(p^{(T)} - \pi_T^{(T)}) \text{ else}
 
-    with c = 1/T, or T where ``square`` multiplies the loss by T squared, as the paper does beside hard labels. At T
-    != 1 Q is no mixture and may be signed. Takes ``tokens.teacher`` (N, V); gives losses in nats (the KL, not the
-    cross-entropy).
+    c is 1/T, or T with ``square``. At T != 1 Q is no mixture and may be signed.
+
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+        temperature: T.
+        square: multiply the loss by T squared, as the paper does beside hard labels.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats, the KL and not the cross-entropy.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
+
+    Source: Hinton et al. 2015 (arXiv 1503.02531).
 
     Example:
         >>> import torch
@@ -66,7 +66,7 @@ def kd(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> 
 
 
 @kd.loss
-def kd_loss(tokens: Tokens, *, temperature: Positive = 1.0, square: bool = False) -> Float[Tensor, " N"]:
+def kd_loss(tokens: Tokens, *, temperature, square) -> Float[Tensor, " N"]:
     """KL(teacher || student), both at the temperature."""
     z, teacher = tokens.logits, tokens.require("teacher").detach()
     if temperature != 1:

@@ -1,15 +1,16 @@
-"""Hybrid distillation: the teacher's distribution beside the label."""
+"""Hybrid distillation: log-likelihood and KL from the teacher in fixed shares."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl
+from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Positive, Share, Weight
 from qlens.registry.structure import GeometricMixture
-from qlens.variants.distillation.kd import BIBTEX, kd
+from qlens.variants.distillation.kd import kd
 
 
 @register(
@@ -20,7 +21,7 @@ from qlens.variants.distillation.kd import BIBTEX, kd
     structure=lambda temperature, **_: GeometricMixture("teacher") if temperature == 1 else "dense",
     trusted="1 - weight",
     residual="teacher",
-    scale="1 (hard + weight where hard is given)",
+    scale="1; hard given: hard + weight",
     simplex=lambda weight, temperature, square, hard: True if temperature == 1 else None,
     limits="weight = 0 is sft; weight = 1 is kd",
     modes={
@@ -33,7 +34,7 @@ from qlens.variants.distillation.kd import BIBTEX, kd
         "ms-swift adds the label's loss to a whole distillation loss: the weights do not add up to 1 (hard).",
     ),
     code="linkedin/Liger-Kernel src/liger_kernel/chunked_loss/fused_linear_distillation.py",
-    bibtex=BIBTEX,
+    cites=("hinton2015distilling",),
 )
 def kd_hybrid(
     tokens: Tokens,
@@ -43,13 +44,19 @@ def kd_hybrid(
     square: bool = True,
     hard: Weight | None = None,
 ) -> Target:
-    r"""The label and the teacher in fixed shares.
+    r"""Log-likelihood and KL from the teacher in fixed shares.
 
     .. math:: \ell = -(1 - \lambda) \log p_y + \lambda\, KL(\pi_T \| p), \qquad Q = (1 - \lambda) d + \lambda \pi_T
 
-    With a ``temperature`` T the divergence is between softened distributions, times T squared unless ``square`` is
-    off; the residual is then no longer the teacher. ``hard`` is the weight of the label's loss where it is not 1 -
-    weight. Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V), at s = 1, or s = hard + weight.
+    Args:
+        tokens: logits (N, V), labels (N,) and teacher (N, V).
+        weight: lambda, the share of the teacher.
+        temperature: T of the divergence; at T != 1 the residual is not the teacher.
+        square: multiply the divergence by T squared.
+        hard: weight of the log-likelihood; by default 1 - weight.
+
+    Returns:
+        Q (N, V) at scale 1, or hard + weight. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -72,14 +79,7 @@ def kd_hybrid(
 
 
 @kd_hybrid.loss
-def kd_hybrid_loss(
-    tokens: Tokens,
-    *,
-    weight: Share = 0.5,
-    temperature: Positive = 1.0,
-    square: bool = True,
-    hard: Weight | None = None,
-) -> Float[Tensor, " N"]:
+def kd_hybrid_loss(tokens: Tokens, *, weight, temperature, square, hard) -> Float[Tensor, " N"]:
     """-(1 - weight) log p_y + weight KL(teacher || student), the second at the temperature."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     log_t = F.log_softmax(tokens.require("teacher") / temperature, -1).detach()

@@ -1,4 +1,4 @@
-"""On-policy distillation: a divergence to a teacher on the student's own texts."""
+"""On-policy distillation: Jensen-Shannon divergence to a teacher on the student's own texts."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share
 from qlens.variants.distillation.jsd import jsd, jsd_loss
 
@@ -15,11 +14,16 @@ from qlens.variants.distillation.jsd import jsd, jsd_loss
 @register(
     "opd",
     title="On-policy and self-distillation",
-    paper="2026, arXiv 2601.19897 (SDFT); 2023, arXiv 2306.13649 (GKD)",
+    paper="Shenfeld et al. 2026, arXiv 2601.19897 (SDFT); Agarwal et al. 2023, arXiv 2306.13649 (GKD)",
     needs=lambda alpha, clip: ("teacher",) if clip is None else ("teacher", "old"),
-    trusted="0 at alpha = 0; else that of jsd(beta=alpha)",
-    residual="teacher at alpha = 0; else that of jsd",
-    scale="1, or min(p_y / old_y, clip)",
+    trusted=(
+        "(1 - alpha) p_y (KL(p || m) - log(p_y / m_y)) / (1 - p_y), with m = alpha teacher + (1 - alpha) p; "
+        "alpha = 0: 0"
+    ),
+    residual=(
+        "Q = p (1 - (1 - alpha) (log(p / m) - KL(p || m))), with m = alpha teacher + (1 - alpha) p; alpha = 0: teacher"
+    ),
+    scale="1; clip given: min(p_y / old_y, clip)",
     simplex=lambda alpha, clip: alpha < 1,
     limits="jsd(beta=alpha); what is on-policy is the text, not the loss",
     modes={"trl-sdft": {"clip": 2.0}, "reverse": {"alpha": 1.0}},
@@ -28,21 +32,26 @@ from qlens.variants.distillation.jsd import jsd, jsd_loss
         "TRL also keeps the teacher's top 100 only; for that see topk_kd, whose tail rule has to be named.",
     ),
     code="huggingface/trl trl/experimental/sdft/loss_utils.py::compute_divergence",
-    bibtex=bibtex("sdft2026", "Self-Distillation Enables Continual Learning", 2026, arxiv="2601.19897"),
+    cites=("sdft2026", "agarwal2023gkd"),
 )
 def opd(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Target:
-    r"""A divergence to a teacher, weighted by the clipped ratio to the policy that wrote the text.
+    r"""Divergence to a teacher times w, the clipped ratio to the policy that wrote the text.
 
     .. math:: \ell = w\, JSD_\alpha(\pi_T, p), \quad w = \mathrm{sg} \min(p_y / \pi_{old,y}, c), \qquad
               Q = Q_{JSD_\alpha}, \quad s = w
 
-    ``alpha`` = 0 is the forward, 1 the reverse divergence; without ``clip`` the weight is 1. Takes ``tokens.teacher``
-    and, with a clip, ``tokens.old`` (N, V); gives (N,) losses in nats and Q (N, V).
+    Args:
+        tokens: logits (N, V), labels (N,), teacher (N, V); with ``clip`` also old (N, V).
+        alpha: share of the teacher in the divergence; 0 is the forward, 1 the reverse KL.
+        clip: c, the upper bound of the ratio; without it w = 1.
+
+    Returns:
+        Q (N, V) at scale w. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` or ``tokens.old`` is missing.
 
-    Source: released code for arXiv 2601.19897.
+    Source: released code for Shenfeld et al. 2026 (arXiv 2601.19897).
 
     Example:
         >>> import torch
@@ -58,7 +67,7 @@ def opd(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> 
 
 
 @opd.loss
-def opd_loss(tokens: Tokens, *, alpha: Share = 0.5, clip: Positive | None = None) -> Float[Tensor, " N"]:
+def opd_loss(tokens: Tokens, *, alpha, clip) -> Float[Tensor, " N"]:
     """min(p_y / old_y, clip) JSD_alpha."""
     loss = jsd_loss(tokens, beta=alpha)
     if clip is None:

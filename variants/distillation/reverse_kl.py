@@ -1,13 +1,13 @@
-"""Reverse KL to a teacher."""
+"""Reverse KL: divergence from the student to a teacher."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -15,8 +15,8 @@ from qlens.registry.citations import bibtex
     title="Reverse KL to a teacher",
     paper="Gu et al. 2023, arXiv 2306.08543 (MiniLLM's exact per-step term)",
     needs=("teacher",),
-    trusted="p_y (log(teacher_y / p_y) + KL) / (1 - p_y)",
-    residual="none: Q = p (1 + log(teacher / p) + KL), signed",
+    trusted="p_y (log(teacher_y / p_y) + KL(p || teacher)) / (1 - p_y)",
+    residual="Q = p (1 + log(teacher / p) + KL(p || teacher))",
     simplex=False,
     limits="jsd(beta=1); tokens with p near 0 get no push, whatever the teacher says",
     differences=(
@@ -24,22 +24,23 @@ from qlens.registry.citations import bibtex
         "Infinite where the teacher excludes a token that the student does not.",
     ),
     code="microsoft/LMOps minillm/minillm/losses.py",
-    bibtex=bibtex(
-        "gu2023minillm", "MiniLLM: Knowledge Distillation of Large Language Models", 2023, arxiv="2306.08543"
-    ),
+    cites=("gu2023minillm",),
 )
 def reverse_kl(tokens: Tokens) -> Target:
-    r"""Divergence from the student to the teacher, over the whole vocabulary.
+    r"""KL divergence from the student to the teacher.
 
     .. math:: \ell = KL(p \| \pi_T), \qquad Q = p \odot (1 + \log (\pi_T / p) + KL(p \| \pi_T))
 
-    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, below zero where the student far
-    exceeds the teacher.
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+
+    Returns:
+        Q (N, V) at scale 1, below zero where the student far exceeds the teacher. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
 
-    Source: arXiv 2306.08543.
+    Source: Gu et al. 2023 (arXiv 2306.08543).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Skewed forward KL: the student is mixed with the teacher's distribution."""
+"""Skew forward KL: divergence from the teacher to a mixture of teacher and student."""
 
 import math
 
@@ -6,16 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl, log_mix
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_mix
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
 
-DISTILLM = bibtex(
-    "ko2024distillm", "DistiLLM: Towards Streamlined Distillation for Large Language Models", 2024, arxiv="2402.03898"
-)
 DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
 
 
@@ -24,23 +21,34 @@ DISTILLM_CODE = "jongwooko/distillm distillm/losses.py"
     title="Skew forward KL",
     paper="Ko et al. 2024, arXiv 2402.03898",
     needs=("teacher",),
-    trusted="p_y ((1 - alpha) teacher_y / m_y - A) / (1 - p_y)",
-    residual="none: Q = p (1 - A + (1 - alpha) teacher / m), A = (1 - alpha) E_p[teacher / m]",
+    trusted=(
+        "p_y ((1 - alpha) teacher_y / m_y - a) / (1 - p_y), "
+        "with m = alpha teacher + (1 - alpha) p, a = (1 - alpha) E_p[teacher / m]"
+    ),
+    residual=(
+        "Q = p (1 - a + (1 - alpha) teacher / m), "
+        "with m = alpha teacher + (1 - alpha) p, a = (1 - alpha) E_p[teacher / m]"
+    ),
     simplex=True,
-    limits="alpha = 0 is kd; alpha = 1 teaches nothing",
+    limits="alpha = 0 is kd; alpha = 1 has no gradient",
     differences=(
         "The released value leaves out the teacher's entropy, so that it is no divergence; the gradient is right.",
     ),
     code=DISTILLM_CODE,
-    bibtex=DISTILLM,
+    cites=("ko2024distillm",),
 )
 def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
-    r"""Divergence from the teacher to a mixture that holds some of the teacher already.
+    r"""KL(teacher || m) with m = alpha teacher + (1 - alpha) p.
 
     .. math:: \ell = KL(\pi_T \| m), \quad m = \alpha \pi_T + (1 - \alpha) p, \qquad
               Q = p \odot \big(1 - A + (1 - \alpha) \pi_T / m\big), \quad A = (1 - \alpha) \mathbb{E}_p[\pi_T / m]
 
-    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, always a distribution.
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+        alpha: share of the teacher in m.
+
+    Returns:
+        Q (N, V) at scale 1, always a distribution. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -63,7 +71,7 @@ def skew_fkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 
 
 @skew_fkl.loss
-def skew_fkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+def skew_fkl_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """KL(teacher || alpha teacher + (1 - alpha) student)."""
     log_p, log_t = both(tokens)
     return kl(log_t, log_mix(log_t, log_p, alpha))

@@ -1,4 +1,4 @@
-"""Skewed reverse KL: the teacher is mixed with the student's distribution."""
+"""Skew reverse KL: divergence from the student to a mixture of teacher and student."""
 
 import math
 
@@ -6,12 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl, log_mix
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_mix
+from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Share
 from qlens.variants.distillation.reverse_kl import both
-from qlens.variants.distillation.skew_fkl import DISTILLM, DISTILLM_CODE
+from qlens.variants.distillation.skew_fkl import DISTILLM_CODE
 
 
 @register(
@@ -19,20 +20,25 @@ from qlens.variants.distillation.skew_fkl import DISTILLM, DISTILLM_CODE
     title="Skew reverse KL",
     paper="Ko et al. 2024, arXiv 2402.03898",
     needs=("teacher",),
-    trusted="p_y (E_p[c] - c_y) / (1 - p_y), c = log(p / m) - alpha p / m",
-    residual="none: Q = p (1 - c + E_p[c]), signed",
+    trusted="p_y (E_p[c] - c_y) / (1 - p_y), with m = (1 - alpha) teacher + alpha p, c = log(p / m) - alpha p / m",
+    residual="Q = p (1 - c + E_p[c]), with m = (1 - alpha) teacher + alpha p, c = log(p / m) - alpha p / m",
     simplex=lambda alpha: None if alpha > 0.05 else False,
-    limits="alpha = 0 is reverse_kl; alpha = 1 teaches nothing",
+    limits="alpha = 0 is reverse_kl; alpha = 1 has no gradient",
     code=DISTILLM_CODE,
-    bibtex=DISTILLM,
+    cites=("ko2024distillm",),
 )
 def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
-    r"""Divergence from the student to a mixture that holds some of the student already.
+    r"""KL(p || m) with m = (1 - alpha) teacher + alpha p.
 
     .. math:: \ell = KL(p \| m), \quad m = (1 - \alpha) \pi_T + \alpha p, \qquad
               Q = p \odot (1 - c + \mathbb{E}_p c), \quad c = \log (p / m) - \alpha p / m
 
-    Takes ``tokens.teacher`` (N, V); gives (N,) losses in nats and Q (N, V) at s = 1, which may be signed.
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+        alpha: share of the student in m.
+
+    Returns:
+        Q (N, V) at scale 1, possibly signed. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
@@ -53,7 +59,7 @@ def skew_rkl(tokens: Tokens, *, alpha: Share = 0.1) -> Target:
 
 
 @skew_rkl.loss
-def skew_rkl_loss(tokens: Tokens, *, alpha: Share = 0.1) -> Float[Tensor, " N"]:
+def skew_rkl_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """KL(student || alpha student + (1 - alpha) teacher)."""
     log_p, log_t = both(tokens)
     return kl(log_p, log_mix(log_p, log_t, alpha))

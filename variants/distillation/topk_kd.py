@@ -1,4 +1,4 @@
-"""Distillation from a teacher's k most probable tokens: the rule for the tail decides what is taught."""
+"""Top-k distillation: KL from the teacher's k most probable tokens, with a rule for the rest."""
 
 import math
 from typing import Annotated, Literal, NamedTuple
@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import kl, log_softmax, top_ids
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Share
 
 Rank = Annotated[int, Between(1)]
@@ -25,7 +25,7 @@ Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
     paper="Hinton et al. 2015, arXiv 1503.02531, as frameworks truncate it",
     needs=("teacher",),
     trusted="0",
-    residual="teacher on its top k; the tail by rule",
+    residual="t + (1 - sum_k t_k) p, with t = top(teacher, k); other tails: by their rule",
     simplex=lambda tail, **_: None if tail == "renorm_both" else True,
     limits="k >= V is kd (renorm_both with reverse = 0 too)",
     modes={
@@ -45,13 +45,7 @@ Tail = Literal["student", "renorm", "renorm_both", "bucket", "uniform"]
         "has k = 1.",
     ),
     code="verl-project/verl verl/trainer/distillation/losses.py; NVIDIA-NeMo/RL nemo_rl/algorithms/loss/loss_functions.py",
-    bibtex=bibtex(
-        "hinton2015distilling",
-        "Distilling the Knowledge in a Neural Network",
-        2015,
-        arxiv="1503.02531",
-        author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
-    ),
+    cites=("hinton2015distilling",),
 )
 def topk_kd(
     tokens: Tokens,
@@ -62,15 +56,24 @@ def topk_kd(
     floor: bool = False,
     cap: Positive | None = None,
 ) -> Target:
-    r"""Divergence from the teacher's top k, S, with mass M under the teacher and P under the student; q_S is the teacher on S.
+    r"""Divergence from the teacher's top k, the set S, of mass M under the teacher and P under the student.
 
     .. math:: Q = q_S + (1 - M) p, \quad q_S / M, \quad q_S / M - p_S (1 - P) / P + p_{\bar S}, \quad
               q_S + (1 - M) p_{\bar S} / (1 - P), \quad q_S + \tfrac{1 - M}{V - k} 1_{\bar S}
 
-    for ``tail`` "student" (truncated), "renorm", "renorm_both", "bucket" and "uniform". ``reverse`` is the share of
-    the reverse divergence, with "renorm_both" only. ``floor`` and ``cap`` clamp a row's value at 0 and at cap: rows
-    beyond have no gradient. Ties at the k-th place go to the lowest id. Takes ``tokens.teacher`` (N, V); gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    Q is listed for tail "student" (truncated), "renorm", "renorm_both", "bucket" and "uniform"; q_S is the teacher on
+    S. Ties at the k-th place go to the lowest id.
+
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+        k: number of the teacher's tokens.
+        tail: rule for the other tokens.
+        reverse: share of the reverse divergence, with "renorm_both" only.
+        floor: clamp a row's loss at 0, with no gradient below.
+        cap: upper bound of a row's loss, in nats, with no gradient above.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.teacher`` is missing, or ``reverse`` with another tail.
@@ -87,7 +90,7 @@ def topk_kd(
     top = Top.of(tokens.log_probs.detach(), tokens.log_probs_of("teacher"), k)
     p, q = top.log_p.exp(), top.log_q.exp()
     inside = torch.zeros_like(p).scatter(1, top.ids, 1.0)
-    rest = top.log_q_rest.exp()[:, None]
+    tail_mass = top.log_q_rest.exp()[:, None]
     on = torch.zeros_like(p).scatter(1, top.ids, q)
     sharp = torch.zeros_like(p).scatter(1, top.ids, log_softmax(top.log_q).exp())
     if tail == "student":
@@ -107,7 +110,7 @@ def topk_kd(
             if tail == "uniform"
             else (top.log_p - top.log_p_rest[:, None]).exp()
         )
-        grad = p - on - rest * torch.where(inside > 0, 0.0, spread)
+        grad = p - on - tail_mass * torch.where(inside > 0, 0.0, spread)
     value = _value(tokens.log_probs.detach(), tokens.log_probs_of("teacher"), k, tail, reverse)
     counts = (value >= 0) if floor else torch.ones_like(value, dtype=torch.bool)
     if cap is not None:
@@ -116,15 +119,7 @@ def topk_kd(
 
 
 @topk_kd.loss
-def topk_kd_loss(
-    tokens: Tokens,
-    *,
-    k: Rank = 64,
-    tail: Tail = "student",
-    reverse: Share = 0.0,
-    floor: bool = False,
-    cap: Positive | None = None,
-) -> Float[Tensor, " N"]:
+def topk_kd_loss(tokens: Tokens, *, k, tail, reverse, floor, cap) -> Float[Tensor, " N"]:
     """The divergence on the teacher's top k, clamped."""
     _check(tail, reverse)
     log_t = F.log_softmax(tokens.require("teacher"), -1).detach()
@@ -146,9 +141,9 @@ class Top(NamedTuple):
     @classmethod
     def of(cls, log_p: Tensor, log_t: Tensor, k: int) -> "Top":
         """Ties at the k-th place go to the lowest id."""
-        index = log_t.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-        rest = [log.scatter(1, index, -torch.inf).logsumexp(-1) for log in (log_t, log_p)]
-        return cls(index, log_t.gather(1, index), rest[0], log_p, rest[1])
+        index = top_ids(log_t, k)
+        log_rest = [log.scatter(1, index, -torch.inf).logsumexp(-1) for log in (log_t, log_p)]
+        return cls(index, log_t.gather(1, index), log_rest[0], log_p, log_rest[1])
 
 
 def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> Float[Tensor, " N"]:
@@ -166,8 +161,8 @@ def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> 
         value = value + kl(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
     if tail == "uniform" and top.ids.shape[1] < log_p.shape[1]:
         outside = log_p.shape[1] - top.ids.shape[1]
-        each = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)
-        value = value + kl(each.scatter(1, top.ids, -torch.inf), log_p)
+        log_share = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)
+        value = value + kl(log_share.scatter(1, top.ids, -torch.inf), log_p)
     return value
 
 

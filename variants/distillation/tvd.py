@@ -1,4 +1,4 @@
-"""Total variation from a teacher: which side of it a token is on is all that counts."""
+"""Total variation distance between student and teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 TIES = 1e3  # differences within this many roundings of the dtype are none
 
@@ -18,32 +17,30 @@ TIES = 1e3  # differences within this many roundings of the dtype are none
     title="Total variation distance to a teacher",
     paper="Wen et al. 2023, arXiv 2307.15190 (f-divergence distillation)",
     needs=("teacher",),
-    trusted="p_y (E_p[s] - s_y) / (1 - p_y)",
-    residual="none: Q = p (1 - s + E_p[s]), s = sign(p - teacher) / 2",
+    trusted="p_y (E_p[s] - s_y) / (1 - p_y), with s = sign(p - teacher) / 2",
+    residual="Q = p (1 - s + E_p[s]), with s = sign(p - teacher) / 2",
     simplex=True,
-    limits="teaches nothing where the student is above the teacher nowhere",
+    limits="no gradient where student and teacher agree",
     differences=("Where student and teacher agree to rounding, a token counts as neither above nor below.",),
     code="jongwooko/distillm distillm/losses.py::tv_distance",
-    bibtex=bibtex(
-        "wen2023fdistill",
-        "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
-        2023,
-        arxiv="2307.15190",
-    ),
+    cites=("wen2023fdistill",),
 )
 def tvd(tokens: Tokens) -> Target:
-    r"""Half the absolute difference between student and teacher.
+    r"""Total variation distance, half the absolute difference between student and teacher.
 
     .. math:: \ell = \tfrac12 \sum_k |p_k - \pi_{T,k}|, \qquad Q = p \odot (1 - s + \mathbb{E}_p s), \quad
               s_k = \tfrac12 \mathrm{sign}(p_k - \pi_{T,k})
 
-    Takes ``tokens.teacher`` (N, V); gives (N,) losses without a unit and Q (N, V) at s = 1, always a distribution.
-    Ties, to rounding, have s_k = 0.
+    Args:
+        tokens: logits (N, V), labels (N,), which do not enter, and teacher (N, V).
+
+    Returns:
+        Q (N, V) at scale 1, always a distribution; entries equal to rounding have s_k = 0. Losses (N,) have no unit.
 
     Raises:
         InputError: ``tokens.teacher`` is missing.
 
-    Source: as released with arXiv 2402.03898.
+    Source: Wen et al. 2023 (arXiv 2307.15190), as released with arXiv 2402.03898.
 
     Example:
         >>> import torch
@@ -62,7 +59,7 @@ def tvd_loss(tokens: Tokens) -> Float[Tensor, " N"]:
 
 
 def _apart(p: Float[Tensor, "N V"], q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """p - q, where they differ by more than rounding; target and loss must not disagree about a sign."""
+    """p - q, with 0 where they differ by rounding, so that target and loss agree on the sign."""
     gap = p - q
     rounding = TIES * torch.finfo(p.dtype).eps * torch.maximum(p, q).detach()
     return torch.where(gap.detach().abs() <= rounding, 0.0, gap)

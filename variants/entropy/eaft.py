@@ -1,18 +1,18 @@
-"""Entropy-adaptive fine-tuning: a label is trusted as far as the student is unsure."""
+"""Entropy-adaptive fine-tuning: log-likelihood weighted by the normalised entropy of the top k tokens."""
 
 import math
 from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import expectation, top_ids
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Share, Weight
 
 Rank = Annotated[int, Between(1)]
@@ -24,10 +24,10 @@ Gate = Literal["power", "sigmoid", "mask", "conflict"]
 @register(
     "eaft",
     title="Entropy-Adaptive Fine-Tuning",
-    paper="2026, arXiv 2601.02151",
+    paper="Diao et al. 2026, arXiv 2601.02151",
     scope=lambda gate, **_: "batch" if gate in ("mask", "conflict") else "token",
-    trusted="(H_top-k / ln k)^alpha",
-    residual="student",
+    trusted="(H_top(k) / log(k))^alpha; other gates: their value",
+    residual="student; not detached: and the gate's slope",
     simplex=lambda normalizer, gate, detach, k, **_: (
         True if detach and (normalizer == "ln_k" or gate != "power" or (normalizer or 1.0) >= math.log(k)) else None
     ),
@@ -49,12 +49,7 @@ Gate = Literal["power", "sigmoid", "mask", "conflict"]
         "The entropy is that of the top k logits renormalised, not a part of the full entropy.",
     ),
     code="hiyouga/LLaMA-Factory src/llamafactory/train/trainer_utils.py::eaft_loss_func",
-    bibtex=bibtex(
-        "eaft2026",
-        "Entropy-Adaptive Fine-Tuning: Resolving Confident Conflicts to Mitigate Forgetting",
-        2026,
-        arxiv="2601.02151",
-    ),
+    cites=("eaft2026",),
 )
 def eaft(
     tokens: Tokens,
@@ -68,21 +63,32 @@ def eaft(
     floor: Floor = 0.0,
     detach: bool = True,
 ) -> Target:
-    r"""The log-likelihood weighted by the normalised entropy h / c of the k most probable tokens.
+    r"""Log-likelihood weighted by the normalised entropy h / c of the k most probable tokens.
 
     .. math:: \ell = -\mathrm{sg}(\gamma) \log p_y, \quad \gamma = (h / c)^\alpha, \quad
               h = -\sum_{j \in \text{top } k} q_j \log q_j, \qquad Q = \gamma d + (1 - \gamma) p
 
-    with q the renormalised top k (all V entries where k is larger; ln k stays that of k). ``gate``: "power" as above;
-    "sigmoid" is :math:`\sigma(\alpha (h/c - \beta))`; "mask" drops the ``share`` of the batch with the least entropy;
-    "conflict" drops tokens that are within the least ``share`` by entropy and by p_y both. ``floor`` is added within
-    the logarithm. ``detach=False`` lets the gradient through the gate; the residual is then no longer the student.
-    Gives (N,) losses in nats and Q (N, V) at s = 1.
+    q is p renormalised on the top k (on all V entries where k is larger; ln k stays that of k).
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        k: number of tokens that the entropy runs over.
+        normalizer: c, "ln_k", a number or None for 1.
+        alpha: exponent, or slope of the sigmoid.
+        gate: "power" as above; "sigmoid" is sigma(alpha (h/c - beta)); "mask" drops the ``share`` of the batch with
+            the least entropy; "conflict" the tokens within the least ``share`` by entropy and by p_y both.
+        beta: centre of the sigmoid.
+        share: quantile of "mask" and "conflict".
+        floor: added within the logarithm.
+        detach: stop the gradient of the gate; otherwise the residual is not the student.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: k = 1 with "ln_k", or detach = False with a gate that has no gradient.
 
-    Source: arXiv 2601.02151, equations 2 and 3.
+    Source: Diao et al. 2026 (arXiv 2601.02151), equations 2 and 3.
 
     Example:
         >>> import torch
@@ -91,7 +97,7 @@ def eaft(
     """
     _check(k, normalizer, gate, detach)
     log_p = tokens.log_probs.detach()
-    index = _top(log_p, k)
+    index = top_ids(log_p, k)
     log_q = log_p.gather(1, index).log_softmax(-1)
     q = log_q.exp()
     logs = log_q if floor == 0 else (q + floor).log()
@@ -112,32 +118,16 @@ def eaft(
 
 
 @eaft.loss
-def eaft_loss(
-    tokens: Tokens,
-    *,
-    k: Rank = 20,
-    normalizer: Normalizer = "ln_k",
-    alpha: Weight = 1.0,
-    gate: Gate = "power",
-    beta: float = 0.17,
-    share: Share = 0.15,
-    floor: Floor = 0.0,
-    detach: bool = True,
-) -> Float[Tensor, " N"]:
+def eaft_loss(tokens: Tokens, *, k, normalizer, alpha, gate, beta, share, floor, detach) -> Float[Tensor, " N"]:
     """-gate log p_y."""
     _check(k, normalizer, gate, detach)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    kept = tokens.logits.detach() if detach else tokens.logits
-    top = kept.gather(1, _top(kept.detach(), k))
+    z = tokens.logits.detach() if detach else tokens.logits
+    top = z.gather(1, top_ids(z.detach(), k))
     q = torch.softmax(top, -1)
     logs = F.log_softmax(top, -1).masked_fill(q == 0, 0.0) if floor == 0 else torch.log(q + floor)
     h = -(q * logs).sum(-1)
     return _gate(h / _normalizer(normalizer, k), (-nll).exp().detach(), gate, alpha, beta, share) * nll
-
-
-def _top(values: Float[Tensor, "N V"], k: int) -> Int[Tensor, "N K"]:
-    """The k greatest of every row, ties by the lower id."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def _normalizer(normalizer: Normalizer, k: int) -> float:
@@ -147,7 +137,7 @@ def _normalizer(normalizer: Normalizer, k: int) -> float:
 def _gate(
     h: Float[Tensor, " N"], p_y: Float[Tensor, " N"], gate: Gate, alpha: float, beta: float, share: float
 ) -> Float[Tensor, " N"]:
-    """What weighs a token, from its normalised entropy."""
+    """The weight of each token, from its normalised entropy."""
     if gate == "power":
         above = h > 0  # a floor may take h below 0; at 0 itself a power below 1 has no slope
         return torch.where(above, torch.where(above, h, 1.0) ** alpha, 0.0) if alpha else torch.ones_like(h)
@@ -155,8 +145,8 @@ def _gate(
         return torch.sigmoid(alpha * (h - beta))
     if not len(h):
         return h
-    sure = h <= h.quantile(share)
-    return (~(sure if gate == "mask" else sure & (p_y <= p_y.quantile(share)))).to(h)
+    low = h <= h.quantile(share)
+    return (~(low if gate == "mask" else low & (p_y <= p_y.quantile(share)))).to(h)
 
 
 def _check(k: int, normalizer: Normalizer, gate: Gate, detach: bool) -> None:

@@ -1,4 +1,4 @@
-"""GEM: the label's log-probability against that of the student's own sharpened favourites."""
+"""GEM: cross-entropy at temperature beta in the logit gradient q - d, with q = softmax(z / beta)."""
 
 from typing import Literal
 
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 
 SLOPE = 0.01  # fixed in the released code
@@ -19,9 +19,9 @@ SLOPE = 0.01  # fixed in the released code
 @register(
     "gem",
     title="GEM, preserving diversity",
-    paper="2024, arXiv 2408.16673",
-    trusted="(1 - q_y) / (1 - p_y), q = softmax(z / beta)",
-    residual="none: Q = d + p - q, signed",
+    paper="Li et al. 2024, arXiv 2408.16673",
+    trusted="(1 - q_y) / (1 - p_y), with q = softmax(z / beta)",
+    residual="Q = d + p - q, with q = softmax(z / beta)",
     simplex=lambda beta, h: None if beta == 1 or h != "linear" else False,
     limits="beta = 1 is sft; linear is beta times the cross-entropy at temperature beta",
     modes={"scripts": {"h": "logsigmoid"}},
@@ -32,24 +32,24 @@ SLOPE = 0.01  # fixed in the released code
         "The released kernel's z-loss uses q where p is meant, and normalises q per shard under tensor parallelism.",
     ),
     code="liziniu/GEM sft_trainer.py::SFTTrainer.gem_loss",
-    bibtex=bibtex(
-        "gem2024",
-        "Preserving Diversity in Supervised Fine-Tuning of Large Language Models",
-        2024,
-        arxiv="2408.16673",
-    ),
+    cites=("gem2024",),
 )
 def gem(tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoid"] = "linear") -> Target:
-    r"""How far the label's log-probability lies above that of every token, weighted by a sharpened, detached student q.
+    r"""Expected gap log p_y - log p_k under the sharpened, detached student q = softmax(z / beta).
 
     .. math:: \ell = -\sum_k q_k w_k (\log p_y - \log p_k), \quad q = \mathrm{sg}\,\mathrm{softmax}(z / \beta), \qquad
               Q = d + p - q \text{ for } w = 1
 
-    ``h``: "linear" has w = 1; "logsigmoid" has w_k = sigma(0.01 (z_k - z_y)), detached, and Q = p - q w + (sum_k q_k
-    w_k) d. Q adds up to 1 and is signed: below zero where the sharpened student exceeds the student. Takes
-    ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        beta: temperature of q.
+        h: "linear" has w = 1; "logsigmoid" has detached w_k = sigma(0.01 (z_k - z_y)) and Q = p - q w + (sum_k q_k
+            w_k) d.
 
-    Source: arXiv 2408.16673; weights from released code.
+    Returns:
+        Signed Q (N, V) at scale 1, below zero where q exceeds p. Losses (N,) are in nats.
+
+    Source: Li et al. 2024 (arXiv 2408.16673); weights from released code.
 
     Example:
         >>> import torch
@@ -64,9 +64,7 @@ def gem(tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoi
 
 
 @gem.loss
-def gem_loss(
-    tokens: Tokens, *, beta: Positive = 0.7, h: Literal["linear", "logsigmoid"] = "linear"
-) -> Float[Tensor, " N"]:
+def gem_loss(tokens: Tokens, *, beta, h) -> Float[Tensor, " N"]:
     """-sum_k q_k w_k (log p_y - log p_k)."""
     log_p = F.log_softmax(tokens.logits, -1)
     label = tokens.labels.long()[:, None]

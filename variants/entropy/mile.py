@@ -1,4 +1,4 @@
-"""MiLe: tokens weigh by the student's entropy, relative to the batch."""
+"""MiLe loss: log-likelihood weighted by (1 + H)^gamma over its mean in the batch."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 LEAST = 1e-8  # the released code's floor of every probability within the entropy
@@ -17,34 +16,35 @@ LEAST = 1e-8  # the released code's floor of every probability within the entrop
 @register(
     "mile",
     title="MiLe loss",
-    paper="2023, arXiv 2310.19531",
+    paper="Su et al. 2023, arXiv 2310.19531",
     scope=lambda gamma: "batch" if gamma else "token",
-    trusted="(1 + H)^gamma over its mean in the batch",
+    trusted="w / mean(w), with w = (1 + H)^gamma",
     residual="student",
     simplex=lambda gamma: gamma == 0,
-    limits="gamma = 0 is sft; trusts by more than 1 where the student is less sure than the batch",
+    limits="gamma = 0 is sft; label weight above 1 where H is above its mean in the batch",
     differences=(
         "The released mean runs over ignored positions too, which Tokens does not hold: here it runs over all tokens given.",
         "The released code averages the normaliser over devices; here it is the micro-batch's own.",
         "It was written for pre-training.",
     ),
     code="suu990901/LLaMA-MiLe-Loss utils/trainer.py::MiLeLoss",
-    bibtex=bibtex(
-        "mile2023",
-        "MiLe Loss: a New Loss for Mitigating the Bias of Learning Difficulties in Generative Language Models",
-        2023,
-        arxiv="2310.19531",
-    ),
+    cites=("mile2023",),
 )
 def mile(tokens: Tokens, *, gamma: Weight = 1.0) -> Target:
-    r"""The log-likelihood weighted by how unsure the student is, the weights averaging 1 over the batch.
+    r"""Log-likelihood weighted by (1 + H)^gamma, normalised to mean 1 over the batch.
 
     .. math:: \ell = -\mathrm{sg}(w) \log p_y, \quad w = (1 + H)^\gamma / \overline{(1 + H)^\gamma}, \qquad Q = w d + (1 - w) p
 
-    Every probability within H is at least 1e-8. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in
-    nats and Q (N, V) at s = 1, signed where w is above 1.
+    Every probability within H is at least 1e-8.
 
-    Source: arXiv 2310.19531; the floor from released code.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        gamma: exponent.
+
+    Returns:
+        Q (N, V) at scale 1, signed where w > 1. Losses (N,) are in nats.
+
+    Source: Su et al. 2023 (arXiv 2310.19531); the floor from released code.
 
     Example:
         >>> import torch
@@ -58,7 +58,7 @@ def mile(tokens: Tokens, *, gamma: Weight = 1.0) -> Target:
 
 
 @mile.loss
-def mile_loss(tokens: Tokens, *, gamma: Weight = 1.0) -> Float[Tensor, " N"]:
+def mile_loss(tokens: Tokens, *, gamma) -> Float[Tensor, " N"]:
     """-sg(w) log p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     with torch.no_grad():

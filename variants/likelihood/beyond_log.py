@@ -1,4 +1,4 @@
-"""Beyond log-likelihood: (1 - p_y^alpha) / alpha, whose label weight is p_y^alpha."""
+"""Beyond log-likelihood: loss (1 - p_y^alpha) / alpha, label weight p_y^alpha."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,9 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
-PAPER = "2025, arXiv 2510.00526"
+PAPER = "Li et al. 2025, arXiv 2510.00526"
 CODE = "GaotangLi/Beyond-Log-Likelihood main_verl/trainer/fsdp_sft_trainer.py, trainer.objective_trans"
-BIBTEX = bibtex(
-    "beyondlog2025",
-    "Beyond Log Likelihood: Probability-Based Objectives for Supervised Fine-Tuning across the Model Capability Continuum",
-    2025,
-    arxiv="2510.00526",
-)
 
 
 @register(
@@ -28,7 +21,7 @@ BIBTEX = bibtex(
     trusted="p_y^alpha",
     residual="student",
     simplex=lambda alpha: alpha >= 0,
-    limits="alpha = 0 is sft; alpha = 1 is dft; alpha = q is gce; negative alpha trusts by more than 1",
+    limits="alpha = 0 is sft; alpha = 1 is dft; alpha = q is gce; negative alpha has a label weight above 1",
     modes={"GeneralFamily-10": {"alpha": 10.0}, "logp": {"alpha": 0.0}},
     differences=(
         "The released code's default objective is plain cross-entropy; its script for mathematics uses alpha = 10.",
@@ -37,17 +30,22 @@ BIBTEX = bibtex(
         "In the released code alpha = 0 divides by zero and a negative alpha breaks the parsing of its name.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log(tokens: Tokens, *, alpha: float = 1.0) -> Target:
-    r"""A power of the label's probability in place of its logarithm, differentiated as it stands.
+    r"""Power of the label probability in place of its logarithm, label weight p_y^alpha.
 
     .. math:: \ell = \frac{1 - p_y^\alpha}{\alpha}, \qquad Q = p_y^\alpha d + (1 - p_y^\alpha) p
 
-    ``alpha`` = 0 is the logarithmic limit. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses, in nats
-    at alpha = 0 and without a unit elsewhere, and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        alpha: exponent; 0 is the limit -log p_y.
 
-    Source: arXiv 2510.00526, the family f^alpha.
+    Returns:
+        Q (N, V) at scale 1; signed where alpha is negative. Losses (N,) are in nats at alpha = 0, without a unit
+        elsewhere.
+
+    Source: Li et al. 2025 (arXiv 2510.00526), the family f^alpha.
 
     Example:
         >>> import torch
@@ -58,7 +56,7 @@ def beyond_log(tokens: Tokens, *, alpha: float = 1.0) -> Target:
 
 
 @beyond_log.loss
-def beyond_log_loss(tokens: Tokens, *, alpha: float = 1.0) -> Float[Tensor, " N"]:
+def beyond_log_loss(tokens: Tokens, *, alpha) -> Float[Tensor, " N"]:
     """(1 - p_y^alpha) / alpha; -log p_y at alpha = 0."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     return -torch.expm1(-alpha * nll) / alpha if abs(alpha) > 1e-12 else nll  # the limit, to rounding

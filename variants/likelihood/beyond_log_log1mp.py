@@ -1,4 +1,4 @@
-"""Beyond log-likelihood, log(1 - p_y): a loss that learns from probable labels almost alone."""
+"""Beyond log-likelihood, log(1 - p_y): label weight p_y / (1 - p_y)."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
+from qlens.variants.likelihood.beyond_log import CODE, PAPER
 
 
 @register(
@@ -19,23 +19,27 @@ from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
     trusted="p_y / (1 - p_y)",
     residual="student",
     simplex=False,
-    limits="trusts by more than 1 where p_y > 1/2; g_y = -p_y",
+    limits="label weight above 1 where p_y > 1/2; g_y = -p_y",
     differences=(
         "The authors' table gives trust in [0, 1] for the whole row; here it is above 1 wherever p_y is above 1/2.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log_log1mp(tokens: Tokens) -> Target:
-    r"""The logarithm of the probability of everything else, which learns most from what is known already.
+    r"""Loss log(1 - p_y), label weight p_y / (1 - p_y).
 
     .. math:: \ell = \log(1 - p_y), \qquad Q = \frac{p_y}{1 - p_y} d + \left(1 - \frac{p_y}{1 - p_y}\right) p
 
-    Equivalently g = p_y (p_{-y} - d), with p_{-y} the other tokens' own distribution. Takes ``tokens.logits`` and
-    ``tokens.labels``; gives (N,) losses in nats, below 0 and without bound as p_y -> 1, and a signed Q (N, V) at s =
-    1.
+    The gradient is g = p_y (p_{-y} - d), with p_{-y} the distribution of the other tokens.
 
-    Source: arXiv 2510.00526.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Signed Q (N, V) at scale 1. Losses (N,) are in nats, negative, and unbounded as p_y -> 1.
+
+    Source: Li et al. 2025 (arXiv 2510.00526).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Brier score: the squared distance between the student's distribution and the label."""
+"""Brier score: squared distance between the student's distribution and the one-hot label."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -15,25 +14,24 @@ from qlens.registry.citations import bibtex
     title="Brier score",
     paper="Brier 1950, Monthly Weather Review 78",
     trusted="2 p_y (1 + sum_k p_k^2 - 2 p_y) / (1 - p_y)",
-    residual="the student's, the strong alternatives below their share",
+    residual="Q = p - 2 p (p - d - sum_k p_k^2 + p_y)",
     simplex=True,
     limits="no update where p is one-hot, right or wrong",
-    bibtex=bibtex(
-        "brier1950",
-        "Verification of Forecasts Expressed in Terms of Probability",
-        1950,
-        author="Brier, Glenn W.",
-        venue="Monthly Weather Review 78",
-    ),
+    cites=("brier1950",),
 )
 def brier(tokens: Tokens) -> Target:
-    r"""The squared distance between the student's distribution and the one-hot label, over the whole vocabulary.
+    r"""Squared distance of p from the one-hot label, over the whole vocabulary.
 
     .. math:: \ell = \sum_k (p_k - d_k)^2, \qquad Q = p - 2 p \odot \Big(p - d - \sum_j p_j^2 + p_y\Big)
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1, always a
-    distribution: p_k + p_y - sum_j p_j^2 is at most p_k (1 - p_k) + p_y (1 - p_y), so no entry is below 0. The
-    alternatives do not keep the student's proportions: the strong lose more than their share.
+    No entry of Q is below 0, since p_k + p_y - sum_j p_j^2 is at most p_k (1 - p_k) + p_y (1 - p_y). Strong
+    alternatives lose more than their share.
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Q (N, V) at scale 1, always a distribution. Losses (N,) have no unit.
 
     Source: Brier 1950.
 

@@ -1,4 +1,4 @@
-"""Cayley: the label weight of DEFT by a rational function of p_y."""
+"""Cayley gate: power loss whose exponent is a rational function of p_y."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.variants.likelihood.deft import BIBTEX, CAYLEY_EPSILON, CODE, PAPER
+from qlens.variants.likelihood.deft import CAYLEY_EPSILON, CODE, PAPER
 
 LEAST, FLOOR_SHARE = 0.001, 0.5
 
@@ -19,25 +19,30 @@ LEAST, FLOOR_SHARE = 0.001, 0.5
     paper=PAPER,
     scope="batch",
     structure="label",
-    trusted="p_y^a a / (a + 1e-8), with a from p_y / (2 - p_y) over the batch's floor",
+    trusted="p_y^a a / (a + 1e-8), with f = mean(p_y) / 2, a = f + (1 - f) p_y / (2 - p_y)",
     residual="student",
     simplex=True,
     limits="near sft where p_y is small throughout the batch, dft as p_y -> 1",
     differences=("The floor is that of a micro-batch, so that accumulation changes the gradient.",),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("deft2026",),
 )
 def cayley(tokens: Tokens) -> Target:
-    r"""A power loss whose exponent grows with the label's probability, from a floor that the batch sets.
+    r"""Power loss (1 - p_y^a) / a whose exponent a grows with p_y, from a floor set by the batch.
 
     .. math:: \ell = \frac{1 - p_y^\alpha}{\alpha + 10^{-8}}, \quad
               \alpha = \mathrm{clamp}\Big(f + (1 - f) \frac{p_y}{2 - p_y}\Big), \quad f = \tfrac12 \overline{p_y}, \qquad
               Q = \gamma d + (1 - \gamma) p, \quad \gamma = p_y^\alpha \frac{\alpha}{\alpha + 10^{-8}}
 
-    alpha is detached and kept within [0.001, 1]; the mean runs over all tokens given. Gives (N,) losses without a
-    unit and Q (N, V) at s = 1.
+    a is detached and clamped to [0.001, 1]; the mean runs over all tokens given.
 
-    Source: arXiv 2602.11424; constants from released code.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) have no unit.
+
+    Source: Wang et al. 2026 (arXiv 2602.11424); constants from released code.
 
     Example:
         >>> import torch

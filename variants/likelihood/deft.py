@@ -1,4 +1,4 @@
-"""DEFT: p_y to a power that is read from the distribution itself."""
+"""DEFT: power loss whose exponent is the concentration sum_k p_k^2."""
 
 import torch
 import torch.nn.functional as F
@@ -8,16 +8,9 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
-PAPER = "2026, arXiv 2602.11424"
+PAPER = "Wang et al. 2026, arXiv 2602.11424"
 CODE = "luludus/DEFT main_verl/trainer/fsdp_sft_trainer.py, trainer.objective_trans"
-BIBTEX = bibtex(
-    "deft2026",
-    "Gradients Must Earn Their Influence: Unifying SFT with Generalized Entropic Objectives",
-    2026,
-    arxiv="2602.11424",
-)
 DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the gradient
 
 
@@ -34,17 +27,21 @@ DEFT_EPSILON, CAYLEY_EPSILON = 1e-6, 1e-8  # of the released code: part of the g
         "Its sequence-parallel branch is plain cross-entropy.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("deft2026",),
 )
 def deft(tokens: Tokens) -> Target:
-    r"""A power loss whose exponent is the concentration of the student's distribution, detached.
+    r"""Power loss (1 - p_y^a) / a whose detached exponent is a = sum_k p_k^2.
 
     .. math:: \ell = \frac{1 - p_y^\alpha}{\alpha + 10^{-6}}, \quad \alpha = \mathrm{sg} \sum_k p_k^2, \qquad
               Q = \gamma d + (1 - \gamma) p, \quad \gamma = p_y^\alpha \frac{\alpha}{\alpha + 10^{-6}}
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
 
-    Source: arXiv 2602.11424; the 1e-6 from released code.
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) have no unit.
+
+    Source: Wang et al. 2026 (arXiv 2602.11424); the 1e-6 from released code.
 
     Example:
         >>> import torch

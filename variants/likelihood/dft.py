@@ -1,4 +1,4 @@
-"""Dynamic fine-tuning: the observed token is trusted as far as the student already believes it."""
+"""Dynamic fine-tuning: log-likelihood weighted by the label's own probability, Q = p_y d + (1 - p_y) p."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -25,20 +24,19 @@ from qlens.registry.citations import bibtex
         "In the official code the sequence-parallel branch is plain cross-entropy.",
     ),
     code="yongliang-wu/DFT verl/verl/trainer/fsdp_dft_trainer.py; huggingface/trl trl/trainer/sft_trainer.py::dft_loss",
-    bibtex=bibtex(
-        "wu2025dft",
-        "On the Generalization of SFT: A Reinforcement Learning Perspective with Reward Rectification",
-        2025,
-        arxiv="2508.05629",
-        author="Wu, Yongliang and others",
-    ),
+    cites=("wu2025dft",),
 )
 def dft(tokens: Tokens) -> Target:
-    r"""The log-likelihood weighted by the label's own probability, which carries no gradient.
+    r"""Log-likelihood weighted by the detached label probability p_y.
 
     .. math:: \ell = -\mathrm{sg}(p_y) \log p_y, \qquad Q = p_y d + (1 - p_y) p
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1. No clamp, no clip.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats, without clamp or clip.
+
     Source: Wu et al. 2025 (arXiv 2508.05629); the p-loss of Xie et al. 2026 (arXiv 2606.11189).
 
     Example:

@@ -1,4 +1,4 @@
-"""Focal loss: what is known well counts less."""
+"""Focal loss: log-likelihood weighted by (1 - p_y)^gamma."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -20,7 +19,7 @@ from qlens.registry.params import Weight
     trusted="(1 - p_y)^gamma - gamma p_y (1 - p_y)^(gamma - 1) log p_y; detached: (1 - p_y)^gamma",
     residual="student",
     simplex=lambda gamma, detach: detach or gamma == 0,
-    limits="gamma = 0 is sft; trusts by up to 1.13 (gamma 1), 1.22 (2), 1.39 (5)",
+    limits="gamma = 0 is sft; label weight up to 1.13 (gamma 1), 1.22 (2), 1.39 (5)",
     modes={"detached": {"detach": True}, "strong": {"gamma": 5.0}},
     differences=(
         "Detached, the weight never exceeds 1; as printed, it does for small p_y.",
@@ -28,22 +27,21 @@ from qlens.registry.params import Weight
         "fvcore's focal loss is the binary one and does not apply.",
     ),
     code="DarthReca/segmentation-losses-nlp loss/focal_loss.py",
-    bibtex=bibtex(
-        "lin2017focal",
-        "Focal Loss for Dense Object Detection",
-        2017,
-        arxiv="1708.02002",
-        author="Lin, Tsung-Yi and Goyal, Priya and Girshick, Ross and He, Kaiming and Doll{\\'a}r, Piotr",
-    ),
+    cites=("lin2017focal",),
 )
 def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Target:
-    r"""The log-likelihood weighted down by a power of what the label does not have.
+    r"""Log-likelihood weighted by (1 - p_y)^gamma.
 
     .. math:: \ell = -(1 - p_y)^\gamma \log p_y, \qquad Q = a d + (1 - a) p, \quad
               a = (1 - p_y)^\gamma - \gamma p_y (1 - p_y)^{\gamma - 1} \log p_y
 
-    ``detach`` stops the gradient of the weight, so that a = (1 - p_y)^gamma. Takes ``tokens.logits`` and
-    ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        gamma: exponent of the weight.
+        detach: stop the gradient of the weight, so that a = (1 - p_y)^gamma.
+
+    Returns:
+        Q (N, V) at scale 1, signed where a > 1. Losses (N,) are in nats.
 
     Source: Lin et al. 2017 (arXiv 1708.02002).
 
@@ -53,23 +51,25 @@ def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Targe
         tensor([0.2500])
     """
     log_y, log_rest = tokens.label_log_probs.detach(), tokens.rest_log_probs.detach()
-    rest = log_rest.exp()
+    other_mass = log_rest.exp()
     push = torch.where(log_rest > -torch.inf, gamma * log_rest, -torch.inf if gamma else 0.0).exp()
     if not detach:
         ratio = torch.where(
-            rest > 0, -torch.where(rest < 0.5, torch.log1p(-rest), log_y) / rest, 1.0
+            other_mass > 0, -torch.where(other_mass < 0.5, torch.log1p(-other_mass), log_y) / other_mass, 1.0
         )  # -log p / (1 - p)
         push = push * (1 + gamma * log_y.exp() * ratio)
     return Target.push(tokens, push)
 
 
 @focal.loss
-def focal_loss(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Float[Tensor, " N"]:
+def focal_loss(tokens: Tokens, *, gamma, detach) -> Float[Tensor, " N"]:
     """-(1 - p_y)^gamma log p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     # log(1 - p_y), added up over the others where p_y is near 1; finite where there are none
-    others = F.log_softmax(tokens.logits, -1).scatter(1, tokens.labels.long()[:, None], -torch.inf).clamp(min=-1e30)
+    other_log_p = (
+        F.log_softmax(tokens.logits, -1).scatter(1, tokens.labels.long()[:, None], -torch.inf).clamp(min=-1e30)
+    )
     p_y = torch.exp(-nll)
-    log_rest = torch.where(p_y < 0.5, torch.log1p(-p_y.clamp(max=0.5)), others.logsumexp(-1))
+    log_rest = torch.where(p_y < 0.5, torch.log1p(-p_y.clamp(max=0.5)), other_log_p.logsumexp(-1))
     weight = torch.exp(gamma * log_rest)
     return (weight.detach() if detach else weight) * nll

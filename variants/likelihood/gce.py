@@ -1,4 +1,4 @@
-"""Generalised cross-entropy: between log-likelihood and the mean absolute error."""
+"""Generalised cross-entropy: loss (1 - p_y^q) / q, label weight p_y^q."""
 
 from typing import Annotated
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Share
 
 Power = Annotated[float, Between(0, 1, open_low=True)]
@@ -32,21 +31,21 @@ Power = Annotated[float, Between(0, 1, open_low=True)]
         "label's probability under tokens.old decides, token by token.",
     ),
     code="AlanChou/Truncated-Loss TruncatedLoss.py",
-    bibtex=bibtex(
-        "zhang2018gce",
-        "Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy Labels",
-        2018,
-        arxiv="1805.07836",
-        author="Zhang, Zhilu and Sabuncu, Mert R.",
-    ),
+    cites=("zhang2018gce",),
 )
 def gce(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Target:
-    r"""Between the cross-entropy and the mean absolute error.
+    r"""Loss (1 - p_y^q) / q, between the cross-entropy (q -> 0) and the absolute error (q = 1).
 
     .. math:: \ell = \frac{1 - p_y^q}{q}, \qquad Q = p_y^q d + (1 - p_y^q) p
 
-    ``truncate`` k subtracts (1 - k^q)/q and drops the labels to which ``tokens.old`` gave no more than k. Takes
-    ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,); with ``truncate`` also old (N, V).
+        q: exponent, in (0, 1].
+        truncate: threshold k: labels to which ``tokens.old`` gives at most k are dropped, and (1 - k^q) / q is
+            subtracted.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) have no unit.
 
     Raises:
         InputError: ``truncate`` without ``tokens.old``.
@@ -65,7 +64,7 @@ def gce(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Tar
 
 
 @gce.loss
-def gce_loss(tokens: Tokens, *, q: Power = 0.7, truncate: Share | None = None) -> Float[Tensor, " N"]:
+def gce_loss(tokens: Tokens, *, q, truncate) -> Float[Tensor, " N"]:
     """(1 - p_y^q) / q, truncated: minus (1 - k^q) / q, times 1[old p_y > k]."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     loss = -torch.expm1(-q * nll) / q

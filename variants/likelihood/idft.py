@@ -1,4 +1,4 @@
-"""IDFT: a power of p_y as trust, its exponent set by how surprising the label is for this distribution."""
+"""In-distribution fine-tuning: label weight p_y^kappa, with kappa from the label's surprise over the entropy."""
 
 import math
 
@@ -11,7 +11,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
@@ -35,8 +34,8 @@ def mix_at(progress: float, warmup: float = 0.2, transition: float = 0.1) -> flo
 @register(
     "idft",
     title="In-distribution fine-tuning",
-    paper="2026, arXiv 2602.12222",
-    trusted="p_y^(1 + mix (e - 1)), e = exp(-(log p_y + H) / beta) clamped",
+    paper="Zhang et al. 2026, arXiv 2602.12222",
+    trusted="p_y^(1 + mix (e - 1)), with e = min(max(exp(-(log p_y + H) / beta), 0.1), 2)",
     residual="student",
     simplex=True,
     limits="mix = 0 is dft; far out of distribution p_y^2, well within p_y^0.1",
@@ -47,12 +46,7 @@ def mix_at(progress: float, warmup: float = 0.2, transition: float = 0.1) -> flo
         "The released loss mask is shifted once too often: it trains the last prompt token and not the end of the answer.",
     ),
     code="zhangmiaosen2000/Towards-On-Policy-SFT IDFT/verl/trainer/fsdp_polylog_trainer.py",
-    bibtex=bibtex(
-        "idft2026",
-        "Towards On-Policy SFT: Distribution Discriminant Theory and its Applications in LLM Training",
-        2026,
-        arxiv="2602.12222",
-    ),
+    cites=("idft2026",),
 )
 def idft(
     tokens: Tokens,
@@ -62,16 +56,25 @@ def idft(
     mix: Share = 1.0,
     floor: Weight = 1e-10,
 ) -> Target:
-    r"""The log-likelihood weighted by a power of p_y that grows with the label's surprise over what is expected.
+    r"""Log-likelihood weighted by p_y^kappa, where kappa grows with the surprise -(log p_y + H).
 
     .. math:: \ell = -\mathrm{sg}(p_y^\kappa) \log p_y, \quad \kappa = 1 + m (e - 1), \quad
               e = \mathrm{clamp}(\exp(-(\log p_y + H(p)) / \beta)), \qquad Q = p_y^\kappa d + (1 - p_y^\kappa) p
 
-    ``mix`` is m, which ``mix_at`` schedules. ``floor`` is the released code's: within H's logarithm, and p_y is
-    clamped there, so that labels below it have no gradient. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        beta: temperature of the surprise, in nats.
+        clamp: bounds (low, high) of e.
+        mix: m; ``mix_at`` gives the released schedule.
+        floor: added within the logarithm of H and lower bound of p_y, below which there is no gradient.
 
-    Source: arXiv 2602.12222; floor and schedule from released code.
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
+
+    Raises:
+        InputError: ``clamp`` is not 0 <= low <= high.
+
+    Source: Zhang et al. 2026 (arXiv 2602.12222); floor and schedule from released code.
 
     Example:
         >>> import torch
@@ -90,25 +93,18 @@ def idft(
 
 
 @idft.loss
-def idft_loss(
-    tokens: Tokens,
-    *,
-    beta: Positive = 1.0,
-    clamp: tuple[float, float] = (0.1, 2.0),
-    mix: Share = 1.0,
-    floor: Weight = 1e-10,
-) -> Float[Tensor, " N"]:
+def idft_loss(tokens: Tokens, *, beta, clamp, mix, floor) -> Float[Tensor, " N"]:
     """-sg(p_y^kappa) log p_y, p_y clamped at the floor."""
     low, high = _ordered(clamp)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    kept = nll.clamp(max=-math.log(floor)) if floor else nll
+    bounded = nll.clamp(max=-math.log(floor)) if floor else nll
     with torch.no_grad():
         probs = F.softmax(tokens.logits, -1)
         entropy = -torch.special.xlogy(probs, probs + floor).sum(-1)
-        phi = entropy - kept
+        phi = entropy - bounded
         e = torch.exp(torch.clamp(-phi / beta, max=60.0)).clamp(low, high)
-        weight = torch.exp(-(1 + mix * (e - 1)) * kept)
-    return weight * kept
+        weight = torch.exp(-(1 + mix * (e - 1)) * bounded)
+    return weight * bounded
 
 
 def _ordered(clamp: tuple[float, float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Mean absolute error between p and the one-hot label."""
+"""Mean absolute error: loss 2 (1 - p_y), label weight 2 p_y."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -19,21 +18,18 @@ from qlens.registry.citations import bibtex
     residual="student",
     simplex=False,
     limits="2 times dft",
-    bibtex=bibtex(
-        "ghosh2017mae",
-        "Robust Loss Functions under Label Noise for Deep Neural Networks",
-        2017,
-        arxiv="1712.09482",
-        author="Ghosh, Aritra and Kumar, Himanshu and Sastry, P. S.",
-    ),
+    cites=("ghosh2017mae",),
 )
 def mae(tokens: Tokens) -> Target:
-    r"""The absolute difference between the student's distribution and the label.
+    r"""Absolute error sum_k |p_k - d_k| = 2 (1 - p_y).
 
     .. math:: \ell = \sum_k |p_k - d_k| = 2 (1 - p_y), \qquad Q = 2 p_y d + (1 - 2 p_y) p
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses without a unit and Q (N, V) at s = 1, signed
-    where p_y is above 1/2.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Q (N, V) at scale 1, signed where p_y > 1/2. Losses (N,) have no unit.
 
     Source: Ghosh et al. 2017 (arXiv 1712.09482).
 

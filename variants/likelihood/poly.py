@@ -1,4 +1,4 @@
-"""PolyLoss: the cross-entropy with the first terms of its expansion changed."""
+"""PolyLoss: log-likelihood plus a polynomial in 1 - p_y."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 def _terms(epsilon: float | tuple[float, ...]) -> tuple[float, ...]:
@@ -18,10 +17,10 @@ def _terms(epsilon: float | tuple[float, ...]) -> tuple[float, ...]:
 def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     """Whether Q is a distribution: Q_k = -p_y slope p_k and Q_y = 1 + p_y (1 - p_y) slope, which is least at p_y = 1/2."""
     terms = _terms(epsilon)
-    if all(each <= 0 for each in terms):
-        least = sum(j * each for j, each in enumerate(terms, 1))
+    if all(coefficient <= 0 for coefficient in terms):
+        least = sum(j * coefficient for j, coefficient in enumerate(terms, 1))
         return True if least >= -4 else False if len(terms) == 1 else None
-    return False if all(each >= 0 for each in terms) else None
+    return False if all(coefficient >= 0 for coefficient in terms) else None
 
 
 @register(
@@ -29,28 +28,27 @@ def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     title="PolyLoss",
     paper="Leng et al. 2022, arXiv 2204.12511",
     structure="label",
-    trusted="1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
+    trusted="1 + epsilon p_y; a tuple: 1 + p_y sum_j j epsilon_j (1 - p_y)^(j - 1)",
     residual="student",
     simplex=_inside,
     limits="epsilon = 0 is sft; epsilon = -1 takes dft's gradient from sft's",
     modes={"optax": {"epsilon": 2.0}},
     differences=("Published defaults differ: 1 in the PyTorch port, 2 in optax.",),
     code="abhuse/polyloss-pytorch polyloss.py",
-    bibtex=bibtex(
-        "leng2022poly",
-        "PolyLoss: A Polynomial Expansion Perspective of Classification Loss Functions",
-        2022,
-        arxiv="2204.12511",
-    ),
+    cites=("leng2022poly",),
 )
 def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
-    r"""The log-likelihood plus a polynomial in 1 - p_y.
+    r"""Log-likelihood plus sum_j epsilon_j (1 - p_y)^j.
 
     .. math:: \ell = -\log p_y + \sum_j \epsilon_j (1 - p_y)^j, \qquad Q = a d + (1 - a) p, \quad
               a = 1 + p_y \sum_j j \epsilon_j (1 - p_y)^{j - 1}
 
-    ``epsilon``: a number is Poly-1, a tuple Poly-N. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses
-    in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        epsilon: coefficient of Poly-1, or a tuple of those of Poly-N.
+
+    Returns:
+        Q (N, V) at scale 1, signed for most coefficients. Losses (N,) are in nats.
 
     Source: Leng et al. 2022 (arXiv 2204.12511).
 
@@ -59,16 +57,16 @@ def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
         >>> poly(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), epsilon=-1.0).trust
         tensor([0.5000])
     """
-    p_y, rest = tokens.label_probs.detach(), tokens.rest_log_probs.detach().exp()
+    p_y, other_mass = tokens.label_probs.detach(), tokens.rest_log_probs.detach().exp()
     slope = torch.zeros_like(p_y)
-    for j, each in enumerate(_terms(epsilon), 1):
-        slope = slope + j * each * rest ** (j - 1)
+    for j, coefficient in enumerate(_terms(epsilon), 1):
+        slope = slope + j * coefficient * other_mass ** (j - 1)
     return Target.push(tokens, 1 + p_y * slope)
 
 
 @poly.loss
-def poly_loss(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Float[Tensor, " N"]:
+def poly_loss(tokens: Tokens, *, epsilon) -> Float[Tensor, " N"]:
     """-log p_y + sum_j epsilon_j (1 - p_y)^j."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     gap = -torch.expm1(-nll)
-    return nll + sum((each * gap**j for j, each in enumerate(_terms(epsilon), 1)), torch.zeros_like(nll))
+    return nll + sum((coefficient * gap**j for j, coefficient in enumerate(_terms(epsilon), 1)), torch.zeros_like(nll))

@@ -1,4 +1,4 @@
-"""Standard supervised fine-tuning: the observed token is trusted wholly."""
+"""Standard SFT: cross-entropy on the observed token, Q = d."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -15,7 +15,7 @@ from qlens.registry import register
     paper="common practice",
     structure="label",
     trusted="1",
-    residual="none",
+    residual="student",
     simplex=True,
     limits="every weighted method at weight 1",
     differences=("Frameworks differ in what the mean divides by, and in nothing else.",),
@@ -25,7 +25,13 @@ def sft(tokens: Tokens) -> Target:
 
     .. math:: \ell = -\log p_y, \qquad Q = d
 
-    Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+
+    Returns:
+        Q (N, V), the one-hot label, at scale 1. Losses (N,) are in nats.
+
+    Source: common practice.
 
     Example:
         >>> import torch

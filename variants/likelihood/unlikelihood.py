@@ -1,4 +1,4 @@
-"""Unlikelihood: tokens that should not come next are pushed down by name."""
+"""Unlikelihood training: log-likelihood of the label, and of "not c" for every negative c."""
 
 import math
 
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -19,8 +19,8 @@ from qlens.registry.params import Weight
     title="Unlikelihood training",
     paper="Welleck et al. 2019, arXiv 1908.04319",
     needs=("negatives",),
-    trusted="nll, and more where negatives are likely",
-    residual="none: Q = p + nll (d - p) + alpha sum_c p_c / (1 - p_c) (p - d_c)",
+    trusted="nll + alpha p_y c / (1 - p_y), with c = sum_k(negatives_k p_k / (1 - p_k))",
+    residual="Q = p + nll (d - p) + alpha (c p - negatives p / (1 - p)), with c = sum_k(negatives_k p_k / (1 - p_k))",
     simplex=lambda alpha, nll, floor: nll + (alpha if floor < 1 else 0) <= 1,
     limits="alpha = 0 is nll times sft; the label as its only negative, nll = 0: Q = p_{-y} at natural scale 1",
     modes={"sequence": {"nll": 0.0, "floor": 1e-20}},
@@ -30,18 +30,22 @@ from qlens.registry.params import Weight
         "The released sum is divided by fairseq's sample size.",
     ),
     code="facebookresearch/unlikelihood_training custom/candidate_penalty_ce_loss.py, custom/sequence_penalty_loss.py",
-    bibtex=bibtex(
-        "welleck2019unlikelihood", "Neural Text Generation with Unlikelihood Training", 2019, arxiv="1908.04319"
-    ),
+    cites=("welleck2019unlikelihood",),
 )
 def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floor: Weight = 1e-5) -> Target:
-    r"""The log-likelihood, and for every negative c the log-likelihood of not c.
+    r"""Log-likelihood of the label plus that of "not c" for every negative token c.
 
     .. math:: \ell = -n \log p_y - \alpha \sum_{c \in C} \log(1 - p_c), \qquad
               Q = p + n (d - p) + \alpha \sum_{c \in C} \frac{p_c}{1 - p_c} (p - d_c)
 
-    ``nll`` is n; ``floor`` bounds 1 - p_c from below, where the gradient ends; 0 sets no bound. Takes
-    ``tokens.negatives`` (N, V), a mask; gives (N,) losses in nats and Q (N, V) at s = 1, below zero on likely negatives.
+    Args:
+        tokens: logits (N, V), labels (N,) and negatives (N, V), the mask C.
+        alpha: weight of the negatives.
+        nll: n, the weight of the log-likelihood.
+        floor: lower bound of 1 - p_c, beyond which a negative has no gradient; 0 sets none.
+
+    Returns:
+        Q (N, V) at scale 1, below zero on likely negatives. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.negatives`` is missing.
@@ -55,26 +59,24 @@ def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floo
     """
     log_p, pushed = tokens.log_probs.detach(), tokens.require("negatives").bool()
     p, first = log_p.exp(), log_p.argmax(-1, keepdim=True)
-    rest = log_p.scatter(1, first, -torch.inf)
-    # the favourite alone may be near 1, where p_c / (1 - p_c) has no bound: its gradient is p without it minus p, in full
+    log_others = log_p.scatter(1, first, -torch.inf)
+    # p_c / (1 - p_c) is unbounded for the most probable token alone: its gradient is p without it minus p, in full
     bound = math.log(floor) if floor else -torch.inf
-    apart = (pushed.gather(1, first) & (rest.logsumexp(-1, keepdim=True) >= bound)).to(p)
+    apart = (pushed.gather(1, first) & (log_others.logsumexp(-1, keepdim=True) >= bound)).to(p)
     odds = torch.where(pushed & (1 - p >= floor), p / (1 - p), 0.0).scatter(1, first, 0.0)
-    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(rest.clamp(min=-1e30)).exp())
+    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(log_others.clamp(min=-1e30)).exp())
     label = Target.push(tokens, torch.full_like(p[:, 0], nll))
     return Target.from_grad(tokens, label.grad + alpha * grad)
 
 
 @unlikelihood.loss
-def unlikelihood_loss(
-    tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floor: Weight = 1e-5
-) -> Float[Tensor, " N"]:
+def unlikelihood_loss(tokens: Tokens, *, alpha, nll, floor) -> Float[Tensor, " N"]:
     """-nll log p_y - alpha sum_c log max(1 - p_c, floor)."""
     log_p = F.log_softmax(tokens.logits, -1)
     top = log_p.detach().argmax(-1, keepdim=True)
-    # log(1 - p) of the favourite is added up over the others; finite where there are none
-    rest = log_p.scatter(1, top, -torch.inf).clamp(min=-1e30)
-    unlikely = torch.log1p(-rest.exp()).scatter(1, top, rest.logsumexp(-1, keepdim=True))
+    # log(1 - p) of the most probable token is summed over the others; finite where there are none
+    log_others = log_p.scatter(1, top, -torch.inf).clamp(min=-1e30)
+    unlikely = torch.log1p(-log_others.exp()).scatter(1, top, log_others.logsumexp(-1, keepdim=True))
     unlikely = unlikely.clamp(min=math.log(floor)) if floor else unlikely
     down = -torch.where(tokens.require("negatives").bool(), unlikely, 0.0).sum(-1)
     return nll * F.nll_loss(log_p, tokens.labels.long(), reduction="none") + alpha * down

@@ -1,15 +1,16 @@
-"""Hard bootstrapping: a share of the target is the student's own most probable token."""
+"""Hard bootstrapping: cross-entropy toward the label mixed with the student's most probable token."""
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import one_hot, top_ids
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, one_hot
+from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Share
-from qlens.variants.mixture.bootstrap_soft import BIBTEX, CODE, PAPER
+from qlens.variants.mixture.bootstrap_soft import CODE, PAPER
 
 
 @register(
@@ -17,23 +18,27 @@ from qlens.variants.mixture.bootstrap_soft import BIBTEX, CODE, PAPER
     title="Hard bootstrapping",
     paper=PAPER,
     trusted="beta",
-    residual="one-hot at the student's favourite",
+    residual="one_hot(argmax p)",
     simplex=True,
     limits="beta = 1 is sft",
     differences=(
-        "Between equal favourites the lowest id is taken here; released code leaves it to argmax.",
+        "Of equally probable tokens the one with the lowest id is taken here; released code leaves it to argmax.",
         "The released code does not mask ignored positions in its second term.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("reed2014bootstrapping",),
 )
 def bootstrap_hard(tokens: Tokens, *, beta: Share = 0.8) -> Target:
-    r"""Cross-entropy toward the label mixed with the student's favourite token.
+    r"""Cross-entropy toward beta d + (1 - beta) d', with d' the one-hot of the most probable token.
 
     .. math:: \ell = -\beta \log p_y - (1 - \beta) \log \max_k p_k, \qquad Q = \beta d + (1 - \beta) d_{\arg\max p}
 
-    Ties go to the lowest id. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at
-    s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        beta: trust in the label.
+
+    Returns:
+        Q (N, V) at scale 1; ties go to the lowest id. Losses (N,) are in nats.
 
     Source: Reed et al. 2014 (arXiv 1412.6596).
 
@@ -43,13 +48,13 @@ def bootstrap_hard(tokens: Tokens, *, beta: Share = 0.8) -> Target:
         tensor([[0.8000, 0.2000]])
     """
     z = tokens.logits.detach()
-    favourite = z.sort(dim=-1, descending=True, stable=True).indices[:, 0]
-    return Target.mix(tokens, trust=beta, residual=one_hot(favourite, z.shape[-1], tokens.log_probs.dtype))
+    best = top_ids(z, 1)[:, 0]
+    return Target.mix(tokens, trust=beta, residual=one_hot(best, z.shape[-1], tokens.log_probs.dtype))
 
 
 @bootstrap_hard.loss
-def bootstrap_hard_loss(tokens: Tokens, *, beta: Share = 0.8) -> Float[Tensor, " N"]:
-    """-beta log p_y - (1 - beta) log p at the favourite."""
+def bootstrap_hard_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
+    """-beta log p_y - (1 - beta) log max_k p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     top = tokens.logits.detach() == tokens.logits.detach().amax(-1, keepdim=True)
     own = -log_p.gather(1, top.to(torch.uint8).argmax(-1, keepdim=True))[:, 0]

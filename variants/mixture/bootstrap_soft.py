@@ -1,4 +1,4 @@
-"""Soft bootstrapping: a share of the target is the student's own distribution."""
+"""Soft bootstrapping: cross-entropy toward the label mixed with the student's own distribution."""
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +8,10 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 PAPER = "Reed et al. 2014, arXiv 1412.6596"
 CODE = "vfdev-5/BootstrappingLoss bootstrapping_loss/loss.py"
-BIBTEX = bibtex(
-    "reed2014bootstrapping",
-    "Training Deep Neural Networks on Noisy Labels with Bootstrapping",
-    2014,
-    arxiv="1412.6596",
-    author="Reed, Scott and Lee, Honglak and Anguelov, Dragomir and Szegedy, Christian and Erhan, Dumitru and Rabinovich, Andrew",
-)
 
 
 @register(
@@ -36,15 +28,20 @@ BIBTEX = bibtex(
         "The released code does not mask ignored positions in its second term.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("reed2014bootstrapping",),
 )
 def bootstrap_soft(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -> Target:
-    r"""Cross-entropy toward the label mixed with the student's own distribution.
+    r"""Cross-entropy toward beta d + (1 - beta) p.
 
     .. math:: \ell = -\sum_k (\beta d_k + (1 - \beta) p_k) \log p_k, \qquad Q = \beta d + (1 - \beta) p
 
-    ``detach`` stops the gradient of the p in front of the logarithm; without it Q = beta d + (1 - beta) p (1 + log p
-    + H), signed. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        beta: trust in the label.
+        detach: stop the gradient of the p in the target; otherwise Q = beta d + (1 - beta) p (1 + log p + H), signed.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Source: Reed et al. 2014 (arXiv 1412.6596).
 
@@ -56,11 +53,11 @@ def bootstrap_soft(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -
     if detach:
         return Target.mix(tokens, trust=beta, residual="student")
     log_p = tokens.log_probs.detach().masked_fill(tokens.log_probs == -torch.inf, 0.0)
-    return Target.slope(tokens, -(1 - beta) * log_p, push=beta)
+    return Target.slope(tokens, -(1 - beta) * log_p, label_weight=beta)
 
 
 @bootstrap_soft.loss
-def bootstrap_soft_loss(tokens: Tokens, *, beta: Share = 0.95, detach: bool = True) -> Float[Tensor, " N"]:
+def bootstrap_soft_loss(tokens: Tokens, *, beta, detach) -> Float[Tensor, " N"]:
     """-sum_k (beta d_k + (1 - beta) p_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     p = log_p.exp().detach() if detach else log_p.exp()

@@ -1,4 +1,4 @@
-"""Label smoothing: a fixed share of the trust goes to all tokens alike."""
+"""Label smoothing: cross-entropy toward the label mixed with the uniform distribution."""
 
 from typing import Literal
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 from qlens.registry.structure import GeometricMixture
 
@@ -33,22 +32,26 @@ Over = Literal["all", "others"]
         "Padding rows of the vocabulary take their share of the smoothing everywhere.",
     ),
     code="huggingface/transformers src/transformers/trainer_pt_utils.py::LabelSmoother",
-    bibtex=bibtex(
-        "smoothing2025",
-        "Calibrated Language Models and How to Find Them with Label Smoothing",
-        2025,
-        arxiv="2508.00264",
-    ),
+    cites=("szegedy2016rethinking", "smoothing2025"),
 )
 def label_smoothing(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all") -> Target:
-    r"""Cross-entropy toward the label mixed with the uniform distribution over all V entries, the label among them.
+    r"""Cross-entropy toward (1 - epsilon) d + epsilon / V.
 
     .. math:: \ell = -(1 - \epsilon) \log p_y - \frac{\epsilon}{V} \sum_k \log p_k,
               \qquad Q = (1 - \epsilon) d + \epsilon / V
 
-    ``over="others"`` spreads epsilon over the V - 1 other entries, so that Q_y = 1 - epsilon. Takes ``tokens.logits``
-    and ``tokens.labels``; gives (N,) losses in nats and Q (N, V) at s = 1. V is the width of the logits, padding rows
-    of the vocabulary included; an impossible token (-inf) makes the loss infinite.
+    V is the width of the logits, padding rows of the vocabulary included; an impossible token (-inf) makes the loss
+    infinite.
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        epsilon: mass of the uniform distribution.
+        over: "all" entries, the label among them, or the V - 1 "others", so that Q_y = 1 - epsilon.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
+
+    Source: Szegedy et al. 2016 (arXiv 1512.00567); for SFT, arXiv 2508.00264.
 
     Example:
         >>> import torch
@@ -60,11 +63,11 @@ def label_smoothing(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all")
 
 
 @label_smoothing.loss
-def label_smoothing_loss(tokens: Tokens, *, epsilon: Share = 0.1, over: Over = "all") -> Float[Tensor, " N"]:
+def label_smoothing_loss(tokens: Tokens, *, epsilon, over) -> Float[Tensor, " N"]:
     """-(1 - epsilon) log p_y - epsilon mean_k log p_k, the mean over all or over the others."""
     log_p = F.log_softmax(tokens.logits, -1)
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
     if over == "all":
         return (1 - epsilon) * nll - epsilon * log_p.mean(-1)
-    each = epsilon / (log_p.shape[-1] - 1)
-    return (1 - epsilon - each) * nll - each * log_p.sum(-1)
+    per_entry = epsilon / (log_p.shape[-1] - 1)
+    return (1 - epsilon - per_entry) * nll - per_entry * log_p.sum(-1)

@@ -1,4 +1,4 @@
-"""Rotation-preserving SFT: plain SFT, with the leading singular directions of every weight matrix held in place."""
+"""Rotation-preserving SFT: cross-entropy, and a penalty that holds each weight matrix's leading singular directions."""
 
 import weakref
 from collections.abc import Mapping
@@ -14,7 +14,6 @@ from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Weight
 
 Rank = Annotated[int, Between(1)]
@@ -24,11 +23,11 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
 @register(
     "rpsft",
     title="Rotation-preserving SFT",
-    paper="2026, arXiv 2605.10973",
+    paper="Jin et al. 2026, arXiv 2605.10973",
     scope="parameters",
     structure="label",
     trusted="1",
-    residual="none (the penalty acts on weights, not on tokens)",
+    residual="student",
     simplex=True,
     limits="weight = 0 is sft; at token level it is sft always; k >= min(shape) pulls the whole matrix back (L2 to the start)",
     modes={
@@ -45,7 +44,7 @@ SKIPPED = ("vision", "cross", "multi_modal")  # the released code leaves matrice
         "Whether the paper normalises the penalty is not confirmed.",
     ),
     code="jinhangzhan/RPSFT sft/src/training/trainer.py::QwenTrainer.compute_loss",
-    bibtex=bibtex("rpsft2026", "Rotation-Preserving Supervised Fine-Tuning", 2026, arxiv="2605.10973"),
+    cites=("rpsft2026",),
 )
 def rpsft(
     tokens: Tokens, *, weight: Weight = 1.0, k: Rank = 768, normalize: bool = False, half: bool = False
@@ -55,15 +54,22 @@ def rpsft(
     .. math:: L = -\log p_y + \lambda \sum_W \| U_k^\top W V_k - U_k^\top W_0 V_k \|_F^2, \qquad Q = d
 
     W_0 = U S V^T is the matrix before training; the sum runs over the model's two-dimensional parameters, head and
-    embeddings among them, except those with vision, cross or multi_modal in their names. Where k reaches the smaller
-    side of W the penalty is that of the whole matrix. ``normalize`` divides each term by the squared norm of U_k^T
-    W_0 V_k; ``half`` computes with float16 singular vectors and weights. No token's Q shows any of it:
-    ``variant.penalty(model)`` is the second term. W_0 are the weights at ``variant.start(model)``, which QTrainer calls
-    when a run begins and saves with every checkpoint, so that a resumed run is held to the first one's start; without
-    that call, those at the first ``penalty`` of a model. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    embeddings among them, except those with vision, cross or multi_modal in their names. The penalty does not enter
+    Q: it is ``variant.penalty(model)``. W_0 are the weights at ``variant.start(model)``, which QTrainer calls when a
+    run begins and saves with every checkpoint, so that a resumed run keeps the first one's start; without that call,
+    those at the first ``penalty`` of a model.
 
-    Source: arXiv 2605.10973; released code for the penalty's form.
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        weight: lambda, the weight of the penalty.
+        k: number of singular directions; from the smaller side of W on, the penalty is that of the whole matrix.
+        normalize: divide each term by the squared norm of U_k^T W_0 V_k.
+        half: compute with float16 singular vectors and weights.
+
+    Returns:
+        Q (N, V), the one-hot label, at scale 1. Losses (N,) are in nats, without the penalty.
+
+    Source: Jin et al. 2026 (arXiv 2605.10973); released code for the penalty's form.
 
     Example:
         >>> import torch, qlens
@@ -76,15 +82,13 @@ def rpsft(
 
 
 @rpsft.loss
-def rpsft_loss(
-    tokens: Tokens, *, weight: Weight = 1.0, k: Rank = 768, normalize: bool = False, half: bool = False
-) -> Float[Tensor, " N"]:
-    """-log p_y; the penalty is not a token's."""
+def rpsft_loss(tokens: Tokens, *, weight, k, normalize, half) -> Float[Tensor, " N"]:
+    """-log p_y, without the penalty."""
     return F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
 
 
 @rpsft.penalty
-def rpsft_penalty(model: nn.Module, *, weight: float, k: int, normalize: bool, half: bool) -> Tensor:
+def rpsft_penalty(model: nn.Module, *, weight, k, normalize, half) -> Tensor:
     """weight sum_W || U^T W V - U^T W_0 V ||^2, a scalar."""
     if (k, half) not in _STARTS.get(model, {}):
         rpsft_start(model, None, weight=weight, k=k, normalize=normalize, half=half)
@@ -96,9 +100,9 @@ def rpsft_penalty(model: nn.Module, *, weight: float, k: int, normalize: bool, h
 
 @rpsft.start
 def rpsft_start(
-    model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight: float, k: int, normalize: bool, half: bool
+    model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight, k, normalize, half
 ) -> dict[str, Tensor]:
-    """W_0: the model's weights as they are now, or as a checkpoint has them."""
+    """Set W_0 to the present weights of the model, or to those of a checkpoint."""
     matrices = _matrices(model)
     if saved is None:
         anchors = {name: Anchor.of(matrix, k, half) for name, matrix in matrices.items()}
@@ -110,7 +114,7 @@ def rpsft_start(
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """Where a matrix began: its leading singular vectors and block, or the whole of it where they span it."""
+    """The start of a matrix: its leading singular vectors and their block, or all of it where they span it."""
 
     left: Tensor | None
     right: Tensor | None
@@ -118,23 +122,27 @@ class Anchor:
 
     @classmethod
     def of(cls, matrix: Tensor, k: int, half: bool) -> "Anchor":
-        """The anchor of a matrix as it is now."""
+        """The anchor of a matrix at its present values."""
         start = matrix.detach().clone()
         if k >= min(matrix.shape):
             return cls(None, None, start)
         u, _, vh = torch.linalg.svd(start.double(), full_matrices=False)
-        kept = torch.float16 if half else start.dtype
-        left, right = u[:, :k].to(kept), vh[:k].T.to(kept)
-        return cls(left, right, left.T @ start.to(kept) @ right)  # diag(S), rounded as what it is compared with
+        dtype = torch.float16 if half else start.dtype
+        left, right = u[:, :k].to(dtype), vh[:k].T.to(dtype)
+        return cls(left, right, left.T @ start.to(dtype) @ right)  # diag(S), rounded as what it is compared with
 
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """The tensors of the anchor by name, for a checkpoint."""
         named = {"left": self.left, "right": self.right, "block": self.block}
         return {name: value.contiguous() for name, value in named.items() if value is not None}
 
     @classmethod
     def read(cls, saved: Mapping[str, Tensor], name: str, matrix: Tensor, k: int, half: bool) -> "Anchor":
-        """The anchor of a matrix from the tensors of a checkpoint."""
+        """The anchor of a matrix from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint has no anchor for this matrix, k and half.
+        """
         parts = {part: saved.get(f"{name}.{part}") for part in ("left", "right", "block")}
         rows, columns = matrix.shape
         expected: dict[str, tuple | None] = {"left": (rows, k), "right": (columns, k), "block": (k, k)}
@@ -152,7 +160,7 @@ class Anchor:
         return cls(left, right, block)
 
     def distance(self, matrix: Tensor, normalize: bool) -> Tensor:
-        """The squared Frobenius norm of what the block has moved."""
+        """The squared Frobenius norm of the change of the block."""
         if self.left is None or self.right is None:
             moved = matrix - self.block.to(matrix)
         else:
@@ -165,11 +173,11 @@ class Anchor:
 
 
 _STARTS: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], dict[str, Anchor]]]" = weakref.WeakKeyDictionary()
-"""Of every model in training, by k and half: the anchors of its matrices at the start of its run."""
+"""The anchors of each model in training, by (k, half) and the name of the matrix."""
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The weight matrices that are held, by name."""
+    """The penalised weight matrices by name."""
     if adapters := [name for name, _ in model.named_parameters() if "lora_" in name]:
         raise InputError(f"rpsft holds full weights, but the model has adapters ({adapters[0]}): train it without them")
     return {n: p for n, p in model.named_parameters() if p.ndim == 2 and not any(s in n for s in SKIPPED)}

@@ -1,4 +1,4 @@
-"""GRPO and its relatives: group advantages, with the ratio clipped, capped or smoothed, by token or by sequence."""
+"""GRPO, CISPO, GSPO and SAPO: ratio to the sampling policy times a group advantage, by token or by sequence."""
 
 import math
 from typing import Annotated, Literal
@@ -13,7 +13,6 @@ from qlens.core.segments import Groups
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Between, Positive, Weight
 
 Objective = Literal["clip", "cispo", "sapo"]
@@ -38,7 +37,10 @@ def _sequences(level: str, normalize: object) -> bool:
     ),  # fmt: skip
     coupled=lambda level, objective, **_: "sequence" if level == "sequence" and objective != "cispo" else "",
     structure="label",
-    trusted="A p_y / old_y inside the clip, minus weight (1 - reference_y / p_y)",
+    trusted=(
+        "A r where A r <= A min(max(r, 1 - eps_low), 1 + eps_high), else 0, with r = p_y / old_y; "
+        "weight > 0: plus weight (reference_y / p_y - 1)"
+    ),
     residual="student",
     simplex=None,
     limits="student = old, weight = 0 is reinforce; objective clip by token is ppo_clip",
@@ -57,12 +59,7 @@ def _sequences(level: str, normalize: object) -> bool:
         "A sequence's ratio counts once per token here, as TRL broadcasts it.",
     ),
     code="huggingface/trl trl/trainer/grpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "shao2024grpo",
-        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
-        2024,
-        arxiv="2402.03300",
-    ),
+    cites=("shao2024grpo",),
 )
 def grpo(
     tokens: Tokens,
@@ -77,22 +74,34 @@ def grpo(
     temperature: tuple[float, float] = (1.0, 1.05),
     ratio_clamp: Positive | None = 20.0,
 ) -> Target:
-    r"""The ratio to the sampling policy times the group's advantage, plus a k3 penalty to the reference.
+    r"""Ratio to the sampling policy times the group's advantage, plus a k3 penalty to the reference.
 
     .. math:: \ell = -\min(A \rho, A\, \mathrm{clip}(\rho)), \quad -A\, \mathrm{sg} \min(\rho, \epsilon_h) \log p_y, \quad
               -\tfrac{4 A}{\tau} \sigma(\tau (\rho - 1)), \qquad Q = a d + (1 - a) p
 
-    for ``objective`` "clip", "cispo" and "sapo" (``temperature``: tau for A > 0 and for A <= 0), with a = A rho where
-    active, A min(rho, eps_high), and 4 A rho sigma (1 - sigma). ``level="sequence"`` has rho = exp of the sequence's
-    mean log-ratio. ``dual`` caps rho for A < 0. ``normalize``: rows as they are, over their sequence's length, or
-    over a constant. ``ratio_clamp`` bounds log-ratios, with no gradient beyond. Takes ``tokens.advantage`` (N,),
-    ``tokens.old`` (N, V) and, where they count, ``reference`` and ``sequence``; gives (N,) losses in the advantage's
-    unit and Q (N, V) at s = 1.
+    The three losses are those of objective "clip", "cispo" and "sapo", with a = A rho where active, A min(rho,
+    eps_high), and 4 A rho sigma (1 - sigma).
+
+    Args:
+        tokens: logits (N, V), labels (N,), advantage (N,), old (N, V); where they are used, reference (N, V) and
+            sequence (N,).
+        objective: "clip" as in PPO, "cispo" with a capped and detached ratio, "sapo" with a sigmoid.
+        level: ratio of each "token", or exp of the "sequence"'s mean log-ratio.
+        eps_low: lower end of the clip.
+        eps_high: upper end of the clip; for "cispo" the cap itself.
+        dual: cap of the ratio for negative advantages.
+        weight: of the k3 penalty to the reference.
+        normalize: rows as they are ("tokens"), over their sequence's length ("sequences"), or over a constant.
+        temperature: tau of "sapo" for A > 0 and for A <= 0.
+        ratio_clamp: bound of log-ratios, in nats, with no gradient beyond.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in the advantage's unit.
 
     Raises:
-        InputError: a field is missing, or dual is not above 1 + eps_high, where the clip would undo it.
+        InputError: a field is missing, or ``dual`` is not above 1 + eps_high, where the clip would undo it.
 
-    Source: arXiv 2402.03300; TRL's options.
+    Source: Shao et al. 2024 (arXiv 2402.03300); TRL's options.
 
     Example:
         >>> import torch
@@ -107,8 +116,8 @@ def grpo(
     log_ratio = own - tokens.gather(tokens.log_probs_of("old"))
     if level == "sequence" and groups is not None:
         log_ratio = groups.mean(log_ratio)[groups.index]
-    inside, kept = _clamped(log_ratio, ratio_clamp)
-    ratio = kept.exp()
+    inside, clamped = _clamped(log_ratio, ratio_clamp)
+    ratio = clamped.exp()
     if objective == "cispo":
         push = advantage * ratio.clamp(max=eps_high)
     elif objective == "sapo":
@@ -133,17 +142,7 @@ def grpo(
 
 @grpo.loss
 def grpo_loss(
-    tokens: Tokens,
-    *,
-    objective: Objective = "clip",
-    level: Level = "token",
-    eps_low: Weight = 0.2,
-    eps_high: Weight = 0.2,
-    dual: Positive | None = None,
-    weight: Weight = 0.0,
-    normalize: Normalize = "tokens",
-    temperature: tuple[float, float] = (1.0, 1.05),
-    ratio_clamp: Positive | None = 20.0,
+    tokens: Tokens, *, objective, level, eps_low, eps_high, dual, weight, normalize, temperature, ratio_clamp
 ) -> Float[Tensor, " N"]:
     """The objective and the penalty, normalised."""
     _check(dual, eps_high)
@@ -151,13 +150,10 @@ def grpo_loss(
     log_p = -F.cross_entropy(tokens.logits, labels, reduction="none")
     log_old = -F.cross_entropy(tokens.require("old"), labels, reduction="none").detach()
     advantage = tokens.require("advantage").detach().to(log_p)
-    same = torch.eye(len(labels), dtype=log_p.dtype, device=log_p.device)
-    if _sequences(level, normalize):
-        ids = tokens.require("sequence")
-        same = (ids[:, None] == ids).to(log_p)
+    groups = Groups(tokens.require("sequence")) if _sequences(level, normalize) else None
     log_ratio = log_p - log_old
-    if level == "sequence":
-        log_ratio = same @ log_ratio / same.sum(1)
+    if level == "sequence" and groups is not None:
+        log_ratio = groups.mean(log_ratio)[groups.index]
     if ratio_clamp is not None:
         log_ratio = log_ratio.clamp(-ratio_clamp, ratio_clamp)
     ratio = log_ratio.exp()
@@ -174,20 +170,20 @@ def grpo_loss(
         gap = -F.cross_entropy(tokens.require("reference"), labels, reduction="none").detach() - log_p
         gap = gap if ratio_clamp is None else gap.clamp(-ratio_clamp, ratio_clamp)
         loss = loss + weight * (gap.exp() - gap - 1)
-    if normalize == "sequences":
-        return loss / same.sum(1)
-    return loss if normalize == "tokens" else loss / normalize
+    if normalize == "sequences" and groups is not None:
+        return loss / groups.size(loss)
+    return loss if isinstance(normalize, str) else loss / normalize
 
 
 def _clamped(log_ratio: Float[Tensor, " N"], clamp: float | None) -> tuple[Tensor, Tensor]:
-    """Where a log-ratio is inside its clamp, and the clamped one."""
+    """A mask of the log-ratios within the clamp, and the clamped log-ratios."""
     if clamp is None:
         return torch.ones_like(log_ratio, dtype=torch.bool), log_ratio
     return log_ratio.abs() <= clamp, log_ratio.clamp(-clamp, clamp)
 
 
 def _share(normalize: Normalize, groups: Groups | None, like: Float[Tensor, " N"]) -> Tensor | float:
-    """What multiplies a token's row."""
+    """The factor of each row."""
     if normalize == "sequences" and groups is not None:
         return 1 / groups.size(like)
     return 1.0 if isinstance(normalize, str) else 1 / normalize

@@ -1,4 +1,4 @@
-"""PPO: the clipped ratio to an old policy times an advantage."""
+"""PPO: clipped ratio to an old policy times an advantage."""
 
 import math
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
@@ -20,7 +19,7 @@ from qlens.registry.params import Positive, Share, Weight
     paper="Schulman et al. 2017, arXiv 1707.06347",
     needs=("advantage", "old"),
     structure="label",
-    trusted="A p_y / old_y inside the clip, else 0",
+    trusted="A r where A r <= A min(max(r, 1 - eps_low), 1 + eps_high), else 0, with r = p_y / old_y",
     residual="student",
     simplex=None,
     limits="student = old is reinforce; every advantage 1 is psft",
@@ -30,13 +29,7 @@ from qlens.registry.params import Positive, Share, Weight
         "verl adds a dual clip at 3 for negative advantages and clamps the log-ratio to 20 (ratio_clamp).",
     ),
     code="verl-project/verl verl/trainer/ppo/core_algos.py",
-    bibtex=bibtex(
-        "schulman2017ppo",
-        "Proximal Policy Optimization Algorithms",
-        2017,
-        arxiv="1707.06347",
-        author="Schulman, John and Wolski, Filip and Dhariwal, Prafulla and Radford, Alec and Klimov, Oleg",
-    ),
+    cites=("schulman2017ppo",),
 )
 def ppo_clip(
     tokens: Tokens,
@@ -46,14 +39,22 @@ def ppo_clip(
     dual: Positive | None = None,
     ratio_clamp: Positive | None = 20.0,
 ) -> Target:
-    r"""The ratio to the policy that sampled, times the advantage, clipped where it would pay to go on.
+    r"""Clipped ratio to the sampling policy times the advantage A.
 
     .. math:: \ell = -\min(A \rho, A\, \mathrm{clip}(\rho, 1 - \epsilon_l, 1 + \epsilon_h)), \quad
               \rho = p_y / \pi_{old,y}, \qquad Q = a d + (1 - a) p, \quad a = A \rho\, 1[\text{active}]
 
-    Active: rho <= 1 + eps_high for A > 0, rho >= 1 - eps_low for A < 0 (and rho <= ``dual``, if given).
-    ``ratio_clamp`` bounds the log-ratio, with no gradient beyond. Takes ``tokens.advantage`` (N,) and ``tokens.old``
-    (N, V), constants; gives (N,) losses in the advantage's unit and Q (N, V) at s = 1.
+    Active: rho <= 1 + eps_high for A > 0; rho >= 1 - eps_low, and rho <= dual if given, for A < 0.
+
+    Args:
+        tokens: logits (N, V), labels (N,), advantage (N,) and old (N, V), constants.
+        eps_low: lower end of the clip.
+        eps_high: upper end of the clip.
+        dual: cap of the ratio for negative advantages.
+        ratio_clamp: bound of the log-ratio, in nats, with no gradient beyond.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in the advantage's unit.
 
     Raises:
         InputError: ``tokens.advantage`` or ``tokens.old`` is missing.
@@ -78,14 +79,7 @@ def ppo_clip(
 
 
 @ppo_clip.loss
-def ppo_clip_loss(
-    tokens: Tokens,
-    *,
-    eps_low: Share = 0.2,
-    eps_high: Weight = 0.2,
-    dual: Positive | None = None,
-    ratio_clamp: Positive | None = 20.0,
-) -> Float[Tensor, " N"]:
+def ppo_clip_loss(tokens: Tokens, *, eps_low, eps_high, dual, ratio_clamp) -> Float[Tensor, " N"]:
     """-min(A rho, A clip(rho)), and for A < 0 at most -A dual."""
     labels = tokens.labels.long()
     now = F.cross_entropy(tokens.logits, labels, reduction="none")

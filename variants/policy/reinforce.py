@@ -1,4 +1,4 @@
-"""REINFORCE: the log-likelihood times an advantage."""
+"""REINFORCE: log-likelihood times an advantage."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,7 +7,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
@@ -16,25 +15,23 @@ from qlens.registry.citations import bibtex
     paper="Williams 1992, Machine Learning 8",
     needs=("advantage",),
     structure="label",
-    trusted="the advantage",
+    trusted="A",
     residual="student",
     simplex=None,
     limits="every advantage 1 is sft; a negative one pushes the label down in favour of all others alike",
-    bibtex=bibtex(
-        "williams1992reinforce",
-        "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning",
-        1992,
-        author="Williams, Ronald J.",
-        venue="Machine Learning 8",
-    ),
+    cites=("williams1992reinforce",),
 )
 def reinforce(tokens: Tokens) -> Target:
-    r"""The log-likelihood of a sampled token times its advantage A.
+    r"""Log-likelihood of a sampled token times its advantage A.
 
     .. math:: \ell = -A \log p_y, \qquad Q = A d + (1 - A) p
 
-    Takes ``tokens.advantage`` (N,), a constant; gives (N,) losses in nats times the advantage's unit, and Q (N, V) at
-    s = 1, a distribution where A is within [-p_y / (1 - p_y), 1].
+    Args:
+        tokens: logits (N, V), labels (N,) and advantage (N,), a constant.
+
+    Returns:
+        Q (N, V) at scale 1, a distribution where A is within [-p_y / (1 - p_y), 1]. Losses (N,) are in nats times the
+        advantage's unit.
 
     Raises:
         InputError: ``tokens.advantage`` is missing.

@@ -1,4 +1,4 @@
-"""UFT: likelihood on hints of the solution, policy gradient on what the student adds, and the schedule between them."""
+"""UFT: log-likelihood on hints of the solution, policy gradient on the rest, and the schedule of hints."""
 
 import math
 from typing import Literal
@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 Reduction = Literal["sum", "mean"]
@@ -59,14 +59,17 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
 @register(
     "uft",
     title="Unified supervised and reinforcement fine-tuning",
-    paper="2025, arXiv 2505.16984",
+    paper="Liu et al. 2025, arXiv 2505.16984",
     scope=lambda reduction, **_: "batch" if reduction == "mean" else "token",
     needs=("hint", "advantage", "old", "reference"),
     structure=lambda entropy_weight, logit_clamp, **_: (
         "dense" if entropy_weight or logit_clamp is not None else "label"
     ),
-    trusted="weight on hints; A p_y / old_y inside the clip, minus kl_weight (1 - reference_y / p_y), on the response",
-    residual="student, and the entropy's slope",
+    trusted=(
+        "weight where hint, else a + kl_weight (reference_y / p_y - 1), "
+        "with r = p_y / old_y, a = A r where A r <= A min(max(r, 1 - eps_low), 1 + eps_high), else 0"
+    ),
+    residual="student; entropy_weight > 0: and the entropy's slope",
     simplex=None,
     invariant=lambda logit_clamp, **_: logit_clamp is None,
     limits="all hints is weight times sft; no hints is ppo_clip with a k3 penalty",
@@ -81,7 +84,7 @@ def hint_length(length: int, probability: float, *, chunks: int = 5, generator: 
         "The code clamps the k3 penalty at 10, beyond which it has no gradient.",
     ),
     code="liumy2010/UFT verl/workers/actor/dp_actor.py::update_policy",
-    bibtex=bibtex("uft2025", "UFT: Unifying Supervised and Reinforcement Fine-Tuning", 2025, arxiv="2505.16984"),
+    cites=("uft2025",),
 )
 def uft(
     tokens: Tokens,
@@ -96,22 +99,31 @@ def uft(
     value_clamp: Positive | None = None,
     ratio_clamp: Positive | None = 20.0,
 ) -> Target:
-    r"""Likelihood where a hint was shown, PPO with penalties where the student went on by itself.
+    r"""Log-likelihood on hint tokens, PPO with a k3 penalty on the student's own tokens.
 
     .. math:: \ell_{hint} = -\lambda \log p_y, \qquad
               \ell_{response} = -\min(A \rho, A\, \mathrm{clip}(\rho)) + \lambda_{KL} k_3 - \lambda_H H(p), \qquad
               Q = p - g
 
-    ``reduction="mean"`` divides hint rows by the number of hint tokens given, response rows by that of response
-    tokens. ``logit_clamp`` bounds the logits of hint rows, so that sum(Q) is not 1 where it acts. ``value_clamp``
-    bounds k3 and ``ratio_clamp`` log-ratios, with no gradient beyond. Takes ``tokens.hint`` (a mask),
-    ``tokens.advantage`` (N,), ``tokens.old`` and ``tokens.reference`` (N, V); gives (N,) losses and Q (N, V) at s =
-    1.
+    Args:
+        tokens: logits (N, V), labels (N,), hint (N,), advantage (N,), old (N, V) and reference (N, V).
+        weight: lambda, of the log-likelihood on hints.
+        kl_weight: lambda_KL, of the k3 penalty to the reference.
+        entropy_weight: lambda_H, of the entropy bonus.
+        eps_low: lower end of the clip.
+        eps_high: upper end of the clip.
+        reduction: "sum", or "mean" over the hint tokens and over the response tokens given.
+        logit_clamp: bound of the logits of hint rows; where it acts, sum(Q) is not 1.
+        value_clamp: bound of the value of k3, in nats, with no gradient beyond.
+        ratio_clamp: bound of log-ratios, in nats, with no gradient beyond.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats on hints, in the advantage's unit elsewhere.
 
     Raises:
         InputError: a field is missing.
 
-    Source: arXiv 2505.16984, equation 3.3; the rest from released code.
+    Source: Liu et al. 2025 (arXiv 2505.16984), equation 3.3; the rest from released code.
 
     Example:
         >>> import torch
@@ -148,15 +160,15 @@ def uft(
 def uft_loss(
     tokens: Tokens,
     *,
-    weight: Weight = 0.001,
-    kl_weight: Weight = 0.001,
-    entropy_weight: Weight = 0.0,
-    eps_low: Share = 0.2,
-    eps_high: Weight = 0.2,
-    reduction: Reduction = "sum",
-    logit_clamp: Positive | None = None,
-    value_clamp: Positive | None = None,
-    ratio_clamp: Positive | None = 20.0,
+    weight,
+    kl_weight,
+    entropy_weight,
+    eps_low,
+    eps_high,
+    reduction,
+    logit_clamp,
+    value_clamp,
+    ratio_clamp,
 ) -> Float[Tensor, " N"]:
     """Hints: -weight log p_y; responses: the clipped surrogate + kl_weight k3 - entropy_weight H."""
     labels = tokens.labels.long()
@@ -182,6 +194,6 @@ def uft_loss(
 
 
 def _counts(hint: Tensor, like: Tensor) -> Float[Tensor, " N"]:
-    """How many tokens of its own kind every token has, itself included."""
+    """The number of hint tokens at hint tokens, of response tokens elsewhere."""
     hints = hint.sum()
     return torch.where(hint, hints, len(hint) - hints).to(like)

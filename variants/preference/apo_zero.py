@@ -1,4 +1,4 @@
-"""APO-zero: chosen sequences up and rejected ones down, each for itself."""
+"""APO-zero: sigmoids of the log-ratios of the chosen and of the rejected sequence, each by itself."""
 
 import torch
 from jaxtyping import Float
@@ -8,7 +8,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, sides_of
 
@@ -21,31 +20,35 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     coupled="pair",
     needs=(*PAIR, "reference"),
     structure="label",
-    trusted="beta sigma (1 - sigma) on chosen tokens, minus that on rejected ones",
+    trusted=(
+        "beta sigma(u) sigma(-u) where chosen, else -beta sigma(u) sigma(-u), "
+        "with u = beta sum_t log(p_y / reference_y)"
+    ),
     residual="student",
     simplex=None,
     limits="each sequence is pushed by its own log-ratio: the two do not meet",
     code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "doosterlinck2024apo",
-        "Anchored Preference Optimization and Contrastive Revisions: Addressing Underspecification in Alignment",
-        2024,
-        arxiv="2408.06266",
-    ),
+    cites=("doosterlinck2024apo",),
 )
 def apo_zero(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
-    r"""The chosen sequence raised and the rejected one lowered, each against the reference alone.
+    r"""Sigmoid loss of each sequence's log-ratio to the reference: chosen up, rejected down.
 
     .. math:: L = 1 - \sigma(\beta \Delta_w) + \sigma(\beta \Delta_l), \qquad Q = a d + (1 - a) p, \quad
               a = \pm \beta\, \sigma(\beta \Delta) (1 - \sigma(\beta \Delta))
 
-    Takes ``tokens.pair``, ``tokens.chosen`` (N,) and ``tokens.reference`` (N, V); gives (N,) losses without a unit,
-    equal shares of their pair's, and Q (N, V) at s = 1.
+    Delta is the summed log-ratio of a sequence to the reference.
+
+    Args:
+        tokens: logits (N, V), labels (N,), reference (N, V), pair (N,) and chosen (N,).
+        beta: factor of the log-ratios, an inverse temperature.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) have no unit; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
 
-    Source: arXiv 2408.06266.
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266).
 
     Example:
         >>> import torch
@@ -59,7 +62,7 @@ def apo_zero(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
 
 
 @apo_zero.loss
-def apo_zero_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+def apo_zero_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """1 - sigma(beta Delta_w) + sigma(beta Delta_l), shared by the pair's tokens."""
     sides, share = sides_of(tokens, False)
     now, before = (

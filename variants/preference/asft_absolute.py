@@ -1,4 +1,4 @@
-"""Aligned SFT by absolute likelihood: odds of each sequence for itself."""
+"""Aligned SFT by absolute likelihood: log-odds of the chosen and of the rejected sequence, each by itself."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 from qlens.variants.preference.odds import _log_odds, _means, _odds
 
@@ -17,12 +16,15 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
 @register(
     "asft_absolute",
     title="Aligned SFT through absolute likelihood",
-    paper="2024, arXiv 2409.10571",
+    paper="Wang et al. 2024, arXiv 2409.10571",
     scope="pair",
     coupled="pair",
     needs=("chosen", "pair"),
     structure="label",
-    trusted="(nll + weight) / length on chosen tokens, -weight P_l / ((1 - P_l) length) on rejected ones",
+    trusted=(
+        "(nll + weight) / length where chosen, else -weight P / ((1 - P) length), "
+        "with P = exp(mean_t log(p_y)); beta: see the method"
+    ),
     residual="student",
     simplex=None,
     limits="(1 + weight) length-normalised sft on the chosen plus weight sequence unlikelihood on the rejected",
@@ -32,25 +34,31 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
         "Chosen and rejected do not meet: a pair's loss is the sum of two losses.",
         "Not to be confused with anchored SFT (asft_anchored).",
     ),
-    bibtex=bibtex(
-        "asft2024", "ASFT: Aligned Supervised Fine-Tuning through Absolute Likelihood", 2024, arxiv="2409.10571"
-    ),
+    cites=("asft2024",),
 )
 def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, beta: Positive = 1.0) -> Target:
-    r"""The chosen sequence made likely and the rejected one unlikely, each by itself.
+    r"""Likelihood and log-odds of each sequence by itself: chosen up, rejected down.
 
     .. math:: L = -n \log P_w - \lambda [\log \sigma(\beta o_w) + \log \sigma(-\beta o_l)], \qquad Q = a d + (1 - a) p, \quad
               a_w = \frac{1}{|y_w|} \Big(n + \frac{\lambda \beta \sigma(-\beta o_w)}{1 - P_w}\Big), \quad
               a_l = -\frac{1}{|y_l|} \frac{\lambda \beta \sigma(\beta o_l)}{1 - P_l}
 
-    with P the geometric mean of a sequence's probabilities and o its log-odds; at beta = 1 the loss is -(n + weight)
-    log P_w - weight log(1 - P_l). ``nll`` is n. Takes ``tokens.pair`` and ``tokens.chosen`` (N,); gives (N,) losses
-    in nats, equal shares of their sequence's, and Q (N, V) at s = 1. Within the odds log P is at most -1e-6.
+    P is the geometric mean of a sequence's probabilities and o its log-odds; at beta = 1 the loss is -(n + weight)
+    log P_w - weight log(1 - P_l). Within the odds log P is at most -1e-6.
+
+    Args:
+        tokens: logits (N, V), labels (N,), pair (N,) and chosen (N,).
+        weight: lambda, the weight of the log-odds.
+        nll: n, the weight of the chosen sequence's log-likelihood.
+        beta: factor of the log-odds.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; each sequence's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
 
-    Source: arXiv 2409.10571; the tempered form from the paper that restates it.
+    Source: Wang et al. 2024 (arXiv 2409.10571); the tempered form from the paper that restates it.
 
     Example:
         >>> import torch
@@ -66,13 +74,11 @@ def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, be
 
 
 @asft_absolute.loss
-def asft_absolute_loss(
-    tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, beta: Positive = 1.0
-) -> Float[Tensor, " N"]:
+def asft_absolute_loss(tokens: Tokens, *, weight, nll, beta) -> Float[Tensor, " N"]:
     """-nll log P_w - weight (log sigma(beta o_w) + log sigma(-beta o_l)), each part shared by its sequence's tokens."""
-    mine, chosen, rejected = _means(tokens)
+    members, chosen, rejected = _means(tokens)
     raised = -nll * chosen - weight * F.logsigmoid(beta * _log_odds(chosen))
     lowered = -weight * F.logsigmoid(-beta * _log_odds(rejected))
-    sides = tokens.require("chosen").to(mine)
-    up, down = mine * sides, mine * (1 - sides)
+    sides = tokens.require("chosen").to(members)
+    up, down = members * sides, members * (1 - sides)
     return (up / up.sum(1, keepdim=True)).T @ raised + (down / down.sum(1, keepdim=True)).T @ lowered

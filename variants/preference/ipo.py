@@ -1,4 +1,4 @@
-"""IPO: a squared distance of the log-ratio margin from 1 / (2 beta)."""
+"""IPO: squared distance of the log-ratio margin from 1 / (2 beta)."""
 
 from jaxtyping import Float
 from torch import Tensor
@@ -7,7 +7,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive
 from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, sides_of
 
@@ -20,27 +19,28 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, log_ratio, side
     coupled="pair",
     needs=(*PAIR, "reference"),
     structure="label",
-    trusted="-2 e / length on chosen tokens, 2 e / length on rejected ones",
+    trusted=(
+        "-2 e / length where chosen, else 2 e / length, with e = margin(mean_t log(p_y / reference_y)) - 1 / (2 beta)"
+    ),
     residual="student",
     simplex=None,
     limits="no push where the margin is 1 / (2 beta); beyond it the chosen sequence is pushed down",
     differences=("This is TRL's form, with log-ratios averaged over a sequence.",),
     code="huggingface/trl trl/trainer/dpo_trainer.py::_compute_loss",
-    bibtex=bibtex(
-        "azar2023ipo",
-        "A General Theoretical Paradigm to Understand Learning from Human Preferences",
-        2023,
-        arxiv="2310.12036",
-    ),
+    cites=("azar2023ipo",),
 )
 def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
-    r"""The squared distance of the pair's mean log-ratio margin from its aim.
+    r"""Squared distance of the pair's mean log-ratio margin from 1 / (2 beta).
 
     .. math:: L = e^2, \quad e = \bar\Delta_w - \bar\Delta_l - \tfrac{1}{2 \beta}, \qquad Q = a d + (1 - a) p, \quad
               a_w = -2 e / |y_w|, \quad a_l = 2 e / |y_l|
 
-    Takes ``tokens.pair``, ``tokens.chosen`` (N,) and ``tokens.reference`` (N, V); gives (N,) losses in squared nats,
-    equal shares of their pair's, and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,), reference (N, V), pair (N,) and chosen (N,).
+        beta: sets the margin 1 / (2 beta), in nats.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in squared nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
@@ -61,7 +61,7 @@ def ipo(tokens: Tokens, *, beta: Positive = 0.1) -> Target:
 
 
 @ipo.loss
-def ipo_loss(tokens: Tokens, *, beta: Positive = 0.1) -> Float[Tensor, " N"]:
+def ipo_loss(tokens: Tokens, *, beta) -> Float[Tensor, " N"]:
     """(mean margin - 1 / (2 beta))^2, shared by the pair's tokens."""
     sides, share = sides_of(tokens, True)
     now, before = (

@@ -1,4 +1,4 @@
-"""ORPO: log-likelihood and the log-odds ratio of a pair of sequences."""
+"""ORPO: log-likelihood of the chosen sequence and logistic loss of the pair's log-odds ratio."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.variants.preference.odds import _log_odds, _means, _odds
 
@@ -22,7 +21,10 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
     coupled="pair",
     needs=("chosen", "pair"),
     structure="label",
-    trusted="(1 + weight h / (1 - P_w)) / length on chosen tokens, -weight h / ((1 - P_l) length) on rejected ones",
+    trusted=(
+        "(1 + weight h / (1 - P)) / length where chosen, else -weight h / ((1 - P) length), "
+        "with P = exp(mean_t log(p_y)), h = sigma(-margin(log(P / (1 - P))))"
+    ),
     residual="student",
     simplex=None,
     limits="weight = 0 is length-normalised sft on the chosen; never above asft_absolute",
@@ -32,20 +34,23 @@ from qlens.variants.preference.odds import _log_odds, _means, _odds
         "TRL's likelihood term covers the prompt too and is a mean over the batch; here it is the chosen sequence's own.",
     ),
     code="xfactlab/orpo src/orpo_trainer.py; huggingface/trl trl/experimental/orpo/orpo_trainer.py::odds_ratio_loss",
-    bibtex=bibtex(
-        "hong2024orpo", "ORPO: Monolithic Preference Optimization without Reference Model", 2024, arxiv="2403.07691"
-    ),
+    cites=("hong2024orpo",),
 )
 def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
-    r"""The chosen sequence's likelihood, and the log-odds of the chosen against those of the rejected.
+    r"""Chosen sequence's mean log-likelihood plus a logistic loss of the log-odds ratio.
 
     .. math:: L = -m_w - \lambda \log \sigma(o_w - o_l), \quad o = m - \log(1 - e^m), \qquad Q = a d + (1 - a) p, \quad
               a_w = \frac{1}{|y_w|} \Big(1 + \frac{\lambda h}{1 - P_w}\Big), \quad
               a_l = -\frac{1}{|y_l|} \frac{\lambda h}{1 - P_l}
 
-    with m the mean log-likelihood of a sequence, P = e^m and h = sigma(o_l - o_w). Takes ``tokens.pair`` and
-    ``tokens.chosen`` (N,); gives (N,) losses in nats, equal shares of their pair's, and Q (N, V) at s = 1. Within the
-    odds m is at most -1e-6.
+    m is the mean log-likelihood of a sequence (at most -1e-6 within the odds), P = e^m and h = sigma(o_l - o_w).
+
+    Args:
+        tokens: logits (N, V), labels (N,), pair (N,) and chosen (N,).
+        weight: lambda, the weight of the log-odds ratio.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
@@ -66,8 +71,8 @@ def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @orpo.loss
-def orpo_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def orpo_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-m_w - weight log sigma(o_w - o_l), shared by the pair's tokens."""
-    mine, chosen, rejected = _means(tokens)
+    members, chosen, rejected = _means(tokens)
     loss = -chosen - weight * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-    return (mine / mine.sum(1, keepdim=True)).T @ loss
+    return (members / members.sum(1, keepdim=True)).T @ loss

@@ -1,4 +1,4 @@
-"""SimPO: a margin between mean log-likelihoods, without a reference."""
+"""SimPO: logistic loss of the margin between mean log-likelihoods, without a reference."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from qlens.core.segments import Pairs
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 from qlens.variants.preference.dpo import PAIR, label_log_probs, sides_of
 
@@ -22,7 +21,10 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, sides_of
     coupled="pair",
     needs=PAIR,
     structure="label",
-    trusted="beta sigma(-u) / length on chosen tokens, minus that on rejected ones",
+    trusted=(
+        "beta sigma(-u) / length where chosen, else -beta sigma(-u) / length, "
+        "with u = beta margin(mean_t log(p_y)) - gamma; nll adds nll / length to chosen"
+    ),
     residual="student",
     simplex=None,
     limits="no reference; gamma is the margin in the reward's own unit",
@@ -33,21 +35,22 @@ from qlens.variants.preference.dpo import PAIR, label_log_probs, sides_of
         "TRL's likelihood is a mean over the batch's chosen tokens; here every pair has its own mean.",
     ),
     code="princeton-nlp/SimPO scripts/simpo_trainer.py::simpo_loss",
-    bibtex=bibtex(
-        "meng2024simpo",
-        "SimPO: Simple Preference Optimization with a Reference-Free Reward",
-        2024,
-        arxiv="2405.14734",
-    ),
+    cites=("meng2024simpo",),
 )
 def simpo(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weight = 0.0) -> Target:
-    r"""The chosen sequence's mean log-likelihood against the rejected one's, with a margin.
+    r"""Logistic loss of the difference of mean log-likelihoods m, with a margin.
 
     .. math:: L = -\log \sigma(u) - n\, m_w, \quad u = \beta (m_w - m_l) - \gamma, \qquad Q = a d + (1 - a) p, \quad
               a_w = (\beta \sigma(-u) + n) / |y_w|, \quad a_l = -\beta \sigma(-u) / |y_l|
 
-    Takes ``tokens.pair`` and ``tokens.chosen`` (N,); gives (N,) losses in nats, equal shares of their pair's, and Q
-    (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,), pair (N,) and chosen (N,).
+        beta: factor of the log-likelihoods, an inverse temperature.
+        gamma: margin, in the unit of beta m.
+        nll: n, the weight of the chosen sequence's mean log-likelihood.
+
+    Returns:
+        Q (N, V) at scale 1, signed. Losses (N,) are in nats; a pair's loss is shared equally by its tokens.
 
     Raises:
         InputError: a field is missing, or a pair lacks a side.
@@ -67,7 +70,7 @@ def simpo(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weig
 
 
 @simpo.loss
-def simpo_loss(tokens: Tokens, *, beta: Positive = 2.0, gamma: float = 0.5, nll: Weight = 0.0) -> Float[Tensor, " N"]:
+def simpo_loss(tokens: Tokens, *, beta, gamma, nll) -> Float[Tensor, " N"]:
     """-log sigma(beta (m_w - m_l) - gamma) - nll m_w, shared by the pair's tokens."""
     (sides, share), log_p = sides_of(tokens, True), label_log_probs(tokens.logits, tokens)
     return share @ (-F.logsigmoid(beta * (sides @ log_p) - gamma) - nll * (sides.clamp(min=0) @ log_p))

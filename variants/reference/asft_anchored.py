@@ -1,4 +1,4 @@
-"""Anchored SFT: DFT, held near the model that it started from by a divergence."""
+"""Anchored SFT: the p-loss plus a KL anchor to the frozen reference."""
 
 from typing import Literal
 
@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import expectation, kl
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, expectation, kl
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.registry.structure import GeometricMixture
 
@@ -39,20 +39,27 @@ Direction = Literal["forward", "reverse"]
         "Ports that see label log-probabilities only have no reference residual at all: label_kl(base='dft').",
     ),
     code="zhuchichi56/ASFT train_v2.py::EnhancedTrainer.compute_loss",
-    bibtex=bibtex("zhu2025asft", "Anchored Supervised Fine-Tuning", 2025, arxiv="2509.23753"),
+    cites=("zhu2025asft",),
 )
 def asft_anchored(tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward") -> Target:
-    r"""The p-loss plus a Kullback-Leibler anchor to the frozen reference r, over the whole vocabulary.
+    r"""The p-loss plus ``weight`` times KL(r || p) to the frozen reference r.
 
     .. math:: \ell = -\mathrm{sg}(p_y) \log p_y + \lambda\, KL(r \| p), \qquad
               Q = \frac{p_y d + \lambda r}{p_y + \lambda}, \quad s = p_y + \lambda
 
-    ``direction="reverse"`` (the paper's first version) anchors by KL(p || r) instead; its Q, in unit scale, is no
-    mixture: p_y d + (1 - p_y) p - weight p (log(p/r) - KL(p || r)). Takes ``tokens.reference`` (N, V); gives losses
-    in nats.
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        weight: lambda, the weight of the anchor.
+        direction: "forward" is KL(r || p); "reverse" (the paper's first version) KL(p || r), with Q = p_y d + (1 -
+            p_y) p - weight p (log(p/r) - KL(p || r)) at scale 1.
+
+    Returns:
+        Q (N, V) at scale p_y + weight. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.
+
+    Source: Zhu et al. 2025 (arXiv 2509.23753).
 
     Example:
         >>> import torch
@@ -72,9 +79,7 @@ def asft_anchored(tokens: Tokens, *, weight: Weight = 0.05, direction: Direction
 
 
 @asft_anchored.loss
-def asft_anchored_loss(
-    tokens: Tokens, *, weight: Weight = 0.05, direction: Direction = "forward"
-) -> Float[Tensor, " N"]:
+def asft_anchored_loss(tokens: Tokens, *, weight, direction) -> Float[Tensor, " N"]:
     """-sg(p_y) log p_y + weight KL."""
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()

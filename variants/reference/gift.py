@@ -1,4 +1,4 @@
-"""GIFT: the label's logit raised by a finite amount over the base model's distribution."""
+"""GIFT: cross-entropy toward the reference tilted by a reward of beta on the label."""
 
 import math
 
@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import log_softmax
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share, Weight
 
 
 @register(
     "gift",
     title="GIFT, finite-temperature Gibbs initialisation",
-    paper="2026, arXiv 2601.09233",
+    paper="Zhao et al. 2026, arXiv 2601.09233",
     needs=("reference",),
-    trusted="1 - 1/Z, with Z = 1 + (e^beta - 1) reference_y",
+    trusted="1 - 1 / Z, with Z = 1 + (exp(beta) - 1) (reference_y + floor); smooth > 0: reference smoothed",
     residual="reference",
     simplex=True,
     limits="beta -> infinity is sft; beta = 0 is kd with the reference as teacher",
@@ -30,27 +30,29 @@ from qlens.registry.params import Share, Weight
         "The released validation is plain cross-entropy.",
     ),
     code="zzy1127/GIFT verl/verl/trainer/fsdp_gift_trainer.py",
-    bibtex=bibtex(
-        "gift2026",
-        "GIFT: Reconciling Post-Training Objectives via Finite-Temperature Gibbs Initialization",
-        2026,
-        arxiv="2601.09233",
-    ),
+    cites=("gift2026",),
 )
 def gift(tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Weight = 1e-10) -> Target:
-    r"""Cross-entropy toward the reference r tilted by a reward of beta on the label.
+    r"""Cross-entropy toward softmax(log r + beta d), the reference r tilted by a reward on the label.
 
     .. math:: \ell = CE(\mathrm{sg}\,Q, p), \qquad Q = \mathrm{softmax}\big(\log ((1 - s) r + s / V + \epsilon) + \beta d\big)
               = (1 - 1/Z) d + r' / Z
 
-    ``smooth`` is s, ``floor`` the epsilon of the released code; r' is the smoothed, floored reference, renormalised.
-    Tokens impossible to the student (-inf) get neither. Takes ``tokens.reference`` (N, V); gives (N,) losses in nats and Q
-    (N, V) at s = 1.
+    r' is the smoothed and floored reference, renormalised. Tokens impossible to the student (-inf) get neither.
+
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        beta: reward of the label, an inverse temperature.
+        smooth: s, the share of the uniform distribution in the reference.
+        floor: epsilon, added to every probability of the reference as in the released code.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.
 
-    Source: arXiv 2601.09233; smoothing and floor from released code.
+    Source: Zhao et al. 2026 (arXiv 2601.09233); smoothing and floor from released code.
 
     Example:
         >>> import torch
@@ -68,9 +70,7 @@ def gift(tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Wei
 
 
 @gift.loss
-def gift_loss(
-    tokens: Tokens, *, beta: Weight = 20.0, smooth: Share = 0.0, floor: Weight = 1e-10
-) -> Float[Tensor, " N"]:
+def gift_loss(tokens: Tokens, *, beta, smooth, floor) -> Float[Tensor, " N"]:
     """-sum_k sg(Q_k) log p_k."""
     log_p = F.log_softmax(tokens.logits, -1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Importance-weighted SFT: a sequence counts as far as the policy has moved toward it from the reference."""
+"""Importance-weighted SFT: log-likelihood times the clamped ratio of policy to reference over a sequence."""
 
 import math
 from typing import Literal
@@ -13,7 +13,6 @@ from qlens.core.segments import Groups
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 Level = Literal["sequence_mean", "sequence_sum", "token"]
@@ -24,7 +23,7 @@ Normalize = Literal["sum", "mean"] | None
 @register(
     "iw_sft",
     title="Importance-weighted SFT",
-    paper="2025, arXiv 2507.12856",
+    paper="Qin and Springenberg 2025, arXiv 2507.12856",
     scope=lambda level, normalize, **_: "batch" if normalize else "token" if level == "token" else "sequence",
     needs=lambda level, policy, **_: (
         "reference",
@@ -33,7 +32,10 @@ Normalize = Literal["sum", "mean"] | None
     ),  # fmt: skip
     coupled=lambda level, detach, **_: "" if detach or level == "token" else "sequence",
     structure="label",
-    trusted="w = exp(temperature mean_t log(p_y / reference_y)), clamped",
+    trusted=(
+        "min(max(exp(temperature mean_t log(p_y / reference_y)), 0), 16); "
+        "level, policy, clamp and normalize change the ratio"
+    ),
     residual="student",
     simplex=lambda clamp, normalize, detach, **_: True if clamp[1] <= 1 and detach and not normalize else None,
     limits="student = reference is sft; temperature = 0 is sft",
@@ -57,12 +59,7 @@ Normalize = Literal["sum", "mean"] | None
         "With no labels to learn from, a sequence's weight is 0/0 in the released code; here such a sequence has no rows.",
     ),
     code="emmyqin/iw_sft bounding_trainers.py::IwSFTLoss.__call__; emmyqin/iw_sft_control main.py::loss",
-    bibtex=bibtex(
-        "iwsft2025",
-        "Supervised Fine Tuning on Curated Data is Reinforcement Learning (and can be improved)",
-        2025,
-        arxiv="2507.12856",
-    ),
+    cites=("iwsft2025",),
 )
 def iw_sft(
     tokens: Tokens,
@@ -74,22 +71,29 @@ def iw_sft(
     policy: Policy = "student",
     detach: bool = True,
 ) -> Target:
-    r"""The log-likelihood times the clamped ratio of the policy to the reference, on the whole sequence.
+    r"""Log-likelihood times w, the clamped ratio of the policy to the reference over the sequence.
 
     .. math:: \ell_t = -\mathrm{sg}(w) \log p_{y_t}, \quad
               w = \mathrm{clamp}\Big(\exp\big(T\, \mathrm{mean}_t \log \tfrac{q_{y_t}}{r_{y_t}}\big)\Big), \qquad
               Q_t = w d + (1 - w) p
 
-    ``level``: the ratio's mean or sum over the sequence, or each token's own. ``policy``: q is the student or
-    ``tokens.old`` (a moving average, say). ``normalize`` divides by the sum or the mean of the batch's weights, one
-    per sequence (or token). ``detach=False`` lets the gradient through w, inside the clamp. ``temperature``
-    multiplies the log-ratio, as in the released code. Takes ``tokens.reference`` and, but for level "token",
-    ``tokens.sequence``; gives (N,) losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,), reference (N, V); sequence (N,) unless level = "token"; old (N, V) for
+            policy = "old".
+        level: mean or sum of the log-ratio over the sequence, or each token's own.
+        clamp: bounds (low, high) of the ratio.
+        temperature: T, a factor of the log-ratio, as in the released code.
+        normalize: divide by the "sum" or "mean" of the batch's weights, one per sequence (or token).
+        policy: q is the "student" or "old" (a moving average, say).
+        detach: stop the gradient of w; otherwise it flows inside the clamp.
+
+    Returns:
+        Q (N, V) at scale 1, signed where w > 1. Losses (N,) are in nats.
 
     Raises:
-        InputError: a field is missing; or detach = False with another policy or with normalize.
+        InputError: a field is missing, or detach = False with another policy or with ``normalize``.
 
-    Source: arXiv 2507.12856; the form of w from released code.
+    Source: Qin and Springenberg 2025 (arXiv 2507.12856); the form of w from released code.
 
     Example:
         >>> import torch
@@ -120,16 +124,7 @@ def iw_sft(
 
 
 @iw_sft.loss
-def iw_sft_loss(
-    tokens: Tokens,
-    *,
-    level: Level = "sequence_mean",
-    clamp: tuple[float, float] = (0.0, 16.0),
-    temperature: Weight = 1.0,
-    normalize: Normalize = None,
-    policy: Policy = "student",
-    detach: bool = True,
-) -> Float[Tensor, " N"]:
+def iw_sft_loss(tokens: Tokens, *, level, clamp, temperature, normalize, policy, detach) -> Float[Tensor, " N"]:
     """-sg(w) log p_y."""
     _check(policy, normalize, detach)
     labels = tokens.labels.long()

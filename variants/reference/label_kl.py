@@ -1,4 +1,4 @@
-"""Single-token estimators of a KL penalty: what they do to the label, and what they do not do for the rest."""
+"""SFT with a single-token KL estimator: likelihood plus k1, k2 or k3 of the label alone."""
 
 from typing import Literal
 
@@ -10,7 +10,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Weight
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
@@ -23,7 +22,10 @@ Base = Literal["sft", "dft"]
     paper="Schulman 2020 (estimators k1, k2, k3); as used by arXiv 2509.23753's ports",
     needs=("reference",),
     structure="label",
-    trusted="1 - weight c; c = 1, log(p_y / r_y) or 1 - r_y / p_y",
+    trusted=(
+        "1 - weight (1 - reference_y / p_y); k1: 1 - weight; k2: 1 - weight log(p_y / reference_y); "
+        "base = 'dft': p_y for 1"
+    ),
     residual="student",
     simplex=lambda weight, **_: True if weight == 0 else None,
     limits="weight = 0 is sft or dft; the label's trust is all that changes, nothing goes to the reference",
@@ -39,7 +41,7 @@ Base = Literal["sft", "dft"]
         "A weight does not carry over from the divergence over the whole vocabulary.",
     ),
     code="verl-project/verl verl/trainer/ppo/core_algos.py::kl_penalty; NovaSky-AI/SkyRL sft_loss_utils.py::_anchored_loss",
-    bibtex=bibtex("schulman2020kl", "Approximating KL Divergence", 2020, author="Schulman, John"),
+    cites=("schulman2020kl",),
 )
 def label_kl(
     tokens: Tokens,
@@ -50,14 +52,23 @@ def label_kl(
     ratio_clamp: Positive | None = 20.0,
     value_clamp: Positive | None = None,
 ) -> Target:
-    r"""A likelihood plus an estimate of KL(p || r) from the label alone, with :math:`\rho = r_y / p_y`.
+    r"""Likelihood plus an estimate of KL(p || r) from the label alone, with :math:`\rho = r_y / p_y`.
 
     .. math:: \ell = \ell_0 + \lambda k, \quad k_1 = -\log \rho, \quad k_2 = \tfrac12 (\log \rho)^2, \quad
               k_3 = \rho - \log \rho - 1, \qquad Q = (a_0 - \lambda c) d + (1 - a_0 + \lambda c) p
 
-    with a_0 = 1 for ``base`` "sft" and p_y for "dft", and c = 1, -log rho, 1 - rho. ``ratio_clamp`` bounds the
-    log-ratio and ``value_clamp`` the value of k3, with no gradient beyond. Takes ``tokens.reference`` (N, V); gives
-    (N,) losses in nats and Q (N, V) at s = 1, signed where the penalty outweighs the label.
+    a_0 is 1 for base "sft" and p_y for "dft"; c is 1, -log rho and 1 - rho for k1, k2 and k3.
+
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        estimator: "k1", "k2", "k3", or "k3+" with the value of k3 and the gradient of k2.
+        weight: lambda, the weight of the estimate.
+        base: l_0, "sft" (-log p_y) or "dft" (-sg(p_y) log p_y).
+        ratio_clamp: bound of the log-ratio in k3, in nats, beyond which it has no gradient.
+        value_clamp: bound of the value of k3, in nats, likewise.
+
+    Returns:
+        Q (N, V) at scale 1, signed where the penalty outweighs the label. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.
@@ -78,23 +89,15 @@ def label_kl(
         c = -log_ratio
     else:
         inside = log_ratio.abs() <= (ratio_clamp or torch.inf)
-        kept = log_ratio if ratio_clamp is None else log_ratio.clamp(-ratio_clamp, ratio_clamp)
+        clamped = log_ratio if ratio_clamp is None else log_ratio.clamp(-ratio_clamp, ratio_clamp)
         if value_clamp is not None:
-            inside &= torch.expm1(kept) - kept <= value_clamp
-        c = -log_ratio if estimator == "k3+" else torch.where(inside, -torch.expm1(kept), 0.0)
+            inside &= torch.expm1(clamped) - clamped <= value_clamp
+        c = -log_ratio if estimator == "k3+" else torch.where(inside, -torch.expm1(clamped), 0.0)
     return Target.push(tokens, (log_p.exp() if base == "dft" else 1.0) - weight * c)
 
 
 @label_kl.loss
-def label_kl_loss(
-    tokens: Tokens,
-    *,
-    estimator: Estimator = "k3",
-    weight: Weight = 0.1,
-    base: Base = "sft",
-    ratio_clamp: Positive | None = 20.0,
-    value_clamp: Positive | None = None,
-) -> Float[Tensor, " N"]:
+def label_kl_loss(tokens: Tokens, *, estimator, weight, base, ratio_clamp, value_clamp) -> Float[Tensor, " N"]:
     """-log p_y, or -sg(p_y) log p_y, plus weight times the estimator."""
     labels = tokens.labels.long()
     nll = F.cross_entropy(tokens.logits, labels, reduction="none")

@@ -1,4 +1,4 @@
-"""Proximal SFT: the clipped ratio to an old policy, with every demonstration an advantage of 1."""
+"""Proximal SFT: clipped ratio of the label's probability to the old policy's."""
 
 import math
 
@@ -10,17 +10,16 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Positive, Share, Weight
 
 
 @register(
     "psft",
     title="Proximal SFT",
-    paper="2025, arXiv 2508.17784",
+    paper="Zhu et al. 2025, arXiv 2508.17784",
     needs=("old",),
     structure="label",
-    trusted="p_y / old_y, and 0 above 1 + eps_high",
+    trusted="p_y / old_y where p_y / old_y <= 1 + eps_high, else 0",
     residual="student",
     simplex=False,
     limits="student = old is sft; ppo_clip with every advantage 1",
@@ -33,23 +32,29 @@ from qlens.registry.params import Positive, Share, Weight
         "Where a mini-batch is the whole batch, the released code's ratio is 1 throughout: plain SFT.",
     ),
     code="zwhong714/PSFT verl/verl/trainer/ppo/core_algos.py::compute_policy_loss_vanilla",
-    bibtex=bibtex("psft2025", "Proximal Supervised Fine-Tuning", 2025, arxiv="2508.17784"),
+    cites=("psft2025",),
 )
 def psft(
     tokens: Tokens, *, eps_low: Share = 0.2, eps_high: Weight = 0.28, ratio_clamp: Positive | None = 20.0
 ) -> Target:
-    r"""The clipped ratio of the label's probability to the old policy's, as PPO has it with advantage 1.
+    r"""Clipped ratio of p_y to the old policy's probability, PPO's surrogate with advantage 1.
 
     .. math:: \ell = -\min(\rho, \mathrm{clip}(\rho, 1 - \epsilon_l, 1 + \epsilon_h)), \quad \rho = p_y / \pi_{old,y}, \qquad
               Q = \rho d + (1 - \rho) p \text{ where } \rho \le 1 + \epsilon_h, \quad Q = p \text{ above}
 
-    Takes ``tokens.old`` (N, V), the student as it was at the last refresh; gives (N,) losses without a unit and Q (N,
-    V) at s = 1, signed where the ratio is above 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and old (N, V), the student at the last refresh.
+        eps_low: lower end of the clip; without effect here.
+        eps_high: upper end of the clip, beyond which there is no gradient.
+        ratio_clamp: bound of the log-ratio, in nats, with no gradient beyond.
+
+    Returns:
+        Q (N, V) at scale 1, signed where the ratio is above 1. Losses (N,) have no unit.
 
     Raises:
         InputError: ``tokens.old`` is missing.
 
-    Source: arXiv 2508.17784.
+    Source: Zhu et al. 2025 (arXiv 2508.17784).
 
     Example:
         >>> import torch
@@ -65,9 +70,7 @@ def psft(
 
 
 @psft.loss
-def psft_loss(
-    tokens: Tokens, *, eps_low: Share = 0.2, eps_high: Weight = 0.28, ratio_clamp: Positive | None = 20.0
-) -> Float[Tensor, " N"]:
+def psft_loss(tokens: Tokens, *, eps_low, eps_high, ratio_clamp) -> Float[Tensor, " N"]:
     """-min(ratio, clip(ratio, 1 - eps_low, 1 + eps_high))."""
     labels = tokens.labels.long()
     before = F.cross_entropy(tokens.require("old"), labels, reduction="none").detach()

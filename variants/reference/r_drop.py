@@ -1,4 +1,4 @@
-"""R-Drop: two dropout passes, each held near the other."""
+"""R-Drop: log-likelihood under two dropout passes, and half the divergence between them both ways."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 
 
@@ -17,8 +16,8 @@ from qlens.registry.params import Weight
     title="R-Drop",
     paper="Liang et al. 2021, arXiv 2106.14448",
     needs=("second",),
-    trusted="nll / (nll + weight), to first order",
-    residual="the other pass, to first order; exactly p - g",
+    trusted="nll - weight (p_y - second_y + p_y (log(p_y / second_y) - KL(p || second))) / (2 (1 - p_y))",
+    residual="Q = p - nll (p - d) - weight / 2 (p - second + p (log(p / second) - KL(p || second)))",
     simplex=lambda weight, nll: weight == 0 and nll <= 1,
     limits="weight = 0 is nll times sft; equal passes (no dropout): nll times sft",
     modes={"readme": {"nll": 0.5}, "summarization": {"weight": 0.7}},
@@ -28,16 +27,21 @@ from qlens.registry.params import Weight
         "the gradient in expectation.",
     ),
     code="dropreg/R-Drop fairseq_src/examples/language_model_rdrop/language_model_rdrop_src/loss/reg_cross_entropy.py",
-    bibtex=bibtex("liang2021rdrop", "R-Drop: Regularized Dropout for Neural Networks", 2021, arxiv="2106.14448"),
+    cites=("liang2021rdrop",),
 )
 def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target:
-    r"""The log-likelihood under two passes, and half the divergence between them both ways.
+    r"""Log-likelihood under two passes p and p', plus half their divergence both ways.
 
     .. math:: \ell = -n \log p_y - n \log p'_y + \tfrac{\alpha}{2} (KL(p \| p') + KL(p' \| p)), \qquad
               Q = p - n (p - d) - \tfrac{\alpha}{2} \big[(p - p') + p \odot (\log (p / p') - KL(p \| p'))\big]
 
-    ``weight`` is alpha, ``nll`` is n. Takes the second pass p' as ``tokens.second`` (N, V), a constant; gives (N,)
-    losses in nats and Q (N, V) at s = 1.
+    Args:
+        tokens: logits (N, V), labels (N,) and second (N, V), the pass p', a constant.
+        weight: alpha, the weight of the divergences.
+        nll: n, the weight of the log-likelihoods.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.second`` is missing.
@@ -52,18 +56,18 @@ def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target
     """
     log_p, log_other = tokens.log_probs.detach(), tokens.log_probs_of("second")
     gap = torch.where(log_p > -torch.inf, log_p - log_other, 0.0)
-    backward = Target.slope(tokens, weight / 2 * gap, push=nll)
+    backward = Target.slope(tokens, weight / 2 * gap, label_weight=nll)
     return Target.from_grad(tokens, backward.grad + weight / 2 * (log_p.exp() - log_other.exp()))
 
 
 @r_drop.loss
-def r_drop_loss(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Float[Tensor, " N"]:
+def r_drop_loss(tokens: Tokens, *, weight, nll) -> Float[Tensor, " N"]:
     """-nll (log p_y + log p'_y) + weight/2 (KL(p || p') + KL(p' || p))."""
-    one = F.log_softmax(tokens.logits, -1)
-    two = F.log_softmax(tokens.require("second"), -1).detach()
+    log_p = F.log_softmax(tokens.logits, -1)
+    log_second = F.log_softmax(tokens.require("second"), -1).detach()
     labels = tokens.labels.long()
-    both = F.nll_loss(one, labels, reduction="none") + F.nll_loss(two, labels, reduction="none")
+    nlls = F.nll_loss(log_p, labels, reduction="none") + F.nll_loss(log_second, labels, reduction="none")
     # a token that is impossible in a pass adds nothing to that pass's divergence
-    there = (one.exp() * (one - two).masked_fill(one == -torch.inf, 0.0)).sum(-1)
-    back = (two.exp() * (two - one).masked_fill(two == -torch.inf, 0.0)).sum(-1)
-    return nll * both + weight / 2 * (there + back)
+    forward = (log_p.exp() * (log_p - log_second).masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    backward = (log_second.exp() * (log_second - log_p).masked_fill(log_second == -torch.inf, 0.0)).sum(-1)
+    return nll * nlls + weight / 2 * (forward + backward)

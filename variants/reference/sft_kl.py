@@ -1,23 +1,21 @@
-"""SFT with a forward KL penalty against the model that it started from."""
+"""SFT with a forward KL anchor: log-likelihood plus KL(reference || student)."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from qlens.core.numerics import kl
 from qlens.core.target import Target
-from qlens.core.tokens import Tokens, kl
+from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Weight
 from qlens.registry.structure import GeometricMixture
-
-RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forgets Less", 2025, arxiv="2509.04259")
 
 
 @register(
     "sft_kl",
     title="SFT with a forward KL anchor",
-    paper="2025, arXiv 2509.04259 (as the authors' table links it)",
+    paper="Shenfeld et al. 2025, arXiv 2509.04259 (as the authors' table links it)",
     needs=("reference",),
     structure=GeometricMixture("reference"),
     trusted="1 / (1 + weight)",
@@ -30,14 +28,19 @@ RAZOR = bibtex("razor2025", "RL's Razor: Why Online Reinforcement Learning Forge
         "The authors' table leaves out the scale 1 + weight; in unit scale Q = d + weight r - weight p is signed.",
     ),
     code="zhuchichi56/ASFT train_v2.py, mode sft+kl (weight 0.1)",
-    bibtex=RAZOR,
+    cites=("razor2025",),
 )
 def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
-    r"""The log-likelihood plus the divergence from the frozen reference r to the student.
+    r"""Log-likelihood plus ``weight`` times KL(r || p) to the frozen reference r.
 
     .. math:: \ell = -\log p_y + \lambda\, KL(r \| p), \qquad Q = \frac{d + \lambda r}{1 + \lambda}, \quad s = 1 + \lambda
 
-    Takes ``tokens.reference`` (N, V); gives (N,) losses in nats and Q (N, V).
+    Args:
+        tokens: logits (N, V), labels (N,) and reference (N, V).
+        weight: lambda, the weight of the anchor.
+
+    Returns:
+        Q (N, V) at scale 1 + weight. Losses (N,) are in nats.
 
     Raises:
         InputError: ``tokens.reference`` is missing.
@@ -55,7 +58,7 @@ def sft_kl(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 
 
 @sft_kl.loss
-def sft_kl_loss(tokens: Tokens, *, weight: Weight = 0.1) -> Float[Tensor, " N"]:
+def sft_kl_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-log p_y + weight KL(reference || student)."""
     log_p = F.log_softmax(tokens.logits, -1)
     log_r = F.log_softmax(tokens.require("reference"), -1).detach()

@@ -1,4 +1,4 @@
-"""Beyond log-likelihood with a threshold on p_y: some labels are learned, the others masked."""
+"""Beyond log-likelihood, thresholded: log-likelihood or p-loss of labels at or beyond a probability threshold."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
 from qlens.registry.params import Share
-from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
+from qlens.variants.likelihood.beyond_log import CODE, PAPER
 
 
 @register(
@@ -20,7 +20,7 @@ from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
     paper=PAPER,
     scope=lambda quantile, **_: "batch" if quantile else "token",
     needs=lambda of, **_: ("reference",) if of == "reference" else (),
-    trusted="1 or p_y where p_y is beyond the threshold, else 0",
+    trusted="1 where p_y >= threshold, else 0; form = 'p': p_y where selected",
     residual="student",
     simplex=True,
     denominator="selected",
@@ -38,7 +38,7 @@ from qlens.variants.likelihood.beyond_log import BIBTEX, CODE, PAPER
         "The code's threshold replaces the loss mask, so that the mean is over selected tokens only.",
     ),
     code=CODE,
-    bibtex=BIBTEX,
+    cites=("beyondlog2025",),
 )
 def beyond_log_threshold(
     tokens: Tokens,
@@ -49,47 +49,46 @@ def beyond_log_threshold(
     of: Literal["student", "reference"] = "student",
     quantile: bool = False,
 ) -> Target:
-    r"""The log-likelihood, or 1 - p, of those labels only whose probability is at or beyond a threshold.
+    r"""Log-likelihood, or 1 - p_y, of the labels whose probability is at or beyond a threshold.
 
     .. math:: \ell = f(p_y)\, 1[p_y \ge \tau], \qquad Q = \gamma d + (1 - \gamma) p, \quad
               \gamma = 1[p_y \ge \tau] \text{ or } p_y 1[p_y \ge \tau]
 
-    ``keep="bottom"`` keeps p_y at or below the threshold; ``of="reference"`` compares the reference's probability
-    (needs ``tokens.reference``); ``quantile=True`` reads the threshold as a quantile over the batch. Gives (N,)
-    losses and Q (N, V) at s = 1; a mean divides by the selected tokens.
+    Args:
+        tokens: logits (N, V) and labels (N,); with ``of="reference"`` also reference (N, V).
+        threshold: tau, a probability; a quantile of the batch with ``quantile``.
+        form: f, "logp" (-log p_y) or "p" (1 - p_y).
+        keep: "top" selects p_y >= tau, "bottom" p_y <= tau.
+        of: whose probability is compared, "student" or "reference".
+        quantile: read ``threshold`` as a quantile over the batch.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats for "logp"; a mean divides by the selected tokens.
 
     Raises:
-        InputError: ``tokens.reference`` is missing where it is asked for.
+        InputError: ``tokens.reference`` is missing where it is compared.
 
-    Source: arXiv 2510.00526; released objectives OnlyTopLogP, OnlyTopP and their bottoms.
+    Source: Li et al. 2025 (arXiv 2510.00526); released objectives OnlyTopLogP, OnlyTopP and their bottoms.
 
     Example:
         >>> import torch
         >>> beyond_log_threshold(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), threshold=0.6).q
         tensor([[0.5000, 0.5000]])
     """
-    p_y, kept = tokens.label_probs.detach(), _kept(tokens, threshold, keep, of, quantile)
-    return Target.mix(tokens, trust=kept * (p_y if form == "p" else torch.ones_like(p_y)), residual="student")
+    p_y, selected = tokens.label_probs.detach(), _selected(tokens, threshold, keep, of, quantile)
+    return Target.mix(tokens, trust=selected * (p_y if form == "p" else torch.ones_like(p_y)), residual="student")
 
 
 @beyond_log_threshold.loss
-def beyond_log_threshold_loss(
-    tokens: Tokens,
-    *,
-    threshold: Share = 0.2,
-    form: Literal["logp", "p"] = "logp",
-    keep: Literal["top", "bottom"] = "top",
-    of: Literal["student", "reference"] = "student",
-    quantile: bool = False,
-) -> Float[Tensor, " N"]:
+def beyond_log_threshold_loss(tokens: Tokens, *, threshold, form, keep, of, quantile) -> Float[Tensor, " N"]:
     """1[p_y beyond the threshold] times -log p_y or 1 - p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    dropped = ~_kept(tokens, threshold, keep, of, quantile)
+    dropped = ~_selected(tokens, threshold, keep, of, quantile)
     return (nll if form == "logp" else -torch.expm1(-nll)).masked_fill(dropped, 0.0)
 
 
-def _kept(tokens: Tokens, threshold: float, keep: str, of: str, quantile: bool) -> Bool[Tensor, " N"]:
-    """Which labels are at or beyond the threshold; target and loss must not differ by rounding there."""
+def _selected(tokens: Tokens, threshold: float, keep: str, of: str, quantile: bool) -> Bool[Tensor, " N"]:
+    """A mask of the labels at or beyond the threshold, from one softmax, so that target and loss agree there."""
     logits = tokens.logits.detach() if of == "student" else tokens.require("reference").detach()
     judged = tokens.gather(torch.softmax(logits.to(tokens.label_probs.dtype), -1))
     limit = judged.quantile(threshold) if quantile and len(judged) else threshold

@@ -1,4 +1,4 @@
-"""Critical-token fine-tuning: log-likelihood on the tokens that the data marks as critical."""
+"""Critical-token fine-tuning: log-likelihood of the tokens marked as critical."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -7,15 +7,14 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 
 
 @register(
     "cft",
     title="Critical Token Fine-Tuning",
-    paper="2025, arXiv 2510.10974",
+    paper="Ruan et al. 2025, arXiv 2510.10974",
     needs=("critical",),
-    trusted="1 on critical tokens, else 0",
+    trusted="1 where critical, else 0",
     residual="student",
     simplex=True,
     denominator="selected",
@@ -26,26 +25,25 @@ from qlens.registry.citations import bibtex
         "writes the criterion with the original rest.",
         "No official code is known; the paper does not say what the mean divides by.",
     ),
-    bibtex=bibtex(
-        "cft2025",
-        "Enhancing Large Language Model Reasoning via Selective Critical Token Fine-Tuning",
-        2025,
-        arxiv="2510.10974",
-    ),
+    cites=("cft2025",),
 )
 def cft(tokens: Tokens) -> Target:
-    r"""The log-likelihood of those tokens only that decide whether an answer is right.
+    r"""Log-likelihood of the tokens marked as critical.
 
     .. math:: \ell = -c \log p_y, \qquad Q = d \text{ where } c = 1, \quad Q = p \text{ where } c = 0
 
-    ``tokens.critical`` (N,) holds c: a token is critical if every likely substitute leads the model's greedy
-    continuation to a wrong answer. Gives (N,) losses in nats and Q (N, V) at s = 1; a mean divides by the critical
-    tokens.
+    A token is critical if every likely substitute leads the model's greedy continuation to a wrong answer.
+
+    Args:
+        tokens: logits (N, V), labels (N,) and critical (N,), the mask c.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats; a mean divides by the critical tokens.
 
     Raises:
         InputError: ``tokens.critical`` is missing.
 
-    Source: arXiv 2510.10974.
+    Source: Ruan et al. 2025 (arXiv 2510.10974).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""ProFiT: tokens selected by the label's current probability."""
+"""ProFiT: log-likelihood of labels selected by their current probability."""
 
 from typing import Literal
 
@@ -12,7 +12,6 @@ from qlens.core.random_draws import uniform
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 Keep = Literal["higher", "lower", "middle", "random"]
@@ -22,10 +21,10 @@ Ties = Literal["keep", "drop"]
 @register(
     "profit",
     title="ProFiT, probability-guided token selection",
-    paper="2026, arXiv 2601.09195",
+    paper="Liu et al. 2026, arXiv 2601.09195",
     scope=lambda keep, **_: "batch" if keep == "random" else "token",
     structure="label",
-    trusted="1 where p_y >= threshold, else 0",
+    trusted="1 where p_y >= threshold, else 0; other values of keep: 1 where selected",
     residual="student",
     simplex=True,
     limits="threshold = 0 is sft; beyond_log_threshold divides by the selected tokens, this one by all",
@@ -43,12 +42,7 @@ Ties = Literal["keep", "drop"]
         "In the code the direction's default is a string that counts as set, so that a threshold alone raises an error.",
     ),
     code="Utaotao/ProFit src/llamafactory/train/trainer_utils.py::profit_loss_func",
-    bibtex=bibtex(
-        "profit2026",
-        "ProFit: Leveraging High-Value Signals in SFT via Probability-Guided Token Selection",
-        2026,
-        arxiv="2601.09195",
-    ),
+    cites=("profit2026",),
 )
 def profit(
     tokens: Tokens,
@@ -59,49 +53,49 @@ def profit(
     ties: Ties = "keep",
     seed: int = 0,
 ) -> Target:
-    r"""The log-likelihood of those labels only that the student already gives some probability.
+    r"""Log-likelihood of the labels selected by their current probability.
 
     .. math:: \ell = -1[p_y \ge \tau] \log p_y, \qquad Q = d \text{ where kept}, \quad Q = p \text{ where not}
 
-    ``keep``: "higher" drops p_y below the threshold, "lower" above it, "middle" outside [threshold, upper]; "random"
-    drops tokens with probability ``threshold``, drawn from ``seed`` and the number of tokens, so that loss and target
-    agree. QTrainer draws anew at every micro-batch, from its own seed and the place in the run beside these two, so that a
-    resumed run draws what the uninterrupted one did; in a loop of your own give every step another ``seed``. ``ties``:
-    what happens to p_y at the threshold itself. Takes ``tokens.logits`` and ``tokens.labels``; gives (N,) losses in nats
-    and Q (N, V) at s = 1.
+    The random selection is drawn from ``seed`` and the number of tokens, so that loss and target agree. QTrainer
+    draws anew at every micro-batch, from its own seed and the place in the run as well, so that a resumed run repeats
+    the draws of the uninterrupted one; in a loop of your own give every step another ``seed``.
+
+    Args:
+        tokens: logits (N, V) and labels (N,).
+        threshold: tau, a probability; for "random" the share that is dropped.
+        keep: "higher" selects p_y >= tau, "lower" p_y <= tau, "middle" tau <= p_y <= upper, "random" any token.
+        upper: upper threshold of "middle".
+        ties: "keep" or "drop" labels at a threshold itself.
+        seed: of the random selection.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats.
 
     Raises:
-        InputError: keep = "middle" without an upper threshold, or with one below ``threshold``.
+        InputError: keep = "middle" without ``upper``, or with one below ``threshold``.
 
-    Source: arXiv 2601.09195, equations 4 and 5.
+    Source: Liu et al. 2026 (arXiv 2601.09195), equations 4 and 5.
 
     Example:
         >>> import torch
         >>> profit(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), threshold=0.6).q
         tensor([[0.5000, 0.5000]])
     """
-    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
-    return Target.mix(tokens, trust=kept.to(tokens.label_probs), residual="student")
+    selected = _selected(tokens, threshold, keep, upper, ties == "keep", seed)
+    return Target.mix(tokens, trust=selected.to(tokens.label_probs), residual="student")
 
 
 @profit.loss
-def profit_loss(
-    tokens: Tokens,
-    *,
-    threshold: Share = 0.1,
-    keep: Keep = "higher",
-    upper: Share | None = None,
-    ties: Ties = "keep",
-    seed: int = 0,
-) -> Float[Tensor, " N"]:
+def profit_loss(tokens: Tokens, *, threshold, keep, upper, ties, seed) -> Float[Tensor, " N"]:
     """-log p_y where kept, labels of dropped tokens ignored as in the released code."""
-    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
-    labels = tokens.labels.long().masked_fill(~kept, -100)
+    selected = _selected(tokens, threshold, keep, upper, ties == "keep", seed)
+    labels = tokens.labels.long().masked_fill(~selected, -100)
     return F.cross_entropy(tokens.logits, labels, ignore_index=-100, reduction="none")
 
 
-def _kept(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool, seed: int) -> Bool[Tensor, " N"]:
-    """Which tokens count; target and loss must not differ by rounding at the threshold."""
+def _selected(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool, seed: int) -> Bool[Tensor, " N"]:
+    """A mask of the selected tokens, from one softmax, so that target and loss agree at the threshold."""
     p_y = tokens.gather(torch.softmax(tokens.logits.detach().to(tokens.label_probs.dtype), -1))
     if keep == "random":
         return (uniform(len(p_y), seed) >= low).to(p_y.device)

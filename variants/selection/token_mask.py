@@ -1,4 +1,4 @@
-"""Token masking: log-likelihood on the share of tokens with the largest excess loss."""
+"""Token masks: log-likelihood of the tokens with the largest excess loss, or of given ones."""
 
 import math
 from typing import Literal
@@ -11,7 +11,6 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import register
-from qlens.registry.citations import bibtex
 from qlens.registry.params import Share
 
 By = Literal["given", "excess", "history"]
@@ -20,10 +19,10 @@ By = Literal["given", "excess", "history"]
 @register(
     "token_mask",
     title="Selective-token masks (Rho-1, Token Cleaning, ssToken)",
-    paper="2024, arXiv 2404.07965; 2025, arXiv 2502.01968; 2025, arXiv 2510.18250",
+    paper="Lin et al. 2024, arXiv 2404.07965; Pang et al. 2025, arXiv 2502.01968; Qin et al. 2025, arXiv 2510.18250",
     scope=lambda by, keep: "token" if by == "given" else "batch",
     needs=lambda by, keep: {"given": ("critical",), "excess": ("reference",), "history": ("old",)}[by],
-    trusted="1 on selected tokens, else 0",
+    trusted="1 where critical, else 0; by = 'excess' or 'history': 1 where selected",
     residual="student",
     simplex=True,
     denominator="selected",
@@ -36,22 +35,26 @@ By = Literal["given", "excess", "history"]
         "ssToken mixes the history score with attention from the last layer; without attention only the first half is here.",
     ),
     code="UCSC-REAL/TokenCleaning scripts/generate_token_label.py; jianke0604/ssToken scripts/finetune.py",
-    bibtex=bibtex("rho2024", "Rho-1: Not All Tokens Are What You Need", 2024, arxiv="2404.07965"),
+    cites=("rho2024", "pang2025cleaning", "qin2025sstoken"),
 )
 def token_mask(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Target:
-    r"""The log-likelihood of selected tokens only.
+    r"""Log-likelihood of selected tokens.
 
     .. math:: \ell = -m \log p_y, \qquad Q = d \text{ where } m = 1, \quad Q = p \text{ where } m = 0
 
-    ``by``: "given" takes ``tokens.critical``; "excess" keeps the ``keep`` share of the batch whose loss exceeds the
-    reference's most (``tokens.reference``); "history" that whose loss fell most since the old policy
-    (``tokens.old``). Ties go to the earlier token. Gives (N,) losses in nats and Q (N, V) at s = 1; a mean divides by
-    the selected tokens.
+    Args:
+        tokens: logits (N, V), labels (N,) and, by ``by``, critical (N,), reference (N, V) or old (N, V).
+        by: "given" selects ``tokens.critical``; "excess" the labels whose loss exceeds the reference's most;
+            "history" those whose loss fell most since ``tokens.old``.
+        keep: share of the batch that is selected; ties go to the earlier token.
+
+    Returns:
+        Q (N, V) at scale 1. Losses (N,) are in nats; a mean divides by the selected tokens.
 
     Raises:
         InputError: the field that ``by`` reads is missing.
 
-    Source: arXiv 2404.07965 (excess loss), 2502.01968, 2510.18250 (history).
+    Source: Lin et al. 2024 (arXiv 2404.07965, excess loss), arXiv 2502.01968, arXiv 2510.18250 (history).
 
     Example:
         >>> import torch
@@ -72,7 +75,7 @@ def token_mask(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Target
 
 
 @token_mask.loss
-def token_mask_loss(tokens: Tokens, *, by: By = "given", keep: Share = 0.6) -> Float[Tensor, " N"]:
+def token_mask_loss(tokens: Tokens, *, by, keep) -> Float[Tensor, " N"]:
     """-mask log p_y."""
     labels = tokens.labels.long()
     nll = F.cross_entropy(tokens.logits, labels, reduction="none")

@@ -1,6 +1,6 @@
-"""Rules: what an implementation of a loss must keep, a module per group of rules; ``rule`` says what a rule is."""
+"""Rules of conformance, a module per group; ``rule`` defines what a rule is."""
 
-from qlens.conformance.rules import (  # noqa: F401  they fill RULES
+from qlens.conformance.rules import (  # noqa: F401  they register their rules
     accumulation,
     batches,
     dependence,

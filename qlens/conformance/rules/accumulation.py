@@ -1,4 +1,4 @@
-"""The rules of division: gradient accumulation, and the loss of evaluation, which is told no count."""
+"""Rules on the divisor of a loss: gradient accumulation, and evaluation without a count."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,7 +11,7 @@ from qlens.conformance.synthetic_batches import Text, count, cut
 from qlens.core.errors import InputError
 from qlens.losses.reduction.scalar import find_reduction
 
-EQUAL = (6,) * 8  # predicted labels: what forgets the count is then off by exactly the number of micro-batches
+EQUAL = (6,) * 8  # predicted labels; a loss that ignores the count is then off by the number of micro-batches
 SPLITS = {"2x4": 4, "8x1": 1}  # micro-batches x texts in each
 DIVISORS = {
     "labels": count,
@@ -23,8 +23,8 @@ POWERS = {
     0.5: "each text's sum over tokens divided by the root of its length",
     1: "each text's sum over tokens",
 }
-"""What the loss of one text is, by the power of its length with which it grows."""
-PER_TEXT = 1e-3  # how exactly weights of texts are read from losses of one, two and three of them
+"""The loss of one text, by the power of its length with which it grows."""
+PER_TEXT = 1e-3  # relative precision of text weights read from losses of one, two and three texts
 
 
 @rule("training with gradient accumulation learns at another rate, and weighs texts in small micro-batches more")
@@ -39,7 +39,7 @@ def accumulation(loss: Specimen) -> str:
             "a token's gradient depends on the other texts of its micro-batch (seen by changing one text): micro-batches "
             "are no parts of one batch, whatever they are divided by"
         )
-    told = "" if loss.counted else f"it takes no {COUNT}: "
+    uncounted = "" if loss.counted else f"it takes no {COUNT}: "
     designs = {"equal": loss.texts(EQUAL), "unequal": loss.unequal()}
     offs, factors = [], {}
     for design, texts in designs.items():
@@ -52,18 +52,18 @@ def accumulation(loss: Specimen) -> str:
         return f"1x8, 2x4 and 8x1 micro-batches give the same gradient {to(max(offs))}"
     if any(None in by_text.values() for by_text in factors.values()):
         raise Failed(
-            f"{told}2x4 or 8x1 is off by {max(offs):.2g} of the largest gradient of 1x8, by no factor per text"
+            f"{uncounted}2x4 or 8x1 is off by {max(offs):.2g} of the largest gradient of 1x8, by no factor per text"
         )
     equal, unequal = ([_span(list(factors[design, name].values())) for name in SPLITS] for design in designs)
-    whose = [name for name, divisor in DIVISORS.items() if _divided(loss, designs, factors, divisor)]
-    why = f": it divides by the {whose[0]} of each micro-batch" if whose else ""
+    divisors = [name for name, divisor in DIVISORS.items() if _divided(loss, designs, factors, divisor)]
+    why = f": it divides by the {divisors[0]} of each micro-batch" if divisors else ""
     if not loss.counted and equal == unequal == ["2", "8"]:
         raise Remark(
-            f"{told}2x4 gives 2 and 8x1 8 times the gradient of 1x8{why}; right where the caller divides by the number of "
+            f"{uncounted}2x4 gives 2 and 8x1 8 times the gradient of 1x8{why}; right where the caller divides by the number of "
             "micro-batches"
         )
     raise Failed(
-        f"{told}2x4 gives {equal[0]} and 8x1 {equal[1]} times the gradient of 1x8 "
+        f"{uncounted}2x4 gives {equal[0]} and 8x1 {equal[1]} times the gradient of 1x8 "
         f"(unequal texts: {unequal[0]} and {unequal[1]} times){why}"
     )
 
@@ -74,7 +74,7 @@ def accumulation(loss: Specimen) -> str:
     laid_out=True,
 )
 def evaluation(loss: Specimen) -> str:
-    """Without a count: the mean over predicted tokens."""
+    """Without a count the loss is the mean over predicted tokens."""
     texts = loss.unequal()
     n = count(texts)
     alone = loss.read_batch(texts, None)
@@ -83,13 +83,13 @@ def evaluation(loss: Specimen) -> str:
     if not bool(alone.value.isfinite()):
         raise Failed(f"without {COUNT} the loss is {float(alone.value)}")
     if loss.counted:
-        told = loss.read_batch(texts, n)
-        same(loss, alone, told, f"without {COUNT}, against the call that says {n}")
-        if relative(alone.value, told.value) > loss.tolerance:
-            raise Failed(f"the loss is {alone.value:.6g} without {COUNT}, {told.value:.6g} with {n}")
+        with_count = loss.read_batch(texts, n)
+        same(loss, alone, with_count, f"without {COUNT}, against a call with {n}")
+        if relative(alone.value, with_count.value) > loss.tolerance:
+            raise Failed(f"the loss is {alone.value:.6g} without {COUNT}, {with_count.value:.6g} with {n}")
     counted = f", as with the count {n}" if loss.counted else ""
     if loss.scope in ("batch", "pair") or loss.declared == "sequence":
-        return f"{alone.value:.4g}, finite (scope {loss.scope}: its mean over tokens is not asked for)"
+        return f"{alone.value:.4g}, finite (scope {loss.scope}: its mean over tokens is not required)"
     mean = sum(count([text]) * loss.read_batch([text], None).value for text in texts) / n
     if relative(alone.value, mean) <= loss.tolerance:
         return f"without {COUNT} the mean over predicted tokens{counted}"
@@ -125,7 +125,7 @@ def _weights(loss: Specimen, three: Sequence[Text]) -> tuple[float, float, float
 
 
 def _of_a_text(loss: Specimen, text: Text) -> str:
-    """What the loss of one text is, from its value for the same labels once and twice in the text."""
+    """The loss of one text in words, from its value for the same labels once and twice in the text."""
     n = count([text])
     rows = torch.arange(n)
     once, twice = (
@@ -139,7 +139,7 @@ def _of_a_text(loss: Specimen, text: Text) -> str:
 
 
 def _accumulated(loss: Specimen, texts: list[Text], size: int) -> list[Tensor]:
-    """The gradient of every text, in micro-batches of ``size`` texts that are told the count of the whole batch."""
+    """The gradient of every text, in micro-batches of ``size`` texts called with the count of the whole batch."""
     n = count(texts)
     parts = [loss.read_batch(texts[i : i + size], n).grad for i in range(0, len(texts), size)]
     return list(torch.cat(parts).split([len(text.labels) for text in texts]))
@@ -168,11 +168,15 @@ def _span(values: list[float]) -> str:
 
 
 def _remark(loss: Specimen) -> str:
-    """A warning to who accumulates a loss that returns one number for its rows."""
+    """A remark for callers that accumulate a loss which returns one number for its rows."""
     if loss.read(loss.tokens()).shape:
         return ""
     try:
         found = find_reduction(loss.fn, loss.params, loss.tokens(), loss.variant.spec)
     except InputError as error:
         return f" (remark: {error})"
-    return "" if found == "sum" else " (remark: it returns the mean over its rows, which whoever accumulates must undo)"
+    return (
+        ""
+        if found == "sum"
+        else " (remark: it returns the mean over its rows, which the caller must undo to accumulate)"
+    )

@@ -16,7 +16,7 @@ BREAKS = "such a micro-batch (a long prompt cut off) breaks the run: weights tur
 
 @rule("what is learned depends on the side a tokenizer pads", laid_out=True)
 def padding_side(loss: Specimen) -> str:
-    """Left or right."""
+    """Padding on the left or the right gives the same gradient."""
     if loss.labels_from_ids and not loss.counted:
         raise NotApplicable(
             "it takes its labels from input_ids: padded left, it counts the first token of a text as well"
@@ -33,7 +33,7 @@ def padding_side(loss: Specimen) -> str:
 
 @rule("what is learned depends on the longest text of a batch: short batches weigh more", laid_out=True)
 def padding_amount(loss: Specimen) -> str:
-    """Seven further columns."""
+    """Seven further columns of padding change nothing."""
     texts = loss.unequal()
     offs = []
     for side in ("right", "left"):
@@ -45,13 +45,13 @@ def padding_amount(loss: Specimen) -> str:
 
 @rule("packed training weighs or pairs tokens otherwise than the same texts in rows of their own", laid_out=True)
 def packing(loss: Specimen) -> str:
-    """Two texts in a row."""
+    """Two texts packed into a row give the gradient of two rows."""
     if loss.scope == "sequence":
         raise NotApplicable("scope sequence: rows of a batch are its texts")
     if loss.style.fields == "texts":
         raise NotApplicable("it takes one advantage, reward or weight for each row: two texts in a row have two")
     if loss.labels_from_ids:
-        raise NotApplicable("it takes its labels from input_ids: where a packed text begins it cannot see")
+        raise NotApplicable("it takes its labels from input_ids: it cannot know where a packed text begins")
     texts = loss.unequal()
     packed = [_joined(*texts[i : i + 2]) for i in range(0, len(texts), 2)]
     n = count(texts)
@@ -61,7 +61,7 @@ def packing(loss: Specimen) -> str:
     except Failed as failure:
         if loss.attends:
             raise Remark(
-                f"{failure}; it goes by the attention mask, which hides no packed text's first token"
+                f"{failure}; it uses the attention mask, which hides no packed text's first token"
             ) from failure
         if loss.scope == "token":
             raise
@@ -71,28 +71,28 @@ def packing(loss: Specimen) -> str:
 
 @rule(BREAKS, raising=BREAKS, compares=False, laid_out=True)
 def all_masked(loss: Specimen) -> str:
-    """Nothing to learn: zero, with a graph."""
+    """A batch without labels gives a loss of zero with a graph."""
     texts = [
         text._replace(labels=torch.full_like(text.labels, IGNORE), tokens=text.tokens[:0])
         for text in loss.texts((5, 3, 4, 6))
     ]
-    made = loss.read_batch(texts, 48, attended=not loss.labels_from_ids)
-    if not made.graph:
+    reading = loss.read_batch(texts, 48, attended=not loss.labels_from_ids)
+    if not reading.graph:
         raise Failed("it returns a value without a graph: no gradient leads back to the logits")
-    pull = float(torch.cat([made.grad.flatten(), made.grad.new_tensor([made.outside])]).abs().max())
-    if pull != 0 or not bool(made.value.isfinite()):  # NaN is neither
+    pull = float(torch.cat([reading.grad.flatten(), reading.grad.new_tensor([reading.outside])]).abs().max())
+    if pull != 0 or not bool(reading.value.isfinite()):  # NaN is neither
         if loss.labels_from_ids:
             raise NotApplicable("it takes its labels from input_ids: no micro-batch is without any")
         logged = "the logged loss turns NaN, and with it every mean that it enters" if pull == 0 else ""
-        raise Failed(f"loss {float(made.value):.4g}, largest gradient {pull:.4g}, where both should be 0", logged)
-    if float(made.value) and loss.scope != "batch":
-        raise Remark(f"gradient 0, but the loss is {float(made.value):.4g}: it counts in what is logged")
-    return f"loss {float(made.value):.4g} with a graph, gradient 0{_in_evaluation(loss, texts)}"
+        raise Failed(f"loss {float(reading.value):.4g}, largest gradient {pull:.4g}, where both should be 0", logged)
+    if float(reading.value) and loss.scope != "batch":
+        raise Remark(f"gradient 0, but the loss is {float(reading.value):.4g}: it enters the logged loss")
+    return f"loss {float(reading.value):.4g} with a graph, gradient 0{_in_evaluation(loss, texts)}"
 
 
 @contextlib.contextmanager
 def _first_tokens_counted(loss: Specimen) -> Iterator[None]:
-    """What fails on the left alone is a remark for a loss of whole texts: padding comes before a first token, and learns it."""
+    """Turn a failure on the left alone into a remark for losses of whole texts, whose padding learns a first token."""
     try:
         yield
     except Failed as failure:
@@ -102,22 +102,22 @@ def _first_tokens_counted(loss: Specimen) -> Iterator[None]:
 
 
 def _padded(loss: Specimen, texts: list[Text], side: str, columns: int) -> Reading:
-    made = loss.read_batch(texts, count(texts), side=side, columns=columns)
-    if made.outside > loss.nothing * float(made.grad.abs().max()):
-        share = made.outside / float(made.grad.abs().max())
+    reading = loss.read_batch(texts, count(texts), side=side, columns=columns)
+    if reading.outside > loss.nothing * float(reading.grad.abs().max()):
+        share = reading.outside / float(reading.grad.abs().max())
         raise Failed(f"padding on the {side} has a gradient, up to {share:.2g} of the largest")
-    return made
+    return reading
 
 
 def _joined(first: Text, second: Text) -> Text:
-    """Two texts as one; the second's first label is -100, so that nothing learns it."""
+    """Two texts as one; the second's first label is -100, so that it is not learned."""
     fields = {k: torch.cat([v, getattr(second.tokens, k)]) for k, v in first.tokens.fields().items()}
     parts = [torch.cat([getattr(first, name), getattr(second, name)]) for name in ("logits", "labels", "ids")]
     return Text(*parts, first.tokens.replace(**fields))
 
 
 def _in_evaluation(loss: Specimen, texts: list[Text]) -> str:
-    """A remark where a batch without labels is no zero to an evaluation."""
+    """A remark where a batch without labels is not zero in evaluation; else ""."""
     if not loss.counted:
         return ""
     try:

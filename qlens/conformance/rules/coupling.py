@@ -1,4 +1,4 @@
-"""Coupling: what a token's gradient depends on in a batch, found by changing the logits and labels of other tokens."""
+"""Coupling: what a token's gradient depends on in a batch, by changing the logits and labels of other tokens."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -21,8 +21,8 @@ def coupling(loss: "Specimen") -> str:
     for which in (0, len(shown) // 2, len(shown) - 1):
         text = shown[which]
         for changed in (_moved(text, slice(None)), _relabelled(text, loss.vocabulary), _other_inputs(text)):
-            made = _by_text(loss, [*shown[:which], changed, *shown[which + 1 :]], shown)
-            if _differ(loss, made, base, lambda other, which=which: other != which):
+            after = _by_text(loss, [*shown[:which], changed, *shown[which + 1 :]], shown)
+            if _differ(loss, after, base, lambda other, which=which: other != which):
                 return "batch"
     last = shown[-1]
     first = int((last.labels != IGNORE).nonzero()[0])
@@ -32,8 +32,8 @@ def coupling(loss: "Specimen") -> str:
         (_moved(last, slice(row, row + 1)), slice(0, row)),
         (relabelled(last, labels), slice(first, None)),
     ):  # the logits of the last row, then the first label: who learns a label stands before it
-        made = _by_text(loss, [*shown[:-1], changed], shown)
-        if _far(loss, made[-1][rest], base[-1][rest], base):
+        after = _by_text(loss, [*shown[:-1], changed], shown)
+        if _far(loss, after[-1][rest], base[-1][rest], base):
             return "sequence"
     return "sequence" if _divides_by_length(loss, shown, base) else "token"
 
@@ -43,8 +43,8 @@ def _divides_by_length(loss: "Specimen", shown: list[Text], base: list[Tensor]) 
     last = shown[-1]
     labels = last.labels.index_fill(0, torch.tensor([len(last.labels) - 1]), IGNORE)
     fewer = last._replace(labels=labels, tokens=last.tokens[:-1])
-    made = _by_text(loss, [*shown[:-1], fewer], shown)
-    own, other = ((made[i] * base[i]).sum(-1) / base[i].square().sum(-1) for i in (-1, -2))
+    after = _by_text(loss, [*shown[:-1], fewer], shown)
+    own, other = ((after[i] * base[i]).sum(-1) / base[i].square().sum(-1) for i in (-1, -2))
     own, other = (factors[factors.isfinite()].median() for factors in (own, other))
     return bool((own - other).abs() > max(loss.tolerance, 1e-3))
 

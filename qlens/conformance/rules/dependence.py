@@ -1,4 +1,4 @@
-"""The rules of what a row's gradient may not depend on: how many rows there are, where it stands, which token its label is."""
+"""Rules on what a row's gradient may not depend on: the number of rows, its place, the id of its label."""
 
 import math
 
@@ -9,18 +9,17 @@ from qlens.conformance.harness import ROWS, Specimen
 from qlens.conformance.rules.rule import Failed, NotApplicable, Remark, relative, rule, to
 from qlens.conformance.synthetic_batches import WIDE, count
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 
-SHOWN = 8  # rows that are shown over and over
+SHOWN = 8  # rows that are repeated
 COPIES = (2, 5, 17, 65, 257)
-CUT_OFF = (
-    64  # rows without a gradient at the end of many, by which a loss that selects rows is told from one that truncates
-)
+CUT_OFF = 64  # rows without a gradient at the end of many that show truncation rather than selection
 ENTRIES = 2**22  # logits in one call
-NEAR = 1e-3  # of a factor
-OTHER_ROWS = 6  # whose logits are tried beside the first row's, where some labels differ from the others
-SLIGHT = 0.15  # of a factor: less than any chunk that is divided on its own makes
-TURNS = 0.1  # of the largest gradient: no common factor
+NEAR = 1e-3  # relative difference of two factors that count as equal
+OTHER_ROWS = 6  # further rows that are tried where some labels differ from the others
+SLIGHT = 0.15  # relative change of a factor, less than that of chunks with divisors of their own
+TURNS = 0.1  # share of the largest gradient beyond which there is no common factor
 
 
 @rule("the same text trains at another rate in a longer batch: the loss adds up means of chunks, or divides twice")
@@ -65,22 +64,22 @@ def row_count(loss: Specimen) -> str:
         m, more = shown[-1]
         last = f", with {m} {more:.4g} times" if m != n else ""
         raise Failed(
-            f"neither a sum nor a mean: with {n} rows, {SHOWN} of them over and over, their gradient is {times:.4g} times "
+            f"neither a sum nor a mean: with {n} rows, {SHOWN} of them repeated, their gradient is {times:.4g} times "
             f"that of {SHOWN} rows{last}"
         )
     return f"{found}: {SHOWN} to {sizes[-1]} rows tried"
 
 
 def _sample(factors: list[float], copies: list[int]) -> str | None:
-    """The statistic of a few values of the batch that makes these factors of a mean, in words; None where none does."""
-    for root, said in (
+    """The statistic of a few values of the batch that explains these factors of a mean, in words; or None."""
+    for root, words in (
         (0.5, "the standard deviation (of a sample) of {} values"),
         (-1, "a comparison of {} with each other"),
     ):
         for values in range(2, SHOWN + 1):
             wanted = [((m * values - 1) / (m * (values - 1))) ** root for m in copies]
             if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, wanted, strict=True)):
-                return said.format(values)
+                return words.format(values)
     return None
 
 
@@ -121,7 +120,7 @@ def row_order(loss: Specimen) -> str:
 
 
 def _rows_alone(loss: Specimen) -> None:
-    """Whether a row of a loss of rows learns the same beside other rows.
+    """Test whether the gradient of a row depends on other rows.
 
     Raises:
         Failed: its rows are normalised together, instead of the entries of each.
@@ -133,8 +132,8 @@ def _rows_alone(loss: Specimen) -> None:
     other = torch.arange(len(tokens)) % 3 == 0
     logits = torch.where(other[:, None], tokens.logits.roll(5, -1), tokens.logits)
     labels = torch.where(other, (tokens.labels + 7) % loss.vocabulary, tokens.labels)
-    base, made = loss.read(tokens).grad, loss.read(tokens.replace(logits=logits, labels=labels)).grad
-    off = float((made - base)[~other].abs().max() / base.abs().max())
+    base, after = loss.read(tokens).grad, loss.read(tokens.replace(logits=logits, labels=labels)).grad
+    off = float((after - base)[~other].abs().max() / base.abs().max())
     if off <= loss.tolerance:
         return
     by_row, by_column = (float(base.sum(dim).abs().max() / base.abs().max()) for dim in (-1, 0))
@@ -151,7 +150,7 @@ def _rows_alone(loss: Specimen) -> None:
 
 @rule("")
 def label_ids(loss: Specimen) -> str:
-    """The same logits around another token: the same gradient."""
+    """The same logits around another label give the same gradient."""
     if {"pair", "chosen"} & set(loss.fields) or loss.scope in ("batch", "pair"):
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     ids = _some_ids(loss.vocabulary)
@@ -179,7 +178,7 @@ def label_ids(loss: Specimen) -> str:
     if straight:
         raise Remark(f"it depends on which token the label is, by weights from {times.min():.4g} to {times.max():.4g}")
     raise Remark(
-        "it depends on which tokens they are, and not by a weight alone: it looks them up, or runs another model"
+        "it depends on which tokens they are, and not by a weight alone: it looks tokens up, or runs another model"
     )
 
 
@@ -201,7 +200,7 @@ def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
 
 
 def _some_ids(vocabulary: int) -> Tensor:
-    """Token ids to try: the first, where special tokens are, the last, and some between; all of a small vocabulary."""
+    """Token ids to test: the first, among them special tokens, the last, and some between; all of a small vocabulary."""
     part = 64 if vocabulary <= WIDE else 8
     if vocabulary <= 3 * part:
         return torch.arange(vocabulary)
@@ -210,7 +209,7 @@ def _some_ids(vocabulary: int) -> Tensor:
 
 
 def _by_id(loss: Specimen, ids: Tensor, row: int, flipped: bool = False) -> Tensor:
-    """The gradient by token: every row has another label and the same logits around it, and is turned back, (ids, V)."""
+    """The gradient for every label id, with the same logits around the label, rotated back, (ids, V)."""
     size = loss.vocabulary
     one = loss.tokens(1 + OTHER_ROWS)[row : row + 1] if row else loss.tokens(1)
     one = one.replace(labels=torch.tensor([0]))
@@ -232,10 +231,10 @@ def _odd(loss: Specimen, grads: Tensor, usual: Tensor) -> Tensor:
 
 
 def _all_learn(loss: Specimen, rows: int) -> None:
-    """Whether the last of many rows learn anything.
+    """Test whether the last of many rows have a gradient.
 
     Raises:
-        Failed: none after some row does, in any of a few draws of their logits.
+        Failed: none after some row has one, in any of a few draws of the logits.
     """
     if loss.scope in ("batch", "pair") or rows < 2 * CUT_OFF:
         return
@@ -248,7 +247,7 @@ def _all_learn(loss: Specimen, rows: int) -> None:
             return
     raise Failed(
         f"of {rows} rows those after row {last} have no gradient, whatever their logits are",
-        "the rest of a long batch is cut off in silence",
+        "the end of a long batch is silently cut off",
     )
 
 
@@ -261,7 +260,7 @@ def _power(factors: list[float], copies: list[int]) -> float | None:
 
 
 def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[float], float]:
-    """By which factors the gradient grows as rows are shown over and over, all copies added up; how far it is from these."""
+    """The factors by which the gradient grows as rows are repeated, and the largest deviation from them."""
     from qlens.losses.layout.layouts import Layout, tiled
 
     if SHOWN % loss.group:
@@ -270,17 +269,17 @@ def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[fl
 
     def read(times: int) -> Tensor:
         many = tiled(some, Layout(copies=times))
-        made = loss.read(many, per_text=len(many) if one_text else SHOWN // 4)
-        return made.grad.view(times, SHOWN, -1).sum(0)
+        repeated = loss.read(many, per_text=len(many) if one_text else SHOWN // 4)
+        return repeated.grad.view(times, SHOWN, -1).sum(0)
 
     base, factors, off = read(1), [], 0.0
     for times in copies:
         try:
-            made = read(times)
-        except InputError as error:  # a loss may be made for shorter batches, and says so
+            grad = read(times)
+        except InputError as error:  # a loss may refuse longer batches
             if factors:
                 break
             raise NotApplicable(f"with {times * SHOWN} rows {error}") from error
-        factors.append(float((made * base).sum() / base.square().sum()))
-        off = max(off, relative(made, factors[-1] * base))
+        factors.append(float((grad * base).sum() / base.square().sum()))
+        off = max(off, relative(grad, factors[-1] * base))
     return factors, off

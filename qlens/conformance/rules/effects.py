@@ -1,4 +1,4 @@
-"""The rule that every input which a loss takes has an effect."""
+"""Rule on inputs: every input that a loss takes has an effect."""
 
 import inspect
 from collections.abc import Iterator, Mapping
@@ -16,28 +16,28 @@ from qlens.core.supervised import IGNORE
 from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.layout.names import STUDENT
 
-FORCED = ("labels", "count")  # roles that a caller may force on a loss which has no use for them
+FORCED = ("labels", "count")  # roles that a caller may pass to a loss that does not use them
 LEFT = (
     "batch", "head", "return outputs", "vocabulary", "ignore", "temperature", "position ids", "input ids", "texts", *STUDENT,
 )  # fmt: skip
 
 
-@rule("what was computed or collected for that input is thrown away: training is the same without it")
+@rule("the input is ignored: training is the same without it")
 def inputs_have_effect(loss: Specimen) -> str:
     """Every input that the loss takes changes its gradient."""
     effects = _of_fields(loss) if loss.kind == "tokens" else _of_arguments(loss)
     if not effects:
         raise NotApplicable("it takes no input beside the logits")
-    vain = [name for name, effect in effects.items() if not effect]
-    bare = [name for name in vain if loss.roles.get(name) not in FORCED]
-    settled = {name: said for name in bare if (said := _at_other_settings(loss, name))}
+    ineffective = [name for name, effect in effects.items() if not effect]
+    bare = [name for name in ineffective if loss.roles.get(name) not in FORCED]
+    settled = {name: words for name in bare if (words := _at_other_settings(loss, name))}
     bare = [name for name in bare if name not in settled]
     if bare:
         raise Failed(f"no effect: {', '.join(bare)}: changing {_it(bare)} changes neither value nor gradient")
-    said = [f"{name}: no effect on value or gradient{settled.get(name, '')}" for name in vain]
-    said += [f"{name}: changes the value, not the gradient" for name, effect in effects.items() if effect == "value"]
-    if said:
-        raise Remark("; ".join(said))
+    remarks = [f"{name}: no effect on value or gradient{settled.get(name, '')}" for name in ineffective]
+    remarks += [f"{name}: changes the value, not the gradient" for name, effect in effects.items() if effect == "value"]
+    if remarks:
+        raise Remark("; ".join(remarks))
     return f"each changes the gradient: {', '.join(effects)}"
 
 
@@ -53,7 +53,7 @@ def _of_fields(loss: Specimen) -> dict[str, str]:
 
 
 def _at_other_settings(loss: Specimen, name: str) -> str:
-    """At which other value of a numeric setting an input has an effect, in words; nothing where it has none at any."""
+    """The value of a numeric setting at which an input has an effect, in words; "" where it has none at any."""
     if loss.kind == "tokens":
         return ""
     found = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
@@ -128,12 +128,12 @@ def _effect(readings: Iterator, base: Reading) -> str:
     found = ""
     for read in readings:
         try:
-            made = read()
+            reading = read()
         except Exception:  # it looks at the input, if only to refuse it
             return "gradient"
-        if not torch.equal(made.grad.nan_to_num(7.0), base.grad):
+        if not torch.equal(reading.grad.nan_to_num(7.0), base.grad):
             return "gradient"
-        found = "value" if not torch.equal(made.value, base.value) else found
+        found = "value" if not torch.equal(reading.value, base.value) else found
     return found
 
 

@@ -1,4 +1,4 @@
-"""The rule of what is normalised over the vocabulary: logits, once, by torch's functions or by hand."""
+"""Rule on normalisation: logits are normalised over the vocabulary once, by torch's functions or by hand."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ LOGITS = ("cross_entropy", "softmax", "log_softmax", "logsumexp")  # functions t
 LOG_PROBABILITIES = ("nll_loss", "kl_div")
 
 
-@rule("another loss is trained than the functions' names say, in silence", compares=False)
+@rule("another loss than the functions' names say is silently trained", compares=False)
 def functions(loss: Specimen) -> str:
-    """torch's functions are given what they take, and what is written by hand is one softmax of the logits."""
+    """torch's functions get the inputs they expect, and a handwritten loss is a function of one softmax."""
     with _Watched(loss.vocabulary) as seen:
         try:
             loss.read(loss.tokens())
@@ -28,15 +28,15 @@ def functions(loss: Specimen) -> str:
     if seen.wrong:
         raise Failed("; ".join(dict.fromkeys(seen.wrong)))
     if (found := normalised_otherwise(loss)) is not None:
-        said, state, consequence = found
-        raise Failed(said, consequence) if state is Failed else Remark(said)
+        evidence, state, consequence = found
+        raise Failed(evidence, consequence) if state is Failed else Remark(evidence)
     if not seen.called:
         raise NotApplicable("it calls no softmax, cross-entropy or divergence of torch")
     return f"logits and log-probabilities where they belong: {', '.join(dict.fromkeys(seen.called))}"
 
 
 class _Watched(TorchFunctionMode):
-    """Notes what torch's functions of distributions over the vocabulary are given that they do not take.
+    """Records wrong arguments of torch's functions of distributions over the vocabulary.
 
     Attributes:
         called: names of the functions called.
@@ -84,7 +84,7 @@ def _are_probabilities(given: Tensor, dim: int) -> bool:
 
 
 def _dimension(name: str, args: tuple, kwargs: dict, given: Tensor) -> int | None:
-    """Over which dimension a function takes its distributions."""
+    """The dimension of the distributions that a function takes."""
     if name in ("cross_entropy", "nll_loss"):
         return 1
     if name == "kl_div":

@@ -1,4 +1,4 @@
-"""Rows labelled -100 among the rows of a loss that takes (N, V) logits: what it makes of them."""
+"""Rows labelled -100 among the rows of a loss that takes (N, V) logits."""
 
 import inspect
 from collections.abc import Callable
@@ -24,26 +24,26 @@ NAMED = 128  # columns, so that an index of -100 is inside the vocabulary, as at
 
 
 def ignored_rows(loss: Specimen) -> str:
-    """What rows labelled -100 do to a loss of rows; with a mask, the mask leaves them out as well.
+    """Test whether a loss of rows ignores rows labelled -100, which its mask leaves out if it takes one.
 
     Raises:
-        Failed: its mask leaves rows out, and they have a gradient or count in what it divides by.
-        Remark: they are trained, or count, and nothing but their label tells them.
-        NotApplicable: it refuses them, knows no labels, or leaves adding up to its caller.
+        Failed: rows that its mask leaves out have a gradient or count in its divisor.
+        Remark: rows without a mask are trained, or count in its divisor.
+        NotApplicable: it refuses such rows, takes no labels, or leaves the reduction to its caller.
     """
     if not knows_labels(loss):
         raise NotApplicable(ROWS_ONLY)
-    told = "mask" in loss.roles.values()
-    rows = "rows that its mask leaves out" if told else f"rows labelled {IGNORE}"
+    masked = "mask" in loss.roles.values()
+    rows = "rows that its mask leaves out" if masked else f"rows labelled {IGNORE}"
     loss, alone = _wide(loss)
     try:
-        made, ignored = among(loss, IGNORE)
+        reading, ignored = among(loss, IGNORE)
     except InputError as error:
         raise NotApplicable(f"{ROWS_ONLY}; {rows} are refused: {error}") from error
-    others, pulled = made.grad[~ignored], made.grad[ignored].abs().amax(-1)
+    others, pulled = reading.grad[~ignored], reading.grad[ignored].abs().amax(-1)
     many = int((~(pulled <= loss.nothing * alone.grad.abs().max())).sum())
     if many:
-        raise _pulled(loss, made, ignored, rows, float(pulled.max() / alone.grad.abs().max()))
+        raise _pulled(loss, reading, ignored, rows, float(pulled.max() / alone.grad.abs().max()))
     if relative(others, alone.grad) <= loss.tolerance:
         return f"no gradient on {len(pulled)} {rows}, the others learn as without them"
     size = alone.grad.square().sum()
@@ -52,15 +52,15 @@ def ignored_rows(loss: Specimen) -> str:
         raise Remark(
             f"no gradient on {len(pulled)} {rows}, but with them among {len(ignored)} the others learn otherwise"
         )
-    said = (
+    evidence = (
         f"{rows} count in what it divides by: with {len(pulled)} of them among {len(ignored)} the others learn {times:.4g} "
         "times as much"
     )
-    if told:
-        raise Failed(said)
+    if masked:
+        raise Failed(evidence)
     if _looks_for_ignored(loss):
-        raise Remark(said)
-    raise NotApplicable(f"{ROWS_ONLY}; {said}")
+        raise Remark(evidence)
+    raise NotApplicable(f"{ROWS_ONLY}; {evidence}")
 
 
 def _looks_for_ignored(loss: Specimen) -> bool:
@@ -132,17 +132,17 @@ def among(loss: Specimen, label: int, around: Around = as_it_is) -> tuple[Readin
         return loss.reading(on_view(around(loss.fn), loss.params, view, **given), leaf), ignored
 
 
-def _pulled(loss: Specimen, made: Reading, ignored: Tensor, rows: str, share: float) -> Exception:
+def _pulled(loss: Specimen, reading: Reading, ignored: Tensor, rows: str, share: float) -> Exception:
     """What to say of ignored rows that have a gradient, up to a share of the largest."""
     if "mask" in loss.roles.values():
         return Failed(f"{rows} have a gradient, up to {share:.2g} of the largest")
-    token = _trained_as(loss, made)
+    token = _trained_as(loss, reading)
     if token is None:
         return NotApplicable(f"{ROWS_ONLY}; no label has a part in its gradient, that of {rows} neither")
     if token < 0:
         return Remark(f"{rows} have a gradient, up to {share:.2g} of the largest: the caller has to leave them out")
     index = f" ({IGNORE} counted from the end of the vocabulary)" if token else ""
-    if made.shape == ignored.shape:
+    if reading.shape == ignored.shape:
         return NotApplicable(
             f"it returns a loss per row; {rows} have that of token {token}{index}, which whoever adds up leaves out"
         )
@@ -152,12 +152,12 @@ def _pulled(loss: Specimen, made: Reading, ignored: Tensor, rows: str, share: fl
     )
 
 
-def _trained_as(loss: Specimen, made: Reading) -> int | None:
+def _trained_as(loss: Specimen, reading: Reading) -> int | None:
     """The token whose label gives ignored rows the gradient that they have, -1 if none does, None if all do."""
     equal = []
     for token in (0, loss.vocabulary + IGNORE, loss.vocabulary - 1):
         try:
-            same = token >= 0 and relative(among(loss, token)[0].grad, made.grad) <= loss.tolerance
+            same = token >= 0 and relative(among(loss, token)[0].grad, reading.grad) <= loss.tolerance
         except InputError:  # a negative index is refused, say
             same = False
         equal += [token] if same else []

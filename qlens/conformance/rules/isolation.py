@@ -1,4 +1,4 @@
-"""The rules of manners: strided input, repeatable calls, and nothing written on."""
+"""Rules on the call itself: strided input, repeatable results, no argument modified."""
 
 import contextlib
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from qlens.core.supervised import IGNORE
 
 @rule("it trains on wrong numbers after a transpose or a slice")
 def contiguous(loss: Specimen) -> str:
-    """Strided input."""
+    """Non-contiguous input gives the same gradient."""
     texts = loss.texts((5, 5)) if loss.laid_out else []  # the strides of a single text hide from view()
 
     def read(change: Callable[[Tensor], Tensor]) -> Reading:
@@ -27,16 +27,16 @@ def contiguous(loss: Specimen) -> str:
 
     wanted = read(Tensor.contiguous)
     try:
-        made = read(_strided)
+        reading = read(_strided)
     except InputError as error:
         raise Remark(f"non-contiguous logits and labels, as after a transpose or a slice: {error}") from error
-    off = same(loss, made, wanted, "non-contiguous logits and labels")
+    off = same(loss, reading, wanted, "non-contiguous logits and labels")
     return f"non-contiguous logits and labels give the same gradient {to(off)}"
 
 
 @rule("runs cannot be repeated, nor losses compared: seed it, or switch dropout off", compares=False)
 def deterministic(loss: Specimen) -> str:
-    """Two calls."""
+    """Two calls agree."""
     first, second = (loss.read(loss.tokens()) for _ in range(2))
     off = max(relative(second.grad, first.grad), relative(second.value, first.value))
     if off > TOLERANCE:
@@ -44,12 +44,12 @@ def deterministic(loss: Specimen) -> str:
     return f"two calls agree {to(off)}"
 
 
-@rule("metrics, or a second loss on the same logits, see what it left there", compares=False)
+@rule("metrics, or a second loss on the same logits, see the modified values", compares=False)
 def inputs(loss: Specimen) -> str:
-    """Nothing is written on."""
+    """No argument is modified in place."""
     written: list[str] = []
     loss.read(loss.tokens(), watching(written))
-    with contextlib.suppress(InputError):  # what it does with -100 is asked elsewhere
+    with contextlib.suppress(InputError):  # its treatment of -100 is another rule
         if loss.laid_out and not sees_no_batches(loss):
             texts = loss.unequal()
             loss.read_batch(texts, count(texts), columns=3, around=watching(written))
@@ -57,7 +57,7 @@ def inputs(loss: Specimen) -> str:
             among(loss, IGNORE, watching(written))
     if written:
         raise Failed(f"it writes in place on {', '.join(dict.fromkeys(written))}")
-    return "all it is given stays as it was"
+    return "no argument is modified"
 
 
 def _strided(value: Tensor) -> Tensor:

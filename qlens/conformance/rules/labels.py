@@ -1,4 +1,4 @@
-"""The rule of what the labels are for: the token that each names is the one that its row learns."""
+"""Rule on labels: a row learns the token that its label names."""
 
 import contextlib
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ FOLLOWS = 1e-3  # of its gradient: a row that turns by less does not follow its 
 
 
 class Reaction(NamedTuple):
-    """What rows do as their own labels change: the gradients before and after, and the rows whose label changed."""
+    """Gradients before and after some labels changed, and the rows whose label changed."""
 
     tokens: Tokens
     before: Tensor
@@ -37,7 +37,7 @@ class Reaction(NamedTuple):
         return torch.where(self.changed, (self.tokens.labels + STEP) % self.before.shape[1], self.tokens.labels)
 
 
-@rule("nothing of what the data say is learned", compares=False)
+@rule("the labels of the data are not learned", compares=False)
 def labels(loss: Specimen) -> str:
     """The token that a label names is the one that its row learns."""
     if not _takes_labels(loss):
@@ -48,7 +48,7 @@ def labels(loss: Specimen) -> str:
     if (offset := _offset(seen)) is not None:
         raise Failed(
             f"where the label is y, a row learns token y{offset:+d} (counted around the vocabulary of {loss.vocabulary})",
-            "the model is trained to say another token than the data say",
+            "the model is trained on another token than the label",
         )
     if _another_column(seen):
         raise Remark("the label decides which token is learned, but it is another token than the label")
@@ -99,7 +99,7 @@ def _any_row_turns(seen: Reaction) -> bool:
 
 
 def _without_labels(loss: Specimen, seen: Reaction) -> Exception:
-    """What to say of a loss whose rows follow no label."""
+    """The outcome for a loss whose rows follow no label."""
     moved = float((seen.after - seen.before).abs().max()) > loss.tolerance * float(seen.before.abs().max())
     effect = (
         "changing a label changes how much its row learns, not what"

@@ -1,4 +1,4 @@
-"""How a loss normalises logits over the vocabulary, read from its gradient: twice, or each token for itself."""
+"""Normalisation over the vocabulary, read from a gradient: a second softmax, or a sigmoid per token."""
 
 import math
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Rows = Float[Tensor, "N V"]
 
 
 def normalised_otherwise(loss: Specimen) -> tuple[str, type[Exception], str] | None:
-    """What is to be said of a loss that is no function of one softmax over the vocabulary, how, and what follows.
+    """The evidence on a loss that is no function of one softmax over the vocabulary, its outcome, and the consequence.
 
     Returns:
         A sentence, Failed or Remark, and the consequence; None where there is nothing to say.

@@ -1,4 +1,4 @@
-"""The rules of precision, of extreme logits, and of what is held constant."""
+"""Rules on precision, extreme logits and stop-gradients."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ STEP = 1e-3  # of a numerical derivative: float32 inside still leaves three digi
 
 @rule("gradients in float32 are wrong by far more than rounding")
 def float32(loss: Specimen) -> str:
-    """Against float64."""
+    """The gradient in float32 is near that in float64."""
     if loss.dtype != torch.float64:
         raise NotApplicable("it refuses float64; all else here is read in float32")
     off, tolerance, remark = _rounding(loss, torch.float32, max(PRECISION[torch.float32], loss.tolerance))
@@ -44,7 +44,7 @@ def float32(loss: Specimen) -> str:
 
 @rule("training in bfloat16 follows another gradient than the loss's own")
 def bfloat16(loss: Specimen) -> str:
-    """Finite, and near float64."""
+    """The gradient in bfloat16 is finite and near that in float64."""
     off, tolerance, remark = _rounding(loss, torch.bfloat16, COARSE_TOLERANCE)
     against = str(loss.dtype).removeprefix("torch.")
     if off > tolerance:
@@ -55,7 +55,7 @@ def bfloat16(loss: Specimen) -> str:
 
 @rule("a masked or padded vocabulary turns the loss NaN", compares=False)
 def impossible(loss: Specimen) -> str:
-    """Tokens that cannot occur: columns at -1e30, as models mask them, and at -inf."""
+    """Impossible tokens, with logits of -1e30 or -inf, leave the gradient finite."""
     tokens, half = loss.tokens(), loss.vocabulary // 2
     tokens = tokens.replace(labels=tokens.labels % half)  # labels come from the first half: no label is impossible
     columns, some = torch.zeros(2, *tokens.logits.shape, dtype=torch.bool)
@@ -89,11 +89,11 @@ def _impossible(loss: Specimen, tokens: Tokens, where: Tensor, value: float, cas
     shown = everywhere(tokens, where, value)
     if shown.negatives is not None:
         shown = shown.replace(negatives=shown.negatives & ~where)
-    made = loss.read(shown)
-    _finite(made.grad, case)
-    if not bool(made.value.isfinite()):
-        raise Failed(f"{case}: the loss is {float(made.value)}, its gradient finite")
-    return made.grad
+    reading = loss.read(shown)
+    _finite(reading.grad, case)
+    if not bool(reading.value.isfinite()):
+        raise Failed(f"{case}: the loss is {float(reading.value)}, its gradient finite")
+    return reading.grad
 
 
 def _pull(loss: Specimen, grad: Tensor, where: Tensor, case: str) -> str:
@@ -111,7 +111,7 @@ def _pull(loss: Specimen, grad: Tensor, where: Tensor, case: str) -> str:
 
 @rule("one sure or hopeless token turns the weights NaN", compares=False)
 def extremes(loss: Specimen) -> str:
-    """p_y at 0 and at 1."""
+    """The gradient is finite at p_y near 0 and 1."""
     notes = []
     for sign, case in ((-1, "p_y near 0"), (1, "p_y = 1")):
         for dtype in dict.fromkeys((loss.dtype, torch.float32)):
@@ -151,14 +151,14 @@ def _rare(loss: Specimen, dtype: torch.dtype) -> Tensor:
 
 
 def _sparsely(loss: Specimen, sign: int, dtype: torch.dtype) -> str:
-    """That the gradient is finite where only some tokens are so, or nothing."""
+    """A remark if the gradient is finite where only some tokens are extreme; else ""."""
     if not bool(_apart(loss, sign * GAP, dtype, every=3).isfinite().all()):
         return ""
     return "so only where all tokens of a batch are: finite where a third of them is, as in a division by their mean weight"
 
 
 def _growth(loss: Specimen, sign: int) -> str:
-    """That the gradient grows exponentially in the gap, so that no code could hold it at a wide one, or nothing."""
+    """A remark if the gradient grows exponentially with the gap, so that it overflows in any code; else ""."""
     sizes = [float(_apart(loss, sign * gap, loss.dtype).abs().max()) for gap in NARROW]
     rates = [
         math.log(more / less) if 0 < less < math.inf and 0 < more < math.inf else 0.0 for less, more in pairwise(sizes)
@@ -174,10 +174,10 @@ def _growth(loss: Specimen, sign: int) -> str:
 
 @rule("the printed loss and the declared target train differently")
 def stop_gradient(loss: Specimen) -> str:
-    """What is held constant is what the method declares."""
+    """The factors that are detached are those that the method declares."""
     variant = loss.variant
     if variant.method.printed is None:
-        raise NotApplicable(f"no target is declared; found: {_held(loss)}")
+        raise NotApplicable(f"no target is declared; found: {_stop_gradient(loss)}")
     offs = []
     for tokens in (random_tokens(64, loss.vocabulary), probes()):
         declared = variant.target(tokens)
@@ -198,17 +198,17 @@ def _rounding(loss: Specimen, dtype: torch.dtype, tolerance: float) -> tuple[flo
     """
     narrow = cast(loss.tokens(), dtype)
     try:
-        made = loss.read(narrow).grad
+        grad = loss.read(narrow).grad
     except InputError as error:
         if isinstance(error.__cause__, NotImplementedError):
             raise Remark(f"{error} (on this device)") from error
         raise
-    _finite(made, "ordinary logits")
-    if carried(made) in COARSE:  # it computes in less, under autocast say
+    _finite(grad, "ordinary logits")
+    if carried(grad) in COARSE:  # it computes in less, under autocast say
         tolerance = max(tolerance, COARSE_TOLERANCE)
     wide = cast(narrow, loss.dtype)
     exact = loss.read(wide).grad
-    off = relative(made, exact)
+    off = relative(grad, exact)
     if off <= tolerance:
         return off, tolerance, ""
     draw = torch.Generator().manual_seed(13)
@@ -240,7 +240,7 @@ def _positions(texts: Sequence[Text]) -> Tokens:
     return Tokens(torch.cat([text.logits for text in texts]).detach(), labels)
 
 
-def _held(loss: Specimen) -> str:
+def _stop_gradient(loss: Specimen) -> str:
     """Whether the gradient is the derivative of the printed value, along a few random directions."""
     if loss.tolerance == COARSE_TOLERANCE:
         return f"it computes in {_named(loss.digits)}, too coarse for a numerical derivative"
@@ -258,5 +258,5 @@ def _held(loss: Specimen) -> str:
     found = slopes(value, grad, tokens, STEP, seed=0)
     worst = max(abs(slope - taken) for slope, taken in found) / float(grad.norm())
     if worst <= 0.01:
-        return f"the gradient is the derivative of the printed value to {worst:.0e}: nothing is held constant"
-    return f"the gradient is not the derivative of the printed value (off by {worst:.2g}): part of it is held constant"
+        return f"the gradient is the derivative of the printed value to {worst:.0e}: no factor is detached"
+    return f"the gradient is not the derivative of the printed value (off by {worst:.2g}): a factor is detached"

@@ -1,4 +1,4 @@
-"""Rules: what an implementation of a loss must keep, and how two of its gradients are compared.
+"""Rule: the registry of rules, their outcomes, and the comparison of two gradients.
 
 A rule returns its evidence, or raises Failed (a fault of the code), Remark (worth knowing, no fault) or NotApplicable.
 """
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from qlens.conformance.harness import Reading, Specimen
 
-ROWS_ONLY = "sees supervised rows only: who calls it masks, shifts and divides"
+ROWS_ONLY = "sees supervised rows only: the caller masks, shifts and divides"
 
 
 class Failed(Exception):
-    """A rule is broken; the message is the evidence, ``consequence`` what follows where that is not the rule's own."""
+    """A rule is broken; the message is the evidence, ``consequence`` overrides that of the rule."""
 
     def __init__(self, evidence: str, consequence: str = ""):
         super().__init__(evidence)
@@ -22,21 +22,21 @@ class Failed(Exception):
 
 
 class Remark(Exception):
-    """Something that whoever trains with the loss should know, and that is no fault of its code."""
+    """Something worth knowing for training that is no fault of the code."""
 
 
 class NotApplicable(Exception):
-    """A rule asks for what this loss has no part in; the message is the reason."""
+    """A rule that does not concern this loss; the message is the reason."""
 
 
 class Rule(NamedTuple):
     """A rule of the report.
 
     Args:
-        run: returns the evidence of a loss that keeps the rule.
-        consequence: what follows for training where it is broken.
-        raising: what follows where the loss raises an exception under it; empty where that is another fault.
-        compares: whether two calls are compared, which a random loss does not allow.
+        run: the test, which returns its evidence.
+        consequence: effect of a failure on training.
+        raising: effect where the loss raises an exception under the test.
+        compares: whether it compares two calls, which a random loss does not allow.
         laid_out: whether it needs (B, T) batches.
     """
 
@@ -52,7 +52,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(consequence: str, raising: str = "", compares: bool = True, laid_out: bool = False) -> Callable:
-    """Decorator: a rule whose item is named after its function."""
+    """Register a test as a rule named after its function."""
 
     def add(run: Callable[[Specimen], str]) -> Callable[[Specimen], str]:
         RULES[run.__name__] = Rule(run, consequence, raising, compares, laid_out)
@@ -62,7 +62,7 @@ def rule(consequence: str, raising: str = "", compares: bool = True, laid_out: b
 
 
 def sees_no_batches(loss: Specimen) -> str:
-    """Why a loss is not shown (B, T) batches, or nothing."""
+    """Why a loss is not tested on (B, T) batches; "" if it is."""
     if not loss.laid_out:
         return ROWS_ONLY
     return "compares pairs of texts: these batches hold none" if loss.declared == "pair" else ""
@@ -77,12 +77,12 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 def to(off: float) -> str:
-    """How near two things are, in words."""
+    """A relative difference in words."""
     return f"to {off:.0e}" if off else "exactly"
 
 
 def factor(loss: Specimen, got: Tensor, wanted: Tensor) -> float | None:
-    """The one factor between two gradients, or None."""
+    """The factor between two proportional gradients; None if they are not."""
     size = wanted.square().sum()
     if not bool(size):
         return None
@@ -91,10 +91,10 @@ def factor(loss: Specimen, got: Tensor, wanted: Tensor) -> float | None:
 
 
 def same(loss: Specimen, got: Reading, wanted: Reading, what: str) -> float:
-    """How far two readings that should agree are apart, as a share of the largest gradient.
+    """The difference of two readings that should be equal, as a share of the largest gradient.
 
     Raises:
-        Failed: further than rounding; the factor between them is named where there is one.
+        Failed: it is more than rounding; the message names the factor between them if there is one.
     """
     off = relative(got.grad, wanted.grad)
     if off <= loss.tolerance:

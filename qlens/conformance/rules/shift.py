@@ -1,4 +1,4 @@
-"""The rules of which label a row learns, and that positions labelled -100 learn nothing."""
+"""Rules on positions: which label a row learns, and that positions labelled -100 are ignored."""
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ REACTING = 10  # tokens in each text on which shifts are found; 4 at wide vocabu
 FAINT = 0.01  # of the largest reaction: a row that reacts less does not learn that label
 
 
-@rule("the model is trained to say another token than the one that comes next")
+@rule("the model is trained on another token than the next one")
 def shift(loss: Specimen) -> str:
-    """Which label a row's gradient reacts to."""
+    """A row learns the next token."""
     strongest = {label: rows[0] for label, rows in reactions(loss).items() if rows}
     if not strongest:
         raise NotApplicable("no row's gradient follows which token a label is")
@@ -28,9 +28,9 @@ def shift(loss: Specimen) -> str:
         raise Failed("a text's last row learns the first label of the next text: it shifts across the batch")
     wanted, offsets = int(loss.laid_out), sorted({label - row for label, row in strongest.items()})
     if offsets != [wanted]:
-        said = " and ".join(f"row t learns {_label(offset)}" for offset in offsets)
+        learned = " and ".join(f"row t learns {_label(offset)}" for offset in offsets)
         name = SHIFTS[loss.laid_out].get(offsets[0]) if len(offsets) == 1 else None
-        raise Failed(said + (f": {name}" if name else ""))
+        raise Failed(learned + (f": {name}" if name else ""))
     seen = loss.tokens()
     pulls = loss.read(seen).grad.gather(1, seen.labels[:, None])
     if bool((pulls >= 0).all()):
@@ -42,7 +42,7 @@ def shift(loss: Specimen) -> str:
 
 @rule("prompts, or other tokens meant to be ignored, are trained on")
 def prompt(loss: Specimen) -> str:
-    """-100 is ignored."""
+    """Positions labelled -100 have no gradient."""
     if not loss.laid_out:
         return ignored_rows(loss)
     if reason := sees_no_batches(loss):
@@ -50,13 +50,13 @@ def prompt(loss: Specimen) -> str:
     if loss.labels_from_ids:
         raise Remark("it takes its labels from input_ids, whatever labels say: all but padding is learned, prompts too")
     texts = loss.unequal()
-    made = loss.read_batch(texts, count(texts))
+    reading = loss.read_batch(texts, count(texts))
     offsets = {label - row for label, rows in reactions(loss).items() for row in rows} or {1}
     masked = torch.cat([_masked(text.labels, offsets) for text in texts])
-    pulled = made.grad[masked].abs().amax(-1)
-    many = int((pulled > loss.nothing * made.grad.abs().max()).sum())
+    pulled = reading.grad[masked].abs().amax(-1)
+    many = int((pulled > loss.nothing * reading.grad.abs().max()).sum())
     if many:
-        share = float(pulled.max() / made.grad.abs().max())
+        share = float(pulled.max() / reading.grad.abs().max())
         raise Failed(f"{many} of {len(pulled)} positions labelled -100 are pulled, by up to {share:.2g} of the largest")
     return f"no gradient on {len(pulled)} positions labelled -100"
 
@@ -70,7 +70,7 @@ def reactions(loss: Specimen) -> dict[int, list[int]]:
 
     Losses of batches see two texts without a prompt, any other a few rows.
     """
-    return loss.kept(("reactions",), lambda: _reactions(loss))
+    return loss.cached(("reactions",), lambda: _reactions(loss))
 
 
 def _reactions(loss: Specimen) -> dict[int, list[int]]:

@@ -1,4 +1,4 @@
-"""Verification of a user's method, once, before the engine trains by its card: structure, identity and scope."""
+"""Verification of what a card declares, once per method: structure, scope, and the target beside the printed loss."""
 
 import logging
 import warnings
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient, ordinary
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.core.trial_tokens import trial_rows
-from qlens.engine.batch_losses import is_model_loss, place_matters
 from qlens.engine.finite_values import ADVICE
-from qlens.engine.row_gradients import by_structure
-from qlens.engine.verification.marks import marks
+from qlens.engine.structures import gradients_by_structure
+from qlens.engine.verification.batch_layout import is_model_loss, layout_dependence
+from qlens.engine.verification.fingerprints import fingerprint
 from qlens.engine.verification.row_dependence import SAMPLE, tolerance, why_dependent
 from qlens.losses.leaves import refuse_learned
 from qlens.losses.user_code import LossError
@@ -26,12 +27,12 @@ from qlens.registry.variant import ALONE
 logger = logging.getLogger(__name__)
 UNDECLARED = "a loss of your own may look at all of them together; if it does not, register it with scope='token'"
 CANCELLED = 32  # roundings of the largest p by which two ways to p - Q may differ
-MANY, ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
+TRIAL_ROWS, TRIAL_ENTRIES = 256, 2**20  # rows of every kind on which a declaration is verified, and their logits
 _VERDICTS: WeakKeyDictionary[Callable, dict[tuple, "Verdict"]] = WeakKeyDictionary()  # no callable is kept alive
 
 
 class Verdict(NamedTuple):
-    """Why a method's rows must not be cut into parts, "" where they may; and the rows and state that were verified."""
+    """Why a method's rows must not be cut into parts, "" where they may; the number of rows and the state at that time."""
 
     reason: str
     rows: int
@@ -46,19 +47,18 @@ def why_whole(
     fields: dict[str, Tensor],
     trains: bool = False,
 ) -> str:
-    """Why the rows of a batch must not be cut into parts, "" where they may; verified once for every method of a user's own.
+    """Why the rows of a batch must not be cut into parts, "" where they may; verified once per user's method.
 
-    Verified again where a batch has more rows than any before, since a loss may compare its rows only where there are enough,
-    and where what the method reads beside its arguments has changed (``qlens.engine.verification.marks``), since it may be
-    another method then.
+    It is verified again where a batch has more rows than any before, since a loss may compare its rows only where there are
+    enough, and where values that it reads beside its arguments have changed (``fingerprints``).
 
     Args:
-        variant: the method; qlens' own are proved by the tests and not tried here.
+        variant: the method; built-in ones are covered by tests and not verified here.
         sample: tokens at some of the batch's rows, by index.
         rows: how many rows the batch has.
         block: how many rows would be taken at a time.
-        fields: what is known of every row; a loss of pairs is tried on rows of both texts of some pairs.
-        trains: whether gradients of hidden states and head are wanted, and so none is made for anything else.
+        fields: per-token fields of the rows; a loss of pairs is tried on rows of both texts of some pairs.
+        trains: whether gradients of hidden states and head are wanted; a parameter of the loss would get none.
 
     Raises:
         LearnedParameter: the loss has a parameter of its own, and ``trains``.
@@ -67,50 +67,64 @@ def why_whole(
     declared = why_declared_whole(variant)
     if not rows or (variant.built_in and not declared):
         return ""
-    fn = variant.method.fn
-    seen = [
+    cut = rows > block and variant.scope in ALONE
+    verdicts, key = _verdicts_of(variant), (*_field_kinds(fields), *_card(variant), cut, trains)
+    known = verdicts.get(key)
+    if variant.built_in:
+        if known is None:
+            verdicts[key] = Verdict(declared, rows)
+            _report(variant, declared)
+        return declared
+    functions = [fn for fn in (variant.method.fn, variant.method.printed) if fn is not None]
+    state = hash(fingerprint(functions))
+    more_rows = known is not None and cut and not known.reason and rows > known.rows
+    if known is not None and not more_rows and state == known.state:
+        return known.reason
+    with torch.inference_mode(False):
+        samples = ordinary(sample(_some(variant, rows, fields)))
+    with (
+        torch.inference_mode(False),
+        torch.autocast(samples.logits.device.type, enabled=False),
+        variant.replay(samples.logits.device).again(),  # a loss that draws numbers draws the same, verified or not
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of a statistic of one row, say
+        _verify_layout(variant, samples)
+        if trains:
+            _verify_constants(variant, samples)
+        _verify_gradient(variant, samples)
+        reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
+        if cut and not reason:
+            reason = why_dependent(variant, samples, sample, rows, block, fields)
+    if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
+        _report(variant, reason)
+    verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
+    return reason
+
+
+def _verdicts_of(variant: Variant) -> dict[tuple, Verdict]:
+    """The verdicts on a method so far, by card and kind of batch."""
+    try:
+        return _VERDICTS.setdefault(variant.method.fn, {})
+    except TypeError:  # it has no weak reference or no hash: verified anew every time
+        return {}
+
+
+def _field_kinds(fields: dict[str, Tensor]) -> list[tuple]:
+    """For every per-token field: its name, whether it varies, and whether a mask has a True."""
+    return [
         (name, value.ndim == 1 and bool((value != value[:1]).any()), value.dtype == torch.bool and bool(value.any()))
         for name, value in sorted(fields.items())
     ]
-    cut = rows > block and variant.scope in ALONE
-    card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
-    key = (*seen, *card, cut, trains)
-    try:
-        verdicts = _VERDICTS.setdefault(fn, {})
-    except TypeError:  # it has no weak reference or no hash: verified anew every time
-        verdicts = {}
-    if key not in verdicts and variant.built_in:
-        verdicts[key] = Verdict(declared, rows)
-        _report(variant, declared)
-    if variant.built_in:
-        return verdicts[key].reason
-    known, state = verdicts.get(key), hash(marks(each for each in (fn, variant.method.printed) if each is not None))
-    more = known is None or (cut and not known.reason and rows > known.rows)
-    if known is None or more or state != known.state:
-        with torch.inference_mode(False):
-            few = ordinary(sample(_some(variant, rows, fields)))
-        with (
-            torch.inference_mode(False),
-            torch.autocast(few.logits.device.type, enabled=False),
-            variant.replay(few.logits.device).again(),
-            warnings.catch_warnings(),
-        ):  # a loss that draws numbers trains by the same ones, verified or not
-            warnings.simplefilter("ignore")  # a statistic of one row, say
-            _verify_layout(variant, few)
-            if trains:
-                _verify_constants(variant, few)
-            _verify_gradient(variant, few)
-            reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
-            if cut and not reason:
-                reason = why_dependent(variant, few, sample, rows, block, fields)
-        if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
-            _report(variant, reason)
-        verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
-    return verdicts[key].reason
+
+
+def _card(variant: Variant) -> tuple:
+    """The parts of a card that a verdict depends on."""
+    return variant.spec, str(variant.structure), variant.scope, id(variant.method.printed)
 
 
 def why_declared_whole(variant: Variant) -> str:
-    """Why a method's rows cannot be taken a few at a time by its card alone, "" where they can."""
+    """Why a method's rows cannot be cut into parts, by its card alone; "" where they can."""
     if variant.scope in ALONE or variant.structure == "label":
         return ""
     if variant.scope == "batch":
@@ -122,7 +136,7 @@ def why_declared_whole(variant: Variant) -> str:
 
 
 def _why_undeclared_whole(variant: Variant) -> str:
-    """Why rows cannot be taken a few at a time where nobody has said that they may; a target is tried for that."""
+    """Why the rows of a loss without a declared scope cannot be cut into parts; those of a target are tried instead."""
     return UNDECLARED if variant.derived and not variant.method.scope else ""
 
 
@@ -147,14 +161,14 @@ def _some(variant: Variant, rows: int, fields: dict[str, Tensor]) -> Tensor:
 
 
 def _verify_layout(variant: Variant, tokens: Tokens) -> None:
-    """Whether a loss sees a batch by its supervised rows alone, which is all that the engine has of it."""
+    """Check that a loss depends on a batch through its supervised rows alone."""
     if is_model_loss(variant):
         raise InputError(
             f"{variant.spec} runs a model on its inputs, f(model, inputs), which hidden states and a head are not: train it "
             "with QTrainer(variant=...), or write it as a loss of f(logits, labels)"
         )
     style = variant.unreduced.style(variant.shown(tokens).upcast()) if variant.is_loss_alone(tokens) else None
-    if style is not None and style.laid_out and (reason := place_matters(variant, tokens, style)):
+    if style is not None and style.laid_out and (reason := layout_dependence(variant, tokens, style)):
         raise InputError(
             f"{variant.spec} sees whole batches (B, T, V), and {reason}: hidden states of single tokens do not say that. Train "
             "it with QTrainer(variant=...)"
@@ -162,43 +176,43 @@ def _verify_layout(variant: Variant, tokens: Tokens) -> None:
 
 
 def _verify_constants(variant: Variant, tokens: Tokens) -> None:
-    """Whether the loss depends on no parameter of its own, whose gradient the engine would leave out."""
+    """Check that the loss has no learnable parameter of its own, which would get no gradient."""
     with torch.enable_grad(), variant.replay(tokens.logits.device).again():
         leaf = tokens.logits.detach().requires_grad_()
         refuse_learned(variant.spec, variant.loss(tokens.with_logits(leaf)), leaf)
 
 
 def _verify_gradient(variant: Variant, tokens: Tokens) -> None:
-    """Whether what the engine would compute is the gradient of the printed loss: on these rows and on rows of every kind.
+    """Check that the engine computes the gradient of the printed loss, on these rows and on trial rows of every kind.
 
-    The rows of a first batch may all be alike, before anything is learned.
+    Before anything is learned, the rows of a first batch may all be alike.
     """
     if variant.is_loss_alone(tokens) and variant.structure == "dense":
         return  # it is computed by that very gradient
     _compare(variant, tokens, own=True)
     vocabulary = tokens.logits.shape[1]
-    trial = trial_rows(tokens, max(SAMPLE, min(MANY, ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
+    trial = trial_rows(tokens, max(SAMPLE, min(TRIAL_ROWS, TRIAL_ENTRIES // vocabulary)) // SAMPLE * SAMPLE)
     try:
         with torch.no_grad():
             variant.loss(trial)
             variant.target(trial)
-    except LossError:  # it is written for data of its own
+    except LossError:  # it is written for particular data
         return
     _compare(variant, trial)
 
 
 def _compare(variant: Variant, tokens: Tokens, own: bool = False) -> None:
-    """Whether gradient and losses by the declared structure are those of the printed loss on some rows.
+    """Check that gradient and losses by the declared structure are those of the printed loss on some rows.
 
     Args:
         variant: the method.
         tokens: the rows.
-        own: whether they are the batch's own, at which the pass refuses what is not finite, by the number of the row.
+        own: whether they are rows of the batch, where the chunk loop refuses values that are not finite.
     """
     replay = variant.replay(tokens.logits.device)
     wanted = gradient(variant.loss, tokens)
     with replay.again():
-        got, values = by_structure(variant, tokens)
+        got, values = gradients_by_structure(variant, tokens)
     finite, known = wanted.isfinite().all(-1), got.isfinite().all(-1) & ~values.isnan()
     finite = finite & known if own else finite  # elsewhere NaN beside a number is wrong too
     off = (wanted - got).abs().amax(-1)

@@ -1,4 +1,4 @@
-"""Dependence between rows: whether a token's gradient or loss is another one among other rows of its batch."""
+"""Dependence between rows: whether a token's gradient or loss changes with the other rows of its batch."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,25 +8,24 @@ from torch import Tensor
 
 from qlens.core.autograd import ordinary
 from qlens.core.errors import InputError
+from qlens.core.numerics import spread
 from qlens.core.scales import carried
-from qlens.core.tokens import MODELS, Tokens, spread
+from qlens.core.tokens import MODELS, Tokens
 from qlens.core.trial_tokens import random_tokens
 from qlens.losses.user_code import LossError
 from qlens.registry import Variant
 
 SAMPLE = 16  # rows, spread over the batch
-MANY, NARROW = 1024, 256  # random rows and entries, on which rows are seen to depend on each other
-MOST = 2**21  # random logits at the batch's own vocabulary
-WHOLE = (
-    2**24
-)  # logits of all rows of a batch; of more, as many entries of the vocabulary are taken as there is room for
+TRIAL_ROWS, TRIAL_VOCABULARY = 1024, 256  # of random tokens
+TRIAL_ENTRIES = 2**21  # of random tokens over the batch's own vocabulary
+BATCH_ENTRIES = 2**24  # logits of all rows of a batch at most; of a larger one, some entries of the vocabulary
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 """How far two gradients of one loss may be apart, as a share of the largest entry, by dtype."""
 
 
 def why_dependent(
     variant: Variant,
-    few: Tokens,
+    samples: Tokens,
     sample: Callable[[Tensor], Tokens],
     rows: int,
     block: int,
@@ -36,40 +35,41 @@ def why_dependent(
 
     Args:
         variant: the method.
-        few: rows spread over the batch.
+        samples: rows spread over the batch.
         sample: tokens at some of the batch's rows, by index.
         rows: how many rows the batch has.
         block: how many rows would be taken at a time.
-        fields: what is known of every row.
+        fields: per-token fields of the rows.
     """
-    run = min(rows, max(2 * block, 4 * SAMPLE))  # rows next to each other
-    for tokens in (few, *(ordinary(sample(index)) for index in _together(run, fields)), *_many(variant, few)):
+    run = min(rows, max(2 * block, 4 * SAMPLE))  # consecutive rows
+    trials = [samples, *(ordinary(sample(index)) for index in _possibly_dependent(run, fields))]
+    for tokens in (*trials, *_trial_tokens(variant, samples)):
         if reason := _dependence(variant, tokens):
             return reason
     return _dependence_among_all(variant, sample, rows, block)
 
 
-def _many(variant: Variant, few: Tokens) -> list[Tokens]:
-    """Many random rows with the fields of some given ones, all of which vary, in sequences of four.
+def _trial_tokens(variant: Variant, like: Tokens) -> list[Tokens]:
+    """Random rows with the fields of ``like``, in sequences of four.
 
-    The vocabulary is small, so that there can be more rows than a loss asks for before it compares them; for a loss that is
-    written for its own vocabulary it is that, and the rows are fewer.
+    The vocabulary is small, so that there are many rows: a loss may compare them only where there are enough. For a loss that
+    is written for one vocabulary it is that one, and the rows are fewer.
     """
-    vocabulary = few.logits.shape[1]
-    sizes = [(MANY, min(vocabulary, NARROW)), (max(SAMPLE, MOST // vocabulary), vocabulary)]
+    vocabulary = like.logits.shape[1]
+    sizes = [(TRIAL_ROWS, min(vocabulary, TRIAL_VOCABULARY)), (max(SAMPLE, TRIAL_ENTRIES // vocabulary), vocabulary)]
     for number, v in sizes:
-        trial = random_tokens(min(number, MANY), v)
-        given = trial.fields() | {"weight": trial.require("advantage").abs() + 0.1}
-        given = {name: value.to(few.logits.device) for name, value in given.items() if name in few.fields()}
-        tokens = Tokens.unchecked(**given)
+        trial = random_tokens(min(number, TRIAL_ROWS), v)
+        fields = trial.fields() | {"weight": trial.require("advantage").abs() + 0.1}
+        fields = {name: value.to(like.logits.device) for name, value in fields.items() if name in like.fields()}
+        tokens = Tokens.unchecked(**fields)
         with contextlib.suppress(InputError):
             _read(variant, tokens[:2])
             return [tokens]
     return []
 
 
-def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
-    """Indices of rows that may depend on each other: so many next to each other, and some of one sequence and one pair."""
+def _possibly_dependent(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
+    """Indices of rows that may depend on each other: ``run`` consecutive ones, and some of one sequence and of one pair."""
     yield torch.arange(run)
     for name in ("sequence", "pair"):
         if name in fields:
@@ -79,20 +79,20 @@ def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
 
 
 def _dependence_among_all(variant: Variant, sample: Callable[[Tensor], Tokens], rows: int, block: int) -> str:
-    """How a row's gradient or loss depends on the others of its batch, seen on all rows of it together.
+    """How a row's gradient or loss depends on the others of its batch, on all rows of the batch together.
 
-    Where their logits are more than ``WHOLE``, on some entries of the vocabulary; or, for a loss that is written for all of
-    them, on fewer rows.
+    Where these have more than ``BATCH_ENTRIES`` logits, on some entries of the vocabulary; for a loss that is written for one
+    vocabulary, on fewer rows.
     """
-    some = ordinary(sample(torch.zeros(1, dtype=torch.long)))
-    vocabulary = some.logits.shape[1]
-    columns = spread(vocabulary, max(WHOLE // rows, 2)).to(some.logits.device)
+    first = ordinary(sample(torch.zeros(1, dtype=torch.long)))
+    vocabulary = first.logits.shape[1]
+    columns = spread(vocabulary, max(BATCH_ENTRIES // rows, 2)).to(first.logits.device)
     narrow = len(columns) < vocabulary
     if narrow:
         try:
-            _read(variant, _on_columns(some, columns, 0))
+            _read(variant, _on_columns(first, columns, 0))
         except InputError:
-            rows, narrow = max(WHOLE // vocabulary, 2), False
+            rows, narrow = max(BATCH_ENTRIES // vocabulary, 2), False
     parts: list[Tokens] = []
     for start in range(0, rows, block):
         part = ordinary(sample(torch.arange(start, min(start + block, rows))))
@@ -104,7 +104,7 @@ def _dependence_among_all(variant: Variant, sample: Callable[[Tensor], Tokens], 
 
 
 def _on_columns(tokens: Tokens, columns: Tensor, start: int) -> Tokens:
-    """Rows on some entries of the vocabulary, among them their label's: its logits take the place of one of the entries'.
+    """Rows on some entries of the vocabulary; the label's logits replace those of one of the entries.
 
     Args:
         tokens: the rows.
@@ -124,7 +124,7 @@ def _on_columns(tokens: Tokens, columns: Tensor, start: int) -> Tokens:
 def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
     """How a row's gradient or loss depends on the rows it is computed with; "" where it does not.
 
-    The cuts go between two halves, through every sequence, and at random, so that any two rows are apart in one of them.
+    The rows are cut into halves in three ways (consecutive, alternating, random), so that any two are apart in one of them.
     """
     n, at = len(tokens), torch.arange(len(tokens), device=tokens.logits.device)
     grad, total = _read(variant, tokens)
@@ -150,13 +150,13 @@ def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
 
 def _sentence(variant: Variant, what: str, among: int, few: int) -> str:
     return (
-        f"it is taken for scope={variant.scope!r}, but a token's {what} among {among} rows is another than among {few}: "
+        f"its scope is {variant.scope!r}, but a token's {what} differs between {among} rows and {few} of them: "
         "declare scope='batch' (or 'sequence', 'pair')"
     )
 
 
 def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Gradient, (N, V), and summed loss as the engine takes them; N = 0 has none."""
+    """Gradient, (N, V), and summed loss of some rows; zero for none."""
     if not len(tokens):
         return torch.zeros_like(tokens.logits), tokens.logits.new_zeros(())
     with torch.no_grad():
@@ -167,12 +167,14 @@ def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def apart(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients differ by more than rounding."""
-    alike = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
-    return not bool(alike.all())
+    equal = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
+    return not bool(equal.all())
 
 
 def tolerance(values: Tensor) -> Tensor:
-    """What counts as rounding beside these values."""
+    """Rounding of such values."""
     size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
-    held = TOLERANCE[torch.float64 if carried(values) == torch.float64 else torch.float32]  # a loss may cast its logits
-    return held * size.clamp(min=1e-30)
+    share = TOLERANCE[
+        torch.float64 if carried(values) == torch.float64 else torch.float32
+    ]  # a loss may cast its logits
+    return share * size.clamp(min=1e-30)

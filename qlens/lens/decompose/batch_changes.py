@@ -1,4 +1,4 @@
-"""Batches: other tokens made likely, unlikely, flat or equal, and other orders, on which what a batch does to a token shows."""
+"""Batch changes: how watched tokens' gradients change as the other tokens become likely, unlikely, relabelled or reordered."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from torch import Tensor
 from qlens.core.autograd import gradient
 from qlens.core.tokens import MODELS, Tokens
 
-LEVELS = (1 - 1e-6, 0.9, 0.5, 0.1, 1e-3, 1e-6, 1e-9)  # label probabilities that all other tokens are given
-WATCHED = (0.95, 0.8, 0.5, 0.3, 0.1, 0.01)  # label probabilities of the tokens whose gradient is watched
-FEWEST = 4  # tokens of a batch of which one can be watched
+LEVELS = (1 - 1e-6, 0.9, 0.5, 0.1, 1e-3, 1e-6, 1e-9)  # label probabilities set for all other tokens
+WATCHED = (0.95, 0.8, 0.5, 0.3, 0.1, 0.01)  # label probabilities of the watched tokens
+FEWEST = 4  # tokens of a batch
 
 
 @dataclass
-class Seen:
-    """What the gradient of watched tokens did in other batches.
+class BatchChanges:
+    """How the gradient of watched tokens changed in other batches.
 
     Args:
         losses: how it changed as the other tokens became likely or unlikely, in words; "" where it did not.
-        outside: whether it did so where only tokens of other sequences or pairs changed; None where there are none.
-        inside: the same where only tokens of its own sequence or pair changed.
+        outside: whether tokens of other sequences or pairs alone changed it; None where there are none.
+        inside: whether tokens of its own sequence or pair alone changed it.
         labels: whether it changed as other tokens were given its label.
         position: how it changed with the order of the tokens, in words; "" where it did not.
         lowest, highest: mean cross-entropy of the batches tried, in nats.
@@ -38,16 +38,16 @@ class Seen:
     _means: list[float] = field(default_factory=list)
 
 
-class Batches:
-    """Other batches around some tokens of a batch.
+class ChangedBatches:
+    """Batches in which all tokens but the watched ones are changed.
 
     Args:
         rows: an unreduced loss, tokens -> (N,).
         tokens: the batch.
         before: its gradient, (N, V).
-        tolerance: the relative change of a gradient that counts as rounding.
-        noise: the rounding of every row's gradient, (N,).
-        group: ids of what belongs together, (N,); or None.
+        tolerance: relative change of a gradient that counts as rounding.
+        noise: rounding error of every row's gradient, (N,).
+        group: sequence or pair ids, (N,); or None.
     """
 
     def __init__(
@@ -68,9 +68,9 @@ class Batches:
         self.others[self.watched] = False
         self.outside = None if group is None or bool(own.all()) else ~own
 
-    def seen(self, moved: bool = True) -> Seen:
-        """What the gradient of the watched tokens does in all of them; without ``moved`` where tokens stay in their places."""
-        found = Seen()
+    def changes(self, moved: bool = True) -> BatchChanges:
+        """How the gradient of the watched tokens changes; ``moved`` also relabels and reorders the others."""
+        found = BatchChanges()
         if len(self.tokens) < FEWEST:
             return found
         found.losses = self.by_level(self.others, found)
@@ -85,12 +85,12 @@ class Batches:
         return found
 
     def change(self, batch: Tokens, watched: Int[Tensor, " W"] | None = None) -> str:
-        """By how much the gradient of the watched tokens changes in a batch, in words; "" where it stays."""
+        """By how much the gradient of the watched tokens changes in a batch, in words; "" where it does not."""
         watched = self.watched if watched is None else watched
         return self.compared(gradient(self.rows, batch)[watched], watched)
 
     def compared(self, after: Float[Tensor, "M V"], where: Int[Tensor, " M"]) -> str:
-        """The same of gradients that are there already, of some of the tokens."""
+        """The same of given gradients, of some tokens."""
         before, noise = self.before[where].double(), self.noise[where]
         size = before.norm(dim=-1)
         off = (after.double() - before).norm(dim=-1)
@@ -104,19 +104,19 @@ class Batches:
         low, high = float(ratio.min()), float(ratio.max())
         return f"{low:.4g}" + (f" to {high:.4g}" if high - low > 1e-3 * abs(high) else "") + " times what it was"
 
-    def by_level(self, where: Bool[Tensor, " N"], found: Seen) -> str:
+    def by_level(self, where: Bool[Tensor, " N"], found: BatchChanges) -> str:
         """How the gradient of the watched tokens changes as these others are made likely or unlikely, in words."""
-        said = ""
+        words = ""
         for name, batch, watched in self.levels(where):
             found._means.append(float(-batch.label_log_probs.mean()))
-            if (change := self.change(batch, watched)) and not said:
-                said = f"with other tokens {name} it is {change}"
-        return said
+            if (change := self.change(batch, watched)) and not words:
+                words = f"with other tokens {name} it is {change}"
+        return words
 
     def levels(self, where: Bool[Tensor, " N"]) -> Iterator[tuple[str, Tokens, Int[Tensor, " W"]]]:
-        """Batches in which these tokens' labels all have one probability, one in which they are flat, and what is watched.
+        """Batches in which some tokens' labels have one probability, or flat logits, by name, and the watched tokens of each.
 
-        At the ends only the two likeliest, or unlikeliest, of the watched tokens stay as they are.
+        At the first and last level only the two likeliest, or unlikeliest, of the watched tokens stay unchanged.
         """
         ranked = self.watched[self.tokens.label_probs[self.watched].argsort(descending=True)]
         z, index = self.tokens.logits.detach(), self.tokens.labels[:, None].long()
@@ -135,9 +135,9 @@ class Batches:
         yield "flat", self.tokens.replace(logits=flat), self.watched
 
     def relabelled(self) -> Iterator[Tokens]:
-        """Batches in which the tokens before a watched one have its label, in the order of the rows and in every text.
+        """Batches in which the tokens before a watched one have its label, by order of the rows and within every text.
 
-        Their logits of the old and the new label change places, so that they are as likely as before.
+        The logits of the old and the new label are swapped, so that p_y stays.
         """
         for ids in (None, self.tokens.sequence):
             labels = self.tokens.labels.clone()
@@ -154,7 +154,7 @@ class Batches:
             yield self.tokens.replace(labels=labels, **swapped)
 
     def by_position(self) -> str:
-        """How gradients change with the order of the tokens, in words: reversed, or moved on by one."""
+        """How gradients change when the tokens are reversed or rotated by one, in words; "" where they do not."""
         number = len(self.tokens)
         places = torch.arange(number, device=self.tokens.labels.device)
         for order in (places.flip(0), places.roll(1)):

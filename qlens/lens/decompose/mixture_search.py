@@ -1,4 +1,4 @@
-"""Mixtures: a gradient as pulls toward named distributions, g = b (p - d) + sum_j c_j (p - R_j), the fewest that explain it."""
+"""Mixture search: the fewest named distributions with g = sum_j w_j (p - R_j), their parameters and weights."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,16 +10,17 @@ from scipy.optimize import minimize_scalar, nnls
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.lens.decompose.mixture import RAW, Mixture
 from qlens.lens.decompose.residuals import Residual, dictionary
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 
 MOST_PARTS = 4
 FEWEST_TOKENS, ENTRIES = 24, 2**20  # fewer tokens where the vocabulary is large
-MOST_TOKENS = 128  # a mixture that holds on so many tokens, spread over all, is not there by chance
-REFINED = 8  # sets of residuals whose parameter is fitted to the last digit, of each size
-TOGETHER = 2**22  # entries of columns solved at a time
+MOST_TOKENS = 128  # evenly spread tokens on which a mixture must hold
+REFINED = 8  # sets of residuals of each size whose parameter is fitted to the last digit
+TOGETHER = 2**22  # entries of the columns solved at once
 
 
 def decompose(
@@ -28,19 +29,22 @@ def decompose(
     residuals: Mapping[str, Tensor] | None = None,
     noise: Noise | None = None,
 ) -> Mixture:
-    r"""The fewest pulls toward named distributions that make up a gradient: :math:`g = b(p - d) + \sum_j c_j (p - R_j)`.
+    r"""The decomposition of a gradient with the fewest parts: :math:`g = \sum_j w_j (p - R_j)`.
 
-    Coefficients are free at every token. A parameter (a temperature, eta or k) is one for all: fitted on every other token and
-    scored on the rest. Fewer parts win, then fewer parameters, then non-negative ones, then the smaller misfit.
+    Weights are free on every token. A parameter (a temperature, eta or k) is the same for all: fitted on every other token and
+    tested on the others. Fewer parts win, then fewer parameters, then non-negative weights, then the smaller misfit.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
-        tokens: where they were taken.
-        residuals: further distributions of your own, (N, V) by name.
-        noise: the rounding of the gradient; by default what its digits show.
+        tokens: the tokens that they belong to.
+        residuals: further distributions, (N, V) by name.
+        noise: rounding error of the gradient; by default estimated from its digits.
+
+    Returns:
+        The decomposition, exact or the best there is.
 
     Raises:
-        InputError: a residual does not fit the tokens.
+        InputError: a residual of another shape than the logits.
 
     Example:
         >>> import qlens
@@ -59,18 +63,18 @@ def decompose(
     return _Search(grad[picked].detach().double(), tokens[picked], own, noise[picked]).run(picked.cpu())
 
 
-def again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
-    """The same parts on other tokens: their pulls, and whether they explain that gradient; else what does."""
+def decompose_again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
+    """The decomposition on other tokens into the same parts, else into those that fit."""
     search = _Search(grad.detach().double(), tokens.with_precision(torch.float64), {}, noise)
     value = mixture.parameter and mixture.parameter[1]
-    by_name = {entry.says(value): entry for entry in search.entries}
+    by_name = {entry.named(value): entry for entry in search.entries}
     if mixture.explains and set(mixture.parts) <= set(by_name):
-        made = search.made(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
+        made = search.mixture(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
         if made.explains:
             return made
     few = spread(len(tokens), FEWEST_TOKENS).to(tokens.logits.device)
     made = None if mixture.explains else decompose(grad[few], tokens[few], None, noise[few])
-    if made is None or made.explains:  # what does not explain a few of the tokens does not explain all of them
+    if made is None or made.explains:  # no decomposition of a few tokens, none of all
         return decompose(grad, tokens, None, noise)
     return replace(made, index=few.cpu()[made.index])
 
@@ -81,9 +85,9 @@ class _Search:
         self.p = tokens.probs.detach().double()
         self.rounding = noise.rows
         sizes = g.norm(dim=-1)
-        share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient say nothing of its digits
+        share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient have no digits
         self.digits = float(share.median()) if len(share) else 1.0
-        self.size = sizes + noise.rows / TOLERANCE  # what is off by rounding alone is off by the tolerance
+        self.size = sizes + noise.rows / TOLERANCE  # rounding counts as the tolerance
         self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
         self.known: dict[tuple[str, float | None], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))
@@ -91,7 +95,7 @@ class _Search:
             self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
 
     def _distinct(self, entries: list[Residual]) -> tuple[list[Residual], tuple[tuple[str, str], ...]]:
-        """Fixed residuals that differ somewhere, and which coincide with which."""
+        """Residuals that differ somewhere, and the pairs that coincide."""
         kept, alike = [], []
         for entry in entries:
             twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
@@ -148,17 +152,17 @@ class _Search:
         return self.misses(chosen, [value], where)[0]
 
     def run(self, picked: Tensor) -> Mixture:
-        """The first size at which something explains the gradient; else the best of the last."""
+        """The simplest exact decomposition; else the best of the largest size."""
         if float(self.g.abs().max()) == 0:
-            return self.made((), None, picked)
+            return self.mixture((), None, picked)
         best = None
         for size in range(1, min(MOST_PARTS, self.g.shape[1] - 2) + 1):
             found = self._of_size(size)
             good = [one for one in found if self._explains(*one)]
             if good:
-                return self.made(*min(good, key=self._order), picked)
+                return self.mixture(*min(good, key=self._order), picked)
             best = min([*found, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
-        return self.made(*best, picked) if best else self.made((), None, picked)
+        return self.mixture(*best, picked) if best else self.mixture((), None, picked)
 
     def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
         """Sets of residuals of a size with at most one parameter between them, the most promising ones fitted."""
@@ -190,7 +194,7 @@ class _Search:
         elif entry.parameter == "temperature":
             high = min(high, 0.95)
         found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
-        near = float(f"{found.x:.6g}")  # a number that somebody wrote, if it does as well
+        near = float(f"{found.x:.6g}")  # a short number, if it fits as well
         as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(found.fun))
         return chosen, near if as_well else found.x
 
@@ -199,12 +203,12 @@ class _Search:
         return all(self.miss(chosen, value, where) <= self.tolerance for where in halves)
 
     def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
-        made = self.made(*one, torch.arange(len(self.g)))
+        made = self.mixture(*one, torch.arange(len(self.g)))
         varied = sum(float(c[made.unique].std() / c[made.unique].abs().mean()) for c in made.parts.values())
         return one[1] is not None, made.signed, -int(made.unique.sum()), round(varied, 6), made.misfit
 
-    def made(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
-        """The mixture of a set of residuals, with its pulls and its misfits."""
+    def mixture(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
+        """The decomposition into a set of residuals."""
         if not chosen:
             return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), torch.ones(len(self.g)) > 0, alike=self.alike)
         unit = self.solve(chosen, value)
@@ -217,7 +221,7 @@ class _Search:
         held = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
         entry = next((entry for entry in chosen if entry.parameter), None)
         return Mixture(
-            {e.says(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
+            {e.named(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
             picked,
             self.miss(chosen, value, self.fitted),
             held,

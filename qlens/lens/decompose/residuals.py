@@ -1,4 +1,4 @@
-"""Residuals: the distributions that a loss may send probability to, by name; some with a parameter to be fitted."""
+"""Residuals: the distributions that may be parts of a target, by name; some have a parameter to be fitted."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, log_softmax, one_hot
+from qlens.core.numerics import log_softmax, one_hot
+from qlens.core.tokens import Tokens
 
 TEMPERATURE = ("temperature", (0.1, 0.2, 0.4, 0.6, 0.8, 1.3, 2.0, 3.5, 6.0, 10.0))
 ETA = ("eta", (0.1, 0.3, 0.5, 0.7, 0.9, 1.2, 1.6))
@@ -16,7 +17,7 @@ K = ("k", (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 50, 64, 100, 128, 25
 
 @dataclass(frozen=True)
 class Residual:
-    """A distribution R per token, as a function of the tokens and, where ``parameter`` is named, of one number."""
+    """A distribution R per token: a function of the tokens and, if it has a ``parameter``, of one number."""
 
     name: str
     of: Callable[..., Float[Tensor, "N V"]]
@@ -25,16 +26,16 @@ class Residual:
 
     def at(self, tokens: Tokens, value: float | None) -> Float[Tensor, "N V"]:
         """R, (N, V), in float64."""
-        made = self.of(tokens) if value is None or not self.parameter else self.of(tokens, value)
-        return made.detach().double()
+        probs = self.of(tokens) if value is None or not self.parameter else self.of(tokens, value)
+        return probs.detach().double()
 
-    def says(self, value: float | None) -> str:
-        """Its name, with the number filled in."""
+    def named(self, value: float | None) -> str:
+        """Its name with the value of the parameter."""
         return self.name.format(value) if self.parameter and value is not None else self.name
 
 
 def dictionary(tokens: Tokens, own: Mapping[str, Tensor] | None = None) -> list[Residual]:
-    """Every residual that these tokens can feed, the label first; ``own`` adds a user's, probabilities (N, V) by name."""
+    """All residuals whose fields the tokens have, the label first; ``own`` adds probabilities (N, V) by name."""
     made = [
         Residual("the label", lambda t: t.one_hot),
         Residual("uniform", lambda t: torch.full_like(t.probs, 1 / t.logits.shape[1])),
@@ -82,8 +83,8 @@ def _tempered_teacher(t: Tokens, tau: float) -> Tensor:
     return log_softmax(t.require("teacher") / tau).exp()
 
 
-def _kept(t: Tokens, k: float) -> Tensor:
-    """Where the teacher's k most probable tokens are."""
+def _teacher_top(t: Tokens, k: float) -> Tensor:
+    """A mask of the teacher's k most probable tokens, (N, V)."""
     ids = t.require("teacher").topk(int(k), -1).indices
     return torch.zeros_like(t.logits).scatter(1, ids, 1.0).bool()
 
@@ -93,20 +94,20 @@ def _normal(weights: Tensor) -> Tensor:
 
 
 def _top(t: Tokens, k: float) -> Tensor:
-    return _normal(t.log_probs_of("teacher").exp() * _kept(t, k))
+    return _normal(t.log_probs_of("teacher").exp() * _teacher_top(t, k))
 
 
 def _student_on_top(t: Tokens, k: float) -> Tensor:
-    return _normal(t.probs * _kept(t, k))
+    return _normal(t.probs * _teacher_top(t, k))
 
 
 def _bucket(t: Tokens, k: float) -> Tensor:
-    kept, teacher = _kept(t, k), t.log_probs_of("teacher").exp()
-    rest = (teacher * ~kept).sum(-1, keepdim=True)
-    return torch.where(kept, teacher, rest * _normal(t.probs * ~kept))
+    in_top, teacher = _teacher_top(t, k), t.log_probs_of("teacher").exp()
+    rest = (teacher * ~in_top).sum(-1, keepdim=True)
+    return torch.where(in_top, teacher, rest * _normal(t.probs * ~in_top))
 
 
 def _spread(t: Tokens, k: float) -> Tensor:
-    kept, teacher = _kept(t, k), t.log_probs_of("teacher").exp()
-    rest = (teacher * ~kept).sum(-1, keepdim=True)
-    return torch.where(kept, teacher, rest / (~kept).sum(-1, keepdim=True))
+    in_top, teacher = _teacher_top(t, k), t.log_probs_of("teacher").exp()
+    rest = (teacher * ~in_top).sum(-1, keepdim=True)
+    return torch.where(in_top, teacher, rest / (~in_top).sum(-1, keepdim=True))

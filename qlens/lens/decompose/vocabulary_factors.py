@@ -1,4 +1,4 @@
-"""Factors that change with the size of the vocabulary, and what they are: 1/V, ln V, ..."""
+"""Vocabulary factors: factors of a gradient that change with the size of the vocabulary, as 1/V or ln V."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ from qlens.lens.identify.matching import RELATIONS, Match, order, written
 from qlens.lens.weights.features import plain
 from qlens.lens.weights.weight_law import Law
 
-EQUAL = 1e-5  # relative difference of factors that are one
+EQUAL = 1e-5  # relative difference of two factors that count as equal
 FORMS: dict[str, Callable[[int], float]] = {
     "1/V": lambda v: 1 / v,
     "1/ln V": lambda v: 1 / math.log(v),
@@ -24,13 +24,13 @@ FORMS: dict[str, Callable[[int], float]] = {
 
 @dataclass(frozen=True)
 class VocabularyFactor:
-    """A method whose gradient a loss has times a factor that depends on the size of the vocabulary.
+    """A method whose gradient a loss has, times a factor of the vocabulary's size.
 
     Args:
         spec: the method.
         form: how the factor depends on V, like "1/V"; "" where no known form fits.
-        constant: the factor beside that.
-        seen: sizes of the vocabulary, with the factor at each.
+        constant: the factor besides.
+        seen: vocabulary sizes, with the factor at each.
     """
 
     spec: str
@@ -40,16 +40,16 @@ class VocabularyFactor:
 
     @classmethod
     def of(cls, spec: str, seen: Sequence[tuple[int, float]]) -> "VocabularyFactor":
-        """The simplest form that the factors of a method have at several vocabularies."""
-        found = []
-        for form, at in FORMS.items():
-            made = [factor / at(size) for size, factor in seen]
-            if max(made) - min(made) <= EQUAL * max(map(abs, made)):
-                found.append(cls(spec, form, written(made[0], EQUAL), tuple(seen)))
-        return min(found, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(seen)))
+        """The simplest form that fits the factors of a method at several vocabularies."""
+        fits = []
+        for form, of_size in FORMS.items():
+            constants = [factor / of_size(size) for size, factor in seen]
+            if max(constants) - min(constants) <= EQUAL * max(map(abs, constants)):
+                fits.append(cls(spec, form, written(constants[0], EQUAL), tuple(seen)))
+        return min(fits, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(seen)))
 
     def order(self) -> tuple:
-        """Known forms first, then by simplicity."""
+        """Sort key: known forms first, then simple factors."""
         factor = self.constant if self.form else self.seen[0][1]
         return not self.form, order(Match(self.spec, 0.0, factor, 0.0, RELATIONS[1]))
 
@@ -65,7 +65,7 @@ def listed(seen: Sequence[tuple[int, float]]) -> str:
 
 
 def scaled(law: Law, form: str) -> Law:
-    """The law of a pull that is divided by such a factor, as that of the pull itself."""
+    """The weight function times a form of V."""
     return replace(law, formula=_multiplied(law.formula, form))
 
 

@@ -1,4 +1,4 @@
-"""Matching: which registered method has the gradient of a loss, exactly, up to a factor, or most nearly."""
+"""Matching: a gradient compared with that of a registered method: equal, equal up to a factor, or the angle between them."""
 
 import math
 from collections.abc import Iterator
@@ -13,26 +13,27 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import get, methods, params
-from qlens.registry.variant import Method, Variant
+from qlens.registry.method import Method
+from qlens.registry.variant import Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
-WORSE = 2.0  # of methods within rounding of a gradient, those count that are at most this much further than the nearest
-SHORT = 3  # significant digits of a factor that somebody wrote
+WORSE = 2.0  # of methods within rounding, those count that are at most this much further than the nearest
+SHORT = 3  # significant digits of a short factor
 
 
 @dataclass(frozen=True)
 class Match:
-    """A registered method beside a gradient g.
+    """A gradient g compared with the gradient g_m of a registered method.
 
     Args:
         spec: the method.
-        angle: between g and the method's gradient g_m over all tokens, in degrees.
+        angle: between g and g_m over all tokens, in degrees.
         factor: c that brings c g_m closest to g.
         misfit: |g - c g_m| / |g|.
-        relation: one of ``RELATIONS``: g = g_m; g = c g_m; parallel token by token, so that both have the same target
-            at another scale; or none of these.
-        share: of the tokens on which g = c g_m.
-        rounding: the distance from g to c g_m as a share of what rounding explains, root mean square over tokens.
+        relation: one of ``RELATIONS``: g = g_m; g = c g_m; parallel on every token, so that both have the same target at
+            another scale; or none of these.
+        share: share of the tokens on which g = c g_m.
+        rounding: |g - c g_m| relative to the rounding error, root mean square over tokens.
     """
 
     spec: str
@@ -45,12 +46,12 @@ class Match:
 
     @property
     def same(self) -> bool:
-        """Whether it is the gradient, up to a factor."""
+        """Whether g is the method's gradient up to a factor."""
         return self.relation in RELATIONS[:2]
 
     @property
     def odd(self) -> bool:
-        """Whether a number of it has more digits than somebody would have written."""
+        """Whether a parameter or the factor has more than three digits."""
         parts = [self.factor, *(part for _, value in _changed(self.spec) for part in _parts(value))]
         return max(map(digits, parts)) > SHORT
 
@@ -60,12 +61,12 @@ class Match:
         if self.relation == "up to a factor":
             return f"{self.spec} x {self.factor:.6g}: the same gradient up to this factor"
         if self.relation == "same targets at another scale":
-            return f"{self.spec}: parallel token by token, weighted otherwise (angle {self.angle:.1f} degrees)"
+            return f"{self.spec}: the same target, with another scale on every token (angle {self.angle:.1f} degrees)"
         return f"{self.spec} x {self.factor:.3g}: {self.angle:.1f} degrees away"
 
 
 def points(method: Method) -> list[Variant]:
-    """A method at its defaults, its modes, and the ends and choices of each parameter."""
+    """A method at its defaults, its presets, and the ends and choices of each parameter."""
     variants = [method.variant(**given) for given in ({}, *method.modes.values(), *params.ends(method.fn))]
     return list({variant.spec: variant for variant in variants}.values())
 
@@ -73,16 +74,16 @@ def points(method: Method) -> list[Variant]:
 def nearest(
     grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", noise: Noise | None = None, every: bool = False
 ) -> list[Match]:
-    """Every registered method that these tokens can feed, at the point nearest: by relation, simplicity and angle.
+    """Every registered method whose fields the tokens have, at its nearest point: by relation, simplicity and angle.
 
-    Each is tried at its defaults, its modes and the ends of its parameters; ``identify.search`` goes between these.
+    Each is taken at its defaults, its presets and the ends of its parameters; ``parameter_search.search`` goes between these.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
-        tokens: where they were taken; methods that need a field that is missing are left out.
+        tokens: the tokens that they belong to; methods that need a missing field are left out.
         skip: a spec to leave out (the loss itself, if it is registered).
-        noise: the rounding of the gradient; by default what its digits show.
-        every: whether all points of a method are wanted, not the simplest alone.
+        noise: rounding error of the gradient; by default estimated from its digits.
+        every: whether to return all points of a method, not the simplest alone.
 
     Example:
         >>> import qlens
@@ -97,44 +98,44 @@ def nearest(
         matches = [
             match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, noise))
         ]
-        if method.name == params.parse(skip)[0]:  # a parameter that changes nothing makes no other method
+        if method.name == params.parse(skip)[0]:  # with a parameter that changes nothing it is the same method
             matches = [match for match in matches if match.relation != "identical"]
         found += matches if every else simplest(matches)
     return ranked(found)
 
 
 def simplest(matches: list[Match]) -> list[Match]:
-    """Of every method the simplest match, and the default too where that is the same up to a factor, ranked."""
+    """The simplest match of every method, and its default too where that is the same up to a factor, ranked."""
     found = []
     for name in dict.fromkeys(params.parse(match.spec)[0] for match in matches):
         own = [match for match in matches if params.parse(match.spec)[0] == name]
         best = min(own, key=order)
-        # "eaft(normalizer=1.0)" says which released mode it is, "eaft x 2.9957" by how much
+        # "eaft(normalizer=1.0)" names the released preset, "eaft x 2.9957" the factor
         default = [m for m in own if m.spec == name and m is not best and m.relation == RELATIONS[1]]
         found += [best, *default]
     return ranked(found)
 
 
 def ranked(matches: list[Match]) -> list[Match]:
-    """In order; of those within rounding, what is clearly further than the best comes after what is not."""
+    """Matches in order; of those within rounding, the clearly further ones come last."""
     matches = list({match.spec: match for match in reversed(matches)}.values())
     best = min((match.rounding for match in matches if match.same), default=math.inf)
     return sorted(matches, key=lambda match: (match.same and match.rounding > max(WORSE * best, 0.1), order(match)))
 
 
 def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Match | None:
-    """A gradient beside one variant's; None where the tokens cannot feed it."""
+    """The match of a gradient with one variant; None where the tokens lack a field that it needs."""
     other = taught(variant, tokens)
     return None if other is None else _compare(variant.spec, grad, other, noise or rounding(grad, tokens))
 
 
 def taught(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
-    """A variant's gradient; None where the tokens cannot feed it, or it is not finite."""
+    """The gradient of a variant; None where the tokens lack a field that it needs, or it is not finite."""
     if any(getattr(tokens, field) is None for field in variant.needs):
         return None
     try:
         grad = variant.target(tokens).grad
-    except InputError:  # these parameters do not go together, or a user's method fits no tokens but its own
+    except InputError:  # the parameters exclude each other, or a user's method takes other tokens only
         return None
     return grad if bool(grad.isfinite().all()) else None
 
@@ -155,13 +156,13 @@ def order(match: Match) -> tuple:
 def agreement(
     grad: Float[Tensor, "N V"], other: Float[Tensor, "N V"], noise: Noise, tolerance: float = TOLERANCE
 ) -> tuple[float, Bool[Tensor, " N"], Float[Tensor, " N"]]:
-    """The factor c that most tokens agree on, whether |g - c g_m| is rounding at every token, and its share of rounding."""
+    """The factor c of most tokens, whether |g - c g_m| is rounding on every token, and its ratio to the rounding error."""
     g, m = grad.double(), other.double()
     sizes = g.norm(dim=-1), m.norm(dim=-1)
     ratio = (g * m).sum(-1) / sizes[1].square().clamp(min=1e-300)
     telling = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
     factor = float(ratio[telling].median()) if bool(telling.any()) else 1.0
-    for within in dict.fromkeys((TOLERANCE, tolerance)):  # to its last digit, from the tokens that agree most closely
+    for within in dict.fromkeys((TOLERANCE, tolerance)):  # to the last digit, from the tokens that agree best
         allowed = within * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
         near = telling & ((g - factor * m).norm(dim=-1) <= allowed * 3)
         if int(near.sum()) >= max(1, len(g) // 10):
@@ -176,7 +177,7 @@ def agreement(
 
 
 def written(value: float, spread: float) -> float:
-    """The shortest number within a relative distance: what somebody may have written."""
+    """The shortest number within a relative distance."""
     tried = (float(f"{value:.{count}g}") for count in range(1, 12))
     return next((near for near in tried if abs(near - value) <= spread * abs(value)), value)
 
@@ -191,7 +192,7 @@ def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
     angle = math.degrees(math.acos(max(-1.0, min(1.0, dot / (size * other_size)))))
     factor, agree, off = agreement(g, m, noise)
     share, chi = float(agree.double().mean()), float(off.square().mean().sqrt())
-    if bool(agree.all()) and factor != 0:  # a negative factor is a sign error, worth saying
+    if bool(agree.all()) and factor != 0:  # a negative factor is a sign error
         misfit = float((g - factor * m).norm()) / size
         return Match(spec, angle, factor, misfit, "identical" if factor == 1 else "up to a factor", share, chi)
     least = dot / other_size**2
@@ -201,7 +202,7 @@ def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
 
 
 def _parallel(g: Tensor, m: Tensor, noise: Noise) -> bool:
-    """Whether every token's gradients point the same way, where both are there."""
+    """Whether the gradients are parallel on every token on which neither is zero."""
     sizes = g.norm(dim=-1), m.norm(dim=-1)
     there = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
     unit_g, unit_m = (x[there] / s[there, None] for x, s in zip((g, m), sizes, strict=True))
@@ -220,12 +221,12 @@ def _parts(value: Any) -> Iterator[float]:
 
 
 def digits(value: float) -> int:
-    """Significant digits of a number as it is written."""
+    """The number of significant digits as written."""
     return len(f"{abs(value):.12g}".partition("e")[0].replace(".", "").strip("0")) or 1
 
 
 def clumsy(factor: float) -> float:
-    """How much a factor takes from simplicity: nothing where it is 1, less than a parameter where it is short."""
+    """The penalty of a factor in the order by simplicity: 0 for 1, less than a parameter for a short number."""
     number = digits(factor)
     short = 0.3 + 0.05 * number if number <= SHORT else 1.2 + 0.01 * number
     return (0.0 if abs(factor) == 1 else short) + (0.3 if factor < 0 else 0.0)

@@ -1,4 +1,4 @@
-"""Near identities: a method whose gradient a loss has on most tokens, and what is different on the others."""
+"""Near matches: methods whose gradient a loss has on most tokens, and the difference on the others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,31 +14,28 @@ from qlens.lens.weights.features import Seen, plain
 from qlens.lens.weights.weight_law import Law, thresholds
 from qlens.registry import get
 
-LOOSE, EXACT = 0.01, 2e-6  # relative distance that still is the method's gradient here, and that is its own
-CORE, SURE = 1e-4, 0.4  # the share of tokens that must agree to the first number
-SIMPLE = 0.4  # of the tokens that a parameter must win
-ASKED = 8  # tokens whose loss is asked for one at a time
-MOST_LIKE = 0.5  # of the tokens that must have the method's gradient
-LARGEST = 0.1  # number beside p_y that somebody may have meant as an epsilon
-FAR, NEARLY_ALL = (
-    0.1,
-    0.95,
-)  # a distance that is another gradient, and the share of tokens beside which others are exceptions
-EPSILONS = 1.6  # factor between the epsilons that tokens show, where it is one
+LOOSE, EXACT = 0.01, 2e-6  # relative distance that counts as the method's gradient, and that is rounding
+CORE, SURE = 1e-4, 0.4  # relative distance up to which a share of 0.4 of the tokens must agree
+SIMPLE = 0.4  # share of tokens that a parameter must add
+SAMPLED = 8  # tokens whose loss is evaluated one at a time
+MOST_LIKE = 0.5  # share of tokens that must have the method's gradient
+LARGEST = 0.1  # number beside p_y that may be an epsilon
+FAR, NEARLY_ALL = 0.1, 0.95  # distance of another gradient; share of tokens beyond which the others are exceptions
+EPSILONS = 1.6  # largest ratio of the epsilons read from single tokens
 
 
 @dataclass(frozen=True)
-class Nearly:
-    """A method that a loss is on most tokens.
+class NearMatch:
+    """A method whose gradient a loss has on most tokens.
 
     Args:
         spec: the method.
         factor: c in g = c g_m.
-        share: of the tokens on which that holds.
-        tokens: how many there are.
-        why: what is different on the others, in words; "" where there are none.
+        share: share of the tokens on which that holds.
+        tokens: their number.
+        why: the difference on the others, in words; "" where there are none.
         distance: the largest relative distance on the tokens where it holds.
-        left: the largest relative distance on the others, where nothing tells these apart or says what is different; else 0.
+        left: the largest relative distance on the others, where no rule separates them and the difference is unknown; else 0.
     """
 
     spec: str
@@ -56,12 +53,12 @@ class Nearly:
 
     @property
     def exact(self) -> bool:
-        """Whether it is the method's own gradient where it holds, at its defaults, and what the others get is known."""
+        """Whether it is the method at its defaults up to rounding, and the difference on the others is known."""
         return self.distance <= EXACT and "(" not in self.spec and not self.left
 
     @property
     def telling(self) -> bool:
-        """Whether that says what the loss is: on nearly all tokens, or on tokens that something tells from the others."""
+        """Whether it describes the loss: on nearly all tokens, or on tokens that a rule separates from the others."""
         return self.left <= FAR or (self.share >= NEARLY_ALL and "(" not in self.spec)
 
     def __str__(self) -> str:
@@ -70,16 +67,16 @@ class Nearly:
         return f"{near} on {count} of the {self.tokens} tokens tried" + (f"; {self.why}" if self.why else "")
 
 
-def nearly(
+def near_match(
     seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str], further: Reading | None = None
-) -> Nearly | None:
-    """The simplest of the methods named that has the gradient on most tokens, up to a hundredth, or None.
+) -> NearMatch | None:
+    """The simplest of some methods that has the gradient on most tokens up to 1 %, or None.
 
     Args:
-        seen: the gradient, and where it was read.
-        loss: the unreduced loss, to ask for the value of one token where only their mean is known.
+        seen: the gradient.
+        loss: the unreduced loss, evaluated on single tokens where only the mean is known.
         specs: the methods.
-        further: the gradient on other tokens, on which what is different must be told by the same rule.
+        further: the gradient on other tokens, on which the same rule must separate the exceptions.
     """
     found = []
     for spec in specs:
@@ -87,10 +84,10 @@ def nearly(
         if other is None or not bool(other.any()):
             continue
         factor, agree, _ = matching.agreement(seen.grad, other, seen.noise, LOOSE)
-        told = ~seen.silent | (other.norm(dim=-1) > seen.noise.rows)
-        share = float((agree & told).sum() / told.sum().clamp(min=1))
+        counted = ~seen.zero_rows | (other.norm(dim=-1) > seen.noise.rows)
+        share = float((agree & counted).sum() / counted.sum().clamp(min=1))
         close = (seen.grad - factor * other.double()).norm(dim=-1) <= CORE * seen.grad.norm(dim=-1) + seen.noise.rows
-        if share >= MOST_LIKE and factor != 0 and float((close & told).sum() / told.sum().clamp(min=1)) >= SURE:
+        if share >= MOST_LIKE and factor != 0 and float((close & counted).sum() / counted.sum().clamp(min=1)) >= SURE:
             found.append((share, spec, factor, other.double(), agree))
     if not found:
         return None
@@ -98,31 +95,31 @@ def nearly(
     _, spec, factor, other, agree = max(
         found, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
     )
-    there = agree & ~seen.silent
+    there = agree & ~seen.zero_rows
     off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
     distance = float(off[there].max())
     rule = _rule([(seen, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
     why, left = ("", 0.0) if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
-    return Nearly(spec, factor, float(agree.double().mean()), len(agree), why, distance, left)
+    return NearMatch(spec, factor, float(agree.double().mean()), len(agree), why, distance, left)
 
 
-def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> Nearly | None:
-    """The method that a loss is where the law of its only pull says so, and 0 elsewhere; None where no method is that.
+def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> NearMatch | None:
+    """The method that a loss is where its only weight function holds, with no gradient elsewhere; None if there is none.
 
     Args:
-        seen: the gradient, and where it was read.
+        seen: the gradient.
         loss: the unreduced loss.
-        law: of the pull toward the label, the only pull.
+        law: the weight function of the label, the only part of the decomposition.
     """
-    there = ~seen.silent
+    there = ~seen.zero_rows
     some = seen[there]
     near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(there.any()) else []
     if not near or not near[0].same:
         return None
-    rest = int((~there).sum())
-    held = _held(seen, loss, ~there) if rest else ""
-    why = f"it is that method {law.where}; on the other {rest} its gradient is zero{held}"
-    return Nearly(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
+    others = int((~there).sum())
+    constant = _constant_value(seen, loss, ~there) if others else ""
+    why = f"it is that method {law.where}; on the other {others} its gradient is zero{constant}"
+    return NearMatch(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
 
 
 def _simple(spec: str, factor: float) -> tuple:
@@ -141,11 +138,14 @@ def _agrees(seen: Reading, spec: str, factor: float) -> torch.Tensor:
 def _difference(
     seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
 ) -> tuple[str, float]:
-    """What a gradient does where it is not the method's, in words; and how far it is where nothing says why, else 0."""
+    """The difference where a gradient is not the method's, in words; and its size where the reason is unknown, else 0."""
     g, apart = seen.grad, ~agree
     sizes, others = g.norm(dim=-1), other.norm(dim=-1)
-    if bool(seen.silent[apart].all()):
-        return f"on the other {int(apart.sum())} its gradient is zero{_held(seen, loss, apart)}{_not(rule)}", 0.0
+    if bool(seen.zero_rows[apart].all()):
+        return (
+            f"on the other {int(apart.sum())} its gradient is zero{_constant_value(seen, loss, apart)}{_by_rule(rule)}",
+            0.0,
+        )
     ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
     along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + seen.noise.rows
     far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
@@ -154,7 +154,7 @@ def _difference(
     low, high = float(ratio[apart].min()), float(ratio[apart].max())
     if bool(along[apart].all()) and high - low <= CORE * max(abs(low), abs(high)):
         factor = float((other * g)[apart].sum() / other[apart].square().sum())
-        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_not(rule)}", 0.0
+        return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_by_rule(rule)}", 0.0
     size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
     shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
     if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
@@ -163,14 +163,14 @@ def _difference(
         if small and float(epsilon.max() / epsilon.min()) < EPSILONS:
             beside = f"an epsilon of about {float(epsilon.median()):.1g} beside p_y, inside a logarithm"
             return f"on the others {size}: {beside}", 0.0
-    return f"on the others {size}{_not(rule)}", 0.0 if rule else most
+    return f"on the others {size}{_by_rule(rule)}", 0.0 if rule else most
 
 
-def _held(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
-    """Whether the loss of tokens without a gradient is held at one value, in words."""
+def _constant_value(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
+    """Why the tokens have no gradient: one constant value of the loss, or a threshold or mask, in words."""
     values = seen.losses.double()
-    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known: one at a time
-        rows = apart.nonzero()[:ASKED, 0].tolist()
+    if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known
+        rows = apart.nonzero()[:SAMPLED, 0].tolist()
         with torch.no_grad():
             values = torch.stack([loss(seen.given[[row]]).sum().double() for row in rows])
     else:
@@ -180,12 +180,12 @@ def _held(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) 
     return f", where the loss is held at {plain(float(values[0]) + 0.0)}: a clamp{'' if values[0] else ' or a mask'}"
 
 
-def _not(rule: str) -> str:
+def _by_rule(rule: str) -> str:
     return f"; it is that method {rule}" if rule else ""
 
 
 def _rule(readings: Sequence[tuple[Reading, torch.Tensor]]) -> str:
-    """What tells the tokens where a method's gradient is there from the others, in words; "" where nothing simple does."""
+    """The rule that separates the tokens with a method's gradient from the others, in words; "" if there is no simple one."""
     on = np.concatenate([agree.cpu().numpy() for _, agree in readings])
     if on.all() or not on.any():
         return ""

@@ -1,4 +1,4 @@
-"""Fits: the parameters at which one method has a gradient, one at a time over a grid, then all by least squares."""
+"""Parameter fits: the parameters at which a method has a gradient, by grid scans and least squares."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
@@ -16,15 +16,15 @@ from qlens.lens.identify import matching
 from qlens.lens.identify.matching import Match
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import params
-from qlens.registry.variant import Method
+from qlens.registry.method import Method
 
-CHOICES = 2  # settings of what is no number, from which the numbers are fitted
-STARTS = 4  # points of a method that the search sets out from
-STEPS = 12  # of least squares
-PROMISING = 0.05  # what is left, as a share of the gradient, where more is tried
-PINNED = 0.05  # how closely a threshold must be known to be named
-NOTHING = 1e-6  # a number this small may be 0
-ROUNDS = 2  # over the parameters of one method, one at a time
+CHOICES = 2  # settings of the non-numeric parameters from which the numbers are fitted
+STARTS = 4  # points of a method from which the search starts
+STEPS = 12  # evaluations of least squares
+PROMISING = 0.05  # relative misfit below which numbers are also fitted one by one
+PINNED = 0.05  # relative precision to which a threshold must be known to be named
+NOTHING = 1e-6  # numbers below it may be 0
+ROUNDS = 2  # scans over all parameters of a method
 NUMBERS = (
     -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 0.28, 1.1, 1.2, 1.28, 1.3,
     1.4, 1.6, 2.0, 3.0, 5.0, 10.0,
@@ -37,7 +37,7 @@ WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 def pushes_only(
     grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
 ) -> bool:
-    """Whether every token's gradient is along p - d: then no method that reshapes the alternatives comes into question."""
+    """Whether every token's gradient is a multiple of p - d, as for methods that leave the other tokens' ratios alone."""
     tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
@@ -47,12 +47,13 @@ def pushes_only(
 
 
 class Fit:
-    """One method beside a gradient: its parameters one at a time over a grid, then all numbers at once to the last digit."""
+    """The fit of one method to a gradient: parameters one at a time over a grid, then all numbers by least squares."""
 
     def __init__(self, method: Method, grad: Tensor, tokens: Tokens, noise: Noise):
         self.method, self.tokens, self.grad, self.noise = method, tokens, grad.double(), noise
-        self.numbers: Sequence[float] = ()  # further numbers to try
+        self.numbers: Sequence[float] = ()  # further values of thresholds
         self.g, self.goal = self.grad, 0.1 * TOLERANCE
+        self._costs: dict[tuple, float] = {}
         rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
         self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
         taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
@@ -61,7 +62,7 @@ class Fit:
         self.best, self.params = self.starts[0]
 
     def off(self, given: dict[str, Any]) -> np.ndarray | None:
-        """What is left of the gradient at these parameters, up to the best factor, (N V,); None where they do not go."""
+        """The residuals of the gradient at these parameters and the best factor, (N V,); None for invalid parameters."""
         try:
             variant = self.method.variant(**given)
         except InputError:  # out of its range
@@ -70,27 +71,27 @@ class Fit:
         return None if made is None else self.left(made)
 
     def left(self, made: Tensor) -> np.ndarray:
-        """What is left of the gradient beside another, up to the best factor, (N V,)."""
+        """The residuals of the gradient beside another at the best factor, (N V,)."""
         a, b = made.double() * self.weight, self.g * self.weight
         factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
         return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
 
     def cost(self, given: dict[str, Any]) -> float:
-        """The root mean square of what is left, relative to the gradient."""
-        try:
-            variant = self.method.variant(**given)
-        except InputError:  # out of its range
-            return float("inf")
-        return self.size(matching.taught(variant, self.tokens))
+        """The root mean square of the residuals, relative to the gradient."""
+        key = tuple(given.values())
+        if key not in self._costs:
+            try:
+                self._costs[key] = self.size(matching.taught(self.method.variant(**given), self.tokens))
+            except InputError:  # out of its range
+                self._costs[key] = float("inf")
+        return self._costs[key]
 
     def size(self, made: Tensor | None) -> float:
-        """The same beside a gradient that is there already."""
+        """The same for a given gradient."""
         return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
 
     def glance(self) -> None:
-        """All numbers fitted from the defaults of whatever is no number, then from the choice that comes nearest; every
-        whole number over its grid, at every choice.
-        """
+        """Fit all numbers from the default and the nearest choice of the other parameters, whole numbers at every choice."""
         found = []
         for start in self.choices()[:CHOICES]:
             self.best, self.params = start
@@ -108,7 +109,7 @@ class Fit:
         self.best, self.params = min(found, key=lambda one: one[0], default=(self.best, self.params))
 
     def choices(self) -> list[tuple[float, dict[str, Any]]]:
-        """The best start for the defaults of whatever is no number, and for every choice, the nearest first."""
+        """The best start for the default and for every choice of the non-numeric parameters, the nearest first."""
         plain, made = params.defaults(self.method.fn), {}
         for best, given in self.starts:
             others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
@@ -117,7 +118,7 @@ class Fit:
         return [made[others] for others in rank if np.isfinite(made[others][0])]
 
     def search(self) -> bool:
-        """Whether the method has the gradient anywhere: every parameter over its grid, from several starts."""
+        """Scan every parameter over its grid from several starts; whether the method has the gradient anywhere."""
         for start in [(self.best, self.params), *self.starts[:STARTS]]:
             self.best, self.params = start
             for _ in range(ROUNDS):
@@ -143,13 +144,13 @@ class Fit:
         return params.hints(self.method.fn)
 
     def take(self, given: dict[str, Any]) -> None:
-        """Go there, if it is better."""
+        """Move to these parameters if they are better."""
         cost = self.cost(given)
         if cost < self.best * (1 - 1e-9):
             self.best, self.params = cost, given
 
     def polish(self) -> None:
-        """All numbers at once by least squares, up to the best factor; one by one where that is not enough."""
+        """Fit all numbers by least squares, then one by one where that is not enough."""
         free = [(name, i) for name, value in self.params.items() for i in _numbers(value)]
         free = [(name, i) for name, i in free if abs(_part(self.params[name], i)) > TINY or name not in FLOORS]
         if free and self.best > self.goal:
@@ -159,7 +160,7 @@ class Fit:
                 self.descend([one])
 
     def descend(self, free: list[tuple[str, int | None]]) -> None:
-        """To the bottom beside here, if it is lower."""
+        """Least squares over some numbers from the current parameters."""
         start, nothing = dict(self.params), np.full(self.g.numel(), 1e3)
         x0 = np.array([_part(start[name], i) for name, i in free])
 
@@ -171,10 +172,10 @@ class Fit:
         self.take(_filled(start, free, least_squares(residuals, x0, x_scale=size, **end).x))
 
     def simpler(self) -> dict[str, Any]:
-        """The same with defaults where these do about as well, one or two at a time, and with short numbers."""
+        """Parameters with defaults and short numbers where these fit about as well."""
         made, plain = dict(self.params), params.defaults(self.method.fn)
         allowed = max(matching.WORSE * self.cost(made), self.goal)
-        for name, value in plain.items():  # what does nothing
+        for name, value in plain.items():  # parameters without effect
             if made[name] != value and self.cost(made | {name: value}) <= allowed:
                 made[name] = value
         for _ in range(SIMPLER):
@@ -196,7 +197,7 @@ class Fit:
         return made
 
     def short(self, made: dict[str, Any], allowed: float) -> dict[str, Any]:
-        """The same with numbers as short as they do about as well."""
+        """Parameters with numbers as short as they fit about as well."""
         made, plain = dict(made), params.defaults(self.method.fn)
         for name, value in made.items():
             for other in _rounded(value) if value != plain[name] else ():
@@ -206,13 +207,13 @@ class Fit:
         return made
 
     def match(self, given: dict[str, Any]) -> Match:
-        """The method at these parameters beside the gradient."""
+        """The match of the method at these parameters."""
         found = matching.at(self.method.variant(**given), self.grad, self.tokens, self.noise)
         assert found is not None
         return found
 
     def pinned(self, given: dict[str, Any]) -> bool:
-        """Whether these tokens tell every number that is no default from others near it: a threshold may lie between tokens."""
+        """Whether these tokens determine every number that is no default; a threshold may lie between tokens."""
         plain = params.defaults(self.method.fn)
         for name, value in given.items():
             for i in _numbers(value) if value != plain[name] else ():
@@ -224,7 +225,7 @@ class Fit:
         return True
 
     def narrow(self, name: str) -> None:
-        """A number that counts as a threshold, between its neighbours among the numbers tried."""
+        """Refine a threshold between its neighbours among the numbers tried."""
         for _ in range(NARROWED):
             value = self.params[name]
             if not isinstance(value, float) or self.best <= self.goal:
@@ -236,13 +237,13 @@ class Fit:
 
 
 class ThresholdFit(Fit):
-    """One method beside a gradient that it has on most tokens: what counts is on how many, not by how much it is off.
+    """The fit of a method to a gradient that it has on most tokens, by the share of tokens rather than by squares.
 
-    A token on the wrong side of a clip may be off by a thousand times its gradient; least squares would follow it.
+    A token on the wrong side of a clip may be off by a thousand times its gradient, which would dominate least squares.
     """
 
     def size(self, made: Tensor | None) -> float:
-        """The root mean square over tokens of the distance at the factor that most tokens have, no token counted above 1."""
+        """The root mean square over tokens of the relative distance at the factor of most tokens, capped at 1."""
         if made is None:
             return float("inf")
         made = made.double()
@@ -264,7 +265,7 @@ def _part(value: Any, i: int | None) -> float:
 
 
 def _numbers(value: Any) -> Iterator[int | None]:
-    """Where in a parameter the real numbers are: None for the whole of it, or the places of a tuple."""
+    """The places of real numbers in a parameter: None for the whole of it, or indices of a tuple."""
     if isinstance(value, float):
         yield None
     elif isinstance(value, tuple):
@@ -272,15 +273,15 @@ def _numbers(value: Any) -> Iterator[int | None]:
 
 
 def _candidates(value: Any, hint: Any, numbers: Sequence[float] = ()) -> list[Any]:
-    """Other values to try."""
-    near: list[Any] = params.telling(hint) if hint is not None else []
+    """Other values of a parameter."""
+    near: list[Any] = params.special_values(hint) if hint is not None else []
     if isinstance(value, bool) or isinstance(value, str):
         return near
     if isinstance(value, int):
         return [*near, *WHOLE]
     if isinstance(value, float):
         return [*near, *NUMBERS, *numbers, *(value * f for f in (0.5, 0.8, 1.25, 2.0))]
-    if value is None and any(isinstance(one, float) for one in near):  # off, but it may be a number
+    if value is None and any(isinstance(one, float) for one in near):  # None, but a number is allowed
         return [*near, *NUMBERS, *numbers]
     if isinstance(value, tuple):
         return [

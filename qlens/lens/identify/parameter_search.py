@@ -1,6 +1,6 @@
-"""Identifying: the registered method and the parameters whose gradient a loss has, searched between the points of matching."""
+"""Parameter search: the registered method and parameters with the gradient of a loss, between the points of matching."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -14,21 +14,21 @@ from qlens.lens.identify.parameter_fits import ROUNDS, Fit, ThresholdFit, pushes
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 from qlens.registry import get, methods
 
-NEAR = 1e-3  # what a method may leave of the gradient, as a share, to be named as nearly the loss
-SEARCHED = 6  # methods whose parameters are fitted: those that come nearest at some point
+NEAR = 1e-3  # relative misfit up to which a method counts as near
+SEARCHED = 6  # nearest methods whose parameters are searched
 
 
 def search(
     grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
 ) -> list[Match]:
-    """Matches of registered methods at fitted parameters, the gradient's own up to a factor, simplest first; or none.
+    """Registered methods at fitted parameters that have a gradient up to a factor, simplest first.
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V); a few dozen rows are enough.
-        tokens: where they were taken.
+        tokens: the tokens that they belong to.
         skip: the name of a method to leave out (the loss's own).
-        most: how many methods to fit.
-        noise: the rounding of the gradient; by default what its digits show.
+        most: how many methods to search.
+        noise: rounding error of the gradient; by default estimated from its digits.
 
     Example:
         >>> import qlens
@@ -40,14 +40,30 @@ def search(
 
 
 def searched(
-    grad: Float[Tensor, "N V"], tokens: Tokens, skip: str = "", most: int = SEARCHED, noise: Noise | None = None
+    grad: Float[Tensor, "N V"],
+    tokens: Tokens,
+    skip: str = "",
+    most: int = SEARCHED,
+    noise: Noise | None = None,
+    fields: Collection[str] | None = None,
 ) -> tuple[list[Match], list[str]]:
     """The same; and, where no method has the gradient, the specs of those that have it up to ``NEAR``, the nearest first.
 
-    A clamp on probabilities, say, takes the gradient of entries that hardly have any.
+    A clamp on probabilities, for example, changes the gradient only of entries that have hardly any.
+
+    Args:
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: the tokens that they belong to.
+        skip: the name of a method to leave out.
+        most: how many methods to search.
+        noise: rounding error of the gradient.
+        fields: fields of Tokens that the loss takes; methods that need another are left out. None: unknown.
     """
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
-    fits = [Fit(method, grad, tokens, noise) for method in methods().values() if method.name != skip]
+    possible = [
+        m for m in methods().values() if m.name != skip and (fields is None or set(m.variant().needs) <= set(fields))
+    ]
+    fits = [Fit(method, grad, tokens, noise) for method in possible]
     kinds = {pushes_only(grad, tokens, noise), pushes_only(grad, tokens, noise, NEAR)}
     fits = [fit for fit in fits if np.isfinite(fit.best) and kinds & fit.kinds]
     for fit in fits:
@@ -65,16 +81,16 @@ def searched(
 def refined(
     spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise, numbers: Sequence[float] = ()
 ) -> Match | None:
-    """A method near a gradient, with every parameter tried on from these; None where none of its settings has the gradient.
+    """A method fitted to a gradient from given parameters, on all tokens; None where none of its settings has the gradient.
 
-    Thresholds and clips tell on a few tokens only: this looks at all of them.
+    Thresholds and clips show on a few tokens only.
 
     Args:
         spec: the method, at parameters that have the gradient on most tokens.
         grad: logit gradients of the unreduced loss, (N, V).
-        tokens: where they were taken.
-        noise: the rounding of the gradient.
-        numbers: what thresholds may be, beside the usual ones.
+        tokens: the tokens that they belong to.
+        noise: rounding error of the gradient.
+        numbers: possible values of thresholds, besides the usual ones.
     """
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):

@@ -1,4 +1,4 @@
-"""Sums: two terms, registered methods or divergences, whose gradients add up to that of a loss, each times one number."""
+"""Two terms: two registered methods or divergences whose weighted gradients add up to that of a loss."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from qlens.lens.weights.features import plain
 from qlens.registry import methods, params
 from qlens.registry.variant import Variant
 
-CLOSE = 1e-10  # squared share of the gradient that two terms may leave on a few tokens, to be looked at on all
-PARALLEL = 1e-12  # 1 - cosine of two terms that are one
-APART = 1e-9  # determinant of two unit terms below which their numbers cannot be told apart
-VERIFIED = 12  # pairs that are looked at on all tokens, the simplest first
-COLUMNS = 512  # entries of a row that are compared at first
-SMALLEST = 1e-4  # share of the gradient that a term must make up
-EQUAL = 1e-3  # relative difference of one number on two sets of tokens
+CLOSE = 1e-10  # squared relative misfit on a few tokens up to which two terms are compared on all
+PARALLEL = 1e-12  # 1 - cosine of two terms that count as one
+APART = 1e-9  # determinant of two unit terms below which their factors are not identifiable
+VERIFIED = 12  # pairs that are compared on all tokens, the simplest first
+COLUMNS = 512  # entries of a row in the first comparison
+SMALLEST = 1e-4  # least share of a term in the gradient
+EQUAL = 1e-3  # relative difference of a factor between two sets of tokens
 CALLED = {"reference": "the reference", "teacher": "the teacher", "old": "the old policy", "second": "the second pass"}
 
 
@@ -40,7 +40,7 @@ class TwoTerms:
 
     @property
     def odd(self) -> bool:
-        """Whether a number of it has more digits than somebody would have written."""
+        """Whether a factor has more than three digits."""
         return max(map(matching.digits, self.factors)) > matching.SHORT
 
     def __str__(self) -> str:
@@ -51,12 +51,12 @@ class TwoTerms:
 
 @dataclass(frozen=True)
 class _Term:
-    """A term, its gradient at some tokens, and how simple it is.
+    """A term: its name, its gradient and its order by simplicity.
 
     Args:
         name: a spec, or a divergence in words.
-        of: its gradient, (N, V); None where the tokens cannot feed it.
-        order: how many parameters are no defaults, whether it is a sum itself, models that it needs, letters of the name.
+        of: its gradient on tokens, (N, V); None where these lack a field.
+        order: number of parameters that are no defaults, whether it is a sum itself, models needed, length of the name.
     """
 
     name: str
@@ -67,8 +67,8 @@ class _Term:
 def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoTerms | None:
     """The simplest two terms whose gradients, each times one number of either sign, add up to a gradient; or None.
 
-    All registered methods are tried at their defaults, modes and ends, the entropy, and the KL divergence of p from and to
-    the uniform distribution and every other model.
+    Terms are all registered methods at their defaults, presets and ends, the entropy, and the KL divergences from and to the
+    uniform distribution and every other model.
 
     Args:
         few: the gradient on a few dozen tokens, on which all pairs are compared.
@@ -77,7 +77,7 @@ def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoT
     """
     tokens, columns = few.tokens, _columns(few.tokens)
     sizes = few.grad.norm(dim=-1)
-    weight = torch.where(few.silent, 0.0, 1 / (sizes + few.noise.rows / TOLERANCE).clamp(min=1e-300))[:, None]
+    weight = torch.where(few.zero_rows, 0.0, 1 / (sizes + few.noise.rows / TOLERANCE).clamp(min=1e-300))[:, None]
     goal = (few.grad * weight).gather(1, columns).flatten()
     if not bool(goal.any()):
         return None
@@ -100,10 +100,10 @@ def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoT
 
 
 def _pairs(terms: Float[Tensor, "T E"], goal: Float[Tensor, " E"], rounding: float) -> list[tuple[int, int]]:
-    """Which two terms make up the goal on a few tokens: all pairs at once, from their inner products."""
+    """The pairs of terms that add up to the goal on a few tokens, all at once from their inner products."""
     unit = terms / terms.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     cosine = unit @ unit.mT
-    twin = (cosine.abs() > 1 - PARALLEL).tril(-1).any(-1)  # of terms that are one the simplest, which comes first
+    twin = (cosine.abs() > 1 - PARALLEL).tril(-1).any(-1)  # of equal terms the first, which is the simplest
     along, size = unit @ goal, float(goal.square().sum())
     apart = 1 - cosine.square()
     number = (along[:, None] - cosine * along) / apart.clamp(min=APART)  # of the row's term, beside the column's
@@ -114,7 +114,7 @@ def _pairs(terms: Float[Tensor, "T E"], goal: Float[Tensor, " E"], rounding: flo
 
 
 def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> tuple[float, float] | None:
-    """The numbers of two terms that are the gradient at every token of all readings, short where that does; or None."""
+    """The factors of two terms that add up to the gradient on every token of all readings, rounded if possible; or None."""
     found = []
     for at in readings:
         made = [term.of(at.tokens) for term in pair]
@@ -138,7 +138,7 @@ def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> 
 
 
 def _terms(tokens: Tokens, skip: str) -> list[_Term]:
-    """Everything that may be a term, the simplest first."""
+    """All terms, the simplest first."""
     points = [point for method in methods().values() if method.name != skip for point in matching.points(method)]
     return sorted([*map(_method, points), *_divergences(tokens)], key=lambda term: term.order)
 
@@ -170,13 +170,13 @@ def _divergences(tokens: Tokens) -> list[_Term]:
 
 
 def _reverse(t: Tokens, log_q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """The gradient of KL(p || q); what has no probability takes no part."""
+    """The gradient of KL(p || q); entries without probability do not count."""
     off = torch.where(t.probs > 0, t.log_probs.detach() - log_q, 0.0)
     return t.probs * (off - (t.probs * off).sum(-1, keepdim=True))
 
 
 def _columns(tokens: Tokens) -> Tensor:
-    """Which entries of every row are compared at first: all of a small vocabulary, else likely ones and a spread of others."""
+    """The entries of every row in the first comparison: all of a small vocabulary, else likely and evenly spread ones."""
     v = tokens.logits.shape[1]
     every = torch.arange(v, device=tokens.logits.device)
     if v <= COLUMNS:
@@ -191,7 +191,7 @@ def _sum_of(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _clumsiness(pair: tuple[_Term, _Term], factors: tuple[float, float]) -> tuple[float, ...]:
-    """How much two terms and their numbers take from simplicity."""
+    """Sort key of two terms and their factors, the simplest first."""
     changed, *rest = _sum_of(pair[0].order, pair[1].order)
     return (round(changed + sum(map(matching.clumsy, factors)), 6), *rest)
 

@@ -1,6 +1,6 @@
-"""Weights: how much each label is trusted, and the formula of that weight.
+"""Weights: the formula of the weight that a loss gives its tokens.
 
-Read ``trust`` (the label's pull on each token), ``features`` (what a weight may depend on), ``weight_law`` and
-``smooth_laws`` (the formula), ``thresholds`` (exact steps and clips), ``batch_gates``, ``positions``,
-``label_weights`` (weights by token id) and ``centred`` (minus a mean).
+Read ``label_weights``, ``features`` (the quantities that a weight may depend on), ``weight_law`` and ``smooth_laws`` (the
+formula), ``thresholds`` (exact steps and clips); ``class_weights``, ``positions``, ``batch_gates`` and ``batch_moments``
+find weights by label id, by position and by the rest of the batch.
 """

@@ -1,4 +1,4 @@
-"""Gates of a batch: which tokens count, or count otherwise, is decided by how they compare with the rest of their batch."""
+"""Batch gates: losses that weigh a token by how it compares with the other tokens of its batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,20 +7,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.autograd import gradient
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
-from qlens.lens.identify.batch_statistics import other_batches
+from qlens.lens.identify.other_batches import BatchReading
 from qlens.lens.reading import Reading
-from qlens.lens.rounding import TOLERANCE, Noise, rounding
+from qlens.lens.rounding import TOLERANCE
 from qlens.lens.weights.features import numpy_of, plain
+from qlens.lens.weights.label_weights import OPEN
 from qlens.registry import get, methods
-from qlens.registry.variant import Variant
 
-EQUAL = 1e-4  # relative difference of two weights that are one
-NEAR_ONE = 1e-9  # 1 - p_y below which no weight is read
-TIE = 1e-9  # relative difference of signals that are one
-FEWEST = 3  # batches on which a gate must show
+EQUAL = 1e-4  # relative difference of two weights that count as equal
+TIE = 1e-9  # relative difference of two signals that count as equal
+FEWEST = 3  # batches in which some tokens pass and some do not
 
 
 @dataclass(frozen=True)
@@ -28,10 +27,10 @@ class BatchGate:
     """A gate whose threshold depends on the batch.
 
     Args:
-        spec: the method that passes it; "" where that is not known.
+        spec: the method behind the gate; "" if unknown.
         rule: which tokens pass, in words.
         count: how many pass, in words.
-        other: the weight of the others beside that of those which pass.
+        other: the weight of the others as a share of that of the tokens that pass.
         factors: of the method on the tokens that pass, in every batch tried.
         on: which of the tokens shown pass.
     """
@@ -44,12 +43,8 @@ class BatchGate:
     on: tuple[bool, ...]
 
     def __str__(self) -> str:
-        rest = f"weight {plain(self.other)}" if self.other else "0"
-        passed = (
-            f"of {self.rule}, {rest} on the others"
-            if self.rule
-            else f"that such a gate lets through, {rest} on the others"
-        )
+        others = f"{f'weight {plain(self.other)}' if self.other else '0'} on the others"
+        passed = f"of {self.rule}, {others}" if self.rule else f"that pass it, {others}"
         if not self.spec:
             return f"a gate that depends on the batch: it counts the tokens {passed} ({self.count})"
         low, high = min(self.factors), max(self.factors)
@@ -60,43 +55,28 @@ class BatchGate:
         return f"{self.spec}{times} behind a gate that depends on the batch: on the tokens {passed} ({self.count})"
 
 
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """A batch with the factor c of every row in g = c g_m, and whether the rows are along g_m."""
-
-    tokens: Tokens
-    grad: Tensor
-    noise: Noise
-
-
-def batch_gate(
-    variant: Variant, shown: Reading, trial: Reading | None, near: Sequence[matching.Match]
-) -> BatchGate | None:
-    """The gate of a loss that needs its batch, where its rows are those of one method times one of two numbers; or None.
+def batch_gate(shown: Reading, others: Sequence[BatchReading], near: Sequence[matching.Match]) -> BatchGate | None:
+    """The gate of a loss that depends on its batch: in every batch its rows are a method's, times one of two numbers; or None.
 
     Args:
-        variant: the loss.
-        shown: its gradient on the tokens shown.
-        trial: its gradient on the wider trial tokens.
+        shown: the gradient on the tokens shown.
+        others: the gradient on other batches.
         near: the methods nearest to it.
     """
-    if variant.compares_pairs:
+    if not all(bool(batch.grad.isfinite().all()) for batch in others):
         return None
-    batches = [_Batch(shown.tokens, shown.grad, shown.noise)]
-    for tokens, _ in other_batches(variant, shown, trial):
-        grad = gradient(variant.loss, tokens).double()
-        if not bool(grad.isfinite().all()):
-            return None
-        batches.append(_Batch(tokens.with_precision(torch.float64), grad, rounding(grad, tokens)))
+    batches = [BatchReading(shown.tokens, shown.grad, shown.noise, None)]
+    batches += [
+        batch._replace(tokens=batch.tokens.with_precision(torch.float64), grad=batch.grad.double()) for batch in others
+    ]
     likely = [match.spec for match in near if match.relation == matching.RELATIONS[2]]
-    for spec in dict.fromkeys([*(spec for spec in ("sft", "dft", "reinforce") if spec in methods()), *likely]):
-        if (found := _gated_by(spec, batches)) is not None:
-            return found
-    return None
+    usual = [spec for spec in ("sft", "dft", "reinforce") if spec in methods()]
+    gates = (_gate_of(spec, batches) for spec in dict.fromkeys([*usual, *likely]))
+    return next((gate for gate in gates if gate is not None), None)
 
 
-def _gated_by(spec: str, batches: Sequence[_Batch]) -> BatchGate | None:
-    """A method whose rows are there in every batch with one weight on some and another on the rest, told apart by one rule."""
+def _gate_of(spec: str, batches: Sequence[BatchReading]) -> BatchGate | None:
+    """The gate in front of one method: two weights in every batch, one rule that separates them; or None."""
     split, factors, others = [], [], []
     for batch in batches:
         found = _two_values(spec, batch)
@@ -109,7 +89,7 @@ def _gated_by(spec: str, batches: Sequence[_Batch]) -> BatchGate | None:
     mixed = [place for place, (_, on, known) in enumerate(split) if bool(on[known].any() and (~on[known]).any())]
     if len(mixed) < FEWEST or max(others[i] for i in mixed) - min(others[i] for i in mixed) > EQUAL:
         return None
-    rule, telling = _rule([(tokens, on, known) for tokens, on, known in split])
+    rule = _rule(split)
     count = _counted([split[place] for place in mixed])
     low = matching.written(others[mixed[0]], EQUAL) if abs(others[mixed[0]]) > EQUAL else 0.0
     if rule and low > 1:  # say it of those that weigh more
@@ -117,13 +97,13 @@ def _gated_by(spec: str, batches: Sequence[_Batch]) -> BatchGate | None:
     return BatchGate(spec, rule, count, low, tuple(factors[place] for place in mixed), tuple(split[0][1].tolist()))
 
 
-def _two_values(spec: str, batch: _Batch) -> tuple[Tensor, Tensor, float, float] | None:
-    """Which rows have the larger of the two factors of a method, on which rows that is known, and the two; or None."""
-    made = matching.taught(get(spec), batch.tokens)
-    if made is None:
+def _two_values(spec: str, batch: BatchReading) -> tuple[Tensor, Tensor, float, float] | None:
+    """Rows with the larger of a method's two factors, rows on which that is known, and both factors; or None."""
+    other = matching.taught(get(spec), batch.tokens)
+    if other is None:
         return None
-    m, size = made.double(), made.double().norm(dim=-1)
-    known = (batch.tokens.rest_log_probs.exp() > NEAR_ONE) & (size > 1e-12 * size.max())
+    m, size = other.double(), other.double().norm(dim=-1)
+    known = (batch.tokens.rest_log_probs.exp() > OPEN) & (size > 1e-12 * size.max())
     ratio = (batch.grad * m).sum(-1) / size.square().clamp(min=1e-300)
     off = (batch.grad - ratio[:, None] * m).norm(dim=-1)
     if bool((off > 10 * TOLERANCE * batch.grad.norm(dim=-1) + batch.noise.rows)[known].any()) or not bool(known.any()):
@@ -131,23 +111,23 @@ def _two_values(spec: str, batch: _Batch) -> tuple[Tensor, Tensor, float, float]
     high = float(ratio[known][ratio[known].abs().argmax()])
     allowed = EQUAL * abs(high) + batch.noise.rows / size.clamp(min=1e-300)
     on = (ratio - high).abs() <= allowed
-    rest = ratio[known & ~on]
-    low = float(rest.median()) if len(rest) else 0.0
-    if high == 0 or (len(rest) and bool(((ratio - low).abs() > allowed)[known & ~on].any())):
+    smaller = ratio[known & ~on]
+    low = float(smaller.median()) if len(smaller) else 0.0
+    if high == 0 or (len(smaller) and bool(((ratio - low).abs() > allowed)[known & ~on].any())):
         return None
     return on, known, high, low
 
 
 def _signals(tokens: Tokens) -> Iterator[tuple[str, np.ndarray]]:
-    """What a gate may compare, by name: the larger, the likelier that a token passes."""
+    """The signals that a gate may compare, by name."""
     p, log_p = tokens.label_probs, tokens.label_log_probs
     entropy = -expectation(tokens.probs, tokens.log_probs)
-    found = {"p_y": p, "entropy": entropy, "largest p": tokens.probs.amax(-1)}
+    signals = {"p_y": p, "entropy": entropy, "largest p": tokens.probs.amax(-1)}
     if tokens.advantage is not None:
-        found["advantage"] = tokens.advantage.double()
+        signals["advantage"] = tokens.advantage.double()
     if tokens.weight is not None:
-        found["weight"] = tokens.weight.double()
-    for name, values in found.items():
+        signals["weight"] = tokens.weight.double()
+    for name, values in signals.items():
         yield name, numpy_of(values)
     if tokens.sequence is not None:
         ids = tokens.sequence
@@ -158,8 +138,8 @@ def _signals(tokens: Tokens) -> Iterator[tuple[str, np.ndarray]]:
         yield "sequence length", numpy_of(member.sum(-1))
 
 
-def _rule(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> tuple[str, str]:
-    """What tells the tokens that pass in every batch, in words, and the signal; "" where nothing does."""
+def _rule(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> str:
+    """The rule by which tokens pass in every batch, in words; "" where no known one fits."""
     tables = [dict(_signals(tokens)) for tokens, _, _ in split]
     for name in tables[0]:
         for sign, word in ((1, "larger"), (-1, "smaller")):
@@ -178,16 +158,13 @@ def _rule(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> tuple[str, str]:
                     what = "sequence" if "sequence" in name else "token"
                     of = name.removesuffix(" of their sequence").removeprefix("sequence ")
                     least = "minimum" if (sign > 0) == (what == "token") else "maximum"
-                    return (
-                        f"the one {what} with the {extreme} {of} in its batch, a {least} over {what}s and no mean",
-                        name,
-                    )
-                return (f"{name} {level}" if level else f"the {extreme} {name} in their batch"), name
-    return "", ""
+                    return f"the one {what} with the {extreme} {of} in its batch, a {least} over {what}s and no mean"
+                return f"{name} {level}" if level else f"the {extreme} {name} in their batch"
+    return ""
 
 
 def _level(values: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], sign: int) -> str:
-    """Above or below which statistic of its batch a signal is on the tokens that pass, in words; "" for none of the known."""
+    """The statistic of the batch that a signal of the passing tokens is above or below, in words; "" if unknown."""
     side = "above" if sign > 0 else "below"
     if all(
         x[off].max() <= x.mean() + TIE * abs(x.mean()) and x.mean() <= x[on].min() + TIE * abs(x.mean())
@@ -209,5 +186,5 @@ def _level(values: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], sign: in
 
 
 def _counted(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> str:
-    """How many tokens of the batches tried pass, in words."""
+    """The numbers of tokens that pass in the first batches, in words."""
     return "in the batches tried " + ", ".join(f"{int(on.sum())} of {len(on)}" for _, on, _ in split[:3])

@@ -1,4 +1,4 @@
-"""Features: what a law of trust may be written in, at every token, and how far a formula is off."""
+"""Features: the quantities that a weight function may depend on, at every token, and the misfit of a formula."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,14 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.tokens import Tokens, expectation
+from qlens.core.numerics import expectation
+from qlens.core.tokens import Tokens
 
 TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """A pull (N,) at tokens, and the rounding of the gradient that it was read from, (N,) or one number."""
+    """A weight at tokens, (N,), with the rounding of the gradient that it was read from, (N,) or one number."""
 
     pull: Tensor
     tokens: Tokens
@@ -27,12 +28,12 @@ class Seen:
         return Seen(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
 
     def known(self) -> "Seen":
-        """Where the pull is known."""
+        """The tokens on which the weight is known."""
         return self[~self.pull.isnan()]
 
 
 class Features:
-    """What a law may be written in, at every token of one or more readings, as numpy arrays."""
+    """The features of the tokens of one or more readings, as numpy arrays."""
 
     def __init__(self, seen: Sequence[Seen], tolerance: float):
         self.seen = seen
@@ -66,28 +67,28 @@ class Features:
 
     @property
     def domain(self) -> str:
-        """Where the pull was seen."""
+        """The range of the tokens, in words."""
         low, high = (plain(math.exp(end(self.log_p))) for end in (min, max))
         rest = math.exp(self.log_rest.min())
         high = f"1 - {rest:.1g}" if rest < 1e-3 else high
         return f"on {len(self.b)} tokens, p_y {low} to {high}, entropy {self.entropy.min():.2g} to {self.entropy.max():.2g} nats"
 
     def misfit(self, made: np.ndarray, where: np.ndarray | None = None) -> float:
-        """Relative and root mean square, with what rounding alone makes of a pull counted as the tolerance."""
+        """Relative root mean square error, in which rounding counts as the tolerance."""
         size = np.maximum(np.abs(self.b), np.abs(made)) + self.floor
-        with np.errstate(invalid="ignore"):  # a form that overflows somewhere fits nowhere
+        with np.errstate(invalid="ignore"):  # a form that overflows does not fit
             off = np.abs(self.b - made) / size
         return float(np.sqrt(np.mean(np.square(off if where is None else off[where]))))
 
     def fits(self, where: np.ndarray, made: np.ndarray) -> float | None:
-        """The misfit there, if it is rounding."""
+        """The misfit on some tokens, if it is rounding."""
         miss = self.misfit(made, where)
         return miss if miss <= self.tolerance else None
 
     def shortest(
         self, where: np.ndarray, form: Callable[..., np.ndarray], values: tuple[float, ...]
     ) -> tuple[float, tuple[float, ...]] | None:
-        """The misfit of a form and its numbers, written as short as they fit about as well; None where it does not fit."""
+        """The misfit of a form, and its numbers rounded as far as they fit about as well; None where it does not fit."""
         with np.errstate(over="ignore"):
             least = self.fits(where, form(*values))
             if least is None:
@@ -103,7 +104,7 @@ class Features:
 
 
 def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
-    """The features of one reading, by name; ids of groups differ from reading to reading."""
+    """The features of one reading, by name; ids of groups differ between readings."""
     tokens = seen.tokens.with_precision(torch.float64)
     p, size = tokens.probs, tokens.logits.shape[1]
     top = p.topk(2, -1)
@@ -131,7 +132,7 @@ def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
 
 
 def _rank(tokens: Tokens, values: Tensor) -> Tensor:
-    """How many entries are above the label's, (N,)."""
+    """The number of entries above the label's, (N,)."""
     return (values > tokens.gather(values)[:, None]).sum(-1)
 
 
@@ -141,7 +142,7 @@ def plain(value: float) -> str:
 
 
 def percent(share: float | None) -> str:
-    """A share as it is printed: whole per cent, of less than one two digits; None where it is not known."""
+    """A share as printed: whole per cent, two digits below one per cent."""
     if share is None:
         return "an unknown share"
     return f"{share:.0%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"

@@ -1,201 +1,29 @@
-"""Label ids: whether a loss weighs a token by which id its label is, found by giving one token every id in turn."""
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+"""Label weights -g_y / (1 - p_y) of a gradient, on the tokens where they are known."""
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qlens.core.autograd import gradient
-from qlens.core.errors import InputError
-from qlens.core.tokens import MODELS, Tokens
-from qlens.lens.identify.matching import written
-from qlens.lens.rounding import TOLERANCE, rounding
+from qlens.core.tokens import Tokens
 
-SHOWN = 6  # weights named in a sentence
-SHARED = 4  # ids of one weight that are named one by one
-PARTS = 3  # batches, every so manieth token of the given ones, on which a division by the mean weight must show
+OPEN = 1e-9  # least 1 - p_y at which a label weight is read
 
 
-@dataclass(frozen=True)
-class LabelWeights:
-    """A weight by label id.
+def label_weights(grad: Float[Tensor, "N V"], tokens: Tokens) -> tuple[Float[Tensor, " N"], Bool[Tensor, " N"]]:
+    """The label weight of every token in float64, (N,), and where 1 - p_y is large enough to read it; 0 elsewhere.
 
     Args:
-        weights: the gradient's factor for every id tried.
-        usual: the weight that counts as 1: that of most ids, else the least; where most have none, of most of the others.
-        equal: whether the ids change nothing but a factor; False where they also change the direction.
-        divided: whether the gradient is divided by the mean weight of the batch.
+        grad: logit gradients of the unreduced loss, (N, V).
+        tokens: the tokens that they belong to.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> weights, known = label_weights(qlens.get("dft").target(t).grad, t)
+        >>> bool((weights - t.label_probs)[known].abs().max() < 1e-6)
+        True
     """
-
-    weights: dict[int, float]
-    usual: float
-    equal: bool = True
-    divided: bool = False
-
-    @property
-    def unusual(self) -> dict[int, float]:
-        """The ids whose weight is not the usual one."""
-        return {i: w for i, w in self.weights.items() if abs(w - self.usual) > 1e-4 * abs(self.usual)}
-
-    @property
-    def untried(self) -> float:
-        """The weight taken for ids that were not tried: 0 where most ids have none."""
-        return 0.0 if list(self.weights.values()).count(0.0) * 2 > len(self.weights) else self.usual
-
-    def of(self, labels: Tensor) -> Tensor:
-        """The weight of every label, (N,)."""
-        found = [self.weights.get(int(label), self.untried) for label in labels]
-        return torch.tensor(found, dtype=torch.float64, device=labels.device)
-
-    def factor(self, labels: Tensor) -> Tensor:
-        """What the gradient of every token is multiplied by in a batch of these labels, (N,)."""
-        weights = self.of(labels)
-        mean = float(weights.mean())
-        return weights / mean if self.divided and mean != 0 else weights
-
-    def __str__(self) -> str:
-        if not self.equal:
-            return "which ids the entries of the vocabulary have changes the gradient"
-        by_weight: dict[float, list[int]] = {}
-        for i, weight in self.weights.items():
-            by_weight.setdefault(weight + 0.0, []).append(i)
-        groups = sorted(by_weight.items(), key=lambda group: len(group[1]))
-        said = [f"{weight:.5g} for {_ids(ids, len(self.weights))}" for weight, ids in groups[:-1][:SHOWN]]
-        more = f", ... ({len(groups) - 1 - SHOWN} further weights)" if len(groups) - 1 > SHOWN else ""
-        weight, ids = groups[-1]
-        many = f" ({len(ids)} of {len(self.weights)} ids)" if len(groups) > 1 else ""
-        rest = f"{weight:.5g} for the others{many}" if len(ids) > 1 else f"{weight:.5g} for id {ids[0]}"
-        mean = ", divided by the batch's mean weight" if self.divided else ""
-        tried = f"(ids {min(self.weights)} to {max(self.weights)} tried)"
-        return f"a weight by label id{mean}: {', '.join(said)}{more}, {rest} {tried}"
-
-
-def _ids(ids: list[int], tried: int) -> str:
-    """Ids in words: one by one where they are few, as ranges where these are."""
-    if len(ids) == 1:
-        return f"id {ids[0]}"
-    ids, starts = sorted(ids), []
-    for i in ids:
-        if starts and i == starts[-1][1] + 1:
-            starts[-1][1] = i
-        else:
-            starts.append([i, i])
-    ranges = [str(low) if low == high else f"{low} to {high}" for low, high in starts]
-    return f"ids {', '.join(ranges)}" if len(ranges) <= SHARED else f"{len(ids)} of {tried} ids ({ranges[0]}, ...)"
-
-
-def label_weights(
-    loss: Callable[[Tokens], Tensor], tokens: Tokens, row: int, ids: Sequence[int], precision: torch.dtype
-) -> LabelWeights | None:
-    """How a gradient changes when the vocabulary is permuted so that one token's label has another id; None if it does not.
-
-    The permutations are random, so that neighbouring ids come apart. A weight must be the same in two orders of the ids: what
-    depends on a token's place in the batch is no weight of its id.
-
-    Args:
-        loss: an unreduced loss, tokens -> (N,).
-        tokens: where to try it; without pairs.
-        row: the token that is given every id, in a batch of its copies.
-        ids: the ids to try.
-        precision: what the loss computes in.
-
-    Raises:
-        InputError: the loss fails on such a batch; what it raised is named.
-    """
-    found = _factors(loss, tokens, row, ids, precision)
-    again = found and _factors(loss, tokens, row, list(reversed(ids)), precision)
-    if found is None or again is None:
-        return None
-    ratio, equal, digits = found
-    if equal and any(abs(a - b) > 10 * digits * max(abs(a), 1) for a, b in zip(ratio, reversed(again[0]), strict=True)):
-        return None
-    ratio = [written(r, 10 * digits) + 0.0 if abs(r) > 10 * digits else 0.0 for r in ratio]
-    there = [r for r in ratio if r]
-    usual = max(set(there), key=there.count)
-    if there.count(usual) * 2 <= len(there):
-        usual = min(there, key=abs)
-    weights = {int(i): written(r / usual, 10 * digits) for i, r in zip(ids, ratio, strict=True)}
-    return LabelWeights(weights, 1.0, equal)
-
-
-def _factors(
-    loss: Callable[[Tokens], Tensor], tokens: Tokens, row: int, ids: Sequence[int], precision: torch.dtype
-) -> tuple[list[float], bool, float] | None:
-    """The gradient at every id along that at a usual one, whether it has its direction, and the digits to which; or None."""
-    size, count, device = tokens.logits.shape[1], len(ids), tokens.logits.device
-    where = torch.as_tensor(ids, device=device)
-    draw = torch.Generator().manual_seed(0)
-    source = torch.rand(count, size, generator=draw).argsort(-1).to(device)  # which entry goes to each place
-    at = (source == tokens.labels[row]).int().argmax(-1, keepdim=True)
-    source = source.scatter(1, at, source.gather(1, where[:, None]))
-    source = source.scatter(1, where[:, None], int(tokens.labels[row]))
-    copies = tokens[torch.full((count,), row, device=device)]
-    fields = {name: getattr(copies, name).gather(1, source) for name in (*MODELS, "logits", "negatives")
-              if getattr(copies, name) is not None}  # fmt: skip
-    if copies.sequence is not None:
-        fields["sequence"] = torch.arange(count, device=device)
-    same = copies.replace(labels=where.to(copies.labels.dtype), **fields)
-    try:
-        grad = gradient(loss, same).double()
-    except Exception as error:  # a loss may be made for just these rows
-        raise InputError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}") from error
-    noise = rounding(grad, same, precision).rows
-    back = torch.zeros_like(grad).scatter(1, source, grad)
-    sizes = back.norm(dim=-1)
-    telling = sizes > 100 * noise
-    if not bool(telling.any()):
-        return None
-    usual_row = int((sizes - sizes[telling].median()).abs().argmin())
-    base = back[usual_row]
-    ratio = (back * base).sum(-1) / base.square().sum()
-    digits = TOLERANCE + float(noise[usual_row] / sizes[usual_row])
-    off = (back - ratio[:, None] * base).norm(dim=-1)
-    equal = bool((off <= 10 * digits * sizes.maximum(sizes[usual_row])).all())
-    if equal and float((ratio - 1).abs().max()) <= 10 * digits:
-        return None
-    return ratio.tolist(), equal, digits
-
-
-def relabelled(tokens: Tokens, label: int) -> Tokens:
-    """The same tokens with one label id for all: in every row the entries of that id and of the label change places."""
-    ids = torch.arange(tokens.logits.shape[1], device=tokens.logits.device).repeat(len(tokens), 1)
-    ids[:, label] = tokens.labels.long()
-    ids = ids.scatter(1, tokens.labels[:, None].long(), label)
-    given = tokens.fields()
-    fields = {name: given[name].gather(1, ids) for name in (*MODELS, "logits", "negatives") if name in given}
-    return tokens.replace(labels=torch.full_like(tokens.labels, label), **fields)
-
-
-def divided_by_mean(
-    found: LabelWeights, loss: Callable[[Tokens], Tensor], tokens: Tokens, precision: torch.dtype
-) -> LabelWeights | None:
-    """The weights as divided by their batch's mean, if that is how batches of other labels differ; else None.
-
-    Args:
-        found: the weights.
-        loss: an unreduced loss, tokens -> (N,).
-        tokens: where to try it; without pairs.
-        precision: what the loss computes in.
-    """
-    made, (whole, noise) = replace(found, divided=True), _with_noise(loss, tokens, precision)
-    for start in range(PARTS):
-        few = tokens[start::PARTS]
-        wanted = whole[start::PARTS] / _known(made.factor(tokens.labels)[start::PARTS])[:, None]
-        grad, few_noise = _with_noise(loss, few, precision)
-        got = grad / _known(made.factor(few.labels))[:, None]
-        there = made.of(few.labels) != 0
-        off = (got - wanted).norm(dim=-1)
-        allowed = 100 * TOLERANCE * wanted.norm(dim=-1) + 100 * (noise[start::PARTS] + few_noise)
-        if bool(there.any()) and bool((off > allowed)[there].any()):
-            return None
-    return made
-
-
-def _known(weights: Tensor) -> Tensor:
-    return torch.where(weights == 0, 1.0, weights)
-
-
-def _with_noise(loss: Callable[[Tokens], Tensor], tokens: Tokens, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-    grad = gradient(loss, tokens).double()
-    return grad, rounding(grad, tokens, precision).rows
+    exact = tokens.with_precision(torch.float64)
+    rest = exact.rest_log_probs.exp()
+    known = rest > OPEN
+    return torch.where(known, -exact.gather(grad.double()) / rest.clamp(min=1e-300), 0.0), known

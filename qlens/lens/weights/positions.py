@@ -1,4 +1,4 @@
-"""Positions: how a loss weighs a token by its place, found by putting one token at all places of the batch."""
+"""Position weights: weights by position, found by putting copies of one token at all positions of the batch."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from qlens.lens.rounding import TOLERANCE, rounding
 from qlens.lens.weights.features import numpy_of, plain
 from qlens.registry.variant import Variant
 
-EQUAL = 1e-5  # relative difference of weights that are one
-NONE = 1e-7  # share of the largest weight that is rounding beside it
-EXACT = 1e-9  # relative difference to a number that somebody wrote
-FEWEST = 4  # places that a formula must hold on
-PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every place
+EQUAL = 1e-5  # relative difference of two weights that count as equal
+NONE = 1e-7  # share of the largest weight that counts as rounding
+EXACT = 1e-9  # relative difference to a short number
+FEWEST = 4  # positions on which a formula must hold
+PLACED = (0.35, 0.8)  # label probabilities of the tokens that are put at every position
 LISTED = 6  # weights that are printed where no formula is known
 IN_SEQUENCE, IN_BATCH = "t the position in its sequence, 0 first", "i the row of the batch, 0 first"
 WORDS = {
@@ -41,12 +41,12 @@ WORDS = {
 
 @dataclass(frozen=True)
 class PositionWeights:
-    """A weight by position.
+    """Weights by position.
 
     Args:
-        formula: in words, with what its symbols mean; "" where no formula is known.
+        formula: with the meaning of its symbols; "" if unknown.
         weights: of every token shown, in order.
-        besides: a factor that is one for the whole sequence or batch, in words; "" where there is none.
+        besides: a further factor of the sequence or batch, in words; "" where there is none.
     """
 
     formula: str
@@ -56,22 +56,22 @@ class PositionWeights:
     def __str__(self) -> str:
         low, high = plain(min(self.weights)), plain(max(self.weights))
         first = ", ".join(plain(weight) for weight in self.weights[:LISTED])
-        said = self.formula or f"from {low} to {high} by no known formula, {first}, ... on the tokens shown"
+        said = self.formula or f"from {low} to {high} without a known formula, {first}, ... on the tokens shown"
         return said + (f", times {self.besides}" if self.besides else "")
 
 
 def weights_at(
     loss: Callable[[Tokens], Tensor], tokens: Tokens, rows: Sequence[int], precision: torch.dtype
 ) -> Tensor | None:
-    """The weight of every place of a batch, (N,); None where places change more than a factor, or another for each token.
+    """The weight of every position of a batch, (N,); None where positions change more than a factor.
 
-    The batch keeps its sequences, and one of its tokens stands at all places. Weights are those of a cross-entropy where the
-    tokens agree on that; otherwise the largest is 1.
+    The batch keeps its sequences, and one of its tokens is put at all positions. Weights are label weights where the tokens
+    agree on these; otherwise the largest is 1.
 
     Args:
         loss: an unreduced loss, tokens -> (N,).
         tokens: the batch.
-        rows: the tokens that are tried; two or more, of different label probabilities.
+        rows: two or more tokens that are put there, of different label probabilities.
         precision: what the loss computes in.
     """
     found, absolute = [], []
@@ -101,7 +101,7 @@ def weights_at(
 def unweighted(
     variant: Variant, readings: Sequence[Reading]
 ) -> tuple[PositionWeights | None, list[tuple[Reading, Tensor]]]:
-    """How a loss weighs tokens by their place, None where it does not alone; and its readings without that, with their rows.
+    """The position weights of a loss, None where other tokens count too; and its readings divided by them, with their rows.
 
     Args:
         variant: the loss.
@@ -116,7 +116,7 @@ def unweighted(
         rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
         try:
             weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
-        except InputError:  # what a loss says of such a batch is no fault of its own
+        except InputError:  # a loss may refuse such a batch
             return None, []
         if weights is None:
             return None, []
@@ -127,7 +127,7 @@ def unweighted(
 
 
 def described(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:
-    """Weights of places in one or more batches, that of the tokens shown first, by the simplest formula that all follow."""
+    """Position weights of one or more batches, the first that of the tokens shown, by the simplest formula that fits all."""
     weights = np.concatenate([numpy_of(made) for made, _ in parts])
     places = [_places(tokens, batch) for batch, (_, tokens) in enumerate(parts)]
     joined = {name: np.concatenate([one[name] for one in places]) for name in places[0]}
@@ -142,7 +142,7 @@ def described(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:
 
 
 def _places(tokens: Tokens, batch: int) -> dict[str, np.ndarray]:
-    """What a formula may be written in, by name, and the sequence and the batch of every token."""
+    """The positions that a formula may depend on, by name, and the sequence and batch of every token."""
     number = len(tokens)
     ids = np.arange(number) if tokens.sequence is None else tokens.sequence.cpu().numpy()
     row = np.arange(number, dtype=float)
@@ -164,7 +164,7 @@ def _largest(weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _formulas(weights: np.ndarray, places: dict[str, np.ndarray]) -> Iterator[str]:
-    """Everything that fits, simplest first."""
+    """The formulas that fit, simplest first."""
     everywhere = np.ones(len(weights), bool)
     for name, x in places.items():
         for said, _ in (*_step(weights, name, x), *_smooth(weights, name, x, everywhere)):

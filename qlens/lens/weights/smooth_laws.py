@@ -1,4 +1,4 @@
-"""Smooth laws: powers, lines and weights that a pull may follow without steps, fitted to the last digit."""
+"""Smooth weight functions: powers, lines and undetached weights, fitted to the last digit."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,20 +9,20 @@ from scipy.optimize import minimize_scalar
 
 from qlens.lens.weights.features import Features, line, plain
 
-FEWEST = 5  # tokens that a law must hold on beyond its parameters
-EPSILONS = (math.log(1e-13), math.log(0.5))  # looked for beside p_y
+FEWEST = 5  # tokens on which a formula must hold
+EPSILONS = (math.log(1e-13), math.log(0.5))  # range of the logarithm of an epsilon beside p_y
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A law that fits.
+    """A formula that fits.
 
     Args:
         formula: with its numbers filled in.
         parameters: how many numbers were fitted.
         misfit: relative, root mean square over the tokens on which it was fitted.
         values: the numbers, by name.
-        made: the pull that it makes at every token, also where it was not fitted, (N,).
+        made: its value at every token, also where it was not fitted, (N,).
     """
 
     formula: str
@@ -33,11 +33,11 @@ class Fit:
 
 
 class Smooth(Features):
-    """The formulas without steps, each tried on a pull."""
+    """The formulas without steps, tried on one weight."""
 
     @property
     def rounded(self) -> np.ndarray:
-        """Where a pull is no more than the rounding of the gradient, (N,)."""
+        """Where the weight is no more than the rounding of the gradient, (N,)."""
         return np.abs(self.b) <= self.floor * self.tolerance
 
     @property
@@ -49,7 +49,7 @@ class Smooth(Features):
             return np.log(np.where(near_one, -np.log1p(-rest), -self.log_p))
 
     def smooth(self, where: np.ndarray) -> Iterator[Fit]:
-        """Laws without steps that hold on the tokens ``where``."""
+        """Formulas without steps that hold on the tokens ``where``."""
         there = int((~self.rounded[where]).sum())
         if where.any() and not there:
             yield Fit("0", 0, 0.0, {}, made=np.zeros(len(self.b)))
@@ -58,7 +58,7 @@ class Smooth(Features):
         yield from self.powers(where, self.b, "")
         yield from self.guarded(where)
         yield from self.affine(where)
-        yield from self.carried(where)
+        yield from self.undetached(where)
         for said, factor in self.factors.items():
             if np.abs(factor[where]).min() > 0:
                 yield from self.powers(where, self.b / factor, f"{said} ")
@@ -72,7 +72,7 @@ class Smooth(Features):
         factor = self.factors[times.strip()] if times else 1.0
         size = np.maximum(np.abs(b), 1e-300)
         logs, named = np.log(size), "-" if sign[0] < 0 else ""
-        weight = 1 / (1 + self.floor[where] / size)  # what is rounding says little
+        weight = 1 / (1 + self.floor[where] / size)  # rounding gets little weight
         for name, feature in self.powered():
             x = feature[where]
             for free in (False, True):
@@ -98,7 +98,7 @@ class Smooth(Features):
                     yield Fit(formula, int(free) + int(bool(name)), miss, said, made=form(power, size))
 
     def powered(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Logarithms of what may be raised to a power, by name."""
+        """Logarithms of the features that may be raised to a power, by name."""
         yield "", np.zeros(len(self.b))
         yield "p_y", self.log_p
         yield "(1 - p_y)", self.log_rest
@@ -127,7 +127,7 @@ class Smooth(Features):
                 yield f"p_top-{k}", np.log(mass)
 
     def guarded(self, where: np.ndarray) -> Iterator[Fit]:
-        """Powers times p_y / (p_y + eps): what an epsilon beside p_y inside a logarithm makes of a law."""
+        """Powers times p_y / (p_y + eps), the effect of an epsilon beside p_y inside a logarithm."""
         b, there = self.b[where], ~self.rounded[where]
         sign = np.sign(b[there])
         if not (sign == sign[0]).all():
@@ -140,7 +140,7 @@ class Smooth(Features):
                 return self.log_p - np.logaddexp(self.log_p, log_eps)
 
             def fitted(log_eps: float, base: np.ndarray = base, name: str = name) -> tuple[float, float, float]:
-                """The least squares of a power beside this epsilon, its factor and its exponent."""
+                """The squared error of the best power with this epsilon, its factor and its exponent."""
                 logs = np.log(size) - guard(log_eps)[where]
                 if name:
                     c, a = line(base[where], logs, weight, True)
@@ -193,14 +193,14 @@ class Smooth(Features):
                 formula = f"{plain(low)} {between} {multiple(abs(slope))}{name}"
                 yield Fit(formula, 2, miss, {"a": low, "b": slope}, made=made)
 
-    def carried(self, where: np.ndarray) -> Iterator[Fit]:
-        """A weight w(p_y) on -log p_y that carries its own gradient: w + p_y w' log p_y."""
+    def undetached(self, where: np.ndarray) -> Iterator[Fit]:
+        """An undetached weight w(p_y) on -log p_y: w + p_y w' log p_y."""
         forms: dict[str, tuple[Callable[[float], np.ndarray], tuple[float, float]]] = {
-            "p_y^{0} (1 + {0} log p_y), the weight p_y^{0}": (
+            "p_y^{0} (1 + {0} log p_y), the undetached weight p_y^{0}": (
                 lambda a: np.exp(a * self.log_p) * (1 + a * self.log_p),
                 (-0.99, 8.0),
             ),
-            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the weight (1 - p_y)^{0}": (
+            "(1 - p_y)^{0} (1 - {0} p_y log p_y / (1 - p_y)), the undetached weight (1 - p_y)^{0}": (
                 lambda a: np.exp(a * self.log_rest) * (1 - a * np.exp(self.log_p - self.log_rest) * self.log_p),
                 (0.05, 12.0),
             ),
@@ -211,7 +211,7 @@ class Smooth(Features):
             if found is not None and abs(a) > 1e-3:
                 miss, (a, c) = found
                 text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
-                formula = f"{multiple(c)}{text} carrying its own gradient"
+                formula = f"{multiple(c)}{text}"
                 yield Fit(formula, 2, miss, {"c": c, "a": a}, made=c * form(a))
 
     def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
@@ -222,7 +222,7 @@ class Smooth(Features):
 
 
 def best(cost: Callable[[float], float], low: float, high: float) -> float:
-    """The least of a one-dimensional cost: the best of a grid, then the bottom beside it."""
+    """The minimum of a one-dimensional cost: the best of a grid, then a bounded search around it."""
     grid = np.linspace(low, high, 60)
     at = int(np.argmin([cost(a) for a in grid]))
     bounds = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
@@ -230,12 +230,12 @@ def best(cost: Callable[[float], float], low: float, high: float) -> float:
 
 
 def multiple(c: float) -> str:
-    """A factor as it is written before what it multiplies, "" where it is 1."""
+    """A factor as written before a formula, "" where it is 1."""
     return "" if c == 1 else f"{plain(c)} "
 
 
 def product(sign: str, size: float, name: str, a: float, times: str = "") -> str:
-    """sign size times name^a as somebody would write it."""
+    """sign size times name^a, as it would be written by hand."""
     power = "" if a == 1 or not name else f"^{plain(a)}"
     if name.startswith("H_top-"):
         k = int(name.removeprefix("H_top-"))

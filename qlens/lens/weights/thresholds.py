@@ -1,4 +1,4 @@
-"""Edges: tokens on both sides of every step of a gradient as the label's logit moves, so that thresholds are read exactly."""
+"""Thresholds: tokens on both sides of every step of a gradient along the label's logit, so that thresholds are exact."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from qlens.lens.reading import Reading
 from qlens.registry.variant import Variant
 
 ROWS = 16  # tokens whose label's logit is moved
-APART = 11  # rows between two of them
-POINTS = 64  # values of that logit at first
+APART = 11  # rows between two of these tokens
+POINTS = 64  # values of that logit in the first scan
 REACH = 16.0  # how far the logarithm of p_y / (1 - p_y) is moved, either way
-STEPS = 3  # places of every row that are looked at closely
-HALVINGS = 24  # of an interval of half a nat
-STEP = 1e-3  # change of a pull over the last interval, as a share of it, that is a step
-TINY = 1e-12  # a pull that is none
-EXACT = 1e-6  # relative difference to a number that somebody wrote
+STEPS = 3  # intervals of every row that are bisected
+HALVINGS = 24  # bisections of an interval of half a nat
+STEP = 1e-3  # relative change of a weight over the last interval that counts as a step
+TINY = 1e-12  # weights below it count as zero
+EXACT = 1e-6  # relative difference to a short number
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Edges:
     """Tokens at the steps of a loss.
 
     Args:
-        rows: which of the given tokens they are, without their label's logit, (M,).
-        logits: theirs, (M, V): just below and just above every step.
-        numbers: what a threshold there may be: of p_y, of its ratio to another model and of the loss.
+        rows: the tokens that they differ from in the label's logit only, (M,).
+        logits: (M, V), just below and just above every step.
+        numbers: possible values of a threshold there, of p_y, of its ratio to another model or of the loss.
     """
 
     rows: Tensor
@@ -40,11 +40,11 @@ class Edges:
 
 
 def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
-    """The steps of a loss of each token alone along the label's logit, halved down to rounding; None where there are none.
+    """The steps of a per-token loss along the label's logit, bisected down to rounding; None where there are none.
 
     Args:
         loss: an unreduced loss, tokens -> (N,), in which no token needs another.
-        tokens: from which rows are taken, in float64.
+        tokens: the tokens of which some are moved, in float64.
     """
     rows = _chosen(tokens)
     index = tokens.labels[rows, None].long()
@@ -52,7 +52,7 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
     rest = z.scatter(1, index, -torch.inf).logsumexp(-1)
 
     def pulls(places: Tensor, at: Tensor) -> Tensor:
-        """Pulls toward the label of some of the rows with p_y / (1 - p_y) of these logarithms."""
+        """Label weights of some rows at these values of log p_y / (1 - p_y)."""
         moved = _with(z[places], index[places], rest[places] + at)
         grad = gradient(loss, tokens[rows[places]].replace(logits=moved)).double()
         return -grad.gather(1, index[places])[:, 0] * (1 + at.exp())
@@ -69,7 +69,7 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
     ends = found[places, at.flatten()], found[places, at.flatten() + 1]
     size = (
         ends[0].abs().maximum(ends[1].abs()).clamp(min=TINY)
-    )  # of the whole interval: a pull may pass through 0 in it
+    )  # of the whole interval, in which a weight may pass through 0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         made = pulls(places, middle)
@@ -86,7 +86,7 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
 
 
 def with_edges(variant: Variant, at: Reading) -> tuple[Reading, tuple[float, ...]]:
-    """A reading in float64 with tokens at the steps of the loss added to it, and what thresholds there may be; else as it is."""
+    """A reading in float64 with tokens at the steps of the loss added, and possible thresholds; else the reading itself."""
     if {at.arithmetic, at.given.logits.dtype} != {torch.float64}:
         return at, ()
     try:
@@ -96,13 +96,13 @@ def with_edges(variant: Variant, at: Reading) -> tuple[Reading, tuple[float, ...
         index = torch.cat([torch.arange(len(at.given), device=found.rows.device), found.rows])
         logits = torch.cat([at.given.logits, found.logits])
         wider = Reading.of(variant, at.given[index].replace(logits=logits))
-    except InputError:  # it takes no such tokens
+    except InputError:  # the loss refuses such tokens
         return at, ()
     return (wider, found.numbers) if wider.finite else (at, ())
 
 
 def _chosen(tokens: Tokens) -> Tensor:
-    """Rows spread over all, at a distance that has no factor in common with the periods of masks and advantages."""
+    """Rows spread over all, at a distance that shares no factor with the periods of masks and advantages."""
     return (torch.arange(min(ROWS, len(tokens)), device=tokens.logits.device) * APART % len(tokens)).unique()
 
 
@@ -111,12 +111,12 @@ def _with(logits: Tensor, index: Tensor, label: Tensor) -> Tensor:
 
 
 def _change(one: Tensor, other: Tensor) -> Tensor:
-    """The relative difference of two pulls."""
+    """The relative difference of two weights."""
     return (one - other).abs() / one.abs().maximum(other.abs()).clamp(min=TINY)
 
 
 def _numbers(tokens: Tokens) -> tuple[float, ...]:
-    """Numbers that a threshold at these tokens may be written with."""
+    """Short numbers that a threshold at these tokens may have."""
     log_p = tokens.label_log_probs.detach()
     found = [log_p.exp(), -log_p]
     for name in ("reference", "old", "teacher"):

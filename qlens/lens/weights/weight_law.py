@@ -1,4 +1,4 @@
-"""Laws: the formula that a pull follows across tokens, with its parameters, its misfit and the domain it was seen on."""
+"""Weight functions: the formula of a weight across tokens, with its parameters, misfit and the range of the tokens."""
 
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -13,20 +13,20 @@ from qlens.lens.weights.features import Seen, plain
 from qlens.lens.weights.smooth_laws import FEWEST, Smooth
 
 FEWEST_CUT = 2  # tokens on either side of a threshold on anything but p_y
-COUNTS = {2: "two", 3: "three"}  # of values that a pull may have without a rule
+COUNTS = {2: "two", 3: "three"}  # numbers of values that a weight may take without a known rule
 NEAR_ONE = 0.99  # probabilities above which thresholds are written as 1 - x
 
 
 @dataclass(frozen=True)
 class Law:
-    """A formula for a pull, in the words of the field.
+    """A weight function.
 
     Args:
         formula: with its numbers filled in, like "p_y^0.5".
         parameters: how many numbers were fitted.
         misfit: relative, root mean square over the tokens.
         values: the numbers, by name.
-        domain: where it was seen.
+        domain: the range of the tokens it was fitted on, in words.
         where: the tokens on which it holds, in words, where it is 0 on the others; else "".
     """
 
@@ -44,19 +44,19 @@ class Law:
 def law(
     pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: Tensor | float = 1e-15, further: Sequence[Seen] = ()
 ) -> Law | None:
-    """The simplest formula that a pull (N,) follows on these tokens, or None if none of the known ones does.
+    """The simplest known formula of a weight (N,) on some tokens, or None.
 
     Known: a constant; powers of p_y, 1 - p_y, p_y / (1 - p_y), the largest p, the second, their difference, p_y / max p, the
-    entropy (of the top k too), and of the ratio to another model; those with a weight that carries its gradient; a + b p_y;
+    entropy (of the top k too), and of the ratio to another model; the same with an undetached weight; a + b p_y;
     thresholds, clips, masks; one value per sequence or pair;
     any of them times the advantage or the token's weight.
 
     Args:
-        pull: the pull in unit scale, NaN where it is not known.
-        tokens: where it was read.
-        tolerance: the relative misfit that counts as exact.
-        noise: the rounding of the gradient, absolute, (N,) or one number; divided by 1 - p_y, that of a pull.
-        further: the same pull at other tokens, of another vocabulary, say; the formula holds on all of them.
+        pull: the weight in unit scale, NaN where it is not known.
+        tokens: the tokens that it belongs to.
+        tolerance: relative misfit that counts as exact.
+        noise: absolute rounding error of the gradient, (N,) or one number.
+        further: the same weight on other tokens, of another vocabulary for example; the formula holds on all of them.
 
     Example:
         >>> import qlens
@@ -73,15 +73,15 @@ def law(
 
 
 def thresholds(seen: Sequence[Seen], on: np.ndarray) -> Iterator[str]:
-    """What tells some tokens of one or more readings from the others, in words: a mask, or a threshold of a signal."""
+    """Rules that separate some tokens of one or more readings from the others: masks, or thresholds of a signal."""
     yield from (rule for rule, _, _ in _Laws(seen, 1e-6).rules(on))
 
 
 class _Laws(Smooth):
-    """The formulas that are known, each tried on a pull."""
+    """All known formulas, tried on one weight."""
 
     def laws(self) -> Iterator[Law]:
-        """Everything that fits, simplest first."""
+        """The formulas that fit, simplest first."""
         everywhere = np.ones(len(self.b), bool)
         yield from (Law(f.formula, f.parameters, f.misfit, f.values) for f in self.smooth(everywhere))
         yield from self.switched()
@@ -91,11 +91,11 @@ class _Laws(Smooth):
         yield from self.grouped()
 
     def switched(self) -> Iterator[Law]:
-        """A law on some tokens and nothing on the others, told apart by a threshold or a mask."""
+        """A formula on some tokens and 0 on the others, separated by a threshold or a mask."""
         on = np.abs(self.b) > self.tolerance * max(np.abs(self.b).max(), 1e-300) * 1e-3
         on &= np.abs(self.b) > 10 * self.floor * self.tolerance
         usual = np.median(np.abs(self.b[on])) if on.any() else 0.0
-        hidden = ~on & (10 * self.floor * self.tolerance >= usual)  # a usual pull would not be seen there
+        hidden = ~on & (10 * self.floor * self.tolerance >= usual)  # a usual weight would not be visible there
         if not usual or bool(hidden[~on].all()):
             return
         if hidden.any():
@@ -107,7 +107,7 @@ class _Laws(Smooth):
                 yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
 
     def without(self, hidden: np.ndarray) -> list[Seen]:
-        """What the laws were looked for in, without some of the tokens."""
+        """The weight without some of the tokens."""
         ends = np.cumsum([len(one.pull) for one in self.seen])[:-1]
         kept = [
             torch.from_numpy(~part).to(one.pull.device)
@@ -116,17 +116,17 @@ class _Laws(Smooth):
         return [one[rows] for one, rows in zip(self.seen, kept, strict=True) if bool(rows.any())]
 
     def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
-        """What tells the tokens that are on from the others."""
+        """Rules that separate the tokens that are on, with their numbers."""
         for name, mask in self.masks.items():
             if (mask == on).all():
                 yield f"where {name}", {}, 0
             if (~mask == on).all():
                 yield f"where not {name}", {}, 0
-        few = min(int(on.sum()), int((~on).sum())) < FEWEST_CUT  # then one of many signals may tell them by chance
+        few = min(int(on.sum()), int((~on).sum())) < FEWEST_CUT  # then one of many signals may separate them by chance
         for name, x in list(self.signals().items())[: 1 if few else None]:
             low, high = x[on].min(), x[on].max()
             whole = bool((x == np.round(x)).all())
-            key = self.log_p - self.log_rest if name == "p_y" else x  # tells probabilities near 1 apart
+            key = self.log_p - self.log_rest if name == "p_y" else x  # resolves probabilities near 1
             # whole numbers are not rounded
             tie = -0.5 if whole else 1e-12 if name == "p_y" else 1e-9 * max(abs(low), abs(high))
             first, last = key[on].min(), key[on].max()  # at the threshold itself rounding decides
@@ -135,7 +135,7 @@ class _Laws(Smooth):
             below, above = ~on & (key <= first + tie), ~on & (key >= last - slack)
             if (below | above).sum() != (~on).sum():
                 continue
-            under, over = below & (key < first - tie), above & (key > last + slack)  # what each end is seen to exclude
+            under, over = below & (key < first - tie), above & (key > last + slack)  # the tokens that each end excludes
             at_end = near_one and above.any() and not over.any()
             if (below.any() and not under.any()) or (above.any() and not over.any() and not at_end):
                 continue
@@ -160,7 +160,7 @@ class _Laws(Smooth):
             yield "where " + " and ".join(said), ends, len(said)
 
     def signals(self) -> dict[str, np.ndarray]:
-        """What a threshold may be on, by name."""
+        """The signals that a threshold may be on, by name."""
         found = {"p_y": np.exp(self.log_p)}
         found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
         found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
@@ -172,7 +172,7 @@ class _Laws(Smooth):
         return found | {f"H_top-{k}": entropy for k, entropy in self.top.items()}
 
     def sided(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
-        """The clip of a policy's objective: on while the ratio has not gone too far the way that the advantage pays."""
+        """The clip of a policy objective: on while the ratio is within its bound for the sign of the advantage."""
         if self.advantage is None:
             return
         for name, log_q in self.models.items():
@@ -187,19 +187,17 @@ class _Laws(Smooth):
             yield rule, {"high": high, "low": low}, 2
 
     def clipped(self) -> Iterator[Law]:
-        """A law that is held at a least or a greatest value, or at both, where it would go beyond; times a factor of the token
-        too.
-        """
+        """A formula clipped at a smallest or largest value, also times the advantage or the weight."""
         for said, factor in self.factors.items():
             if np.abs(factor).min() > 0:
                 one = copy(self)
                 one.b, one.floor, one.factors = self.b / factor, self.floor / np.abs(factor), {}
-                for law in one.held():
+                for law in one.clipped_alone():
                     yield replace(law, formula=f"{said} ({law.formula})")
-        yield from self.held()
+        yield from self.clipped_alone()
 
-    def held(self) -> Iterator[Law]:
-        """The same without factors of the token."""
+    def clipped_alone(self) -> Iterator[Law]:
+        """A clipped formula without such a factor."""
         ends = {"at most": self.b.max(), "at least": self.b.min()}
         held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
         there = [word for word in ends if held[word].sum() >= 2]
@@ -217,16 +215,16 @@ class _Laws(Smooth):
                 yield Law(f"{inner.formula}, {said}", inner.parameters + len(words), inner.misfit, numbers)
 
     def _varies(self, made: np.ndarray, where: np.ndarray) -> bool:
-        """Whether a law takes more than one value there."""
+        """Whether a formula takes more than one value on some tokens."""
         return bool(np.ptp(made[where]) > 10 * self.tolerance * np.abs(made[where]).max())
 
     def _beyond(self, made: np.ndarray, end: float, word: str, held: np.ndarray) -> bool:
-        """Whether a law would go beyond its end wherever the pull is held there."""
+        """Whether a formula would be beyond its clip wherever the weight is clipped."""
         slack = 10 * self.tolerance * (abs(end) + self.floor[held])
         return bool((made[held] >= end - slack if word == "at most" else made[held] <= end + slack).all())
 
     def in_pieces(self) -> Iterator[Law]:
-        """A law on some tokens and one other value on the rest, told apart by a threshold or a mask."""
+        """A formula on some tokens and one other value on the rest, separated by a threshold or a mask."""
         for value in self.repeated():
             on = ~self._near(value)
             if not value or int(on.sum()) < FEWEST:
@@ -238,7 +236,7 @@ class _Laws(Smooth):
                     yield Law(formula, inner.parameters + count + 1, inner.misfit, numbers)
 
     def few_valued(self) -> Iterator[Law]:
-        """A pull that has one of two or three values, where nothing is known that tells which."""
+        """A weight of two or three values, without a known rule for which."""
         values = sorted(self.repeated(2))
         if len(values) not in COUNTS or len(self.b) < FEWEST * len(values):
             return
@@ -247,20 +245,18 @@ class _Laws(Smooth):
             [near[:, self.reading == place].any(1) for place in set(self.reading)]
         )  # which reading has which
         apart = within & (within.sum(0) == 1) if len(within) > 1 else within & False
-        if (
-            near.any(0).all() and apart.any(1).sum() < 2
-        ):  # readings with a value of their own each have their own factor
+        if near.any(0).all() and apart.any(1).sum() < 2:  # one value per reading is a factor of the reading
             *first, last = map(plain, values)
             made = np.select(list(near), values)
             formula = f"{COUNTS[len(values)]} values, {', '.join(first)} and {last}"
             yield Law(formula, len(values), self.misfit(made, ~self.rounded), {"low": values[0], "high": values[-1]})
 
     def _near(self, value: float) -> np.ndarray:
-        """Where the pull has this value, (N,)."""
+        """Where the weight has this value, (N,)."""
         return np.abs(self.b - value) <= 10 * self.tolerance * (abs(value) + self.floor)
 
     def repeated(self, least: int = 3) -> list[float]:
-        """Values that the pull has at several tokens, at most three, the rarest first."""
+        """Values that the weight takes at several tokens, at most three, the rarest first."""
         found: list[tuple[int, float]] = []
         left = np.ones(len(self.b), bool)
         while left.any() and len(found) < 3:
@@ -289,11 +285,11 @@ class _Laws(Smooth):
 
 
 def _seen(first: str, last: str) -> str:
-    """Between which numbers a threshold was seen, in words; "" where they are printed alike."""
+    """The numbers between which a threshold lies, in words; "" where they print alike."""
     return "" if first == last else f" (seen between {first} and {last})"
 
 
 def between(low: float, high: float) -> float:
-    """The shortest number in (low, high], high above 0, the nearer to the middle: what somebody may have written."""
+    """The shortest number in (low, high], high above 0, the nearest to the middle."""
     tried = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
     return next((n for n in tried if low < n <= high), high)

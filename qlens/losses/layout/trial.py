@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import ordinary, recorded
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.losses import graphs
 from qlens.losses.calling import call
 from qlens.losses.layout.flattening import Flattened

@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.numerics import log_softmax
 from qlens.core.supervised import IGNORE
-from qlens.core.tokens import Tokens, log_softmax
+from qlens.core.tokens import Tokens
 from qlens.losses.layout.layouts import Layout, Style, originals, positions_in_texts, sequences
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError, UnknownReduction
-from qlens.core.tokens import Tokens, spread
+from qlens.core.numerics import spread
+from qlens.core.tokens import Tokens
 from qlens.losses.calling import takes
 from qlens.losses.layout.layout_search import probes_like, style_of
 from qlens.losses.layout.layouts import Style

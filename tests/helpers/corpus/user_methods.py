@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from qlens import Target, Tokens, fused_loss
-from qlens.core.tokens import log_softmax
+from qlens.core.numerics import log_softmax
 from qlens.registry import Method
 
 

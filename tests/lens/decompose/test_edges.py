@@ -61,4 +61,4 @@ def test_a_pull_that_passes_through_zero_is_no_edge():
 
     assert edges(resolve(undetached).loss, trials()) is None
     read = qlens.explain(undetached)
-    assert "(laws seen on 220 tokens" in read.text(full=True) and "the same at V = 160" in read.text(full=True)
+    assert "(weights fitted on 220 tokens" in read.text(full=True) and "the same at V = 160" in read.text(full=True)

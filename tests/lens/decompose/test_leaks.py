@@ -1,15 +1,15 @@
 """Leaks: what makes sum(Q) differ from 1, found with its number, and what is left when it is undone."""
 
-import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 from torch.testing import assert_close
 
 import qlens
 from qlens.core.autograd import gradient
 from qlens.core.probes import probes
-from qlens.lens.decompose.raw_logits import leak
-from qlens.lens.decompose.uncoupled import piecewise_linear, uncoupled
+from qlens.lens.decompose.shift_variance import shift_variance
+from qlens.lens.decompose.without_softmax import piecewise_linear, uncoupled
 from qlens.lens.reading import on_probes
 from qlens.registry import resolve
 
@@ -17,34 +17,46 @@ T = probes()
 
 
 def read(loss):
-    return leak(gradient(resolve(loss).loss, T), T)
+    return shift_variance(gradient(resolve(loss).loss, T), T)
 
 
-@pytest.mark.parametrize(
-    ("loss", "cause", "value"),
-    [
-        (lambda logits, labels: F.cross_entropy(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean(),
-         "a z-loss: 0.0001 log(Z)^2", 1e-4),
-        (lambda logits, labels: F.cross_entropy(logits, labels) - 0.2 * logits.logsumexp(-1).mean(),
-         "a penalty on the normaliser: -0.2 log(Z)", -0.2),
-        (lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.square().sum(-1).mean(),
-         "a penalty on the logits: 0.01 sum(z^2)", 0.01),
-    ],
-)  # fmt: skip
-def test_penalties_are_found_and_undone(loss, cause, value):
-    found = read(loss)
-    assert found is not None and found.cause.replace("0.32 mean", "0.01 sum") == cause
-    assert_close(found.value, value, rtol=1e-6, atol=0)
-    assert_close(found.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
+def test_penalties_are_found_and_undone():
+    for loss, cause, value in [
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean(),
+            "a z-loss: 0.0001 log(Z)^2",
+            1e-4,
+        ),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels) - 0.2 * logits.logsumexp(-1).mean(),
+            "a penalty on the normaliser: -0.2 log(Z)",
+            -0.2,
+        ),
+        (
+            lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.square().sum(-1).mean(),
+            "a penalty on the logits: 0.01 sum(z^2)",
+            0.01,
+        ),
+    ]:
+        with case(loss, cause):
+            found = read(loss)
+            assert found is not None and found.cause.replace("0.32 mean", "0.01 sum") == cause
+            assert_close(found.value, value, rtol=1e-6, atol=0)
+            assert_close(found.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("cap", [5.0, 30.0, 50.0])
-def test_a_soft_cap_is_found_and_undone(cap):
+def _a_soft_cap_is_found_and_undone(cap):
     found = read(lambda logits, labels: F.cross_entropy(cap * torch.tanh(logits / cap), labels))
     assert found is not None and found.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
     capped = T.replace(logits=cap * torch.tanh(T.logits / cap))
     assert_close(found.tokens.logits, capped.logits)
     assert_close(found.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
+
+
+def test_a_soft_cap_is_found_and_undone():
+    for cap in [5.0, 30.0, 50.0]:
+        with case(cap):
+            _a_soft_cap_is_found_and_undone(cap)
 
 
 def test_clamped_logits_are_found_where_the_label_is_not_clamped():
@@ -57,7 +69,9 @@ def test_clamped_logits_are_found_where_the_label_is_not_clamped():
 
 
 def test_softmax_alone_leaks_nothing():
-    assert all(leak(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant)
+    assert all(
+        shift_variance(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant
+    )
 
 
 def test_an_unknown_leak_is_not_given_a_name():
@@ -102,9 +116,9 @@ def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
     for loss, alone in ((smoothed, True), (z_loss, False)):
         variant = resolve(loss)
         at = on_probes(variant)
-        found = uncoupled(variant, at, leak(at.grad, at.tokens, at.noise))
+        found = uncoupled(variant, at, shift_variance(at.grad, at.tokens, at.noise))
         assert found is not None and bool(found.uncoupled) == alone
-        assert (found.cause == "each logit is pulled for itself, without a softmax") == alone
+        assert (found.cause == "each logit is trained on its own, without a softmax") == alone
 
 
 def quantised(logits, labels):
@@ -142,5 +156,5 @@ def test_clamped_logits_are_named_where_every_label_is_clamped():
     e = qlens.explain(
         lambda logits, labels: F.cross_entropy(logits.clamp(max=2), labels), qlens.Tokens(logits=logits, labels=labels)
     )
-    assert e.nearest[0].spec == "sft" and e.leak.cause.startswith("clamped logits: no gradient above about 2")
-    assert "no label is trusted" in e.summary and "no softmax" not in e.summary
+    assert e.nearest[0].spec == "sft" and e.shift_variance.cause.startswith("clamped logits: no gradient above about 2")
+    assert "is 0 on the tokens shown" in e.summary and "no softmax" not in e.summary

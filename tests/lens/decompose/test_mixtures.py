@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
@@ -52,9 +53,8 @@ def test_random_gradients_are_no_mixture():
     assert min(held) > 0.5  # a false positive would need 1e-6
 
 
-@pytest.mark.parametrize(
-    ("spec", "parts", "parameter"),
-    [
+def test_methods_are_made_of_what_they_say():
+    for spec, parts, parameter in [
         ("sft", ["the label"], None),
         ("kd", ["the teacher"], None),
         ("bootstrap_hard", ["the label", "the student's most probable token"], None),
@@ -76,23 +76,27 @@ def test_random_gradients_are_no_mixture():
             ["the teacher's top 7", "the student on the teacher's top 7"],
             ("k", 7.0),
         ),
-    ],
-)
-def test_methods_are_made_of_what_they_say(spec, parts, parameter):
-    for tokens in (TOKENS, probes()):
-        found = decompose(get(spec).target(tokens).grad, tokens)
-        assert found.explains and sorted(found.parts) == sorted(parts), (found.parts.keys(), found.misfit, found.held)
-        if parameter is None:
-            assert found.parameter is None
-        else:
-            assert found.parameter is not None and found.parameter[0] == parameter[0]
-            assert_close(found.parameter[1], parameter[1], rtol=1e-5, atol=0)
+    ]:
+        with case(spec, parts):
+            for tokens in (TOKENS, probes()):
+                found = decompose(get(spec).target(tokens).grad, tokens)
+                assert found.explains and sorted(found.parts) == sorted(parts), (
+                    found.parts.keys(),
+                    found.misfit,
+                    found.held,
+                )
+                if parameter is None:
+                    assert found.parameter is None
+                else:
+                    assert found.parameter is not None and found.parameter[0] == parameter[0]
+                    assert_close(found.parameter[1], parameter[1], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("spec", ["reverse_kl", "tvd", "jsd", "skew_rkl", "confidence_penalty", "unlikelihood"])
-def test_what_is_no_mixture_is_not_called_one(spec):
-    found = decompose(get(spec).target(probes()).grad, probes())
-    assert not found.explains and max(found.misfit, found.held) > 1e-5
+def test_what_is_no_mixture_is_not_called_one():
+    for spec in ["reverse_kl", "tvd", "jsd", "skew_rkl", "confidence_penalty", "unlikelihood"]:
+        with case(spec):
+            found = decompose(get(spec).target(probes()).grad, probes())
+            assert not found.explains and max(found.misfit, found.held) > 1e-5
 
 
 def test_scale_and_trust_are_the_construction_s():
@@ -144,8 +148,8 @@ def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
         return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
 
     said = qlens.explain(anchored).text(full=True)
-    assert "This is asft_anchored(weight=0.1)." in said and "Nearly" not in said
-    assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said
+    assert "This is asft_anchored(weight=0.1)." in said and "Near match" not in said
+    assert "R = the label: w = p_y\n" in said and "R = the reference: w = 0.1\n" in said
     assert "0 elsewhere" not in said and "pushes away" not in said
 
 
@@ -166,7 +170,7 @@ def test_half_precision_keeps_the_name_and_the_parts():
     for loss in (cast_only, whole):
         said = qlens.explain(loss).text(full=True)
         assert "This is asft_anchored(weight=0.1)." in said, loss
-        assert "pull toward the label: p_y\n" in said and "pull toward the reference: 0.1\n" in said, loss
+        assert "R = the label: w = p_y\n" in said and "R = the reference: w = 0.1\n" in said, loss
         assert "dft: parallel" not in said, loss
 
 

@@ -1,12 +1,13 @@
 """Batch statistics: methods whose gradient a loss has times a factor of the batch, and names that hold in one batch only."""
 
-import pytest
 import torch.nn.functional as F
+from cases import case
 
 import qlens
 from qlens.core.probes import probes, trials
 from qlens.lens.identify import matching
-from qlens.lens.identify.batch_statistics import elsewhere
+from qlens.lens.identify.batch_factors import on_other_batches
+from qlens.lens.identify.other_batches import read_other_batches
 from qlens.lens.reading import Reading
 from qlens.registry import resolve
 
@@ -19,7 +20,7 @@ def found(loss):
     variant = resolve(loss)
     shown, trial = (Reading.of(variant, tokens) for tokens in (probes(), trials()))
     near = matching.nearest(shown.grad, shown.tokens, noise=shown.noise)
-    return elsewhere(near, variant, shown, trial)
+    return on_other_batches(near, variant, shown, trial, read_other_batches(variant, shown, trial))
 
 
 def by_mean_weight(logits, labels):
@@ -49,22 +50,20 @@ def log_of_mean(logits, labels):
     return nll(logits, labels).mean().log1p()
 
 
-@pytest.mark.parametrize(
-    ("loss", "named"),
-    [
+def test_what_a_batch_divides_by_is_named_and_no_factor_is_claimed():
+    for loss, named in [
         (by_mean_weight, "dft divided by the batch's mean weight"),
         (by_sum_of_weights, "dft divided by the batch's mean weight"),
         (by_softmax, "dft divided by the batch's mean weight"),
         (by_largest_weight, "dft divided by the batch's largest weight"),
         (by_mean_loss, "sft divided by the batch's mean loss"),
         (log_of_mean, "sft divided by 1 + the batch's mean loss"),
-    ],
-)
-def test_what_a_batch_divides_by_is_named_and_no_factor_is_claimed(loss, named):
-    near, normal = found(loss)
-    assert normal.named == named
-    assert not any(match.same for match in near)
-    assert len({round(factor, 6) for factor, _ in normal.factors}) > 1
+    ]:
+        with case(loss, named):
+            near, normal = found(loss)
+            assert normal.named == named
+            assert not any(match.same for match in near)
+            assert len({round(factor, 6) for factor, _ in normal.factors}) > 1
 
 
 def test_methods_of_the_batch_keep_their_names():

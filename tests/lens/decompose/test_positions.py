@@ -63,7 +63,7 @@ def test_the_weight_of_a_place_is_read_and_said():
 def test_a_weight_without_a_formula_is_listed():
     e = qlens.explain(waving)
     assert e.nearest[0].spec == "sft" and e.nearest[0].same and not e.position_weights.formula
-    assert "by no known formula, 1.5, 2.3415" in e.summary
+    assert "without a known formula, 1.5, 2.3415" in e.summary
 
 
 def test_places_that_change_more_than_a_factor_have_no_weight():

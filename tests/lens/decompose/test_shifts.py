@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from qlens import Explanation, implied_target, probes
 from qlens.core.autograd import gradient
-from qlens.lens.decompose.shifts import label_offset
+from qlens.lens.decompose.label_offset import label_offset
 from qlens.lens.rounding import rounding
 from qlens.losses.layout.layout_search import style_of
 from qlens.registry import resolve
@@ -46,7 +46,7 @@ def test_a_maximum_over_each_text_is_given_unshifted_labels():
 def test_what_a_shifted_loss_trains_is_said_first():
     tokens = probes()
     target = implied_target("sft", tokens)
-    read = Explanation(resolve(by(2)), tokens, target, -tokens.label_log_probs, [], shifted=1)
+    read = Explanation(resolve(by(2)), tokens, target, -tokens.label_log_probs, [], label_offset=1)
     said = "each position is trained on the label 1 place after the one that it should predict"
     assert read.summary.startswith(f"It trains the wrong token: {said}")
     assert any(line.startswith(f"WARNING: {said}") for line in read.findings)

@@ -3,9 +3,9 @@
 import functools
 import re
 
-import pytest
 import torch
 import torch.nn.functional as F
+from cases import case
 
 import qlens
 
@@ -43,17 +43,21 @@ def explained(loss):
 
 
 def trust_line(e):
-    return next(line for line in e.findings if line.startswith("Trust:"))
+    return next(line for line in e.findings if line.startswith(("Trust (", "Label weight (")))
 
 
-@pytest.mark.parametrize("loss", [capped, masked_where_sure, hardest_half])
-def test_tokens_that_get_nothing_are_counted_in_every_sentence(loss):
-    e = explained(loss)
-    silent = int((e.table["trust"].abs() < 1e-12).sum())
-    assert 0 < silent < len(e.table)
-    for said in (e.summary, trust_line(e)):
-        assert f"on {len(e.table) - silent} of 57 tokens" in said and f"the other {silent} get 0" in said
-        assert "every" not in said.replace("every token's weight is divided", "")
+def test_tokens_that_get_nothing_are_counted_in_every_sentence():
+    for loss in [capped, masked_where_sure, hardest_half]:
+        with case(loss):
+            e = explained(loss)
+            silent = int((e.table["label_weight"].abs() < 1e-12).sum())
+            assert 0 < silent < len(e.table)
+            for said in (e.summary, trust_line(e)):
+                assert (
+                    f"on {len(e.table) - silent} of 57 tokens" in said
+                    and f"the other {silent} have no gradient" in said
+                )
+                assert "every" not in said.replace("every token's weight is divided", "")
 
 
 def test_the_method_on_the_other_tokens_is_named_with_its_rule():
@@ -75,15 +79,16 @@ def test_weights_of_label_ids_stand_beside_the_trust():
     e = explained(weighted_ids)
     assert e.summary.startswith("This is sft (that apart).") and e.scope.through == ("labels",)
     assert "divided by the batch's mean weight: 10 for id 2, 1 for the others" in e.summary
-    assert trust_line(e) == "Trust: the label is trusted by 1 on every token (times the weight of its id)."
+    assert trust_line(e) == "Trust (the label's coefficient in Q): 1 on every token (times its class weight)."
 
 
-@pytest.mark.parametrize("loss", [capped, masked_where_sure, hardest_half, weighted_ids, dft_by_sum])
-def test_numbers_read_well_and_no_method_stands_twice(loss):
-    e = explained(loss)
-    specs = [match.spec for match in e.nearest]
-    assert len(specs) == len(set(specs))
-    assert not re.search(r"(?<![\w.])-0(?![.\d])", " ".join([e.summary, *e.findings]))
+def test_numbers_read_well_and_no_method_stands_twice():
+    for loss in [capped, masked_where_sure, hardest_half, weighted_ids, dft_by_sum]:
+        with case(loss):
+            e = explained(loss)
+            specs = [match.spec for match in e.nearest]
+            assert len(specs) == len(set(specs))
+            assert not re.search(r"(?<![\w.])-0(?![.\d])", " ".join([e.summary, *e.findings]))
 
 
 def test_pulls_that_rounding_blurs_are_not_called_alike():
@@ -93,7 +98,7 @@ def test_pulls_that_rounding_blurs_are_not_called_alike():
 
     e = explained(coarse)
     assert " to " in trust_line(e) and "alike" not in e.summary
-    low, high = e.table["trust"].min(), e.table["trust"].max()
+    low, high = e.table["label_weight"].min(), e.table["label_weight"].max()
     assert low < 0.01 and high > 0.9
 
 
@@ -103,6 +108,6 @@ def test_a_gate_beyond_the_tokens_shown_is_said():
         return nll(logits, labels) * (-(log_p.exp() * log_p).sum(-1) < 4)
 
     e = explained(few_nats)
-    assert not bool((e.table["trust"].abs() < 1e-9).any())
+    assert not bool((e.table["label_weight"].abs() < 1e-9).any())
     for said in (e.summary, trust_line(e)):
-        assert "on every token shown; on wider tokens it is 0 except where H <= 4" in said
+        assert "on every token shown; beyond these tokens it is 0 except where H <= 4" in said

@@ -10,7 +10,7 @@ from user_methods import user_method
 import qlens
 from qlens.core.errors import InputError
 from qlens.engine.fused import fused_loss
-from qlens.engine.verification.marks import marks
+from qlens.engine.verification.fingerprints import fingerprint
 
 V = 300
 STATE = {"step": 0}
@@ -78,11 +78,11 @@ def test_marks_follow_what_a_function_reads_and_nothing_else():
     owner, unused = Owner(), {"x": 0}
     for read in (by_dict, by_class, by_trainer(owner)):
         set_all(0, owner)
-        before = marks([read])
+        before = fingerprint([read])
         unused["x"] += 1
-        assert marks([read]) == before
+        assert fingerprint([read]) == before
         set_all(1, owner)
-        assert marks([read]) != before
+        assert fingerprint([read]) != before
 
 
 def test_a_declared_structure_that_a_first_batch_does_not_refute_is_refused():

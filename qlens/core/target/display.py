@@ -1,0 +1,82 @@
+"""Display: a target as text, HTML, table, LaTeX and plot."""
+
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from qlens.core.display import number, rows_html
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SHOWN = 10  # rows of a target that HTML shows
+COLUMNS = ("label", "p_y", "q_y", "trust", "scale", "label_weight", "reshape", "negative_mass", "entropy", "kl")
+
+
+class Display:
+    """Tables and plots of a ``Target``."""
+
+    def __repr__(self: Any) -> str:
+        size, vocabulary = self.logits.shape
+        inside = int(self.in_simplex.sum())
+        return f"Target(N={size}, V={vocabulary}, label weight {_range(self.label_weight)}, {inside} of {size} distributions)"
+
+    def _repr_html_(self: Any) -> str:
+        frame = self[:SHOWN].to_frame()
+        more = f", first {SHOWN} rows" if len(self.labels) > SHOWN else ""
+        return rows_html(f"{self!r}{more}", list(frame), frame.to_numpy().tolist())
+
+    def to_frame(self: Any) -> pd.DataFrame:
+        """The figures of every token as a frame.
+
+        Columns: label, p_y, q_y, trust (the label's coefficient in the construction), scale, label_weight
+        (-g_y / (1 - p_y)), reshape, negative_mass, entropy and kl (nats, NaN where Q is signed).
+
+        Example:
+            >>> import qlens
+            >>> target = qlens.get("dft").target(qlens.probes())
+            >>> list(target.to_frame())[:5]
+            ['label', 'p_y', 'q_y', 'trust', 'scale']
+        """
+        q_y = self.label_probs + self.pull / self.scale
+        values = {"label": self.labels, "p_y": self.label_probs, "q_y": q_y}
+        values |= {name: getattr(self, name) for name in COLUMNS[3:]}
+        return pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()})
+
+    def to_dict(self: Any) -> dict[str, list]:
+        """The columns of ``to_frame`` as lists, for JSON."""
+        return self.to_frame().to_dict(orient="list")
+
+    def to_latex(self: Any, **options: Any) -> str:
+        """The table of ``to_frame`` in LaTeX.
+
+        Args:
+            options: of ``pandas.DataFrame.to_latex``, for example columns=, caption=, label=.
+        """
+        return self.to_frame().to_latex(**({"index": False, "float_format": number, "escape": True} | options))
+
+    def plot(self: Any, *, ax: Any = None, name: str = "target", **line: Any) -> Any:
+        """Plot the label weight of every token against p_y.
+
+        Args:
+            ax: matplotlib Axes; by default the current one.
+            name: of the target in the legend.
+            line: options of ``Axes.plot``.
+
+        Returns:
+            The Axes.
+        """
+        from qlens.analysis.plots import plot_trust
+
+        frame = self.to_frame().dropna(subset="label_weight")
+        frame = frame.assign(method=name, trust=frame["label_weight"])  # as plot_trust names it
+        return plot_trust(frame[["method", "p_y", "trust", "label_weight"]], ax=ax, **line)
+
+
+def _range(values: "Tensor") -> str:
+    """The range of some numbers, NaN left out."""
+    finite = values[~values.isnan()]
+    if not len(finite):
+        return "undefined"
+    low, high = number(float(finite.min())), number(float(finite.max()))
+    return low if low == high else f"{low} to {high}"

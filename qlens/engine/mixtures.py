@@ -1,0 +1,71 @@
+"""Geometric mixtures of label, student and one other model or the uniform distribution: g = s (p - t d - (1 - t) r)."""
+
+import torch
+from torch import Tensor
+
+from qlens.engine.heads import Head
+from qlens.engine.kernels import mixture_gradient_, mixture_terms_, uniform_gradient_, uniform_terms_
+from qlens.engine.label_only import LogProbs, two_entry_target
+from qlens.engine.row_inputs import RowGradients, RowInputs, joined, slices
+from qlens.registry.structure import GeometricMixture
+
+
+def mixture_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+    """Overwrite a chunk's logits with g' = p - t d - (1 - t) r, for r made of the student and one other model.
+
+    Args:
+        inputs: the batch.
+        rows: which of its rows the chunk holds.
+        z: their logits, (n, V).
+        others: the other models' logits at these rows.
+    """
+    structure = inputs.structure
+    assert isinstance(structure, GeometricMixture) and structure.model is not None
+    other = others[structure.model]
+    writable = isinstance(inputs.models[structure.model], Head)  # computed into a buffer; logits passed in are not
+    tiles = []
+    for tile in slices(len(z), inputs.tile):
+        at = slice(rows.start + tile.start, rows.start + tile.stop)
+        labels, logits = inputs.labels[at, None], z[tile]
+        with torch.no_grad():
+            terms = mixture_terms_(logits, other[tile] if writable else other[tile].clone(), labels, structure)
+            trust, scale, counts = _trust_and_scale(inputs, at, (terms.log_p, terms.log_rest))
+            losses = mixture_gradient_(logits, labels, terms, trust)
+            tiles.append(counts._replace(scale=scale, losses=scale * losses))
+    return joined(tiles)
+
+
+def uniform_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+    """Overwrite a chunk's logits with g' = p - t d; the uniform part (1 - t) / V is left to the caller, as ``uniform``.
+
+    Args:
+        inputs: the batch.
+        rows: which of its rows the chunk holds.
+        z: their logits, (n, V).
+        others: not used.
+    """
+    structure = inputs.structure
+    assert isinstance(structure, GeometricMixture)
+    labels = inputs.labels[rows, None]
+    with torch.no_grad():
+        terms = uniform_terms_(z, labels)
+        trust, scale, counts = _trust_and_scale(inputs, rows, (terms.log_p, terms.log_rest))
+        losses = uniform_gradient_(z, labels, terms, trust, structure)
+        return counts._replace(scale=scale, losses=scale * losses, uniform=1 - trust)
+
+
+def _trust_and_scale(inputs: RowInputs, rows: slice, student: LogProbs) -> tuple[Tensor, Tensor, RowGradients]:
+    """t and s of some rows, (n,), from the method itself on two entries; and the counts and flags of these rows.
+
+    Both are functions of the student's label probability alone, so that any numbers will do for the other models.
+    """
+    log_p = student[0]
+    target = two_entry_target(inputs, rows, dict.fromkeys(("logits", *inputs.models), student))[1]
+    counts = RowGradients(
+        scale=log_p,
+        losses=log_p,
+        selected=inputs.selected(target),
+        invalid=log_p.isnan().sum(),
+        not_finite=inputs.not_finite(target.trust, target.scale),
+    )
+    return target.trust.to(log_p), target.scale.to(log_p), counts

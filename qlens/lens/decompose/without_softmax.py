@@ -1,0 +1,48 @@
+"""Losses without a softmax: each logit trained on its own, or a margin between raw logits."""
+
+from dataclasses import replace
+
+import torch
+
+from qlens.lens.decompose.shift_variance import ShiftVariance
+from qlens.lens.implied import read
+from qlens.lens.reading import Reading
+from qlens.lens.rounding import TOLERANCE
+from qlens.registry.variant import Variant
+
+STILL = 0.9  # share of tokens whose gradient must not change when the logits move a little
+
+
+def uncoupled(variant: Variant, at: Reading, found: ShiftVariance | None) -> ShiftVariance | None:
+    """``found``, marked as uncoupled where moving half of the other logits leaves a logit's gradient as it is."""
+    if found is None or found.uncoupled:
+        return found
+    z, labels = at.given.logits, at.given.labels
+    draw = torch.Generator().manual_seed(0)
+    moved = (torch.rand(z.shape, generator=draw) < 0.5).to(z.device).scatter_(1, labels[:, None].long(), False)
+    moved &= at.grad != 0  # moving a clamped logit has no effect
+    if not bool((moved.any(-1) & (at.grad * ~moved).any(-1)).any()):
+        return found
+    after = read(variant, at.given.replace(logits=z - moved.to(z)), variant.loss)
+    off = ((after - at.grad) * ~moved).norm(dim=-1)
+    if not bool((off <= TOLERANCE * at.grad.norm(dim=-1) + at.noise.rows).all()):
+        return found
+    return replace(
+        found,
+        cause="each logit is trained on its own, without a softmax",
+        grad=at.grad,
+        tokens=at.tokens,
+        rows=torch.arange(len(at.given)),
+        uncoupled="It trains each logit on its own: no softmax couples them",
+    )
+
+
+def piecewise_linear(variant: Variant, at: Reading) -> bool:
+    """Whether the gradient takes a few values that do not change when the logits move a little."""
+    z, draw = at.given.logits, torch.Generator().manual_seed(0)
+    if len((at.grad / at.grad.abs().max()).abs().round(decimals=6).unique()) > z.shape[1] + 2:
+        return False  # a softmax of rounded logits does not change either, but takes as many values as entries
+    by = 1e-3 * torch.randn(z.shape, generator=draw, dtype=torch.float64).to(z)
+    after = read(variant, at.given.replace(logits=torch.where(z.isfinite(), z + by, z)), variant.loss)
+    still = (after - at.grad).norm(dim=-1) <= 1e-9 * at.grad.norm(dim=-1)
+    return bool(at.grad.any()) and float(still[~at.zero_rows].double().mean()) >= STILL

@@ -1,0 +1,225 @@
+"""Method search: the registered methods that have the gradient of a loss, nearest first."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qlens.core.numerics import spread
+from qlens.lens.decompose.mixture import Mixture
+from qlens.lens.decompose.vocabulary_factors import EQUAL, VocabularyFactor
+from qlens.lens.identify import matching, parameter_search
+from qlens.lens.identify.batch_factors import BatchFactor, on_other_batches
+from qlens.lens.identify.near_identity import NearMatch, gate, near_match
+from qlens.lens.identify.other_batches import BatchReading
+from qlens.lens.identify.two_terms import TwoTerms, two_terms
+from qlens.lens.reading import Reading, on_trials
+from qlens.lens.rounding import TOLERANCE
+from qlens.lens.weights.weight_law import Law
+from qlens.registry import Variant, get, methods, params
+
+COMPARED = 400_000  # entries of the logits on which methods are compared; of more tokens, some are taken
+FITTED = 28  # tokens on which parameters are fitted
+LIKELY = 8  # nearest methods tried as near matches, besides all methods at their defaults
+HALF = 0.5  # share of tokens with a method's gradient from which on its parameters are fitted on all tokens
+REFINED = 3  # methods fitted so
+FACTOR = 1e-3  # relative difference of two factors that count as equal
+SMALL_VOCABULARY = 2**12  # up to which the trial tokens are also read at the vocabulary shown
+
+
+@dataclass(frozen=True)
+class Identification:
+    """The outcome of a search: methods nearest first, the method on most tokens, the method times a factor of the batch."""
+
+    nearest: list[matching.Match]
+    near_match: NearMatch | None = None
+    batch_factor: BatchFactor | None = None
+
+
+class MethodSearch:
+    """The search for registered methods, on the tokens shown and on the trial tokens.
+
+    Args:
+        variant: the loss.
+        own_spec: its spec if it is registered, which is not compared with itself; else "".
+        shown: its gradient on the tokens shown.
+
+    Attributes:
+        trial: its gradient on the trial tokens, where it takes them.
+        numbers: values that a threshold of the loss may have.
+        vocabulary_factors: methods that have the gradient up to a factor of the vocabulary's size.
+        two_terms: the two terms that add up to the loss, where no one method is it.
+        fields: fields of Tokens that the loss takes; methods that need another are not fitted. None: unknown.
+    """
+
+    other_batches: list[BatchReading]
+
+    def __init__(self, variant: Variant, own_spec: str, shown: Reading):
+        self.variant, self.own_spec, self.shown = variant, own_spec, shown
+        self.trial: Reading | None = None
+        self.numbers: tuple[float, ...] = ()
+        self.vocabulary_factors: list[VocabularyFactor] = []
+        self.two_terms: TwoTerms | None = None
+        self.fields: frozenset[str] | None = None
+        self._same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown
+
+    def identify(
+        self, seen: Reading, trial: Reading | None, changed: bool, per_token: bool, unknown: bool
+    ) -> Identification:
+        """The registered methods, nearest first.
+
+        Args:
+            seen: the gradient on the tokens shown, raw logits and weights removed.
+            trial: the same on the trial tokens.
+            changed: whether something was removed.
+            per_token: whether a token's gradient depends on that token alone.
+            unknown: whether raw logits or label ids count in an unknown way, so that no parameters are searched.
+        """
+        base = seen if trial is None else trial
+        some = self.thinned(base, COMPARED, changed)
+        few = self.few(some, changed)
+        matches = matching.nearest(few.grad, few.tokens, self.own_spec, few.noise, every=True)
+        near, partly = self.on_all(matches, some), None
+        further = None if trial is None else self.thinned(seen, COMPARED, changed)
+        settled = bool(self.own_spec) or _same(near)
+        if per_token and not settled:
+            likely = [match.spec for match in near[:LIKELY]] + list(methods())
+            partly = near_match(some, self.variant.loss, list(dict.fromkeys(likely)), further)
+            likely = ([partly.spec] if partly is not None else []) + [m.spec for m in near if m.share > HALF]
+            if not unknown and (found := self.refined(likely, some)):
+                return Identification(self.settled([found, *near], seen, trial, changed, per_token))
+        if not (unknown or settled or (partly is not None and partly.exact)):
+            fits, close = parameter_search.searched(
+                few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise, fields=self.fields
+            )
+            near = self.on_all([*fits, *near], some)
+            # a few tokens leave a threshold open: it is fitted on all of them, the other numbers being right
+            if per_token and fits and not _same(near) and (found := self.refined([fit.spec for fit in fits], some)):
+                near = [found, *near]
+            close = [fit.spec for fit in fits] + close
+            if per_token and close and not _same(near):
+                partly = near_match(some, self.variant.loss, close, further) or partly
+        near = self.settled(near, seen, trial, changed, per_token)
+        factor = None
+        if not (per_token or self.own_spec or changed):
+            near, factor = on_other_batches(near, self.variant, seen, trial, self.other_batches)
+        named = _same(near)
+        searched = unknown or self.own_spec or factor or (named and not near[0].odd)
+        if not searched and (per_token or further is not None):
+            self.two_terms = two_terms(few, [some] if further is None else [some, further])
+            if named and self.two_terms is not None and self.two_terms.odd:
+                self.two_terms = None
+        if named or self.two_terms is not None or (partly is not None and not partly.telling):
+            partly = None
+        return Identification(near, partly, factor)
+
+    def possible(self, spec: str) -> bool:
+        """Whether a method needs only fields that the loss takes."""
+        return self.fields is None or set(get(spec).needs) <= self.fields
+
+    def refined(self, specs: Sequence[str], some: Reading) -> matching.Match | None:
+        """The first of some methods that has the gradient on all tokens once its parameters are fitted there, or None."""
+        matches = (
+            parameter_search.refined(spec, some.grad, some.tokens, some.noise, self.numbers)
+            for spec in list(dict.fromkeys(filter(self.possible, specs)))[:REFINED]
+        )
+        return next((match for match in matches if match is not None), None)
+
+    def settled(
+        self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, per_token: bool
+    ) -> list[matching.Match]:
+        """The matches on the trial tokens as they compare on the tokens shown."""
+        return matching.ranked(near) if trial is None else self.confirmed(near, seen, changed, per_token)
+
+    def gated(
+        self,
+        seen: Reading,
+        trial: Reading | None,
+        mixture: Mixture,
+        laws: Mapping[str, Law | None],
+        partly: NearMatch | None,
+    ) -> NearMatch | None:
+        """The method that a loss is where its only weight function holds, with no gradient elsewhere; else ``partly``."""
+        base, law = seen if trial is None else trial, laws.get("the label")
+        if self.own_spec or set(mixture.parts) != {"the label"} or law is None or not law.where:
+            return partly
+        return gate(base, self.variant.loss, law)
+
+    def on_all(self, near: list[matching.Match], some: Reading) -> list[matching.Match]:
+        """Matches found on a few tokens, compared on all."""
+        again = [matching.at(get(match.spec), some.grad, some.tokens, some.noise) for match in near]
+        return matching.simplest([match for match in again if match is not None])
+
+    def few(self, some: Reading, changed: bool) -> Reading:
+        """A few dozen tokens on which parameters are fitted, without extreme p_y where tokens are independent."""
+        order = torch.randperm(len(some.given), generator=torch.Generator().manual_seed(0)).to(some.given.logits.device)
+        middle = _moderate(some)
+        if changed and int(middle.sum()) >= FITTED:
+            return some[order[middle[order]][:FITTED].sort().values]
+        rows = order[: 2 * FITTED].sort().values
+        return some[rows] if changed else self.read_anew(some, rows)
+
+    def read_anew(self, some: Reading, rows: Tensor) -> Reading:
+        """Some rows as a batch of their own, without the extremes where that leaves their gradient as it is."""
+        few = some.anew(self.variant, rows)
+        off = (few.grad - some.grad[rows]).norm(dim=-1)
+        if bool((off <= TOLERANCE * few.grad.norm(dim=-1) + 4 * few.noise.rows).all()):
+            middle = _moderate(few)
+            return few[middle.nonzero()[:FITTED, 0]] if int(middle.sum()) >= FITTED // 2 else few
+        return few
+
+    def thinned(self, at: Reading, most: int, changed: bool) -> Reading:
+        """Fewer tokens, if their logits have more than ``most`` entries: read anew, unless something was removed."""
+        if at.grad.numel() <= most:
+            return at
+        rows = spread(len(at.given), max(8, most // at.grad.shape[1])).to(at.given.logits.device)
+        return at[rows] if changed else at.anew(self.variant, rows)
+
+    def confirmed(
+        self, near: list[matching.Match], seen: Reading, changed: bool, per_token: bool
+    ) -> list[matching.Match]:
+        """Methods that have the gradient on the trial tokens, as they compare on those shown.
+
+        The factor is that of the tokens shown; where tokens are independent it must be the same on both.
+        """
+        some = self.thinned(seen, COMPARED, changed)
+        equal = FACTOR + 2 * torch.finfo(seen.precision).eps  # factors read in half precision have three digits
+        confirmed = []
+        for match in near:
+            here = matching.at(get(match.spec), some.grad, some.tokens, some.noise) if match.same else match
+            if here is None:
+                continue
+            same = match.same and here.same and per_token
+            if same and abs(here.factor - match.factor) > equal * abs(match.factor):
+                if (factor := self.vocabulary_factor(here, match.factor)) is not None:
+                    self.vocabulary_factors.append(factor)
+                here = replace(here, relation=matching.RELATIONS[2])
+            confirmed.append(here)
+        return matching.ranked(confirmed)
+
+    def vocabulary_factor(self, here: matching.Match, wide: float) -> VocabularyFactor | None:
+        """A method's factors here and on the trial tokens as those of two vocabularies; None if these are not the reason."""
+        assert self.trial is not None
+        sizes = [at.given.logits.shape[1] for at in (self.shown, self.trial)]
+        if sizes[0] == sizes[1]:
+            return None
+        if self._same_size is None:
+            small = sizes[0] <= SMALL_VOCABULARY
+            self._same_size = on_trials(self.variant, self.shown, (sizes[0],)) if small else ""
+        if isinstance(self._same_size, Reading):
+            at = self._same_size
+            there = matching.at(get(here.spec), at.grad, at.tokens, at.noise)
+            if there is None or not there.same or abs(there.factor - here.factor) > EQUAL * abs(here.factor):
+                return None
+        return VocabularyFactor.of(here.spec, ((sizes[0], here.factor), (sizes[1], wide)))
+
+
+def _same(near: Sequence[matching.Match]) -> bool:
+    return bool(near) and near[0].same
+
+
+def _moderate(at: Reading) -> Tensor:
+    """The tokens with a gradient and p_y away from 0 and 1, (N,)."""
+    p = at.tokens.label_probs
+    return (p > 1e-5) & (p < 0.9999) & ~at.zero_rows
