@@ -32,9 +32,9 @@ class Standardised(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Values that are centred together: the number of each value's group, and what the groups are called."""
+    """Values that are centred together: the group number of each value, and the name of the groups."""
 
-    index: Tensor
+    group: Tensor
     name: str
 
 
@@ -66,8 +66,8 @@ def standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Sta
         values, place = advantage[texts.first()], texts.index
     try:
         partition = _partition(lambda shift: read(advantage + shift[place]), base, values, tokens, style)
-        groups = Groups(partition.index)
-        centred = values - groups.mean(values)[partition.index]
+        groups = Groups(partition.group)
+        centred = values - groups.mean(values)[partition.group]
         grad, doubled = read(centred[place]), read(2 * centred[place])
         if _off(grad, base) > SAME:
             return None
@@ -78,7 +78,7 @@ def standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Sta
         if _off(doubled, grad) > SAME:
             return None
         number = groups.size(values)
-        deviation = groups.mean(centred.square())[partition.index].sqrt()
+        deviation = groups.mean(centred.square())[partition.group].sqrt()
         correction = (number / (number - 1)).sqrt()
         found = (centred / (deviation * correction)).nan_to_num(0.0)[place]
         grad = read(found)
@@ -101,7 +101,7 @@ def _partition(
     """The smallest groups of values that a loss centres: adding a constant to those of the first group changes nothing."""
     partitions = _partitions(values, tokens, style)
     for partition in partitions[:-1]:
-        shift = (partition.index == partition.index[0]).to(values)
+        shift = (partition.group == partition.group[0]).to(values)
         if _off(shifted(shift), base) <= SAME:
             return partition
     return partitions[-1]
