@@ -1,4 +1,4 @@
-"""Graphs: where a loss leaves autograd, so that its value has no gradient, in one sentence with the line to write."""
+"""Losses without a graph: the operation that cuts the graph, in an error message with the line to write."""
 
 import traceback
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ class NoGraphError(EndedError):
 
 
 class Departures(TorchFunctionMode):
-    """Notes every operation on a tensor with a graph whose result has none.
+    """Records the operations on tensors with a graph whose results have none.
 
     Attributes:
-        left: (what was called, where) in order; "inference mode" and "no_grad" stand for operations under these.
-        kept: whether any operation on such a tensor kept its graph.
+        left: (operation, place) in order; "inference mode" and "no_grad" stand for operations under these.
+        kept: whether any operation on a tensor with a graph kept it.
     """
 
     def __init__(self):
@@ -57,16 +57,16 @@ class Departures(TorchFunctionMode):
 
 
 def checked(result: Result, name: str, again: Callable[[], Any], logits: Tensor) -> Result:
-    """The loss, with a graph: zeros that came without one are hung onto the logits, with a gradient of zero.
+    """The loss with a graph; zeros without one get a graph from the logits, with a gradient of zero.
 
     Args:
-        result: what the loss returned on ``logits``, which require a gradient.
-        name: of the loss.
-        again: calls it once more, to see where the graph is lost.
+        result: the loss on ``logits``, which require a gradient.
+        name: of the loss, in messages.
+        again: calls the loss once more, to find where the graph is lost.
         logits: what the gradient is taken by.
 
     Raises:
-        NoGraphError: its value is other than zero, and has no graph; the line that cuts it off is named.
+        NoGraphError: its value is not zero, and has no graph; the line that cuts the graph is named.
     """
     value = result.value
     if value.requires_grad or not logits.requires_grad:
@@ -97,7 +97,7 @@ def _reason(again: Callable[[], Any], name: str) -> str:
 
 
 def _here() -> str:
-    """The user's line that is running."""
+    """The running line of the user's file."""
     frames = [frame for frame in traceback.extract_stack() if from_outside(frame.filename)]
     return place(frames[-1]) if frames else ""
 

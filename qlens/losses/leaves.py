@@ -1,4 +1,4 @@
-"""Leaves: which tensors a value has a gradient for, and gradients that have none."""
+"""Leaf tensors of a graph, and gradients that cannot be differentiated."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,15 +10,15 @@ from qlens.core.errors import InputError
 
 
 class StubParameter(nn.Parameter):
-    """The only parameter of a stub model: whatever reads it has a term of the model's weights."""
+    """The only parameter of a stub model; a loss that reads it has a term of the model's weights."""
 
 
 def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
-    """The leaf tensors that a value's graph reaches, without what lies behind ``inputs`` and without the inputs themselves.
+    """The leaf tensors of a value's graph, without the inputs and all that these were computed from.
 
     Args:
-        value: a tensor, with a graph or without.
-        inputs: tensors, leaves or not, at which the search stops.
+        value: a tensor, with or without a graph.
+        inputs: tensors at which the search stops.
 
     Example:
         >>> import torch
@@ -44,7 +44,7 @@ def reaches(value: Tensor, part: Tensor) -> bool:
 
 
 def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
-    """The nodes of a value's graph, each once, without those of inputs and what lies behind them."""
+    """The nodes of a value's graph, without those of the inputs and all behind them."""
     seen, left = {each.grad_fn for each in inputs}, [value.grad_fn]
     while left:
         node = left.pop()
@@ -56,7 +56,7 @@ def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
 
 
 class LearnedParameter(InputError):
-    """A loss has a parameter of its own, for which the engine makes no gradient."""
+    """A loss has a parameter of its own, whose gradient the engine does not compute."""
 
 
 def refuse_learned(name: str, losses: Tensor, *inputs: Tensor) -> None:
@@ -74,7 +74,7 @@ def refuse_learned(name: str, losses: Tensor, *inputs: Tensor) -> None:
 
 
 class Once(torch.autograd.Function):
-    """A gradient that has none of its own."""
+    """The identity, without a derivative."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Replay: a user's function called once more, with the same draws and states."""
+"""Replayed calls of a user's function, with the same random draws and from the same state."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from qlens.losses.states import State, check_unchanged, copied
 
 
 class Replay:
-    """Generators and states of functions at one moment, to call these once more: the same draws, and nothing has changed.
+    """The random generators and the state of some functions at one moment, to call them again from there.
 
     Args:
-        device: whose torch generator counts beside the CPU's.
-        functions: a user's, which may keep a state or draw by numpy, ``random`` or generators of their own; none for functions
-            that draw by torch alone.
+        device: the device whose torch generator is included beside the CPU's.
+        functions: users' functions, which may keep a state or draw by numpy, ``random`` or generators of their own; none if
+            only torch's generators matter.
     """
 
     def __init__(self, device: torch.device, *functions: Callable):
@@ -30,7 +30,7 @@ class Replay:
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Inside, what was drawn since then is drawn again, from the states of then; outside, nothing has changed.
+        """A context that starts from the recorded generators and state, and restores the present ones at its end.
 
         Raises:
             InputError: a function has written on a tensor that can be neither copied nor replaced.
@@ -47,7 +47,7 @@ class Replay:
             self.state.write(later)
 
     def _draws(self) -> tuple[Any, ...]:
-        """The states of the generators that everybody shares."""
+        """The states of the global generators."""
         cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
         return torch.get_rng_state(), cuda, *((np.random.get_state(), random.getstate()) if self.users else ())
 
@@ -61,11 +61,11 @@ class Replay:
 
 
 def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
-    """Why two readings of a loss on the same tokens differ: it draws numbers from torch, or it keeps a state.
+    """The reason, in words, why two calls of a loss on the same tokens differ: torch's random numbers, or a state.
 
     Args:
-        read: reads it once more.
-        device: where it draws.
+        read: calls the loss.
+        device: the device whose generator it may use.
     """
     replay, found = Replay(device), []
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Results: which part of what a loss returns is the loss."""
+"""The loss among the values that a user's function returns: a tensor, an entry of a dict, an attribute or a tuple item."""
 
 import numbers
 from collections.abc import Callable, Iterable, Mapping
@@ -13,19 +13,19 @@ NAMES = ("loss", "total_loss", "loss_total", "total", "objective", "policy_loss"
 
 
 class Result(NamedTuple):
-    """The loss, and where it stood in what was returned; "" where it was all."""
+    """The loss, and the part of the returned value that it is; "" if it is all of it."""
 
     value: Tensor
     part: str
 
 
 def loss_of(made: Any, name: str) -> Result:
-    """The loss in what a function returned: a tensor, the "loss" of a dict or an object, or the first tensor with a graph.
+    """The loss in a returned value: a tensor, the "loss" of a dict or an object, or the first tensor with a graph.
 
-    A Python number is a tensor without a graph: a loss may return 0.0 where it skips all of its rows.
+    A Python number becomes a tensor without a graph: a loss may return 0.0 if it skips all of its rows.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no loss in it.
     """
     if isinstance(made, Tensor) or _is_number(made):
         return _floating(made, "", name)
@@ -51,17 +51,17 @@ def loss_of(made: Any, name: str) -> Result:
 
 
 def check_shape(value: Tensor, rows: int, name: str) -> None:
-    """Whether a loss of rows has a shape that it may return.
+    """Check the shape of a loss of rows.
 
     Raises:
-        InputError: it has two or more dimensions, and not one entry for each row.
+        InputError: it has two or more dimensions, and not one entry per row.
     """
     if value.ndim > 1 and value.numel() != rows:
         raise InputError(f"{name} returned shape {tuple(value.shape)} for {rows} tokens: it must be () or (N,)")
 
 
 def _key(entries: Mapping[Any, Any]) -> Any:
-    """The key of the loss: of a known name, with a graph rather than without; else of the first tensor with a graph."""
+    """The key of the loss: a known name, preferably of a tensor with a graph, else that of the first tensor with a graph."""
     named = [key for key in NAMES if key in entries]
     found = next((key for key in named if _trains(entries[key])), None)
     found = found or next((key for key in named if isinstance(entries[key], Tensor)), None)
@@ -70,7 +70,7 @@ def _key(entries: Mapping[Any, Any]) -> Any:
 
 
 def _first(places: Iterable[int], at: Callable[[int], Any]) -> int | None:
-    """The first place of a tensor with a graph, else of a tensor of floating-point numbers, else of a number."""
+    """The first place of a tensor with a graph, else of a floating-point tensor, else of a number."""
     for fits in (_trains, lambda value: isinstance(value, Tensor) and value.is_floating_point(), _is_loss):
         found = next((i for i in places if fits(at(i))), None)
         if found is not None:

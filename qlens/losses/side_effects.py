@@ -1,4 +1,4 @@
-"""Noticing: what else a loss does while it runs, which the gradient of the logits alone would not tell."""
+"""Modules that run during a call of a loss: other models, layers of its own, passes of the stub model."""
 
 import contextlib
 import sys
@@ -12,15 +12,15 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 @dataclass
 class Seen:
-    """What ran during a call: other models, layers with weights of their own, forward passes of the stub model.
+    """The modules that ran during a call.
 
     Args:
-        models: classes of modules that ran on inputs which carry no gradient of the student.
-        layers: classes of modules with weights of their own that ran on what the student gave.
-        passes: how often the student's model ran.
-        hidden: whether its hidden states were asked for.
-        logits: what the other models gave, (B, T, V).
-        started: classes of the modules that began to run, whether or not they came to an end.
+        models: classes of modules that ran on inputs without a gradient of the student.
+        layers: classes of modules with weights that ran on the student's outputs.
+        passes: number of forward passes of the student.
+        hidden: whether its hidden states were requested.
+        logits: outputs of the other models, (B, T, V).
+        started: classes of the modules that started, whether or not they returned.
     """
 
     models: list[str] = field(default_factory=list)
@@ -39,10 +39,10 @@ def _is_stub(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def watched(own: Any = None) -> Iterator[Seen]:
-    """Watch the modules that run; ``own`` is the loss itself, whose parts are its own business."""
+    """A context that records the modules that run, but those of ``own``, the loss itself."""
     seen = Seen()
     spared = {id(part) for part in own.modules()} if isinstance(own, nn.Module) else set()
-    running: list[int] = []  # modules inside others are the others' business
+    running: list[int] = []  # only outermost modules are recorded
 
     def begin(module: nn.Module, given: Any) -> None:
         if id(module) not in spared:
@@ -70,7 +70,7 @@ def watched(own: Any = None) -> Iterator[Seen]:
 
 
 def _sort(seen: Seen, module: nn.Module, tensors: list[Tensor], made: Any) -> None:
-    """Note a module as another model, or as a layer on top of the student; torch's losses and functions are neither."""
+    """Record a module as another model or as a layer on the student; torch's losses and functions are neither."""
     weights = any(True for _ in module.parameters())
     name = type(module).__name__
     if any(x.requires_grad for x in tensors):

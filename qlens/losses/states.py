@@ -1,4 +1,4 @@
-"""States: what a user's function keeps from call to call, so that it can be called once more and nothing has changed."""
+"""The state that a user's function keeps between calls, read and restored so that further calls change nothing."""
 
 import functools
 import random
@@ -22,13 +22,13 @@ Snapshot = list[list[Any]]  # of every kind of holder
 
 
 class State:
-    """What functions can reach and change: attributes, buffers, closures, globals that they name, containers, random generators.
+    """The state of some functions: attributes, buffers, closures, globals that they name, containers, random generators.
 
-    Libraries' objects are taken for constant, and so are models of transformers. What holds a tensor is given another one, so
-    that no tensor of a graph is written on; of those that require a gradient no copy is made.
+    Objects of libraries and models of transformers count as constant. To restore a tensor, its holder gets a copy, so that no
+    tensor of a graph is written on; tensors that require a gradient are not copied.
 
     Args:
-        functions: as users write them: functions, modules, methods, partials.
+        functions: functions, modules, methods or partials.
     """
 
     def __init__(self, functions: Iterable[Callable]):
@@ -42,13 +42,13 @@ class State:
             self._reach(function)
 
     def read(self) -> Snapshot:
-        """Everything as it is now, by reference; generators by their state."""
+        """A snapshot of the state, by reference; of generators their state."""
         dicts = [{k: d[k] for k in (d if keys is None else keys) if k in d} for d, keys in self._dicts]
         cells = [_content(cell) for cell in self._cells]
         return [dicts, [list(each) for each in self._lists], cells, [_state(each) for each in self._generators]]
 
     def write(self, snapshot: Snapshot) -> None:
-        """Put everything back as it was read, or copied."""
+        """Restore a snapshot."""
         dicts, lists, contents, states = snapshot
         for (d, keys), values in zip(self._dicts, dicts, strict=True):
             for name in [name for name in (list(d) if keys is None else keys) if name in d and name not in values]:
@@ -65,16 +65,16 @@ class State:
             _set_state(generator, state)
 
     def fixed(self) -> list[tuple[Tensor, int]]:
-        """Tensors that can be neither copied nor replaced, and their versions."""
+        """The tensors that can be neither copied nor replaced, with their version counters."""
         return [(tensor, tensor._version) for tensor in self._tensors if not tensor.is_inference()]
 
     def drawn(self) -> list[Any]:
-        """The states of the random generators, as values to compare."""
+        """The states of the random generators, as comparable values."""
         states = [_state(each) for each in self._generators]
         return [each.numpy().tobytes() if isinstance(each, Tensor) else repr(each) for each in states]
 
     def _reach(self, value: Any, replaced: bool = False) -> None:
-        """Note what a value holds; ``replaced``: whether its holder can be given another."""
+        """Add a value and all that it holds; ``replaced``: whether its holder can hold a copy instead."""
         if id(value) in self._seen or value is None:
             return
         self._seen[id(value)] = value
@@ -135,19 +135,20 @@ class State:
 
 
 def copied(snapshot: Snapshot) -> Snapshot:
-    """A snapshot with its tensors and arrays copied, the same one once; everything else by reference."""
-    made: dict[int, Any] = {}
+    """A snapshot with copies of its tensors and arrays, each copied once, and all else by reference."""
+    copies: dict[int, Any] = {}
 
     def copy(value: Any) -> Any:
-        if isinstance(value, Tensor | np.ndarray) and id(value) not in made:
-            made[id(value)] = _copy(value)
-        return made.get(id(value), value)
+        if isinstance(value, Tensor | np.ndarray) and id(value) not in copies:
+            copies[id(value)] = _copy(value)
+        return copies.get(id(value), value)
 
+    dicts, lists, contents, states = snapshot
     return [
-        [{k: copy(v) for k, v in held.items()} if isinstance(held, dict) else held for held in snapshot[0]],
-        [[copy(v) for v in held] for held in snapshot[1]],
-        [copy(held) for held in snapshot[2]],
-        snapshot[3],
+        [{k: copy(v) for k, v in each.items()} if isinstance(each, dict) else each for each in dicts],
+        [[copy(v) for v in each] for each in lists],
+        [copy(content) for content in contents],
+        states,
     ]
 
 
@@ -158,7 +159,7 @@ def _copy(value: Tensor | np.ndarray) -> Any:
 
 
 def check_unchanged(seen: list[tuple[Tensor, int]]) -> None:
-    """Whether tensors are as they were.
+    """Check that tensors have their former versions.
 
     Raises:
         InputError: one was changed in place; its shape is named.
@@ -173,7 +174,7 @@ def check_unchanged(seen: list[tuple[Tensor, int]]) -> None:
 
 
 def _content(cell: types.CellType) -> Any:
-    """What a closure's cell holds; the cell itself where it is empty."""
+    """The content of a closure's cell; the cell itself if it is empty."""
     try:
         return cell.cell_contents
     except ValueError:
@@ -182,7 +183,7 @@ def _content(cell: types.CellType) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def names_in(code: types.CodeType) -> tuple[str, ...]:
-    """The global names that a function's code, and the functions in it, may ask for."""
+    """The global names that a function's code, and that of its inner functions, uses."""
     inner = [name for const in code.co_consts if isinstance(const, types.CodeType) for name in names_in(const)]
     return tuple(dict.fromkeys([*code.co_names, *inner]))
 

@@ -1,4 +1,4 @@
-"""Guards: what a user's code raises or prints is told as one error, and kept off standard output."""
+"""Guards around users' code: its exceptions become one error, and its output is silenced."""
 
 import contextlib
 import dataclasses
@@ -24,11 +24,11 @@ TOKENS_ONLY |= {field.name for field in dataclasses.fields(Tokens)} - {"logits"}
 
 
 class LossError(InputError):
-    """What a user's loss raised: the loss, the exception, and the line of the user's file."""
+    """An exception in a user's loss, with the line of the user's file."""
 
     @classmethod
     def of(cls, name: str, error: BaseException, file: str = "") -> "LossError":
-        """The error for an exception that left the loss ``name``, which is defined in ``file``."""
+        """The error for an exception raised by the loss ``name``, which is defined in ``file``."""
         frames = traceback.extract_tb(error.__traceback__)
         at = [frame for frame in frames if frame.filename == file]
         at = at or [frame for frame in frames if from_outside(frame.filename)]
@@ -37,7 +37,7 @@ class LossError(InputError):
 
 
 def from_outside(filename: str) -> bool:
-    """Whether a file is the user's own: none of qlens, torch or another installed package."""
+    """Whether a file belongs to no installed package."""
     return not filename.startswith(OWN) and "site-packages" not in filename
 
 
@@ -47,7 +47,7 @@ def place(frame: traceback.FrameSummary) -> str:
 
 
 def depth(error: BaseException | None, file: str) -> tuple[int, ...]:
-    """How far into a file an exception's call had come: the lines of its frames there, outermost first."""
+    """The progress of the call that raised: the lines of its frames in a file, outermost first."""
     frames = traceback.extract_tb(error.__traceback__) if error is not None else []
     return tuple(frame.lineno or 0 for frame in frames if frame.filename == file)
 
@@ -59,7 +59,7 @@ def _inside(error: BaseException) -> bool:
 
 
 def _hint(name: str, error: BaseException) -> str:
-    """What to write instead, where the exception tells."""
+    """A hint on what to write instead, for known exceptions."""
     if isinstance(error, AttributeError) and (error.name in TOKENS_ONLY or _inside(error)):
         package = type(error.obj).__module__.partition(".")[0]
         if package in ("torch", "qlens", "transformers", "builtins") and (
@@ -75,22 +75,22 @@ def _hint(name: str, error: BaseException) -> str:
 
 
 class EndedError(LossError):
-    """A loss that ran to its end: what went wrong is its value or its backward pass, not how it was called."""
+    """An error of the value or of the backward pass of a loss that returned."""
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """The first line of an exception's message."""
     return next(iter(str(error).strip().splitlines()), "(no message)")
 
 
 def numbers_of(message: str) -> list[str]:
-    """The whole numbers that an error message names, without the line of the file where it was raised."""
+    """The whole numbers in an error message, without the line number of the user's file."""
     return re.findall(r"\d+", PLACE.sub("", message))
 
 
 @contextlib.contextmanager
 def blamed(name: str, file: str = "", kind: type[LossError] = LossError) -> Iterator[None]:
-    """Whatever a user's code raises, SystemExit included, as one error of this kind; Ctrl-C stays what it is."""
+    """A context that turns every exception of a user's code, SystemExit included, into one error; not KeyboardInterrupt."""
     try:
         yield
     except (InputError, KeyboardInterrupt):
@@ -110,9 +110,9 @@ def _without_compiling() -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence a loss that is called hundreds of times: what it prints, logs or warns would drown the answer.
+    """A context without output, logs and warnings, for losses that are called hundreds of times.
 
-    Inside, gradients can be taken, whatever mode the caller is in.
+    Gradients can be taken inside, whatever the caller's mode.
     """
     before = logging.root.manager.disable
     with (
@@ -132,7 +132,7 @@ def quiet() -> Iterator[None]:
 
 
 def file_of(fn: Callable) -> str:
-    """The file that a callable is written in; "" where it cannot be told."""
+    """The file that defines a callable; "" if it is not known."""
     found = inspect.unwrap(fn)
     found = getattr(found, "func", found)
     if not inspect.isroutine(found):

@@ -1,4 +1,4 @@
-"""Functions in a user's own file: FILE.py:FUNCTION."""
+"""Functions in users' files, FILE.py:FUNCTION."""
 
 import contextlib
 import importlib.util
@@ -13,11 +13,11 @@ from qlens.core.files import user_path
 
 
 def function(name: str) -> Callable:
-    """What FUNCTION is in FILE.py, for ``name`` = "FILE.py:FUNCTION".
+    """The function or class FUNCTION of FILE.py, for ``name`` = "FILE.py:FUNCTION".
 
     Raises:
         UnknownName: no such file, or no such function in it (near names are suggested).
-        InputError: the file cannot be run; what it raised is named.
+        InputError: the file cannot be run; its exception is named.
     """
     file, _, wanted = name.rpartition(":")
     path = user_path(file, "file")
@@ -31,7 +31,7 @@ def function(name: str) -> Callable:
 
 
 def _load(path: Path) -> Any:
-    """The module of a user's file, run once per version of the file."""
+    """The module of a user's file, executed once per version of the file."""
     name, version = f"qlens_user_{zlib.crc32(str(path).encode()):08x}", path.stat().st_mtime_ns
     if getattr(sys.modules.get(name), "__version_read__", None) != version:
         module_spec = importlib.util.spec_from_file_location(name, path)

@@ -1,4 +1,4 @@
-"""Candidates: the styles in which a loss may want to be called, by its parameters, the likeliest first."""
+"""Candidate styles of a loss, by its parameters, the likeliest first."""
 
 import dataclasses
 import inspect
@@ -12,18 +12,18 @@ from qlens.losses.layout.signature import inputs, lists_of, signature
 
 PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
              "teacher log probs", "log probs", "teacher")  # fmt: skip
-CHUNKS = (8, 4, 2, 3, 16)  # numbers of chunks tried beside those that the loss itself names
+CHUNKS = (8, 4, 2, 3, 16)  # numbers of chunks tried beside the numbers in the loss itself
 MOST_CHUNKS = 64
 
 
 def contract(fn: Callable, style: Style) -> bool:
-    """Whether a Trainer says how the loss is called: what does not shift then is found out, not helped."""
+    """Whether a Trainer defines how the loss is called, so that a loss that forgets to shift is not called otherwise."""
     roles = {*inputs(fn).required.values()}
     return "model" in roles or ("outputs" in roles and style.boxed)
 
 
 def plain(fn: Callable) -> Iterator[list[Style]]:
-    """Styles with logits (N, V) or (B, T, V), the likeliest first; of each list the first that raises nothing counts."""
+    """Styles with logits (N, V) or (B, T, V), the likeliest first, in lists of which the first that raises nothing counts."""
     wanted = inputs(fn)
     roles = set(wanted.required.values()) | set(wanted.optional.values())
     first = next(iter(wanted.required.items()))
@@ -64,7 +64,7 @@ def reordered(fn: Callable) -> Iterator[list[Style]]:
 
 
 def chunked(fn: Callable) -> Iterator[list[Style]]:
-    """Styles with a list of chunks of logits, along the tokens."""
+    """Styles with logits as a list of chunks along the tokens."""
     if {"model", "tokens"} & {*inputs(fn).required.values()}:
         return
     for shape in ("aligned", "batch", "rows"):
@@ -90,13 +90,13 @@ def contained(fn: Callable) -> Iterator[list[Style]]:
 
 
 def takes_chunks(fn: Callable) -> bool:
-    """Whether the annotations say that logits come as a list of tensors."""
+    """Whether logits are annotated as a list of tensors."""
     roles = inputs(fn).required | inputs(fn).optional
     return any(roles.get(name) in ("logits", "outputs") for name in lists_of(fn))
 
 
 def _chunk_numbers(fn: Callable) -> list[int]:
-    """Numbers of chunks: those in attributes and parameters that are named so, other small numbers of the loss, usual ones."""
+    """Numbers of chunks: attributes and parameters named so, other small numbers of the loss, usual ones."""
     owner = getattr(fn, "__self__", fn)
     named = {**getattr(owner, "__dict__", {}), **{name: p.default for name, p in signature(fn).items()}}
     first = [value for name, value in named.items() if "chunk" in name]
@@ -108,7 +108,7 @@ def _chunk_numbers(fn: Callable) -> list[int]:
 
 
 def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
-    """The ways in which masks, per-token values and optional inputs may be given in a layout."""
+    """The variations of a shape: masks, positions of per-token values, optional inputs."""
     wanted = inputs(fn)
     roles = set(wanted.required.values()) | set(wanted.optional.values())
     masked = "mask" in roles

@@ -1,4 +1,4 @@
-"""Flattening: operations that show that a loss was given rows (N,) where it was written for (B, T), or the other way."""
+"""Operations that show that a loss was called with rows (N,) but written for (B, T), or the other way round."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,11 +10,11 @@ REDUCTIONS = ("sum", "mean", "amax", "amin", "nansum", "nanmean", "cumsum", "log
 
 
 class Flattened(TorchFunctionMode):
-    """Watch for values that are broadcast against each other, (N, 1) by (N,) to (N, N), or reduced over the rows as over a text.
+    """Records whether values are broadcast, (N, 1) by (N,) to (N, N), or reduced over the rows as over a text.
 
     Args:
-        rows: number of rows N, where the loss is given rows: a reduction over the last dimension of (N,) is then written
-            for (B, T), and gives one value for each text.
+        rows: number of rows N if the loss takes rows, else None. A reduction over the last dimension of (N,) is written for
+            (B, T), with one value per text.
     """
 
     def __init__(self, rows: int | None):
@@ -42,7 +42,7 @@ class Flattened(TorchFunctionMode):
 
 
 def _crossed(result: Tensor, given: Sequence[Tensor]) -> bool:
-    """Whether a result, larger than all that it is made from, has one size twice where none of them has."""
+    """Whether a result is larger than its operands and has one size twice, which none of them has."""
     if result.numel() <= max(x.numel() for x in given):
         return False
     twice = {size for size in result.shape if size > 1 and result.shape.count(size) > 1}

@@ -1,9 +1,9 @@
-"""Names: the input that a parameter of a loss, or a column of its batch, asks for, by the names of the field."""
+"""The input that a parameter of a loss, or a column of its batch, takes, by usual names."""
 
 import re
 from collections.abc import Collection
 
-# Names of the field, by the input they stand for: the first name that fits decides.
+# Usual names, by the input that they stand for.
 NAMES: dict[str, tuple[str, ...]] = {
     "tokens": ("tokens",),
     "logits": (
@@ -91,7 +91,7 @@ NAMES: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 ROLE = {name: role for role, names in NAMES.items() for name in names}
 
-# A kernel that multiplies by the head itself takes hidden states, a head and labels, in some order, by some of these names.
+# Names of the parameters of a kernel that multiplies by the head itself.
 KERNEL: dict[str, tuple[str, ...]] = {
     "logits": ("hidden", "hidden_states", "input", "_input", "x", "e", "student_hidden", "student_input"),
     "head": ("head", "weight", "lin_weight", "linear_weight", "lm_head_weight", "c", "student_head", "student_weight"),
@@ -113,14 +113,14 @@ FIELD = {
     "chosen log probs": "pair", "rejected log probs": "pair", "reference chosen log probs": "reference",
     "reference rejected log probs": "reference",
 }  # fmt: skip
-"""The field of Tokens that an input is made from, beside logits and labels."""
+"""The field of Tokens that an input is computed from, beside logits and labels."""
 
 STUDENT = ("logits", "outputs", "model", "log probs", "probs", "chosen log probs", "tokens", "dict")
-"""Inputs that carry the student's gradient: a loss has one of them."""
+"""Inputs of the student, of which a loss has one."""
 
 
 def role_of(name: str) -> str | None:
-    """The input that a key of a batch stands for."""
+    """The input that a column of a batch stands for."""
     return ROLE.get(name.lower()) or role_by_words(name, ())
 
 
@@ -134,11 +134,11 @@ LOG_PROB_WORDS = {"logps", "logp", "logprobs", "logprob", "lprobs"}
 
 
 def role_by_words(name: str, others: Collection[str]) -> str | None:
-    """The input that a name of several words asks for: shifted_teacher_logits, answer_mask, y_t, ...
+    """The input that a name of several words stands for: shifted_teacher_logits, answer_mask, y_t, ...
 
     Args:
-        name: the parameter.
-        others: all parameters of the loss: a ``t`` beside an ``s`` is the teacher's logits.
+        name: of the parameter.
+        others: names of all parameters: a ``t`` beside an ``s`` is the teacher's logits.
     """
     if name in ("s", "t") and {"s", "t"} <= set(others):
         return "logits" if name == "s" else "teacher"

@@ -1,4 +1,4 @@
-"""Pairing: whether a loss compares texts of its own batch, by their places: chosen in the first half, or in turn."""
+"""Losses that compare the texts of their batch by their places: chosen in the first half, or in turn."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -36,12 +36,12 @@ def pairing(fn: Callable, params: Mapping[str, Any]) -> str:
 
 
 def given_as_sums(fn: Callable) -> bool:
-    """Whether a loss is one of pairs, given the summed log-probabilities of chosen and rejected sequences."""
+    """Whether a loss of pairs takes the summed log-probabilities of chosen and rejected sequences."""
     return any(role.endswith("chosen log probs") for role in inputs(fn).required.values())
 
 
 def paired(fn: Callable, how: str) -> Iterator[list[Style]]:
-    """The styles in which a loss takes a batch of pairs; log-probabilities without a mask are those of whole texts."""
+    """The styles of a loss of pairs; log-probabilities without a mask are those of whole texts."""
     roles = {*inputs(fn).required.values(), *inputs(fn).optional.values()}
     if "log probs" in roles and not {"labels", "mask", "attention mask"} & roles:
         yield [Style(pairs=how)]
@@ -86,7 +86,7 @@ def _signs(
     style: Style,
     moved: int,
 ) -> torch.Tensor:
-    """Whether the labels of the text at each place are raised, 1, or lowered, -1, as the texts move on by some places."""
+    """1 for places whose text's labels are raised, -1 for lowered ones, with the texts moved on by some places."""
     order = torch.arange(len(tokens)).roll(moved * LENGTH)
     shown = tokens[order].replace(**places)
     grad = grad_of(fn, params, shown, style).nan_to_num(0.0)

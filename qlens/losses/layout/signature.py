@@ -1,4 +1,4 @@
-"""Signatures: the parameters of a loss, and by their names the input that each one asks for."""
+"""The signature of a loss: its parameters, and by their names the input that each one takes."""
 
 import functools
 import inspect
@@ -12,11 +12,11 @@ from torch import nn
 from qlens.core.errors import InputError
 from qlens.losses.layout.names import FIELD, KERNEL, ROLE, STUDENT, role_by_words, role_of
 
-CALLERS = ("num_items_in_batch", "return_outputs")  # what a Trainer fills in, no parameters of the loss
+CALLERS = ("num_items_in_batch", "return_outputs")  # filled in by a Trainer, no parameters of the loss
 
 
 class Memo:
-    """Values by callable, held as long as the callable lives, and keeping none alive."""
+    """Values by callable, kept as long as the callable lives, through weak references."""
 
     def __init__(self):
         self._held: dict[tuple, tuple[weakref.ref, Any]] = {}
@@ -24,7 +24,7 @@ class Memo:
     def get(
         self, fn: Callable, name: Any, make: Callable[[], Any], lasting: Callable[[Any], bool] = lambda value: True
     ) -> Any:
-        """The value under ``name``, made at the first call, and held if it is ``lasting``."""
+        """The value under ``name``, made at the first call, and kept if ``lasting`` is true of it."""
         owner, part = _owner(fn)
         key = (id(owner), part, name)
         if key not in self._held:
@@ -61,7 +61,14 @@ def _signature(fn: Callable) -> dict[str, inspect.Parameter]:
 
 
 class Inputs(NamedTuple):
-    """What each parameter of a loss is filled with: ``required`` and ``optional`` by parameter, and the ``missing`` ones."""
+    """The inputs of a loss, by parameter: required ones, optional ones, and parameters without a known input.
+
+    Args:
+        kind: what the student is: "tokens", "logits", "outputs", "model" or "hidden".
+        required: roles of the parameters that must be passed.
+        optional: roles of the parameters whose default is None.
+        missing: parameters without a default and without a known input.
+    """
 
     kind: str
     required: dict[str, str]
@@ -70,10 +77,10 @@ class Inputs(NamedTuple):
 
 
 def inputs(fn: Callable) -> Inputs:
-    """The input that each parameter asks for, by its name, or by its place where the name says nothing.
+    """The inputs that the parameters take, by their names, or by their places if a name is unknown.
 
     Raises:
-        InputError: there is no parameter that logits could be given to.
+        InputError: no parameter can take logits.
     """
     return _SIGNATURES.get(fn, "inputs", lambda: _inputs(fn))
 
@@ -86,7 +93,7 @@ def roles_taken(fn: Callable, columns: Collection[str] = ()) -> set[str]:
 
 
 def lists_of(fn: Callable) -> tuple[str, ...]:
-    """The parameters that are annotated as lists of tensors."""
+    """The parameters annotated as lists of tensors."""
     return _SIGNATURES.get(fn, "lists", lambda: tuple(n for n, p in signature(fn).items() if _is_list(p.annotation)))
 
 
@@ -143,13 +150,13 @@ _LEFT = (
     "vocabulary", "ignore", "temperature", "return outputs", "logits", "outputs", "model", "batch", "tokens",
     "position ids", "input ids", "texts", "dict",
 )  # fmt: skip
-"""Inputs that keep their default where they have one: it is the way that a loss is called without a Trainer."""
+"""Inputs that keep their default if they have one."""
 
 
 def _apart(roles: dict[str, str]) -> None:
-    """Of two inputs that come from an old policy, the one that is not what ratios are taken to is another policy's.
+    """Give the role of a sampling policy to one of two inputs of an old policy: the one that ratios are not taken to.
 
-    A proximal policy is what they are taken to; otherwise it is the one that is not named after the sampler.
+    Ratios are taken to the one named proximal, or else to the one that is not named after the sampler.
     """
     for role in ("old", "old log probs"):
         names = [name for name in roles if roles[name] == role]
@@ -160,7 +167,7 @@ def _apart(roles: dict[str, str]) -> None:
 
 
 def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: dict[str, str]) -> None:
-    """Roles by place: what carries the student first, then labels, or the inputs of a model."""
+    """Assign roles by place: first the student's input, then labels or the inputs of a model."""
     places = [name for name in bare if params[name].kind is not inspect.Parameter.KEYWORD_ONLY] or bare
     unknown = [name for name in places if name not in roles]
     if not any(roles.get(name) in STUDENT for name in params):
@@ -191,10 +198,10 @@ def _kernel_role(name: str) -> str | None:
 
 
 def settings_of(fn: Any) -> tuple:
-    """The strings and flags that a callable holds or refers to, such as "mean" or True: what may change what it does.
+    """The strings and flags, such as "mean" or True, that a callable refers to and that may change its result.
 
-    Of a function its closure, defaults and the globals it names; of an object, or a bound method's object, its attributes;
-    lists and dicts among them one level deep.
+    They are taken from a function's closure, defaults and global names, or from an object's attributes; lists and dicts are
+    searched one level deep.
     """
     held: list[Any] = []
     if isinstance(fn, functools.partial):
@@ -219,7 +226,7 @@ def settings_of(fn: Any) -> tuple:
 
 
 def seen_as(wanted: Inputs) -> str:
-    """What the student is to a loss: tokens, logits, outputs, hidden states, a model, log-probabilities or sums of them."""
+    """The form of the student's input: its kind, or "sums", "dict" or "log probs"."""
     roles = set(wanted.required.values())
     if any(role.endswith("chosen log probs") for role in roles):
         return "sums"
@@ -229,14 +236,14 @@ def seen_as(wanted: Inputs) -> str:
 
 
 def name_of(fn: Any) -> str:
-    """What a callable is called in messages."""
+    """The name of a callable in messages."""
     if isinstance(fn, functools.partial):
         return name_of(fn.func)
     return fn.__name__ if inspect.isroutine(fn) or inspect.isclass(fn) else type(fn).__name__
 
 
 def _owner(fn: Callable) -> tuple[Any, str]:
-    """What a callable lives in, and the part of it that is called: of a bound method its object."""
+    """The object that a callable belongs to, and the part of it that is called."""
     if inspect.ismethod(fn):
         return fn.__self__, fn.__func__.__name__
     return fn, "forward" if isinstance(fn, nn.Module) else ""

@@ -1,4 +1,4 @@
-"""Wording: how a loss was called, in a sentence."""
+"""Descriptions of a style: how a loss was called, in a sentence."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ CONTAINERS = {
     ("dict", ""): ", the labels in a dict of labels, input_ids, attention_mask and the columns it reads",
     ("outputs", ""): ", the logits in a tuple (logits, 0)",
 }
-"""What is said of the container of labels, outputs or inputs, by container and kind of loss."""
+"""Descriptions of containers, by container and kind of loss."""
 
 PAIRS = {
     "halves": "a batch of pairs: the chosen texts are its first half, the rejected ones its second, in the same order",
@@ -19,11 +19,17 @@ PAIRS = {
     "rejected halves": "a batch of pairs: the rejected texts, which it lowers, are its first half, the chosen ones its second",
     "rejected alternate": "a batch of pairs: each rejected text, which it lowers, is followed by its chosen one",
 }
-"""What is said of the order of the texts in a batch of pairs."""
+"""Descriptions of the order of the texts in a batch of pairs."""
 
 
 def described(style: Style, kind: str, given: dict[str, Any]) -> str:
-    """The sentence that says how a loss was called."""
+    """The description of a call.
+
+    Args:
+        style: how the loss was called.
+        kind: the form of the student's input, as of ``seen_as``.
+        given: descriptions of the other arguments, by name.
+    """
     shapes = {
         "rows": "logits (N, V) and labels (N,), each row with its own label",
         "batch": "logits (B, T, V) and labels (B, T) with -100, unshifted: it has to shift them itself",

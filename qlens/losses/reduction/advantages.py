@@ -32,7 +32,7 @@ class Standardised(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Values that are centred together: the number of each value's group, and what the groups are called."""
+    """Values that are centred together: the group number of each value, and the name of the groups."""
 
     group: Tensor
     name: str

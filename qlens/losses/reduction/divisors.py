@@ -1,4 +1,4 @@
-"""Divisors: the counts that a scalar loss may divide by."""
+"""Counts that a scalar loss may divide by."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from qlens.losses.layout.layouts import Counts
 
 Divisor = Callable[[Counts], Any]
-# What a scalar loss may have divided by, of the rows and the layout they were shown in; a tensor (N,) is a number for each row.
+# Divisors by name, as functions of the counts of a batch; a tensor (N,) is one number per row.
 REDUCTIONS: dict[str, Divisor] = {
     "sum": lambda c: 1,
     "mean over unmasked": lambda c: c.rows,
@@ -37,7 +37,7 @@ UNUSUAL: dict[str, Divisor] = {
 
 
 def _corrected(divisor: Divisor, name: str, root: float) -> Divisor:
-    """The same, times a power of m / (m - 1), m the number of values: what the variance of a sample is corrected by."""
+    """The divisor times a power of m / (m - 1), the correction of a sample variance of m values."""
     return lambda c: divisor(c) * (getattr(c, name) / max(getattr(c, name) - 1, 1)) ** root
 
 
@@ -50,12 +50,19 @@ OF_BATCH: dict[str, Divisor] = {
         ("each value is compared with the mean of the others", -1.0),
     )
 }
-"""What gradients are multiplied by to be alike in batches of other sizes, by a count and a statistic of the batch beside it."""
+"""Divisors of losses with a statistic of the batch in their gradient, by reduction and statistic."""
 KNOWN = REDUCTIONS | UNUSUAL | OF_BATCH
 
 
 class Division(NamedTuple):
-    """What a loss divides by: its name, the divisor, what else is to be said of it, and how far it is from exact."""
+    """The division of a scalar loss.
+
+    Args:
+        name: of the reduction.
+        divisor: the count, as a function of the counts of a batch.
+        note: a sentence on what else the reduction does.
+        off: relative error.
+    """
 
     name: str
     divisor: Divisor

@@ -1,4 +1,4 @@
-"""Averages: how a scalar loss divides that draws numbers, seen in its gradient averaged over many draws."""
+"""The reduction of a scalar loss that draws random numbers, from gradients averaged over many draws."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,19 +10,19 @@ from torch import Tensor
 from qlens.core.errors import InputError
 from qlens.losses.replay import Replay
 
-ROWS = 800  # over several calls, that a gradient is averaged over
-NEAR = 0.2  # how far such an average may be from what a count says
+ROWS = 800  # rows, over several calls, that a gradient is averaged over
+NEAR = 0.2  # relative error of such an average
 
 
 def draws(read: Callable[[], Tensor], replay: Replay, alike: float) -> bool:
-    """Whether calls on the same rows have gradients that differ by more than a share ``alike``: the loss draws numbers."""
+    """Whether a loss draws numbers: gradients of calls on the same rows differ by more than ``alike``, relatively."""
     with replay.again():
         several = [read() for _ in range(16)]
     return max(float((grad - several[0]).abs().max()) for grad in several) > alike * float(several[0].abs().max())
 
 
 def averaged(read: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
-    """The mean of as many calls as make up ``ROWS`` rows."""
+    """A function that averages as many calls as make up ``ROWS`` rows."""
     calls = math.ceil(ROWS / rows)
 
     def mean(*given: Any) -> Tensor:
@@ -32,22 +32,22 @@ def averaged(read: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
 
 
 def nearest_count(multiplied: Mapping[str, list[Tensor]], name: str) -> str:
-    """The count by which averaged gradients of the same rows in several layouts are nearest to one.
+    """The count by which the averaged gradients in several layouts are most nearly equal.
 
     Args:
         multiplied: by the name of a count, the gradients multiplied by it.
-        name: of the loss.
+        name: of the loss, in messages.
 
     Raises:
-        InputError: no count is much nearer than any other.
+        InputError: no count fits much better than all others.
     """
     off: dict[str, float] = {}
     for count, (first, *others) in multiplied.items():
         size = first.square().sum()
         off[count] = max(abs(float((other * first).sum() / size) - 1) for other in others)
     best = min(off, key=off.__getitem__)
-    rest = [far for far in off.values() if far - off[best] > 1e-9]  # those that are the same here are one
-    if off[best] < NEAR and all(far > 2 * off[best] + 0.05 for far in rest):
+    others = [error for error in off.values() if error - off[best] > 1e-9]  # counts that are equal here are one
+    if off[best] < NEAR and all(error > 2 * off[best] + 0.05 for error in others):
         return best
     raise InputError(
         f"{name} draws numbers and reduces them itself, by a count that could not be found: return the unreduced loss (N,) "

@@ -1,5 +1,6 @@
 """Reductions that no single count explains: a number added to a count, and two terms divided by different counts."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any
@@ -40,11 +41,8 @@ def two_terms(
     """Two terms that are divided by different counts: the division of the larger one, with a note on both."""
     if style.laid_out and not style.pairs:  # texts of other lengths tell rows, positions and texts apart
         split, read = Layout(split=True), replayed_gradient(fn, tokens)
-        try:
+        with contextlib.suppress(InputError):  # then the layouts shown are enough
             base, other = (read(fn, params, tokens, style, layout) for layout in (Layout(), split))
-        except InputError:
-            base = other = None
-        if base is not None and other is not None:
             if misfit([shown.grads[0], base]) > exact:  # other draws, or another state, than in the other layouts
                 return None
             shown = Shown([*shown.layouts, split], [*shown.grads, other])

@@ -1,4 +1,4 @@
-"""Adapters: any loss as somebody writes it, as rows of an unreduced loss; its reduction found and undone."""
+"""The unreduced loss behind a user's loss: its reduction is found and undone."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 
 V = TypeVar("V", bound="Variant")
 SUM = Division("sum", lambda c: 1)
-SUM_LIKE = 0.75  # of its gradient that a token keeps as every row is shown twice: a sum keeps all, a mean half
-MOST_WEIGHTS = 1024  # different weights of one batch, for each of which a loss that reduces itself is called
+SUM_LIKE = 0.75  # share of a row's gradient left when all rows are passed twice: 1 for a sum, 0.5 for a mean
+MOST_WEIGHTS = 1024  # different weights of one batch; a loss that reduces itself is called once for each
 _SCALED = ContextVar("scaled", default=True)
 
 
 @contextmanager
 def value_alone() -> Iterator[None]:
-    """Within it a loss that divides each row by a count of its own keeps its gradient as it is, the slope of its value."""
+    """A context in which a loss that divides each text by its length keeps the gradient of its value."""
     before = _SCALED.set(False)
     try:
         yield
@@ -49,8 +49,8 @@ def value_alone() -> Iterator[None]:
 class Unreduced:
     """A loss with its reduction undone, as a function of tokens.
 
-    Its rows as they are; of a scalar, rows that add up to the sum of what it reduced. A scalar's reduction is found at the first
-    call on rows that have a gradient.
+    A loss of rows is left as it is; of a scalar loss the rows add up to the sum that it reduced. The reduction is found at the
+    first call on rows with a gradient.
 
     Args:
         fn: the loss.
@@ -60,14 +60,14 @@ class Unreduced:
 
     def __init__(self, fn: Callable, params: dict[str, Any], name: str):
         self.fn, self.params, self.name = fn, params, name
-        self.division: Division | None = None  # None as long as no row has taught it anything
-        self.settings: tuple = ()  # under which it was found
+        self.division: Division | None = None  # None until a row has a gradient
+        self.settings: tuple = ()  # of the loss when the division was found
 
     def rows(self, tokens: Tokens, weight: Tensor | None = None) -> Any:
-        """The loss of every row, (N,), times its weight; what a tokens function returns that is no tensor is handed on.
+        """The loss of every row, (N,), times its weight; a value of a tokens function that is no tensor is returned as it is.
 
-        Every row of a loss that reduces itself has the gradient of its own logits, and an equal share of the sum of the rows that
-        weigh alike, which takes a call for each weight.
+        Every row of a loss that reduces itself has the gradient of its own logits, and an equal share of the sum of the rows
+        with the same weight, which takes a call for each weight.
 
         Raises:
             InputError: rows of a loss that reduces itself weigh differently, and depend on each other, or have more than
@@ -116,7 +116,7 @@ class Unreduced:
             return self._by_text(tokens, style, made, divisor)
 
     def _may_call_again(self, tokens: Tokens, style: Style) -> bool:
-        """Whether one call may not be enough, so that the state before it has to be kept: never for rows with a gradient."""
+        """Whether one call may not be enough, so that the state before it has to be kept."""
         if not tokens.logits.requires_grad:
             return True
         if not style.laid_out or self.division is None or settings_of(self.fn) != self.settings:
@@ -124,11 +124,11 @@ class Unreduced:
         return isinstance(self.division.divisor(counts(tokens, Layout(), style, given_as_sums(self.fn))), Tensor)
 
     def style(self, tokens: Tokens) -> Style:
-        """How the loss is called, remembered."""
+        """How the loss is called."""
         return style_of(self.fn, self.params, tokens)
 
     def reduction(self, tokens: Tokens) -> Division:
-        """How a scalar loss divides; a sum as long as no row has had a gradient."""
+        """The division of a scalar loss; a sum until a row has a gradient."""
         settings = settings_of(self.fn)
         if self.division is None or settings != self.settings:
             self.settings = settings
@@ -136,7 +136,7 @@ class Unreduced:
         return self.division or SUM
 
     def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
-        """The sum over tokens of a loss that divides by each text's length: of every text alone, times what it divides by."""
+        """The sum over tokens of a loss that divides by each text's length: every text alone, times its divisor."""
         if style.group > 1:  # it takes no text alone
             return self._times(tokens, style, divisors)
         sequence, division = sequences(tokens, style, Layout()), self.reduction(tokens)
@@ -152,7 +152,7 @@ class Unreduced:
         return add_up(parts, alone)
 
     def _times(self, tokens: Tokens, style: Style, divisors: Tensor) -> Tensor:
-        """The loss with the gradient of every row multiplied by its own divisor, for texts that depend on each other."""
+        """The loss with every row's gradient times its divisor, for texts that depend on each other."""
         through = tokens.logits * 1
         if through.requires_grad and _SCALED.get():
             through.register_hook(lambda grad: grad * (divisors / len(tokens)).to(grad)[:, None])
@@ -166,7 +166,7 @@ class Unreduced:
         return made * len(tokens)
 
     def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
-        """Rows' values times their weights, (N,): those that weigh alike are called together, and share their sum."""
+        """Rows' values times their weights, (N,); rows of the same weight are called together, and share their sum equally."""
         if bool((weight == weight[0]).all()):
             return total * weight / len(tokens)
         if (number := len(weight.unique())) > MOST_WEIGHTS:
@@ -191,21 +191,21 @@ class Unreduced:
 
 
 def add_up(parts: list[Tensor], alone: list[float]) -> Tensor:
-    """The sum over tokens of a loss, from its value on every text alone and what it divides by there."""
+    """The sum over tokens of a loss, from its value on every text alone and its divisor there."""
     return torch.stack([part * divisor for part, divisor in zip(parts, alone, strict=True)]).sum()
 
 
 def apart(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor) -> bool:
-    """Whether texts do not depend on each other: their losses alone, divided as ``together``, add up to that of the batch."""
+    """Whether texts are independent: their losses alone, with the divisors of the batch, add up to that of the batch."""
     ratios = [divisor / whole for divisor, whole in zip(alone, together, strict=True)]
     gap = abs(float((add_up(parts, ratios) - made).detach()))
     return gap <= ALIKE / 10 * max(abs(float(made.detach())), 1e-6)
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:
-    """Rows that add up to ``total``, each with the gradient of its own logits and no other's: so that rows can be weighted.
+    """Rows that add up to ``total``, each with the gradient of its own logits alone, so that rows can be weighted.
 
-    A parameter of the loss's own has its gradient by all rows together, where they are weighted alike.
+    A parameter of the loss has its gradient from all rows together, if these have the same weight.
     """
     value = (total.detach() / len(logits)).expand(len(logits))
     if not total.requires_grad:
@@ -224,7 +224,7 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
 
 
 class _Shares(torch.autograd.Function):
-    """Values of rows, (N,), with a given gradient each, (N, V), and gradients of parameters by all of them."""
+    """Values of rows, (N,), with known gradients, (N, V), and gradients of parameters from all rows together."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grads: tuple[Tensor, ...], *inputs: Tensor) -> Tensor:
@@ -244,9 +244,9 @@ class _Shares(torch.autograd.Function):
 
 
 class Whole(Unreduced):
-    """A loss whose reduction is not known: its value times the number of rows, its gradient that of the batch."""
+    """A loss with an unknown reduction: its value times the number of rows, with the gradient of the batch."""
 
-    ratio: float | None = None  # of its gradient that a row keeps as every row is shown twice
+    ratio: float | None = None  # share of a row's gradient left when all rows are passed twice
 
     def rows(self, tokens: Tokens, weight: Tensor | None = None) -> Any:
         """Equal shares of the sum, (N,), times the weights."""
@@ -271,10 +271,10 @@ class Whole(Unreduced):
 
 
 def whole(variant: V) -> V:
-    """A loss whose reduction is not known, as a variant that leaves its value as it is, times the number of rows.
+    """A variant with an unknown reduction, whose value is that of the loss times the number of rows.
 
-    What it divides by is not undone, so that its gradient is that of the batch. A loss whose gradient stays about the same as
-    every row is shown twice is a sum already.
+    Its division is not undone, so that its gradient is that of the batch. A loss whose gradient changes little when all rows
+    are passed twice is a sum already, and is not multiplied.
     """
     made = replace(variant)
     made.__dict__["unreduced"] = Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)

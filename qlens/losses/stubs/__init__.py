@@ -1,5 +1,5 @@
-"""Stubs: what stands in for a model, a Trainer or a module where a loss wants one.
+"""Stubs for the model, the Trainer or the module that a loss takes.
 
 Read ``stub_model`` (a model whose logits are the tokens'), ``trainers`` (compute_loss of a Trainer's class) and
-``holders`` (objects that hold the model that they train).
+``holders`` (objects that hold the model they train).
 """

@@ -1,4 +1,4 @@
-"""Holders: losses that are classes or objects, built, and called with a model where they hold the one they train."""
+"""Losses that are classes or objects: their instances, and calls with another model in place of the one they hold."""
 
 import functools
 import inspect
@@ -15,18 +15,18 @@ from qlens.losses.user_code import blamed, first_line
 
 WAITING = (inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 STEPS = ("batch_idx", "batch_index", "batch_nb", "step", "global_step", "dataloader_idx")
-"""Parameters of a training step that count batches; they are given 0."""
+"""Parameters of a training step that count batches; they are passed 0."""
 
 
 def entry_of(thing: Any) -> Callable:
-    """What is called to compute the loss: compute_loss or training_step of an object that has one, else the object."""
+    """The function that computes the loss: compute_loss or training_step of an object that has one, else the object."""
     if inspect.isroutine(thing):
         return thing
     return getattr(thing, "compute_loss", None) or getattr(thing, "training_step", None) or thing
 
 
 def with_model(entry: Callable) -> Callable:
-    """The same function, or f(model, ...) where it runs the model that its own object holds: that is replaced at every call.
+    """The same function, or f(model, ...) if it runs a model that its object holds, which is replaced at every call.
 
     Raises:
         InputError: it is a coroutine or a generator; or it takes a batch alone, as a training step, and its object holds no
@@ -60,9 +60,9 @@ def with_model(entry: Callable) -> Callable:
 
 
 def _held(owner: Any, step: bool) -> list[str]:
-    """The attributes that hold a model, by their names.
+    """The names of the attributes that hold the student.
 
-    A training step always runs a model: it may be None until training, or the only causal model under a name of its own.
+    The model of a training step may be None until training, or the only causal model under an unknown name.
     """
     own = {**getattr(owner, "__dict__", {}), **getattr(owner, "_modules", {})}
     students = {name: value for name, value in own.items() if ROLE.get(name.lower()) == "model"}
@@ -95,7 +95,7 @@ def _on_model(entry: Callable, owner: Any, held: list[str], params: list[inspect
 
 
 def _model_arguments(loss: type) -> dict[str, Any]:
-    """A model for every parameter that asks for one, to build an object around."""
+    """A stub model for every parameter of a class that takes a model."""
     try:
         params = inspect.signature(loss).parameters.values()
     except (TypeError, ValueError):
@@ -109,12 +109,16 @@ def _model_arguments(loss: type) -> dict[str, Any]:
 
 
 def is_trainer(loss: type) -> bool:
-    """Whether a class is a Trainer of transformers, which is built from a model and arguments of its own."""
+    """Whether a class is a Trainer of transformers."""
     return any(base.__name__ == "Trainer" and base.__module__.startswith("transformers") for base in loss.__mro__)
 
 
 def built(loss: type) -> Callable:
-    """An instance of a loss class; arguments without default are None where that is all it takes."""
+    """An instance of a loss class, with None for the arguments without a default.
+
+    Raises:
+        InputError: it cannot be built so, or an instance cannot be called.
+    """
     try:
         wanted = [p.name for p in inspect.signature(loss).parameters.values() if _bare(p)]
     except (ValueError, TypeError):

@@ -1,4 +1,4 @@
-"""A stub model whose logits are a free table: its gradient is the logit gradient of any loss that wants a whole model."""
+"""A stub model whose logits are a free table, for the logit gradient of losses that take a whole model."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from qlens.core.errors import InputError
 from qlens.losses.leaves import StubParameter
 
-WIDEST = 2**29  # bytes that an identity may take
+WIDEST = 2**29  # bytes of the largest identity matrix
 
 
 class StubConfig(PretrainedConfig):
@@ -22,11 +22,11 @@ class StubConfig(PretrainedConfig):
 
 
 class StubDecoder(nn.Module):
-    """Hands out a table of hidden states, (B, T, V), for the token ids that stand for it.
+    """A decoder that returns a table of hidden states.
 
     Args:
-        table: the hidden states.
-        ids: the token ids of the texts, (B, T); texts shown in another number, order or length are known by them.
+        table: the hidden states, (B, T, V).
+        ids: token ids of the texts, (B, T), by which texts in another number, order or length are recognised.
     """
 
     def __init__(self, table: Tensor, ids: Tensor | None = None):
@@ -37,7 +37,7 @@ class StubDecoder(nn.Module):
         """The table.
 
         Raises:
-            InputError: it is shown texts that it does not know.
+            InputError: its input holds unknown texts.
         """
         return BaseModelOutputWithPast(last_hidden_state=self._shown(input_ids))  # pyright: ignore[reportArgumentType]
 
@@ -55,7 +55,7 @@ class StubDecoder(nn.Module):
 
 
 class IdentityHead(nn.Linear):
-    """A linear head whose weight is ``scale`` times the identity, (V, V): built only where somebody reads it."""
+    """A linear head whose weight is ``scale`` times the identity, (V, V), built only when it is read."""
 
     def __init__(self, size: int, like: Tensor, scale: float = 1.0):
         nn.Module.__init__(self)
@@ -123,10 +123,10 @@ class StubModel(PreTrainedModel):
 
     @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model is the one before training, as a PEFT model without its adapter: its logits are the reference's.
+        """A context in which the logits are the reference's, as those of a PEFT model without its adapter.
 
         Raises:
-            InputError: the tokens hold no logits of a reference.
+            InputError: the tokens have no reference.
         """
         self.adapted = False
         try:

@@ -1,4 +1,4 @@
-"""Trainers: compute_loss of a Trainer's class, built around a stub model, the tokens' teacher in the place of its teacher."""
+"""compute_loss of a Trainer's class, built around a stub model, with the tokens' models in place of its other models."""
 
 import functools
 import inspect
@@ -20,15 +20,15 @@ TEACHERS = {
     "teacher_model": "teacher", "teacher": "teacher", "ref_model": "reference", "reference_model": "reference",
     "base_model": "reference", "anchor_model": "reference", "old_model": "old", "ema_model": "old",
 }  # fmt: skip
-"""Arguments of a Trainer that take another model, and the field of Tokens that its logits are."""
+"""Arguments of a Trainer that take another model, and the field of Tokens with its logits."""
 
 
 class Companion(nn.Module):
-    """Another model than the student: its logits on the student's texts are a field of the tokens.
+    """A model whose logits on the student's texts are a field of the tokens.
 
     Args:
-        field: teacher, reference or old.
-        logits: these, (B, T, V); by default those that its student says.
+        field: "teacher", "reference" or "old".
+        logits: its logits, (B, T, V); by default taken from the student, a ``StubModel``.
     """
 
     def __init__(self, field: str, logits: Tensor | None = None):
@@ -49,7 +49,7 @@ def trained_by(trainer: type) -> Callable:
     """compute_loss of a Trainer's class, built around a stub model.
 
     Raises:
-        InputError: it cannot be built from a model, arguments and another model; the line that gives the rest is named.
+        InputError: it cannot be built from a model, arguments and another model; the message names the line to write.
     """
     companions: dict[str, Companion] = {}
     with tempfile.TemporaryDirectory() as folder, quiet():

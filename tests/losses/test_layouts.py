@@ -283,3 +283,22 @@ def decoupled_ppo(logprobs, proximal_logprobs, old_logprobs, advantages, loss_ma
 def test_proximal_log_probs_are_log_probs():
     style = style_of(decoupled_ppo, {}, probes())
     assert (style.shape, style.fields) == ("rows", "labels")
+
+
+def test_a_refused_loss_is_not_tried_in_every_layout_again():
+    class Counted(dict):
+        """A counter that replayed calls do not reset: a subclass of dict is no state of the loss."""
+
+    calls = Counted(number=0)
+
+    def output_tensor_loss(loss_mask, output_tensor):
+        calls["number"] += 1
+        return (output_tensor.float().view(-1) * loss_mask.view(-1)).sum()
+
+    numbers = []
+    for vocabulary in (V, V + 5):
+        before = calls["number"]
+        with pytest.raises(qlens.InputError):
+            style_of(output_tensor_loss, {}, random_tokens(12, vocabulary))
+        numbers.append(calls["number"] - before)
+    assert 0 < numbers[1] < numbers[0] / 5, numbers
