@@ -3,6 +3,11 @@
 Read ``setting`` (the numbers that define an environment), ``language`` (problems, solutions and their verifier),
 ``models`` (tiny Llamas), ``environment`` (base model, imperfect teacher, noisy demonstrations; built on first use) and
 ``cache`` (where they are stored). ``progress`` reports long work.
+
+Example:
+    >>> import qlens
+    >>> sorted(qlens.lab.SETTINGS)
+    ['clean-labels', 'poor-teacher', 'strong-prior', 'weak-prior', 'wrong-prior']
 """
 
 from qlens.core.deprecation import renamed_attributes
