@@ -43,7 +43,11 @@ __all__ = [
     "fused_loss",
     "get",
     "implied_target",
+    "lab",
     "names",
+    "plot_plane",
+    "plot_text",
+    "plot_token",
     "probes",
     "register",
     "view",
@@ -56,6 +60,9 @@ _LAZY = {
     "check_variant": "qlens.testing",
     "compare": "qlens.analysis.compare",
     "distances": "qlens.lens.equivalences",
+    "plot_plane": "qlens.analysis.plots.variant_figures",
+    "plot_text": "qlens.analysis.plots.variant_figures",
+    "plot_token": "qlens.analysis.plots.variant_figures",
     "view": "qlens.analysis.token_view.token_view",
 }
 
@@ -67,6 +74,8 @@ def __getattr__(name: str) -> Any:
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
+    if name == "lab":
+        return importlib.import_module("qlens.lab")
     raise AttributeError(f"module 'qlens' has no attribute {name!r}")
 
 

@@ -1,4 +1,4 @@
-"""The methods, a file each in the folder of its family: every file registers its method, and nothing else needs editing."""
+"""The methods: one file each, in the folder of its family. Every file registers its method at import."""
 
 import importlib
 import pkgutil

@@ -1,21 +1,21 @@
-"""The ways that the engine is measured beside: bare matrix products, the plain path and other ways to save memory.
+"""Baselines of the engine benchmark: bare matrix products, the plain path and other memory-saving implementations.
 
-Each works on the same inputs, with preallocated gradients of hidden states and head. As a program this module is one case,
-in a process of its own: it warms up, then takes a turn for every line that it is sent, and tells its peak at the end.
+All work on the same inputs, with preallocated gradients of hidden states and head. As a program, this module is one case in
+its own process: it times one run per line of stdin, and prints its peak memory at the end.
 """
 
 import json
 import os
 import resource
 import sys
-import time
+import timeit
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from qlens.core.tokens import Tokens
 from qlens.engine.fused import fused_loss
@@ -40,7 +40,7 @@ class Inputs:
 
 
 def products(x: Inputs, method: str) -> Callable[[], None]:
-    """The matrix products alone, into preallocated buffers: the limit."""
+    """The matrix products alone, into preallocated buffers: a lower bound."""
     z = torch.empty(len(x.labels), len(x.head))
 
     @torch.no_grad()
@@ -55,7 +55,7 @@ def products(x: Inputs, method: str) -> Callable[[], None]:
 
 
 def plain(x: Inputs, method: str) -> Callable[[], None]:
-    """Logits whole, and autograd."""
+    """All logits at once, and autograd."""
     variant, name = get(method), METHODS[method]
 
     def run() -> None:
@@ -67,7 +67,7 @@ def plain(x: Inputs, method: str) -> Callable[[], None]:
 
 
 def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
-    """Chunks of rows, each computed again on the way back."""
+    """Chunks of rows with activation checkpointing."""
     variant, name = get(method), METHODS[method]
 
     def part(hidden: Tensor, head: Tensor, rows: slice) -> Tensor:
@@ -76,9 +76,10 @@ def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
 
     def run() -> None:
         total = torch.zeros(())
-        for start in range(0, len(x.labels), CHUNK):
-            rows = slice(start, start + CHUNK)
-            total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
+        with set_checkpoint_early_stop(False):  # it ends a recomputation by an exception within the loss
+            for start in range(0, len(x.labels), CHUNK):
+                rows = slice(start, start + CHUNK)
+                total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
         (total / len(x.labels)).backward()
 
     return run
@@ -107,12 +108,12 @@ def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
     return lambda: fused_loss(method, x.hidden, x.head, x.labels, **others).backward()
 
 
-def qlens_told(x: Inputs, method: str) -> Callable[[], None]:
-    """The engine, with the comparables that a trainer logs out of the same pass."""
+def qlens_with_metrics(x: Inputs, method: str) -> Callable[[], None]:
+    """The engine, with the metrics that a trainer logs."""
     from qlens.training.metrics import MetricSums
 
     others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().add, **others).backward()
+    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().observe, **others).backward()
 
 
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {
@@ -122,36 +123,34 @@ WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {
     "torch linear_cross_entropy": torch_fused,
     "liger chunked": liger_chunked,
     "qlens": qlens_fused,
-    "qlens with comparables": qlens_told,
+    "qlens with metrics": qlens_with_metrics,
 }
 ONLY = {
     "torch linear_cross_entropy": ("sft", "label_smoothing"),
     "liger chunked": ("kd",),
-    "qlens with comparables": ("sft", "target_sft"),
+    "qlens with metrics": ("sft", "target_sft"),
 }
-"""Methods of the ways that do not serve all."""
+"""Methods of baselines that do not support all."""
 
 
 def case(way: str, method: str, shape: tuple[int, int, int], threads: int) -> None:
-    """One case: a line of seconds for every line read, the first to warm up, then the peak above inputs and gradients, in MiB.
+    """Run one case: print seconds for every line read, then the peak memory above inputs and gradients in MiB.
 
-    What a way loads once, its code and threads, is loaded on a small input before.
+    A run on a small input comes first, so that code and threads are loaded.
     """
     torch.set_num_threads(threads)
     WAYS[way](Inputs(8, 16, 64, other=bool(METHODS[method])), method)()
     x = Inputs(*shape, other=bool(METHODS[method]))
     before = _resident()
     run = WAYS[way](x, method)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        print(time.perf_counter() - start, flush=True)
+    for _ in sys.stdin:  # not torch's Timer: it would run two warm-ups before every single run
+        print(timeit.timeit(run, number=1), flush=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     print(max(peak, 0.0), flush=True)
 
 
 def _resident() -> float:
-    """The memory that is resident now, in MiB."""
+    """Resident memory in MiB."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 

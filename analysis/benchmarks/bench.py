@@ -1,4 +1,4 @@
-"""Benchmarks that anybody can repeat: ``python -m qlens.analysis.benchmarks step``, ``jobs``, ``lens`` or ``engine``."""
+"""Benchmarks of training steps and of parallel jobs, and the command line of all benchmarks."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ from transformers import (
 
 from qlens.analysis.benchmarks.engine import draw_engine, engine, show_engine
 from qlens.analysis.benchmarks.lens import lens, show_lens
-from qlens.analysis.compare.environments import Lab
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.jobs import Job, run_all
 from qlens.analysis.compare.recipes import Recipe
 from qlens.data.collator import collate
@@ -37,9 +37,9 @@ from qlens.training.trainer import QTrainer
 
 JOBS = 16
 THROUGHPUT = 1.6
-"""Parallel jobs on two cores have at least this many times the throughput of one process."""
-BAR = 1.1
-"""A step of QTrainer with ``sft`` may cost this many times the same step of the plain Trainer."""
+"""Lower limit for the throughput of parallel jobs on two cores, against one process."""
+LIMIT = 1.1
+"""Upper limit for the time of a step of QTrainer with ``sft``, against the plain Trainer."""
 
 CASES = {
     "4 x 128, V 8192, batch 8 x 128": (
@@ -54,61 +54,63 @@ CASES = {
 }  # fmt: skip
 
 
-class Clock(TrainerCallback):
-    """The seconds of every optimizer step, its forward and backward passes included."""
+class StepTimer(TrainerCallback):
+    """Seconds of every optimizer step, forward and backward passes included."""
 
     def __init__(self):
         self.seconds: list[float] = []
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start."""
+        """Start the clock."""
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop."""
+        """Stop the clock."""
         self.seconds.append(time.perf_counter() - self.began)
 
 
 def step(repeats: int = 9, steps: int = 8) -> list[dict[str, Any]]:
-    """Seconds per training step: the plain Trainer against QTrainer with sft, on the same model and data, interleaved.
+    """Seconds per training step of the plain Trainer and of QTrainer with sft, interleaved, on the same model and data.
 
-    Every repeat trains both, one after the other; a run's time is the median over its steps but the first two. Returns
-    one row per case: its name, each side's median over the repeats, and the median of the repeats' ratios.
+    The time of a run is the median over its steps but the first two.
+
+    Returns:
+        a row per case: its name, medians over the repeats, and the median ratio of the repeats.
     """
     rows = []
     for name, (shape, data) in CASES.items():
         seconds: dict[str, list[float]] = {"trainer": [], "qlens": []}
         for repeat in track(range(repeats), description=name):
-            for kind in sorted(seconds, reverse=repeat % 2 == 0):  # whoever goes first changes
+            for kind in sorted(seconds, reverse=repeat % 2 == 0):  # alternates the order
                 seconds[kind].append(statistics.median(_run(kind, shape, steps, **data)[2:]))
         medians = {kind: statistics.median(values) for kind, values in seconds.items()}
-        ratios = [ours / plain for ours, plain in zip(seconds["qlens"], seconds["trainer"], strict=True)]
+        ratios = [qlens / plain for qlens, plain in zip(seconds["qlens"], seconds["trainer"], strict=True)]
         rows.append({"case": name, **medians, "ratio": statistics.median(ratios)})
     return rows
 
 
 def _run(kind: str, shape: dict[str, Any], steps: int, batch: int, length: int) -> list[float]:
-    """The seconds of every step of one short training run."""
+    """Seconds of every step of one short training run."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(max_position_embeddings=length, **shape))
     ids = torch.randint(shape["vocab_size"], (batch * steps, length)).tolist()
     examples = [{"input_ids": row, "labels": row} for row in ids]  # no masked rows to drop: the worst case for qlens
-    clock = Clock()
+    timer = StepTimer()
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             folder, per_device_train_batch_size=batch, max_steps=steps, report_to=[], disable_tqdm=True,
             logging_strategy="no", save_strategy="no", use_cpu=True,
         )  # fmt: skip
-        common = dict(model=model, args=args, train_dataset=examples, callbacks=[clock], data_collator=collate)
+        common = dict(model=model, args=args, train_dataset=examples, callbacks=[timer], data_collator=collate)
         trainer = Trainer(**common) if kind == "trainer" else QTrainer(variant="sft", **common)
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return clock.seconds
+    return timer.seconds
 
 
 def show_step(rows: list[dict[str, Any]]) -> None:
     """Print the step benchmark as a table."""
-    table = Table(title="milliseconds per training step (medians)", caption=f"bar: ratio at most {BAR}")
+    table = Table(title="milliseconds per training step (medians)", caption=f"limit: ratio at most {LIMIT}")
     for column in ("case", "Trainer", "QTrainer sft", "ratio"):
         table.add_column(column, justify="left" if column == "case" else "right", no_wrap=True)
     for row in rows:
@@ -118,27 +120,27 @@ def show_step(rows: list[dict[str, Any]]) -> None:
 
 
 def jobs(repeats: int) -> list[dict[str, Any]]:
-    """Seconds for the same jobs of a comparison, one after the other in this process and in parallel ones.
+    """Seconds for the jobs of a comparison in one process and in parallel ones, interleaved; worker start-up counts.
 
-    Every repeat runs both, one after the other; the workers' start counts. One row: processes, each side's median over
-    the repeats, and the median of the repeats' ratios, which is how many times the throughput of one process it is.
+    Returns:
+        one row: the number of processes, medians over the repeats, and the median ratio (the gain in throughput).
     """
     setting, processes = SETTINGS["strong-prior"], cpu_count()
     build([setting])
-    rates: dict[str, Any] = {"source": Lab(setting), "learning_rate": 3e-3, "reads": False}
+    rates: dict[str, Any] = {"source": LabSource(setting), "learning_rate": 3e-3, "reads": False}
     seconds: dict[int, list[float]] = {1: [], processes: []}
     for repeat in range(repeats):
         for number in sorted(seconds, reverse=repeat % 2 == 1):
             with tempfile.TemporaryDirectory() as folder:
-                todo = [
+                jobs = [
                     Job(folder=Path(folder), method=name, recipe=Recipe(get(name)), seed=seed, **rates)
                     for seed in range(JOBS // 2)
                     for name in ("sft", "target_sft")
                 ]
                 began = time.perf_counter()
-                run_all(todo, number, True, f"{number} process{'es' * (number > 1)}")
+                run_all(jobs, number, True, f"{number} process{'es' * (number > 1)}")
                 seconds[number].append(time.perf_counter() - began)
-                if missing := [job.name for job in todo if job.finished() is None]:
+                if missing := [job.name for job in jobs if job.finished() is None]:
                     raise RuntimeError(f"{len(missing)} jobs failed, {missing[0]} among them")
             get_reusable_executor().shutdown(wait=True)
     ratios = [alone / together for alone, together in zip(seconds[1], seconds[processes], strict=True)]
@@ -148,7 +150,7 @@ def jobs(repeats: int) -> list[dict[str, Any]]:
 
 def show_jobs(rows: list[dict[str, Any]]) -> None:
     """Print the jobs benchmark as a table."""
-    table = Table(title=f"seconds for {JOBS} jobs (medians)", caption=f"bar on 2 cores: ratio at least {THROUGHPUT}")
+    table = Table(title=f"seconds for {JOBS} jobs (medians)", caption=f"limit on 2 cores: ratio at least {THROUGHPUT}")
     for column in ("processes", "one", "all", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
@@ -162,11 +164,11 @@ BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {
     "lens": (lens, show_lens, 9),
     "engine": (engine, show_engine, 5),
 }
-"""What can be measured, by name: a function that measures, one that prints its rows, and its usual repeats."""
+"""Benchmarks by name: the measuring function, the printing one, and the usual number of repeats."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the benchmarks named on the command line."""
+    """Command line."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.benchmarks.bench", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
     parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, engine: 5, jobs: 3)")

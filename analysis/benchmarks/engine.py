@@ -1,6 +1,6 @@
-"""The engine measured: time and peak memory beside bare matrix products, the plain path and other ways to save memory.
+"""Engine benchmark: time and peak memory against bare matrix products, the plain path and other implementations.
 
-Each case runs in a process of its own; those of one method take turns, so that a slow minute of the machine is everybody's.
+Each case runs in its own process; the cases of one method are interleaved to cancel machine noise.
 """
 
 import contextlib
@@ -22,21 +22,21 @@ from qlens.analysis.benchmarks.baselines import METHODS, ONLY, WAYS
 from qlens.analysis.plots.style import DOUBLE, INK, clean, legend_below, panels
 
 N, H, V = 2048, 512, 65_536
-BARS = {"": (1.10, 0.80, 0.12), "other": (1.25, 0.75, 0.10)}
-"""Time against the bare products, time against the plain path and peak extra memory against it, at most."""
+LIMITS = {"": (1.10, 0.80, 0.12), "other": (1.25, 0.75, 0.10)}
+"""Upper limits: time against bare products, time and extra peak memory against the plain path."""
 RATIOS = ("to products", "to plain", "memory to plain")
 LONG = [("sft", (n, H, V)) for n in (1024, 4096, 16_384)] + [("target_sft", (8192, 1024, 151_936))]
-"""Rows for how time and memory grow, one run each: the last has to fit into ``ROOM``."""
-ROOM = 4096  # MiB
+"""Larger shapes, one run each; the last must fit into ``LIMIT``."""
+LIMIT = 4096  # MiB
 
 
 class Case:
-    """A case in its own process, where its inputs wait between its turns."""
+    """A case in its own process, which keeps its inputs between runs."""
 
     def __init__(self, way: str, method: str, shape: tuple[int, int, int]):
-        self.named: dict[str, Any] = {"method": method, "way": way, "shape": shape}
-        told = json.dumps(self.named | {"threads": torch.get_num_threads()})
-        command = [sys.executable, "-m", "qlens.analysis.benchmarks.baselines", told]
+        self.key: dict[str, Any] = {"method": method, "way": way, "shape": shape}
+        arguments = json.dumps(self.key | {"threads": torch.get_num_threads()})
+        command = [sys.executable, "-m", "qlens.analysis.benchmarks.baselines", arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
 
@@ -44,7 +44,7 @@ class Case:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        """End a process that is still there: another case, or this one, has failed."""
+        """Kill a process that still runs, after a failed case."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.communicate()
@@ -52,47 +52,45 @@ class Case:
     def turn(self) -> float:
         """Seconds of one run."""
         assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and what is told says how
+        with contextlib.suppress(BrokenPipeError):  # the process has ended; _read reports its status
             self.process.stdin.write("\n")
             self.process.stdin.flush()
-        return self._told()
+        return self._read()
 
     def measure(self) -> None:
-        """One run that counts."""
+        """Record one run."""
         self.seconds.append(self.turn())
 
     def row(self) -> dict[str, Any]:
-        """The median of the seconds and the peak, in MiB; ends the process."""
-        told, _ = self.process.communicate()
-        return self.named | {"seconds": statistics.median(self.seconds), "peak": float(told), "turns": self.seconds}
+        """Median seconds and peak MiB; ends the process."""
+        output, _ = self.process.communicate()
+        return self.key | {"seconds": statistics.median(self.seconds), "peak": float(output), "turns": self.seconds}
 
-    def _told(self) -> float:
+    def _read(self) -> float:
         assert self.process.stdout
         if line := self.process.stdout.readline():
             return float(line)
         self.process.communicate()
-        raise RuntimeError(
-            f"{self.named['way']} for {self.named['method']} ended with status {self.process.returncode}"
-        )
+        raise RuntimeError(f"{self.key['way']} for {self.key['method']} ended with status {self.process.returncode}")
 
 
 def engine(repeats: int) -> list[dict[str, Any]]:
-    """A row per method and way, with ratios to the bare products and the plain path of the same method; then the long ones.
+    """A row per method and implementation, with ratios to bare products and plain path; then the larger shapes.
 
-    A ratio of times is the median, over the rounds, of the ratio within a round.
+    A ratio of times is the median over rounds of the ratio within a round.
     """
-    there = importlib.util.find_spec("liger_kernel") is not None
-    ways = [way for way in WAYS if there or way != "liger chunked"]
+    has_liger = importlib.util.find_spec("liger_kernel") is not None
+    ways = [way for way in WAYS if has_liger or way != "liger chunked"]
     groups = {m: [way for way in ways if m in ONLY.get(way, METHODS)] for m in METHODS}
     rows = []
-    with Progress(console=Console(stderr=True)) as progress:  # what is printed may be JSON
+    with Progress(console=Console(stderr=True)) as progress:  # stdout may be JSON
         work = progress.add_task("engine", total=sum(map(len, groups.values())) * (repeats + 1) + len(LONG))
-        for method, some in groups.items():
+        for method, implementations in groups.items():
             with contextlib.ExitStack() as stack:
-                cases = [stack.enter_context(Case(way, method, (N, H, V))) for way in some]
+                cases = [stack.enter_context(Case(way, method, (N, H, V))) for way in implementations]
                 for turn in range(repeats + 1):
                     for case in cases[:: 1 if turn % 2 else -1]:
-                        case.measure() if turn else case.turn()  # the first is to warm up
+                        case.measure() if turn else case.turn()  # the first is warm-up
                         progress.advance(work)
                 rows += _compared([case.row() for case in cases])
         for method, shape in LONG:
@@ -104,7 +102,7 @@ def engine(repeats: int) -> list[dict[str, Any]]:
 
 
 def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one method with their ratios."""
+    """Rows of one method with ratios."""
     ways = {row["way"]: row for row in rows}
     bare, plain = ways["bare products"], ways["plain path"]
     for row in rows:
@@ -115,7 +113,7 @@ def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def show_engine(rows: list[dict[str, Any]]) -> None:
-    """Print the benchmark, what misses its bar marked."""
+    """Print the benchmark; values above their limit are marked."""
     console = Console(width=None if sys.stdout.isatty() else 130)
     table = Table(title=f"N {N}, H {H}, V {V}, float32, {torch.get_num_threads()} threads; medians")
     for column in ("method", "way", "seconds", "to products", "to plain", "peak MiB", "memory to plain"):
@@ -123,14 +121,14 @@ def show_engine(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "to plain" not in row:
             continue
-        bars = bars_of(row["method"]) if row["way"] == "qlens" else (float("inf"),) * 3
+        limits = limits_of(row["method"]) if row["way"] == "qlens" else (float("inf"),) * 3
         cells = [
-            f"{row[key]:.2f}" + (f" (bar {bar:.2f})" if row[key] > bar else "")
-            for key, bar in zip(RATIOS, bars, strict=True)
+            f"{row[key]:.2f}" + (f" (limit {limit:.2f})" if row[key] > limit else "")
+            for key, limit in zip(RATIOS, limits, strict=True)
         ]
         table.add_row(row["method"], row["way"], f"{row['seconds']:.2f}", *cells[:2], f"{row['peak']:.0f}", cells[2])
     console.print(table)
-    table = Table(title="qlens on more rows and entries; one run each", caption=f"room for the last: {ROOM} MiB")
+    table = Table(title="qlens on more rows and entries; one run each", caption=f"limit for the last: {LIMIT} MiB")
     for column in ("method", "N", "H", "V", "seconds", "peak MiB"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
@@ -139,31 +137,31 @@ def show_engine(rows: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-LOOKS: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "bare products": {"color": "0.88"},
     "per-chunk checkpoint": {"color": "0.7"},
     "torch linear_cross_entropy": {"color": "0.5"},
     "liger chunked": {"color": "0.3"},
     "qlens": {"color": "#D55E00"},
-    "qlens with comparables": {"color": "#F0C09A", "hatch": "////"},
+    "qlens with metrics": {"color": "#F0C09A", "hatch": "////"},
 }
-"""The peers in greys, the engine in colour."""
+"""Baselines in grey, the engine in colour."""
 
 
 def draw_engine(rows: list[dict[str, Any]]) -> tuple[Figure, pd.DataFrame]:
-    """Time and memory of every way, by method, as a share of the plain path; and what is drawn."""
+    """Figure of time and memory as a share of the plain path, by method; and its data."""
     frame = pd.DataFrame([row for row in rows if "to plain" in row])
     methods = list(dict.fromkeys(frame["method"]))
     figure, axes = panels(DOUBLE, 2, 2, 3.4)
     for ax, key, label in zip(axes, RATIOS[1:], ("time / plain path", "peak memory / plain path"), strict=True):
         for place, method in enumerate(methods):
-            some = frame[(frame["method"] == method) & frame["way"].isin(LOOKS)]
-            thick = 0.84 / len(LOOKS)
+            some = frame[(frame["method"] == method) & frame["way"].isin(STYLES)]
+            thick = 0.84 / len(STYLES)
             for number, (_, row) in enumerate(some.iterrows()):
                 at = place + (number - (len(some) - 1) / 2) * thick
-                ax.barh(at, row[key], thick, label=row["way"], edgecolor="white", linewidth=0.4, **LOOKS[row["way"]])
-            bar = bars_of(method)[1 if key == "to plain" else 2]
-            ax.plot([bar] * 2, [place - 0.45, place + 0.45], color=INK, lw=0.9, ls=":", label="limit set for qlens")
+                ax.barh(at, row[key], thick, label=row["way"], edgecolor="white", linewidth=0.4, **STYLES[row["way"]])
+            limit = limits_of(method)[1 if key == "to plain" else 2]
+            ax.plot([limit] * 2, [place - 0.45, place + 0.45], color=INK, lw=0.9, ls=":", label="limit set for qlens")
         ax.axvline(1, color=INK, lw=0.8)
         ax.set(xlabel=label, xlim=(0, None), ylim=(len(methods) - 0.5, -0.5))
         ax.set_yticks(range(len(methods)), methods)
@@ -171,10 +169,10 @@ def draw_engine(rows: list[dict[str, Any]]) -> tuple[Figure, pd.DataFrame]:
         ax.tick_params(axis="y", length=0)
     axes[1].set_yticklabels([])
     keys = {label: key for key, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
-    legend_below(figure, [keys[way] for way in (*LOOKS, "limit set for qlens") if way in keys])
+    legend_below(figure, [keys[way] for way in (*STYLES, "limit set for qlens") if way in keys])
     return figure, frame
 
 
-def bars_of(method: str) -> tuple[float, float, float]:
-    """What the engine has to keep for a method."""
-    return BARS["other" if METHODS[method] else ""]
+def limits_of(method: str) -> tuple[float, float, float]:
+    """Limits of the engine for a method."""
+    return LIMITS["other" if METHODS[method] else ""]

@@ -1,8 +1,8 @@
 """Compare: methods trained side by side under equal conditions.
 
-Read ``comparison`` (the main job), ``config`` (what it will do), ``environments`` (what is trained and scored on),
-``recipes`` (how each row is trained), ``jobs`` (independent runs) and ``learning_rates``; ``run_folder`` keeps one
-configuration per folder, ``evaluation`` and ``label_noise`` read the trained models.
+Read ``comparison`` (the entry), ``config`` (checked arguments), ``environments`` (models and data), ``recipes`` (how each
+row is trained), ``jobs`` (independent runs) and ``learning_rates``. ``run_folder`` binds a folder to one configuration,
+``stored_models`` saves models given as modules, ``evaluation`` and ``label_noise`` score the trained models.
 """
 
 from qlens.analysis.compare.comparison import compare

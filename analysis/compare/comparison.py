@@ -1,4 +1,4 @@
-"""The main job: train methods side by side under equal conditions, and keep what came out as a study."""
+"""Compare: train methods side by side under equal conditions; the result is a study."""
 
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.analysis.compare.config import (
     Rows,
@@ -13,12 +14,12 @@ from qlens.analysis.compare.config import (
     check_needs,
     configuration,
     lab_sources,
-    own_source,
-    portable,
+    pickle_by_value,
     seeds_of,
     settle_all,
+    user_source,
 )
-from qlens.analysis.compare.environments import Lab, Real, Source, open_ground
+from qlens.analysis.compare.environments import LabSource, Source, UserSource, open_environment
 from qlens.analysis.compare.jobs import FAILED, Job, Task, run_all, slug
 from qlens.analysis.compare.learning_rates import Choice, chosen, gathered, trials
 from qlens.analysis.compare.recipes import DEFAULT, Method, recipes
@@ -27,11 +28,12 @@ from qlens.core.errors import InputError, brief
 from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
 from qlens.lab import Setting, build, cache
+from qlens.lab.progress import stderr
 
 if TYPE_CHECKING:
-    from qlens.analysis.study.study import Study  # which reads compare's recipes and run folders
+    from qlens.analysis.study.study import Study  # which imports the recipes and run folders of this package
 
-MOST = 10**9  # steps or jobs
+LARGEST = 10**9  # steps or jobs
 
 
 @from_here()
@@ -43,8 +45,9 @@ def compare(
     steps: int | None = None,
     learning_rate: float | None = None,
     lr_grid: bool = False,
-    model: str | Path | None = None,
-    teacher: str | Path | None = None,
+    model: str | Path | PreTrainedModel | None = None,
+    teacher: str | Path | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | Path | None = None,
     device: str = "cpu",
     dtype: str = "float32",
@@ -53,39 +56,45 @@ def compare(
     jobs: int | None = None,
     progress: bool = True,
 ) -> "Study":
-    """Train methods side by side: same start, batches and steps, each at its learning rate from one grid by one rule.
+    """Train methods side by side: the same start, batches and steps, and learning rates from one grid by one rule.
 
-    In the lab, each method is trained on every setting with every seed and scored by avg@k on the test problems; its
-    rate was chosen beforehand on the validation problems, and is recorded with the lab. A method without a record is
-    trained at sft's rate, or with ``lr_grid`` at the one that the same search finds for it. With ``model`` and ``data``,
-    everything is trained on your rows at one rate; the score is then the NLL of held-out rows, per row: a diagnostic
-    (SFT's own objective), not a ranking. ``base``, the untouched start, always comes first.
+    In the lab, each method is trained on every setting with every seed and scored by avg@k on the test problems. Its
+    learning rate was chosen on the validation problems and is recorded with the lab; a method without a record is trained
+    at sft's rate, or with ``lr_grid`` at the best of the same search. With ``model`` and ``data``, everything is trained
+    on your rows at one learning rate; the score is the NLL of held-out rows, a diagnostic (SFT's own objective), not a
+    ranking. The first row, ``base``, is the starting model.
 
-    Every finished job is a file in the run folder, so that the same call goes on where it was stopped. A job that fails
-    leaves its traceback in the folder, under ``failed``; the others go on, and the same call tries it again.
+    Every finished job is a file in the run folder, so that the same call resumes an interrupted comparison. The traceback
+    of a failed job is in the folder ``failed``; other jobs continue, and the same call tries it again.
 
     Args:
         variants: Variants, specs or loss functions, names of controls, and the groups "default" and "controls"; by
             default base and six methods.
-        settings: the lab's, by name ("all": every one), or Settings of your own; not used with ``model``.
-        seeds: how many (0, 1, ...), or which; they choose batches and the samples that are scored.
-        steps: of training; by default the setting's, 100 on your own model (batches of 16).
-        learning_rate: one for all, instead of the chosen ones; on your own model 5e-5 by default, or 1e-3 below 10 M
-            parameters.
-        lr_grid: search for the rates of what is not recorded: your own losses, other parameters, other settings.
-        model, teacher: Hugging Face folders; ``data``: JSON Lines. Methods that pull toward a teacher need one.
-        device, dtype: of your own model; one job at a time on a device other than the CPU.
+        settings: settings of the lab, by name ("all": every one) or as ``Setting``; not used with ``model``.
+        seeds: their number (0, 1, ...) or the seeds; they choose batches and the samples that are scored.
+        steps: training steps; by default the setting's, 100 on your own model (batches of 16).
+        learning_rate: one for all methods, instead of the chosen ones; on your own model by default 5e-5, or 1e-3 below
+            10 M parameters.
+        lr_grid: search the learning rates that are not recorded: of your losses, other parameters, other settings.
+        model, teacher: Hugging Face folders, or transformers models, which are saved once to the cache folder. Methods
+            with a teacher need one.
+        tokenizer: of models that are not folders.
+        data: a JSON Lines file.
+        device, dtype: of your own model; on a device other than the CPU, one job runs at a time.
         out: the run folder; by default one under ./runs, named by the configuration.
-        save: whether to keep the trained models, under ``out/models``.
-        jobs: parallel processes, one thread each; by default as many as there are cores.
+        save: whether to keep the trained models, in ``out/models``.
+        jobs: parallel processes, one thread each; by default the number of cores.
         progress: whether to report on stderr.
 
-    Raises:
-        InputError: before anything runs, for whatever does not fit: unknown names, a missing teacher, unreadable models
-            or data, or a run folder of another configuration or version, or in use by another process. Afterwards, if
-            every single job failed.
+    Returns:
+        a study: ``print`` it, or use ``table()``, ``plot()``, ``to_latex()``; the run folder holds report.html.
 
-    Source: Xie et al. 2026 (arXiv 2606.11189), whose comparison of targets this repeats in small.
+    Raises:
+        InputError: before anything runs, for arguments that do not fit: unknown names, a missing teacher, unreadable
+            models or data, or a run folder of another configuration or version, or in use. Afterwards, if every job
+            failed.
+
+    Source: Xie et al. 2026 (arXiv 2606.11189), whose comparison of targets this repeats at small scale.
 
     Example:
         >>> study = qlens.compare(["sft", "dft"], settings="strong-prior", seeds=3)        # doctest: +SKIP
@@ -93,127 +102,134 @@ def compare(
     """
     for name, value in (("steps", steps), ("jobs", jobs)):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
-        if value is not None and not (whole and 1 <= value <= MOST):
-            wanted = "at least 1" if whole and value < 1 else f"a whole number from 1 to {MOST}"
+        if value is not None and not (whole and 1 <= value <= LARGEST):
+            wanted = "at least 1" if whole and value < 1 else f"a whole number from 1 to {LARGEST}"
             raise InputError(f"{name} must be {wanted}, got {brief(value)}")
     number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
     if learning_rate is not None and not (number and 0 < learning_rate < float("inf")):
         raise InputError(f"learning_rate must be positive and finite, got {brief(learning_rate)}")
-    given = None if out is None else user_path(out, "out")
+    run_folder = None if out is None else user_path(out, "out")
     rows, runs = recipes(DEFAULT if variants is None else variants), seeds_of(seeds)
     if model is None and data is None and teacher is None:
         sources = lab_sources(settings, steps)
     else:
-        sources = own_source(model, data, teacher, steps=steps, device=device, dtype=dtype)
+        sources = user_source(model, data, teacher, tokenizer, steps=steps, device=device, dtype=dtype)
     check_needs(rows, sources)
     _refuse_exits(rows)
-    portable(rows)
+    pickle_by_value(rows)
     settled = settle_all(rows, sources, learning_rate, lr_grid)
     config = configuration(rows, sources, settled, runs)
-    folder = default_folder("lab" if model is None else sources[0].name, config) if given is None else given
-    say = Console(stderr=True, quiet=not progress, highlight=False, markup=False, soft_wrap=True)
+    folder = default_folder("lab" if model is None else sources[0].name, config) if run_folder is None else run_folder
+    console = stderr(progress)
     processes = 1 if device != "cpu" else jobs
-    if any(isinstance(source, Lab) for source in sources):
+    if any(isinstance(source, LabSource) for source in sources):
         make_folder(cache.root(), "cache folder (QLENS_CACHE)")  # before anything is written elsewhere
     with claimed(folder, config):
-        _prepare(sources, progress, say)
-        tried = _search(rows, sources, settled, folder, processes, progress)
-        choices = _choices(rows, settled, tried)
-        todo = _jobs(choices, sources, runs, folder, save)
-        left = [job for job in todo if job.finished() is None]
-        for job in left:
+        _prepare(sources, progress, console)
+        searched = _search(rows, sources, settled, folder, processes, progress)
+        choices = _choices(rows, settled, searched)
+        all_jobs = _jobs(choices, sources, runs, folder, save)
+        unfinished = [job for job in all_jobs if job.finished() is None]
+        for job in unfinished:
             if damage := job.damage():
-                say.print(f"{job.path} is damaged and made again: {damage}")
-        before = f", {len(todo) - len(left)} of them finished before" if len(left) < len(todo) else ""
-        of = f"{len(sources)} x {len(rows)} methods x {len(runs)} seeds"
-        say.print(f"{len(todo)} jobs ({of}){before}; run folder {folder}")
+                console.print(f"{job.path} is damaged and computed again: {damage}")
+        finished = len(all_jobs) - len(unfinished)
+        before = f", {finished} of them finished before" if finished else ""
+        sizes = f"{len(sources)} x {len(rows)} methods x {len(runs)} seeds"
+        console.print(f"{len(all_jobs)} jobs ({sizes}){before}; run folder {folder}")
         try:
-            run_all(left, processes, progress)
+            run_all(unfinished, processes, progress)
         except KeyboardInterrupt:
-            say.print(f"Stopped. What is finished is kept in {folder}: the same call goes on from there.")
+            console.print(f"Stopped. Finished jobs are kept in {folder}: the same call continues from there.")
             raise
-        failed = _failures([*tried, *todo])
+        failed = _failures([*searched, *all_jobs])
         for line in failed:
-            say.print(f"failed: {line}")
-        noted = {"settings": {source.name: open_ground(source).noted for source in sources}, "failed": failed}
-        records = [record for job in todo if (record := job.finished())]
+            console.print(f"failed: {line}")
+        metadata = {source.name: open_environment(source).metadata for source in sources}
+        records = [record for job in all_jobs if (record := job.finished())]
         if not records:
             raise InputError(f"every job failed; the first: {failed[0]}; tracebacks are in {folder / FAILED}")
         from qlens.analysis.study.study import Study
 
+        noted = {"settings": metadata, "failed": failed}
         study = Study.from_records(config | {"noted": noted}, records, choices)
         study.save(folder)
-    say.print(f"Report: {folder / 'report.html'}")
+    console.print(f"Report: {folder / 'report.html'}")
     return study
 
 
 def _refuse_exits(rows: Rows) -> None:
-    """Call every loss of the user's once on built-in tokens: one that ends the program would end a worker, or all of this.
+    """Call every user loss once on built-in tokens: one that ends the program would end a worker.
 
-    Other errors are left to the jobs, which see the real vocabulary and write them down.
+    Other errors are left to the jobs, which see the real vocabulary and record them.
 
     Raises:
         InputError: a loss calls ``sys.exit``.
     """
-    variants = [recipe.variant for among in rows.values() for recipe in among if recipe.variant is not None]
+    variants = [recipe.variant for row in rows.values() for recipe in row if recipe.variant is not None]
     for variant in (each for each in variants if not each.method.fn.__module__.startswith("qlens.")):
         try:
             variant.loss(probes())
         except SystemExit as error:
             raise InputError(f"{variant.spec} ended the program by sys.exit({error.code!r})") from error
         except (ValueError, TypeError, RuntimeError, LookupError, ArithmeticError, AttributeError) as error:
-            if isinstance(error.__cause__, SystemExit):  # wrapped on its way
+            if isinstance(error.__cause__, SystemExit):  # already reported as InputError
                 raise
 
 
-def _prepare(sources: Sequence[Source], progress: bool, say: Console) -> None:
-    """Build the worlds, open everything once, and say what is left out."""
-    build([source.setting for source in sources if isinstance(source, Lab)], progress)
+def _prepare(sources: Sequence[Source], progress: bool, console: Console) -> None:
+    """Build the lab's environments, open all sources once, and report what is ignored or dropped."""
+    build([source.setting for source in sources if isinstance(source, LabSource)], progress)
     for source in sources:
-        noted = open_ground(source).noted
-        if matched := noted.get("vocabulary"):
-            say.print(f"{source.name}: {matched}")
-        if ignored := noted.get("ignored keys"):
-            say.print(f"{source.name}: keys that are ignored: {ignored}")
-        if dropped := noted.get("dropped"):
-            of = f"{noted['rows']} rows exceed the context of {noted['context']} tokens"
-            say.print(f"{source.name}: {dropped} of {of}: dropped")
+        metadata = open_environment(source).metadata
+        if matched := metadata.get("vocabulary"):
+            console.print(f"{source.name}: {matched}")
+        if ignored := metadata.get("ignored keys"):
+            console.print(f"{source.name}: keys that are ignored: {ignored}")
+        if dropped := metadata.get("dropped"):
+            total = f"{metadata['rows']} rows exceed the context of {metadata['context']} tokens"
+            console.print(f"{source.name}: {dropped} of {total}: dropped")
 
 
 def _search(
     rows: Rows, sources: Sequence[Source], settled: Settled, folder: Path, processes: int | None, progress: bool
 ) -> list[Any]:
-    """Run the trials that some choices wait for."""
-    places = {source.name: source for source in sources}
-    waiting = {place: found for place, found in settled.items() if not isinstance(found, Choice)}
-    tried = [
+    """Run the trials of the choices that need a search."""
+    by_name = {source.name: source for source in sources}
+    all_trials = [
         trial
-        for (setting, method), rates in waiting.items()
-        for trial in trials(places[setting], method, rows[method], rates, folder)
+        for (setting, method), rates in settled.items()
+        if not isinstance(rates, Choice)
+        for trial in trials(by_name[setting], method, rows[method], rates, folder)
     ]
-    run_all([trial for trial in tried if trial.finished() is None], processes, progress, "searching learning rates")
-    return tried
+    unfinished = [trial for trial in all_trials if trial.finished() is None]
+    run_all(unfinished, processes, progress, "searching learning rates")
+    return all_trials
 
 
-def _choices(rows: Rows, settled: Settled, tried: Sequence[Any]) -> dict[tuple[str, str], Choice]:
-    """All choices, those that waited for trials included; none where every rate failed."""
-    found = {place: choice for place, choice in settled.items() if isinstance(choice, Choice)}
-    for setting, method in (place for place in settled if place not in found):
-        mine = [trial for trial in tried if (trial.source.name, trial.method) == (setting, method)]
+def _choices(rows: Rows, settled: Settled, searched: Sequence[Any]) -> dict[tuple[str, str], Choice]:
+    """All choices in order, the searched ones included; none where every rate failed."""
+    choices = {}
+    for (setting, method), choice in settled.items():
+        if isinstance(choice, Choice):
+            choices[setting, method] = choice
+            continue
+        mine = [trial for trial in searched if (trial.source.name, trial.method) == (setting, method)]
         if scores := gathered(mine):
-            found[setting, method] = chosen(rows[method], scores, "search")
-    return {place: found[place] for place in settled if place in found}
+            choices[setting, method] = chosen(rows[method], scores, "search")
+    return choices
 
 
 def _jobs(
     choices: Mapping[tuple[str, str], Choice], sources: Sequence[Source], seeds: Sequence[int], folder: Path, save: bool
 ) -> list[Job]:
-    places, made = {source.name: source for source in sources}, []
+    """A job per seed, setting and method."""
+    by_name, jobs = {source.name: source for source in sources}, []
     for seed in seeds:
         for (setting, method), choice in choices.items():
-            source = places[setting]
-            kept = f"{slug(method)}-{seed}" if isinstance(source, Real) else f"{setting}-{slug(method)}-{seed}"
-            made.append(
+            source = by_name[setting]
+            name = f"{slug(method)}-{seed}" if isinstance(source, UserSource) else f"{setting}-{slug(method)}-{seed}"
+            jobs.append(
                 Job(
                     folder=folder,
                     source=source,
@@ -222,19 +238,19 @@ def _jobs(
                     learning_rate=choice.learning_rate,
                     seed=seed,
                     reads=seed == seeds[0],
-                    keep=folder / "models" / kept if save and choice.recipe.variant is not None else None,
+                    keep=folder / "models" / name if save and choice.recipe.variant is not None else None,
                 )
             )
-    return made
+    return jobs
 
 
 def _failures(tasks: Sequence[Task]) -> list[str]:
-    """A line for every task that failed: where its traceback is, and how that ends."""
+    """A line per failed task: its last error, and the file of its traceback."""
     lines = []
     for task in tasks:
         if task.trace.is_file():
-            last = task.trace.read_text(encoding="utf-8").strip().splitlines()[-1]
+            error = task.trace.read_text(encoding="utf-8").strip().splitlines()[-1]
             lines.append(
-                f"{task.method} in {task.source.name} at seed {task.seed}: {last} ({FAILED}/{task.trace.name})"
+                f"{task.method} in {task.source.name} at seed {task.seed}: {error} ({FAILED}/{task.trace.name})"
             )
     return lines

@@ -1,4 +1,4 @@
-"""Grounds: what a comparison trains and scores on, a world of the lab or a user's own model and data."""
+"""Environments: what a comparison trains and scores on, from the lab or from the user's model and data."""
 
 import functools
 import hashlib
@@ -25,33 +25,33 @@ from qlens.engine.models.causality import check_causal
 from qlens.lab import Problem, Setting, world
 from qlens.lab.environment import VERSION
 
-HELD_OUT, LAB_HELD_OUT = 64, 256  # rows that nothing is trained on; never more than a fifth of them
-# On a user's own model; RATE from SMALL parameters up.
+HELD_OUT, LAB_HELD_OUT = 64, 256  # rows, and never more than a fifth of all
+# defaults on a user's model; RATE from SMALL parameters up
 STEPS, BATCH, RATE, SMALL, SMALL_RATE = 100, 16, 5e-5, 10_000_000, 1e-3
 
-READ = (".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
-"""Endings of the files that models and tokenizers are read from."""
+MODEL_FILES = (".json", ".jsonl", ".safetensors", ".model", ".txt", ".jinja", ".tiktoken")
+"""Endings of the files of models and tokenizers."""
 
 Example = dict[str, list[int]]
 
 
 @dataclass(frozen=True)
-class Ground:
-    """One setting, ready: what to train on, from which start, and how to score.
+class Environment:
+    """One setting, ready for training and scoring.
 
     Args:
-        train, held: encoded examples; ``held`` are never trained on.
-        start, teacher: give a fresh model; ``teacher`` is None where there is none.
-        score, validate: of a model at a seed, one number per item, (I,); nothing is chosen by ``score``.
+        train, held_out: encoded examples; no method is trained on ``held_out``.
+        start, teacher: make a fresh model; ``teacher`` is None without one.
+        score, validate: (model, seed) -> one number per item, (I,); nothing is chosen by ``score``.
         tokenizer: of all models.
-        steps, batch_size: of every training, whatever the method.
-        learning_rate: where nobody has searched for a better one.
-        truth: of every held-out supervised token, whether its label is right, NaN where that is no question; or None.
-        noted: what a reader should know of it, in numbers and words.
+        steps, batch_size: of every training.
+        learning_rate: for methods without a searched one.
+        correct: of every held-out supervised label 1 (correct), 0 (noisy) or NaN (no fact decides); None if not known.
+        metadata: measurements and notes for the report.
     """
 
     train: Sequence[Example]
-    held: Sequence[Example]
+    held_out: Sequence[Example]
     start: Callable[[], PreTrainedModel]
     teacher: Callable[[], PreTrainedModel] | None
     score: Callable[[PreTrainedModel, int], np.ndarray]
@@ -60,32 +60,34 @@ class Ground:
     steps: int
     batch_size: int
     learning_rate: float
-    truth: np.ndarray | None
-    noted: dict[str, Any]
+    correct: np.ndarray | None
+    metadata: dict[str, Any]
 
-    def others(self, recipe: Recipe, needs: Collection[str]) -> dict[str, PreTrainedModel]:
-        """Fresh models for those of ``needs`` that there are, as the recipe wants them."""
+    def models(self, recipe: Recipe, needs: Collection[str]) -> dict[str, PreTrainedModel]:
+        """Fresh teacher and reference for a recipe, as far as they are needed and available."""
         makers = {"teacher": self.start if recipe.guide == "base" else self.teacher, "reference": self.start}
         return {name: make() for name, make in makers.items() if name in needs and make is not None}
 
     def steps_of(self, recipe: Recipe) -> int:
-        """How many steps a recipe takes; none if there is nothing to train with.
+        """Training steps of a recipe; 0 without a variant.
 
-        With equal compute, as many as pay for the teacher's forward passes too, a step of the student being worth three
-        forward passes of a model of its size, and a model's pass being in proportion to its parameters.
+        With equal compute, the steps that the teacher's forward passes would pay for: a step counts as three forward
+        passes, and a forward pass is proportional to the number of parameters.
         """
         if recipe.variant is None:
             return 0
         if not recipe.equal_compute:
             return self.steps
         if self.teacher is None:
-            raise InputError("equal compute is that of a method with a teacher, and there is none here")
+            raise InputError(
+                "sft_equal_compute needs a teacher, whose forward passes it is compared with: give teacher="
+            )
         return round(self.steps * (1 + self.teacher().num_parameters() / (3 * self.start().num_parameters())))
 
 
 @dataclass(frozen=True)
-class Lab:
-    """A world of the lab, with other steps where given; small enough to send to a worker."""
+class LabSource:
+    """A lab setting, optionally with other steps; small enough to send to a worker."""
 
     setting: Setting
     steps: int | None = None
@@ -95,54 +97,53 @@ class Lab:
 
     @property
     def name(self) -> str:
-        """The setting's."""
+        """Name of the setting."""
         return self.setting.name
 
     @property
     def metric(self) -> dict[str, str]:
-        """What is scored, and which way is up."""
+        """Name and direction of the score."""
         return {"name": f"avg@{self.setting.k}", "better": "higher", "note": ""}
 
     def identity(self) -> dict[str, Any]:
-        """Everything the results follow from, the code apart."""
+        """All inputs of the results except the code."""
         return {"lab": VERSION, **asdict(self.setting)} | ({"steps": self.steps} if self.steps else {})
 
-    def open(self, progress: bool = False) -> Ground:
-        """The world, built on first use."""
-        here, setting = world(self.setting, progress), self.setting
-        rows = [{"prompt": d.prompt, "completion": d.completion} for d in here.demonstrations]
-        held = min(LAB_HELD_OUT, len(rows) // 5)
-        examples = encode(rows, here.tokenizer, None).examples
+    def open(self, progress: bool = False) -> Environment:
+        """The environment, built on first use."""
+        lab, setting = world(self.setting, progress), self.setting
+        rows = [{"prompt": d.prompt, "completion": d.completion} for d in lab.demonstrations]
+        held_out = min(LAB_HELD_OUT, len(rows) // 5)
+        examples = encode(rows, lab.tokenizer, None).examples
 
-        judged = [each.truth for each in here.demonstrations[len(rows) - held :]]
-        truth = [
-            np.nan if right is None else float(right) for each in judged for right in (*each, None)
-        ]  # None: the end
+        judgements = [each.correct for each in lab.demonstrations[len(rows) - held_out :]]
+        end = None  # the end token of every row
+        correct = [np.nan if right is None else float(right) for row in judgements for right in (*row, end)]
 
         def scored(problems: Sequence[Problem]) -> Callable[[PreTrainedModel, int], np.ndarray]:
-            return lambda model, seed: here.score(model, problems, setting.k, seed)
+            return lambda model, seed: lab.score(model, problems, setting.k, seed)
 
-        return Ground(
-            train=examples[: len(rows) - held],
-            held=examples[len(rows) - held :],
-            start=here.base,
-            teacher=here.teacher,
-            score=scored(here.test),
-            validate=scored(here.validation),
-            tokenizer=here.tokenizer,
+        return Environment(
+            train=examples[: len(rows) - held_out],
+            held_out=examples[len(rows) - held_out :],
+            start=lab.base,
+            teacher=lab.teacher,
+            score=scored(lab.test),
+            validate=scored(lab.validation),
+            tokenizer=lab.tokenizer,
             steps=self.steps or setting.steps,
             batch_size=setting.batch_size,
             learning_rate=setting.learning_rate,
-            truth=np.array(truth),
-            noted={name: round(value, 4) for name, value in here.measured.items()},
+            correct=np.array(correct),
+            metadata={name: round(value, 4) for name, value in lab.measured.items()},
         )
 
 
 @dataclass(frozen=True)
-class Real:
-    """A user's own model, teacher and data; small enough to send to a worker.
+class UserSource:
+    """The user's model, teacher and data; small enough to send to a worker.
 
-    Relative paths begin at ``folder``, in whatever process they are read.
+    Relative paths begin at ``folder``, in every process.
     """
 
     model: str
@@ -155,55 +156,55 @@ class Real:
     folder: str = ""
 
     @classmethod
-    def of(cls, model: str, data: str, teacher: str | None, **given: Any) -> "Real":
-        """With digests of the files as they are now, so that no process mistakes new ones for those it has read."""
+    def of(cls, model: str, data: str, teacher: str | None, **options: Any) -> "UserSource":
+        """A source with the present digests of its files, so that no process reads changed ones."""
         files = {file: digest(file) for path in (model, data, teacher) if path for file in _files(path)}
-        found = tuple((str(shown_path(file)), each) for file, each in files.items())
-        return cls(model, data, teacher, files=found, folder=str(here()), **given)
+        digests = tuple((str(shown_path(file)), value) for file, value in files.items())
+        return cls(model, data, teacher, files=digests, folder=str(here()), **options)
 
     @property
     def has_teacher(self) -> bool:
-        """Whether one was given."""
+        """Whether there is a teacher."""
         return self.teacher is not None
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that the data carry."""
-        return tuple(name for name in COLUMNS if name in open_ground(self).train[0])
+        """Per-token columns of the data."""
+        return tuple(name for name in COLUMNS if name in open_environment(self).train[0])
 
     @property
     def name(self) -> str:
-        """The data file's."""
+        """Name of the data file."""
         return Path(self.data).stem
 
     @property
     def metric(self) -> dict[str, str]:
-        """What is scored, and which way is up."""
+        """Name and direction of the score."""
         note = "held-out NLL is a diagnostic, not a ranking: it is SFT's own objective"
         return {"name": "held-out NLL", "better": "lower", "note": note}
 
     def identity(self) -> dict[str, Any]:
-        """Everything the results follow from, the code and the contents of the files apart."""
-        ground = open_ground(self)
-        resolved = {"steps": ground.steps, "batch_size": ground.batch_size}
+        """All inputs of the results except the code and the contents of the files."""
+        environment = open_environment(self)
+        resolved = {"steps": environment.steps, "batch_size": environment.batch_size}
         own = {name: value for name, value in asdict(self).items() if name not in ("files", "folder")}
-        return {**own, **resolved, "held_out": len(ground.held)}
+        return {**own, **resolved, "held_out": len(environment.held_out)}
 
-    def open(self, progress: bool = False) -> Ground:
-        """Models checked against each other, rows encoded and split; ``progress`` is not needed here.
+    def open(self, progress: bool = False) -> Environment:
+        """The environment: models checked against each other, rows encoded and split.
 
         Raises:
-            InputError: anything that cannot be read, does not fit together, or leaves too few rows.
+            InputError: unreadable files, models that do not fit together, or fewer than two rows.
         """
         with from_here(self.folder):
             rows, tokenizer = read_rows(self.data), loading.load_tokenizer(self.model)
-            its = None if self.teacher is None else loading.load_tokenizer(self.teacher)
+            teacher_tokenizer = None if self.teacher is None else loading.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""
-        if self.teacher is not None and its is not None:
-            compatibility.check_same_tokenizer(tokenizer, its)
+        if self.teacher is not None and teacher_tokenizer is not None:
+            compatibility.check_same_tokenizer(tokenizer, teacher_tokenizer)
             models["teacher"] = self._load(self.teacher)
             width = compatibility.vocabulary_size(models["model"])
-            matched = match_vocabulary(width, models["teacher"], "teacher", tokenizer, its)
+            matched = match_vocabulary(width, models["teacher"], "teacher", tokenizer, teacher_tokenizer)
         limit = compatibility.shortest_context(*models.values())
         encoded = encode(rows, tokenizer, limit)
         size = compatibility.vocabulary_size(models["model"])
@@ -218,31 +219,31 @@ class Real:
                 model, {"input_ids": torch.tensor([encoded.examples[0]["input_ids"]], device=model.device)}, name
             )
         ignored = ignored_keys(rows)
-        train, held = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
+        train, held_out = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
         parameters = models["model"].num_parameters()
-        noted = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
-        return Ground(
+        metadata = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
+        return Environment(
             train=train,
-            held=held,
+            held_out=held_out,
             start=functools.partial(self._load, self.model),
             teacher=functools.partial(self._load_teacher, compatibility.vocabulary_size(models["model"]), tokenizer)
             if self.teacher is not None
             else None,
-            score=lambda model, seed: row_nll(model, held),
-            validate=lambda model, seed: row_nll(model, held),
+            score=lambda model, seed: row_nll(model, held_out),
+            validate=lambda model, seed: row_nll(model, held_out),
             tokenizer=tokenizer,
             steps=self.steps or STEPS,
             batch_size=BATCH,
             learning_rate=SMALL_RATE if parameters < SMALL else RATE,
-            truth=None,
-            noted=noted
-            | {"held out": len(held), "parameters": parameters}
+            correct=None,
+            metadata=metadata
+            | {"held out": len(held_out), "parameters": parameters}
             | ({"ignored keys": ", ".join(ignored)} if ignored else {})
             | ({"vocabulary": matched} if matched else {}),
         )
 
     def _load_teacher(self, width: int, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The teacher, its logits as wide as the model's."""
+        """The teacher, with the vocabulary size of the model."""
         assert self.teacher is not None
         teacher = self._load(self.teacher)
         match_vocabulary(width, teacher, "teacher", tokenizer, tokenizer)
@@ -253,23 +254,23 @@ class Real:
             return loading.load_model(path, self.device, self.dtype)
 
 
-Source = Lab | Real
+Source = LabSource | UserSource
 
 
 @functools.lru_cache(maxsize=8)  # more than there are settings, which jobs take in turns
-def open_ground(source: Source) -> Ground:
-    """A source's ground, opened once per process."""
+def open_environment(source: Source) -> Environment:
+    """A source's environment, opened once per process."""
     return source.open()
 
 
 def _files(path: str) -> list[Path]:
-    """A file, or what a model or a tokenizer is read from in a folder."""
+    """A file, or the files of a model and its tokenizer in a folder."""
     place = user_path(path, "path")
-    return [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in READ and p.is_file())
+    return [place] if place.is_file() else sorted(p for p in place.glob("*") if p.suffix in MODEL_FILES and p.is_file())
 
 
 def digest(file: Path) -> str:
-    """A digest of a file's whole content; read once per process and state (size and time) of the file.
+    """A digest of a file's content; computed once per process, size and time of the file.
 
     Raises:
         InputError: the file cannot be read.

@@ -1,4 +1,4 @@
-"""What a method and a trained model are like on held-out tokens: diagnostics, trust against p_y, targets at one token."""
+"""Evaluation on held-out tokens: diagnostics, scores of labels, label weights and targets of a method."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.analysis.compare.label_noise import auroc, calibration
+from qlens.analysis.token_view.token_text import TokenText
 from qlens.core.numerics import expectation
 from qlens.core.segments import Groups
 from qlens.core.tokens import Tokens
@@ -17,49 +18,63 @@ from qlens.data.compatibility import vocabulary_size
 from qlens.data.from_text import token_batches
 from qlens.registry import Variant
 
-ENTRIES = 20_000_000  # logits held at a time
-GRID = 60  # tokens of the figure of trust
-DOUBTED = 0.1  # the p_y of the token whose targets are shown
-CANDIDATES = 6
+ENTRIES = 20_000_000  # logits in memory at a time
+GRID = 60  # tokens in the figure of label weights
+SHOWN_P_Y = 0.1  # p_y of the token whose targets are shown
+CANDIDATES = 6  # entries shown of its targets
+SMALLEST = 0.01  # probability of an entry that is shown
 
 Examples = Sequence[Mapping[str, Sequence[int]]]
 
 
-def held_tokens(
-    model: PreTrainedModel, examples: Examples, variant: Variant | None = None, **others: PreTrainedModel
+def held_out_tokens(
+    model: PreTrainedModel, examples: Examples, variant: Variant | None = None, **models: PreTrainedModel
 ) -> Iterator[Tokens]:
-    """Tokens at all supervised positions, some whole examples at a time; ``others`` fill the fields of those names."""
+    """Batches of tokens at all supervised positions, whole examples each.
+
+    Args:
+        model: the student.
+        examples: encoded rows.
+        variant: whose needed fields are filled.
+        models: other models by the name of their field ("teacher", "reference").
+    """
     needs = () if variant is None else variant.needs
     longest = max(len(example["input_ids"]) for example in examples)
-    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), needs, **others)
+    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), needs, **models)
 
 
 def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I"]:
-    """The mean NLL per supervised token of every example, in nats."""
+    """Mean NLL per supervised token of every example, in nats."""
     means = []
-    for tokens in held_tokens(model, examples):
+    for tokens in held_out_tokens(model, examples):
         assert tokens.sequence is not None
         means.append(Groups(tokens.sequence).mean(-tokens.label_log_probs))
     return torch.cat(means).double().cpu().numpy()
 
 
 def diagnostics(
-    model: PreTrainedModel, variant: Variant | None, examples: Examples, **others: PreTrainedModel
+    model: PreTrainedModel, variant: Variant | None, examples: Examples, **models: PreTrainedModel
 ) -> dict[str, float | None]:
-    """Means over held-out tokens of a trained model, in nats; the last two are None without a variant.
+    """Means over held-out tokens of a trained model, in nats.
 
-    ``nll``: -log p_y. ``entropy``: H(p). ``kl_start``: KL(start || p), where the start is the ``reference`` among the
-    others. ``negative_mass``: what Q has below zero. ``trust``: the effective trust, each token with the weight 1 - p_y,
-    sum(-g_y) / sum(1 - p_y): how hard the labels are pulled as a share of SFT's pull. (Its plain mean says little: where
-    a target does not end at the label, the trust of a token whose p_y is nearly 1 is as large as you like.)
+    Args:
+        model: the trained model.
+        variant: what it was trained with; None for the starting model.
+        examples: encoded rows.
+        models: "reference", the starting model, and the teacher of the variant.
+
+    Returns:
+        ``nll``: -log p_y; ``entropy``: H(p); ``kl_start``: KL(reference || p); ``negative_mass`` of Q; ``label_weight``:
+        sum(-g_y) / sum(1 - p_y), the gradient on the labels as a share of SFT's. (The mean of -g_y / (1 - p_y) over tokens is
+        unbounded where p_y is near 1 and Q_y is not.) The last two are None without a variant.
     """
     sums: dict[str, list[Tensor]] = {name: [] for name in ("nll", "entropy", "kl_start", "pull", "negative_mass")}
-    room: list[Tensor] = []  # what SFT would pull by
-    for tokens in held_tokens(model, examples, variant, **others):
-        started = tokens.log_probs_of("reference")
+    room: list[Tensor] = []  # the label gradient of SFT
+    for tokens in held_out_tokens(model, examples, variant, **models):
+        start = tokens.log_probs_of("reference")
         sums["nll"].append(-tokens.label_log_probs)
         sums["entropy"].append(-expectation(tokens.probs, tokens.log_probs))
-        sums["kl_start"].append(expectation(started.exp(), started - tokens.log_probs))
+        sums["kl_start"].append(expectation(start.exp(), start - tokens.log_probs))
         if variant is not None:
             target = variant.target(tokens).at("unit")
             sums["pull"].append(target.pull)
@@ -67,46 +82,53 @@ def diagnostics(
             sums["negative_mass"].append(target.negative_mass)
     means = {name: torch.cat(rows).double().mean().item() if rows else None for name, rows in sums.items()}
     pull = means.pop("pull")
-    return means | {"trust": None if pull is None else pull / torch.cat(room).double().mean().item()}
+    return means | {"label_weight": None if pull is None else pull / torch.cat(room).double().mean().item()}
 
 
-def beliefs(
-    model: PreTrainedModel, variant: Variant, examples: Examples, **others: PreTrainedModel
+def label_scores(
+    model: PreTrainedModel, variant: Variant, examples: Examples, **models: PreTrainedModel
 ) -> dict[str, Float[np.ndarray, " N"]]:
-    """Of every supervised token: ``p``, what the model gives the label; ``Q``, what the target (at unit scale) gives it.
+    """Three scores of every supervised label, rounded to six significant digits, so that rounding makes no order.
 
-    ``trust``: the label's coefficient in the method's own construction; NaN for a loss whose construction is not known.
-    All to six significant digits: what differs by rounding alone is the same belief.
+    Returns:
+        ``p``: p_y; ``Q``: Q_y at unit scale; ``trust``: the label's coefficient in the method's own construction of Q,
+        NaN for a loss without one.
     """
-    found: dict[str, list[Tensor]] = {"p": [], "Q": [], "trust": []}
-    for tokens in held_tokens(model, examples, variant, **others):
+    parts: dict[str, list[Tensor]] = {"p": [], "Q": [], "trust": []}
+    for tokens in held_out_tokens(model, examples, variant, **models):
         target = variant.target(tokens)
         trust = torch.full_like(target.trust, torch.nan) if variant.derived else target.trust
         for name, values in (("p", tokens.label_probs), ("Q", tokens.gather(target.at("unit").q)), ("trust", trust)):
-            found[name].append(values)
-    parts = {name: np.frexp(torch.cat(values).double().cpu().numpy()) for name, values in found.items()}
-    return {name: np.ldexp(mantissa.round(6), exponent) for name, (mantissa, exponent) in parts.items()}
+            parts[name].append(values)
+    exact = {name: np.frexp(torch.cat(values).double().cpu().numpy()) for name, values in parts.items()}
+    return {name: np.ldexp(mantissa.round(6), exponent) for name, (mantissa, exponent) in exact.items()}
 
 
 def separation(
     model: PreTrainedModel,
     variant: Variant,
     examples: Examples,
-    truth: Float[np.ndarray, " N"],
+    correct: Float[np.ndarray, " N"],
     when: str,
-    **others: PreTrainedModel,
+    **models: PreTrainedModel,
 ) -> list[dict[str, Any]]:
-    """How well beliefs tell good labels from noisy ones: an AUROC per belief, over judged labels and over all.
+    """AUROCs of the label scores, correct labels against noisy ones.
 
-    Judged are the labels whose truth is known to be one or the other; among ``all``, the rest counts as good. A belief
-    that is not finite at some token leaves it out.
+    Args:
+        model, variant, examples, models: as for ``label_scores``.
+        correct: of every supervised label 1 (correct), 0 (noisy) or NaN (no fact decides).
+        when: "start" or "end" of training.
+
+    Returns:
+        a row per score, over the judged labels and over all (NaN counts as correct). Labels whose score is not finite are
+        left out.
     """
     rows = []
-    for belief, values in beliefs(model, variant, examples, **others).items():
-        for labels, kept in (("judged", ~np.isnan(truth)), ("all", np.ones_like(truth, dtype=bool))):
-            kept &= np.isfinite(values)
-            good = truth[kept] != 0
-            row = {"when": when, "belief": belief, "labels": labels, "auroc": auroc(values[kept], good)}
+    for score, values in label_scores(model, variant, examples, **models).items():
+        for labels, mask in (("judged", ~np.isnan(correct)), ("all", np.ones_like(correct, dtype=bool))):
+            mask &= np.isfinite(values)
+            good = correct[mask] != 0
+            row = {"when": when, "belief": score, "labels": labels, "auroc": auroc(values[mask], good)}
             rows.append(row | {"good": int(good.sum()), "noisy": int((~good).sum())})
     return rows
 
@@ -115,50 +137,55 @@ def reading(
     start: PreTrainedModel,
     variant: Variant,
     examples: Examples,
-    truth: Float[np.ndarray, " N"] | None,
+    correct: Float[np.ndarray, " N"] | None,
     tokenizer: PreTrainedTokenizerBase,
     teacher: PreTrainedModel | None,
-    others: Mapping[str, PreTrainedModel],
+    models: Mapping[str, PreTrainedModel],
 ) -> dict[str, Any]:
-    """A method's trust and targets on the starting model's held-out tokens, the same tokens for every method.
+    """Label weights and targets of a method on held-out tokens of the starting model, the same tokens for every method.
 
-    ``trust``: p_y and effective trust at the tokens nearest to an even grid of p_y. ``target``: p and Q of the candidates
-    at one token: the label, what model and ``teacher`` hold most likely, and the rest together (``others`` are the models
-    that the method itself is given: a control may be given another teacher). That token is chosen before
-    any result is known: of those where the label is not the model's favourite, the one with p_y nearest to 0.1.
-    ``calibration``: the method's own trust against the truth of the judged labels, where there is one.
+    Args:
+        start, teacher: the starting model, and the teacher of the setting.
+        variant, examples: the method, and encoded rows.
+        correct: as for ``separation``; None without known label noise.
+        tokenizer: of all models.
+        models: other models as the method gets them; a control may get another teacher.
+
+    Returns:
+        ``label_weight``: p_y and -g_y / (1 - p_y) at the tokens nearest to an even grid of p_y. ``target``: p and Q at one
+        token, of those whose label is not the most likely token the one with p_y nearest to 0.1. ``calibration``: trust
+        against ``correct``.
     """
-    tokens = next(held_tokens(start, examples, variant, **others))
+    tokens = next(held_out_tokens(start, examples, variant, **models))
     target, p_y = variant.target(tokens).at("unit"), tokens.label_probs
     grid = torch.linspace(0, 1, GRID, device=p_y.device)
-    shown = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()
-    trust = target.label_weight[shown]
-    kept = trust.isfinite()
-    doubted = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
-    among = doubted if len(doubted) else torch.arange(len(tokens), device=p_y.device)
-    at = among[(p_y[among] - DOUBTED).abs().argmin()]
-    read = {
-        "trust": {"p_y": p_y[shown][kept].tolist(), "trust": trust[kept].tolist()},
-        "target": _candidates(_seen(start, examples, teacher)[at[None]], target.q[at], tokenizer),
+    nearest = (p_y[None] - grid[:, None]).abs().argmin(-1).unique()
+    label_weight = target.label_weight[nearest]
+    finite = label_weight.isfinite()
+    unlikely = (tokens.log_probs.argmax(-1) != tokens.labels).nonzero()[:, 0]
+    among = unlikely if len(unlikely) else torch.arange(len(tokens), device=p_y.device)
+    i = among[(p_y[among] - SHOWN_P_Y).abs().argmin()]
+    with_teacher = next(held_out_tokens(start, examples, **({} if teacher is None else {"teacher": teacher})))
+    columns = {
+        "label_weight": {"p_y": p_y[nearest][finite].tolist(), "label_weight": label_weight[finite].tolist()},
+        "target": _entries(with_teacher[i[None]], target.q[i], tokenizer),
     }
-    if truth is not None:
-        own = beliefs(start, variant, examples, **others)["trust"]
-        judged = ~np.isnan(truth) & np.isfinite(own)
-        read["calibration"] = calibration(own[judged], truth[judged])
-    return read
+    if correct is not None:
+        trust = label_scores(start, variant, examples, **models)["trust"]
+        judged = ~np.isnan(correct) & np.isfinite(trust)
+        columns["calibration"] = calibration(trust[judged], correct[judged])
+    return columns
 
 
-def _seen(start: PreTrainedModel, examples: Examples, teacher: PreTrainedModel | None) -> Tokens:
-    return next(held_tokens(start, examples, **({} if teacher is None else {"teacher": teacher})))
-
-
-def _candidates(token: Tokens, q: Float[Tensor, " V"], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+def _entries(token: Tokens, q: Float[Tensor, " V"], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """p and Q of the label and of the entries most likely under student or teacher; the others summed."""
     p, label = token.probs[0], int(token.labels[0])
     teacher = token.log_probs_of("teacher")[0].exp() if token.teacher is not None else p
     likely = torch.maximum(p, teacher).topk(min(CANDIDATES, len(p))).indices.tolist()
-    likely = [token_id for token_id in likely if max(p[token_id], teacher[token_id]) >= 0.01]
+    likely = [token_id for token_id in likely if max(p[token_id], teacher[token_id]) >= SMALLEST]
     ids = sorted({label, *likely}, key=lambda token_id: -p[token_id].item())
-    names = [repr(tokenizer.convert_ids_to_tokens(token_id))[1:-1] for token_id in ids]
+    text = TokenText(tokenizer)
+    names = [repr(text[token_id])[1:-1] for token_id in ids]
     rest = torch.ones_like(p, dtype=torch.bool)
     rest[ids] = False
     return {

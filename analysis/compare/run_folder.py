@@ -1,4 +1,4 @@
-"""The run folder belongs to one configuration, and to one process at a time: to all others it is refused."""
+"""Run folders: one configuration each, and one process at a time."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ PACKAGES = ("qlens-sft", "torch", "transformers", "numpy", "scipy")
 
 
 def code() -> str:
-    """A digest of all of qlens' own code: results of one state of it never mix with those of another."""
+    """A digest of the code of qlens, so that a run folder never mixes two versions."""
     roots = {Path(place) for package in (qlens, variants, analysis) for place in package.__path__}
     files = {file.resolve() for root in roots for file in root.rglob("*.py")}
     digest = hashlib.sha256()
@@ -31,49 +31,49 @@ def code() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that results depend on."""
+    """Versions of Python and of the packages that results depend on."""
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
 def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
-    """Where a comparison goes without ``out``: a name from its configuration, so that the same call finds it again."""
+    """The run folder without ``out``: its name follows from the configuration, so that the same call resumes."""
     return user_path("runs", "out") / f"{kind}-{hashlib.sha256(json.dumps(config).encode()).hexdigest()[:10]}"
 
 
 @contextmanager
 def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
-    """Alone in a run folder of this configuration; a process that dies lets go.
+    """Hold an exclusive lock on a run folder of this configuration; it is released when the process ends.
 
     Raises:
-        InputError: it belongs to another configuration or version (the first differing key is named), is none, or
-            another process is at work in it.
+        InputError: the folder belongs to another configuration or version (the first differing key is named), is no
+            run folder, or is in use by another process.
     """
-    check(folder, config)  # before anything is written into a stranger's folder
+    check(folder, config)  # before anything is written
     make_folder(folder)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"out: another process is at work in {folder}; wait for it, or give another folder") from None
+        raise InputError(f"out: another process is using {folder}; wait for it, or give another folder") from None
     except OSError as error:
         raise refusal("out", folder, error) from error
     try:
-        check(folder, config)  # again: another process may have claimed it in between
+        check(folder, config)  # again, for another process may have written it in between
         if not (folder / "config.json").is_file():
             write_json(folder / "config.json", config)
-        for leftover in folder.rglob(".*.partial"):  # of a process that was killed while writing
-            if leftover.is_file():
-                leftover.unlink()
+        for partial in folder.rglob(".*.partial"):  # of a process that was killed while writing
+            if partial.is_file():
+                partial.unlink()
         yield
     finally:
         lock.release()
 
 
 def check(folder: Path, config: Mapping[str, Any]) -> None:
-    """Whether a folder may be used for this configuration.
+    """Check that a folder is new, or a run folder of this configuration.
 
     Raises:
-        InputError: it belongs to another configuration or version (the first differing key is named), or is none.
+        InputError: it belongs to another configuration or version (the first differing key is named), or is no run folder.
     """
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
@@ -87,39 +87,39 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def read_config(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """The configuration of a run folder; each of ``keys`` must hold an object that is not empty.
+    """The configuration of a run folder; each of ``keys`` must hold a non-empty object.
 
     Raises:
         InputError: the file is damaged.
     """
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is damaged: it holds {brief(found)}; give another folder, or remove this one")
-    if wrong := [key for key in keys if not isinstance(found.get(key), dict) or not found[key]]:
-        raise InputError(f"{path} is damaged: {wrong[0]} is {brief(found.get(wrong[0]))}")
-    return found
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise InputError(f"{path} is damaged: it holds {brief(config)}; give another folder, or remove this one")
+    if wrong := [key for key in keys if not isinstance(config.get(key), dict) or not config[key]]:
+        raise InputError(f"{path} is damaged: {wrong[0]} is {brief(config.get(wrong[0]))}")
+    return config
 
 
 def _difference(before: Any, now: Any, key: str = "") -> str:
-    """The first key at which two configurations differ, with both values; of files, the one that has changed."""
+    """The first key at which two configurations differ, with both values; for files, the changed one."""
     if isinstance(before, dict) and isinstance(now, dict):
         if key == "files":
             return _changed(before, now)
         for name in dict.fromkeys([*now, *before]):
             inner = f"{key}.{name}" if key else name
-            absent: Any = {} if name == "files" else "not there"
-            if found := _difference(before.get(name, absent), now.get(name, absent), inner):
-                return found
+            absent: Any = {} if name == "files" else "missing"
+            if difference := _difference(before.get(name, absent), now.get(name, absent), inner):
+                return difference
         return ""
     if before == now:
         return ""
     if key == "code":
-        return f"it was made by another state of qlens' own code (code was {_brief(before)}, now {_brief(now)})"
+        return f"it was made by another version of qlens' code (code was {_brief(before)}, now {_brief(now)})"
     return f"{key} was {_brief(before)}, now {_brief(now)}"
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The first file whose content is another, or that is there only on one side."""
+    """The first file whose content has changed, or that only one side has."""
     for name in dict.fromkeys([*now, *before]):
         if before.get(name) != now.get(name):
             how = "is new" if name not in before else "is gone" if name not in now else "has changed since"

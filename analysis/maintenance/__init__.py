@@ -1,2 +1,5 @@
-"""Maintenance: commands that rebuild what the repository shows: ``readme_figures``, ``run_notebooks``, ``simulate_intervals`` and
-``identification``."""
+"""Maintenance: commands that rebuild the stored results of this repository.
+
+``readme_figures`` draws the figures of the pages, ``run_notebooks`` executes the notebooks, ``simulate_intervals`` measures
+the coverage of intervals and tests, ``identification`` checks that the lens identifies every method.
+"""

@@ -1,9 +1,8 @@
-"""The round trip: is every method known again from its loss alone? ``python -m
-qlens.analysis.maintenance.identification`` writes the table.
+"""Identification benchmark: ``python -m qlens.analysis.maintenance.identification`` writes its table.
 
-Each method is taken at its defaults, its modes, the ends of its parameters and at drawn ones. The lens sees its
-printed loss as somebody's function, nothing else; what it calls it is "itself", "an equal" (another method whose
-gradient is the same on the probes, up to a factor), or "unknown".
+Each method, at its defaults, presets, bounds of its parameters and random parameters, is shown to the lens as an anonymous
+loss function. The verdict is "itself", "an equal" (another method with the same gradient on the probes, up to a factor), or
+"unknown".
 """
 
 import argparse
@@ -17,6 +16,7 @@ import numpy as np
 import pandas as pd
 from rich.progress import track
 
+from qlens.analysis.table_formats import markdown_table
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
 from qlens.core.probes import probes
@@ -26,24 +26,24 @@ from qlens.registry.method import Method
 from qlens.registry.params import Between
 
 DRAWS = 3
-NOTHING = 1e-9  # a gradient below it is nobody's
+NO_GRADIENT = 1e-9  # largest gradient that counts as zero
 
 
 def drawn(method: Method, number: int = DRAWS) -> list[Variant]:
-    """The method at drawn parameters: each keeps its default with chance 1/2; the same draws every time."""
+    """The method at random parameters, each at its default with probability 1/2; deterministic."""
     draw = np.random.default_rng([ord(letter) for letter in method.name])
     defaults, types = params.defaults(method.fn), params.hints(method.fn)
-    made = []
+    variants = []
     for _ in range(number if defaults else 0):
-        given = {
+        values = {
             name: _value(types.get(name, Any), value, draw) for name, value in defaults.items() if draw.random() < 0.5
         }
-        made.append(method.variant(**given))
-    return made
+        variants.append(method.variant(**values))
+    return variants
 
 
 def _value(hint: Any, default: Any, draw: np.random.Generator) -> Any:
-    """A value that fits an annotation, numbers to two digits."""
+    """A random value within an annotation, numbers to two digits."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         (between,) = [mark for mark in inner if isinstance(mark, Between)]
@@ -60,61 +60,60 @@ def _value(hint: Any, default: Any, draw: np.random.Generator) -> Any:
     return default
 
 
-def known(variant: Variant) -> dict[str, Any]:
-    """What the lens calls a method when it is shown its loss as a function of tokens."""
+def identify(variant: Variant) -> dict[str, Any]:
+    """The verdict of the lens on a method that is shown as a function of tokens."""
     tokens, start = probes(), time.perf_counter()
     grad = gradient(resolve(lambda tokens: variant.loss(tokens)).loss, tokens)
     row: dict[str, Any] = {"method": variant.name, "shown": variant.spec}
-    if not math.isfinite(float(grad.norm())) or float(grad.abs().max()) < NOTHING:
+    if not math.isfinite(float(grad.norm())) or float(grad.abs().max()) < NO_GRADIENT:
         return row | {"verdict": "no gradient", "found": "", "relation": "", "seconds": time.perf_counter() - start}
-    found = [m for m in matching.nearest(grad, tokens) if m.same]
-    found = found or parameter_search.search(grad, tokens)
-    own = [match for match in found if params.parse(match.spec)[0] == variant.name]
-    best = (own or found or [None])[0]
-    verdict = "itself" if own else "an equal" if found else "unknown"
-    said = {"verdict": verdict, "found": best.spec if best else "", "relation": best.relation if best else ""}
-    return row | said | {"factor": best.factor if best else math.nan, "seconds": time.perf_counter() - start}
+    matches = [m for m in matching.nearest(grad, tokens) if m.same]
+    matches = matches or parameter_search.search(grad, tokens)
+    own = [match for match in matches if params.parse(match.spec)[0] == variant.name]
+    best = (own or matches or [None])[0]
+    verdict = "itself" if own else "an equal" if matches else "unknown"
+    match = {"verdict": verdict, "found": best.spec if best else "", "relation": best.relation if best else ""}
+    return row | match | {"factor": best.factor if best else math.nan, "seconds": time.perf_counter() - start}
 
 
 def roundtrip(draws: int = DRAWS, names: tuple[str, ...] = ()) -> pd.DataFrame:
-    """A row per method and point."""
+    """A row per method and parameter point."""
     rows = []
     chosen = [method for name, method in methods().items() if not names or name in names]
     for method in track(chosen, description="round trip"):
         points = [*matching.points(method), *drawn(method, draws)]
         for variant in {variant.spec: variant for variant in points}.values():
             try:
-                rows.append(known(variant))
-            except InputError:  # these parameters do not go together
+                rows.append(identify(variant))
+            except InputError:  # an invalid combination of parameters
                 continue
     return pd.DataFrame(rows)
 
 
-def written(table: pd.DataFrame, command: str) -> str:
-    """The confusion table in Markdown: methods by verdict, and whatever was taken for something else or not known."""
+def report(table: pd.DataFrame, command: str) -> str:
+    """The confusion table in Markdown, and every point that was not identified as itself."""
     counts = pd.crosstab(table["method"], table["verdict"])
     total = counts.sum()
-    lines = ["# Is every method known again from its loss alone?", "", f"    {command}", ""]
+    lines = ["# Identification of every method from its loss alone", "", f"    {command}", ""]
     lines += [", ".join(f"{count} {verdict}" for verdict, count in total.items()) + f", of {len(table)} points.", ""]
     columns = [name for name in ("itself", "an equal", "unknown", "no gradient") if name in counts]
-    lines += [f"| method | {' | '.join(columns)} |", f"| --- | {' | '.join('---' for _ in columns)} |"]
-    lines += [f"| {name} | {' | '.join(str(row[c]) for c in columns)} |" for name, row in counts.iterrows()]
-    others = table[table["verdict"].isin(["an equal", "unknown"])]
-    lines += ["", "| shown | taken for |", "| --- | --- |"]
-    lines += [f"| `{row.shown}` | {f'`{row.found}`' if row.found else 'nothing'} |" for row in others.itertuples()]
+    lines += [markdown_table(counts[columns].reset_index())]
+    confused = table[table["verdict"].isin(["an equal", "unknown"])]
+    lines += ["", "| shown | identified as |", "| --- | --- |"]
+    lines += [f"| `{row.shown}` | {f'`{row.found}`' if row.found else 'nothing'} |" for row in confused.itertuples()]
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write roundtrip.csv and roundtrip.md."""
+    """Command line: write roundtrip.csv and roundtrip.md."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.maintenance.identification", description=__doc__)
-    parser.add_argument("--draws", type=int, default=DRAWS, help="drawn points per method")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="random points per method")
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results")
-    given = parser.parse_args(argv)
-    table = roundtrip(given.draws)
-    table.drop(columns="seconds").to_csv(given.out / "roundtrip.csv", index=False, float_format="%.6g")
-    text = written(table, f"python -m qlens.analysis.maintenance.identification --draws {given.draws}")
-    (given.out / "roundtrip.md").write_text(text)
+    options = parser.parse_args(argv)
+    table = roundtrip(options.draws)
+    table.drop(columns="seconds").to_csv(options.out / "roundtrip.csv", index=False, float_format="%.6g")
+    text = report(table, f"python -m qlens.analysis.maintenance.identification --draws {options.draws}")
+    (options.out / "roundtrip.md").write_text(text)
     print(text.split("\n\n")[2], f"Slowest: {table['seconds'].max():.1f} s; all: {table['seconds'].sum():.0f} s.")
 
 

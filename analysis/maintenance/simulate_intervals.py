@@ -1,6 +1,4 @@
-"""How often intervals, tests and rank sets of ``stats`` hold in simulations: ``python -m
-qlens.analysis.maintenance.simulate_intervals``.
-"""
+"""Simulate the coverage of intervals, tests and rank sets: ``python -m qlens.analysis.maintenance.simulate_intervals``."""
 
 import argparse
 from dataclasses import dataclass
@@ -14,18 +12,19 @@ from rich.table import Table
 from scipy import special
 
 from qlens.analysis.study import stats
+from qlens.analysis.table_formats import markdown_table
 
 SEEDS, ITEMS = (3, 5, 10), (20, 100)
 SETTINGS, METHODS, RANKED = 4, 6, 6
-"""The family of tests: METHODS against one more that is their reference, in each of SETTINGS; and methods to rank."""
+"""The family of tests is METHODS against one reference in each of SETTINGS; RANKED methods are ranked."""
 
 FIGURES = {
-    "mean": "a mean's 95 % interval holds it",
-    "difference": "a difference's 95 % interval holds it",
+    "mean": "95 % interval covers the mean",
+    "difference": "95 % interval covers the difference",
     "type I": "true null rejected at .05",
     "family": f"any of {SETTINGS * METHODS} true nulls, Holm at .05",
-    "ranks apart": f"95 % rank sets of {RANKED}, means apart",
-    "ranks close": f"95 % rank sets of {RANKED}, means close",
+    "ranks apart": f"95 % rank sets of {RANKED} cover, means apart",
+    "ranks close": f"95 % rank sets of {RANKED} cover, means close",
 }
 
 
@@ -34,8 +33,8 @@ class Normal:
     """Scores with normal effects, by their standard deviations.
 
     Args:
-        seed: of a method's seeds; ``error`` of its cells.
-        item: of items, shared by the methods; ``own`` of what an item is to one method only.
+        seed: of a method's seeds; ``error``: of its cells.
+        item: of items, shared by the methods; ``own``: of the interaction of items and methods.
         apart, close: steps between the means of methods to rank.
     """
 
@@ -50,7 +49,7 @@ class Normal:
         return f"normal: seed {self.seed:g}, item {self.item:g}, own {self.own:g}, error {self.error:g}"
 
     def means(self, shifts: np.ndarray) -> np.ndarray:
-        """What methods with these shifts score on a new item with a new seed."""
+        """Expected scores of methods with these shifts on a new item with a new seed."""
         return shifts
 
     def draw(self, rng: np.random.Generator, size: int, shifts: np.ndarray, seeds: int, items: int) -> np.ndarray:
@@ -60,13 +59,13 @@ class Normal:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lab:
-    """Shares of right samples: items of Beta difficulty, all other effects normal in the logit, as in ``Normal``.
+class BetaBinomial:
+    """avg@k scores: Beta distributed item difficulties, all other effects normal in the logit, as in ``Normal``.
 
     Args:
         a, b: of the Beta distribution.
         k: samples per item and seed.
-        seed, own, cell: of a method's seeds, of an item to one method, of an item to one seed.
+        seed, own, cell: standard deviations of seeds, of items x methods, of items x seeds.
         apart, close: steps in the logit between methods to rank.
     """
 
@@ -84,7 +83,7 @@ class Lab:
         return f"avg@{self.k}: items Beta({self.a:g}, {self.b:g}), {effects}"
 
     def means(self, shifts: np.ndarray) -> np.ndarray:
-        """What methods with these shifts score on a new item with a new seed: by quadrature over items and effects."""
+        """Expected scores of methods with these shifts, by quadrature over items and effects."""
         items = special.logit(special.betaincinv(self.a, self.b, (np.arange(1000) + 0.5) / 1000))
         nodes, weights = np.polynomial.hermite_e.hermegauss(40)
         spread = np.sqrt(self.seed**2 + self.own**2 + self.cell**2)
@@ -100,8 +99,8 @@ class Lab:
 
 CASES = [
     *(Normal(seed=seed, item=item, own=own) for seed in (0, 0.02, 0.05, 0.1) for item, own in ((0.25, 0), (0.15, 0.2))),
-    Lab(a=1.5, b=1),
-    Lab(a=0.5, b=4),
+    BetaBinomial(a=1.5, b=1),
+    BetaBinomial(a=0.5, b=4),
 ]
 
 
@@ -118,13 +117,15 @@ def effects(
     return x
 
 
-def trial(case: Normal | Lab, rng: np.random.Generator, size: int, seeds: int, items: int) -> dict[str, np.ndarray]:
-    """Each of FIGURES, (size,): how often it came true in each of so many repetitions."""
-    alike = np.zeros(METHODS + 1)
-    null = case.draw(rng, size * SETTINGS, alike, seeds, items).reshape(size, SETTINGS, METHODS + 1, seeds, items)
+def trial(
+    case: Normal | BetaBinomial, rng: np.random.Generator, size: int, seeds: int, items: int
+) -> dict[str, np.ndarray]:
+    """Rate of each of FIGURES, (size,), in every repetition."""
+    equal = np.zeros(METHODS + 1)
+    null = case.draw(rng, size * SETTINGS, equal, seeds, items).reshape(size, SETTINGS, METHODS + 1, seeds, items)
     p = stats.p_value(*stats.fit(null[:, :, 1:] - null[:, :, :1])).reshape(size, -1)
-    found = {
-        "mean": _held(null[:, :, 0], case.means(alike)[0]).mean(-1),
+    rates = {
+        "mean": _covered(null[:, :, 0], case.means(equal)[0]).mean(-1),
         "type I": (p < 0.05).mean(-1),
         "family": (stats.adjusted(p) < 0.05).any(-1),
     }
@@ -132,29 +133,29 @@ def trial(case: Normal | Lab, rng: np.random.Generator, size: int, seeds: int, i
         shifts = step * (np.arange(RANKED) - (RANKED - 1) / 2)
         x, means = case.draw(rng, size, shifts, seeds, items), case.means(shifts)
         if name == "apart":
-            found["difference"] = _held(x[:, 1:] - x[:, :1], means[1:] - means[0]).mean(-1)
+            rates["difference"] = _covered(x[:, 1:] - x[:, :1], means[1:] - means[0]).mean(-1)
         _, best, worst = stats.ranked(x, 0.95)
         true = np.arange(RANKED, 0, -1)
-        found[f"ranks {name}"] = ((best <= true) & (true <= worst)).all(-1)
-    return found
+        rates[f"ranks {name}"] = ((best <= true) & (true <= worst)).all(-1)
+    return rates
 
 
-def _held(x: np.ndarray, means: np.ndarray) -> np.ndarray:
+def _covered(x: np.ndarray, means: np.ndarray) -> np.ndarray:
     mean, variance, df = stats.fit(x)
     return np.abs(mean - means) <= stats.half_width(variance, df, 0.95)
 
 
-def measure(case: Normal | Lab, seeds: int, items: int, repeats: int, seed: int = 0) -> dict[str, float]:
-    """The rate of each of FIGURES."""
+def measure(case: Normal | BetaBinomial, seeds: int, items: int, repeats: int, seed: int = 0) -> dict[str, float]:
+    """Mean rate of each of FIGURES."""
     rng = np.random.default_rng([seed, seeds, items])
     batch = max(1, 20_000 // (seeds * items))
     sizes = [min(batch, repeats - start) for start in range(0, repeats, batch)]
-    found = pd.concat([pd.DataFrame(trial(case, rng, size, seeds, items)) for size in sizes])
-    return {name: float(found[name].mean()) for name in FIGURES}
+    rates = pd.concat([pd.DataFrame(trial(case, rng, size, seeds, items)) for size in sizes])
+    return {name: float(rates[name].mean()) for name in FIGURES}
 
 
 def simulate(repeats: int) -> pd.DataFrame:
-    """Columns figure, seeds, items, case, repeats, rate."""
+    """A row per figure, case and size: figure, seeds, items, case, repeats, rate."""
     cells = [(case, seeds, items) for case in CASES for items in ITEMS for seeds in SEEDS]
     rows = []
     for case, seeds, items in track(cells, "simulating"):
@@ -165,13 +166,13 @@ def simulate(repeats: int) -> pd.DataFrame:
 
 
 def ranges(frame: pd.DataFrame, figures: tuple[str, ...]) -> list[tuple[int, int, int]]:
-    """Lowest and highest rate in whole percent, and the number of seeds, over these figures, all cases and items."""
+    """Lowest and highest rate of these figures in whole percent, with the number of seeds."""
     by_seeds = frame[frame["figure"].isin(figures)].groupby("seeds")["rate"].agg(["min", "max"])
     return [(round(100 * low), round(100 * high), int(seeds)) for seeds, low, high in by_seeds.itertuples()]
 
 
 def summary(frame: pd.DataFrame) -> list[dict[str, str]]:
-    """Rows of text, one per figure and number of items: its range over the cases in percent, and where it is worst."""
+    """A row per figure and number of items: range over the cases in percent, and the worst case."""
     rows = []
     for (figure, items), cells in frame.groupby(["figure", "items"], sort=False):
         wrong = figure in ("type I", "family")
@@ -184,20 +185,19 @@ def summary(frame: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def markdown(frame: pd.DataFrame) -> str:
-    """The summary as a page."""
+    """The summary in Markdown."""
     rows, repeats = summary(frame), frame["repeats"].iloc[0]
-    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     lines = [
-        "# How often intervals, tests and rank sets hold",
+        "# Coverage of intervals, tests and rank sets",
         "",
         f"    python -m qlens.analysis.maintenance.simulate_intervals --repeats {repeats}",
         "",
         f"Lowest to highest rate over the cases below, {repeats} repetitions each (standard error at 95 or 5 %: at most "
         f"{100 * np.sqrt(0.95 * 0.05 / repeats):.2f}). Every case and size: coverage.csv.",
         "",
-        *(f"| {' | '.join(row)} |" for row in table),
+        markdown_table(pd.DataFrame(rows)),
         "",
-        "Cases, by standard deviations; own is what an item is to one method only:",
+        "Cases, by standard deviations; own is the interaction of items and methods:",
         "",
         *(f"- {case}" for case in frame["case"].unique()),
     ]
@@ -216,7 +216,7 @@ def show(frame: pd.DataFrame) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Simulate, write coverage.csv and coverage.md, and print the summary."""
+    """Command line: write coverage.csv and coverage.md, and print the summary."""
     parser = argparse.ArgumentParser(
         prog="python -m qlens.analysis.maintenance.simulate_intervals", description=__doc__
     )

@@ -1,20 +1,22 @@
-"""All plots and figures: functions on one Axes (``plot_...``), and figures of several panels (``figure_...``).
+"""Plots: functions on one Axes (``plot_...``) and whole figures (``figure_...``).
 
-A plot takes its data first, draws on ``ax`` (the current Axes by default) and returns it; it computes, shows and saves
-nothing, and leaves its data as they are. The data come from ``readings``, ``Explanation.table``, ``Study`` and ``Watch.frame``;
-``save_figure`` writes a figure with its data beside it. One colour and marker per method, everywhere (``styles``).
+A plot takes a frame first, draws on ``ax`` (by default the current Axes) and returns it; it saves nothing and leaves its data
+unchanged. The frames come from ``target_data`` (``sweep_frame``, ``token_frame``, ``text_frame``, ``plane_frame``),
+``Explanation.table``, ``Study`` and ``Watch.frame``. ``save_figure`` writes a figure as PNG, PDF or SVG with its data beside it.
+Every method has one colour and marker in all figures (``styles``). One call per picture: ``qlens.plot_token``,
+``qlens.plot_text`` and ``qlens.plot_plane`` (``variant_figures``).
 """
 
-from qlens.analysis.plots.comparison_axes import plot_curves, plot_differences, plot_frontier, plot_truth
+from qlens.analysis.plots.comparison_axes import plot_calibration, plot_curves, plot_differences, plot_frontier
 from qlens.analysis.plots.flow_figure import figure_destination, plot_destination
 from qlens.analysis.plots.method_map import plot_atlas, plot_plane
-from qlens.analysis.plots.result_axes import plot_scores, plot_target, plot_trust
+from qlens.analysis.plots.result_axes import plot_label_weight, plot_scores, plot_target
 from qlens.analysis.plots.save import save_figure
 from qlens.analysis.plots.study_figures import GLANCE, PANELS, figure_study, panel_data
 from qlens.analysis.plots.study_overview import figure_forest, figure_settings, plot_settings
 from qlens.analysis.plots.style import DOUBLE, SINGLE, SPARE, STYLES, Style, shown, styles
 from qlens.analysis.plots.target_axes import plot_sequence, plot_sweep, plot_update
-from qlens.analysis.plots.target_data import along, candidates, plane, sweep, swept
+from qlens.analysis.plots.target_data import plane_frame, sweep_frame, sweep_tokens, text_frame, token_frame
 from qlens.analysis.plots.target_figures import (
     explain_data,
     figure_atlas,
@@ -25,6 +27,7 @@ from qlens.analysis.plots.target_figures import (
     figure_token,
 )
 from qlens.analysis.plots.watch_axes import figure_watch, plot_course, plot_motion
+from qlens.core.deprecation import renamed_attributes
 
 __all__ = [
     "DOUBLE",
@@ -34,8 +37,6 @@ __all__ = [
     "SPARE",
     "STYLES",
     "Style",
-    "along",
-    "candidates",
     "explain_data",
     "figure_atlas",
     "figure_destination",
@@ -49,13 +50,15 @@ __all__ = [
     "figure_token",
     "figure_watch",
     "panel_data",
-    "plane",
+    "plane_frame",
     "plot_atlas",
+    "plot_calibration",
     "plot_course",
     "plot_curves",
     "plot_destination",
     "plot_differences",
     "plot_frontier",
+    "plot_label_weight",
     "plot_motion",
     "plot_plane",
     "plot_scores",
@@ -63,12 +66,25 @@ __all__ = [
     "plot_settings",
     "plot_sweep",
     "plot_target",
-    "plot_trust",
-    "plot_truth",
     "plot_update",
     "save_figure",
     "shown",
     "styles",
-    "sweep",
-    "swept",
+    "sweep_frame",
+    "sweep_tokens",
+    "text_frame",
+    "token_frame",
 ]
+
+__getattr__ = renamed_attributes(
+    __name__,
+    {
+        "along": "text_frame",
+        "candidates": "token_frame",
+        "plane": "plane_frame",
+        "plot_trust": "plot_label_weight",
+        "plot_truth": "plot_calibration",
+        "sweep": "sweep_frame",
+        "swept": "sweep_tokens",
+    },
+)

@@ -1,4 +1,4 @@
-"""The figure of a destination: where a loss takes a distribution, against time."""
+"""Figure of the gradient flow of a loss: probabilities against time."""
 
 from typing import Any
 
@@ -14,10 +14,10 @@ NEVER = "never a label"
 
 
 def figure_destination(destination: Any) -> Figure:
-    """The probability of every entry against time, from the start to where the loss takes it.
+    """The probability of every entry against time, from the start to the end of the gradient flow.
 
     Args:
-        destination: has ``spec``, ``sentence``, ``frequencies``, ``times``, ``probs``, ``teacher`` and ``reference``.
+        destination: of ``qlens.destination``.
     """
     figure = Figure(figsize=(6.4, 3.9), layout="constrained")
     ax = figure.subplots()
@@ -29,10 +29,10 @@ def figure_destination(destination: Any) -> Figure:
 
 
 def plot_destination(destination: Any, ax: Axes) -> list[Artist]:
-    """The same on given axes; returns what a legend would hold.
+    """Draw the gradient flow on ``ax``; returns the legend handles.
 
-    Entries that are labels have a colour, and their frequency as a dashed line; the others are grey, under one name. Where
-    the loss has a teacher, or else a reference, its probabilities stand as triangles at the right edge.
+    Entries that are labels are coloured, with their frequency as a dashed line; all others are grey. The probabilities of
+    the teacher, or else of the reference, are triangles at the right edge.
     """
     times, seen = destination.times, destination.frequencies > 0
     name, other = next(
@@ -40,7 +40,7 @@ def plot_destination(destination: Any, ax: Axes) -> list[Artist]:
         ("", None),
     )
     named: dict[str, Line2D] = {}
-    # the labels last and thinner and thinner, so that a line stays visible where another covers it
+    # labels last and ever thinner, so that covered lines stay visible
     for entry in sorted(range(len(seen)), key=lambda entry: seen[entry]):
         rank = int(seen[:entry].sum())
         color = COLORS[rank % len(COLORS)] if seen[entry] else GREY

@@ -1,6 +1,5 @@
-"""Plots of how methods relate, on one Axes each: the plane of trust and reshape, and the tree of gradient angles."""
+"""Plots of all methods on one Axes each: by label weight and reshape, and as a tree of gradient angles."""
 
-from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -10,60 +9,75 @@ from matplotlib.axes import Axes
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
-from qlens.analysis.plots.style import GREY, INK, SMALL, SOFT, clean, current, need, note, short, sized, styles
+from qlens.analysis.plots.style import (
+    GREY,
+    INK,
+    SMALL,
+    SOFT,
+    clean,
+    current,
+    current_names,
+    look,
+    need,
+    note,
+    short,
+    sized,
+    styles,
+    without_effect,
+)
 from qlens.core.errors import InputError
 
-FEW = 12  # methods, up to which the spread over tokens is drawn
-FLAT = 0.01  # of the largest reshape: less than this leaves the alternatives alone
+FEW = 12  # methods, up to which quartiles over tokens are drawn
+FLAT = 0.01  # of the largest reshape; below, a method counts as one without reshape
 SIGNED = 1e-6  # a mean negative mass above rounding
 
 
+@without_effect("methods")
 def plot_plane(
     data: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    methods: Iterable[str] | None = None,
     window: tuple[float, float] = (-0.6, 1.6),
     **dot: Any,
 ) -> Axes:
-    """Methods on the plane of effective trust against reshape, on real tokens, in unit scale, each with its name.
+    """Methods by label weight and reshape on real tokens, in unit scale, each with its name.
 
-    A hollow marker stands for targets with negative mass. Up to a dozen methods carry the middle half of their tokens. Trust
-    beyond the window is drawn at its edge, and written out. Where many methods leave the alternatives alone, their names
-    stand below the line of no reshape, in the order of trust.
+    Hollow markers: targets with negative mass. Up to a dozen methods have crosses of their quartiles over tokens. A label
+    weight beyond the window is drawn at its edge and written out. The names of methods without reshape stand below the line
+    at 0, in the order of their label weight.
 
     Args:
-        data: method, trust, reshape, negative_mass, tokens and the quartiles, as ``readings.plane`` gives them.
-        ax: where to draw; the current Axes by default.
-        methods: which share the colours, if more than in the data.
-        window: the widest that the axis of trust may be.
-        dot: to ``Axes.plot``.
+        data: of ``plane_frame``: method, label_weight, reshape, negative_mass, tokens and the quartiles.
+        ax: where to draw; by default the current Axes.
+        window: widest limits of the axis of the label weight.
+        dot: keywords for ``Axes.plot``.
 
     Raises:
         InputError: columns are missing.
     """
-    spread = ["trust_low", "trust_high", "reshape_low", "reshape_high"]
-    need(data, "method", "trust", "reshape", "negative_mass", "tokens", *spread)
-    ax, look = current(ax), styles([*(methods or ()), *data["method"]])
-    for x, label in ((0, "not trusted"), (1, "trusted as by sft")):
+    data = current_names(data)
+    quartiles = ["label_weight_low", "label_weight_high", "reshape_low", "reshape_high"]
+    need(data, "method", "label_weight", "reshape", "negative_mass", "tokens", *quartiles)
+    ax, chosen = current(ax), look(data)
+    for x, label in ((0, "no label weight"), (1, "label weight of sft")):
         ax.axvline(x, color=GREY, lw=0.9, ls="-" if x else "--", zorder=1, label=label)
-    places, crosses = data.assign(trust=data["trust"].clip(*window)), []
+    places, crosses = data.assign(label_weight=data["label_weight"].clip(*window)), []
     for _, row in places.iterrows():
-        style, signed = look[row["method"]], row["negative_mass"] > SIGNED
+        style, signed = chosen[row["method"]], row["negative_mass"] > SIGNED
         if len(data) <= FEW:
             faint = {"color": style.color, "lw": 1.0, "alpha": 0.35, "zorder": 2}
-            across = np.clip([row["trust_low"], row["trust_high"]], *window), [row["reshape"]] * 2
-            up = [row["trust"]] * 2, [row["reshape_low"], row["reshape_high"]]
+            across = np.clip([row["label_weight_low"], row["label_weight_high"]], *window), [row["reshape"]] * 2
+            up = [row["label_weight"]] * 2, [row["reshape_low"], row["reshape_high"]]
             for line in (across, up):
                 ax.plot(*line, **faint)
                 crosses.append(np.transpose(line))
         options = {"ls": "", "marker": style.marker, "color": style.color, "markersize": sized(style.marker, 5.5)}
         options |= {"markerfacecolor": "white" if signed else style.color, "markeredgewidth": 1.0, "zorder": 3}
-        ax.plot(row["trust"], row["reshape"], **options | {"label": row["method"]} | dot)
-    names = {row["method"]: _named(row, window) for _, row in data.iterrows()}
+        ax.plot(row["label_weight"], row["reshape"], **options | {"label": row["method"]} | dot)
+    names = {row["method"]: _label(row, window) for _, row in data.iterrows()}
     ax.margins(0.1, 0.12)
-    ax.autoscale_view()  # the limits must stand before anything is measured by them
-    ax.set(xlabel="effective trust in the label", ylabel="reshape of the alternatives")
+    ax.autoscale_view()  # fixes the limits before names are placed
+    ax.set(xlabel=r"label weight  $\Sigma(-g_y) / \Sigma(1 - p_y)$", ylabel="reshape of the alternatives")
     clean(ax)
     at, flat = places, places["reshape"] < FLAT * max(places["reshape"].max(), SIGNED)
     if flat.sum() > 3:
@@ -75,27 +89,29 @@ def plot_plane(
     return ax
 
 
-def _named(row: pd.Series, window: tuple[float, float]) -> str:
-    beyond = not window[0] <= row["trust"] <= window[1]
-    return short(row["method"], 22) + (f" ({row['trust']:,.{0 if abs(row['trust']) >= 10 else 1}f})" if beyond else "")
+def _label(row: pd.Series, window: tuple[float, float]) -> str:
+    beyond = not window[0] <= row["label_weight"] <= window[1]
+    return short(row["method"], 22) + (
+        f" ({row['label_weight']:,.{0 if abs(row['label_weight']) >= 10 else 1}f})" if beyond else ""
+    )
 
 
 def _points(ax: Axes) -> np.ndarray:
-    """The size of the axes in points, before the layout."""
+    """Size of the Axes in points, before the layout."""
     return np.array(ax.bbox.size) * 72 / ax.figure.dpi
 
 
 def _name_below(ax: Axes, flat: pd.DataFrame, names: dict[str, str]) -> None:
-    """Names upright below the line of no reshape, as near to their points as their width allows."""
-    flat, size = flat.sort_values("trust", kind="stable"), _points(ax)
+    """Write names upright below the line of no reshape, as near to their points as they fit."""
+    flat, size = flat.sort_values("label_weight", kind="stable"), _points(ax)
     top, gap = ax.get_ylim()[1], (SMALL + 1.5) / size[0]
     deep = (max(len(names[name]) for name in flat["method"]) * 0.52 * SMALL + 16) / size[1]  # of the axes
     ax.set_ylim(-top * deep / (1 - deep), top)
     ax.axhline(0, color=INK, lw=0.8, zorder=1)
     ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= top])
-    at = ax.transLimits.transform(flat[["trust", "reshape"]].to_numpy())[:, 0]
+    at = ax.transLimits.transform(flat[["label_weight", "reshape"]].to_numpy())[:, 0]
     spots = at.copy()
-    for _ in range(200):  # push neighbours apart until none touch
+    for _ in range(200):  # push neighbours apart until none overlap
         for i in range(len(spots) - 1):
             if (close := gap - (spots[i + 1] - spots[i])) > 0:
                 spots[i], spots[i + 1] = spots[i] - close / 2, spots[i + 1] + close / 2
@@ -111,14 +127,16 @@ def _name_below(ax: Axes, flat: pd.DataFrame, names: dict[str, str]) -> None:
     }
     for spot, (_, row) in zip(spots, flat.iterrows(), strict=True):
         height = deep - 10 / size[1]
-        ax.annotate(names[row["method"]], (row["trust"], row["reshape"]), (spot, height), arrowprops=line, **options)
+        ax.annotate(
+            names[row["method"]], (row["label_weight"], row["reshape"]), (spot, height), arrowprops=line, **options
+        )
 
 
 def _name_beside(
     ax: Axes, places: pd.DataFrame, names: dict[str, str], points: pd.DataFrame, lines: list[np.ndarray]
 ) -> None:
-    """Each point's name beside it, where it covers no other and no line; further off, with a line to it, where it must."""
-    size, xy = _points(ax), ["trust", "reshape"]
+    """Write each name beside its point where it covers least; with a line to the point where it is further off."""
+    size, xy = _points(ax), ["label_weight", "reshape"]
 
     def spots(pairs: pd.DataFrame | np.ndarray) -> np.ndarray:
         return ax.transLimits.transform(np.asarray(pairs)) * size
@@ -126,7 +144,7 @@ def _name_beside(
     at, zero = spots(places[xy]), spots(np.zeros((1, 2)))[0, 1]
     taken = [(x - 3, y - 3, x + 3, y + 3) for x, y in spots(points[xy])]
     taken += [(*(ends.min(0) - 1), *(ends.max(0) + 1)) for ends in map(spots, lines)]
-    taken += [(0.0, 0.0, size[0], zero + 1)] * (len(places) < len(points))  # there stand the names below
+    taken += [(0.0, 0.0, size[0], zero + 1)] * (len(places) < len(points))  # the names below the line
     sides = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1))
     for (x, y), (_, row) in zip(at, places.iterrows(), strict=True):
         words = names[row["method"]]
@@ -141,11 +159,13 @@ def _name_beside(
         off = np.hypot(left + wide / 2 - x, low + tall / 2 - y) - wide / 2
         line = {"arrowstyle": "-", "color": GREY, "lw": 0.5, "shrinkA": 0, "shrinkB": 3} if off > 10 else None
         options = {"textcoords": "offset points", "fontsize": SMALL, "color": INK, "va": "center", "ha": "left"}
-        ax.annotate(words, (row["trust"], row["reshape"]), (left - x, low + tall / 2 - y), arrowprops=line, **options)
+        ax.annotate(
+            words, (row["label_weight"], row["reshape"]), (left - x, low + tall / 2 - y), arrowprops=line, **options
+        )
 
 
 def _overlap(box: tuple[float, ...], taken: list[tuple[float, ...]], size: np.ndarray) -> float:
-    """How much of a box is covered already, or lies outside, in square points."""
+    """The covered or outer area of a box in square points."""
     left, low, right, high = box
     shared = ((min(right, r) - max(left, x), min(high, h) - max(low, y)) for x, y, r, h in taken)
     covered = sum(wide * tall for wide, tall in shared if wide > 0 and tall > 0)
@@ -153,17 +173,17 @@ def _overlap(box: tuple[float, ...], taken: list[tuple[float, ...]], size: np.nd
     return covered + outside[0] * (high - low) * 2 + outside[1] * (right - left) * 2
 
 
-def plot_atlas(angles: pd.DataFrame, *, ax: Axes | None = None, linkage_by: str = "average", **line: Any) -> Axes:
-    """The methods as a tree: those whose gradients point the same way meet at a small angle.
+@without_effect("linkage_by")
+def plot_atlas(angles: pd.DataFrame, *, ax: Axes | None = None, **line: Any) -> Axes:
+    """Methods as a tree by average linkage: those with parallel gradients meet at a small angle.
 
     Args:
-        angles: methods by methods, in degrees, as ``qlens.lens.equivalences.distances().angles()`` gives them.
-        ax: where to draw; the current Axes by default.
-        linkage_by: how groups are measured, as in ``scipy.cluster.hierarchy.linkage``.
-        line: to the tree's ``LineCollection.set``.
+        angles: methods by methods, in degrees, of ``qlens.lens.equivalences.distances().angles()``.
+        ax: where to draw; by default the current Axes.
+        line: keywords for ``LineCollection.set`` of the tree.
 
     Raises:
-        InputError: the angles are no square of at least two methods with zeros on its diagonal.
+        InputError: the angles are not symmetric with a zero diagonal, or of fewer than two methods.
     """
     square = angles.to_numpy(dtype=float)
     same = square.shape == square.T.shape and list(angles.index) == list(angles.columns)
@@ -172,14 +192,14 @@ def plot_atlas(angles: pd.DataFrame, *, ax: Axes | None = None, linkage_by: str 
             f"angles must be symmetric, 2 or more methods by the same, 0 on the diagonal; got {square.shape}"
         )
     ax = current(ax)
-    tree = linkage(squareform(square, checks=False), linkage_by, optimal_ordering=True)
-    made = dendrogram(tree, ax=ax, orientation="right", no_labels=True, color_threshold=0, above_threshold_color=SOFT)
+    tree = linkage(squareform(square, checks=False), "average", optimal_ordering=True)
+    drawn = dendrogram(tree, ax=ax, orientation="right", no_labels=True, color_threshold=0, above_threshold_color=SOFT)
     for branches in ax.collections:
         branches.set(**{"linewidth": 0.9, "zorder": 2} | line)
-    names = [str(angles.index[leaf]) for leaf in made["leaves"]]
-    look = styles(names)
+    names = [str(angles.index[leaf]) for leaf in drawn["leaves"]]
+    chosen = styles(names)
     for place, name in enumerate(names):
-        style = look[name]
+        style = chosen[name]
         mark = {"marker": style.marker, "color": style.color, "markeredgecolor": "white", "markeredgewidth": 0.4}
         ax.plot(
             [0],

@@ -1,6 +1,5 @@
-"""Plots on one Axes each, from the tables that ``compare`` and ``explain`` return; nothing is computed, shown or saved here."""
+"""Plots of a comparison on one Axes each: scores, label weight against p_y, and targets at one token."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -14,32 +13,34 @@ from qlens.analysis.plots.style import (
     INK,
     clean,
     current,
+    current_names,
+    look,
     name_ticks,
     need,
     note,
     short,
     shown,
-    styles,
+    without_effect,
 )
+from qlens.analysis.plots.target_axes import LABEL_WEIGHT
 from qlens.core.errors import InputError
 
 
+@without_effect("methods")
 def plot_scores(
     table: pd.DataFrame,
     *,
     ax: Axes | None = None,
     label: str = "score",
-    methods: Iterable[str] | None = None,
     **errorbar: Any,
 ) -> Axes:
-    """Means with their intervals, a row per method; the start, ``base``, also as a line across.
+    """Means with their intervals, a row per method; the starting model, ``base``, also as a vertical line.
 
     Args:
-        table: of one setting, as ``Study.table()`` gives it: method, mean, low, high, n.
-        ax: where to draw; the current Axes by default.
-        label: of the score's axis.
-        methods: which share the colours, if more than in the table.
-        errorbar: to ``Axes.errorbar``.
+        table: ``Study.table()`` of one setting: method, mean, low, high, n.
+        ax: where to draw; by default the current Axes.
+        label: name of the score.
+        errorbar: keywords for ``Axes.errorbar``.
 
     Raises:
         InputError: columns are missing, or there is more than one setting.
@@ -48,9 +49,9 @@ def plot_scores(
     need(table, "method", "mean", "low", "high")
     if "setting" in table and table["setting"].nunique() > 1:
         raise InputError(f"plot_scores draws one setting, got {sorted(table['setting'].unique())}: select one")
-    look = styles(methods or table["method"])
+    chosen = look(table)
     for row, (_, line) in enumerate(table.iterrows()):
-        style, ends = look[line["method"]], [[line["mean"] - line["low"]], [line["high"] - line["mean"]]]
+        style, ends = chosen[line["method"]], [[line["mean"] - line["low"]], [line["high"] - line["mean"]]]
         if line["method"] == "base":
             ax.axvline(line["mean"], color=style.color, lw=0.8, ls=(0, (4, 3)), zorder=1)
         options = {
@@ -70,88 +71,84 @@ def plot_scores(
     return clean(ax, grid="x")
 
 
-def plot_trust(
+@without_effect("methods")
+def plot_label_weight(
     data: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    methods: Iterable[str] | None = None,
     window: tuple[float, float] = (-0.6, 1.6),
     **line: Any,
 ) -> Axes:
-    """Effective trust in the label against p_y, token by token; full trust (sft) and p_y (dft) as grey lines.
+    """Label weight -g_y / (1 - p_y) against p_y, token by token; 1 (sft) and p_y (dft) as grey lines.
 
-    Where a target does not end at the label, its effective trust grows without bound as p_y nears 1: what lies beyond
-    the window is drawn at its edge, hollow, and counted.
+    Where the target of a method is not the label at p_y = 1, its label weight is unbounded: values beyond the window are
+    drawn hollow at its edge and counted in a note.
 
     Args:
-        data: method, p_y, trust.
-        ax: where to draw; the current Axes by default.
-        methods: which share the colours, if more than in the data.
-        window: the ends of the axis of trust.
-        line: to ``Axes.plot``.
+        data: method, p_y, label_weight.
+        ax: where to draw; by default the current Axes.
+        window: limits of the axis of the label weight.
+        line: keywords for ``Axes.plot``.
 
     Raises:
         InputError: columns are missing.
     """
-    ax = current(ax)
-    need(data, "method", "p_y", "trust")
+    ax, data = current(ax), current_names(data)
+    need(data, "method", "p_y", "label_weight")
     ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, ls="-", zorder=1)
     ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
     low, high = window
     edge = (high - low) / 40
-    outside = ~data["trust"].between(low, high)
-    for method, style in styles(methods or data["method"]).items():
+    outside = ~data["label_weight"].between(low, high)
+    for method, style in look(data).items():
         mine = data["method"] == method
-        if not mine.any():
-            continue
         rows, beyond = data[mine & ~outside].sort_values("p_y"), data[mine & outside]
         options = {"ls": "", "marker": style.marker, "color": style.color, "markersize": 4.6, "markeredgewidth": 0.4}
         options |= {"markeredgecolor": "white", "alpha": 0.85, "zorder": 3, "label": method} | line
-        ax.plot(rows["p_y"], rows["trust"], **options)
+        ax.plot(rows["p_y"], rows["label_weight"], **options)
         hollow = options | {
             "markerfacecolor": "white",
             "markeredgecolor": style.color,
             "markeredgewidth": 0.9,
             "label": "_",
         }
-        ax.plot(beyond["p_y"], beyond["trust"].clip(low + edge, high - edge), **hollow)
+        ax.plot(beyond["p_y"], beyond["label_weight"].clip(low + edge, high - edge), **hollow)
     if outside.any():
         note(ax, f"hollow: {int(outside.sum())} beyond the axis", y=0.93)
-    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel="effective trust in the label")
+    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=LABEL_WEIGHT)
     return clean(ax)
 
 
+@without_effect("methods")
 def plot_target(
     data: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    methods: Iterable[str] | None = None,
     label: str | None = None,
     **bar: Any,
 ) -> Axes:
-    """Targets at one token: what the model gives each candidate (pale), and what every method wants it to have.
+    """Targets at one token: p of each entry (pale), and Q of every method.
 
     Negative entries of Q reach below the zero line and are hatched.
 
     Args:
-        data: token, p, q, method; a row per candidate and method.
-        ax: where to draw; the current Axes by default.
-        methods: which share the colours, if more than in the data.
-        label: the observed token, set in bold.
-        bar: to ``Axes.bar`` of the methods.
+        data: token, p, q, method; a row per entry and method.
+        ax: where to draw; by default the current Axes.
+        label: text of the label, set in bold.
+        bar: keywords for ``Axes.bar`` of the methods.
 
     Raises:
         InputError: columns are missing.
     """
     ax = current(ax)
     need(data, "token", "p", "q", "method")
-    look = {name: style for name, style in styles(methods or data["method"]).items() if name in set(data["method"])}
+    chosen = look(data)
     tokens = list(dict.fromkeys(data["token"]))
     place = {token: at for at, token in enumerate(tokens)}
     p = data.drop_duplicates("token")
     ax.bar([place[t] for t in p["token"]], p["p"], width=0.9, color=FAINT, zorder=1, label="model, p")
-    width = 0.8 / max(len(look), 1)
-    for number, (method, style) in enumerate(look.items()):
+    width = 0.8 / max(len(chosen), 1)
+    for number, (method, style) in enumerate(chosen.items()):
         rows = data[data["method"] == method]
         at = [place[t] - 0.4 + (number + 0.5) * width for t in rows["token"]]
         options = {"width": 0.86 * width, "color": style.color, "zorder": 3, "label": method} | bar

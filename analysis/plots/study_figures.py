@@ -1,4 +1,4 @@
-"""The figures of a study: its panels, a row per setting, or one panel of all settings."""
+"""Figures of a study: panels in a row per setting, or one panel for all settings."""
 
 from collections.abc import Sequence
 from math import ceil
@@ -10,10 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from qlens.analysis.plots.comparison_axes import plot_curves, plot_differences, plot_frontier, plot_truth
-from qlens.analysis.plots.result_axes import plot_scores, plot_target, plot_trust
+from qlens.analysis.plots.comparison_axes import plot_calibration, plot_curves, plot_differences, plot_frontier
+from qlens.analysis.plots.result_axes import plot_label_weight, plot_scores, plot_target
 from qlens.analysis.plots.study_overview import figure_forest, figure_settings, method_keys
-from qlens.analysis.plots.style import FAINT, head, legend_below, new_figure
+from qlens.analysis.plots.style import FAINT, head, legend_below, new_figure, of_figure
+from qlens.core.deprecation import warn
 
 PANELS = {
     "settings": "results of all settings ({better} is better)",
@@ -21,26 +22,30 @@ PANELS = {
     "differences": "paired differences",
     "frontier": "result against distance from the start",
     "curves": "learning curves, on {validated}",
-    "truth": "trust against truth, at the start",
-    "trust": "trust in the label, at the start",
+    "calibration": "calibration of trust, at the start",
+    "label_weight": "label weight, at the start",
     "target": "targets at one token, at the start",
 }
-"""The panels of a study's figures, with their titles."""
-GLANCE = ("scores", "trust", "target")
-WIDTHS = {"scores": 4.8, "differences": 4.8, "frontier": 5.2, "curves": 4.8, "truth": 5.0, "trust": 4.2, "target": 5.6}
+"""Panels with their titles."""
+OLD_PANELS = {"trust": "label_weight", "truth": "calibration"}
+GLANCE = ("scores", "label_weight", "target")
+WIDTHS = {"scores": 4.8, "differences": 4.8, "frontier": 5.2, "curves": 4.8, "calibration": 5.0}
+WIDTHS |= {"label_weight": 4.2, "target": 5.6}
 WHOLE = {"settings": figure_settings, "differences": figure_forest}
-OWN_LABELS = ("scores", "differences", "truth")  # panels on which the methods' names stand
+NAMED = ("scores", "differences", "calibration")  # panels that carry the names of the methods
 
 
 def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
-    """A study at a glance: scores, trust against p_y, and the targets at one token; a row per setting.
+    """A study at a glance: scores, label weight against p_y, and the targets at one token; a row per setting.
 
-    A single panel is drawn for all settings, up to three side by side; "settings" and "differences" in one piece.
+    A single panel is repeated for all settings, up to three side by side; "settings" and "differences" are figures of
+    their own.
 
     Args:
-        study: has ``table()``, ``trust``, ``target`` and ``config``.
-        panels: which of ``PANELS``.
+        study: of ``qlens.compare``.
+        panels: names of ``PANELS``.
     """
+    panels = [_renamed(panel) for panel in panels]
     if len(panels) == 1 and panels[0] in WHOLE:
         return WHOLE[panels[0]](study)
     data = {panel: panel_data(study, panel) for panel in panels}
@@ -58,9 +63,9 @@ def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
         "validated": "held-out rows" if "data" in _first(study) else "validation problems"
     }
     for ax, (setting, panel) in zip(grid.flat, places, strict=False):
-        _panel(study, data[panel][data[panel]["setting"] == setting], panel, methods, ax)
+        _panel(study, of_figure(data[panel][data[panel]["setting"] == setting], methods), panel, ax)
         head(ax, f"{setting}: {PANELS[panel].format(**words)}")
-    if not set(panels) <= set(OWN_LABELS):
+    if not set(panels) <= set(NAMED):
         drawn = (
             methods if set(panels) & {"scores", "frontier", "curves"} else [name for name in methods if name != "base"]
         )
@@ -69,17 +74,27 @@ def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
 
 
 def panel_data(study: Any, panel: str) -> pd.DataFrame:
-    """What a panel shows, as a frame with a column ``setting``; empty where there is nothing to draw."""
+    """The frame behind a panel, with a column ``setting``; empty without data."""
+    panel = _renamed(panel)
     if panel in ("settings", "scores", "frontier"):
         return study.table()
     if panel == "differences":
         return study.differences()
     if panel == "curves":
         return study.curve()
-    if panel == "truth":
-        noisy = study.truths().query("noisy > 0")[["setting", "method", "trust"]].rename(columns={"trust": "auroc"})
+    if panel == "calibration":
+        noisy = (
+            study.label_auroc().query("noisy > 0")[["setting", "method", "trust"]].rename(columns={"trust": "auroc"})
+        )
         return study.calibration.merge(noisy, on=["setting", "method"])
     return getattr(study, panel)
+
+
+def _renamed(panel: str) -> str:
+    """The panel, with the name of earlier versions replaced."""
+    if panel in OLD_PANELS:
+        warn(f"panel {panel!r}", repr(OLD_PANELS[panel]), level=4)
+    return OLD_PANELS.get(panel, panel)
 
 
 def _first(study: Any) -> dict[str, Any]:
@@ -91,13 +106,13 @@ def _legend(figure: Figure, methods: Sequence[str], pale: bool) -> None:
     legend_below(figure, keys + [Patch(color=FAINT, label="starting model, p")] * pale)
 
 
-def _panel(study: Any, data: pd.DataFrame, panel: str, methods: list[str], ax: Axes) -> None:
+def _panel(study: Any, data: pd.DataFrame, panel: str, ax: Axes) -> None:
     label = study.config["metric"]["name"]
     if panel == "target":
         observed = next(iter(data.loc[data["label"].astype(bool), "token"]), None)
-        plot_target(data, ax=ax, methods=methods, label=observed)
-    elif panel in ("trust", "truth"):
-        {"trust": plot_trust, "truth": plot_truth}[panel](data, ax=ax, methods=methods)
+        plot_target(data, ax=ax, label=observed)
+    elif panel in ("label_weight", "calibration"):
+        {"label_weight": plot_label_weight, "calibration": plot_calibration}[panel](data, ax=ax)
     else:
         draw = {
             "scores": plot_scores,
@@ -105,4 +120,4 @@ def _panel(study: Any, data: pd.DataFrame, panel: str, methods: list[str], ax: A
             "frontier": plot_frontier,
             "curves": plot_curves,
         }
-        draw[panel](data, ax=ax, label=label, methods=methods)
+        draw[panel](data, ax=ax, label=label)

@@ -1,4 +1,4 @@
-"""Plots of a whole study, all settings in one figure: scores on one axis, and the forest of paired differences."""
+"""Plots of all settings of a study: scores on one axis, and a forest plot of paired differences."""
 
 from collections.abc import Iterable
 from math import ceil
@@ -22,45 +22,47 @@ from qlens.analysis.plots.style import (
     current,
     head,
     legend_below,
+    look,
     name_ticks,
     need,
     new_figure,
+    of_figure,
     short,
     sized,
     styles,
+    without_effect,
 )
 
 ACROSS = 3  # settings side by side in the forest
 MARKS = {"markersize": 5.0, "markeredgewidth": 0.9, "elinewidth": 1.1}
 
 
+@without_effect("methods")
 def plot_settings(
     table: pd.DataFrame,
     *,
     ax: Axes | None = None,
     label: str = "score",
-    methods: Iterable[str] | None = None,
     **errorbar: Any,
 ) -> Axes:
-    """All settings on one axis, as in the paper's summary: in each, every method's mean with its interval.
+    """Means with their intervals, methods side by side in each setting.
 
     Args:
-        table: as ``Study.table()`` gives it: setting, method, mean, low, high.
-        ax: where to draw; the current Axes by default.
-        label: of the score's axis.
-        methods: which share the colours and the places, if more than in the table.
-        errorbar: to ``Axes.errorbar``.
+        table: ``Study.table()``: setting, method, mean, low, high.
+        ax: where to draw; by default the current Axes.
+        label: name of the score.
+        errorbar: keywords for ``Axes.errorbar``.
 
     Raises:
         InputError: columns are missing.
     """
     need(table, "setting", "method", "mean", "low", "high")
     ax = current(ax)
-    look, settings = styles([*(methods or ()), *table["method"]]), list(dict.fromkeys(table["setting"]))
-    step = 0.8 / max(len(look), 1)
+    chosen, settings = look(table), list(dict.fromkeys(table["setting"]))
+    step = 0.8 / max(len(chosen), 1)
     for place in range(1, len(settings)):
         ax.axvline(place - 0.5, color=FAINT, lw=0.8, zorder=0)
-    for turn, (method, style) in enumerate(look.items()):
+    for turn, (method, style) in enumerate(chosen.items()):
         rows = table[table["method"] == method]
         at = [settings.index(setting) - 0.4 + (turn + 0.5) * step for setting in rows["setting"]]
         known = rows["low"].notna() & rows["high"].notna()
@@ -68,31 +70,30 @@ def plot_settings(
         options = {"fmt": style.marker, "color": style.color, "capsize": 0, "elinewidth": 1.1}
         options |= {"markersize": sized(style.marker, 4.6)}
         options |= {"markeredgecolor": "white", "markeredgewidth": 0.4, "zorder": 3, "label": method} | errorbar
-        if len(rows):
-            ax.errorbar(at, rows["mean"], yerr=ends, **options)
+        ax.errorbar(at, rows["mean"], yerr=ends, **options)
     name_ticks(ax.xaxis, settings, **({"rotation": 25, "ha": "right"} if crowded(ax, settings) else {}))
     ax.set(xlim=(-0.5, len(settings) - 0.5), ylabel=f"{label}, 95 % interval")
     return clean(ax, grid="y")
 
 
 def figure_settings(study: Any, width: float = DOUBLE) -> Figure:
-    """The scores of all settings on one axis, the methods in the legend below.
+    """Scores of all settings on one axis, with a legend of methods.
 
     Args:
-        study: has ``table()``, ``methods`` and ``config``.
+        study: of ``qlens.compare``.
         width: inches.
     """
     figure = new_figure(width, 2.2)
-    plot_settings(study.table(), ax=figure.subplots(), label=study.config["metric"]["name"], methods=study.methods)
+    plot_settings(study.table(), ax=figure.subplots(), label=study.config["metric"]["name"])
     legend_below(figure, method_keys(study.methods))
     return figure
 
 
 def figure_forest(study: Any, width: float = DOUBLE) -> Figure:
-    """Paired differences against one method, a column per setting: the methods' names once, one axis of differences.
+    """Forest plot: paired differences from one method, a panel per setting.
 
     Args:
-        study: has ``differences()``, ``settings``, ``methods`` and ``config``.
+        study: of ``qlens.compare``.
         width: inches.
     """
     table, label = study.differences(), study.config["metric"]["name"]
@@ -106,27 +107,27 @@ def figure_forest(study: Any, width: float = DOUBLE) -> Figure:
         spare.set_visible(False)
     for place, (ax, setting) in enumerate(zip(axes.flat, settings, strict=False)):
         mine = table[table["setting"] == setting].set_index("method").reindex(methods).reset_index()
-        mine = mine.assign(setting=setting, against=table["against"].iloc[0])
-        plot_differences(mine, ax=ax, label=label, methods=study.methods, key=False, **MARKS)
+        mine = of_figure(mine.assign(setting=setting, against=table["against"].iloc[0]), study.methods)
+        plot_differences(mine, ax=ax, label=label, key=False, **MARKS)
         head(ax, setting)
         ax.set_xlabel("")
         ax.tick_params(axis="x", labelbottom=place + columns >= len(settings))
         if place % columns:
             ax.tick_params(axis="y", labelleft=False)
     against = short(str(table["against"].iloc[0]))
-    told = f"difference in {label} against {against}, 95 % interval", f"filled: p < {ALPHA:g} (Holm)"
-    figure.supxlabel(("; " if columns == ACROSS else "\n").join(told), fontsize=TEXT, color=INK)
+    words = f"difference in {label} against {against}, 95 % interval", f"filled: p < {ALPHA:g} (Holm)"
+    figure.supxlabel(("; " if columns == ACROSS else "\n").join(words), fontsize=TEXT, color=INK)
     return figure
 
 
 def crowded(ax: Axes, names: list[str]) -> bool:
-    """Whether names at the ticks of the x axis would touch each other."""
+    """Whether names at the ticks of the x axis would overlap."""
     inches = ax.bbox.width / ax.figure.dpi / max(len(names), 1)
     return max(map(len, names), default=0) * 0.6 * SMALL / 72 > inches
 
 
 def method_keys(methods: Iterable[str]) -> list[Line2D]:
-    """What a legend of methods holds: their markers in their colours."""
+    """Legend handles of methods."""
     keys = []
     for name, style in styles(methods).items():
         mark: dict[str, Any] = {"marker": style.marker, "markersize": sized(style.marker, 5), "color": style.color}

@@ -1,8 +1,10 @@
-"""The look of every figure: one colour and marker per method, sizes for paper, and text that any font can show."""
+"""Style of all figures: one colour and marker per method, sizes for print, and token text that any font can show."""
 
+import functools
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -22,13 +24,13 @@ from qlens.registry import methods as registered
 
 
 class Style(NamedTuple):
-    """How a method is drawn, everywhere."""
+    """Colour and marker of a method."""
 
     color: str
     marker: str
 
 
-# Okabe and Ito's colours and two of Tol's: told apart by colour-blind readers; markers tell them apart in grey.
+# Okabe and Ito's colours and two of Tol's, distinct for colour-blind readers; the markers are distinct in grey.
 STYLES = {
     "base": Style("#666666", "X"),
     "sft": Style("#0072B2", "o"),
@@ -38,7 +40,7 @@ STYLES = {
     "label_smoothing": Style("#56B4E9", "v"),
     "asft_anchored": Style("#CC79A7", "P"),
     "target_sft": Style("#D55E00", "D"),
-    # the controls: near their parent in colour
+    # controls, near their parent in colour
     "target_sft_base_teacher": Style("#8C4A1B", ">"),
     "target_sft_shuffled_teacher": Style("#882255", "d"),
     "target_sft_constant_trust": Style("#F0806A", "p"),
@@ -47,21 +49,21 @@ STYLES = {
 }
 _COLORS = ("#332288", "#225555", "#999933", "#44AA99", "#AA4499", "#6699CC")
 _MARKERS = "ph>*d8ovs^<DP"  # filled ones alone: their edge is white
-# neighbours differ in both; 6 and 13 have no common divisor, so that every pair comes once
+# 6 and 13 have no common divisor, so that every pair comes once
 SPARE = [Style(_COLORS[i % 6], _MARKERS[i % 13]) for i in range(78)]
 INK, GREY, FAINT, SOFT = "#222222", "#9a9a9a", "#d9d9d9", "#6b6b70"
 HATCH = "/////"
-"""Of everything that a distribution cannot have: negative mass, and what is not defined because of it."""
+"""Of negative mass, and of metrics that are not defined because of it."""
 SINGLE, DOUBLE = 3.3, 6.8
-"""Inches: the width of a column of a paper, and of both."""
-COLUMN = 4.5  # a figure less wide than this is for one column
+"""Width in inches of one column of a paper, and of two."""
+COLUMN = 4.5  # a figure narrower than this is laid out for one column
 TEXT, SMALL = 8, 7
-"""Points: of axis labels and titles, and of ticks, legends and notes; the figures are made to be printed at their size."""
+"""Points of axis labels and titles, and of ticks, legends and notes, at the size of print."""
 OPEN_BOX = "\u2423"  # a visible space
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
-    """A colour and a marker per method: the same in every figure for those of qlens, clashes avoided for your own.
+    """Colour and marker by method: fixed for built-in methods; user methods of one figure get distinct ones.
 
     Example:
         >>> styles(["dft"])["dft"].marker
@@ -80,30 +82,27 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
 
 
 def _built_in() -> dict[str, Style]:
-    """The registered methods of qlens that ``STYLES`` does not name, in the order of their names."""
-    ours = (name for name, method in registered().items() if method.fn.__module__.startswith("qlens.variants"))
-    return dict(zip(sorted(set(ours) - set(STYLES)), SPARE, strict=False))
+    """Styles of the built-in methods that ``STYLES`` does not list."""
+    builtin = (name for name, method in registered().items() if method.fn.__module__.startswith("qlens.variants"))
+    return dict(zip(sorted(set(builtin) - set(STYLES)), SPARE, strict=False))
 
 
 def sized(marker: str, size: float) -> float:
-    """The size at which a marker looks as large as a circle of this size."""
+    """Marker size with the apparent size of a circle."""
     return size * {"*": 1.5, "P": 1.15, "X": 1.1, "d": 1.2, "D": 0.9, "p": 1.1}.get(marker, 1.0)
 
 
 def short(method: str, letters: int = 28) -> str:
-    """A method's name as it fits into a figure: a file without its folders, the middle of a long spec left out.
-
-    A dollar sign is escaped, so that it begins no formula.
-    """
+    """A method's name for a figure: without folders, shortened in the middle, dollar signs escaped."""
     name = re.sub(r"^[^(]*/", "", method)
     name = name if len(name) <= letters else f"{name[: letters - 8]}...{name[-5:]}"
     return name.replace("$", r"\$")
 
 
 def shown(token: str, letters: int = 16) -> str:
-    r"""A token as a figure can show it: spaces as open boxes, what cannot be seen or the font lacks as escapes.
+    r"""A token's text for a figure: spaces as open boxes, invisible letters and those the font lacks as escapes.
 
-    Backslashes stay, so that showing twice changes nothing.
+    Idempotent: backslashes are not escaped.
 
     Example:
         >>> print(shown("two\n"), shown("\u202e$_"))
@@ -131,7 +130,7 @@ def _glyph(font: str, letter: str) -> bool:
 
 
 def name_ticks(axis: Axis, names: Sequence[str], bold: str | None = None, **text: Any) -> None:
-    """Names at 0, 1, 2, ... of an axis, as they are: a dollar sign begins no formula."""
+    """Set names as ticks at 0, 1, 2, ..., without parsing formulas."""
     axis.set_ticks(range(len(names)), names)
     for tick in axis.get_ticklabels():
         tick.set_parse_math(False)
@@ -140,16 +139,16 @@ def name_ticks(axis: Axis, names: Sequence[str], bold: str | None = None, **text
 
 
 def current(ax: Axes | None) -> Axes:
-    """The Axes given, or pyplot's current ones."""
+    """``ax``, or pyplot's current Axes."""
     if ax is None:
-        from matplotlib import pyplot  # only here: with ``ax`` given, no backend is chosen and no window can open
+        from matplotlib import pyplot  # choosing a backend is needed here only
 
         return pyplot.gca()
     return ax
 
 
 def clean(ax: Axes, grid: str = "both") -> Axes:
-    """The house's look: no box, a pale grid behind, few ticks, text to be read at the size it is printed in."""
+    """Apply the common style: no box, a pale grid, few ticks, small text."""
     ax.spines[["top", "right"]].set_visible(False)
     if grid != "none":
         ax.grid(True, axis=grid, color="#ececec", lw=0.7, zorder=0)
@@ -163,15 +162,44 @@ def clean(ax: Axes, grid: str = "both") -> Axes:
 
 
 def head(ax: Axes, title: str) -> None:
-    """A panel's title: to the left, in ink, as it is."""
+    """Set a panel's title, left-aligned."""
     ax.set_title(title, fontsize=TEXT, loc="left", color=INK)
 
 
 def note(ax: Axes, text: str, x: float = 0.02, y: float = 0.02, **options: Any) -> None:
-    """A remark within the axes, in fractions of them."""
+    """Write a note at (x, y) in fractions of the Axes."""
     paper = {"facecolor": "white", "edgecolor": "none", "pad": 1}
     options = {"fontsize": SMALL, "color": SOFT, "zorder": 4, "bbox": paper} | options
     ax.annotate(text, (x, y), xycoords="axes fraction", **options)
+
+
+def look(data: pd.DataFrame, column: str = "method") -> dict[str, Style]:
+    """Styles of the methods in a frame, chosen among all methods of its figure (``attrs["methods"]``)."""
+    names = list(dict.fromkeys(data[column]))
+    among = styles([*data.attrs.get("methods", ()), *names])
+    return {name: among[name] for name in names}
+
+
+def of_figure(data: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
+    """A copy of the data that shares its styles with all ``methods`` of a figure."""
+    data = data.copy()
+    data.attrs["methods"] = list(methods)
+    return data
+
+
+OLD_COLUMNS = {
+    "trust": "label_weight",
+    "trust_low": "label_weight_low",
+    "trust_high": "label_weight_high",
+    "other_grad": "runner_up_grad",
+    "q_rest": "q_runner_up",
+}
+
+
+def current_names(data: pd.DataFrame) -> pd.DataFrame:
+    """The data with the columns of earlier versions renamed."""
+    old = {old: new for old, new in OLD_COLUMNS.items() if old in data.columns and new not in data.columns}
+    return data.rename(columns=old) if old else data
 
 
 def need(data: pd.DataFrame, *columns: str) -> None:
@@ -181,15 +209,31 @@ def need(data: pd.DataFrame, *columns: str) -> None:
         raise InputError(f"data lacks {', '.join(missing)}; it has {', '.join(map(str, data.columns))}")
 
 
+def without_effect(*names: str) -> Callable[[Callable], Callable]:
+    """Decorator: accept arguments of earlier versions, warn, and ignore them."""
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in [name for name in names if name in kwargs]:
+                kwargs.pop(name)
+                warnings.warn(f"{fn.__name__}({name}=) has no effect any more", DeprecationWarning, stacklevel=2)
+            return fn(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that no window knows of, in inches: nothing is shown, nothing stays open."""
+    """A figure of this size in inches, outside pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def panels(width: float, number: int, across: int, tall: float = 2.1, narrow: int = 1) -> tuple[Figure, list[Axes]]:
-    """A figure of so many panels, ``across`` side by side, in one column of a paper ``narrow``; each ``tall`` inches."""
+    """A figure of ``number`` panels, ``across`` side by side (``narrow`` below ``COLUMN``), each ``tall`` inches high."""
     columns = narrow if width < COLUMN else across
     rows = ceil(number / columns)
     figure = new_figure(width, rows * tall)
@@ -200,8 +244,8 @@ def panels(width: float, number: int, across: int, tall: float = 2.1, narrow: in
 
 
 def legend_below(figure: Figure, keys: Sequence[Any], size: float = SMALL) -> None:
-    """One legend for all panels, below them, in as many columns as fit; the figure grows by as much."""
-    wide = [0.45 + size / 72 * 0.52 * len(str(key.get_label())) for key in keys]  # inches, the handle's among them
+    """Add one legend below all panels, in as many columns as fit; the figure grows by its height."""
+    wide = [0.45 + size / 72 * 0.52 * len(str(key.get_label())) for key in keys]  # inches, with the handle
 
     def needed(columns: int) -> float:
         return sum(max(part) for part in np.array_split(wide, columns))

@@ -1,5 +1,6 @@
-"""Plots of targets, on one Axes each: along p_y, at one token, and along a text; from the frames of ``readings``."""
+"""Plots of targets on one Axes each: along p_y, at one token, and along a text; from the frames of ``target_data``."""
 
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -18,34 +19,37 @@ from qlens.analysis.plots.style import (
     SMALL,
     clean,
     current,
+    current_names,
+    look,
     name_ticks,
     need,
     short,
     shown,
     sized,
-    styles,
+    without_effect,
 )
 from qlens.core.errors import InputError
 
-CROWD = 200  # more tokens than this are drawn as fine dust
-LINES = {  # of the shapes of the alternatives; a wide pale line stays visible where a thin dark one covers it
+MANY = 200  # tokens, above which markers are small and pale
+LINES = {  # by shape of the alternatives; wide pale lines stay visible below thin dark ones
     "flat": {"color": "#E69F00", "marker": "s", "lw": 3.0, "markersize": 5.0, "alpha": 0.75, "zorder": 2},
     "graded": {"color": "#009E73", "marker": "D", "lw": 2.0, "markersize": 3.6, "alpha": 0.85, "zorder": 2.5},
     "peaked": {"color": "#0072B2", "marker": "o", "lw": 1.2, "markersize": 3.0, "zorder": 3},
     "text": {"color": "#0072B2", "marker": "o", "lw": 0.0, "markersize": 3.0, "zorder": 3},
 }
 SHAPES = {
-    "flat": "alternatives alike",
-    "graded": "rivals falling by .8",
-    "peaked": "one strong rival",
-    "text": "the text's tokens",
+    "flat": "equal alternatives",
+    "graded": "alternatives falling by .8",
+    "peaked": "one strong alternative",
+    "text": "tokens of the text",
 }
+LABEL_WEIGHT = r"label weight  $-g_y / (1 - p_y)$"
 SHOWN = {
-    "gradient": (("label_grad", "other_grad"), r"gradient  $\partial L/\partial z = p - Q$"),
-    "target": (("q_label", "q_rest"), r"target  $Q$"),
-    "trust": (("trust",), "effective trust in the label"),
+    "gradient": (("label_grad", "runner_up_grad"), r"gradient  $\partial L/\partial z = p - Q$"),
+    "target": (("q_label", "q_runner_up"), r"target  $Q$"),
+    "label_weight": (("label_weight",), LABEL_WEIGHT),
 }
-"""What ``plot_sweep`` can show: the columns, of the label and of its strongest rival, and the name of the axis."""
+"""Choices of ``plot_sweep``: the columns of label and runner-up, and the name of the axis."""
 TICKS = {
     1e-6: "$10^{-6}$",
     1e-3: "$10^{-3}$",
@@ -56,69 +60,75 @@ TICKS = {
     1 - 1e-6: "$1-10^{-6}$",
 }
 METRICS = {
-    "trust": "effective trust",
+    "label_weight": "label weight",
     "entropy": "entropy H(Q), nats",
     "kl": "KL(Q || p), nats",
     "negative_mass": "negative mass",
     "reshape": "reshape",
 }
-"""What ``plot_sequence`` can show, with its unit."""
-COLORS = "Blues"  # from light to dark in grey too, and for the colour-blind
-ROUNDING = 1e-6  # a largest value below this is rounding, and gets no colour scale of its own
-STILL = 0.02  # of the axis: a move too short for an arrow is a dot
-
-EXPLAINED = {"trust": "label_weight", "q_rest": "q_runner_up", "other_grad": "runner_up_grad"}
-"""The names that columns have in ``Explanation.table``."""
+"""Choices of ``plot_sequence``, with their units."""
+COLORS = "Blues"  # from light to dark in grey too
+ROUNDING = 1e-6  # metrics that are zero up to this get no colour scale of their own
+SHORT_MOVE = 0.02  # of the axis: drawn as a dot instead of an arrow
 
 
+@without_effect("methods")
 def plot_sweep(
     data: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    show: Literal["gradient", "target", "trust"] = "target",
-    methods: Iterable[str] | None = None,
+    show: Literal["gradient", "target", "label_weight"] = "target",
     **line: Any,
 ) -> Axes:
-    """Gradient, target or trust against p_y: the label solid and filled, its strongest rival dashed and hollow.
+    """Gradient, target or label weight against p_y: the label solid and filled, the runner-up dashed and hollow.
 
     Args:
-        data: p_y and the columns of ``SHOWN[show]``, as ``sweep`` or ``Explanation.table`` gives them; a line per method,
-            or else per ``shape`` of the alternatives.
-        ax: where to draw; the current Axes by default.
-        show: "gradient" (g, unit scale), "target" (Q) or "trust" (-g_y / (1 - p_y)).
-        methods: which share the colours, if more than in the data.
-        line: to ``Axes.plot``.
+        data: p_y and the columns of ``SHOWN[show]``, of ``sweep_frame`` or ``Explanation.table``; a line per method, or
+            else per ``shape`` of the alternatives.
+        ax: where to draw; by default the current Axes.
+        show: "gradient" (g, unit scale), "target" (Q) or "label_weight" (-g_y / (1 - p_y)).
+        line: keywords for ``Axes.plot``.
 
     Raises:
         InputError: columns are missing, or an unknown ``show``.
     """
-    if show not in SHOWN:
+    metric = renamed_metric(show)
+    if metric not in SHOWN:
         raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
-    columns, name = SHOWN[show]
-    data = data.assign(**{old: data[new] for old, new in EXPLAINED.items() if new in data})
+    data, (columns, name) = current_names(data), SHOWN[metric]
     need(data, "p_y", *columns)
     need(data, "method" if "shape" not in data else "shape")
     ax = current(ax)
     ax.axhline(0, color=INK, lw=0.8, zorder=1)
-    _references(ax, show, data["p_y"])
-    for key, rows, solid in _lines(data, methods):
-        solid = solid | line
-        dashed = solid | {"ls": "--", "markerfacecolor": "none" if len(rows) > CROWD else "white", "label": "_"}
+    _references(ax, metric, data["p_y"])
+    for key, rows, style in _lines(data):
+        solid = style | line
+        dashed = solid | {"ls": "--", "markerfacecolor": "none" if len(rows) > MANY else "white", "label": "_"}
         for column, options in zip(columns[::-1], (solid, dashed)[len(columns) - 1 :: -1], strict=True):
             ax.plot(rows["p_y"], rows[column], **{"label": key} | options)
-    if show == "trust" and data["trust"].abs().max() > 20:  # a few tokens with p_y near 1 would flatten all others
+    if (
+        metric == "label_weight" and data[metric].abs().max() > 20
+    ):  # a few tokens with p_y near 1 would flatten all others
         ax.set_yscale("symlog", linthresh=1.0)
-    _ends(ax, data["p_y"])
+    _p_y_axis(ax, data["p_y"])
     ax.set(xlabel=r"label probability $p_y$", ylabel=name)
     return clean(ax)
 
 
-def _lines(data: pd.DataFrame, methods: Iterable[str] | None) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any]]]:
-    """The name, the rows and the look of every line."""
+def renamed_metric(show: str) -> str:
+    """``show``, with the name of earlier versions replaced."""
+    if show == "trust":
+        warnings.warn("show='trust' is deprecated; write 'label_weight'", DeprecationWarning, stacklevel=4)
+        return "label_weight"
+    return show
+
+
+def _lines(data: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """Name, rows and style of every line."""
     if "method" in data:
-        look = styles([*(methods or ()), *data["method"]])
+        chosen = look(data)
         for turn, (key, rows) in enumerate(data.groupby("method", sort=False)):
-            rows, style = rows.sort_values("p_y"), look[str(key)]
+            rows, style = rows.sort_values("p_y"), chosen[str(key)]
             every = max(1, len(rows) // 7)
             marks = {
                 "marker": style.marker,
@@ -129,23 +139,23 @@ def _lines(data: pd.DataFrame, methods: Iterable[str] | None) -> Iterable[tuple[
     else:
         for key in (kind for kind in LINES if (data["shape"] == kind).any()):
             rows = data[data["shape"] == key].sort_values("p_y")
-            dust = {"markersize": 1.6, "alpha": 0.4, "markeredgewidth": 0.4} if len(rows) > CROWD else {}
-            yield SHAPES[key], rows, LINES[key] | dust
+            small = {"markersize": 1.6, "alpha": 0.4, "markeredgewidth": 0.4} if len(rows) > MANY else {}
+            yield SHAPES[key], rows, LINES[key] | small
 
 
 def _references(ax: Axes, show: str, p_y: pd.Series) -> None:
-    """What everybody knows, in grey: Q = p, full trust, and trust by p_y."""
+    """Draw reference lines in grey: Q = p, label weight 1 and label weight p_y."""
     p = sorted(p_y)
     options = {"color": GREY, "lw": 0.9, "zorder": 1}
     if show == "target":
         ax.plot(p, p, ls=":", label=r"$Q_y = p_y$", **options)
-    elif show == "trust":
-        ax.plot(p, [1.0] * len(p), label="trust 1 (sft)", **options)
-        ax.plot(p, p, ls="--", label=r"trust $p_y$ (dft)", **options)
+    elif show == "label_weight":
+        ax.plot(p, [1.0] * len(p), label="1 (sft)", **options)
+        ax.plot(p, p, ls="--", label=r"$p_y$ (dft)", **options)
 
 
-def _ends(ax: Axes, p_y: pd.Series) -> None:
-    """A logit axis where p_y comes near 0 and 1: both ends matter, and both are crowded on a linear one."""
+def _p_y_axis(ax: Axes, p_y: pd.Series) -> None:
+    """Set a logit axis where p_y comes near 0 and 1, which a linear one would crowd."""
     if p_y.min() < 1e-3 and 0 < p_y.min() and p_y.max() < 1:
         ax.set_xscale("logit")
         ax.xaxis.set_major_locator(FixedLocator(list(TICKS)))
@@ -155,18 +165,16 @@ def _ends(ax: Axes, p_y: pd.Series) -> None:
         ax.set_xlim(-0.02, 1.02)
 
 
-def plot_update(
-    data: pd.DataFrame, *, ax: Axes | None = None, methods: Iterable[str] | None = None, **bar: Any
-) -> Axes:
-    """One token: p (pale), the update of its logits -g = Q - p (arrow, unit scale) and Q, a row per candidate.
+@without_effect("methods")
+def plot_update(data: pd.DataFrame, *, ax: Axes | None = None, **bar: Any) -> Axes:
+    """One token: p (pale), the update of its logits -g = Q - p (arrow, unit scale) and Q, a row per entry.
 
-    Negative entries of Q reach to the left of zero and are hatched; the observed token stands in bold.
+    Negative entries of Q reach to the left of zero and are hatched; the label is in bold.
 
     Args:
-        data: of one method: token, label, p, q, as ``candidates`` gives them.
-        ax: where to draw; the current Axes by default.
-        methods: which share the colours, if more than in the data.
-        bar: to ``Axes.barh`` of Q.
+        data: of one method, of ``token_frame``: method, token, label, p, q.
+        ax: where to draw; by default the current Axes.
+        bar: keywords for ``Axes.barh`` of Q.
 
     Raises:
         InputError: columns are missing, or there is more than one method.
@@ -174,7 +182,7 @@ def plot_update(
     need(data, "method", "token", "label", "p", "q")
     if len(names := data["method"].unique()) != 1:
         raise InputError(f"plot_update draws one method, got {', '.join(names) or 'none'}: select one")
-    ax, style = current(ax), styles([*(methods or ()), *names])[names[0]]
+    ax, style = current(ax), look(data)[names[0]]
     at = np.arange(len(data))
     ax.barh(at, data["p"], height=0.84, color=FAINT, zorder=1, label="model, p")
     options = {"height": 0.34, "color": style.color, "zorder": 2, "label": "target, Q"} | bar
@@ -185,7 +193,7 @@ def plot_update(
     tip = "-|>,head_length=0.3,head_width=0.15"
     arrow = {"arrowstyle": tip, "color": INK, "lw": 0.9, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 7}
     for row, (p, q) in enumerate(zip(data["p"], data["q"], strict=True)):
-        if abs(q - p) > STILL * (high - low):
+        if abs(q - p) > SHORT_MOVE * (high - low):
             ax.annotate("", (q, row - 0.22), (p, row - 0.22), arrowprops=arrow, zorder=3)
         else:
             ax.plot([q], [row - 0.22], ".", color=INK, markersize=2.5, zorder=3)
@@ -200,27 +208,29 @@ def plot_sequence(
     data: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    show: str = "trust",
+    show: str = "label_weight",
     limits: tuple[float, float] | None = None,
     **image: Any,
 ) -> Axes:
     """A text as a heat map of one metric, a column per token and a row per method.
 
-    Signed targets are hatched, in every metric; where the metric is not defined for them, on white. Values beyond the
-    limits of the colours carry a sign: + above, - below. KL is coloured by its root, so that small ones are seen.
+    Targets with negative mass are hatched, on white where the metric is not defined. Values beyond the limits of the
+    colours are marked + (above) or - (below). KL is coloured by its square root.
 
     Args:
-        data: method, position, token, negative_mass and the metric, as ``along`` gives them.
-        ax: where to draw; the current Axes by default.
-        show: which of ``METRICS``.
-        limits: of the colours; by default 0 to 1 for trust, and from 0 to the largest value.
-        image: to ``Axes.imshow``.
+        data: of ``text_frame``: method, position, token, negative_mass and the metric.
+        ax: where to draw; by default the current Axes.
+        show: one of ``METRICS``.
+        limits: of the colours; by default 0 to 1 for the label weight, 0 to the largest value for others.
+        image: keywords for ``Axes.imshow``.
 
     Raises:
         InputError: columns are missing, or an unknown metric.
     """
+    show = renamed_metric(show)
     if show not in METRICS:
         raise InputError(f"show must be one of {', '.join(METRICS)}, got {show!r}")
+    data = current_names(data)
     need(data, "method", "position", "token", "negative_mass", show)
     ax, names = current(ax), list(dict.fromkeys(data["method"]))
     low, high = color_limits(data, show) if limits is None else limits
@@ -250,8 +260,8 @@ def plot_sequence(
 
 
 def color_limits(data: pd.DataFrame, show: str) -> tuple[float, float]:
-    """What the lightest and the darkest colour stand for: 0 to 1 for trust, else 0 to the largest finite value."""
-    if show == "trust":
+    """Values of the lightest and the darkest colour."""
+    if show == "label_weight":
         return 0.0, 1.0
-    most = data[show][np.isfinite(data[show])].max()
-    return 0.0, float(most) if most > ROUNDING else 1.0
+    largest = data[show][np.isfinite(data[show])].max()
+    return 0.0, float(largest) if largest > ROUNDING else 1.0

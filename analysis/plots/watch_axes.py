@@ -1,6 +1,5 @@
-"""Plots of how targets move during training, from the records of ``qlens.Watch``."""
+"""Plots of targets during training, from the records of ``qlens.Watch``."""
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import pandas as pd
@@ -10,59 +9,73 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from qlens.analysis.plots.study_overview import method_keys
-from qlens.analysis.plots.style import DOUBLE, GREY, INK, clean, current, head, legend_below, need, note, panels, styles
+from qlens.analysis.plots.style import (
+    DOUBLE,
+    GREY,
+    INK,
+    clean,
+    current,
+    current_names,
+    head,
+    legend_below,
+    look,
+    need,
+    note,
+    panels,
+    without_effect,
+)
+from qlens.analysis.plots.target_axes import LABEL_WEIGHT, renamed_metric
 from qlens.core.errors import InputError
 
 COURSES = {
     "drift": "drift of Q, total variation",
     "negative_mass": "negative mass of Q",
-    "trust": "effective trust in the label",
+    "label_weight": LABEL_WEIGHT,
     "p_y": "label probability $p_y$",
     "reshape": "reshape of the alternatives",
     "entropy": "entropy H(Q), nats",
     "kl": "KL(Q || p), nats",
     "drift_kl": "drift, KL(Q || first Q), nats",
 }
-"""What ``plot_course`` can show, with the name of its axis."""
-SIGNED = ("trust",)  # the only ones that may be below zero
-WINDOW = (-0.6, 1.6)  # of trust
+"""Choices of ``plot_course``, with the name of the axis."""
+SIGNED = ("label_weight",)  # may be negative
+WINDOW = (-0.6, 1.6)  # limits of the axis of the label weight
 
 
+@without_effect("methods")
 def plot_motion(
     frame: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    methods: Iterable[str] | None = None,
     window: tuple[float, float] = WINDOW,
     **dot: Any,
 ) -> Axes:
-    """Trust against p_y on the probe tokens: small and pale at the first record, filled at the last, joined by a line.
+    """Label weight against p_y of the probe tokens: small and pale at the first record, filled at the last, joined by a line.
 
-    What lies beyond the window is drawn at its edge, and counted.
+    Values beyond the window are drawn at its edge and counted in a note.
 
     Args:
-        frame: of ``Watch.frame``: step, variant, token, p_y, trust.
-        ax: where to draw; the current Axes by default.
-        methods: which share the colours, if more than in the frame.
-        window: the ends of the axis of trust.
-        dot: to ``Axes.plot`` of the last record.
+        frame: ``Watch.frame``: step, variant, token, p_y, label_weight.
+        ax: where to draw; by default the current Axes.
+        window: limits of the axis of the label weight.
+        dot: keywords for ``Axes.plot`` of the last record.
 
     Raises:
         InputError: columns are missing, or there are no records.
     """
-    _check(frame, "token", "p_y", "trust")
+    frame = _checked(frame, "token", "p_y", "label_weight")
     ax, (low, high) = current(ax), window
     ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, zorder=1)
     ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
     first, last = frame["step"].min(), frame["step"].max()
     edge, beyond = (high - low) / 40, 0
-    look = styles([*(methods or ()), *frame["variant"]])
+    chosen = look(frame, "variant")
     for name, rows in frame.groupby("variant", sort=False):
-        style = look[str(name)]
+        style = chosen[str(name)]
         ends = [rows[rows["step"] == step].set_index("token") for step in (first, last)]
         x = [each["p_y"].to_numpy() for each in ends]
-        y = [each["trust"].clip(low + edge, high - edge).to_numpy() for each in ends]
-        beyond += int((~ends[1]["trust"].between(low, high)).sum())
+        y = [each["label_weight"].clip(low + edge, high - edge).to_numpy() for each in ends]
+        beyond += int((~ends[1]["label_weight"].between(low, high)).sum())
         ax.plot(x, y, color=style.color, lw=0.6, alpha=0.35, zorder=2)
         mark = {"ls": "", "marker": style.marker, "color": style.color, "zorder": 3}
         ax.plot(x[0], y[0], **mark | {"markersize": 2.6, "alpha": 0.45, "label": "_", "markeredgewidth": 0})
@@ -70,83 +83,86 @@ def plot_motion(
         ax.plot(x[1], y[1], **options | dot)
     if beyond:
         note(ax, f"{beyond} beyond the axis", y=0.98, va="top")
-    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=COURSES["trust"])
+    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=LABEL_WEIGHT)
     return clean(ax)
 
 
+@without_effect("methods")
 def plot_course(
     frame: pd.DataFrame,
     *,
     ax: Axes | None = None,
-    show: Literal["drift", "negative_mass", "trust", "p_y", "reshape", "entropy", "kl", "drift_kl"] = "drift",
-    methods: Iterable[str] | None = None,
+    show: Literal["drift", "negative_mass", "label_weight", "p_y", "reshape", "entropy", "kl", "drift_kl"] = "drift",
     **line: Any,
 ) -> Axes:
-    """One measure of the targets by step: the mean over the probe tokens, and their middle half as a band.
+    """One metric of the targets by step: mean over the probe tokens, with their quartiles as a band.
 
     Args:
-        frame: of ``Watch.frame``: step, variant and the measure; tokens where it is not defined are left out, and counted.
-        ax: where to draw; the current Axes by default.
-        show: which of ``COURSES``.
-        methods: which share the colours, if more than in the frame.
-        line: to ``Axes.plot``.
+        frame: ``Watch.frame``: step, variant and the metric. Tokens where it is not defined are counted in a note.
+        ax: where to draw; by default the current Axes.
+        show: one of ``COURSES``.
+        line: keywords for ``Axes.plot``.
 
     Raises:
-        InputError: columns are missing, there are no records, or an unknown measure.
+        InputError: columns are missing, there are no records, or an unknown metric.
     """
-    if show not in COURSES:
+    metric = renamed_metric(show)
+    if metric not in COURSES:
         raise InputError(f"show must be one of {', '.join(COURSES)}, got {show!r}")
-    _check(frame, show)
-    ax, look = current(ax), styles([*(methods or ()), *frame["variant"]])
-    if show in ("negative_mass", "trust"):
+    frame = _checked(frame, metric)
+    ax, chosen = current(ax), look(frame, "variant")
+    if metric in ("negative_mass", "label_weight"):
         ax.axhline(0, color=INK, lw=0.8, zorder=1)
     for name, rows in frame.groupby("variant", sort=False):
-        by_step, style = rows.groupby("step")[show], look[str(name)]
+        by_step, style = rows.groupby("step")[metric], chosen[str(name)]
         low, mean, high = by_step.quantile(0.25), by_step.mean(), by_step.quantile(0.75)
         ax.fill_between(mean.index, low, high, color=style.color, alpha=0.12, lw=0, zorder=2)
         options = {"color": style.color, "marker": style.marker, "markersize": 4.0, "lw": 1.3, "zorder": 3}
         options |= {"markeredgecolor": "white", "markeredgewidth": 0.4, "label": name}
         ax.plot(mean.index, mean, **options | {"markevery": max(1, len(mean) // 10)} | line)
-    if unknown := int(frame[show].isna().sum()):
+    if unknown := int(frame[metric].isna().sum()):
         note(ax, f"{unknown} of {len(frame)} not defined", y=0.98, va="top")
-    if show not in SIGNED:
-        top = max(ax.get_ylim()[1], 0.01)  # what is zero throughout lies on the floor, not in the middle
+    if metric not in SIGNED:
+        top = max(ax.get_ylim()[1], 0.01)  # an all-zero metric lies at the bottom
         ax.set_ylim(-0.04 * top, top)
-    ax.set(xlabel="training step", ylabel=COURSES[show])
+    ax.set(xlabel="training step", ylabel=COURSES[metric])
     return clean(ax)
 
 
 def figure_watch(frame: pd.DataFrame, width: float = DOUBLE) -> Figure:
-    """How targets move during training: trust against p_y at both ends, negative mass and drift of Q by step.
+    """Targets during training: label weight against p_y at first and last record; negative mass and drift of Q by step.
 
     Args:
-        frame: of ``Watch.frame``.
+        frame: ``Watch.frame``.
         width: inches.
 
     Raises:
         InputError: columns are missing, or there are no records.
     """
-    _check(frame, "token", "p_y", "trust", "negative_mass", "drift")
+    frame = _checked(frame, "token", "p_y", "label_weight", "negative_mass", "drift")
     names = list(dict.fromkeys(frame["variant"]))
     figure, (motion, mass, drift) = panels(width, 3, 3)
-    plot_motion(frame, ax=motion, methods=names)
-    plot_course(frame, ax=mass, show="negative_mass", methods=names)
-    plot_course(frame, ax=drift, show="drift", methods=names)
+    plot_motion(frame, ax=motion)
+    plot_course(frame, ax=mass, show="negative_mass")
+    plot_course(frame, ax=drift, show="drift")
     head(motion, f"step {frame['step'].min()} (small) to {frame['step'].max()}")
     for ax, show in ((mass, "negative_mass"), (drift, "drift")):
-        head(ax, COURSES[show])  # at the head it is not squeezed between two panels
+        head(ax, COURSES[show])
         ax.set_ylabel("")
     ink: dict[str, Any] = {"color": GREY, "lw": 0.9}
     references = [
-        Line2D([], [], label="trust 1 (sft)", **ink),
-        Line2D([], [], ls="--", label="trust $p_y$ (dft)", **ink),
-        Patch(facecolor=GREY, alpha=0.3, label=f"middle half of {frame['token'].nunique()} tokens"),
+        Line2D([], [], label="1 (sft)", **ink),
+        Line2D([], [], ls="--", label="$p_y$ (dft)", **ink),
+        Patch(facecolor=GREY, alpha=0.3, label=f"quartiles of {frame['token'].nunique()} tokens"),
     ]
     legend_below(figure, [*method_keys(names), *references])
     return figure
 
 
-def _check(frame: pd.DataFrame, *columns: str) -> None:
+def _checked(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The frame with current column names; InputError if it lacks one, or has no records."""
+    frame = current_names(frame)
     if not len(frame):
         raise InputError("frame has no records: train first, with the Watch among the trainer's callbacks")
     need(frame, "step", "variant", *columns)
+    return frame

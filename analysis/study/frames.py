@@ -1,4 +1,4 @@
-"""The records of a comparison's jobs as frames: long tables in the configuration's order."""
+"""Frames of a study: from the records of its jobs, and from CSV files."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,16 +9,16 @@ import pandas as pd
 
 from qlens.core.errors import InputError, brief, one_line
 
-TEXTS = ("setting", "method", "token", "recipe", "origin", "when", "belief", "labels")  # columns of text
-TRUTHS = ("at_edge", "chosen", "label")  # columns of truth values
+TEXT_COLUMNS = ("setting", "method", "token", "recipe", "origin", "when", "belief", "labels")
+BOOL_COLUMNS = ("at_edge", "chosen", "label")
 RESULTS = ("setting", "method", "seed", "item", "score")
-DIAGNOSTICS = ("nll", "entropy", "kl_start", "trust", "negative_mass", "steps", "seconds")
+DIAGNOSTICS = ("nll", "entropy", "kl_start", "label_weight", "negative_mass", "steps", "seconds")
 COLUMNS = {
     "rates": ("setting", "method", "recipe", "learning_rate", "validation", "origin", "at_edge", "chosen"),
     "curves": ("setting", "method", "seed", "step", "score"),
     "truth": ("setting", "method", "seed", "when", "belief", "labels", "auroc", "good", "noisy"),
     "calibration": ("setting", "method", "trust", "good", "n"),
-    "trust": ("setting", "method", "p_y", "trust"),
+    "label_weight": ("setting", "method", "p_y", "label_weight"),
     "target": ("setting", "method", "token", "label", "p", "q"),
 }
 
@@ -26,24 +26,30 @@ COLUMNS = {
 def frames(
     config: Mapping[str, Any], records: Iterable[Mapping[str, Any]], choices: Mapping[tuple[str, str], Any]
 ) -> dict[str, pd.DataFrame]:
-    """The frames of a Study, by name, from the jobs' records and the choices of recipes and rates."""
-    found: dict[str, list[Any]] = {name: [] for name in ("results", "diagnostics", *COLUMNS)}
+    """The frames of a Study by name.
+
+    Args:
+        config: the configuration of the comparison.
+        records: one per finished job.
+        choices: recipe and learning rate by setting and method.
+    """
+    parts: dict[str, list[Any]] = {name: [] for name in ("results", "diagnostics", *COLUMNS)}
     for record in records:
         place = {name: record[name] for name in ("setting", "method")}
         key = place | {"seed": record["seed"]}
-        found["results"].append(pd.DataFrame({**key, "item": range(len(record["scores"])), "score": record["scores"]}))
-        found["diagnostics"].append({**key, **record["diagnostics"]})
-        found["curves"] += [{**key, "step": step, "score": score} for step, score in record["curve"]]
-        found["truth"] += [{**key, **row} for row in record["truth"]]
+        parts["results"].append(pd.DataFrame({**key, "item": range(len(record["scores"])), "score": record["scores"]}))
+        parts["diagnostics"].append({**key, **record["diagnostics"]})
+        parts["curves"] += [{**key, "step": step, "score": score} for step, score in record["curve"]]
+        parts["truth"] += [{**key, **row} for row in record["truth"]]
         for name, columns in record.get("reading", {}).items():
-            found[name].append(pd.DataFrame({**place, **columns}))
-    found["rates"] = [row for place, choice in choices.items() for row in _rates(*place, choice)]
-    made = {name: ordered(_frame(name, parts), config) for name, parts in found.items()}
-    return made | {"diagnostics": made["diagnostics"].astype({"trust": float, "negative_mass": float})}
+            parts[name].append(pd.DataFrame({**place, **columns}))
+    parts["rates"] = [row for place, choice in choices.items() for row in _rates(*place, choice)]
+    tables = {name: ordered(_frame(name, rows), config) for name, rows in parts.items()}
+    return tables | {"diagnostics": tables["diagnostics"].astype({"label_weight": float, "negative_mass": float})}
 
 
 def record_fault(record: Any) -> str:
-    """What is wrong with a job's record; nothing where frames can be made from it."""
+    """The fault of a job's record in words; empty where frames can be made from it."""
     kinds = {"setting": str, "method": str, "seed": int, "made_with": dict, "scores": list, "curve": list}
     kinds |= {"diagnostics": dict, "truth": list}
     if not isinstance(record, dict):
@@ -59,12 +65,12 @@ def record_fault(record: Any) -> str:
         return "its curve is not pairs of step and score"
     if lacking := [name for name in DIAGNOSTICS if name not in record["diagnostics"]]:
         return f"its diagnostics lack {lacking[0]}"
-    told = set(COLUMNS["truth"]) - {"setting", "method", "seed"}
-    if not all(isinstance(row, dict) and told <= set(row) for row in record["truth"]):
+    columns = set(COLUMNS["truth"]) - {"setting", "method", "seed"}
+    if not all(isinstance(row, dict) and columns <= set(row) for row in record["truth"]):
         return "its truth lacks columns"
-    for name, columns in record.get("reading", {}).items():
+    for name, reading in record.get("reading", {}).items():
         wanted = set(COLUMNS.get(name, ())) - {"setting", "method"}
-        if not wanted or not isinstance(columns, dict) or not wanted <= set(columns):
+        if not wanted or not isinstance(reading, dict) or not wanted <= set(reading):
             return f"its reading of {brief(name)} lacks columns"
     return ""
 
@@ -74,37 +80,39 @@ def _is_number(value: Any) -> bool:
 
 
 def read_frame(name: str, path: Path) -> pd.DataFrame:
-    """A frame of a Study from its CSV.
+    """A frame of a Study from its CSV; the column ``trust`` of older files is read as ``label_weight``.
 
     Raises:
-        InputError: the file is cut off, has other columns, or text where numbers belong.
+        InputError: the file is cut off, has other columns, or text in a column of numbers.
     """
-    read: dict[str, Any] = {"dtype": dict.fromkeys(TEXTS, str), "keep_default_na": False}
-    read["na_values"] = {column: [""] for column in ("trust", "negative_mass", "validation", "auroc")}
+    options: dict[str, Any] = {"dtype": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False}
+    numbers = ("trust", "label_weight", "negative_mass", "validation", "auroc")
     try:
-        frame = pd.read_csv(path, **read)
+        frame = pd.read_csv(path, na_values={column: [""] for column in numbers}, **options)
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"{path} is damaged: {one_line(str(error), 200)}") from error
     wanted = {"results": RESULTS, "diagnostics": ("setting", "method", "seed", *DIAGNOSTICS)} | COLUMNS
+    if "label_weight" in wanted[name]:
+        frame = frame.rename(columns={"trust": "label_weight"})
     if lacking := [column for column in wanted[name] if column not in frame]:
         raise InputError(f"{path} is damaged: it has no column {lacking[0]!r}, only {', '.join(map(str, frame))}")
-    for column in (each for each in wanted[name] if each not in (*TEXTS, *TRUTHS)):
+    for column in (each for each in wanted[name] if each not in (*TEXT_COLUMNS, *BOOL_COLUMNS)):
         if len(frame) and not pd.api.types.is_numeric_dtype(frame[column]):
-            raise InputError(f"{path} is damaged: its column {column!r} holds what is no number")
+            raise InputError(f"{path} is damaged: its column {column!r} holds text, numbers are needed")
     return frame
 
 
 def check_results(results: pd.DataFrame, config: Mapping[str, Any], path: Path) -> None:
-    """Whether results are whole: known settings and methods, and of every seed as many finite scores as of the others.
+    """Check that results hold known settings and methods, and as many finite scores for every seed.
 
     Raises:
-        InputError: they are not.
+        InputError: they do not.
     """
     if wrong := [name for name in ("name", "better", "note") if not isinstance(config["metric"].get(name), str)]:
         raise InputError(f"{path.with_name('config.json')} is damaged: metric.{wrong[0]} is not there")
     for name, known in (("setting", config["settings"]), ("method", config["methods"])):
-        if strange := sorted(set(results[name]) - set(known) - {"base"}):
-            raise InputError(f"{path} is damaged: its {name} {brief(strange[0])} is not in config.json")
+        if unknown := sorted(set(results[name]) - set(known) - {"base"}):
+            raise InputError(f"{path} is damaged: its {name} {brief(unknown[0])} is not in config.json")
     if not len(results) or not np.isfinite(results["score"]).all():
         raise InputError(f"{path} is damaged: it holds no scores, or some that are not finite")
     for setting, cells in results.groupby("setting"):
@@ -112,12 +120,12 @@ def check_results(results: pd.DataFrame, config: Mapping[str, Any], path: Path) 
         if counts.to_numpy().min() != counts.to_numpy().max():
             short: Any = counts["size"].idxmin()
             raise InputError(
-                f"{path} is damaged: {setting}: {short[0]} at seed {short[1]} lacks items, or has them twice"
+                f"{path} is damaged: {setting}: {short[0]} at seed {short[1]} has missing or repeated items"
             )
 
 
 def ordered(frame: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
-    """Sorted by setting, method, seed and item, as far as there are such columns, in the configuration's order."""
+    """The frame sorted by those of setting, method, seed and item that it has, in the configuration's order."""
     ranks = {name: {each: rank for rank, each in enumerate(config[name + "s"])} for name in ("setting", "method")}
     keys = [name for name in ("setting", "method", "seed", "item") if name in frame]
     return frame.sort_values(
@@ -126,14 +134,14 @@ def ordered(frame: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _rates(setting: str, method: str, choice: Any) -> list[dict[str, Any]]:
-    """What a choice was made from, a row per recipe and rate; the one row chosen where there was no search."""
+    """A row per recipe and learning rate that was tried; one row where there was no search."""
     taken = (choice.recipe.spec, choice.learning_rate)
-    seen = {(s, float(rate)): float(np.mean(v)) for s, rates in choice.scores.items() for rate, v in rates.items()}
+    means = {(s, float(rate)): float(np.mean(v)) for s, rates in choice.scores.items() for rate, v in rates.items()}
     fixed = {"setting": setting, "method": method, "origin": choice.origin}
     return [
         {**fixed, "recipe": s, "learning_rate": rate, "validation": mean, "chosen": (s, rate) == taken}
         | {"at_edge": choice.at_edge and (s, rate) == taken}
-        for (s, rate), mean in (seen or {taken: np.nan}).items()
+        for (s, rate), mean in (means or {taken: np.nan}).items()
     ]
 
 

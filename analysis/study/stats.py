@@ -179,9 +179,9 @@ def rank_sets(scores: Mapping[str, ArrayLike], level: float = 0.95, better: str 
 
 
 def pass_at_k(right: ArrayLike, n: int, k: int) -> np.ndarray:
-    r"""The chance that k samples hold a right one, estimated without bias from c right ones of n, item by item.
+    r"""Unbiased pass@k of every item: the probability that k of its n samples, drawn without replacement, hold a right one.
 
-    .. math:: 1 - \binom{n - c}{k} \Big/ \binom{n}{k} = 1 - \prod_{j=0}^{k-1} \frac{n - c - j}{n - j}
+    .. math:: 1 - \binom{n - c}{k} \Big/ \binom{n}{k}
 
     Args:
         right: c, any shape: whole numbers from 0 to n.
@@ -200,8 +200,7 @@ def pass_at_k(right: ArrayLike, n: int, k: int) -> np.ndarray:
     c = _counted(right, n)
     if k % 1 or not 1 <= k <= n:
         raise InputError(f"k must be a whole number from 1 to n = {n}, got {k}")
-    j = np.arange(int(k))
-    return 1 - np.prod(np.maximum(n - c[..., None] - j, 0) / (n - j), axis=-1)
+    return stats.hypergeom.sf(0, n, c.astype(int), int(k))
 
 
 def avg_at_k(right: ArrayLike, n: int) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""Study: what a comparison found, as frames; printed, drawn and saved from them."""
+"""Study: the result of a comparison as frames, printed, drawn and saved from them."""
 
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from qlens.analysis.compare.run_folder import read_config
 from qlens.analysis.study import tables
 from qlens.analysis.study.frames import check_results, frames, ordered, read_frame
 from qlens.analysis.study.stats import crossed_interval, holm, paired_difference, pass_at_k, rank_sets
+from qlens.core.deprecation import renamed_columns, warn
 from qlens.core.errors import InputError
 from qlens.core.files import user_path
 
@@ -24,30 +26,35 @@ FILES = {
     "curves": "curves.csv",
     "truth": "truth.csv",
     "calibration": "calibration.csv",
-    "trust": "figures/trust.csv",
+    "label_weight": "figures/label_weight.csv",
     "target": "figures/target.csv",
 }
+OLD_FILES = {"label_weight": "figures/trust.csv"}  # names of earlier versions
 AGAINST, WINNER = "sft", "target_sft"
-MEANS = ("trust", "negative_mass", "kl_start", "nll")
+MEANS = ("label_weight", "negative_mass", "kl_start", "nll")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Study:
-    """Methods trained side by side: print it, or use ``table()``, ``plot()``, ``save(dir)`` and the frames it came from.
+    """Methods trained side by side: ``print`` it, or use ``table()``, ``plot()``, ``save(dir)`` and its frames.
 
     Args:
-        config: what was run, and under "noted" how the settings measured, what failed and with which versions.
-        results: setting, method, seed, item, score; one row each.
-        diagnostics: setting, method, seed, and means over held-out tokens of the trained model (nats): nll, entropy,
-            kl_start = KL(start || trained), trust, negative_mass; steps, seconds.
-        rates: setting, method, recipe, learning_rate, validation (the mean score that a search saw; NaN without one),
-            origin, at_edge, chosen.
-        curves: setting, method, seed, step, score on the validation problems (your own data: the held-out rows).
-        truth: setting, method, seed, when (start, end), belief (trust, Q, p: see ``held.beliefs``), labels (judged, all),
-            auroc, good, noisy: how well the belief tells good labels from noisy ones; the lab only.
-        calibration: setting, method, trust, good, n: in bins of trust at the start, the share of good labels.
-        trust: setting, method, p_y, trust: effective trust on the starting model's held-out tokens.
+        config: the configuration; under "noted" the measurements of the settings and the failed jobs.
+        results: one row per setting, method, seed and item, with its score.
+        diagnostics: per setting, method and seed, means over held-out tokens of the trained model in nats: nll, entropy,
+            kl_start = KL(start || trained), label_weight = sum(-g_y) / sum(1 - p_y), negative_mass; steps, seconds.
+        rates: setting, method, recipe, learning_rate, validation (the mean score in the search; NaN without one), origin,
+            at_edge, chosen.
+        curves: setting, method, seed, step, score on the validation problems (on user data: the held-out rows).
+        truth: AUROCs of scores that separate correct from noisy labels, lab only: setting, method, seed, when (start, end),
+            belief (the score: trust, Q or p, see ``evaluation.label_scores``), labels (judged, all), auroc, good, noisy.
+        calibration: setting, method, trust, good, n: the share of correct labels in bins of trust at the start.
+        label_weight: setting, method, p_y, label_weight = -g_y / (1 - p_y) on held-out tokens of the starting model.
         target: setting, method, token, label, p, q: targets at one held-out token of the starting model.
+
+    Example:
+        >>> study = Study.load("runs/compare")                                             # doctest: +SKIP
+        >>> study.to_latex(columns=["method", "avg@8", "p (Holm)"], caption="Five seeds.")  # doctest: +SKIP
     """
 
     config: dict[str, Any]
@@ -57,19 +64,19 @@ class Study:
     curves: pd.DataFrame
     truth: pd.DataFrame
     calibration: pd.DataFrame
-    trust: pd.DataFrame
+    label_weight: pd.DataFrame
     target: pd.DataFrame
 
     @classmethod
     def from_records(
         cls, config: dict[str, Any], records: Iterable[Mapping[str, Any]], choices: Mapping[tuple[str, str], Any]
     ) -> "Study":
-        """A study from the jobs' records and the choices of recipes and rates."""
+        """A study from the records of jobs and the choices of recipes and learning rates."""
         return cls(config, **frames(config, records, choices))
 
     @property
     def label(self) -> str:
-        """What the scores are, and which way is up."""
+        """Name of the metric and its direction."""
         return f"{self.config['metric']['name']} ({self.config['metric']['better']} is better)"
 
     @property
@@ -80,11 +87,17 @@ class Study:
     @property
     def methods(self) -> list[str]:
         """The methods that have results, in order."""
-        there = set(self.results["method"])
-        return [name for name in self.config["methods"] if name in there]
+        present = set(self.results["method"])
+        return [name for name in self.config["methods"] if name in present]
+
+    @property
+    def trust(self) -> pd.DataFrame:
+        """The old name of ``label_weight``."""
+        warn("Study.trust", "Study.label_weight")
+        return self.label_weight.rename(columns={"label_weight": "trust"})
 
     def scores(self, setting: str) -> dict[str, pd.DataFrame]:
-        """Of every method: scores by seed (rows) and item (columns)."""
+        """Scores of one setting by method: seeds in rows, items in columns."""
         mine = self.results[self.results["setting"] == setting]
         return {
             str(method): cells.pivot(index="seed", columns="item", values="score")
@@ -92,13 +105,17 @@ class Study:
         }
 
     def table(self) -> pd.DataFrame:
-        """A row per setting and method: mean score with 95 % interval over seeds x items, rank, rate, diagnostics.
+        """A row per setting and method: mean score with a 95 % interval over seeds x items, rank, rate, diagnostics.
 
-        Columns: setting, method, mean, low, high, seeds, items, n, note (``stats.crossed_interval``); pass_at_k, in the
-        lab, with k the samples per problem; rank, best, worst (``stats.rank_sets``, per setting, of the methods that have all
-        seeds); learning_rate, recipe, origin, at_edge; and trust, negative_mass, kl_start, nll, means over seeds.
+        Returns:
+            columns setting, method; mean, low, high, seeds, items, n, note (``stats.crossed_interval``); in the lab
+            pass_at_k, with k the samples per problem; rank, best, worst (``stats.rank_sets``, per setting, of the methods
+            that have all seeds); learning_rate, recipe, origin, at_edge; label_weight, negative_mass, kl_start, nll
+            (means over seeds).
         """
-        return self._table.copy()
+        return renamed_columns(self._table.copy(), trust="label_weight")
+
+    to_frame = table
 
     @cached_property
     def _table(self) -> pd.DataFrame:
@@ -107,10 +124,10 @@ class Study:
         rates = self.rates[self.rates["chosen"]].set_index(["setting", "method"])
         for setting in self.settings:
             scores, k = self.scores(setting), self.config["settings"][setting].get("k")
-            most = max(len(cells) for cells in scores.values()) if scores else 0
-            aligned = {name: cells.to_numpy() for name, cells in scores.items() if len(cells) == most}
+            seeds = max(len(cells) for cells in scores.values()) if scores else 0
+            complete = {name: cells.to_numpy() for name, cells in scores.items() if len(cells) == seeds}
             better = self.config["metric"]["better"]
-            ranks = {each.name: each for each in rank_sets(aligned, better=better)} if aligned else {}
+            ranks = {each.name: each for each in rank_sets(complete, better=better)} if complete else {}
             for method, cells in scores.items():
                 x = cells.to_numpy()
                 i = crossed_interval(x)
@@ -128,12 +145,13 @@ class Study:
     def differences(self, against: str | None = None, methods: Iterable[str] | None = None) -> pd.DataFrame:
         """Each method against one, paired by seed and item, with p-values corrected over all methods and settings.
 
-        Columns: setting, method, against, mean, low, high, seeds, items, n, p, p_holm (Holm over the rows of this frame).
-        The interval is of the single difference, not corrected.
-
         Args:
-            against: the method to compare with; sft if it is there, else base.
+            against: the method to compare with; by default sft if it has results, else base.
             methods: which to compare; by default all.
+
+        Returns:
+            columns setting, method, against, mean, low, high, seeds, items, n, p and p_holm (Holm over the rows of this
+            frame). The interval is of the single difference, not corrected.
 
         Raises:
             InputError: ``against`` or one of the methods has no results.
@@ -147,7 +165,7 @@ class Study:
         for setting in self.settings:
             scores = self.scores(setting)
             for method in (name for name in chosen if name != against and {name, against} <= set(scores)):
-                if not (shared := _shared([scores[method], scores[against]])):
+                if not (shared := sorted(set(scores[method].index) & set(scores[against].index))):
                     continue
                 i = paired_difference(*(scores[name].loc[shared].to_numpy() for name in (method, against)))
                 row = {"setting": setting, "method": method, "against": against, "mean": i.mean}
@@ -157,17 +175,22 @@ class Study:
         frame = pd.DataFrame(rows, columns=tables.DIFFERENCES[:-1])
         return frame.assign(p_holm=holm(frame["p"]))
 
-    def controlled(self) -> pd.DataFrame:
-        """target_sft against each control (a positive mean: target_sft scores more), as ``differences`` gives it.
+    def control_differences(self) -> pd.DataFrame:
+        """target_sft against each control, as ``differences`` returns it; a positive mean: target_sft scores more.
 
-        Empty where either is missing.
+        Empty without target_sft or without controls.
         """
         controls = [name for name in self.methods if name in CONTROLS]
         if WINNER not in self.methods or not controls:
             return pd.DataFrame(columns=tables.DIFFERENCES)
-        found = self.differences(WINNER, controls)
-        turned = {"mean": -found["mean"], "low": -found["high"], "high": -found["low"]}
-        return found.assign(**turned, method=found["against"], against=found["method"])
+        table = self.differences(WINNER, controls)
+        negated = {"mean": -table["mean"], "low": -table["high"], "high": -table["low"]}
+        return table.assign(**negated, method=table["against"], against=table["method"])
+
+    def controlled(self) -> pd.DataFrame:
+        """The old name of ``control_differences``."""
+        warn("Study.controlled()", "Study.control_differences()")
+        return self.control_differences()
 
     def curve(self) -> pd.DataFrame:
         """Learning curves: setting, method, step, mean, low, high; 95 % intervals over seeds alone."""
@@ -179,15 +202,17 @@ class Study:
             )
         return pd.DataFrame(rows, columns=["setting", "method", "step", "mean", "low", "high"])
 
-    def truths(self) -> pd.DataFrame:
-        """How well each method's trust tells good labels from noisy ones: AUROCs over the judged labels.
+    def label_auroc(self) -> pd.DataFrame:
+        """AUROCs with which each method separates correct labels from noisy ones; the lab only, which knows them.
 
-        Columns: setting, method; ``trust`` and ``Q``: the method's own trust, and what its target gives the label, at the
-        start; ``trust_end``, ``Q_end``, ``p_end``: the same at the trained model, and what that gives the label (mean
-        over seeds); ``trust_all``: at the start, over all tokens, wordings included; good, noisy: how many were judged.
+        Returns:
+            columns setting, method; ``trust``, ``Q``: AUROC of the method's trust, and of its target at the label, before
+            training; ``trust_end``, ``Q_end``, ``p_end``: the same, and of p_y, after training (mean over seeds);
+            ``trust_all``: before training, over all tokens, with those that no fact decides taken as correct; good,
+            noisy: how many labels are correct or not.
         """
         if self.truth.empty:
-            return pd.DataFrame(columns=tables.TRUTHS)
+            return pd.DataFrame(columns=tables.AUROC)
         keys = ["setting", "method"]
         means = self.truth.groupby([*keys, "when", "belief", "labels"], sort=False)["auroc"].mean().unstack([2, 3, 4])
         places = {
@@ -200,27 +225,55 @@ class Study:
         }
         frame = pd.DataFrame({name: means[place] if place in means else np.nan for name, place in places.items()})
         counts = self.truth[self.truth["labels"] == "judged"].groupby(keys, sort=False)[["good", "noisy"]].max()
-        return ordered(frame.join(counts).reset_index(), self.config)[tables.TRUTHS]
+        return ordered(frame.join(counts).reset_index(), self.config)[tables.AUROC]
+
+    def truths(self) -> pd.DataFrame:
+        """The old name of ``label_auroc``."""
+        warn("Study.truths()", "Study.label_auroc()")
+        return self.label_auroc()
 
     def __str__(self) -> str:
         return tables.text(self)
 
+    def __repr__(self) -> str:
+        sizes = f"{len(self.methods)} methods x {len(self.settings)} settings x {len(self.config['seeds'])} seeds"
+        return f"<Study of {sizes}, {self.label}: {', '.join(self.methods)}>"
+
+    def _repr_html_(self) -> str:
+        return tables.html(self)
+
     def to_markdown(self) -> str:
-        """The tables in Markdown."""
+        """The printed tables in Markdown."""
         return tables.markdown(self)
 
-    def to_latex(self) -> str:
-        """The tables in LaTeX (booktabs)."""
-        return tables.latex(self)
+    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+        r"""The printed tables in LaTeX (booktabs).
+
+        Args:
+            columns: columns of the settings' tables as they are printed ("method", "avg@8", ...); by default all columns
+                of all tables.
+            caption: of the table environment; without one a plain tabular.
+
+        Raises:
+            InputError: a column that the tables do not have.
+        """
+        return tables.latex(self, columns, caption)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: config, table (a dict per row), differences; NaN as None."""
+        records = {
+            name: json.loads(getattr(self, name)().to_json(orient="records")) for name in ("table", "differences")
+        }
+        return {"config": self.config, **records}
 
     def plot(self) -> Any:
-        """The figure: scores, trust against p_y and the targets at one token, a row per setting (matplotlib)."""
+        """A matplotlib figure, a row per setting: scores, label weight against p_y, and the targets at one token."""
         from qlens.analysis.plots import figure_study
 
         return figure_study(self)
 
     def save(self, folder: str | Path) -> None:
-        """Write the run folder: config.json, the frames as CSV, table.md, figures/ and report.html."""
+        """Write the run folder: config.json, the frames as CSV, table.md, figures/ (PNG and PDF) and report.html."""
         from qlens.analysis.study.report import save
 
         save(self, user_path(folder, "folder"))
@@ -230,18 +283,19 @@ class Study:
         """A study from its run folder.
 
         Raises:
-            InputError: a file of it is missing or damaged; it is named.
+            InputError: a file is missing or damaged; it is named.
         """
         folder = user_path(folder, "folder")
-        missing = [name for name in ("config.json", *FILES.values()) if not (folder / name).is_file()]
+        files = {name: folder / file for name, file in FILES.items()}
+        for name, old in OLD_FILES.items():
+            if not files[name].is_file() and (folder / old).is_file():
+                files[name] = folder / old
+        missing = [
+            str(path.relative_to(folder)) for path in (folder / "config.json", *files.values()) if not path.is_file()
+        ]
         if missing:
             raise InputError(f"{folder} holds no finished study: {', '.join(missing)} missing")
         config = read_config(folder / "config.json", ("methods", "settings", "metric"))
-        study = cls(config, **{name: read_frame(name, folder / file) for name, file in FILES.items()})
+        study = cls(config, **{name: read_frame(name, path) for name, path in files.items()})
         check_results(study.results, config, folder / FILES["results"])
         return study
-
-
-def _shared(scores: Iterable[pd.DataFrame]) -> list[int]:
-    """The seeds that all have."""
-    return sorted(set.intersection(*(set(cells.index) for cells in scores)))

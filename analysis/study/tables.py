@@ -1,175 +1,186 @@
-"""The tables of a study as text: printed, in Markdown and in LaTeX; with the notes a reader needs."""
+"""Tables of a study as text, Markdown, LaTeX and HTML, with their notes."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import pandas as pd
 
+from qlens.analysis.table_formats import latex_table, markdown_table, text_table
 from qlens.core.errors import one_line
 
 DIFFERENCES = ["setting", "method", "against", "mean", "low", "high", "seeds", "items", "n", "p", "p_holm"]
-TRUTHS = ["setting", "method", "trust", "Q", "trust_end", "Q_end", "p_end", "trust_all", "good", "noisy"]
+AUROC = ["setting", "method", "trust", "Q", "trust_end", "Q_end", "p_end", "trust_all", "good", "noisy"]
 MEASURED = {
-    "known": {
-        "base": "base right",
-        "base_right": "base right on the demonstrations' problems",
-        "base_agrees": "base answers as they do",
+    "prior knowledge": {
+        "base": "accuracy of the base model",
+        "base_right": "on the problems of the demonstrations",
+        "base_agrees": "same answer as the demonstration",
     },
-    "noisy": {
-        "noise_asked": "errors asked for",
-        "noise": "demonstrations with an error",
-        "wrong_answers": "with a wrong answer",
-        "wrong_digits": "digits that are wrong",
+    "label noise": {
+        "noise_asked": "requested share of demonstrations with an error",
+        "noise": "measured share",
+        "wrong_answers": "share with a wrong answer",
+        "wrong_digits": "share of wrong digits",
     },
-    "not unique": {"wordings": "wordings per choice"},
-    "missing": {"teacher": "teacher right", "kl_base_teacher": "KL(base || teacher) per token"},
+    "ambiguity": {"wordings": "effective number of wordings per phrase"},
+    "teacher": {"teacher": "accuracy of the teacher", "kl_base_teacher": "KL(base || teacher) per token, nats"},
 }
-"""What is measured of a setting, and in which sense it makes the setting hard."""
-FEW = 10  # seeds, below which corrected p-values can be too small: see the simulations in stats.holm
+"""Measurements of a lab environment by subject."""
+FEW_SEEDS = 10  # below this, corrected p-values can be too small: see the simulations in stats.holm
 ORIGINS = {
-    "as sft": "sft's rate, not searched (--lr-grid searches)",
-    "default": "the default rate, not searched",
-    "record of other steps": "the rate recorded for the setting's own number of steps",
+    "as sft": "sft's learning rate, not searched (--lr-grid searches)",
+    "default": "the default learning rate, not searched",
+    "record of other steps": "the learning rate recorded for the setting's own number of steps",
 }
+AUROC_NOTE = (
+    "AUROC of each score, correct labels against noisy ones: 1 separates them, 0.5 is chance. trust: the label's coefficient "
+    "in the target; Q(label), p(label): its probability under target and model; start, end: before and after training"
+)
 
 
-def shown(study: Any, setting: str) -> pd.DataFrame:
-    """The table of one setting as it is printed: text in every cell."""
+def setting_cells(study: Any, setting: str) -> pd.DataFrame:
+    """The results of one setting, formatted."""
     table = study.table()
     table = table[table["setting"] == setting]
-    against = study.differences()
-    paired = against[against["setting"] == setting].set_index("method")
+    differences = study.differences()
+    paired = differences[differences["setting"] == setting].set_index("method")
     cells = pd.DataFrame({"method": table["method"]})
     cells[study.config["metric"]["name"]] = table["mean"].map("{:.3f}".format)
     cells["95 % interval"] = [_interval(low, high) for low, high in zip(table["low"], table["high"], strict=True)]
     if "pass_at_k" in table:
         cells[f"pass@{study.config['settings'][setting]['k']}"] = table["pass_at_k"].map("{:.3f}".format)
-    if len(against):
-        reference = against["against"].iloc[0]
-        cells[f"minus {reference}"] = [_of(paired, name, "mean", "{:+.3f}") for name in table["method"]]
+    if len(differences):
+        reference = differences["against"].iloc[0]
+        means = paired["mean"].map("{:+.3f}".format)
+        cells[f"minus {reference}"] = [means.get(name, "-") for name in table["method"]]
         cells["p (Holm)"] = [_p(paired["p_holm"].get(name)) for name in table["method"]]
-    if "rank" in table and not study.config["metric"]["note"]:  # what is no ranking gets no ranks
+    if "rank" in table and not study.config["metric"]["note"]:  # a metric with a caveat gives no ranking
         cells["rank"] = [_rank(*row) for row in zip(table["rank"], table["best"], table["worst"], strict=True)]
-    cells["rate"] = [_rate(row) for _, row in table.iterrows()]
-    for name, head in (("trust", "trust"), ("negative_mass", "off simplex"), ("kl_start", "KL from start")):
+    cells["learning rate"] = [_rate(row) for _, row in table.iterrows()]
+    for name, head in (
+        ("label_weight", "label weight"), ("negative_mass", "negative mass"), ("kl_start", "KL from start")
+    ):  # fmt: skip
         cells[head] = table[name].map(lambda x: "-" if pd.isna(x) else f"{x:.3f}")
     return cells
 
 
-def shown_controls(study: Any, setting: str) -> pd.DataFrame:
-    """target_sft against its controls in one setting, as text."""
-    found = study.controlled()
-    found = found[found["setting"] == setting]
+def control_cells(study: Any, setting: str) -> pd.DataFrame:
+    """target_sft against its controls in one setting, formatted."""
+    table = study.control_differences()
+    table = table[table["setting"] == setting]
+    intervals = [_interval(low, high, "{:+.3f}") for low, high in zip(table["low"], table["high"], strict=True)]
     return pd.DataFrame(
         {
-            "target_sft minus": found["against"],
-            study.config["metric"]["name"]: found["mean"].map("{:+.3f}".format),
-            "95 % interval": [
-                _interval(low, high, "{:+.3f}") for low, high in zip(found["low"], found["high"], strict=True)
-            ],
-            "p (Holm)": found["p_holm"].map(_p),
+            "target_sft minus": table["against"],
+            study.config["metric"]["name"]: table["mean"].map("{:+.3f}".format),
+            "95 % interval": intervals,
+            "p (Holm)": table["p_holm"].map(_p),
         }
     )
 
 
-def shown_truths(study: Any, setting: str) -> pd.DataFrame:
-    """The AUROCs of one setting, as text; empty where no label is noisy."""
-    found = study.truths()
-    found = found[(found["setting"] == setting) & (found["noisy"] > 0)]
+def auroc_cells(study: Any, setting: str) -> pd.DataFrame:
+    """The AUROCs of one setting, formatted; empty where no label is noisy."""
+    table = study.label_auroc()
+    table = table[(table["setting"] == setting) & (table["noisy"] > 0)]
     heads = {"method": "method", "trust": "trust, start", "Q": "Q(label), start", "trust_end": "trust, end"}
-    heads |= {"Q_end": "Q(label), end", "p_end": "p(label), end", "trust_all": "trust, start, all words"}
-    cells = found[list(heads)].rename(columns=heads)
+    heads |= {"Q_end": "Q(label), end", "p_end": "p(label), end", "trust_all": "trust, start, all tokens"}
+    cells = table[list(heads)].rename(columns=heads)
     return cells.map(lambda x: x if isinstance(x, str) else "-" if pd.isna(x) else f"{x:.3f}")
 
 
 def notes(study: Any, setting: str) -> list[str]:
-    """What a reader of a setting's table should know, a line each."""
-    noted, given = study.config.get("noted", {}), study.config["settings"][setting]
-    measured = noted.get("settings", {}).get(setting, {})
+    """Notes on the table of one setting, one line each."""
+    metadata, config = study.config.get("noted", {}), study.config["settings"][setting]
     table = study.table()
     table = table[table["setting"] == setting]
     usual = table["n"].mode().iloc[0]
-    said = [f"n = {usual} (seeds x items), {given['steps']} steps of {given['batch_size']}"]
-    said += [f"{sense}: {told}" for sense, told in told_of(measured).items()]
+    lines = [f"n = {usual} (seeds x items), {config['steps']} steps of {config['batch_size']}"]
+    lines += [f"{subject}: {words}" for subject, words in measurements(metadata.get("settings", {}).get(setting, {}))]
     if tests := int(study.differences()["p"].notna().sum()):
-        few = f"; with fewer than {FEW} seeds it can be too small, see results/coverage.md"
-        said.append(f"p (Holm): over {tests} tests" + few * (int(usual.split()[0]) < FEW))
+        few = f"; with fewer than {FEW_SEEDS} seeds it can be too small, see results/coverage.md"
+        lines.append(f"p (Holm): over {tests} tests" + few * (int(usual.split()[0]) < FEW_SEEDS))
     if at_edge := list(table.loc[table["at_edge"].astype(bool), "method"]):
-        said.append(f"* {', '.join(at_edge)}: best at the edge of the grid of rates; a better one may lie beyond")
+        lines.append(f"* {', '.join(at_edge)}: best at the edge of the learning-rate grid; a better one may lie beyond")
     for origin, words in ORIGINS.items():
-        if mine := [name for name in table.loc[table["origin"] == origin, "method"]]:
-            said.append(f"{', '.join(mine)}: {words}")
+        if methods := [name for name in table.loc[table["origin"] == origin, "method"]]:
+            lines.append(f"{', '.join(methods)}: {words}")
     chosen = table[table["method"].map(lambda name: study.rates.query("method == @name")["recipe"].nunique() > 1)]
     for _, row in chosen.iterrows():
-        among = study.rates[(study.rates["setting"] == setting) & (study.rates["method"] == row["method"])]["recipe"]
-        at_end = ", at the end of what it was chosen from" * (row["recipe"] in (among.iloc[0], among.iloc[-1]))
-        said.append(f"{row['method']}: {row['recipe']} was chosen on validation{at_end}")
-    said += [f"{row['method']}: n = {row['n']}" for _, row in table[table["n"] != usual].iterrows()]
+        mine = (study.rates["setting"] == setting) & (study.rates["method"] == row["method"])
+        recipes = study.rates[mine]["recipe"]
+        at_end = ", at the end of the choices" * (row["recipe"] in (recipes.iloc[0], recipes.iloc[-1]))
+        lines.append(f"{row['method']}: {row['recipe']} was chosen on validation{at_end}")
+    lines += [f"{row['method']}: n = {row['n']}" for _, row in table[table["n"] != usual].iterrows()]
     for note, rows in table[table["note"] != ""].groupby("note"):
-        said.append(f"{', '.join(rows['method'])}: {note}")
-    said += [f"failed: {line}" for line in noted.get("failed", []) if f" in {setting} at seed " in line]
-    return [*said, *filter(None, [study.config["metric"]["note"]])]
+        lines.append(f"{', '.join(rows['method'])}: {note}")
+    lines += [f"failed: {line}" for line in metadata.get("failed", []) if f" in {setting} at seed " in line]
+    return [*lines, *filter(None, [study.config["metric"]["note"]])]
 
 
-def told_of(measured: Mapping[str, Any]) -> dict[str, str]:
-    """What was measured of a setting, in words, by sense; what has no sense of its own under "measured"."""
-    senses = {
-        sense: {words[name]: measured[name] for name in words if name in measured} for sense, words in MEASURED.items()
-    }
-    listed = {name for words in MEASURED.values() for name in words}
-    senses["measured"] = {name.replace("_", " "): value for name, value in measured.items() if name not in listed}
-    return {
-        sense: "; ".join(f"{words} {value}" for words, value in found.items())
-        for sense, found in senses.items()
-        if found
-    }
+def measurements(measured: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    """Subjects of ``MEASURED`` with what was measured of a setting; the rest under "measured"."""
+    known = {name for words in MEASURED.values() for name in words}
+    subjects = MEASURED | {"measured": {name: name.replace("_", " ") for name in measured if name not in known}}
+    for subject, words in subjects.items():
+        if parts := [f"{words[name]} {measured[name]}" for name in words if name in measured]:
+            yield subject, "; ".join(parts)
 
 
 def blocks(study: Any) -> Iterable[tuple[str, pd.DataFrame, list[str]]]:
-    """All that is printed: heading, cells, notes."""
+    """All printed tables: heading, formatted cells, notes."""
     for setting in study.settings:
         if (study.results["setting"] == setting).any():
-            yield f"{setting}: {study.label}", shown(study, setting), notes(study, setting)
-            if len(controls := shown_controls(study, setting)):
+            yield f"{setting}: {study.label}", setting_cells(study, setting), notes(study, setting)
+            if len(controls := control_cells(study, setting)):
                 yield f"{setting}: target_sft against its controls, paired", controls, []
-            if len(truths := shown_truths(study, setting)):
-                note = "AUROC of each belief, good labels against noisy ones; 1 separates them, .5 knows nothing"
-                yield f"{setting}: trust against truth", truths, [note]
+            if len(aurocs := auroc_cells(study, setting)):
+                yield f"{setting}: label noise found by each method", aurocs, [AUROC_NOTE]
 
 
 def text(study: Any) -> str:
-    """As it is printed."""
+    """The tables for a terminal."""
     return "\n\n".join(
-        "\n".join([one_line(heading), *_columns(cells), *(f"  {one_line(note)}" for note in said)])
-        for heading, cells, said in blocks(study)
+        "\n".join([one_line(heading), text_table(cells), *(f"  {one_line(note)}" for note in lines)])
+        for heading, cells, lines in blocks(study)
     )
 
 
 def markdown(study: Any) -> str:
-    """In Markdown."""
+    """The tables in Markdown."""
     parts = []
-    for heading, cells, said in blocks(study):
-        lines = [f"## {_md(heading)}", "", _row(cells.columns), _row(["---"] * len(cells.columns))]
-        lines += [_row(row) for row in cells.itertuples(index=False)]
-        parts.append("\n".join([*lines, *([""] if said else []), *(f"- {_md(note)}" for note in said)]))
+    for heading, cells, lines in blocks(study):
+        body = [f"## {_md(heading)}", "", markdown_table(cells.map(lambda cell: _md(str(cell))))]
+        parts.append("\n".join([*body, *([""] if lines else []), *(f"- {_md(note)}" for note in lines)]))
     return "\n\n".join(parts) + "\n"
 
 
-def latex(study: Any) -> str:
-    """In LaTeX (booktabs)."""
-    parts = []
-    for heading, cells, _ in blocks(study):
-        parts.append(f"% {heading}\n" + cells.map(_tex).rename(columns=_tex).to_latex(index=False, escape=False))
+def latex(study: Any, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+    """The tables in LaTeX (booktabs); ``columns`` of the settings' tables alone.
+
+    Raises:
+        InputError: a column that the tables do not have.
+    """
+    if columns is None:
+        return "\n".join(f"% {one_line(head)}\n{latex_table(cells, None, caption)}" for head, cells, _ in blocks(study))
+    results = {name: setting_cells(study, name) for name in study.settings if name in set(study.results["setting"])}
+    parts = (f"% {name}\n{latex_table(cells, columns, caption)}" for name, cells in results.items())
     return "\n".join(parts)
+
+
+def html(study: Any) -> str:
+    """The settings' tables in HTML, for a notebook."""
+    return "".join(
+        f"<p><b>{escape(heading)}</b></p>{cells.to_html(index=False, border=0)}"
+        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        for heading, cells, lines in blocks(study)
+    )
 
 
 def _interval(low: float, high: float, form: str = "{:.3f}") -> str:
     return "-" if pd.isna(low) else f"{form.format(low)} to {form.format(high)}"
-
-
-def _of(frame: pd.DataFrame, method: str, column: str, form: str) -> str:
-    return form.format(frame.loc[method, column]) if method in frame.index else "-"
 
 
 def _p(p: float | None) -> str:
@@ -186,26 +197,6 @@ def _rate(row: pd.Series) -> str:
     return f"{row['learning_rate']:g}{'*' if row['at_edge'] else ''}" if row["learning_rate"] else "-"
 
 
-def _columns(frame: pd.DataFrame) -> list[str]:
-    """Lines of text with the first column to the left and the rest to the right."""
-    rows = [[one_line(cell) for cell in row] for row in (frame.columns, *frame.itertuples(index=False))]
-    widths = [max(len(row[at]) for row in rows) for at in range(len(frame.columns))]
-    padded = [[str.rjust(cell, width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return ["  ".join([row[0].ljust(widths[0]), *cells[1:]]) for row, cells in zip(rows, padded, strict=True)]
-
-
-def _row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(_md(str(cell)).replace("|", r"\|") for cell in cells) + " |"
-
-
 def _md(text: str) -> str:
-    """Text that Markdown shows as it is: on one line, without the beginning of a code span, a link or a tag."""
+    """Text on one line without the beginning of a code span, a link or a tag."""
     return re.sub(r"[\\`\[\]]|<(?=[A-Za-z/!?])", r"\\\g<0>", one_line(text, most=10_000))
-
-
-TEX = {letter: "\\" + letter for letter in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}"}
-TEX |= {"<": "$<$", ">": "$>$"}
-
-
-def _tex(text: str) -> str:
-    return text.translate(str.maketrans(TEX))

@@ -1,4 +1,4 @@
-"""Ranking: which labels, and which demonstrations, the targets trust least; and which labels the models themselves doubt."""
+"""Ranking of labels and of rows by the target of a method, and by the margin of the models themselves."""
 
 import json
 import math
@@ -10,73 +10,70 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from qlens.analysis.table_formats import latex_table
 from qlens.analysis.token_view.summary import Summary
+from qlens.core.deprecation import renamed_columns, warn
 from qlens.core.errors import InputError
 
-SUSPICION = "suspicion"
-LITTLE = 0.01  # summed 1 - p_y of a row on which even SFT would hardly pull
-DIGITS = 6  # what differs beyond these is rounding: a tie
-ZERO, NO_MASS = 1e-6, 1e-8  # a trust, and a Q_y, nearer to zero than this is rounding
-ROW_COLUMNS = ["by", "rank", "row", "tokens", "score", "room", "trust", "ignored", "suspicion", "worst", "text"]
-TOKEN_COLUMNS = [
-    "by",
-    "rank",
-    "row",
-    "position",
-    "score",
-    "label",
-    "rival",
-    "p_y",
-    "p_rival",
-    "q_y",
-    "trust",
-    "suspicion",
-    "context",
-]
-OF_METHODS = ["q_y", "trust", "ignored", "pull"]
-SAYS = {
-    "trust": "pull toward the labels as a share of SFT's, sum(-g_y) / sum(1 - p_y), unit scale",
-    "q_y": "the part of the target that is on the label; ignored: the mean of 1 - Q_y",
-    SUSPICION: "nats by which the strongest alternative beats the label (the smaller of student's and teacher's)",
+NEGATIVE_MARGIN = "negative_margin"
+SMALLEST_P_OTHER = 0.01  # sum of 1 - p_y of a row, below which even SFT has hardly a gradient
+DIGITS = 6  # scores that agree to these are ties
+ZERO_WEIGHT, ZERO_MASS = 1e-6, 1e-8  # a label weight, and a Q_y, below which a value is rounding
+ROW_COLUMNS = ["by", "rank", "row", "tokens", "score", "p_other", "label_weight", "q_other", NEGATIVE_MARGIN]
+ROW_COLUMNS += ["negative_margin_max", "text"]
+TOKEN_COLUMNS = ["by", "rank", "row", "position", "score", "label", "runner_up", "p_y", "p_runner_up", "q_y"]
+TOKEN_COLUMNS += ["label_weight", NEGATIVE_MARGIN, "context"]
+OF_METHODS = ["q_y", "label_weight", "q_other", "label_gradient"]
+OLD_COLUMNS = {
+    "trust": "label_weight",
+    "suspicion": NEGATIVE_MARGIN,
+    "rival": "runner_up",
+    "p_rival": "p_runner_up",
+    "room": "p_other",
+    "ignored": "q_other",
+    "worst": "negative_margin_max",
+    "pull": "label_gradient",
+    "doubt": "negative_margin_student",
+    "teacher_doubt": "negative_margin_teacher",
+}
+LEGEND = {
+    "label_weight": "gradient on the labels as a share of SFT's, sum(-g_y) / sum(1 - p_y), unit scale",
+    "q_y": "the target's probability of the label; q_other: the mean of 1 - Q_y, p_other: the sum of 1 - p_y",
+    NEGATIVE_MARGIN: "max over k != y of log p_k - log p_y, nats; with a teacher the smaller of student's and teacher's",
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ranking:
-    r"""Tokens and rows in order, for every method and by suspicion: print it, or read ``rows`` and ``tokens``.
+    r"""Tokens and rows in order, for every method and by the models' margin: ``print`` it, or read ``rows`` and ``tokens``.
 
     For a method (``by`` is its spec), with the logit gradient g in unit scale, Q = p - g:
 
     .. math::
         \mathrm{tokens:}\ \ Q_y = p_y - g_y \ \uparrow \qquad
-        \mathrm{rows:}\ \ \mathrm{trust} = \frac{\sum -g_y}{\sum (1 - p_y)} \ \uparrow
+        \mathrm{rows:}\ \ \mathrm{label\ weight} = \frac{\sum -g_y}{\sum (1 - p_y)} \ \uparrow
 
-    The room 1 - p_y is what SFT would pull by. A row's trust is the share of it that the method keeps, so that tokens with
-    nothing to learn do not count, and a trust of 1 is SFT's; below 0 labels are pushed down on the whole. What a token's
-    target has not on the label, ignored = 1 - Q_y, is what the pull lacks of the room, (1 - p_y) - (-g_y). By suspicion
-    (``by`` is "suspicion"), whatever the method:
+    A row's label weight is the gradient on its labels as a share of SFT's: 1 is SFT, below 0 labels are pushed down. By
+    the models' margin (``by`` is "negative_margin"), whatever the method:
 
     .. math::
         \mathrm{tokens:}\ \ s = \min_{m}\big(\max_{k \ne y} \log m_k - \log m_y\big) \ \downarrow \qquad
         \mathrm{rows:}\ \ \tfrac1n \sum \max(0, s) \ \downarrow
 
-    over the student m = p and, where there is one, the teacher: the nats by which the less convinced of the two prefers
-    another token to the label. A row's ``worst`` is its largest s.
+    over the student m = p and, if given, the teacher: the nats by which both prefer another token to the label.
 
-    Equal scores (to six digits) share the first of their ranks; they are listed by suspicion, then as in the data. A row
-    of a single token has that token's figures: short rows are found at both ends more often than long ones, so ``tokens``
-    says how many there are. Rows with a room of less than 0.01 in all, on which SFT would hardly pull either, and scores
-    that are NaN have no rank and come last; rows without a supervised token are not in the tables. ``notes`` says how many
-    of each.
+    Equal scores (to six digits) share the first of their ranks and are listed by negative margin, then in the order of the
+    data. Short rows vary more and are more frequent at both ends: see ``tokens``. Rows with a sum of 1 - p_y below 0.01, and
+    scores that are NaN, have no rank and come last. ``notes`` gives their numbers.
 
     Args:
-        rows: by, rank, row (its number in the data), tokens (supervised), score, room (sum), trust, ignored (mean),
-            suspicion (mean of max(0, s)), worst, text.
-        tokens: by, rank, row, position (from 1), score, label, rival, p_y, p_rival, q_y, trust, suspicion, context (the text
-            before).
-        notes: what a reader should know.
+        rows: by, rank, row (number in the data), tokens (supervised), score, p_other (sum of 1 - p_y), label_weight, q_other
+            (mean of 1 - Q_y), negative_margin (mean of max(0, s)), negative_margin_max, text.
+        tokens: by, rank, row, position (from 1), score, label, runner_up, p_y, p_runner_up, q_y, label_weight,
+            negative_margin, context (the text before).
+        notes: remarks on rows and tokens without a rank.
 
-    Source: trust and room as ``Target.pull`` and ``Target.room`` have them (Xie et al. 2026, arXiv 2606.11189, Q = p - g).
+    Source: Q = p - g of Xie et al. 2026 (arXiv 2606.11189).
     """
 
     rows: pd.DataFrame
@@ -85,37 +82,77 @@ class Ranking:
 
     @property
     def orders(self) -> list[str]:
-        """What there is an order by: the methods' specs and "suspicion"."""
+        """What tokens and rows are ordered by: the methods' specs and "negative_margin"."""
         return list(dict.fromkeys(self.rows["by"]))
 
     def alike(self, by: str) -> bool:
-        """Whether a method trusts all rows and all labels alike, so that its order says nothing."""
+        """Whether all rows and all labels tie in an order."""
         rows, tokens = self._of(self.rows, by), self._of(self.tokens, by)
         return bool(len(tokens) > 1 and tokens["rank"].max() == 1 and not (rows["rank"] > 1).any())
 
     def first(self, top: int) -> set[int]:
-        """The rows among the first so many of any order that is one, or with one of its first so many tokens."""
+        """The rows among the first ``top`` of any order, or with one of its first ``top`` tokens."""
         orders = [by for by in self.orders if not self.alike(by)]
         frames = [
             self._of(frame, by).head(top).dropna(subset="rank") for by in orders for frame in (self.rows, self.tokens)
         ]
         return {int(row) for frame in frames for row in frame["row"]} or set(map(int, self.rows["row"][:top]))
 
-    def to_jsonl(self, top: int | None = None) -> str:
-        """JSON Lines: an object per row and per token of every order, ``kind`` says which; ``top``: the first so many only."""
-        frames = {"row": self.rows, "token": self.tokens}
-        chosen = {kind: frame.groupby("by", sort=False).head(top or len(frame)) for kind, frame in frames.items()}
-        return "\n".join(filter(None, (jsonl(frame.assign(kind=kind)) for kind, frame in chosen.items())))
-
-    def table(self, top: int = 10) -> str:
-        """The first rows and tokens of every order as text."""
+    def text(self, top: int = 10) -> str:
+        """The first ``top`` rows and tokens of every order as text."""
         parts = [self._block(by, top) for by in self.orders]
         notes = [f"- {note}" for note in self.notes]
-        legend = [f"{name}: {says}." for name, says in SAYS.items()]
+        legend = [f"{name}: {words}." for name, words in LEGEND.items()]
         return "\n\n".join([*parts, "\n".join([*legend, *notes])])
 
+    def table(self, top: int = 10) -> str:
+        """The old name of ``text``."""
+        warn("Ranking.table()", "Ranking.text()")
+        return self.text(top)
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows of every order; ``tokens`` is the frame of tokens."""
+        return self.rows
+
+    def to_dict(self, top: int | None = None) -> dict[str, Any]:
+        """As JSON: rows, tokens (a dict each; the first ``top`` of every order) and notes; NaN as None."""
+        rows, tokens = (records(_head(frame, top)) for frame in (self.rows, self.tokens))
+        return {"rows": rows, "tokens": tokens, "notes": list(self.notes)}
+
+    def to_jsonl(self, top: int | None = None) -> str:
+        """JSON Lines: an object per row and per token (``kind``) of every order, or of its first ``top``."""
+        frames = {"row": self.rows, "token": self.tokens}
+        lines = (jsonl(_head(frame, top).assign(kind=kind)) for kind, frame in frames.items())
+        return "\n".join(filter(None, lines))
+
+    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None, top: int = 10) -> str:
+        """The first ``top`` rows of every order in LaTeX (booktabs).
+
+        Args:
+            columns: columns of ``rows``; by default by, rank, row, tokens, label_weight, q_other and negative_margin.
+            caption: of the table environment; without one a plain tabular.
+            top: rows per order.
+
+        Raises:
+            InputError: an unknown column.
+        """
+        default = ["by", "rank", "row", "tokens", "label_weight", "q_other", NEGATIVE_MARGIN]
+        return latex_table(_head(self.rows, top), columns or default, caption)
+
+    def plot(self, top: int = 15) -> Any:
+        """A matplotlib figure: the scores of the first ``top`` rows, a panel per order."""
+        from qlens.analysis.plots.ranking_figure import figure_ranking
+
+        return figure_ranking(self, top)
+
     def __str__(self) -> str:
-        return self.table()
+        return self.text()
+
+    def __repr__(self) -> str:
+        return f"<Ranking of {self.rows['row'].nunique()} rows by {', '.join(self.orders)}>"
+
+    def _repr_html_(self) -> str:
+        return _head(self.rows, 5).to_html(index=False, border=0, float_format="{:.3f}".format)
 
     def _of(self, frame: pd.DataFrame, by: str) -> pd.DataFrame:
         if by not in self.orders:
@@ -124,92 +161,126 @@ class Ranking:
 
     def _block(self, by: str, top: int) -> str:
         rows, tokens = self._of(self.rows, by), self._of(self.tokens, by)
+        of_models = by == NEGATIVE_MARGIN
         if self.alike(by):
-            trust = "" if by == SUSPICION else f" (trust {rows['trust'].iloc[0]:.3f} in every row)"
-            return f"{by}: all labels are alike to it{trust}; nothing to order"
-        head = "the labels that the models doubt most" if by == SUSPICION else "what it trusts least"
-        skip = ["by", "score"] + (["trust", "ignored", "q_y"] if by == SUSPICION else ["worst"])
-        shown = [frame.head(top).drop(columns=[c for c in skip if c in frame]) for frame in (rows, tokens)]
-        texts = [_text(frame) for frame in shown]
+            weight = "" if of_models else f" (label weight {rows['label_weight'].iloc[0]:.3f} in every row)"
+            return f"{by}: all labels tie{weight}"
+        head = "largest first" if of_models else "smallest label weight first"
+        skip = ["by", "score"] + (["label_weight", "q_other", "q_y"] if of_models else ["negative_margin_max"])
+        frames = [frame.head(top).drop(columns=[c for c in skip if c in frame]) for frame in (rows, tokens)]
         counts = f"rows (of {len(rows)}):", f"tokens (of {len(tokens)}):"
+        texts = [_text(frame) for frame in frames]
         return "\n".join([f"{by}: {head}", *(line for pair in zip(counts, texts, strict=True) for line in pair)])
 
 
-def rank(summary: Summary, rows: Sequence[int], positions: Sequence[int], pieces: Sequence[str], contexts: Sequence[str],
-         texts: dict[int, str], rivals: Sequence[str], notes: Sequence[str] = ()) -> Ranking:  # fmt: skip
-    """The ranking of N summarised tokens; see ``Ranking`` for the scores.
+def rank(
+    summary: Summary,
+    rows: Sequence[int],
+    positions: Sequence[int],
+    labels: Sequence[str],
+    contexts: Sequence[str],
+    texts: dict[int, str],
+    runners_up: Sequence[str],
+    notes: Sequence[str] = (),
+) -> Ranking:
+    """Rank N summarised tokens; see ``Ranking`` for the scores.
 
     Args:
-        summary: of N tokens.
-        rows, positions, pieces, contexts, rivals: of every token, the number of its row, where it stands in it, its label's
-            text, the text before it and the strongest alternative's text.
-        texts: what is shown of a row, by its number.
-        notes: what is to be said beside.
+        summary: of the N tokens.
+        rows, positions: of every token, the number of its row and its position in it.
+        labels, contexts, runners_up: of every token, the texts of its label, of what precedes it, and of its runner-up.
+        texts: the text shown of a row, by its number.
+        notes: further remarks.
     """
     base = summary.models.assign(row=np.asarray(rows), position=np.asarray(positions), context=list(contexts))
-    base = base.assign(label=list(pieces), rival=list(rivals))
-    row_parts, token_parts, said = [], [], list(notes)
-    for by, frame in {**summary.methods, SUSPICION: None}.items():
+    base = base.assign(label=list(labels), runner_up=list(runners_up))
+    row_frames, token_frames, remarks = [], [], list(notes)
+    for by, frame in {**summary.methods, NEGATIVE_MARGIN: None}.items():
         tokens = base.assign(by=by, **dict.fromkeys(OF_METHODS, np.nan))
         if frame is not None:
             tokens[OF_METHODS] = frame[OF_METHODS].to_numpy()
-        tokens["score"] = tokens[SUSPICION if frame is None else "q_y"]
-        token_parts.append(_ordered(tokens, frame is not None, NO_MASS)[TOKEN_COLUMNS])
+        tokens["score"] = tokens[NEGATIVE_MARGIN if frame is None else "q_y"]
+        token_frames.append(_ordered(tokens, frame is not None, ZERO_MASS)[TOKEN_COLUMNS])
         table = _row_table(tokens, by)
-        row_parts.append(_ordered(table.assign(text=table["row"].map(texts)), frame is not None, ZERO)[ROW_COLUMNS])
-        if lost := int(token_parts[-1]["rank"].isna().sum()):
-            said.append(f"{by}: {lost} tokens have no rank, their score is NaN")
-    few = row_parts[0]
-    if idle := int((few["room"] < LITTLE).sum()):
-        said.append(f"{idle} rows leave even SFT a room of less than {LITTLE}: no method's trust in them is ranked")
-    if single := int((few["tokens"] == 1).sum()):
-        said.append(f"{single} rows have a single supervised token: their score is that token's")
-    return Ranking(pd.concat(row_parts, ignore_index=True), pd.concat(token_parts, ignore_index=True), tuple(said))
+        table = table.assign(text=table["row"].map(texts))
+        row_frames.append(_ordered(table, frame is not None, ZERO_WEIGHT)[ROW_COLUMNS])
+        if unranked := int(token_frames[-1]["rank"].isna().sum()):
+            remarks.append(f"{by}: {unranked} tokens have no rank, their score is NaN")
+    first = row_frames[0]
+    if learned := int((first["p_other"] < SMALLEST_P_OTHER).sum()):
+        remarks.append(f"{learned} rows have a sum of 1 - p_y below {SMALLEST_P_OTHER}: methods do not rank them")
+    if single := int((first["tokens"] == 1).sum()):
+        remarks.append(f"{single} rows have a single supervised token: their score is that token's")
+    joined = (pd.concat(frames, ignore_index=True) for frames in (row_frames, token_frames))
+    return Ranking(*(renamed_columns(frame, **_old_columns(frame)) for frame in joined), tuple(remarks))
 
 
 def _row_table(tokens: pd.DataFrame, by: str) -> pd.DataFrame:
     """A line per row, with its score."""
-    doubted = tokens.assign(**{SUSPICION: tokens[SUSPICION].clip(lower=0), "worst": tokens[SUSPICION]})
-    doubted[["room", "pull"]] = doubted[["room", "pull"]].astype(float)
-    groups = doubted.groupby("row", sort=True)
-    table = groups.agg(
-        tokens=("label", "size"), room=("room", "sum"), worst=("worst", "max"), ignored=("ignored", "mean")
+    tokens = tokens.assign(
+        **{NEGATIVE_MARGIN: tokens[NEGATIVE_MARGIN].clip(lower=0), "largest": tokens[NEGATIVE_MARGIN]}
     )
-    table["suspicion"] = groups[SUSPICION].mean()
-    pull = groups["pull"].apply(lambda values: values.sum(skipna=False))
-    table["trust"] = np.where(table["room"] > 0, pull / table["room"], np.nan)
-    table["score"] = table["suspicion"] if by == SUSPICION else table["trust"].where(table["room"] >= LITTLE)
+    tokens[["p_other", "label_gradient"]] = tokens[["p_other", "label_gradient"]].astype(float)
+    groups = tokens.groupby("row", sort=True)
+    table = groups.agg(
+        tokens=("label", "size"),
+        p_other=("p_other", "sum"),
+        negative_margin_max=("largest", "max"),
+        q_other=("q_other", "mean"),
+        negative_margin=(NEGATIVE_MARGIN, "mean"),
+    )
+    gradient = groups["label_gradient"].apply(lambda values: values.sum(skipna=False))
+    table["label_weight"] = np.where(table["p_other"] > 0, gradient / table["p_other"], np.nan)
+    ranked = table["label_weight"].where(table["p_other"] >= SMALLEST_P_OTHER)
+    table["score"] = table[NEGATIVE_MARGIN] if by == NEGATIVE_MARGIN else ranked
     return table.reset_index().assign(by=by)
 
 
 def _ordered(frame: pd.DataFrame, ascending: bool, zero: float) -> pd.DataFrame:
-    """By the rounded score, equal ones by suspicion, then as in the data; what has no score comes last, without a rank."""
+    """By the rounded score, ties by negative margin, then in the order of the data; NaN last, without a rank."""
     rounded = pd.Series(_rounded(frame["score"].to_numpy(dtype=float), zero), index=frame.index)
-    frame = frame.assign(rank=rounded.rank(method="min", ascending=ascending), trust=_rounded(frame["trust"], ZERO))
-    frame = frame.sort_values(SUSPICION, kind="stable", ascending=False)
+    weight = _rounded(frame["label_weight"], ZERO_WEIGHT)
+    frame = frame.assign(rank=rounded.rank(method="min", ascending=ascending), label_weight=weight)
+    frame = frame.sort_values(NEGATIVE_MARGIN, kind="stable", ascending=False)
     return frame.sort_values("rank", kind="stable", na_position="last", ignore_index=True)
 
 
 def _rounded(values: Float[np.ndarray, " N"], zero: float) -> Float[np.ndarray, " N"]:
-    """To ``DIGITS`` digits; what is nearer to zero than ``zero`` is zero."""
+    """Values at ``DIGITS`` binary-scaled digits; those below ``zero`` as zero."""
     mantissa, exponent = np.frexp(values)
     return np.where(np.abs(values) < zero, 0.0, np.ldexp(mantissa.round(DIGITS), exponent))
 
 
+def _head(frame: pd.DataFrame, top: int | None) -> pd.DataFrame:
+    """The first ``top`` lines of every order."""
+    return frame.groupby("by", sort=False).head(top or len(frame))
+
+
+def _old_columns(frame: pd.DataFrame) -> dict[str, str]:
+    """The old names of a frame's columns, with the new ones."""
+    return {old: new for old, new in OLD_COLUMNS.items() if new in frame}
+
+
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A frame as JSON objects; NaN and infinity as None, and the columns' old names beside the new ones."""
+    plain = [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in frame.to_dict("records")
+    ]
+    old = _old_columns(frame)
+    return [row | {name: row[new] for name, new in old.items()} for row in plain]
+
+
 def jsonl(frame: pd.DataFrame) -> str:
-    """JSON Lines of a frame, in plain ASCII; what is NaN or infinite is null."""
-    return "\n".join(json.dumps({key: _plain(value) for key, value in row.items()}) for row in frame.to_dict("records"))
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON Lines of a frame, in plain ASCII."""
+    return "\n".join(json.dumps(row) for row in records(frame))
 
 
 def _text(frame: pd.DataFrame) -> str:
-    """As printed: ranks as whole numbers, texts so that nothing in them acts on a terminal."""
-    shown = frame.assign(rank=frame["rank"].map(lambda rank: "-" if pd.isna(rank) else f"{rank:.0f}"))
-    for name in shown.columns.intersection(["text", "context", "label", "rival"]):
-        shown[name] = shown[name].map(repr)
-    return shown.to_string(
+    """A frame for a terminal: ranks as whole numbers, texts as literals, so that no control character acts."""
+    cells = frame.assign(rank=frame["rank"].map(lambda rank: "-" if pd.isna(rank) else f"{rank:.0f}"))
+    for name in cells.columns.intersection(["text", "context", "label", "runner_up"]):
+        cells[name] = cells[name].map(repr)
+    return cells.to_string(
         index=False, float_format=lambda x: f"{x:.3g}" if abs(x) < 0.01 and x else f"{x:.3f}", na_rep="-"
     )

@@ -1,4 +1,4 @@
-"""What the token view and the ranking keep of each token: a few figures and the top candidates, never a row of V entries."""
+"""Summary of tokens for token view and ranking: a few metrics and the top entries of each, instead of all V."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -19,16 +19,16 @@ from qlens.registry.variant import ALONE
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """Figures and candidates of N tokens under M methods, on the CPU in float32; M methods share K candidates per token.
+    """Metrics and top entries of N tokens under M methods, on the CPU in float32; K entries per token for all methods.
 
     Args:
-        models: a row per token: label, p_y, nll, entropy, room = 1 - p_y, doubt, rival and p_rival; with a teacher also
-            teacher_y, teacher_doubt and disagreement; suspicion.
-        methods: of every method a row per token, in unit scale: q_y, trust, pull, ignored, reshape, kl, entropy,
-            negative_mass, total.
-        ids, probs: the candidates and the student's p of them, (N, K), by falling p.
-        moves: Q - p of the candidates in unit scale, (M, N, K).
-        teacher: the teacher's probabilities of them, (N, K), or None.
+        models: a row per token: label, p_y, nll, entropy, p_other = 1 - p_y, runner_up, p_runner_up,
+            negative_margin_student; with a teacher also teacher_y, negative_margin_teacher and disagreement; negative_margin.
+        methods: by spec, a row per token in unit scale: q_y, label_weight, label_gradient = -g_y, q_other = 1 - Q_y, reshape,
+            kl, entropy, negative_mass, total.
+        ids, probs: the entries and their p, (N, K), by falling p.
+        moves: Q - p of the entries in unit scale, (M, N, K).
+        teacher: their probabilities under the teacher, (N, K), or None.
     """
 
     models: pd.DataFrame
@@ -66,21 +66,20 @@ class Summary:
 
 
 def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20) -> Summary:
-    r"""The summary of a chunk of tokens: a pure function of the chunk.
+    r"""Summarise a chunk of tokens.
 
     .. math::
-        \mathrm{doubt} = \max_{k \ne y} \log p_k - \log p_y, \qquad
-        \mathrm{suspicion} = \min(\mathrm{doubt}, \mathrm{teacher\ doubt}), \qquad
-        \mathrm{ignored} = (1 - p_y) - (-g_y) = 1 - Q_y, \qquad
+        \mathrm{negative\ margin}_m = \max_{k \ne y} \log m_k - \log m_y, \qquad
+        \mathrm{negative\ margin} = \min(\mathrm{of\ the\ student}, \mathrm{of\ the\ teacher}), \qquad
         \mathrm{disagreement} = \tfrac12 \sum_k |\mathrm{teacher}_k - p_k|
 
-    Suspicion is doubt where there is no teacher. The candidates are the label, of each method the entry with the largest
-    |Q - p|, then those with the largest max(p, |Q|) over all methods: K = max(candidates, M + 1), at most V, per token.
+    Without a teacher the negative margin is the student's. The entries are the label, of each method the one with the
+    largest |Q - p|, then those with the largest max(p, |Q|) over all methods: K = max(candidates, M + 1), at most V.
 
     Args:
-        tokens: (n, V), with whatever the methods need; of methods that look at whole sequences, whole sequences.
+        tokens: (n, V) with the fields that the methods need; whole sequences for methods of that scope.
         variants: M methods with different specs.
-        candidates: how many entries are kept per token.
+        candidates: entries per token.
 
     Raises:
         InputError: a method needs a field that the tokens lack.
@@ -88,8 +87,8 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
     Example:
         >>> import qlens
         >>> tokens = Tokens(logits=torch.tensor([[0.0, 1.0, 2.0]]), labels=torch.tensor([1]))
-        >>> made = summarise(tokens, [qlens.get("dft")], candidates=2)
-        >>> made.ids.tolist(), made.models["doubt"].round(3).tolist()
+        >>> summary = summarise(tokens, [qlens.get("dft")], candidates=2)
+        >>> summary.ids.tolist(), summary.models["negative_margin"].round(3).tolist()
         ([[2, 1]], [1.0])
     """
     targets = {variant.spec: variant.target(tokens).at("unit") for variant in variants}
@@ -110,9 +109,9 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
             name: pd.DataFrame(
                 {
                     "q_y": _array(tokens.gather(target.q)),
-                    "trust": _array(target.label_weight),
-                    "pull": _array(target.pull),
-                    "ignored": _array(target.room - target.pull),
+                    "label_weight": _array(target.label_weight),
+                    "label_gradient": _array(target.pull),
+                    "q_other": _array(target.room - target.pull),
                     "reshape": _array(target.reshape),
                     "kl": _array(target.kl),
                     "entropy": _array(target.entropy),
@@ -132,33 +131,33 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
 
 
 def _of_models(tokens: Tokens) -> dict[str, Tensor]:
-    """What the models themselves say of every label."""
+    """Metrics of the models alone."""
     log_p = tokens.log_probs.detach()
-    doubt, rival = _doubt(tokens, log_p)
-    found = {
+    margin, runner_up = _negative_margin(tokens, log_p)
+    metrics = {
         "label": tokens.labels,
         "p_y": tokens.label_probs.detach(),
         "nll": -tokens.label_log_probs.detach(),
         "entropy": -expectation(log_p.exp(), log_p),
-        "room": tokens.rest_log_probs.detach().exp(),
-        "doubt": doubt,
-        "rival": rival,
-        "p_rival": log_p.exp().gather(1, rival[:, None])[:, 0],
+        "p_other": tokens.rest_log_probs.detach().exp(),
+        "negative_margin_student": margin,
+        "runner_up": runner_up,
+        "p_runner_up": log_p.exp().gather(1, runner_up[:, None])[:, 0],
     }
     if tokens.teacher is None:
-        return found | {"suspicion": doubt}
+        return metrics | {"negative_margin": margin}
     log_t = tokens.log_probs_of("teacher")
-    teacher_doubt, _ = _doubt(tokens, log_t)
-    return found | {
+    teacher_margin, _ = _negative_margin(tokens, log_t)
+    return metrics | {
         "teacher_y": tokens.gather(log_t).exp(),
-        "teacher_doubt": teacher_doubt,
+        "negative_margin_teacher": teacher_margin,
         "disagreement": (log_t.exp() - log_p.exp()).abs().sum(-1) / 2,
-        "suspicion": torch.minimum(doubt, teacher_doubt),
+        "negative_margin": torch.minimum(margin, teacher_margin),
     }
 
 
-def _doubt(tokens: Tokens, log_p: Float[Tensor, "N V"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """By how many nats the strongest alternative beats the label, and which it is."""
+def _negative_margin(tokens: Tokens, log_p: Float[Tensor, "N V"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
+    """log p of the runner-up minus log p of the label, and the id of the runner-up."""
     top = log_p.scatter(1, tokens.labels[:, None].long(), -torch.inf).max(-1)
     return top.values - tokens.gather(log_p), top.indices
 
@@ -169,15 +168,13 @@ def _array(values: Tensor) -> np.ndarray:
 
 
 def chunks(
-    model: nn.Module, examples: Sequence[Mapping[str, Any]], needs: Sequence[str], whole: bool, **others: nn.Module
+    model: nn.Module, examples: Sequence[Mapping[str, Any]], needs: Sequence[str], whole: bool, **models: nn.Module
 ) -> Iterator[Tokens]:
-    """The tokens of texts in order, ``ENTRIES`` logits at a time, a text never sharing a chunk: the one place that asks models.
+    """The tokens of texts in order, at most ``ENTRIES`` logits and one text at a time; ``whole`` keeps a text together.
 
-    Of models with a linear head no other logits exist at that time, however long the text.
-
-    ``whole``: the tokens of a text stay together, however long it is.
+    Models with a linear head hold no other logits meanwhile.
     """
-    yield from token_batches(model, examples, 1, needs, None if whole else ENTRIES, **others)
+    yield from token_batches(model, examples, 1, needs, None if whole else ENTRIES, **models)
 
 
 def summary_of(
@@ -185,15 +182,15 @@ def summary_of(
     examples: Sequence[Mapping[str, Any]],
     variants: Sequence[Variant],
     candidates: int,
-    **others: nn.Module,
+    **models: nn.Module,
 ) -> Summary:
-    """The summary of all supervised tokens of encoded texts, of which each has one at least.
+    """Summarise all supervised tokens of encoded texts, each of which has at least one.
 
-    Methods that look at single tokens see a chunk at a time; if one of the methods looks further (its scope is sequence or
-    batch), all are given the text whole. The text is the batch: such a weight is normalised within its own text.
+    Methods of scope "token" see a chunk at a time. If one has scope "sequence" or "batch", all see whole texts; a weight that
+    is normalised over the batch is normalised within the text.
     """
     needs = sorted({need for variant in variants for need in variant.needs})
     whole = any(variant.scope not in ALONE for variant in variants)
     return Summary.join(
-        [summarise(tokens, variants, candidates) for tokens in chunks(model, examples, needs, whole, **others)]
+        [summarise(tokens, variants, candidates) for tokens in chunks(model, examples, needs, whole, **models)]
     )

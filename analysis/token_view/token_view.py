@@ -1,6 +1,6 @@
-"""The token view: what each target wants of each token of a text, as one HTML page, a table, or a ranking."""
+"""Token view: the targets of methods at every token of a text, as an HTML page, a table, a figure or a ranking."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from html import escape
@@ -12,48 +12,48 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from qlens.analysis.table_formats import latex_table
+from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, tokenizer_of, variants_of
 from qlens.analysis.token_view.page import html
-from qlens.analysis.token_view.ranking import Ranking, jsonl, rank
+from qlens.analysis.token_view.ranking import OLD_COLUMNS, Ranking, jsonl, rank, records
 from qlens.analysis.token_view.summary import Summary, summary_of
-from qlens.analysis.token_view.token_text import Pieces, legible
+from qlens.analysis.token_view.token_text import TokenText, legible
+from qlens.core.deprecation import renamed_arguments, renamed_columns, warn
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text
 from qlens.core.supervised import IGNORE
-from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_model, check_same_vocabulary, shortest_context
-from qlens.data.examples import example
-from qlens.data.from_text import check_fits, row_of
-from qlens.registry import Variant, resolve
+from qlens.data.compatibility import check_same_vocabulary, shortest_context
+from qlens.data.from_text import check_fits
+from qlens.registry import Variant
 
-DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
-CARRIED = ("old", "second", "sequence", "negatives")  # what a text and its model give of themselves
-CONTEXT, TEXT = 24, 60  # letters shown of what comes before a token, and of a row
+FIELDS = ("old", "second", "sequence", "negatives")  # that a text and its model provide
+CONTEXT, TEXT = 24, 60  # letters shown of the context of a token, and of a row
 
 
 @dataclass(frozen=True)
 class Text:
-    """A row of the data: its number there (from 1), its token ids, and at which places of them a label is supervised."""
+    """A row of the data: its number (from 1), its token ids, and the positions of supervised labels."""
 
     row: int
     ids: tuple[int, ...]
     places: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TokenView:
-    """What methods' targets want of every supervised token of texts; a notebook shows it as the page that ``save`` writes.
+    """Targets of methods at every supervised token of texts; a notebook shows the page that ``save`` writes.
 
     Args:
         texts: the rows that were read.
         summary: of their N supervised tokens, in order.
-        pieces: the text of a token by its id.
-        skipped: rows that were not read, by number, and why.
-        ranked: of all rows, where these are a choice of them.
+        token_text: the text of a token by its id.
+        skipped: the reason by number of each row that was left out.
+        ranked: the ranking of all rows, where ``texts`` are some of them.
     """
 
     texts: tuple[Text, ...]
     summary: Summary
-    pieces: Pieces
+    token_text: TokenText
     skipped: Mapping[int, str]
     ranked: Ranking | None = None
 
@@ -64,30 +64,77 @@ class TokenView:
 
     @property
     def notes(self) -> list[str]:
-        """What a reader should know: the rows that were left out, and why."""
-        said = []
-        for why in dict.fromkeys(self.skipped.values()):
-            rows = [row for row, reason in self.skipped.items() if reason == why]
+        """Rows that were left out, by reason."""
+        lines = []
+        for reason in dict.fromkeys(self.skipped.values()):
+            rows = [row for row, other in self.skipped.items() if other == reason]
             more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-            said.append(f"left out, {why}: row {', '.join(map(str, rows[:10]))}{more}")
-        return said
+            lines.append(f"left out, {reason}: row {', '.join(map(str, rows[:10]))}{more}")
+        return lines
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A line per token and method: row, position (from 1), label, method, and the figures that ``summarise`` defines."""
+        """A line per token and method: row, position (from 1), label, method, and the metrics of ``Summary``."""
         models = self.summary.models.rename(columns={"entropy": "entropy_p"})
         places = pd.DataFrame(self._places(), columns=["row", "position"])
-        words = {name: [legible(self.pieces[token]) for token in models[name]] for name in ("label", "rival")}
+        words = {name: [legible(self.token_text[token]) for token in models[name]] for name in ("label", "runner_up")}
         base = pd.concat([places, models.assign(**words)], axis=1)
         frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in self.summary.methods.items()]
-        return pd.concat(frames, ignore_index=True)
+        table = pd.concat(frames, ignore_index=True)
+        return renamed_columns(table, **{old: new for old, new in OLD_COLUMNS.items() if new in table})
+
+    def to_frame(self) -> pd.DataFrame:
+        """``table``."""
+        return self.table
 
     def to_jsonl(self) -> str:
-        """JSON Lines: the lines of ``table``; what is NaN or infinite is null."""
+        """JSON Lines: the lines of ``table``; NaN and infinity are null."""
         return jsonl(self.table)
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON: methods, notes, and the lines of ``table``."""
+        return {"methods": list(self.methods), "notes": self.notes, "table": records(self.table)}
+
+    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+        """``table`` in LaTeX (booktabs).
+
+        Args:
+            columns: columns of ``table``; by default row, position, label, method, p_y, q_y, label_weight and kl.
+            caption: of the table environment; without one a plain tabular.
+
+        Raises:
+            InputError: an unknown column.
+        """
+        default = ["row", "position", "label", "method", "p_y", "q_y", "label_weight", "kl"]
+        return latex_table(self.table, columns or default, caption)
+
+    def plot(self, row: int | None = None) -> Any:
+        """A matplotlib figure: one text as heat maps of label weight, entropy, KL(Q || p) and negative mass.
+
+        Args:
+            row: number of the row in the data; by default the first.
+
+        Raises:
+            InputError: no such row.
+        """
+        from qlens.analysis.plots import figure_sequence
+
+        rows = [text.row for text in self.texts]
+        if row is not None and row not in rows:
+            raise InputError(f"row must be one of {', '.join(map(str, rows[:10]))}, got {row}")
+        table = self.table[self.table["row"] == (rows[0] if row is None else row)]
+        names = dict.fromkeys(table["position"])
+        positions = table["position"].map({name: number for number, name in enumerate(names)})
+        return figure_sequence(pd.DataFrame(table.assign(position=positions, token=table["label"])))
+
+    @property
+    def pieces(self) -> TokenText:
+        """The old name of ``token_text``."""
+        warn("TokenView.pieces", "TokenView.token_text")
+        return self.token_text
+
     def rank(self) -> Ranking:
-        """Tokens and rows by how little the targets trust their labels; see ``Ranking`` for the scores.
+        """Tokens and rows in the order of their label weight, and of the models' margin; see ``Ranking``.
 
         Example:
             >>> view.rank().rows.query("by == 'dft'").head()  # doctest: +SKIP
@@ -97,161 +144,114 @@ class TokenView:
     @cached_property
     def _ranking(self) -> Ranking:
         places, models = self._places(), self.summary.models
-        strings = {text.row: [self.pieces[token] for token in text.ids] for text in self.texts}
+        strings = {text.row: [self.token_text[token] for token in text.ids] for text in self.texts}
         ends = [(row, position - 1) for row, position in places]
-        shown = {text.row: legible("".join(strings[text.row][text.places[0] :]))[:TEXT] for text in self.texts}
+        texts = {text.row: legible("".join(strings[text.row][text.places[0] :]))[:TEXT] for text in self.texts}
         return rank(
             self.summary,
             rows=[row for row, _ in places],
             positions=[position for _, position in places],
-            pieces=[legible(self.pieces[token]) for token in models["label"]],
-            rivals=[legible(self.pieces[token]) for token in models["rival"]],
+            labels=[legible(self.token_text[token]) for token in models["label"]],
+            runners_up=[legible(self.token_text[token]) for token in models["runner_up"]],
             contexts=[legible("".join(strings[row][max(0, at - CONTEXT) : at]))[-CONTEXT:] for row, at in ends],
-            texts=shown,
+            texts=texts,
             notes=self.notes,
         )
 
     def top(self, count: int) -> "TokenView":
-        """The rows among the first so many of any order, or with one of its first so many tokens; ranked among all rows."""
+        """The rows among the first ``count`` of any order, or with one of its first tokens; ranked among all rows."""
         ranked = self.rank()
         wanted, sizes = ranked.first(count), [len(text.places) for text in self.texts]
-        kept = np.repeat([text.row in wanted for text in self.texts], sizes)
+        mask = np.repeat([text.row in wanted for text in self.texts], sizes)
         texts = tuple(text for text in self.texts if text.row in wanted)
-        return replace(self, texts=texts, summary=self.summary[np.flatnonzero(kept)], ranked=ranked)
+        return replace(self, texts=texts, summary=self.summary[np.flatnonzero(mask)], ranked=ranked)
 
     def html(self) -> str:
-        """The page: one self-contained file that asks nothing of any other; everything from model and data is inert in it."""
+        """The page: one self-contained file; everything from model and data is escaped."""
         return html(self)
 
     def save(self, path: str | Path) -> Path:
-        """Write the page to a file, whole or not at all.
+        """Write the page to a file, atomically.
+
+        Returns:
+            the path.
 
         Raises:
-            InputError: there is no such folder, or nothing can be written to it.
+            InputError: the folder does not exist or is not writable.
         """
-        place = output_file(path, "path")
-        write_text(place, self.html())
-        return place
+        file = output_file(path, "path")
+        write_text(file, self.html())
+        return file
 
     def _repr_html_(self) -> str:
         frame = 'sandbox="allow-scripts" title="qlens token view" style="width:100%;height:44rem;border:0"'
         return f'<iframe {frame} srcdoc="{escape(self.html())}"></iframe>'
 
     def _places(self) -> list[tuple[int, int]]:
-        """Of every supervised token the number of its row, and its position in it, from 1."""
+        """Row number and position (from 1) of every supervised token."""
         return [(text.row, place + 1) for text in self.texts for place in text.places]
 
     def __repr__(self) -> str:
         return f"<TokenView of {len(self.summary)} tokens in {len(self.texts)} rows: {', '.join(self.methods)}>"
 
 
+@renamed_arguments(rows="max_rows")
 def view(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
+    model: nn.Module | str | Path,
+    tokenizer: PreTrainedTokenizerBase | str | Path | None,
     text: str | Sequence[Any],
     variants: Sequence[Variant | str | Callable] | None = None,
     *,
-    teacher: nn.Module | None = None,
-    reference: nn.Module | None = None,
+    teacher: nn.Module | str | Path | None = None,
+    reference: nn.Module | str | Path | None = None,
     candidates: int = 20,
-    rows: int | None = None,
+    max_rows: int | None = None,
 ) -> TokenView:
-    """What the targets of several methods want of every supervised token of a text.
+    """Read the targets of several methods at every supervised token of a text.
 
-    Every text goes through the models by itself and is summarised a chunk at a time (``summarise``), so that of V entries
-    per token a few are kept. Methods whose scope is sequence or batch are given the logits of a whole text; it is their batch.
+    Every text goes through the models alone and is summarised a chunk at a time (``summarise``), so that a few of V entries
+    per token are stored. For methods of scope "sequence" or "batch", the text is the batch.
 
     Args:
-        model, tokenizer: a causal language model, and what made its vocabulary.
+        model: a causal language model, or its folder.
+        tokenizer: of the model, or its folder; None with a folder as ``model``.
         text: a text, or a list of texts, (prompt, completion) pairs, rows of data, or ``{"input_ids", "labels"}``.
         variants: Variants, specs or loss functions; by default sft and dft, and with a teacher target_sft and kd.
-        teacher, reference: other models over the same vocabulary; methods that pull toward one need it.
-        candidates: how many tokens of the vocabulary are kept per position; see ``summarise``.
-        rows: read no further once so many can be shown; by default all.
+        teacher, reference: other models over the same vocabulary, or their folders, for methods that need one.
+        candidates: vocabulary entries stored per token; see ``summarise``.
+        max_rows: stop after this many rows that can be shown; by default all.
 
-    Rows longer than a model's context, and rows without a supervised token, are left out and said to be (``skipped``).
+    Returns:
+        a view: a notebook shows it; ``save``, ``rank()``, ``table`` and ``plot()``. Rows longer than a model's context and
+        rows without a supervised token are in ``skipped``.
 
     Raises:
-        InputError: nothing to show, malformed rows, methods that need what is not there or that share a spec, models
-            whose vocabularies differ, or fewer than one candidate or row.
+        InputError: no row that can be shown, malformed rows, methods that lack an input or share a spec, models with
+            different vocabularies, or fewer than one candidate or row.
 
     Source: Xie et al. 2026 (arXiv 2606.11189): Q = p - g.
 
     Example:
         >>> qlens.view(model, tokenizer, [("2 + 2 =", "4")], ["sft", "dft"]).save("view.html")  # doctest: +SKIP
     """
-    chosen = _variants(variants, teacher, reference, (*CARRIED, *_columns(text)))
-    for name, value in (("candidates", candidates), ("rows", 1 if rows is None else rows)):
+    chosen = variants_of(variants, teacher, reference, (*FIELDS, *columns_of(text)))
+    for name, value in (("candidates", candidates), ("max_rows", 1 if max_rows is None else max_rows)):
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
-    others = {name: other for name, other in (("teacher", teacher), ("reference", reference)) if other is not None}
-    check_model(model, "model")
-    for name, other in others.items():
-        check_same_vocabulary(model, other, name)
-    examples, skipped = _read(text, tokenizer, shortest_context(model, *others.values()), rows)
-    check_fits(list(examples.values()), {"model": model, **others})
+    student, tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
+    given = {name: each for name, each in (("teacher", teacher), ("reference", reference)) if each is not None}
+    models = {name: loaded_model(each, name) for name, each in given.items()}
+    for name, other in models.items():
+        check_same_vocabulary(student, other, name)
+    examples, skipped = encoded_rows(text, tokenizer, shortest_context(student, *models.values()), max_rows)
+    check_fits(list(examples.values()), {"model": student, **models})
     texts = tuple(
         Text(
             row,
-            tuple(made["input_ids"]),
-            tuple(at for at, label in enumerate(made["labels"]) if at and label != IGNORE),
+            tuple(encoded["input_ids"]),
+            tuple(i for i, label in enumerate(encoded["labels"]) if i and label != IGNORE),
         )
-        for row, made in examples.items()
+        for row, encoded in examples.items()
     )
-    summary = summary_of(model, list(examples.values()), chosen, candidates, **others)
-    return TokenView(texts, summary, Pieces(tokenizer), skipped)
-
-
-def _columns(text: Any) -> list[str]:
-    """The columns that all rows of data carry."""
-    rows = (
-        [text]
-        if isinstance(text, Mapping)
-        else text
-        if isinstance(text, Sequence) and not isinstance(text, str)
-        else []
-    )
-    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
-
-
-def _variants(given: Any, teacher: Any, reference: Any, carried: Collection[str]) -> list[Variant]:
-    """The methods, all of them different and with what they need."""
-    if given is None:
-        given = DEFAULT + WITH_TEACHER * (teacher is not None)
-    chosen = [resolve(each) for each in ([given] if isinstance(given, (str, Variant)) or callable(given) else given)]
-    if not chosen:
-        raise InputError("variants is empty: give at least one method, like 'sft'")
-    specs = [variant.spec for variant in chosen]
-    for variant in chosen:
-        if specs.count(variant.spec) > 1:
-            raise InputError(f"variants: {variant.spec} is given twice")
-        for need in variant.needs:
-            there = {"teacher": teacher, "reference": reference}
-            if need in there and there[need] is None:
-                raise InputError(f"variants: {variant.spec} needs a {need}: give {need}=, on the command line --{need}")
-            if need not in (*there, *carried):
-                raise InputError(f"variants: {variant.spec} needs {need!r}, which a text does not carry")
-    return chosen
-
-
-def _read(text: Any, tokenizer: Any, limit: int | None, most: int | None) -> tuple[dict[int, dict], dict[int, str]]:
-    """The rows as examples, and those that cannot be shown with the reason; both by their number, from 1."""
-    rows = [text] if isinstance(text, (str, Mapping)) else text
-    if not isinstance(rows, Sequence) or not len(rows):
-        raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
-    kept, skipped = {}, {}
-    for number, row in enumerate(rows, 1):
-        encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
-        made = row if encoded else example(row_of(row), tokenizer, f"row {number}")
-        if limit is not None and len(made["input_ids"]) > limit:
-            skipped[number] = f"longer than the context of {limit} tokens"
-        elif all(label == IGNORE for label in made["labels"][1:]):
-            skipped[number] = "no supervised token"
-        else:
-            kept[number] = made
-        if len(kept) == most:
-            break
-    if not kept:
-        why = "; ".join(f"row {row}: {why}" for row, why in list(skipped.items())[:3])
-        raise InputError(f"text: none of its {len(rows)} rows can be shown ({why})")
-    return kept, skipped
+    summary = summary_of(student, list(examples.values()), chosen, candidates, **models)
+    return TokenView(texts, summary, TokenText(tokenizer), skipped)

@@ -4,8 +4,8 @@
   const data = JSON.parse($("data").textContent);
   const { methods, metrics, texts, pieces, orders, scores } = data;
   const numbers = await unpack(data);
-  const telling = methods.map((_, at) => at).filter((at) => !orders[at].alike); // a method that trusts all alike tells little
-  const [left, right = -1] = telling.length > 1 ? telling : [...methods.keys()];
+  const distinct = methods.map((_, at) => at).filter((at) => !orders[at].alike); // methods whose labels do not all tie
+  const [left, right = -1] = distinct.length > 1 ? distinct : [...methods.keys()];
   const shown = { metric: metrics[0], left, right, order: "" };
   const rows = [];      // per text: { section, title, panes: [{ heading, text, spans }] }
   const place = [];     // per supervised token: [text, index among the tokens of the text]
@@ -68,11 +68,11 @@
         const method = side ? shown.right : shown.left;
         pane.made.hidden = side === 1 && !two;
         if (pane.made.hidden) return;
-        pane.heading.textContent = shown.metric.method ? methods[method] : `${shown.metric.name}, of the models alone`;
+        pane.heading.textContent = shown.metric.method ? methods[method] : `${shown.metric.name}, of the models`;
         pane.text.setAttribute("aria-label", `Row ${texts[at].row}, ${pane.heading.textContent}`);
         colour(pane, method);
       });
-      row.title.lastChild.textContent = told(at);
+      row.title.lastChild.textContent = describe(at);
     });
     if (stop?.closest(".pane").hidden) reach(spanOf(Number(stop.dataset.n)));
     legend(two);
@@ -95,14 +95,15 @@
       seen[at] = [size, marks];
     });
   }
-  function told(at) {
-    const said = [`${texts[at].count} of ${texts[at].length} tokens supervised`];
-    for (const side of [shown.left, shown.right])
-      if (side >= 0 && scores[methods[side]][at] !== null) said.push(`trust of ${methods[side]} ${number(scores[methods[side]][at])}`);
-    said.push(`suspicion ${number(scores.suspicion[at] ?? NaN)}`);
+  function describe(at) {
+    const parts = [`${texts[at].count} of ${texts[at].length} tokens supervised`];
+    const sides = [shown.left, shown.right].filter((side) => side >= 0 && scores[methods[side]][at] !== null);
+    const weights = sides.map((side) => `${methods[side]} ${number(scores[methods[side]][at])}`);
+    if (weights.length) parts.push(`label weight: ${weights.join(", ")}`);
+    parts.push(`negative margin ${number(scores.negative_margin[at] ?? NaN)}`);
     const order = orders.find((each) => each.by === shown.order);
-    if (order) said.unshift(order.ranks[at] === null ? "not ranked" : `rank ${order.ranks[at]} of ${data.ranked}`);
-    return said.join(" · ");
+    if (order) parts.unshift(order.ranks[at] === null ? "not ranked" : `rank ${order.ranks[at]} of ${data.ranked}`);
+    return parts.join(" · ");
   }
   function legend(two) {
     const { metric } = shown, box = $("legend");
@@ -116,8 +117,8 @@
       samples.push(sample("below", "below zero"));
       samples[0].firstChild.style.setProperty("--v", 0.6);
     }
-    if (["kl", "entropy"].includes(metric.key)) samples.push(sample("none", "no value: Q is signed"));
-    if (metric.key === "trust") samples.push(sample("none", "no value: p(label) is 1"));
+    if (["kl", "entropy"].includes(metric.key)) samples.push(sample("none", "not defined: Q has negative mass"));
+    if (metric.key === "label_weight") samples.push(sample("none", "not defined: p(label) is 1"));
     samples.push(sample("off", "Q has negative entries"), el("span", "", "", el("span", "c", "token"), " not supervised"));
     const says = el("div", "says", `${metric.name}: ${metric.says}${two ? "" : metric.method ? "" : "; the same for every method"}.`);
     box.replaceChildren(says, scale, ...samples);
@@ -125,8 +126,8 @@
   function least() {
     const by = shown.order || methods[shown.left];
     const order = orders.find((each) => each.by === by), list = order.alike ? [] : order.tokens;
-    const what = by === "suspicion" ? "tokens whose label is doubted most" : `tokens that ${by} trusts least`;
-    $("least").firstElementChild.textContent = order.alike ? `${by} trusts all labels alike` : `The ${list.length} ${what}`;
+    const what = by === "negative_margin" ? "tokens with the largest negative margin" : `tokens with the smallest Q(label) under ${by}`;
+    $("least").firstElementChild.textContent = order.alike ? `${by}: all labels tie` : `The ${list.length} ${what}`;
     $("least").lastElementChild.replaceChildren(...list.map((n) => {
       const [at, index] = place[n], button = el("button");
       button.type = "button";
@@ -135,7 +136,7 @@
       const start = rows[at].start + index;
       for (let t = Math.max(rows[at].start, start - 6); t < start; t++) write(button, pieces[numbers.tokens[t]], false);
       button.append(write(el("b"), pieces[numbers.tokens[start]], false));
-      const score = by === "suspicion" ? `suspicion ${number(numbers.suspicion[n])}` : `Q ${number(numbers[`q_y ${methods.indexOf(by)}`][n])}`;
+      const score = by === "negative_margin" ? `negative margin ${number(numbers.negative_margin[n])}` : `Q ${number(numbers[`q_y ${methods.indexOf(by)}`][n])}`;
       button.append(el("span", "where", `  p ${number(numbers.p_y[n])}, ${score}`));
       return el("li", "", "", button);
     }));
@@ -150,14 +151,14 @@
     const whole = data.completes[start];
     const where = [`row ${texts[at].row}, token ${index + 1} of ${texts[at].length}`];
     if (whole !== undefined) where.push(`completes ${whole}`);
-    if (n === pinned) where.push("pinned (Escape lets go)");
+    if (n === pinned) where.push("pinned (Escape unpins)");
     box.classList.add("filled");
     box.replaceChildren(title, el("p", "where", where.join(" · ")), candidates(n, sides), figures(n, sides));
   }
   const cell = (text, kind = "") => el("td", kind, text);
   function candidates(n, sides) {
     const K = data.candidates, teacher = numbers.teacher !== undefined, table = el("table");
-    table.append(el("caption", "", "Student, target and what the target adds"));
+    table.append(el("caption", "", "Student p, target Q and their difference"));
     const names = el("tr", "", "", el("th"), el("th"), ...(teacher ? [el("th")] : []));
     const head = el("tr", "", "", el("th", "", "token"), el("th", "", "p"), ...(teacher ? [el("th", "", "teacher")] : []));
     for (const side of sides) {
@@ -200,7 +201,7 @@
     return row;
   }
   function figures(n, sides) {
-    const table = el("table", "", "", el("caption", "", "Figures of this token"));
+    const table = el("table", "", "", el("caption", "", "Metrics of this token"));
     table.append(el("thead", "", "", el("tr", "", "", el("th"), ...sides.map((side) => el("th", "", methods[side])))));
     const body = table.appendChild(el("tbody"));
     for (const metric of metrics) {
@@ -235,7 +236,7 @@
   }
 
   // ---- moving about -------------------------------------------------------------------------------------------------
-  let stop = null; // the one token that the Tab key reaches
+  let stop = null; // the token in the tab order
   function reach(span) {
     if (stop) stop.tabIndex = -1;
     stop = span;
@@ -275,7 +276,7 @@
     return best;
   }
   const tokenOf = (event) => event.target.closest?.(".t[data-n]");
-  // A finger shows a token by its click alone: were the sheet to grow before, it would catch the rest of the tap.
+  // On a touch screen a token is shown on click only: a sheet that grows earlier would catch the rest of the tap.
   for (const kind of ["pointerover", "focusin"]) $("rows").addEventListener(kind, (event) => {
     const span = tokenOf(event);
     if (!span || !(event.pointerType === "mouse" || span.matches(":focus-visible"))) return;
@@ -342,7 +343,7 @@
     methods.forEach((method, at) => { $("left").add(new Option(method, at)); $("right").add(new Option(method, at)); });
     $("right").add(new Option("nothing", -1));
     $("order").add(new Option("as given", ""));
-    orders.filter((order) => !order.alike).forEach((order) => $("order").add(new Option(order.by === "suspicion" ? "labels doubted most first" : `least trusted by ${order.by} first`, order.by)));
+    orders.filter((order) => !order.alike).forEach((order) => $("order").add(new Option(order.by === "negative_margin" ? "largest negative margin" : `smallest label weight: ${order.by}`, order.by)));
     $("left").value = shown.left;
     $("right").value = shown.right;
     $("order").value = shown.order;
@@ -374,7 +375,7 @@
   sort();
   paint();
   for (const note of data.notes) $("notes").append(el("li", "", note));
-  $("detail").append(el("p", "hint", "Point at a token, move to it with the keyboard, or tap it: here is what the student gives, what each target wants, and the difference."));
+  $("detail").append(el("p", "hint", "Point at a token, move to it with the keyboard, or tap it, to see p of the student, Q of each target, and Q − p."));
   reach(rows[0].panes[0].spans[0]);
   performance.mark("ready");
   document.documentElement.dataset.ready = "yes";

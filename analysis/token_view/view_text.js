@@ -1,26 +1,22 @@
 "use strict";
-// What the page is made of: its numbers unpacked, and texts and numbers written so that nothing in them acts.
+// Unpacking of the numbers, and writing of texts and numbers as plain text.
 
-// Four bytes per number; bytes of equal weight lie side by side, which deflates better.
+// Arrays of int32 and float32, little-endian, deflated.
 async function unpack({ blob, layout }) {
-  const letters = atob(blob), packed = new Uint8Array(letters.length);
-  for (let at = 0; at < letters.length; at++) packed[at] = letters.charCodeAt(at);
+  const packed = Uint8Array.from(atob(blob), (letter) => letter.charCodeAt(0));
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const count = planes.length / 4, bytes = new Uint8Array(planes.length);
-  for (let plane = 0; plane < 4; plane++)
-    for (let at = 0; at < count; at++) bytes[4 * at + plane] = planes[plane * count + at];
+  const bytes = await new Response(stream).arrayBuffer();
   return Object.fromEntries(Object.entries(layout).map(([name, [start, length, kind]]) =>
-    [name, new (kind === "int" ? Int32Array : Float32Array)(bytes.buffer, 4 * start, length)]));
+    [name, new (kind === "int" ? Int32Array : Float32Array)(bytes, 4 * start, length)]));
 }
 
-// Whatever a token holds goes in as text, and what cannot be seen as a mark.
+// Tokens are written as text nodes; invisible characters as marks.
 const NAMES = { 0x9: "⇥", 0x61c: "ALM", 0x200b: "ZWSP", 0x200c: "ZWNJ", 0x200d: "ZWJ", 0x200e: "LRM", 0x200f: "RLM", 0x202a: "LRE",
   0x202b: "RLE", 0x202c: "PDF", 0x202d: "LRO", 0x202e: "RLO", 0x2060: "WJ", 0x2066: "LRI", 0x2067: "RLI", 0x2068: "FSI", 0x2069: "PDI",
   0xad: "SHY", 0xfeff: "BOM", 0xa0: "NBSP" };
 const HIDDEN = /[\p{C}\p{Zl}\p{Zp}\u00a0]/u;
 function named(code) {
-  if (code >= 0xdc80 && code <= 0xdcff) return (code - 0xdc00).toString(16).toUpperCase(); // a byte of a character in parts
+  if (code >= 0xdc80 && code <= 0xdcff) return (code - 0xdc00).toString(16).toUpperCase(); // a byte that is part of a character
   return NAMES[code] ?? `U+${code.toString(16).toUpperCase().padStart(4, "0")}`;
 }
 function write(node, text, breaks = true) {

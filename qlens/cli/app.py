@@ -191,7 +191,7 @@ def view(
             text=rows_read,
             variants=None if variants is None else params.split_specs(variants),
             candidates=1 if path is None else candidates,
-            rows=rows or (None if rank else 8),
+            max_rows=rows or (None if rank else 8),
         )
         if path is not None:
             (page.top(top) if rank else page).save(path)
@@ -199,7 +199,7 @@ def view(
     if data is not None and (ignored := ignored_keys(rows_read)):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if rank:
-        print(page.rank().to_jsonl(top) if as_json else page.rank().table(top))
+        print(page.rank().to_jsonl(top) if as_json else page.rank().text(top))
     elif as_json:
         print(page.to_jsonl())
     if path is not None:

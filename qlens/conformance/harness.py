@@ -34,6 +34,10 @@ COARSE_TOLERANCE = 0.05  # in bfloat16, whose steps are 2^-8: about a dozen roun
 COUNT = "num_items_in_batch"
 
 
+class IncompleteGroup(InputError):
+    """A batch whose number of texts is no multiple of the groups that a loss takes."""
+
+
 class Reading(NamedTuple):
     """A call: the sum of the value, its gradient (K, V), the largest gradient on padding, the shape returned, and whether the
     value had a graph."""
@@ -82,6 +86,11 @@ class Specimen:
     def laid_out(self) -> bool:
         """Whether it sees batches of texts, (B, T)."""
         return self.style.laid_out
+
+    @property
+    def group(self) -> int:
+        """Number of texts that every batch has to hold a multiple of."""
+        return self.style.group
 
     @property
     def labels_from_ids(self) -> bool:
@@ -152,7 +161,7 @@ class Specimen:
         )
 
     def texts(self, lengths: Sequence[int], prompts: Sequence[int] = (3,)) -> list[Text]:
-        """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn.
+        """Texts that predict ``lengths`` labels each, after prompts of the given lengths, in turn; whole groups of texts.
 
         A third of these lengths at wide vocabularies. Without prompts all of a text but its first token is learned, as always
         for a loss that reads its labels from ``input_ids``.
@@ -162,6 +171,7 @@ class Specimen:
         if self.labels_from_ids or not self.prompts:
             lengths = [n + prompts[i % len(prompts)] - 1 for i, n in enumerate(lengths)]
             prompts = (1,)
+        lengths = [lengths[i % len(lengths)] for i in range(-(-len(lengths) // self.group) * self.group)]
         key = ("texts", tuple(lengths), tuple(prompts))
         return self.cached(
             key,
@@ -197,10 +207,10 @@ class Specimen:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
         if self.laid_out:
-            shown = cut(tokens, per_text)
-            reading = self.read_batch(shown, len(tokens), around=around)
+            shown = self.in_groups(tokens, per_text)
+            reading = self.read_batch(shown, sum(len(text.tokens) for text in shown), around=around)
             rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in shown])
-            return reading._replace(grad=reading.grad[rows])
+            return reading._replace(grad=reading.grad[rows][: len(tokens)])
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
             shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss can modify it, which is detected
@@ -212,6 +222,16 @@ class Specimen:
         if self.variant.derived and not given_as_sums(self.fn):
             check_shape(torch.empty(reading.shape, device="meta"), len(tokens), self.variant.spec)
         return reading
+
+    def in_groups(self, tokens: Tokens, per_text: int) -> list[Text]:
+        """The rows as texts of at most ``per_text`` rows; further texts of the same rows make up the last group."""
+        lengths = range(per_text, 0, -1)
+        whole = (n for n in lengths if -(-len(tokens) // n) % self.group == 0)
+        length = next(whole, per_text)
+        texts = cut(tokens, length)
+        if missing := -len(texts) % self.group:
+            texts += cut(tokens[torch.arange(missing * length) % len(tokens)], length)
+        return texts
 
     def value(self, tokens: Tokens) -> Tensor:
         """The sum of its values for these rows."""
@@ -261,6 +281,8 @@ class Specimen:
         Raises:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
+        if len(texts) % self.group:
+            raise IncompleteGroup(f"it takes texts in groups of {self.group}, and is tried on {len(texts)}")
         padded = pad(texts, side, columns, self.vocabulary)
         name = self.count or COUNT
         given = {}

@@ -8,7 +8,17 @@ from typing import Any, Literal
 import pandas as pd
 import torch
 
-from qlens.conformance import RULES, Failed, NotApplicable, Remark, Rule, Specimen, sees_no_batches, specimen
+from qlens.conformance import (
+    RULES,
+    Failed,
+    IncompleteGroup,
+    NotApplicable,
+    Remark,
+    Rule,
+    Specimen,
+    sees_no_batches,
+    specimen,
+)
 from qlens.conformance.synthetic_batches import VOCABULARY
 from qlens.core.errors import InputError
 from qlens.lens.describe.result import Result, heading, latex
@@ -201,6 +211,8 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
         if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
             return Item(name, "remark", f"{failure}; {spared}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
+    except IncompleteGroup as reason:
+        return Item(name, "not applicable", str(reason))
     except InputError as error:
         return Item(name, "failed", str(error), rule.raising)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Autograd: gradients that are taken whatever mode the caller is in, torch.no_grad or torch.inference_mode."""
+"""Autograd: logit gradients, also under torch.no_grad and torch.inference_mode."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from qlens.core.tokens import Tokens
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Inside, torch records gradients, though the caller switched them off.
+    """Record gradients within the block, also under torch.no_grad or torch.inference_mode.
 
     Example:
         >>> with torch.inference_mode(), recorded():
@@ -26,13 +26,24 @@ def recorded() -> Iterator[None]:
 
 
 def ordinary(tokens: Tokens) -> Tokens:
-    """The tokens with copies of what was made under torch.inference_mode, which autograd refuses; outside that mode."""
+    """The tokens with copies of tensors made under torch.inference_mode, which autograd refuses."""
     copies = {name: value.clone() for name, value in tokens.fields().items() if value.is_inference()}
     return Tokens.unchecked(**{**tokens.fields(), **copies}) if copies else tokens
 
 
 def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
-    """g, the gradient of the sum of an unreduced loss by the logits, (N, V)."""
+    """The logit gradient g of a summed loss.
+
+    Args:
+        rows: an unreduced loss, tokens -> (N,).
+        tokens: N tokens.
+
+    Returns:
+        g = d sum(rows) / d logits, (N, V), in float32 at least.
+
+    Raises:
+        InputError: the loss has a value but no graph.
+    """
     with recorded():
         tokens = ordinary(tokens)
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
@@ -40,17 +51,17 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
 
 
 def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """The gradient of the summed losses by the logits, zeros where they do not depend on these.
-
-    So it is where nothing but zeros came without a graph.
+    """The gradient of the summed losses by the logits; zeros where the losses do not depend on them or are all zero.
 
     Raises:
-        InputError: the losses are other than zero and have no graph.
+        InputError: losses other than zero without a graph.
     """
-    if not losses.requires_grad and not bool(losses.any()):  # a loss that skips all of these rows
+    if not losses.requires_grad and not bool(losses.any()):  # the loss skips all of these rows
         return torch.zeros_like(leaf)
     if not losses.requires_grad:
-        raise InputError("the loss has a value without a graph, so without a gradient: the logits are detached inside")
+        raise InputError(
+            "the loss has no gradient: it detaches the logits, take out .detach(), .item() or torch.no_grad()"
+        )
     (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
     return torch.zeros_like(leaf) if grad is None else grad
 
@@ -58,9 +69,9 @@ def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]
 def slopes(
     value: Callable[[Tokens], Tensor], grad: Float[Tensor, "N V"], tokens: Tokens, step: float, seed: int
 ) -> Iterator[tuple[float, float]]:
-    """Along four random directions, the numerical slope of a summed value and what the gradient says it is."""
+    """Finite differences of a summed value along four random directions, each with the gradient's own slope."""
     draw = torch.Generator().manual_seed(seed)
     for _ in range(4):
-        way = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
-        ends = [float(value(tokens.replace(logits=tokens.logits + sign * step * way))) for sign in (1, -1)]
-        yield (ends[0] - ends[1]) / (2 * step), float((grad * way).sum())
+        direction = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
+        up, down = (float(value(tokens.replace(logits=tokens.logits + sign * step * direction))) for sign in (1, -1))
+        yield (up - down) / (2 * step), float((grad * direction).sum())

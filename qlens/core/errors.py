@@ -1,4 +1,4 @@
-"""The errors qlens raises for a user's mistake; the command line turns each into one line and exit code 2."""
+"""Errors of invalid input; the command line prints each on one line and exits with code 2."""
 
 import difflib
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """Something handed to qlens does not fit; the message names it, its value and what would be right."""
+    """An invalid argument; the message names it, its value and what would be right."""
 
 
 class UnknownName(InputError, KeyError):
-    """A name that is not there; the message suggests near ones."""
+    """An unknown name; the message suggests similar ones."""
 
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
@@ -24,7 +24,7 @@ class UnknownName(InputError, KeyError):
 
 
 class UnknownReduction(InputError):
-    """A loss divides by nothing known, so that its rows cannot be told apart from its batch."""
+    """A loss with an unknown reduction, which cannot be undone."""
 
 
 class ParameterError(InputError, TypeError):

@@ -1,4 +1,4 @@
-"""Files and folders: paths a user named, and files that are whole or not there."""
+"""Files: paths from users, and atomic writes."""
 
 import errno
 import json
@@ -32,10 +32,10 @@ _HERE: ContextVar[Path | None] = ContextVar("_HERE", default=None)  # what relat
 
 @contextmanager
 def from_here(folder: str | Path | None = None) -> Iterator[None]:
-    """Relative paths of a user begin at a folder, whatever a user's code makes the working one; also a decorator.
+    """Resolve relative paths against a fixed folder, even if user code changes the working one; also a decorator.
 
     Args:
-        folder: by default the one of the block around this, or else the working one.
+        folder: by default that of the enclosing block, or else the working folder.
     """
     token = _HERE.set(here() if folder is None else Path(folder))
     try:
@@ -45,7 +45,7 @@ def from_here(folder: str | Path | None = None) -> Iterator[None]:
 
 
 def here() -> Path:
-    """The folder that relative paths begin at: that of ``from_here``, or else the working one."""
+    """The folder that relative paths are resolved against: that of ``from_here``, or else the working folder."""
     try:
         return _HERE.get() or Path.cwd()
     except OSError as error:
@@ -53,20 +53,22 @@ def here() -> Path:
 
 
 def shown_path(path: Path) -> Path:
-    """A path for a message: relative where it lies in the folder that relative paths begin at."""
+    """A path for a message, relative to ``here()`` if it lies below."""
     return path.relative_to(here()) if path.is_relative_to(here()) else path
 
 
 def refusal(name: str, path: str | Path, error: OSError, what: str = "written") -> InputError:
-    """The error of a user's path: which argument, which path, and what to do about it."""
+    """The error for a path that cannot be used, with advice."""
     advice = ADVICE.get(error.errno or 0, error.strerror or str(error))
     return InputError(f"{name} {brief(str(shown_path(Path(path))))} cannot be {what}: {advice}")
 
 
 def user_path(value: str | Path, name: str) -> Path:
-    """A path that a user named, absolute and with ``~`` expanded; ``name`` is the argument's, for messages.
+    """A path from a user, absolute and with ``~`` expanded.
 
-    A relative one begins at the working folder, or at that of ``from_here``.
+    Args:
+        value: the path; a relative one is resolved against ``here()``.
+        name: of the argument, for messages.
 
     Raises:
         InputError: it is empty, holds a NUL or characters that no file name has, or cannot be looked up at all.
@@ -82,7 +84,7 @@ def user_path(value: str | Path, name: str) -> Path:
         raise InputError(f"{name} {brief(text)} is no path: {error}") from error
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):  # for the caller, who knows whether it must be there
+    except (FileNotFoundError, NotADirectoryError):  # the caller knows whether it must exist
         return path
     except OSError as error:
         raise refusal(name, text, error, "used") from error
@@ -92,7 +94,7 @@ def user_path(value: str | Path, name: str) -> Path:
 
 
 def output_file(value: str | Path, name: str) -> Path:
-    """A path to write a file to: its folder is there, and nothing but a regular file is replaced.
+    """A path to write a file to, whose folder exists and which is no folder or device itself.
 
     Raises:
         InputError: no such folder, a place that cannot be written to, a name too long, or a folder or device.
@@ -108,7 +110,7 @@ def output_file(value: str | Path, name: str) -> Path:
 
 
 def make_folder(path: Path, name: str = "out") -> Path:
-    """The folder, made where it is missing.
+    """The folder, created if it is missing.
 
     Raises:
         InputError: it cannot be made; the argument and the reason are named.
@@ -122,9 +124,9 @@ def make_folder(path: Path, name: str = "out") -> Path:
 
 @contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path`` to write to; renamed to ``path`` at the end, removed after an error.
+    """A temporary path beside ``path``, renamed to it at the end of the block and removed after an error.
 
-    The name is unique: processes, threads and machines may write the same ``path`` at a time, and the last one's stays.
+    The temporary name is unique, so that several processes or machines may write the same ``path``; the last one wins.
 
     Raises:
         InputError: the disk is full, the name too long, the folder read-only: any ``OSError``, with what to do about it.
@@ -146,21 +148,21 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all; a lone surrogate, which is no character, is written as its escape."""
+    """Write a text file atomically; lone surrogates are written as escapes."""
     with written(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """The content of a JSON file.
 
     Raises:
-        InputError: it cannot be read, or is cut off or otherwise no JSON.
+        InputError: the file cannot be read or is no JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Probes: built-in tokens on which any loss can be read. A sweep of p_y to be shown, and trials that reach further."""
+"""Probes: built-in tokens on which losses are analysed: a sweep of p_y to show, and wider trials."""
 
 import math
 
@@ -9,7 +9,7 @@ from qlens.core.numerics import one_hot
 from qlens.core.tokens import Tokens
 
 VOCABULARY = 32
-WIDE = 160  # vocabulary of the trials: beyond the top k, ranks and entropies that published losses use
+WIDE = 160  # vocabulary of the trials, larger than the top k and ranks of published losses
 SWEEP = (
     1e-6,
     1e-4,
@@ -31,17 +31,22 @@ SWEEP = (
     1 - 1e-4,
     1 - 1e-6,
 )
-# What the alternatives do with what the label leaves: one holds nine tenths, each holds .8 of the one before, all alike.
+# distributions of the alternatives: one with nine tenths, each with .8 of the one before, uniform
 SHAPES = ("peaked", "graded", "flat")
 
 
 def probes(
     dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", vocabulary: int = VOCABULARY
 ) -> Tokens:
-    """Tokens that tell losses apart: every p_y of the sweep with alternatives of low, middle and high entropy, V = 32.
+    """57 tokens that distinguish losses: 19 values of p_y, each with alternatives of low, middle and high entropy.
 
-    Teacher, reference, old policy and second pass differ from the student and from each other. The tokens are dealt to eight
-    sequences in four pairs; masks, advantages and negatives so that every one of them tells.
+    Teacher, reference, old policy and second pass differ from the student and from each other. The tokens belong to eight
+    sequences in four pairs; masks, advantages and negatives vary over them.
+
+    Args:
+        dtype: of the logits.
+        device: of all fields.
+        vocabulary: V.
 
     Example:
         >>> probes().logits.shape
@@ -76,13 +81,12 @@ def probes(
 
 
 def widened(vocabulary: int, dtype: torch.dtype, device: torch.device) -> Tokens:
-    """A few of the probes, as wide as a model's vocabulary."""
-    few = probes(dtype, device, min(vocabulary, VOCABULARY))[:4]
-    missing = vocabulary - few.logits.shape[1]
-    wide = {name: value for name, value in few.fields().items() if value.ndim == 2}
-    return Tokens.unchecked(
-        **few.fields() | {name: torch.nn.functional.pad(value, (0, missing)) for name, value in wide.items()}
-    )
+    """Four probes padded to a model's vocabulary."""
+    sample = probes(dtype, device, min(vocabulary, VOCABULARY))[:4]
+    missing = vocabulary - sample.logits.shape[1]
+    matrices = {name: value for name, value in sample.fields().items() if value.ndim == 2}
+    padded = {name: torch.nn.functional.pad(value, (0, missing)) for name, value in matrices.items()}
+    return Tokens.unchecked(**sample.fields() | padded)
 
 
 def _dealt(
@@ -93,18 +97,18 @@ def _dealt(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> Tokens:
-    """Tokens of these logits, dealt to eight sequences in four pairs, with hints and advantages in turn."""
+    """Tokens of these logits in eight sequences and four pairs, with varying hints and advantages."""
     rows = torch.arange(len(labels))
     fields = models | {"advantage": torch.tensor([1.5, -0.7, 0.4, -1.2, 0.9], dtype=torch.float64)[rows % 5]}
     fields = {name: value.to(dtype=dtype, device=device) for name, value in fields.items()}
     sequence = rows % 8
-    marks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
-    marks |= dict(critical=critical, hint=rows % 4 == 1, negatives=negatives)
-    return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in marks.items()}, **fields)
+    masks = dict(sequence=sequence, pair=sequence // 2, chosen=sequence % 2 == 0)
+    masks |= dict(critical=critical, hint=rows % 4 == 1, negatives=negatives)
+    return Tokens(labels=labels.to(device), **{name: value.to(device) for name, value in masks.items()}, **fields)
 
 
 def shapes() -> list[str]:
-    """The shape of the alternatives at every probe, in order."""
+    """The name of the alternatives' distribution at every probe."""
     return [shape for shape in SHAPES for _ in SWEEP]
 
 
@@ -125,12 +129,12 @@ SPREADS = (0.1, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0)  # standard deviations of logits
 
 
 def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu", vocabulary: int = WIDE) -> Tokens:
-    """Wider tokens than the sweep of ``probes``, on which clamps, floors, thresholds and label ids of published losses show.
+    """163 tokens beyond the sweep of ``probes``, at which clamps, floors and thresholds of published losses act.
 
     p_y runs from 1e-14 to 1 - 1e-7, the label's rank from first to last, the entropy from 0 to ln V, ratios to reference and
-    old policy from under a hundredth to over a hundred, teachers from flatter to sharper than the student (so that divergences
-    on its top k are negative somewhere); every id is a label (of the first 160). One row more than a multiple of V, so that
-    rows and entries are not taken for each other.
+    old policy from below 0.01 to above 100. Teachers are flatter or sharper than the student, so that divergences on their top
+    k are negative somewhere. Each of the first 160 ids is a label. N is no multiple of V, so that a confusion of rows and
+    entries shows.
 
     Example:
         >>> t = trials()
@@ -156,8 +160,8 @@ def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     logits = torch.empty_like(ranked).scatter(1, order, ranked)
     rank = torch.tensor(RANKS)[rows % len(RANKS)].clamp(max=vocabulary - 1)
     swapped = order.gather(1, rank[:, None])  # the entry at the wanted rank changes places with the label
-    at, there = logits.gather(1, labels[:, None]), logits.gather(1, swapped)
-    logits = logits.scatter(1, swapped, at).scatter(1, labels[:, None], there)
+    label_logit, other_logit = logits.gather(1, labels[:, None]), logits.gather(1, swapped)
+    logits = logits.scatter(1, swapped, label_logit).scatter(1, labels[:, None], other_logit)
     others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(-1)
     wanted = others + (p_y / (1 - p_y)).log()
     logits[rows[built], labels[built]] = wanted[built]
@@ -172,7 +176,7 @@ def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     clipped = rows % 3 > 0
     wanted_ratio = torch.tensor(CLIPS, dtype=torch.float64)[(clipped.cumsum(0) - 1) % len(CLIPS)]
     log_p = logits[rows, labels] - logits.logsumexp(-1) - wanted_ratio.log()
-    clipped &= log_p < -0.01  # an old policy cannot give a label more than all
+    clipped &= log_p < -0.01  # a probability of the old policy is below 1
     rest = models["old"].scatter(1, labels[:, None], -math.inf).logsumexp(-1)
     moved = rest + log_p - torch.log1p(-log_p.exp())
     models["old"][rows[clipped], labels[clipped]] = moved[clipped]

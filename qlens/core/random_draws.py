@@ -1,4 +1,4 @@
-"""Random draws of methods: new ones at every micro-batch of a run, the same ones whenever that is looked at again."""
+"""Random draws of methods: new at every micro-batch of a run, and reproducible for each of them."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _PLACE: ContextVar[tuple[int, ...]] = ContextVar("place", default=())
 
 @contextmanager
 def draws_of(*place: int) -> Iterator[None]:
-    """Inside, ``uniform`` draws for this place of a run: its seed, step, micro-batch and process, say.
+    """Within the block, ``uniform`` draws for this place of a run, for example its seed, step, micro-batch and process.
 
     Example:
         >>> with draws_of(0, 1):
@@ -31,7 +31,7 @@ def draws_of(*place: int) -> Iterator[None]:
 
 
 def uniform(count: int, seed: int) -> Tensor:
-    """``count`` numbers from [0, 1), on the CPU: a function of count, seed and place alone, and of no generator's state."""
+    """``count`` numbers from [0, 1), on the CPU, that depend on count, seed and place only."""
     place = _PLACE.get()
     number = seed * 1_000_003 + count
     if place:

@@ -1,4 +1,4 @@
-"""Segments: totals and means over the tokens of a sequence, of a pair or of the batch: the only place that adds tokens up."""
+"""Segments: sums and means over the tokens of sequences and of pairs."""
 
 from dataclasses import dataclass
 
@@ -11,10 +11,10 @@ from qlens.core.tokens import Tokens
 
 
 class Groups:
-    """Tokens that belong together, by their ids.
+    """Groups of tokens with the same id.
 
     Args:
-        ids: which group each token belongs to, (N,); any integers, in any order.
+        ids: the group of each token, (N,); any integers, in any order.
 
     Attributes:
         index: the group of each token, numbered from 0, (N,).
@@ -27,24 +27,24 @@ class Groups:
     """
 
     def __init__(self, ids: Int[Tensor, " N"]):
-        kept, self.index = ids.unique(return_inverse=True)
-        self.number = len(kept)
+        unique, self.index = ids.unique(return_inverse=True)
+        self.number = len(unique)
 
     def total(self, values: Float[Tensor, " N"]) -> Float[Tensor, " G"]:
-        """The sum over every group, differentiable."""
+        """The sum over each group, (G,), differentiable."""
         return values.new_zeros(self.number).index_add(0, self.index, values)
 
     def mean(self, values: Float[Tensor, " N"]) -> Float[Tensor, " G"]:
-        """The mean over every group, differentiable."""
+        """The mean over each group, (G,), differentiable."""
         return self.total(values) / self.total(torch.ones_like(values))
 
     def first(self) -> Int[Tensor, " G"]:
-        """The place of every group's first token."""
-        place = torch.arange(len(self.index), device=self.index.device)
-        return place.new_full((self.number,), len(place)).scatter_reduce(0, self.index, place, "amin")
+        """The row of each group's first token, (G,)."""
+        rows = torch.arange(len(self.index), device=self.index.device)
+        return rows.new_full((self.number,), len(rows)).scatter_reduce(0, self.index, rows, "amin")
 
     def size(self, like: Tensor) -> Float[Tensor, " N"]:
-        """How many tokens the group of each token holds, (N,), in the dtype of ``like``."""
+        """The number of tokens in each token's group, (N,), in the dtype of ``like``."""
         return self.total(torch.ones_like(like))[self.index]
 
 
@@ -53,13 +53,13 @@ class Pairs:
     """The chosen and the rejected sequence of every pair among N tokens.
 
     Args:
-        index: the pair of each token, (N,), numbered from 0.
+        index: the pair of each token, numbered from 0, (N,).
         chosen: whether each token is of its pair's chosen sequence, (N,).
-        size: how many tokens the sequence of each token holds, (N,).
-        pairs: the tokens by pair.
+        size: the number of tokens in each token's sequence, (N,).
+        pairs: the pairs as groups.
 
     Raises:
-        InputError: by ``of``: a pair lacks its chosen or its rejected sequence.
+        InputError: from ``of``: a pair lacks its chosen or its rejected sequence.
     """
 
     index: Int[Tensor, " N"]
@@ -76,9 +76,9 @@ class Pairs:
         for name, count in zip(("chosen", "rejected"), counts, strict=True):
             if bool((count == 0).any()):
                 at = int((count == 0).nonzero()[0, 0])
-                wrong = int(ids[pairs.index == at][0])
+                pair = int(ids[pairs.index == at][0])
                 raise InputError(
-                    f"pair {wrong} has no token of its {name} sequence: a pair needs both, in training within one micro-batch "
+                    f"pair {pair} has no token of its {name} sequence: a pair needs both, in training within one micro-batch "
                     "(pack its two texts into one example, with position_ids and chosen per token)"
                 )
         size = torch.where(chosen, counts[0][pairs.index], counts[1][pairs.index])
@@ -94,9 +94,9 @@ class Pairs:
         return self.totals(values / self.size)
 
     def signed(self, chosen: Float[Tensor, " G"], rejected: Float[Tensor, " G"]) -> Float[Tensor, " N"]:
-        """At every token, what belongs to its own sequence of the pair."""
+        """The value of each token's own sequence, (N,), from values of the chosen and the rejected sequences."""
         return torch.where(self.chosen, chosen[self.index], rejected[self.index])
 
     def split(self, losses: Float[Tensor, " G"]) -> Float[Tensor, " N"]:
-        """A loss per pair, shared equally among the pair's tokens: the rows add up to it."""
+        """Losses of pairs divided equally among their tokens, (N,), so that the rows sum to them."""
         return (losses / self.pairs.total(torch.ones_like(self.size)))[self.index]

@@ -1,4 +1,4 @@
-"""From padded batches to supervised tokens: the only place that shifts, masks, pads or knows -100."""
+"""Supervised positions: the shift, mask, padding and packing of a batch, and the label -100."""
 
 from collections.abc import Mapping
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from qlens.core.errors import InputError
 
 IGNORE = -100
-"""The label of a token that nothing is learned from."""
+"""The label of a token that is not supervised."""
 
 
 LAYOUT = ("labels", "attention_mask", "position_ids")
-"""Inputs that say which tokens of a batch are supervised."""
+"""Model inputs that determine which tokens of a batch are supervised."""
 
 
 def positions(attention_mask: Int[Tensor, "B T"]) -> Int[Tensor, "B T"]:
-    """Position ids that count real tokens only, so that padding on the left moves nothing."""
+    """Position ids that count tokens without padding, so that left padding changes nothing."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def restarts(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
-    """Where a text begins: in the first column, and wherever positions do not go up.
+    """Where texts begin: in the first column, and where position ids do not increase.
 
     Example:
         >>> restarts(torch.tensor([[0, 1, 2, 0, 1]])).int()
@@ -35,10 +35,10 @@ def restarts(position_ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
 
 
 def packed(position_ids: Int[Tensor, "B T"], attention_mask: Int[Tensor, "B T"] | None) -> Int[Tensor, "B T"] | None:
-    """Position ids of a batch in which a row holds several texts, 0 at padding; None where every row is one text.
+    """The position ids of a packed batch, 0 at padding; None if every row holds one text.
 
     Raises:
-        InputError: the mask hides a token inside a text, which position ids cannot say.
+        InputError: the mask hides a token inside a text, which position ids cannot express.
     """
     starts = restarts(position_ids)[:, 1:]
     if attention_mask is None:
@@ -60,7 +60,7 @@ def signed(labels: Tensor) -> Int[Tensor, "*N"]:
     """Labels as int64, of an integer type that holds -100.
 
     Raises:
-        InputError: another type; in an unsigned one, -100 is some other id.
+        InputError: another type, for example an unsigned one, which has no -100.
     """
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         unsigned = ", in which -100 is some other id" if str(labels.dtype).startswith("torch.uint") else ""
@@ -69,10 +69,10 @@ def signed(labels: Tensor) -> Int[Tensor, "*N"]:
 
 
 class Supervised:
-    """The positions of a batch that predict a supervised label: position t - 1 for every label at t that counts.
+    """The positions of a batch that predict a supervised label: t - 1 for every supervised label at t.
 
-    A label is supervised unless it is -100, begins its row or its packed sequence (``position_ids`` do not go up there), or
-    follows padding: nothing predicts those.
+    A label is supervised unless it is -100, begins its row or its packed sequence (where ``position_ids`` do not increase), or
+    follows padding.
 
     Args:
         labels: unshifted, (B, T), -100 where nothing is learned.
@@ -132,13 +132,13 @@ class Supervised:
         return values.flatten(0, 1).index_select(0, self.index)
 
     def at_labels(self, values: Shaped[Tensor, "B T"]) -> Shaped[Tensor, " N"]:
-        """What ``values``, laid out as the labels are, say of every supervised label itself."""
+        """The entries of ``values`` at the supervised labels themselves."""
         return values.flatten()[self.index + 1]
 
     def context(
         self, input_ids: Int[Tensor, "B T"], vocabulary: int, rows: slice = slice(None)
     ) -> Bool[Tensor, "N vocabulary"]:
-        """Which tokens stand before each supervised label (or some of them) in its own sequence, the label itself left out.
+        """A mask of the tokens that precede each supervised label in its own sequence, without the label itself.
 
         Example:
             >>> ids = torch.tensor([[2, 0, 2, 1]])
@@ -157,7 +157,7 @@ class Supervised:
 
 
 def count_pairs(method: str, where: Supervised, batch: Mapping[str, Tensor]) -> int:
-    """How many pairs the supervised tokens of a batch belong to.
+    """The number of pairs among the supervised tokens of a batch.
 
     Raises:
         InputError: the batch has no column ``pair``, which the method needs.

@@ -1,4 +1,4 @@
-"""Random tokens on which methods are tried: ordinary, wide, at the ends of p_y and with extreme logits, in float64."""
+"""Trial tokens: random float64 tokens to test methods on, ordinary, wide, at extreme p_y and with extreme logits."""
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def wide_tokens(v: int, n: int = 16, seed: int = 0) -> Tokens:
 
 
 def trial_rows(tokens: Tokens, n: int = 16) -> Tokens:
-    """Rows of every kind, flat to peaked, with the same fields, vocabulary, dtype and device as the given ones."""
+    """Rows of ``wide_tokens`` with the fields, vocabulary, dtypes and device of other tokens."""
     trial, given = wide_tokens(tokens.logits.shape[1], n), tokens.fields()
     fields = trial.fields() | {"weight": torch.linspace(0.5, 1.5, len(trial), dtype=torch.float64)}
     fields = {name: value for name, value in fields.items() if name in given}
@@ -65,7 +65,7 @@ def trial_rows(tokens: Tokens, n: int = 16) -> Tokens:
 
 
 def edge_tokens(v: int) -> Tokens:
-    """p_y from 1e-12 to 1 - 1e-12, the label's logit moved to make it so."""
+    """Tokens with p_y from 1e-12 to 1 - 1e-12."""
     tokens = random_tokens(6, v)
     p_y = torch.tensor([1e-12, 1e-9, 1e-3, 1 - 1e-3, 1 - 1e-9, 1 - 1e-12], dtype=torch.float64)
     index = tokens.labels[:, None]
@@ -74,6 +74,6 @@ def edge_tokens(v: int) -> Tokens:
 
 
 def extreme_tokens(v: int) -> Tokens:
-    """Logits of plus and minus 1e4, in every model."""
+    """Tokens whose logits are 1e4 or -1e4, in every model."""
     tokens = random_tokens(32, v)
     return tokens.replace(**{name: 1e4 * getattr(tokens, name).sign() for name in ("logits", *MODELS)})

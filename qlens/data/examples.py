@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qlens.core.display import table_html
 from qlens.core.errors import InputError, brief
 from qlens.core.supervised import IGNORE
 from qlens.data.chat_templates import rendered
@@ -31,18 +32,21 @@ class Encoded:
         return len(self.examples)
 
     def __repr__(self) -> str:
+        counts = self._counts()
+        dropped = f", {self.dropped} rows dropped as too long" if self.dropped else ""
         return (
-            f"<{self._summary()}; .examples are dicts of {', '.join(self.examples[0]) if self.examples else 'nothing'}>"
+            f"<Encoded: {len(self)} examples, {counts['tokens']} tokens, {counts['supervised']} of them supervised{dropped}; "
+            "use .examples, dicts of input_ids and labels>"
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._summary()}</p>{self.to_frame().to_html()}"
+        return table_html("Encoded", self._counts())
 
-    def _summary(self) -> str:
+    def _counts(self) -> dict[str, int]:
+        """Numbers of examples, tokens, supervised tokens and dropped rows."""
         tokens = sum(len(example["input_ids"]) for example in self.examples)
         supervised = sum(label != IGNORE for example in self.examples for label in example["labels"])
-        dropped = f", {self.dropped} rows dropped as too long" if self.dropped else ""
-        return f"Encoded: {len(self)} examples, {tokens} tokens, {supervised} of them supervised{dropped}"
+        return {"examples": len(self), "tokens": tokens, "supervised": supervised, "dropped": self.dropped}
 
     def to_dict(self) -> dict[str, Any]:
         """The examples and the number of dropped rows."""
@@ -156,24 +160,24 @@ def _templated(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
 
     def tokens_of(upto: int, prompt: bool) -> list[int]:
         ids = _ids(tokenizer, rendered(turns[:upto], tokenizer, prompt, where))
-        if ids[: len(seen)] != seen:
+        if ids[: len(before)] != before:
             raise InputError(
                 f"{where}: the chat template writes what comes before turn {upto + prompt} differently once that turn "
                 "is there, so that the tokens of its turns cannot be separated"
             )
         return ids
 
-    seen: list[int] = []
+    before: list[int] = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant":
             continue
         prompt = tokens_of(number, prompt=True)
-        yield prompt[len(seen) :], False
-        seen = prompt
+        yield prompt[len(before) :], False
+        before = prompt
         turn_ids = tokens_of(number + 1, prompt=False)
-        answer, seen = turn_ids[len(seen) :], turn_ids
+        answer, before = turn_ids[len(before) :], turn_ids
         stops = [at for at, token in enumerate(answer) if token == tokenizer.eos_token_id]
-        end = stops[-1] + 1 if stops else len(answer)  # what a template writes after the end token is not learned
+        end = stops[-1] + 1 if stops else len(answer)  # text of the template after the end token is not learned
         yield answer[:end], True
         yield answer[end:], False
 

@@ -56,6 +56,12 @@ class Head:
         if self.softcap is not None and self.softcap < 0:
             raise InputError(f"softcap must be above 0, got {self.softcap}")
 
+    def __repr__(self) -> str:
+        (rows, width), options = self.hidden.shape, ""
+        options += "" if self.softcap is None else f", softcap {self.softcap:g}"
+        options += "" if self.logit_scale == 1 else f", logit_scale {self.logit_scale:g}"
+        return f"<Head: {rows} rows of width {width}, vocabulary {len(self.weight)}, {self.hidden.dtype}{options}>"
+
     def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
@@ -110,6 +116,10 @@ class TopK:
             raise InputError(f"TopK: ids and log_probs must both be (N, k), got {shapes}")
         if self.tail not in ("renorm", "uniform", "student"):
             raise InputError(f"TopK: tail must be 'renorm', 'uniform' or 'student', got {self.tail!r}")
+
+    def __repr__(self) -> str:
+        rows, k = self.ids.shape
+        return f"<TopK: {rows} rows of {k} tokens, tail {self.tail!r}>"
 
     def check_values(self, name: str) -> None:
         """Check that every row has distinct ids and valid log-probabilities.

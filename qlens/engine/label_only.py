@@ -40,31 +40,31 @@ def label_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str,
     """
     other_log_probs = {name: label_log_probs(inputs, name, rows, logits) for name, logits in others.items()}
     log_p, log_rest = others_(z, inputs.labels[rows, None])
-    found = evaluate(inputs, rows, (log_p, log_rest), other_log_probs)
+    result = evaluate(inputs, rows, (log_p, log_rest), other_log_probs)
     return RowGradients(
-        scale=_row_scale(found.label_weight, log_rest),
-        losses=found.losses.to(z),
-        selected=found.selected,
-        invalid=found.invalid,
-        not_finite=found.not_finite,
-        label_weight=_as_field(found.label_weight, z),
+        scale=_row_scale(result.label_weight, log_rest),
+        losses=result.losses.to(z),
+        selected=result.selected,
+        invalid=result.invalid,
+        not_finite=result.not_finite,
+        label_weight=_as_field(result.label_weight, z),
     )
 
 
-def collected_label_gradients(found: TwoEntryResult) -> Callable[..., RowGradients]:
+def collected_label_gradients(collected: TwoEntryResult) -> Callable[..., RowGradients]:
     """``label_gradients`` for a method whose rows depend on each other, from the label weights of all rows."""
-    none = torch.zeros_like(found.selected)
+    none = torch.zeros_like(collected.selected)
 
     def gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
         _, log_rest = others_(z, inputs.labels[rows, None])
         first = rows.start == 0  # the counts are of all rows
         return RowGradients(
-            scale=_row_scale(found.label_weight[rows], log_rest),
-            losses=found.losses[rows].to(z),
-            selected=found.selected if first else none,
-            invalid=found.invalid if first else none,
-            not_finite=None if found.not_finite is None else found.not_finite[rows],
-            label_weight=_as_field(found.label_weight[rows], z),
+            scale=_row_scale(collected.label_weight[rows], log_rest),
+            losses=collected.losses[rows].to(z),
+            selected=collected.selected if first else none,
+            invalid=collected.invalid if first else none,
+            not_finite=None if collected.not_finite is None else collected.not_finite[rows],
+            label_weight=_as_field(collected.label_weight[rows], z),
         )
 
     return gradients

@@ -1,12 +1,15 @@
-"""The lab: an embedded world of tiny models in which a loss can be trained and its result verified exactly.
+"""The lab: a small arithmetic environment in which any loss can be trained and its result verified exactly.
 
-A little language of digit arithmetic, worked out step by step in one of many wordings (``language``); a base model
-pretrained on a flawed corpus, a teacher that is better but not perfect, noisy demonstrations, and an exact verifier of
-the final answer (``worlds``). Everything follows from the numbers of a ``Setting``.
+Read ``setting`` (the numbers that define an environment), ``language`` (problems, solutions and their verifier),
+``models`` (tiny Llamas), ``environment`` (base model, imperfect teacher, noisy demonstrations; built on first use) and
+``cache`` (where they are stored). ``progress`` reports long work.
 """
 
+from qlens.core.deprecation import renamed_attributes
 from qlens.lab.environment import World, build, world
 from qlens.lab.language import Demonstration, Problem
-from qlens.lab.setting import LESSONS, SETTINGS, Author, Setting
+from qlens.lab.setting import LESSONS, SETTINGS, Annotator, Setting
 
-__all__ = ["LESSONS", "SETTINGS", "Author", "Demonstration", "Problem", "Setting", "World", "build", "world"]
+__all__ = ["LESSONS", "SETTINGS", "Annotator", "Demonstration", "Problem", "Setting", "World", "build", "world"]
+
+__getattr__ = renamed_attributes(__name__, {"Author": "Annotator"})

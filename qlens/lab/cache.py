@@ -1,4 +1,4 @@
-"""The lab's cache: folders that are either whole or not there, made once however many processes ask."""
+"""Cache of the lab: folders that are complete or absent, built once however many processes ask."""
 
 import hashlib
 import json
@@ -16,16 +16,20 @@ SEAL = "seal.json"
 
 
 def root() -> Path:
-    """The cache folder: $QLENS_CACHE, else ~/.cache/qlens."""
-    return Path(os.environ.get("QLENS_CACHE") or "~/.cache/qlens").expanduser()
+    """The cache folder: $QLENS_CACHE; else $XDG_CACHE_HOME/qlens or ~/.cache/qlens, whichever exists first."""
+    if chosen := os.environ.get("QLENS_CACHE"):
+        return Path(chosen).expanduser()
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folders = [*([xdg / "qlens"] if xdg.is_absolute() else []), Path("~/.cache/qlens").expanduser()]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Alone with a folder among all processes; a process that dies lets go. Leftovers of such processes are removed.
+    """Hold an exclusive lock on a folder, released when the process ends; unfinished parts are removed.
 
     Raises:
-        InputError: the folder cannot be made or written.
+        InputError: the folder cannot be created or written.
     """
     lock = FileLock(folder / "lock")
     try:
@@ -34,25 +38,25 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"cache folder {str(root())!r} cannot be used ({error}): set QLENS_CACHE to another") from None
     try:
-        for leftover in folder.glob("*.partial"):
-            discard(leftover)
+        for partial in folder.glob("*.partial"):
+            discard(partial)
         yield
     finally:
         lock.release()
 
 
 def whole(folder: Path) -> bool:
-    """Whether a part is there exactly as it was sealed: the same files, every byte."""
+    """Whether a part has exactly the files that it was sealed with, byte by byte."""
     try:
         seal = json.loads((folder / SEAL).read_text(encoding="utf-8"))
         return seal == _digests(folder)
-    except (OSError, ValueError):  # not there, unreadable, or no JSON: not whole, so it is made again
+    except (OSError, ValueError):  # missing, unreadable or no JSON
         return False
 
 
 @contextmanager
 def sealed(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its name, in one step, only when it is full."""
+    """A folder to fill, renamed to its place when it is complete."""
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir()
     yield partial
@@ -61,7 +65,7 @@ def sealed(folder: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder, if it is there: first its seal, so that it is never taken for whole again."""
+    """Remove a folder if it exists; its seal first, so that a half-removed folder is never used."""
     (folder / SEAL).unlink(missing_ok=True)
     if folder.exists():
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""World: the language, models, demonstrations and problems of one setting, built on first use."""
+"""Environment of one setting: language, models, demonstrations and problems, built on first use."""
 
 import json
 import random
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from joblib import cpu_count
 from joblib.externals.loky import ProcessPoolExecutor
-from rich.console import Console
 from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -25,23 +24,24 @@ from qlens.data.models import load_model, quiet
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
 from qlens.lab.models import longest, new_model, sample
+from qlens.lab.progress import Lines, interactive, stderr
 from qlens.lab.setting import SETTINGS, Setting
 from qlens.training.fitting import fit, isolated
 
-VERSION = 2  # of the lab: raised whenever the same numbers would give another world
-MEASURED_ROWS = 400
+VERSION = 2  # of the lab; raised when the same setting would give another environment
+MEASURED_ROWS = 400  # demonstrations that models are measured on
 
 
 class World:
-    """A small world in which every training can be checked exactly; get one from ``qlens.lab.world``.
+    """The environment of a setting: models, demonstrations and problems; see ``qlens.lab.world``.
 
     Attributes:
-        setting: the numbers it comes from.
-        folder: where its models lie, as ordinary Hugging Face folders ``base`` and ``teacher``.
-        tokenizer: of all its models.
-        demonstrations: worked solutions to train on; ``clean`` tells the right ones.
-        validation, test: problems with their answers; no prompt is shared between any two parts, corpora included.
-        measured: what the base, the teacher and the demonstrations are like, in numbers.
+        setting: its definition.
+        folder: parent of the Hugging Face folders ``base`` and ``teacher``.
+        tokenizer: of all models.
+        demonstrations: solutions to train on; ``clean`` says whether all of one is right.
+        validation, test: problems with their answers. No prompt occurs in two parts, corpora included.
+        measured: accuracies, noise and ambiguity.
     """
 
     def __init__(self, setting: Setting):
@@ -62,14 +62,14 @@ class World:
 
     @cached_property
     def measured(self) -> dict[str, float]:
-        """What is known, noisy, not unique and missing, in numbers.
+        """Measurements by name.
 
-        ``base``, ``teacher``: accuracies, avg@k on the test problems. Of the demonstrations, ``noise_asked``: the share
-        that the setting's ``noise`` puts an error into; ``noise``: the share with any error (the scribe's false facts
-        count), ``wrong_answers``: with a wrong answer; ``wrong_digits``: the share of their results and answers that are
-        wrong given what stands before; ``base_right``, ``base_agrees``: how often the base answers their problems
-        right, and as they do. ``wordings``: the effective number of wordings, exp of the mean entropy of a choice.
-        ``kl_base_teacher``: mean KL(base || teacher) per token of the demonstrations, in nats."""
+        ``base``, ``teacher``: accuracies, avg@k on the test problems. Of the demonstrations, ``noise_asked``: the setting's
+        ``noise``; ``noise``: the share with any error, false facts of the annotator included; ``wrong_answers``: the share
+        with a wrong answer; ``wrong_digits``: the share of results and answers that do not follow from the text before;
+        ``base_right``, ``base_agrees``: how often the base model solves their problems, and gives their answer.
+        ``wordings``: exp of the mean entropy of a phrase. ``kl_base_teacher``: mean KL(base || teacher) per token of the
+        demonstrations, in nats."""
         return json.loads((self.folder / "measured" / "measured.json").read_text(encoding="utf-8"))
 
     def verify(self, problem: Problem, completion: str) -> bool:
@@ -88,17 +88,18 @@ class World:
 
     @property
     def steps(self) -> dict[str, int]:
-        """The parts that are built, in order, and how many steps each takes."""
+        """Parts in the order of building, with their numbers of steps."""
         return {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
 
     def whole(self) -> bool:
-        """Whether everything is in the cache."""
+        """Whether all parts are in the cache."""
         return all(cache.whole(self.folder / name) for name in self.steps)
 
     def build(self, tick: Callable[[int], None] = lambda steps: None) -> None:
-        """Make whatever is missing in the cache, after a look at what is there; one process at a time.
+        """Build the parts that are missing in the cache, one process at a time.
 
-        ``tick`` is told of every step done; of the parts that were there, all at once.
+        Args:
+            tick: called with the number of finished steps; for a cached part once, with all of them.
         """
         parts: dict[str, Callable[[Path, Callable[[], None]], None]] = {
             "base": self._make_base,
@@ -110,7 +111,7 @@ class World:
                 if cache.whole(self.folder / name):
                     tick(self.steps[name])
                     continue
-                for stale in list(parts)[number:]:  # what came of a part goes with it
+                for stale in list(parts)[number:]:  # later parts depend on this one
                     cache.discard(self.folder / stale)
                 with cache.sealed(self.folder / name) as folder:
                     make(folder, lambda: tick(1))
@@ -127,16 +128,15 @@ class World:
         self._save(self._fit(self.base(), "tutor", tick, **budget), folder)
 
     def _make_measured(self, folder: Path, tick: Callable[[], None]) -> None:
-        base, teacher, shown = self.base(), self.teacher(), self.demonstrations[:MEASURED_ROWS]
-        pairs = [(each.prompt, each.completion) for each in shown]
+        base, teacher, rows = self.base(), self.teacher(), self.demonstrations[:MEASURED_ROWS]
+        pairs = [(each.prompt, each.completion) for each in rows]
         tokens = tokens_from_text(base, self.tokenizer, pairs, teacher=teacher, batch_size=len(pairs))
         gap = expectation(tokens.probs, tokens.log_probs - tokens.log_probs_of("teacher"))
         wrong = [not verify(each.problem, each.completion) for each in self.demonstrations]
-        digits = [right for each in self.demonstrations for right in each.truth if right is not None]
-        told = [
-            text for (text,) in sample(base, self.tokenizer, [d.problem for d in shown], 1, 0, longest(self.setting))
-        ]
-        answers = [(text.split()[-1:], each.completion.split()[-1:]) for text, each in zip(told, shown, strict=True)]
+        digits = [right for each in self.demonstrations for right in each.correct if right is not None]
+        samples = sample(base, self.tokenizer, [each.problem for each in rows], 1, 0, longest(self.setting))
+        texts = [text for (text,) in samples]
+        answers = [(text.split()[-1:], each.completion.split()[-1:]) for text, each in zip(texts, rows, strict=True)]
         measured = {
             "base": self.score(base, self.test, self.setting.k, 0).mean(),
             "teacher": self.score(teacher, self.test, self.setting.k, 0).mean(),
@@ -144,8 +144,8 @@ class World:
             "noise": np.mean([not each.clean for each in self.demonstrations]),
             "wrong_answers": np.mean(wrong),
             "wrong_digits": 1 - np.mean(digits),
-            "base_right": np.mean([verify(each.problem, text) for each, text in zip(shown, told, strict=True)]),
-            "base_agrees": np.mean([mine == theirs for mine, theirs in answers]),
+            "base_right": np.mean([verify(each.problem, text) for each, text in zip(rows, texts, strict=True)]),
+            "base_agrees": np.mean([answer == label for answer, label in answers]),
             "wordings": np.exp(self._writer("scribe").entropy),
             "kl_base_teacher": gap.mean().item(),
         }
@@ -153,8 +153,8 @@ class World:
         (folder / "measured.json").write_text(text, encoding="utf-8")
         tick()
 
-    def _fit(self, model: LlamaForCausalLM, author: str, tick: Callable[[], None], **budget: Any) -> LlamaForCausalLM:
-        examples = encode(self._rows(author), self.tokenizer, None).examples
+    def _fit(self, model: LlamaForCausalLM, role: str, tick: Callable[[], None], **budget: Any) -> LlamaForCausalLM:
+        examples = encode(self._rows(role), self.tokenizer, None).examples
         return fit(model, examples, batch_size=self.setting.pretrain_batch, tick=tick, **budget)
 
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:
@@ -175,10 +175,10 @@ class World:
         return problems(split, self.setting.depth, self.setting.modulus, self._random(f"{split} problems"))
 
     def _distinct(self, split: str, count: int) -> list[Problem]:
-        drawn, found = self._problems(split), dict[Problem, None]()
-        while len(found) < count:
-            found.setdefault(next(drawn))
-        return list(found)
+        drawn, distinct = self._problems(split), dict[Problem, None]()
+        while len(distinct) < count:
+            distinct.setdefault(next(drawn))
+        return list(distinct)
 
     def _rows(self, role: str) -> list[dict[str, str]]:
         writer = self._writer(role)
@@ -188,22 +188,25 @@ class World:
     def _demonstrations(self) -> list[Demonstration]:
         setting, rng = self.setting, self._random("noise")
         writer = self._writer("scribe")
-        made = []
+        demonstrations = []
         for problem in self._distinct("demonstrations", setting.demonstrations):
             error = rng.randrange(setting.depth + 1) if rng.random() < setting.noise else None
-            made.append(Demonstration(problem, *writer.write(problem, error)))
-        return made
+            demonstrations.append(Demonstration(problem, *writer.write(problem, error)))
+        return demonstrations
 
 
 def world(setting: str | Setting, progress: bool = True) -> World:
-    """The world of a setting, built on first use (half a minute) and from then on taken from the cache.
+    """The environment of a setting, built on first use (half a minute) and cached.
 
-    The cache is ``$QLENS_CACHE`` or ``~/.cache/qlens``. An interrupted build goes on where a part (base, teacher) was
-    finished; several processes may ask at once, one builds; files that were changed or cut short are made again.
+    The cache folder is ``$QLENS_CACHE``, else ``$XDG_CACHE_HOME/qlens`` or ``~/.cache/qlens``. An interrupted build resumes
+    after the last finished part (base, teacher); one of several processes builds; damaged files are built again.
 
     Args:
-        setting: a name in ``qlens.lab.SETTINGS``, or a Setting of your own.
-        progress: whether to show a bar while building.
+        setting: a name in ``qlens.lab.SETTINGS``, or a ``Setting``.
+        progress: whether to report on stderr.
+
+    Returns:
+        models, demonstrations and problems.
 
     Raises:
         UnknownName: no setting has this name.
@@ -221,28 +224,42 @@ def world(setting: str | Setting, progress: bool = True) -> World:
 
 
 def build(settings: Sequence[Setting], progress: bool = True) -> None:
-    """Build the worlds that are not in the cache, each in a process of its own where there are several."""
-    missing = [found for setting in settings if not (found := World(setting)).whole()]
+    """Build the environments that are not in the cache, each in a process of its own if there are several."""
+    missing = [each for setting in settings if not (each := World(setting)).whole()]
     if not missing:
         return
-    with Progress(console=Console(stderr=True), disable=not progress) as bar:
-        tasks = [bar.add_task(f"building {each.setting.name}", total=sum(each.steps.values())) for each in missing]
+    console = stderr(progress)
+    with Progress(console=console, disable=not (progress and interactive(console))) as bar:
+        totals = {each.setting.name: sum(each.steps.values()) for each in missing}
+        bars = [bar.add_task(f"building {name}", total=total) for name, total in totals.items()]
+        lines = [Lines(f"building {name}", total, console) for name, total in totals.items()]
+
+        def advance(number: int, steps: int) -> None:
+            bar.advance(bars[number], steps)
+            if not interactive(console):
+                lines[number].advance(steps)
+
         if len(missing) == 1:
-            missing[0].build(lambda steps: bar.advance(tasks[0], steps))
+            missing[0].build(lambda steps: advance(0, steps))
             return
         workers = ProcessPoolExecutor(min(len(missing), cpu_count()))
         with tempfile.TemporaryDirectory() as folder, workers:
-            counts = [Path(folder, str(number)) for number in range(len(missing))]
+            counts, done = [Path(folder, str(number)) for number in range(len(missing))], [0] * len(missing)
             pairs = zip(missing, counts, strict=True)
             running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
-            while wait(running, timeout=0.5).not_done:
-                for task, count in zip(tasks, counts, strict=True):
-                    bar.update(task, completed=count.stat().st_size if count.is_file() else 0)
+            left = True
+            while left:
+                left = bool(wait(running, timeout=0.5).not_done)
+                for number, count in enumerate(counts):
+                    size = count.stat().st_size if count.is_file() else 0
+                    if size > done[number]:
+                        advance(number, size - done[number])
+                        done[number] = size
             for each in running:
                 each.result()
 
 
 def _build_and_count(setting: Setting, count: Path) -> None:
-    """Build a world; the size of the file ``count`` is the number of steps done."""
+    """Build an environment; the size of the file ``count`` is the number of finished steps."""
     with count.open("ab", buffering=0) as file:
         World(setting).build(lambda steps: file.write(b"." * steps))

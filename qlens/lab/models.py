@@ -1,4 +1,4 @@
-"""The lab's models: tiny Llamas, and how they answer."""
+"""Models of the lab: tiny Llamas and sampling from them."""
 
 from collections.abc import Sequence
 
@@ -12,15 +12,14 @@ from qlens.training.fitting import isolated
 
 
 def longest(setting: Setting) -> int:
-    """The number of tokens of the longest solution, its end token included."""
+    """Tokens of the longest solution, end token included."""
     return setting.depth * LONGEST_STEP + LONGEST_ENDING
 
 
 def new_model(setting: Setting, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """An untrained model.
+    """An untrained model, with larger initial weights and a smaller rotary base than Llama's.
 
-    Initial weights are larger than Llama's, and the rotary base smaller: in a narrow model with short texts both make
-    learning the arithmetic several times faster.
+    In a narrow model on short texts both speed up learning the arithmetic several times.
     """
     return LlamaForCausalLM(
         LlamaConfig(
@@ -49,7 +48,7 @@ def sample(
     seed: int,
     max_new_tokens: int,
 ) -> list[list[str]]:
-    """k completions of each problem at temperature 1, all in one batch; the same for the same seed.
+    """k completions of each problem at temperature 1 in one batch, deterministic given the seed.
 
     Raises:
         InputError: no problems, or k below 1.

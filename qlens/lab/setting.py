@@ -1,23 +1,21 @@
-"""Setting: the plain numbers from which a world is derived, and the settings there are.
+"""Settings: the numbers that define an environment of the lab.
 
-How the numbers were chosen. Only three accuracies were looked at, the base's, the teacher's and plain SFT's on the
-validation problems at the rates 1e-3, 3e-3 and 1e-2; no other method was run before the numbers stood. All three lie
-between .1 and .9 in every setting, and neither the demonstrations nor the teacher hold the whole truth: both have
-false facts of their own, so that learning the most frequent digit perfectly is not enough. What was tried and dropped:
+How the numbers were chosen: by the accuracies of the base model, of the teacher and of SFT on the validation problems at
+the learning rates 1e-3, 3e-3 and 1e-2; no other method was run before the numbers were fixed. All three lie between .1 and
+.9 in every setting. Demonstrations and teacher both have false facts of their own, so that learning the most frequent digit
+is not enough. Tried and dropped:
 
-- weak-prior with ``times`` at slip .9, never learned at all: SFT stood at .36, too little to tell methods apart; at .7
-SFT (.76) stood above the teacher (.75). The first version of this setting, whose base takes ``times`` for ``plus``, is
-wrong-prior now: that base is not unsure, it is sure of what is false. - poor-teacher with a tutor that slips at .25: a
-teacher at .25, hardly a teacher. What stands differs from strong-prior in the tutor alone. - clean-labels with
-strong-prior's base: SFT stood at .98.
+- weak-prior with ``times`` at slip .9: SFT at .36, too low to separate methods; at slip .7, SFT (.76) above the teacher
+  (.75). Its first version, whose base model takes ``times`` for ``plus`` with confidence, is now wrong-prior.
+- poor-teacher with a ``tutor`` slip of .25: a teacher at .25. It now differs from strong-prior in ``tutor`` alone.
+- clean-labels with the base model of strong-prior: SFT at .98.
 
-wrong-prior has weak-prior's demonstrations and problems, and poor-teacher has strong-prior's and its base too: methods
-without a teacher give the same numbers in those two.
+wrong-prior has the demonstrations and problems of weak-prior; poor-teacher has those of strong-prior and its base model,
+so that methods without a teacher give the same numbers in the two.
 
-``steps`` was 150; wrong-prior was cut to 100 because at 150 SFT stood at the share of right answers among its
-demonstrations, and clean-labels with it. ``learning_rate`` is what a setting of one's own uses where nothing was
-searched; the rates of the settings here were searched for every method alike
-(``qlens.analysis.compare.learning_rates``) and lie in ``rates.json``.
+``steps`` is 150; 100 for wrong-prior, where SFT reaches the share of right answers among the demonstrations at 150, and for
+clean-labels. ``learning_rate`` is used by settings without a search; the rates of the settings here were searched alike for
+every method (``qlens.analysis.compare.learning_rates``) and are recorded in ``rates.json``.
 """
 
 import dataclasses
@@ -30,15 +28,15 @@ from qlens.core.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Author:
-    """Who writes worked solutions: how careless, with which false beliefs, in which words.
+class Annotator:
+    """An annotator of solutions: random slips, false facts and preferred wordings.
 
     Args:
-        slip: for plus, minus and times, the probability that a step gets a random wrong digit; the rest is worked out
-            from that digit. At (modulus - 1) / modulus every digit is as likely: nothing can be learned of it.
-        false: for plus, minus and times, the share of the facts "a op b" that the author has wrong, always in the same
-            way: worked out as if by the next of the three operations.
-        wording: how evenly the author uses the wordings: the concentration of a Dirichlet distribution.
+        slip: for plus, minus and times, the probability that a step gets a random wrong digit, from which the solution
+            continues. At (modulus - 1) / modulus all digits are equally likely.
+        false: for plus, minus and times, the share of facts "a op b" that are always computed by the next of the three
+            operations.
+        wording: concentration of the Dirichlet distribution over the wordings of a phrase; large: used evenly.
     """
 
     slip: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -54,30 +52,31 @@ class Author:
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """A world of the lab in plain numbers: everything else follows from them.
+    """An environment of the lab as numbers, from which everything else is derived.
 
     Args:
-        name: what the setting is called.
-        corpus: who writes what the base is pretrained on.
-        tutor: who writes what the teacher, a copy of the base, is trained on further.
-        scribe: who writes the demonstrations.
-        noise: share of the demonstrations that get one more error: a random digit in a step (and carried on) or as answer.
-        depth: steps per problem; ``modulus``: the hours of the clock, 2 to 10.
+        name: of the setting.
+        corpus: annotator of the corpus that the base model is pretrained on.
+        tutor: annotator of the corpus that the teacher, a copy of the base model, is trained on further.
+        scribe: annotator of the demonstrations.
+        noise: share of the demonstrations with one more error: a random digit in a step, carried on, or in the answer.
+        depth: steps per problem.
+        modulus: 2 to 10; all arithmetic is modulo it.
         demonstrations, validation, test: how many of each.
         width, layers, heads: of the models.
-        corpus_rows: how many the corpus and the tutor write each; pretrain_steps, pretrain_rate, teach_steps, teach_rate,
-            pretrain_batch: how base and teacher are trained on them.
-        steps, batch_size, learning_rate: of every fine-tuning, whatever the method; ``k``: samples per problem.
-        seed: of everything random in the world.
+        corpus_rows: rows of either corpus; pretrain_steps, pretrain_rate, teach_steps, teach_rate,
+            pretrain_batch: training of base model and teacher.
+        steps, batch_size, learning_rate: of every fine-tuning; ``k``: samples per problem.
+        seed: of all random draws.
 
     Raises:
-        InputError: numbers that make no world.
+        InputError: numbers outside their ranges, or too few distinct prompts.
     """
 
     name: str
-    corpus: Author
-    tutor: Author
-    scribe: Author = Author()
+    corpus: Annotator
+    tutor: Annotator
+    scribe: Annotator = Annotator()
     noise: float = 0.0
     depth: int = 3
     modulus: int = 10
@@ -115,51 +114,51 @@ class Setting:
 
     @property
     def key(self) -> str:
-        """A hash of every number in the setting: the cache goes by it."""
+        """A hash of all numbers, which names the cache folder."""
         return hashlib.sha256(json.dumps(dataclasses.asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
 
 STRONG = Setting(
-    name="strong-prior",  # the base mostly knows; two demonstrations in five are wrong somewhere
-    corpus=Author(slip=(0.09, 0.09, 0.09), false=(0.1, 0.1, 0.1)),
-    tutor=Author(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
-    scribe=Author(false=(0.08, 0.08, 0.08)),
+    name="strong-prior",  # the base model is mostly right; two demonstrations in five have an error
+    corpus=Annotator(slip=(0.09, 0.09, 0.09), false=(0.1, 0.1, 0.1)),
+    tutor=Annotator(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
+    scribe=Annotator(false=(0.08, 0.08, 0.08)),
     noise=0.25,
 )
 WEAK = Setting(
-    name="weak-prior",  # the base has hardly seen times done right, and knows that it does not know
-    corpus=Author(slip=(0.1, 0.1, 0.8), false=(0.05, 0.05, 0.05)),
-    tutor=Author(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.1)),
-    scribe=Author(false=(0.04, 0.04, 0.04)),
+    name="weak-prior",  # the base model has hardly seen times computed rightly, and is unsure of it
+    corpus=Annotator(slip=(0.1, 0.1, 0.8), false=(0.05, 0.05, 0.05)),
+    tutor=Annotator(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.1)),
+    scribe=Annotator(false=(0.04, 0.04, 0.04)),
     noise=0.15,
     seed=1,
 )
 WRONG = Setting(
-    name="wrong-prior",  # the base takes times for plus, and is sure of it; one demonstration in four is wrong somewhere
-    corpus=Author(slip=(0.08, 0.08, 0.08), false=(0.05, 0.05, 1.0)),
-    tutor=Author(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.15)),
-    scribe=Author(false=(0.04, 0.04, 0.04)),
+    name="wrong-prior",  # the base model takes times for plus, with confidence; one demonstration in four has an error
+    corpus=Annotator(slip=(0.08, 0.08, 0.08), false=(0.05, 0.05, 1.0)),
+    tutor=Annotator(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.15)),
+    scribe=Annotator(false=(0.04, 0.04, 0.04)),
     noise=0.15,
     steps=100,
     seed=1,
 )
 POOR = dataclasses.replace(
-    STRONG,  # but for the teacher, who knows less than the base
+    STRONG,  # with a teacher below the base model
     name="poor-teacher",
-    tutor=Author(slip=(0.15, 0.15, 0.15), false=(0.2, 0.2, 0.2)),
+    tutor=Annotator(slip=(0.15, 0.15, 0.15), false=(0.2, 0.2, 0.2)),
 )
 CLEAN = Setting(
-    name="clean-labels",  # every demonstration is right, and the base has never seen times done right
-    corpus=Author(slip=(0.09, 0.09, 0.9), false=(0.1, 0.1, 0.1)),
-    tutor=Author(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
+    name="clean-labels",  # every demonstration is right; the base model has never seen times computed rightly
+    corpus=Annotator(slip=(0.09, 0.09, 0.9), false=(0.1, 0.1, 0.1)),
+    tutor=Annotator(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
     steps=100,
     seed=3,
 )
 SETTINGS = {setting.name: setting for setting in (STRONG, WEAK, WRONG, POOR, CLEAN)}
 LESSON = dataclasses.replace(
-    STRONG,  # for the notebooks: two steps per problem, built in half a minute, and a training takes seconds
+    STRONG,  # for the notebooks: built in half a minute, trained in seconds
     name="lesson",
-    corpus=Author(slip=(0.09, 0.09, 0.09), false=(0.15, 0.15, 0.15)),
+    corpus=Annotator(slip=(0.09, 0.09, 0.09), false=(0.15, 0.15, 0.15)),
     depth=2,
     demonstrations=440,
     validation=16,
@@ -171,7 +170,7 @@ LESSON = dataclasses.replace(
     steps=80,
 )
 SKETCH = dataclasses.replace(
-    LESSON,  # hardly learns anything: to see that the same code runs
+    LESSON,  # runs the same code in seconds, without learning
     name="sketch",
     demonstrations=60,
     validation=4,
@@ -186,4 +185,4 @@ SKETCH = dataclasses.replace(
     k=2,
 )
 LESSONS = {"shown": LESSON, "small": SKETCH}
-"""The world of the notebooks by size; not among the settings that are compared, and no rates are recorded for it."""
+"""Settings of the notebooks by size; they have no recorded learning rates."""

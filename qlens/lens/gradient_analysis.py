@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.tokens import Tokens
 from qlens.lens.decompose.dependence import Scope, scope
 from qlens.lens.decompose.label_offset import label_offset
 from qlens.lens.decompose.mixture import Mixture
@@ -28,7 +29,7 @@ from qlens.lens.weights.batch_moments import batch_moments
 from qlens.lens.weights.class_weights import ClassWeights, divided_by_mean, find_class_weights, with_usual_class
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
-from qlens.losses.remarks import given_by_text, made_up_inputs
+from qlens.losses.remarks import given_by_text, made_up_inputs, standardises
 from qlens.registry import Variant, methods
 
 OPEN = 1e-9  # least 1 - p_y at which a label weight is read
@@ -193,9 +194,18 @@ class GradientAnalysis(MethodSearch):
             at.arithmetic,
             classes.weights if classes else None,
             self.variant.total,
-            given_by_text(self.variant.method.fn, self.variant.params, some) if self.variant.derived else (),
+            self.fields_of_texts(some),
             self.in_place,
         )
+
+    def fields_of_texts(self, tokens: Tokens) -> tuple[str, ...]:
+        """The fields with one value per text that affects no other text."""
+        if not self.variant.derived:
+            return ()
+        fn, params = self.variant.method.fn, self.variant.params
+        fields = given_by_text(fn, params, tokens)
+        shared = "advantage" in fields and standardises(fn, params, tokens)
+        return tuple(name for name in fields if name != "advantage" or not shared)
 
     def class_weights(self) -> ClassWeights | None:
         """The loss's weights by label id: of every id of the trial tokens, else of the ids among a user's own labels."""

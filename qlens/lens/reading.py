@@ -19,6 +19,7 @@ from qlens.core.tokens import MODELS, Tokens
 from qlens.lens.implied import read
 from qlens.lens.rounding import COARSEST_MOVES, MOVES, Noise, coarser, moves, rounding, traced
 from qlens.losses import calling
+from qlens.losses.layout.layout_search import in_whole_groups
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs
 from qlens.losses.reduction import unreduced
@@ -238,7 +239,9 @@ def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
 
 
 def fed(tokens: Tokens, variant: Variant) -> Tokens:
-    """Built-in tokens with weights, where the loss asks for them."""
+    """Built-in tokens with weights, where the loss asks for them, in whole groups of texts."""
+    if variant.derived:
+        tokens = in_whole_groups(variant.method.fn, variant.params, tokens)
     if "weight" not in requested_fields(variant):
         return tokens
     weights = torch.tensor([1.0, 0.5, 2.0, 0.25, 1.5, 3.0, 0.7], dtype=tokens.logits.dtype)

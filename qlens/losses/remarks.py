@@ -15,7 +15,7 @@ from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout, Style, batch_view, label_log_probs
 from qlens.losses.layout.names import FIELD, role_of
 from qlens.losses.layout.signature import Inputs, Memo, inputs, name_of, seen_as
-from qlens.losses.layout.trial import ROWS, TURNED, across, changed, few, grad_of, many_texts
+from qlens.losses.layout.trial import ROWS, TURNED, across, changed, few, grad_of
 from qlens.losses.layout.wording import described
 from qlens.losses.leaves import StubParameter, leaves
 from qlens.losses.reduction.advantages import standardised
@@ -23,7 +23,6 @@ from qlens.losses.reduction.divisors import REDUCTIONS
 from qlens.losses.reduction.scalar import ROUNDING, by_length, find_division, takes_pairs
 from qlens.losses.return_values import loss_of
 from qlens.losses.side_effects import Seen, watched
-from qlens.losses.user_code import LossError
 
 ORDER = 12  # rows of the one text on which the labels that a row reacts to are found
 _ACCOUNTS = Memo()
@@ -62,16 +61,14 @@ def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
 
 
 def _some(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
-    """A few of the tokens, with more than one advantage where they have several, in as many texts as the loss asks for."""
-    some, given = few(tokens), tokens.advantage
-    if given is not None and some.advantage is not None and not bool((some.advantage != some.advantage[0]).any()):
-        some = few(tokens[:ROWS])
+    """A few of the tokens, with more than one advantage if they have several, in as many texts as the loss asks for."""
     try:
-        grad_of(fn, params, some)
-    except LossError:
-        return some if tokens.sequence is None else many_texts(tokens)
+        group = style_of(fn, params, tokens).group
     except InputError:
-        return some
+        group = 1
+    some, advantage = few(tokens, group), tokens.advantage
+    if advantage is not None and some.advantage is not None and not bool((some.advantage != some.advantage[0]).any()):
+        some = few(tokens[:ROWS], group)
     return some
 
 
@@ -107,7 +104,7 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     if named := [name for name in given if (roles.get(name) or role_of(name)) == "advantage"]:
         found = standardised(fn, params, tokens)
         if found is not None:
-            notes += [f"Of {named[0]} it {found.said}: they are read as they are after that."]
+            notes += [f"Of {named[0]} it {found.description}: they are read as they are after that."]
     notes += _alike(wanted.required | wanted.optional, given, tokens)
     notes += _sampling_ratio(fn, params, tokens, style, base) if _samples(wanted) else []
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
@@ -204,8 +201,7 @@ def _reduction(
     said = f"; it returns {what.get(found.name, f'a {found.name}')}, which is undone"
     if found.note:
         return said, [found.note]
-    alike = tokens.unweighted() if style.by_text else tokens  # dealt anew, a text would have another weight
-    if not style.laid_out or style.pairs or by_length([found.name], fn, params, alike, style):
+    if not style.laid_out or style.pairs or by_length([found.name], fn, params, tokens, style):
         return said, []
     return said, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on its position or the "
@@ -265,20 +261,18 @@ def _without_effect(fn: Callable, params: Mapping[str, Any], tokens: Tokens, sty
     for field, names in fields.items():
         if field == "pair":
             continue
-        other = _turned(tokens, field)
-        if other is None:
-            continue
-        try:
-            moved = (grad_of(fn, params, other, style) - base).norm() > 1e-6 * base.norm()
+        turned = [other for scale in (0.5, 20.0, -20.0) if (other := _turned(tokens, field, scale)) is not None]
+        try:  # a hinge reacts to large changes alone
+            moved = [(grad_of(fn, params, other, style) - base).norm() > 1e-6 * base.norm() for other in turned]
         except InputError:
             continue
-        if not bool(moved):
+        if moved and not any(map(bool, moved)):
             said.append(f"{' and '.join(names)} has no effect on its gradient.")
     return said
 
 
-def _turned(tokens: Tokens, field: str) -> Tokens | None:
-    """The tokens with other values in a field."""
+def _turned(tokens: Tokens, field: str, scale: float) -> Tokens | None:
+    """The tokens with other values in a field; other models' logits moved to the next entry, times ``scale``."""
     value = getattr(tokens, field)
     if field == "weight":
         value = (
@@ -290,7 +284,7 @@ def _turned(tokens: Tokens, field: str) -> Tokens | None:
     if value.dtype is torch.bool:
         return tokens.replace(**{field: ~value})
     if field in MODELS:
-        return tokens.replace(**{field: 0.5 * value.roll(1, -1)})
+        return tokens.replace(**{field: scale * value.roll(1, -1)})
     if value.is_floating_point():
         return tokens.replace(**{field: 2 * value.roll(1, 0) + 1})
     return None
@@ -335,6 +329,13 @@ def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tu
     return tuple(name for name in ("advantage", "weight") if name in asked and getattr(tokens, name) is not None)
 
 
+def standardises(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
+    """Whether a loss centres or standardises its advantages over its batch or over parts of it."""
+    if inputs(fn).kind == "tokens" or "advantage" not in _asked(fn, params, tokens):
+        return False
+    return standardised(fn, params, tokens) is not None
+
+
 def _asked(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> set[str | None]:
     """The inputs that a loss takes, as parameters or as columns of its batch."""
     style, wanted = style_of(fn, params, tokens), inputs(fn)
@@ -360,7 +361,8 @@ def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> b
     """Whether the loss runs another model, on made-up token ids that stay in their places whatever the tokens are."""
     try:
         with watched(fn) as seen, torch.no_grad():
-            call(fn, params, few(tokens), style=style_of(fn, params, few(tokens)), layout=Layout())
+            style = style_of(fn, params, tokens)
+            call(fn, params, few(tokens, style.group), style=style, layout=Layout())
     except InputError:
         return False
     return bool(seen.models)

@@ -24,9 +24,15 @@ _METHODS: dict[str, Method] = {}
 
 
 @overload
-def register(name: Callable) -> Method: ...
+def register(name: Callable) -> Method:
+    """Without brackets, under the function's own name."""
+
+
 @overload
-def register(name: str | None = None, **card: Any) -> Callable[[Callable], Method]: ...
+def register(name: str | None = None, **card: Any) -> Callable[[Callable], Method]:
+    """With a name or with fields of the card."""
+
+
 def register(name: str | Callable | None = None, **card: Any) -> Method | Callable[[Callable], Method]:
     """Decorator that registers a loss or a target under a name.
 

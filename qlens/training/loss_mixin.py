@@ -248,7 +248,7 @@ class QLossMixin(MetricsLogging):
         return ""
 
     def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
-        """The Trainer's step; where nobody asks for predictions, the logits are not made whole for them either."""
+        """The Trainer's step; without predictions to return, whole logits are not needed."""
         self._loss_only = prediction_loss_only
         try:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
@@ -256,10 +256,10 @@ class QLossMixin(MetricsLogging):
             self._loss_only = False
 
     def _set_signature_columns_if_needed(self) -> None:
-        """The model's inputs, and what data may say of tokens beside: none of it is to be dropped."""
+        """Keep the columns of the data, which the Trainer would drop with all that is not an input of the model."""
         super()._set_signature_columns_if_needed()
-        kept = ("labels", *COLUMNS, *(("position_ids", "seq_lengths") if self._collates else ()))
-        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *kept]))
+        columns = ("labels", *COLUMNS, *(("position_ids", "seq_lengths") if self._collates else ()))
+        self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *columns]))
 
     @property
     def _collates(self) -> bool:

@@ -1,4 +1,4 @@
-"""A run folder is bound to its configuration, code, versions, data and rates."""
+"""A run folder is bound to its configuration, code, versions, data and learning rates."""
 
 import json
 import os
@@ -12,27 +12,25 @@ from mini_lab import MINI
 
 import qlens
 from qlens import InputError
+from qlens.analysis.compare import config
 from qlens.analysis.compare.learning_rates import Choice
+from qlens.analysis.compare.recipes import recipes
 from qlens.analysis.compare.run_folder import code, versions
 from qlens.training.fitting import fit
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"steps": 4}, r"settings.words.steps was 3, now 4"),
-        ({"seeds": [0, 5]}, r"seeds was \[0, 1\], now \[0, 5\]"),
-        ({"variants": ["dft"]}, r"methods.target_sft was .*now .not there"),
-        ({"learning_rate": 0.5}, r"learning_rate was 0.001, now 0.5"),
-    ],
-    ids=str,
-)
-def test_a_folder_of_another_configuration_is_refused_naming_the_key(compare, tmp_path, change, named):
+def test_a_folder_of_another_configuration_is_refused_naming_the_key(compare, tmp_path):
     compare(seeds=2)
     before = (tmp_path / "run" / "config.json").read_bytes()
-    with pytest.raises(InputError, match=named):
-        compare(**change)
-    assert (tmp_path / "run" / "config.json").read_bytes() == before
+    for change, named in (
+        ({"steps": 4}, r"settings.words.steps was 3, now 4"),
+        ({"seeds": [0, 5]}, r"seeds was \[0, 1\], now \[0, 5\]"),
+        ({"variants": ["dft"]}, r"methods.target_sft was .*now .missing"),
+        ({"learning_rate": 0.5}, r"learning_rate was 0.001, now 0.5"),
+    ):
+        with pytest.raises(InputError, match=named):
+            compare(**change)
+        assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
 def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(compare, own, tmp_path, monkeypatch):
@@ -66,19 +64,19 @@ def test_any_edited_file_makes_other_code(tmp_path, monkeypatch):
     assert code() != before
 
 
-def test_the_code_of_a_file_is_its_text_whatever_the_hash_seed(tmp_path):
+def test_the_code_of_a_file_is_its_text_whatever_the_hash_seed(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(
         "def f(logits, labels):\n    return -logits[:, 0] if labels in {'a', 'b'} else 0\n"
     )
     look = "from qlens.analysis.compare import config, recipes; print(config._code(recipes.recipes('own.py:f')['own.py:f']))"
-    told = {
-        subprocess.run(
-            [sys.executable, "-c", look], cwd=tmp_path, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True,
-            text=True, check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }  # fmt: skip
-    assert len(told) == 1 and "code " in told.pop()
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
+    command = [sys.executable, "-c", look]
+    other = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    monkeypatch.chdir(tmp_path)
+    here = f"{config._code(recipes('own.py:f')['own.py:f'])}\n"
+    assert hash("a") != int(subprocess.run([sys.executable, "-c", "print(hash('a'))"], env=environment, capture_output=True,
+                                           text=True, check=True).stdout)  # fmt: skip
+    assert other == here and "code " in here
 
 
 def test_jobs_train_with_what_was_chosen(tmp_path_factory, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Comparisons on miniature models: equal conditions, resuming, refusals, and what the run folder holds."""
+"""Comparisons on miniature models: equal conditions, resuming, refusals, and the run folder."""
 
 import re
 
@@ -10,11 +10,11 @@ from numpy.testing import assert_allclose
 from tiny import VOCAB, letters
 
 from qlens import InputError
-from qlens.analysis.compare.environments import Real, open_ground
-from qlens.analysis.compare.evaluation import held_tokens
+from qlens.analysis.compare.environments import UserSource, open_environment
+from qlens.analysis.compare.evaluation import held_out_tokens
 from qlens.analysis.compare.jobs import Job, slug
 from qlens.analysis.study.study import FILES, Study
-from qlens.data.models import load_model
+from qlens.data.models import load_model, load_tokenizer
 
 OWN_LOSS = """
 import torch.nn.functional as F
@@ -30,11 +30,15 @@ def same(one, other):
     return True
 
 
-def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
+def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path, figures):
     study = compare(save=True)
     folder = tmp_path / "run"
     files = ["config.json", "table.md", "report.html", *FILES.values(), "figures/scores.csv"]
-    files += [f"figures/{name}.{kind}" for name in ("scores", "frontier", "curves", "trust") for kind in ("png", "csv")]
+    files += [
+        f"figures/{name}.{kind}"
+        for name in ("scores", "frontier", "curves", "label_weight")
+        for kind in ("png", "pdf", "csv")
+    ]
     assert all((folder / file).stat().st_size for file in files)
     assert not list(folder.rglob("*.partial"))
     assert study.results.columns.tolist() == ["setting", "method", "seed", "item", "score"]
@@ -48,8 +52,8 @@ def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path):
     assert str(loaded) == str(study) and loaded.to_markdown() == study.to_markdown()
     kept = load_model(folder / "models" / "dft-1")
     (nll,) = study.diagnostics.query("method == 'dft' and seed == 1")["nll"]
-    held = open_ground(Real.of(*(str(p) for p in own_paths(study)), steps=3)).held
-    (tokens,) = held_tokens(kept, held)
+    held_out = open_environment(UserSource.of(*(str(p) for p in own_paths(study)), steps=3)).held_out
+    (tokens,) = held_out_tokens(kept, held_out)
     assert_allclose(-tokens.label_log_probs.mean(), nll, rtol=1e-5)
 
 
@@ -63,7 +67,7 @@ def test_the_base_is_the_start_and_training_moves_away_from_it(compare):
     study = compare()
     found = study.diagnostics.set_index(["method", "seed"])
     assert_allclose(found.loc["base", "kl_start"], 0, atol=1e-7)
-    assert found.loc["base", "trust"].isna().all() and (found.loc["base", "steps"] == 0).all()
+    assert found.loc["base", "label_weight"].isna().all() and (found.loc["base", "steps"] == 0).all()
     assert (found.drop("base")["kl_start"] > 1e-5).all() and (found.drop("base")["steps"] == 3).all()
     base = study.results.query("method == 'base'").pivot(index="seed", columns="item", values="score")
     assert_allclose(base.loc[0], base.loc[1])
@@ -154,12 +158,29 @@ def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_p
     strength = 0.25
     with pytest.raises(InputError, match="methods.mine was"):
         compare([spec, mine], seeds=1, out=tmp_path / "1")
-    file.write_text(OWN_LOSS.replace("0.5", "0.7"), encoding="utf-8")
-    with pytest.raises(InputError, match="own.py has changed since"):
-        compare([spec, mine], seeds=1, out=tmp_path / "1")
 
 
-def test_the_report_needs_nothing_else_and_escapes_what_it_is_given(compare, tmp_path):
+def test_models_are_folders_or_modules(compare, own, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
+    modules = {name: load_model(own[name]) for name in ("model", "teacher")}
+    given = modules | {"tokenizer": load_tokenizer(own["model"])}
+    read, loaded = compare("kd", seeds=1, out=tmp_path / "a"), compare("kd", seeds=1, out=tmp_path / "b", **given)
+    assert_allclose(loaded.results["score"], read.results["score"])
+    saved = sorted(path.name for path in (tmp_path / "cache" / "models").iterdir())
+    assert len(saved) == 2, "model and teacher, once each"
+    assert len(compare("kd", seeds=1, out=tmp_path / "b", **given).results) == len(loaded.results), "it resumes"
+    assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == saved
+    with torch.no_grad():
+        next(modules["model"].parameters()).add_(1e-3)
+    with pytest.raises(InputError, match="of another configuration: the file .*models"):
+        compare("kd", seeds=1, out=tmp_path / "b", **given)
+    with pytest.raises(InputError, match="give tokenizer="):
+        compare("kd", seeds=1, out=tmp_path / "c", **modules)
+    with pytest.raises(InputError, match="model must be a folder or a transformers model, got 3"):
+        compare("kd", seeds=1, out=tmp_path / "c", model=3)
+
+
+def test_the_report_is_self_contained_and_escapes_names(compare, tmp_path, figures):
     file = tmp_path / "own.py"
     file.write_text(OWN_LOSS.replace("factor=0.5", 'factor=0.5, name="x"'), encoding="utf-8")
     study = compare([f'{file}:mild(name="<script>alert(1)</script>")'], seeds=1)

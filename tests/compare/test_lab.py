@@ -1,11 +1,10 @@
-"""The lab: an exact verifier, disjoint and reproducible data, and a cache that is whole or not used."""
+"""The lab: reproducible models, scores, and a cache whose parts are complete or not used."""
 
 import dataclasses
 import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlens.lab
 from qlens.analysis.study import tables
 from qlens.core.errors import InputError
-from qlens.lab import Author, World, cache
+from qlens.lab import Annotator, World, cache, progress
 
 PARTS = ("base", "teacher", "measured")
 
@@ -79,7 +78,7 @@ def test_a_second_call_builds_nothing(cached, made):
     )
     assert found["noise"] == np.mean([not each.clean for each in world.demonstrations])
     assert found["noise_asked"] == MINI.noise and found["kl_base_teacher"] > 0
-    judged = [right for each in world.demonstrations for right in each.truth if right is not None]
+    judged = [right for each in world.demonstrations for right in each.correct if right is not None]
     np.testing.assert_allclose(found["wrong_digits"], np.mean(np.logical_not(judged)))
     assert len(judged) == (MINI.depth + 1) * MINI.demonstrations
     assert 1 < found["wordings"] <= 4 and 0 <= found["base_agrees"] <= 1
@@ -120,11 +119,13 @@ def unseal(folder):
     (folder / "base" / cache.SEAL).unlink()
 
 
-@pytest.mark.parametrize("spoil", [spoil_weights, spoil_seal, spoil_files, unseal])
-def test_a_spoilt_part_is_not_whole(spoil, cached):
-    assert cache.whole(World(MINI).folder / "base")
-    spoil(World(MINI).folder)
-    assert not cache.whole(World(MINI).folder / "base")
+def test_a_damaged_part_is_not_whole(cached, tmp_path):
+    for damage in (spoil_weights, spoil_seal, spoil_files, unseal):
+        folder = tmp_path / damage.__name__
+        shutil.copytree(World(MINI).folder, folder)
+        assert cache.whole(folder / "base")
+        damage(folder)
+        assert not cache.whole(folder / "base"), damage.__name__
 
 
 def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
@@ -134,13 +135,11 @@ def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
     assert made == list(PARTS)
 
 
-@pytest.mark.parametrize(
-    "change", [{"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Author(slip=(0.06, 0.06, 0.06))}], ids=str
-)
-def test_other_numbers_never_meet_an_old_cache(change, cached):
-    other = World(dataclasses.replace(MINI, **change))
-    assert not any(cache.whole(other.folder / part) for part in PARTS)
-    assert all(cache.whole(World(MINI).folder / part) for part in PARTS)
+def test_other_numbers_never_meet_an_old_cache(cached):
+    for change in ({"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Annotator(slip=(0.06, 0.06, 0.06))}):
+        other = World(dataclasses.replace(MINI, **change))
+        assert not any(cache.whole(other.folder / part) for part in PARTS)
+        assert all(cache.whole(World(MINI).folder / part) for part in PARTS)
 
 
 def test_another_version_of_the_lab_never_meets_an_old_cache(cached, monkeypatch):
@@ -215,11 +214,11 @@ def test_padding_does_not_change_greedy_answers(cached):
     torch.testing.assert_close(model.generate(**both, **options)[0, -8:], alone[0, -8:])
 
 
-@pytest.mark.parametrize("k, count", [(0, 2), (2, 0)])
-def test_nothing_to_sample_is_refused(k, count, cached):
+def test_nothing_to_sample_is_refused(cached):
     world = qlens.lab.world(MINI, progress=False)
-    with pytest.raises(InputError, match="k"):
-        world.score(world.base(), world.test[:count], k=k, seed=0)
+    for k, count in ((0, 2), (2, 0)):
+        with pytest.raises(InputError, match="k"):
+            world.score(world.base(), world.test[:count], k=k, seed=0)
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
@@ -229,6 +228,38 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         qlens.lab.world(MINI, progress=False)
 
 
-def test_the_cache_is_under_home_by_default(monkeypatch):
-    monkeypatch.delenv("QLENS_CACHE", raising=False)
-    assert cache.root() == Path.home() / ".cache" / "qlens"
+def test_the_cache_follows_qlens_cache_then_xdg_then_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "own"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.root() == tmp_path / "own"
+    monkeypatch.delenv("QLENS_CACHE")
+    assert cache.root() == tmp_path / "xdg" / "qlens"
+    home = tmp_path / "home" / ".cache" / "qlens"
+    home.mkdir(parents=True)
+    assert cache.root() == home, "an existing cache is not built again"
+    (tmp_path / "xdg" / "qlens").mkdir(parents=True)
+    assert cache.root() == tmp_path / "xdg" / "qlens"
+    for unset in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", unset)
+        assert cache.root() == home
+
+
+def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("qlens.lab.progress.time.monotonic", lambda: next(clock))
+    assert list(progress.track(range(5), 5, "training")) == [0, 1, 2, 3, 4]
+    assert capsys.readouterr().err.splitlines() == [
+        "training: 2 of 5 after 0:40, about 1:00 left",
+        "training: 4 of 5 after 1:20, about 0:20 left",
+        "training: 5 of 5 after 1:40",
+    ]
+    assert list(progress.track(range(2), 2, "training", progress=False)) == [0, 1]
+    assert not capsys.readouterr().err
+
+
+def test_a_build_reports_its_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
+    qlens.lab.world(MINI)
+    total = MINI.pretrain_steps + MINI.teach_steps + 1
+    assert f"building mini: {total} of {total} after 0:" in capsys.readouterr().err

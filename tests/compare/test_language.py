@@ -1,4 +1,4 @@
-"""The lab's language and data: an exact verifier, disjoint prompts, noise as asked."""
+"""Language and data of the lab: an exact verifier, disjoint prompts, noise as requested."""
 
 import dataclasses
 
@@ -9,43 +9,43 @@ from mini_lab import MINI, PROBLEM
 import qlens.lab
 from qlens.core.errors import InputError, UnknownName
 from qlens.data.examples import encode
-from qlens.lab import SETTINGS, Author, World
+from qlens.lab import SETTINGS, Annotator, World
 from qlens.lab.language import SPLITS, compute, split_of
 from qlens.lab.models import longest
 
-
-@pytest.mark.parametrize(
-    "completion, right",
-    [
-        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 7", True),
-        ("first 7 plus 5 is 4 , hence answer 7", True),  # only the answer counts
-        ("thus the answer 7 ", True),
-        ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 8", False),
-        ("", False),
-        ("7", False),
-        ("so answer", False),
-        ("so answer answer 7", False),
-        ("so answer 7 7", False),
-        ("so answer 77", False),
-        ("so answer 7 , then", False),
-        ("so answer 2 , so answer 7", False),
-        ("so answer 7 , so answer 7", False),
-        ("so unanswer 7", False),
-        ("so answer is 7", False),
-        ("so answer \u0667", False),
-    ],
-)
-def test_the_verifier_is_exact(completion, right):
-    assert World(MINI).verify(PROBLEM, completion) is right
+VERDICTS = [
+    ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 7", True),
+    ("first 7 plus 5 is 4 , hence answer 7", True),  # only the answer counts
+    ("thus the answer 7 ", True),
+    ("first 7 plus 5 is 2 , then 2 minus 3 makes 9 , now 9 times 3 gives 7 , so answer 8", False),
+    ("", False),
+    ("7", False),
+    ("so answer", False),
+    ("so answer answer 7", False),
+    ("so answer 7 7", False),
+    ("so answer 77", False),
+    ("so answer 7 , then", False),
+    ("so answer 2 , so answer 7", False),
+    ("so answer 7 , so answer 7", False),
+    ("so unanswer 7", False),
+    ("so answer is 7", False),
+    ("so answer \u0667", False),
+]
 
 
-def test_problems_read_from_left_to_right_on_the_clock():
+def test_the_verifier_is_exact():
+    world = World(MINI)
+    for completion, right in VERDICTS:
+        assert world.verify(PROBLEM, completion) is right, completion
+
+
+def test_problems_are_computed_from_left_to_right_modulo_the_modulus():
     assert PROBLEM.prompt == "7 plus 5 minus 3 times 3 ?"
     assert PROBLEM.answer == 7
     assert [compute(operation, 3, 5, 6) for operation in ("plus", "minus", "times")] == [2, 4, 3]
 
 
-@pytest.mark.parametrize("setting", [MINI, *SETTINGS.values()], ids=lambda setting: setting.name)
+@pytest.mark.parametrize("setting", [MINI, SETTINGS["clean-labels"]], ids=lambda setting: setting.name)
 def test_no_two_parts_share_a_prompt(setting):
     world = World(setting)
     parts = {role: {row["prompt"] for row in world._rows(role)} for role in ("corpus", "tutor")}
@@ -58,7 +58,7 @@ def test_no_two_parts_share_a_prompt(setting):
         assert len(parts[name]) == len(getattr(world, name)) == getattr(setting, name)
 
 
-def test_equal_numbers_give_equal_worlds_and_other_seeds_others():
+def test_equal_settings_give_equal_environments_and_other_seeds_others():
     first, again, other = World(MINI), World(MINI), World(dataclasses.replace(MINI, seed=5))
     assert first.demonstrations == again.demonstrations and first.test == again.test
     assert first.demonstrations != other.demonstrations and first.test != other.test
@@ -66,38 +66,38 @@ def test_equal_numbers_give_equal_worlds_and_other_seeds_others():
 
 
 def test_clean_rows_are_right_and_the_noise_is_what_was_asked():
-    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Author(), noise=0.4))
+    noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Annotator(), noise=0.4))
     dirty = [each for each in noisy.demonstrations if not each.clean]
     assert len(dirty) / len(noisy.demonstrations) == pytest.approx(0.4, abs=0.03)
     right = [noisy.verify(each.problem, each.completion) for each in noisy.demonstrations if each.clean]
     assert all(right)
     lucky = [noisy.verify(each.problem, each.completion) for each in dirty]  # a wrong step may still end right
     assert 0 < np.mean(lucky) < 0.2
-    spotless = World(dataclasses.replace(MINI, scribe=Author(), noise=0.0))
+    spotless = World(dataclasses.replace(MINI, scribe=Annotator(), noise=0.0))
     assert all(each.clean for each in spotless.demonstrations)
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_the_wording_is_not_unique(name):
-    demonstrations = World(SETTINGS[name]).demonstrations
-    assert len({each.completion.split()[0] for each in demonstrations}) > 2
-    assert len({each.completion.split()[-3] for each in demonstrations}) > 2
+def test_the_wording_is_not_unique():
+    for name in SETTINGS:
+        demonstrations = World(SETTINGS[name]).demonstrations
+        assert len({each.completion.split()[0] for each in demonstrations}) > 2
+        assert len({each.completion.split()[-3] for each in demonstrations}) > 2
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_word_has_a_token_and_comes_back(name):
-    world = World(SETTINGS[name])
-    texts = [each.completion for each in world.demonstrations[:200]] + [each.prompt for each in world.test]
-    ids = world.tokenizer(texts)["input_ids"]
-    assert not any(world.tokenizer.unk_token_id in row for row in ids)
-    assert world.tokenizer.batch_decode(ids) == texts
-    assert max(len(row) for row in ids) < longest(world.setting)
-    row = {"prompt": texts[-1], "completion": texts[0]}
-    assert encode([row], world.tokenizer, None).examples[0]["input_ids"] == [
-        *ids[-1],
-        *ids[0],
-        world.tokenizer.eos_token_id,
-    ]
+def test_every_word_has_a_token_and_comes_back():
+    for name in SETTINGS:
+        world = World(SETTINGS[name])
+        texts = [each.completion for each in world.demonstrations[:200]] + [each.prompt for each in world.test]
+        ids = world.tokenizer(texts)["input_ids"]
+        assert not any(world.tokenizer.unk_token_id in row for row in ids)
+        assert world.tokenizer.batch_decode(ids) == texts
+        assert max(len(row) for row in ids) < longest(world.setting)
+        row = {"prompt": texts[-1], "completion": texts[0]}
+        assert encode([row], world.tokenizer, None).examples[0]["input_ids"] == [
+            *ids[-1],
+            *ids[0],
+            world.tokenizer.eos_token_id,
+        ]
 
 
 def test_an_unknown_setting_names_near_ones():
@@ -105,15 +105,13 @@ def test_an_unknown_setting_names_near_ones():
         qlens.lab.world("strong-pior")
 
 
-@pytest.mark.parametrize(
-    "change", [{"noise": 1.5}, {"modulus": 12}, {"depth": 1}, {"test": 10**6}, {"name": "../a"}], ids=str
-)
-def test_a_setting_that_makes_no_world_is_refused(change):
-    with pytest.raises(InputError, match=next(iter(change))):
-        dataclasses.replace(MINI, **change)
+def test_an_invalid_setting_is_refused():
+    for change in ({"noise": 1.5}, {"modulus": 12}, {"depth": 1}, {"test": 10**6}, {"name": "../a"}):
+        with pytest.raises(InputError, match=next(iter(change))):
+            dataclasses.replace(MINI, **change)
 
 
-@pytest.mark.parametrize("change", [{"slip": (0.0, -0.1, 0.0)}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}], ids=str)
-def test_an_author_who_cannot_be_is_refused(change):
-    with pytest.raises(InputError, match=next(iter(change))):
-        Author(**change)
+def test_an_invalid_annotator_is_refused():
+    for change in ({"slip": (0.0, -0.1, 0.0)}, {"false": (0.0, 0.0, 2.0)}, {"wording": 0.0}):
+        with pytest.raises(InputError, match=next(iter(change))):
+            Annotator(**change)

@@ -1,4 +1,4 @@
-"""What happens to a comparison that is killed, that fails in part, or that meets another one in its folder."""
+"""Comparisons that are killed, that fail in part, or that share a folder with another process."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def fickle(logits, labels):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A cache in which the miniature world is built."""
+    """A cache with the miniature environment."""
     folder = tmp_path_factory.mktemp("lab")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLENS_CACHE", str(folder))
@@ -50,7 +50,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def compare(cache, tmp_path, monkeypatch):
-    """A small comparison in the miniature world, in one process."""
+    """A small comparison in the miniature environment, in one process."""
     monkeypatch.setenv("QLENS_CACHE", str(cache))
 
     def run(variants, **given):
@@ -60,20 +60,17 @@ def compare(cache, tmp_path, monkeypatch):
     return run
 
 
-def test_killed_again_and_again_it_ends_with_the_same_table(compare, cache, tmp_path):
+def test_a_killed_comparison_resumes_to_the_same_table(compare, cache, tmp_path):
     whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
     out, tests = tmp_path / "run", str(Path(__file__).parents[1] / "helpers")
     script = tmp_path / "child.py"
-    killed, environment = [], os.environ | {"QLENS_CACHE": str(cache)}
-    for wanted, jobs in ((1, 2), (4, 1)):  # kill when so many jobs are done
-        script.write_text(CHILD.format(tests=tests, jobs=jobs, out=str(out)))
-        with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
-            while child.poll() is None and len(list(out.glob("jobs/*.json"))) < wanted:
-                time.sleep(0.01)
-            killed.append(child.poll() is None)
-            if killed[-1]:
-                os.killpg(child.pid, signal.SIGKILL)
-    assert killed[0], "at least the first must have been stopped half-way"
+    script.write_text(CHILD.format(tests=tests, jobs=2, out=str(out)))
+    environment = os.environ | {"QLENS_CACHE": str(cache)}
+    with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
+        while child.poll() is None and not list(out.glob("jobs/*.json")):
+            time.sleep(0.01)
+        assert child.poll() is None, "the comparison must be stopped half-way"
+        os.killpg(child.pid, signal.SIGKILL)
     again = compare(["sft", "kd"], seeds=2, out=out)
     pd.testing.assert_frame_equal(again.results, whole.results)
     pd.testing.assert_frame_equal(again.table(), whole.table())
@@ -81,7 +78,7 @@ def test_killed_again_and_again_it_ends_with_the_same_table(compare, cache, tmp_
     assert (out / "table.md").read_bytes() == (tmp_path / "whole" / "table.md").read_bytes()
 
 
-def test_a_failing_job_is_written_down_the_others_finish_and_the_next_call_tries_again(compare, tmp_path):
+def test_a_failed_job_is_reported_the_others_finish_and_the_next_call_tries_again(compare, tmp_path):
     switch, file = tmp_path / "switch", tmp_path / "own.py"
     file.write_text(FICKLE.format(switch=str(switch)))
     switch.touch()
@@ -104,12 +101,12 @@ def test_a_failing_job_is_written_down_the_others_finish_and_the_next_call_tries
 
 
 def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
-    from qlens.analysis.compare.environments import Lab, open_ground
+    from qlens.analysis.compare.environments import LabSource, open_environment
 
-    ground = open_ground(Lab(MINI, 4))
+    ground = open_environment(LabSource(MINI, 4))
     scores = iter([ground.score(ground.start(), 0), np.full(12, np.nan)])
     monkeypatch.setattr(
-        "qlens.analysis.compare.jobs.open_ground",
+        "qlens.analysis.compare.jobs.open_environment",
         lambda source: dataclasses.replace(ground, score=lambda *_: next(scores)),
     )
     study = compare("sft", seeds=1)
@@ -149,13 +146,13 @@ def test_two_processes_in_one_folder_are_refused(compare, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([sys.executable, "-c", held], **pipes) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match="another process is at work in"):
+        with pytest.raises(InputError, match="another process is using"):
             compare("sft", seeds=1)
         other.kill()
-    assert len(compare("sft", seeds=1).table()) == 2, "a process that died lets go"
+    assert len(compare("sft", seeds=1).table()) == 2, "the lock of a killed process is released"
 
 
-def test_a_folder_that_is_claimed_holds_its_configuration_and_is_let_go(tmp_path):
+def test_a_claimed_folder_holds_its_configuration_and_is_released(tmp_path):
     for _ in range(2):
         with claimed(tmp_path / "run", {"a": 1}):
             assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"a": 1}
@@ -166,17 +163,17 @@ def test_a_folder_that_is_claimed_holds_its_configuration_and_is_let_go(tmp_path
         pass
 
 
-@pytest.mark.parametrize("file", [*FILES.values(), "config.json"])
-def test_a_study_that_lacks_a_file_is_no_study(file, tmp_path):
-    for name in (*FILES.values(), "config.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    (tmp_path / file).unlink()
-    with pytest.raises(InputError, match=f"no finished study: {file} missing"):
-        Study.load(tmp_path)
+def test_a_study_that_lacks_a_file_is_no_study(tmp_path):
+    for file in (*FILES.values(), "config.json"):
+        for name in (*FILES.values(), "config.json"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / file).unlink()
+        with pytest.raises(InputError, match=f"no finished study: {file} missing"):
+            Study.load(tmp_path)
 
 
-def test_a_damaged_record_is_made_again_and_said_to_be(compare, tmp_path, capsys):
+def test_a_damaged_record_is_computed_again_and_reported(compare, tmp_path, capsys):
     study = compare("sft", seeds=1)
     jobs = sorted((tmp_path / "run" / "jobs").iterdir())
     whole = {path: json.loads(path.read_text(encoding="utf-8")) for path in jobs}
@@ -185,7 +182,7 @@ def test_a_damaged_record_is_made_again_and_said_to_be(compare, tmp_path, capsys
         for path, damage in zip(jobs, damages, strict=True):
             path.write_text(damage, encoding="utf-8")
         again = compare("sft", seeds=1, progress=True)
-        assert capsys.readouterr().err.count("is damaged and made again") == 2
+        assert capsys.readouterr().err.count("is damaged and computed again") == 2
         assert again.results.equals(study.results)
     for content in ("[]", "null", "{"):
         (tmp_path / "run" / "config.json").write_text(content, encoding="utf-8")

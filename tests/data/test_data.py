@@ -134,6 +134,30 @@ def test_a_template_that_raises_is_refused():
         encode([PAIR], letters("{{ raise_exception('no') }}"), None)
 
 
+def test_tokens_from_text_take_paths(tmp_path):
+    for seed, name in enumerate(("model", "teacher")):
+        llama(seed).save_pretrained(tmp_path / name)
+    rows = [("ab", "cd")]
+    by_path = qlens.Tokens.from_text(tmp_path / "model", letters(), rows, teacher=str(tmp_path / "teacher"))
+    by_module = qlens.Tokens.from_text(llama(0), letters(), rows, teacher=llama(1))
+    assert torch.equal(by_path.logits, by_module.logits) and torch.equal(by_path.teacher, by_module.teacher)
+    with pytest.raises(InputError, match="reference: model folder .*nope. is not there"):
+        qlens.Tokens.from_text(llama(), letters(), rows, reference=tmp_path / "nope")
+
+
+def test_encoded_rows_show_themselves():
+    encoded = encode([PAIR, {"text": "abc", "weight": 2.0}], letters())
+    assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
+    assert (
+        repr(encoded)
+        == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; use .examples, dicts of input_ids and labels>"
+    )
+    assert encoded.to_frame().to_dict("list") == {"tokens": [7, 4], "supervised": [3, 3]}
+    assert encoded.to_dict() == {"examples": encoded.examples, "dropped": 0} and len(encoded) == 2
+    assert "<th>supervised</th><td>6</td>" in encoded._repr_html_()
+    assert "2 rows dropped" in repr(encode([PAIR, PAIR, {"text": "a"}], letters(), 4))
+
+
 def test_long_rows_are_dropped_and_counted_never_cut():
     rows = [{"text": "a" * length} for length in (3, 9, 4, 20)]
     encoded = encode(rows, letters(), 5)
@@ -240,7 +264,7 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
     tokens = tokens_from_examples(llama(), examples)
     assert tokens.weight.tolist() == [0.5, 0.5, 2.0] and tokens.pair.tolist() == [3, 3, 4]
     assert tokens.critical.tolist() == [False, True, True]  # of the labels a, b and c
-    assert qlens.explain("cft", tokens).table is not None
+    assert qlens.get("cft").target(tokens).scale.shape == (3,)
     with pytest.raises(InputError, match="row 1: critical has 2 values, but the row has 3 tokens"):
         encode([rows[0] | {"critical": [True, False]}], letters(), None)
     with pytest.raises(InputError, match="line 2: column 'weight' must be in every row or in none"):

@@ -87,7 +87,7 @@ def test_ones_own_models_and_text_can_be_looked_at(own, tmp_path, cache, monkeyp
         monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
     made = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small")
     assert troubles(made) == [] and list(tmp_path.iterdir()) == []
-    assert "of 40 rows" in result(made) and "the most suspicious label is" in result(made)
+    assert "of 40 rows" in result(made) and "the label with the largest negative margin is" in result(made)
     assert "left out, longer than the context of 32 tokens: row 41" in said(made)
 
 

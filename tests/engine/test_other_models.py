@@ -11,6 +11,15 @@ from qlens.engine.fused import fused_loss
 from qlens.engine.heads import Head, TopK
 
 
+def test_heads_and_top_k_show_their_sizes():
+    hidden, head, bias = (value.detach() for value in parts())
+    assert repr(Head(hidden, head, bias, softcap=30.0)) == (
+        "<Head: 24 rows of width 8, vocabulary 32, torch.float64, softcap 30>"
+    )
+    known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
+    assert repr(TopK(ids, known)) == "<TopK: 24 rows of 5 tokens, tail 'renorm'>"
+
+
 def test_other_models_as_hidden_states_logits_and_masked():
     hidden, head, bias = parts()
     other, other_head = parts(seed=5, bias=False)

@@ -25,7 +25,7 @@ def record(setting, method, seed, scores):
         "nll": 1.0,
         "entropy": 1.0,
         "kl_start": 0.1,
-        "trust": None,
+        "label_weight": None,
         "negative_mass": None,
         "steps": 1,
         "seconds": 1,

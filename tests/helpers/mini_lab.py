@@ -1,12 +1,12 @@
 """A miniature world of the lab, built in seconds."""
 
-from qlens.lab import Author, Problem, Setting
+from qlens.lab import Annotator, Problem, Setting
 
 MINI = Setting(
     name="mini",
-    corpus=Author(slip=(0.2, 0.2, 0.2), false=(0.2, 0.2, 1.0)),
-    tutor=Author(slip=(0.05, 0.05, 0.05)),
-    scribe=Author(slip=(0.1, 0.1, 0.1)),
+    corpus=Annotator(slip=(0.2, 0.2, 0.2), false=(0.2, 0.2, 1.0)),
+    tutor=Annotator(slip=(0.05, 0.05, 0.05)),
+    scribe=Annotator(slip=(0.1, 0.1, 0.1)),
     noise=0.4,
     depth=2,
     modulus=6,

@@ -92,6 +92,40 @@ def test_named_as_the_pair_loss_that_they_are():
     assert "each chosen text is followed by its rejected one" in explained.called_as
 
 
+def simpo_rejected_first(logits, labels):
+    rejected, chosen = text_log_probs(logits, labels).chunk(2)
+    return -F.logsigmoid(2.0 * (chosen - rejected) - 1.0).mean()
+
+
+def dpo_rejected_alternate(per_token_logps, ref_per_token_logps, mask):
+    ratios = ((per_token_logps - ref_per_token_logps) * mask).sum(-1).view(-1, 2)
+    return -F.logsigmoid(0.1 * (ratios[:, 1] - ratios[:, 0])).mean()
+
+
+def dpo_with_a_wrong_sign(per_token_logps, ref_per_token_logps, mask):
+    chosen, rejected = ((per_token_logps - ref_per_token_logps) * mask).sum(-1).chunk(2)
+    return F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def hinge(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    margin = policy_chosen_logps - reference_chosen_logps - policy_rejected_logps + reference_rejected_logps
+    return torch.relu(1 - 0.1 * margin).mean()
+
+
+def test_rejected_texts_may_come_first():
+    assert pairing(simpo_rejected_first, {}) == "rejected halves"
+    assert pairing(dpo_with_a_wrong_sign, {}) == "halves"
+    for loss, spec in ((simpo_rejected_first, "simpo(gamma=1.0)"), (dpo_rejected_alternate, "dpo")):
+        explained = qlens.explain(loss)
+        assert explained.nearest[0].same and explained.nearest[0].spec == spec, loss
+        assert "rejected text" in explained.called_as and "which it lower" in explained.called_as, loss
+
+
+def test_a_hinge_divides_by_no_largest_weight():
+    said = qlens.explain(hinge).text(full=True)
+    assert "largest weight" not in said and "no effect" not in said
+
+
 def test_no_false_alarm():
     for loss in (simpo_halves, simpo_alternate, SimpoTrainer, dpo_with_reference_model, dpo_masked, margin):
         assert qlens.check(loss).ok, (loss, qlens.check(loss).failures)

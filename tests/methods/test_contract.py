@@ -33,7 +33,7 @@ def test_contract(spec, monkeypatch):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_identity_at_any_parameters(name, data):
     variant = data.draw(variants(BUILT_IN[name]))

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from mini_lab import MINI
 from tiny import llama, parameters, trainer_in
 from torch import nn
 from torch.testing import assert_close
@@ -114,16 +113,7 @@ def test_a_resumed_run_measures_from_the_first_start(tmp_path):
     assert_close(float(resumed.variant.penalty(resumed.model).detach()), expected, rtol=1e-3, atol=0.0)
 
 
-def test_it_trains_the_labs_student(tmp_path, monkeypatch):
-    monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
-    study = qlens.compare(
-        ["sft", "rpsft(weight=10.0, k=4)"],
-        settings=MINI,
-        seeds=1,
-        steps=6,
-        jobs=1,
-        progress=False,
-        out=tmp_path / "run",
-    )
+def test_a_comparison_trains_with_the_penalty(compare):
+    study = compare(("sft", "rpsft(weight=10.0, k=4)"), seeds=1, steps=6)
     moved = study.diagnostics.set_index("method")["kl_start"]
     assert 0 < moved["rpsft(weight=10.0, k=4)"] < moved["sft"]

@@ -110,10 +110,10 @@ def test_where_nothing_varies_the_note_says_so():
     assert certain.note and single.note and single.mean == 0.5 and np.isnan(single.low) and np.isnan(single.high)
 
 
-@pytest.mark.parametrize("scores", [np.ones(3), np.ones((0, 2)), [[1.0, np.nan]], [[np.inf], [0.0]]], ids=str)
-def test_scores_that_are_no_full_table_are_refused(scores):
-    with pytest.raises(InputError, match="full table"):
-        crossed_interval(scores)
+def test_scores_that_are_no_full_table_are_refused():
+    for scores in (np.ones(3), np.ones((0, 2)), [[1.0, np.nan]], [[np.inf], [0.0]]):
+        with pytest.raises(InputError, match="full table"):
+            crossed_interval(scores)
 
 
 def test_a_level_in_percent_is_refused():
@@ -186,18 +186,18 @@ def test_holm_never_lowers_is_monotone_keeps_the_order_and_ignores_where_a_test_
     assert_array_equal(holm(np.array(p)[places]), found[places])
 
 
-@pytest.mark.parametrize("p", (-0.1, 1.5))
-def test_holm_refuses_what_is_no_p(p):
-    with pytest.raises(InputError, match=f"between 0 and 1.*{p}"):
-        holm([0.5, p])
+def test_holm_refuses_what_is_no_p():
+    for p in (-0.1, 1.5):
+        with pytest.raises(InputError, match=f"between 0 and 1.*{p}"):
+            holm([0.5, p])
 
 
-@pytest.mark.parametrize("n", range(1, 8))
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n):
-    for k in range(1, n + 1):
-        wanted = [np.mean([min(s) < c for s in itertools.combinations(range(n), k)]) for c in range(n + 1)]
-        assert_allclose(pass_at_k(np.arange(n + 1), n, k), wanted)
-    assert_allclose(avg_at_k(np.arange(n + 1), n), pass_at_k(np.arange(n + 1), n, 1))
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
+    for n in range(1, 8):
+        for k in range(1, n + 1):
+            wanted = [np.mean([min(s) < c for s in itertools.combinations(range(n), k)]) for c in range(n + 1)]
+            assert_allclose(pass_at_k(np.arange(n + 1), n, k), wanted)
+        assert_allclose(avg_at_k(np.arange(n + 1), n), pass_at_k(np.arange(n + 1), n, 1))
 
 
 def test_pass_at_k_of_many_samples_is_that_of_whole_number_arithmetic():
@@ -206,14 +206,14 @@ def test_pass_at_k_of_many_samples_is_that_of_whole_number_arithmetic():
     assert_allclose(pass_at_k([right], n, k), [wanted], rtol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "right, n, k, named",
-    [([1], 4, 5, "k.* n = 4"), ([1], 4, 0, "k.*0"), ([1], 4, 1.5, "k.*1.5"), ([5], 4, 2, "right.*5"),
-     ([-1], 4, 2, "right.*-1"), ([0.5], 4, 2, "right.*0.5"), ([math.nan], 4, 2, "right"), ([0], 2.5, 1, "n must.*2.5")],
-)  # fmt: skip
-def test_pass_at_k_names_what_cannot_be(right, n, k, named):
-    with pytest.raises(InputError, match=named):
-        pass_at_k(right, n, k)
+def test_pass_at_k_names_what_cannot_be():
+    cases = [
+        ([1], 4, 5, "k.* n = 4"), ([1], 4, 0, "k.*0"), ([1], 4, 1.5, "k.*1.5"), ([5], 4, 2, "right.*5"),
+        ([-1], 4, 2, "right.*-1"), ([0.5], 4, 2, "right.*0.5"), ([math.nan], 4, 2, "right"), ([0], 2.5, 1, "n must.*2.5"),
+    ]  # fmt: skip
+    for right, n, k, named in cases:
+        with pytest.raises(InputError, match=named):
+            pass_at_k(right, n, k)
 
 
 def test_rank_sets_are_those_of_the_pairs_one_by_one():
@@ -248,30 +248,26 @@ def test_equal_means_share_the_smallest_rank():
     assert rank_sets({"a": [[1.0]], "b": [[0.0]]}) == [("a", 1, 1, 2), ("b", 2, 1, 2)]
 
 
-@pytest.mark.parametrize(
-    "scores, options, named",
-    [({}, {}, "at least one"), ({"a": [[1.0]], "b": [[1.0, 2.0]]}, {}, "same seeds"), ({"a": [1.0]}, {}, "'a'.*full"),
-     ({"a": [[1.0]]}, {"better": "up"}, "better.*up"), ({"a": [[1.0]]}, {"level": 95}, "level.*95")],
-)  # fmt: skip
-def test_rank_sets_name_what_cannot_be(scores, options, named):
-    with pytest.raises(InputError, match=named):
-        rank_sets(scores, **options)
+def test_rank_sets_name_what_cannot_be():
+    cases = [({}, {}, "at least one"), ({"a": [[1.0]], "b": [[1.0, 2.0]]}, {}, "same seeds"), ({"a": [1.0]}, {}, "'a'.*full"),
+     ({"a": [[1.0]]}, {"better": "up"}, "better.*up"), ({"a": [[1.0]]}, {"level": 95}, "level.*95")]  # fmt: skip
+    for scores, options, named in cases:
+        with pytest.raises(InputError, match=named):
+            rank_sets(scores, **options)
 
 
-@pytest.mark.parametrize("case", [simulation.CASES[3], *simulation.CASES[8:]], ids=str)
-def test_figures_of_a_short_simulation_are_near_what_is_promised(case):
-    found = simulation.measure(case, seeds=5, items=40, repeats=400)
-    assert 0.89 < found["mean"] < 0.99 and 0.91 < found["difference"] < 0.99 and 0.01 < found["type I"] < 0.09
-    assert 0 < found["family"] < 0.12 and found["ranks apart"] > 0.97 and found["ranks close"] > 0.95
+def test_figures_of_a_short_simulation_are_near_what_is_promised():
+    for case in (simulation.CASES[3], *simulation.CASES[8:]):
+        found = simulation.measure(case, seeds=5, items=40, repeats=400)
+        assert 0.89 < found["mean"] < 0.99 and 0.91 < found["difference"] < 0.99 and 0.01 < found["type I"] < 0.09
+        assert 0 < found["family"] < 0.12 and found["ranks apart"] > 0.97 and found["ranks close"] > 0.95
 
 
-@pytest.mark.parametrize(
-    "case", [*simulation.CASES[7:9], simulation.Lab(a=0.5, b=4, seed=1, own=0.7, cell=0.8)], ids=str
-)
-def test_true_means_are_those_of_many_draws(case):
-    shifts = np.array([-1.25, 0.0, 0.02, 1.25])
-    x = case.draw(np.random.default_rng(0), 40_000, shifts, 1, 1).squeeze()
-    assert (np.abs(x.mean(0) - case.means(shifts)) < 4 * stats.sem(x)).all()
+def test_true_means_are_those_of_many_draws():
+    for case in (*simulation.CASES[7:9], simulation.BetaBinomial(a=0.5, b=4, seed=1, own=0.7, cell=0.8)):
+        shifts = np.array([-1.25, 0.0, 0.02, 1.25])
+        x = case.draw(np.random.default_rng(0), 40_000, shifts, 1, 1).squeeze()
+        assert (np.abs(x.mean(0) - case.means(shifts)) < 4 * stats.sem(x)).all()
 
 
 def test_the_docstrings_give_the_measured_figures():

@@ -1,6 +1,7 @@
-"""Studies from made-up scores: ranks, paired differences, corrections, controls and what a reader is told."""
+"""Studies from made-up scores: ranks, paired differences, corrections, controls, notes and exports."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pandas as pd
@@ -60,14 +61,14 @@ def test_without_sft_the_base_is_what_everything_is_compared_with():
 
 def test_controls_stand_on_the_other_side():
     study = example_study()
-    found = study.controlled()
+    found = study.control_differences()
     assert set(found["method"]) == {"target_sft"} and set(found["against"]) == {"target_sft_base_teacher"}
     assert (
         (found["mean"] > 0.1).all() and (found["low"] < found["mean"]).all() and (found["high"] > found["mean"]).all()
     )
     assert set(found["against"]) <= set(CONTROLS)
     assert "target_sft against its controls" in str(study)
-    assert example_study({"base": 0.4, "target_sft": 0.8}).controlled().empty
+    assert example_study({"base": 0.4, "target_sft": 0.8}).control_differences().empty
 
 
 def test_a_lost_job_leaves_the_others_and_is_said():
@@ -92,9 +93,9 @@ def test_a_lost_job_leaves_the_others_and_is_said():
 def test_rates_are_printed_with_what_is_wrong_with_them():
     study = example_study()
     said = str(study)
-    assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the grid" in said
-    assert "dft, target_sft, target_sft_base_teacher: sft's rate, not searched" in said
-    assert "known: base right 0.4\n" in said and "measured: odd thing 1\n" in said
+    assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the learning-rate grid" in said
+    assert "dft, target_sft, target_sft_base_teacher: sft's learning rate, not searched" in said
+    assert "prior knowledge: accuracy of the base model 0.4\n" in said and "measured: odd thing 1\n" in said
     seen = study.rates.query("setting == 'one' and method == 'sft'")
     assert seen["chosen"].tolist() == [True] + [False] * (len(GRID) - 1)
     assert_allclose(seen["validation"], 0.1)
@@ -106,13 +107,13 @@ def test_what_is_no_ranking_gets_no_ranks():
     assert lower.loc[("one", "base"), "rank"] == 1 and lower.loc[("one", "target_sft"), "rank"] == 5
 
 
-def test_truths_are_means_over_seeds_where_there_is_noise():
+def test_aurocs_are_means_over_seeds_where_there_is_noise():
     study = example_study()
-    found = study.truths().set_index(["setting", "method"])
+    found = study.label_auroc().set_index(["setting", "method"])
     assert_allclose(found.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
     assert found.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
     assert found["Q_end"].isna().all()
-    assert "one: trust against truth" in str(study) and "two: trust against truth" not in str(study)
+    assert "one: label noise found" in str(study) and "two: label noise found" not in str(study)
 
 
 def test_curves_have_intervals_over_seeds():
@@ -122,12 +123,45 @@ def test_curves_have_intervals_over_seeds():
     assert_allclose([found.loc[10, "low"], found.loc[10, "high"]], [0.3 - half, 0.3 + half])
 
 
-@pytest.mark.parametrize("form", ["to_markdown", "to_latex", "__str__"])
-def test_every_form_has_every_method_and_number(form):
+def test_every_form_has_every_method_and_number():
     study = example_study()
-    said = getattr(study, form)().replace("\\", "")
-    assert all(name in said for name in MEANS) and all(name in said for name in SETTINGS)
-    assert all(f"{mean:.3f}" in said for mean in study.table()["mean"])
+    for form in ("to_markdown", "to_latex", "__str__", "_repr_html_"):
+        text = getattr(study, form)().replace("\\", "")
+        assert all(name in text for name in MEANS) and all(name in text for name in SETTINGS), form
+        assert all(f"{mean:.3f}" in text for mean in study.table()["mean"]), form
+    record = json.loads(json.dumps(study.to_dict()))
+    assert [row["method"] for row in record["table"][:5]] == list(MEANS) and record["table"][0]["label_weight"] is None
+    assert len(record["differences"]) == len(study.differences()) and record["config"] == study.config
+    assert study.to_frame().equals(study.table()) and len(repr(study)) < 200 and "5 methods x 2 settings" in repr(study)
+    assert study.plot().axes
+
+
+def test_latex_takes_columns_and_a_caption():
+    source = example_study({"base": 0.4, "sft": 0.5, "a_b<c": 0.6}).to_latex(["method", "avg@8"], "Means & more.")
+    assert source.count(r"\begin{table}") == 2 and source.count("Means & more.") == 2
+    assert r"a\_b\textless{}c & 0." in source and "interval" not in source
+    with pytest.raises(InputError, match="columns: no column 'trust'; there are method, avg@8"):
+        example_study().to_latex(["method", "trust"])
+
+
+def test_names_of_earlier_versions_are_served_with_a_warning(tmp_path):
+    study = example_study()
+    for old, new in (("truths", "label_auroc"), ("controlled", "control_differences")):
+        with pytest.warns(DeprecationWarning, match=new):
+            pd.testing.assert_frame_equal(getattr(study, old)(), getattr(study, new)())
+    with pytest.warns(DeprecationWarning, match="label_weight"):
+        assert study.table()["trust"].isna().all()
+    study.save(tmp_path)
+    frame = pd.DataFrame({"setting": ["one"], "method": ["sft"], "p_y": [0.1], "trust": [1.0]})
+    frame.to_csv(tmp_path / "figures" / "trust.csv", index=False)
+    (tmp_path / "figures" / "label_weight.csv").unlink()
+    old = pd.read_csv(tmp_path / "diagnostics.csv").rename(columns={"label_weight": "trust"}).assign(trust=0.25)
+    old.to_csv(tmp_path / "diagnostics.csv", index=False)
+    loaded = Study.load(tmp_path)
+    assert loaded.label_weight["label_weight"].tolist() == [1.0]
+    assert set(loaded.table()["label_weight"]) == {0.25}
+    with pytest.warns(DeprecationWarning, match="label_weight"):
+        assert loaded.trust["trust"].tolist() == [1.0]
 
 
 def test_a_study_comes_back_from_its_folder(tmp_path):

@@ -1,4 +1,4 @@
-"""The summary of a chunk: figures and candidates against numpy, chunks against the whole, texts of tokens."""
+"""Summary of a chunk: metrics and entries against numpy, chunks against the whole, texts of tokens."""
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ import qlens
 from qlens import InputError, Tokens
 from qlens.analysis.token_view import summary
 from qlens.analysis.token_view.summary import Summary, summarise, summary_of
-from qlens.analysis.token_view.token_text import Pieces, completed
+from qlens.analysis.token_view.token_text import TokenText, completed
 
 N, V = 7, 11
 SPECS = ["sft", "dft", "kd", "gem", "label_smoothing"]
@@ -46,14 +46,15 @@ def test_the_figures_are_those_of_the_formulas(tokens):
     rest = p.copy()
     rest[at] = 0
     found = made.models
-    assert found["label"].tolist() == y.tolist() and found["rival"].tolist() == rest.argmax(-1).tolist()
+    assert found["label"].tolist() == y.tolist() and found["runner_up"].tolist() == rest.argmax(-1).tolist()
     rest_t = t.copy()
     rest_t[at] = 0
-    doubt, teacher_doubt = np.log(rest.max(-1) / p[at]), np.log(rest_t.max(-1) / t[at])
+    margin, teacher_margin = np.log(rest.max(-1) / p[at]), np.log(rest_t.max(-1) / t[at])
     wanted = {
-        "p_y": p[at], "nll": -np.log(p[at]), "entropy": -(p * np.log(p)).sum(-1), "room": 1 - p[at], "doubt": doubt,
-        "p_rival": rest.max(-1), "teacher_y": t[at], "teacher_doubt": teacher_doubt,
-        "disagreement": np.abs(p - t).sum(-1) / 2, "suspicion": np.minimum(doubt, teacher_doubt),
+        "p_y": p[at], "nll": -np.log(p[at]), "entropy": -(p * np.log(p)).sum(-1), "p_other": 1 - p[at],
+        "negative_margin_student": margin, "p_runner_up": rest.max(-1), "teacher_y": t[at],
+        "negative_margin_teacher": teacher_margin, "disagreement": np.abs(p - t).sum(-1) / 2,
+        "negative_margin": np.minimum(margin, teacher_margin),
     }  # fmt: skip
     for name, values in wanted.items():
         assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
@@ -64,7 +65,7 @@ def test_the_figures_are_those_of_the_formulas(tokens):
         away = np.abs(q - kept)
         away[at] = 0
         wanted = {
-            "q_y": q[at], "ignored": 1 - q[at], "pull": q[at] - p[at], "trust": (q[at] - p[at]) / (1 - p[at]),
+            "q_y": q[at], "q_other": 1 - q[at], "label_gradient": q[at] - p[at], "label_weight": (q[at] - p[at]) / (1 - p[at]),
             "negative_mass": np.maximum(0, -q).sum(-1), "total": np.ones(N), "reshape": away.sum(-1) / 2,
             "entropy": np.where(signed, np.nan, -plogp.sum(-1)),
             "kl": np.where(signed, np.nan, (plogp - np.where(q > 0, q * np.log(p), 0)).sum(-1)),
@@ -75,7 +76,7 @@ def test_the_figures_are_those_of_the_formulas(tokens):
 
 
 @pytest.mark.parametrize("candidates", [1, 7, 20])
-def test_candidates_are_the_label_the_largest_moves_and_then_the_largest(tokens, candidates):
+def test_entries_are_the_label_the_largest_moves_and_then_the_largest(tokens, candidates):
     made = summarise(tokens, [qlens.get(spec) for spec in SPECS], candidates)
     p, t, y, targets = by_hand(tokens)
     size = min(V, max(candidates, len(SPECS) + 1))
@@ -164,16 +165,15 @@ def byte_fallback():
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(), byte_fallback()], ids=["byte-level", "byte-fallback"])
-@pytest.mark.parametrize("text", ["a a", "a\na", "aé", "a😀!", "שלום", "\u202ea", "👨‍👩‍👧"])
-def test_the_texts_of_tokens_are_the_bytes_of_the_text(tokenizer, text):
-    pieces = Pieces(tokenizer)
-    strings = [pieces[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
-    assert "".join(strings).encode("utf-8", "surrogateescape").decode() == text
-    whole = completed(strings)
-    assert "".join(whole.values()) == "".join(letter for letter in text if not letter.isascii())
+def test_the_texts_of_tokens_are_the_bytes_of_the_text(tokenizer):
+    texts = TokenText(tokenizer)
+    for text in ("a a", "a\na", "aé", "a😀!", "שלום", "\u202ea", "👨‍👩‍👧"):
+        strings = [texts[token] for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+        assert "".join(strings).encode("utf-8", "surrogateescape").decode() == text
+        assert "".join(completed(strings).values()) == "".join(letter for letter in text if not letter.isascii()), text
 
 
 def test_special_and_unknown_tokens_have_names():
-    pieces = Pieces(letters())
-    assert pieces[0] == "<s>" and pieces[999] == "<999>" and pieces[3] == "\n"
+    texts = TokenText(letters())
+    assert texts[0] == "<s>" and texts[999] == "<999>" and texts[3] == "\n"
     assert completed(["\udcf0", "a", "\udc9f"]) == {}

@@ -1,4 +1,4 @@
-"""The token view as a user calls it: from Python and from the command line; and what it refuses."""
+"""The token view from Python and from the command line, and its error messages."""
 
 import json
 
@@ -12,6 +12,7 @@ from tiny import letters, llama
 import qlens
 from qlens import InputError
 from qlens.analysis.token_view.summary import summarise
+from qlens.data.models import load_model, load_tokenizer
 
 PAIRS = [("what is ban", "nab"), ("what is gell", "lleg"), ("a" * 40, "too long for it"), ("what is fars", "sraf")]
 
@@ -56,9 +57,9 @@ def test_the_table_has_a_line_per_token_and_method(seen):
 def test_the_ranking_is_of_its_rows(seen):
     ranking = seen.rank()
     dft = ranking.rows[ranking.rows["by"] == "dft"].set_index("row")
-    mine = seen.summary.methods["dft"]["pull"][:4].sum() / seen.summary.models["room"][:4].sum()
-    assert dft.loc[1, "trust"] == pytest.approx(mine, abs=1e-5) and dft.loc[1, "text"] == "nab</s>"
-    assert dft["rank"].tolist() == [1, 2, 3] and dft["trust"].is_monotonic_increasing
+    mine = seen.summary.methods["dft"]["label_gradient"][:4].sum() / seen.summary.models["p_other"][:4].sum()
+    assert dft.loc[1, "label_weight"] == pytest.approx(mine, abs=1e-5) and dft.loc[1, "text"] == "nab</s>"
+    assert dft["rank"].tolist() == [1, 2, 3] and dft["label_weight"].is_monotonic_increasing
     tokens = ranking.tokens[ranking.tokens["by"] == "dft"]
     assert tokens.loc[tokens["row"] == 1, "context"].str.startswith("<s>what is ban").all()
     few = seen.top(1)
@@ -71,40 +72,39 @@ def test_many_forms_of_text_and_methods(models):
     model, tokenizer = models["model"], models["tokenizer"]
     assert len(qlens.view(model, tokenizer, "a word", "dft").summary) == 6
     assert len(qlens.view(model, tokenizer, {"prompt": "a", "completion": "b"}).summary) == 2
-    assert qlens.view(model, tokenizer, ["ab", "cd", "ef"], rows=2).texts[-1].row == 2
+    assert qlens.view(model, tokenizer, ["ab", "cd", "ef"], max_rows=2).texts[-1].row == 2
     ids = [{"input_ids": [4, 5, 6], "labels": [4, -100, 6]}, {"input_ids": [4, 5], "labels": [4, -100]}]
     seen = qlens.view(model, tokenizer, ids, [lambda logits, labels: 2 * F.cross_entropy(logits, labels)])
     assert len(seen.summary) == 1 and seen.skipped == {2: "no supervised token"}
-    assert seen.summary.methods["<lambda>"]["trust"].item() == pytest.approx(2, abs=1e-4)
+    assert seen.summary.methods["<lambda>"]["label_weight"].item() == pytest.approx(2, abs=1e-4)
     reference = llama(1)
     both = qlens.view(model, tokenizer, ["a word", "another"], ["iw_sft", "psft", "unlikelihood"], reference=reference)
     ratio = qlens.Tokens.from_text(model, tokenizer, ["another"], reference=reference)
     wanted = qlens.get("iw_sft").target(ratio).label_weight
     torch.testing.assert_close(
-        torch.tensor(both.summary.methods["iw_sft"]["trust"][6:].to_numpy()), wanted, rtol=1e-3, atol=1e-4
+        torch.tensor(both.summary.methods["iw_sft"]["label_weight"][6:].to_numpy()), wanted, rtol=1e-3, atol=1e-4
     )
 
 
-@pytest.mark.parametrize(
-    ("given", "says"),
-    [
+def test_mistakes_are_named(models):
+    for given, message in (
         ({"text": []}, "text must be a text"),
         ({"text": ["a"], "variants": []}, "variants is empty"),
         ({"text": ["abc"], "variants": ["sft", "sft"]}, "sft is given twice"),
         ({"text": ["abc"], "variants": ["kd"]}, "kd needs a teacher: give teacher=, on the command line --teacher"),
-        ({"text": ["abc"], "variants": ["cft"]}, "cft needs 'critical', which a text does not carry"),
+        ({"text": ["abc"], "variants": ["cft"]}, "cft needs 'critical', which a text does not have"),
         ({"text": ["abc"], "candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
-        ({"text": ["abc"], "rows": 0}, "rows must be a whole number of at least 1, got 0"),
+        ({"text": ["abc"], "max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
         ({"text": [""]}, "none of its 1 rows can be shown (row 1: no supervised token)"),
         ({"text": [{"prompt": "a"}]}, "row 1: keys"),
-        ({"text": ["abc"], "teacher": "folder"}, "teacher must be a loaded model"),
+        ({"text": ["abc"], "teacher": 3}, "teacher must be a loaded model"),
+        ({"text": ["abc"], "teacher": "./nowhere"}, "nowhere"),
+        ({"text": ["abc"], "tokenizer": None}, "give tokenizer"),
         ({"text": ["abc"], "teacher": llama(1, vocab=40)}, "teacher has a vocabulary of 40"),
-    ],
-)
-def test_mistakes_are_named(models, given, says):
-    with pytest.raises(InputError) as caught:
-        qlens.view(models["model"], models["tokenizer"], **given)
-    assert says in str(caught.value)
+    ):
+        with pytest.raises(InputError) as caught:
+            qlens.view(**({"model": models["model"], "tokenizer": models["tokenizer"]} | given))
+        assert message in str(caught.value), given
 
 
 def test_a_missing_folder_is_named(seen, tmp_path):
@@ -127,7 +127,9 @@ def test_the_command_writes_a_page(run, own, tmp_path):
 def test_the_command_ranks(run, own, tmp_path):
     given = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
     code, out, err = run(*given)
-    assert code == 0 and "dft: what it trusts least" in out and "rows (of 40):" in out and "1 rows left out" in err
+    assert (
+        code == 0 and "dft: smallest label weight first" in out and "rows (of 40):" in out and "1 rows left out" in err
+    )
     assert "left out, longer than the context of 32 tokens: row 41" in out and not list(tmp_path.iterdir())
     code, out, _ = run(*given, "--json", "--out", "least.html")
     lines = [json.loads(line) for line in out.splitlines()]
@@ -138,19 +140,16 @@ def test_the_command_ranks(run, own, tmp_path):
     assert {line["row"] for line in lines if line["by"] != "sft"} == {text["row"] for text in data["texts"]}
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
+def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path):
+    for words, message in (
         (["--model", "nowhere"], "--model and --data go together"),
         (["--model", "./nowhere", "--text", "a"], "'./nowhere' is not there"),
         (["--model", "nowhere", "--text", "a", "--data", "b"], "--text and --data: give one of them"),
         (["--model", "nowhere", "--text", "a", "--out", "no/view.html"], "there is no folder no"),
         (["--rank", "--top", "0"], "top"),
-    ],
-)
-def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path, words, says):
-    code, out, err = run("view", *words)
-    assert code == 2 and says in err and "Traceback" not in err and out == ""
+    ):
+        code, out, err = run("view", *words)
+        assert code == 2 and message in err and "Traceback" not in err and out == "", words
     assert not list(tmp_path.iterdir())
 
 
@@ -162,3 +161,24 @@ def test_rounded_scores_do_not_depend_on_the_order_of_rows(models):
     assert len(both) == len(there)
     np.testing.assert_allclose(both["score_x"], both["score_y"], rtol=1e-4, atol=1e-5)
     assert (both["rank_x"] == both["rank_y"]).all()
+
+
+def test_models_are_folders_or_modules(own):
+    modules = {name: load_model(own[name]) for name in ("model", "teacher")}
+    loaded = qlens.view(tokenizer=load_tokenizer(own["model"]), text=PAIRS, **modules)
+    read = qlens.view(own["model"], None, PAIRS, teacher=str(own["teacher"]))
+    pd.testing.assert_frame_equal(read.table, loaded.table)
+    with pytest.warns(DeprecationWarning, match="max_rows="):
+        assert len(qlens.view(own["model"], own["model"], PAIRS, rows=1).texts) == 1
+
+
+def test_every_export_is_of_the_table(seen):
+    assert seen.to_frame() is seen.table and repr(seen).startswith("<TokenView of 14 tokens in 3 rows")
+    record = json.loads(json.dumps(seen.to_dict()))
+    assert len(record["table"]) == len(seen.table) and record["notes"] == seen.notes
+    assert "1 & 14 & n & sft" in seen.to_latex(caption="Targets.") and "Targets." in seen.to_latex(caption="Targets.")
+    figure = seen.plot(row=4)
+    names = [tick.get_text() for ax in figure.axes for tick in ax.get_xticklabels()]
+    assert "".join(names[-5:]) == "sraf</s>"
+    with pytest.raises(InputError, match="row must be one of 1, 2, 4, got 3"):
+        seen.plot(row=3)

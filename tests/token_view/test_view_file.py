@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from made_view import made
+from example_view import made
 
 
 @pytest.fixture(scope="module")

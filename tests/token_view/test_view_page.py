@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 from browser import worst
-from made_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
+from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +163,8 @@ def test_find_goes_through_the_text_across_tokens(page):
 
 def test_rows_are_ordered_by_the_ranking(page, view):
     ranking = view.rank()
-    assert "least trusted by sft first" not in page.locator("#order option").all_inner_texts(), "sft trusts all alike"
-    for by, name in [("kd", "least trusted by kd first"), ("suspicion", "labels doubted most first")]:
+    assert "smallest label weight: sft" not in page.locator("#order option").all_inner_texts(), "all labels of sft tie"
+    for by, name in [("kd", "smallest label weight: kd"), ("negative_margin", "largest negative margin")]:
         page.select_option("#order", label=name)
         wanted = ranking.rows[ranking.rows["by"] == by]["row"].tolist()
         assert [
@@ -200,7 +200,7 @@ def test_all_text_is_readable(open_page, file, scheme):
     page.fill("#find", "bc")
     page.locator("#least").evaluate("node => { node.open = true; }")
     page.select_option("#left", label="gem")
-    for metric in ("trust", "KL(Q || p)", "suspicion"):
+    for metric in ("label weight", "KL(Q || p)", "negative margin"):
         page.select_option("#metric", label=metric)
         token(page, 2).hover()
         found = worst(page)

@@ -33,18 +33,17 @@ def straight_and_resumed(make, folder, spec, model, steps=6, at=3, **options):
     return whole, resumed
 
 
-@pytest.mark.parametrize("fused", [None, False], ids=["fused", "whole logits"])
 @pytest.mark.parametrize(
-    ("spec", "options"),
+    ("spec", "fused", "options"),
     [
-        ("psft", dict(old_every=4)),
-        ("psft", dict(old_every=100, accumulate=2, log_every=2)),
-        ("iw_sft", {}),
-        ("rpsft(weight=0.5, k=4)", {}),
-        ("profit(keep='random', threshold=0.5)", dict(log_every=2)),
-        ("target_sft", {}),
+        ("psft", None, dict(old_every=4)),
+        ("psft", False, dict(old_every=4)),
+        ("psft", None, dict(old_every=100, accumulate=2, log_every=2)),
+        ("iw_sft", False, {}),
+        ("rpsft(weight=0.5, k=4)", None, {}),
+        ("profit(keep='random', threshold=0.5)", None, dict(log_every=2)),
+        ("profit(keep='random', threshold=0.5)", False, dict(log_every=2)),
     ],
-    ids=["psft", "psft, never refreshed", "iw_sft", "rpsft", "profit", "target_sft"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, spec, options, fused):
     whole, resumed = straight_and_resumed(make, tmp_path, spec, llama(), fused=fused, **options)

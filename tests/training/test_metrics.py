@@ -52,7 +52,8 @@ def metrics_by_hand(model, batches) -> dict[str, float]:
     return {
         **{name: float(np.mean(values)) for name, values in means.items()},
         "ess": ess,
-        "trust": sum(pull) / sum(room),
+        "label_weight": sum(pull) / sum(room),
+        "trust": sum(pull) / sum(room),  # its old key
     }
 
 

@@ -74,7 +74,8 @@ def test_every_part_keeps_its_mode(tmp_path):
 def test_the_records_are_those_of_the_targets(tmp_path):
     model, teacher = llama(), llama(1)
     before = tokens_from_examples(model, PROBES, teacher=teacher)
-    watch = Watch(["kd", "gem", "dft"], PROBES, tokenizer=letters(), teacher=teacher, every=4, tokens=9)
+    teacher.save_pretrained(tmp_path / "teacher")
+    watch = Watch(["kd", "gem", "dft"], PROBES, tokenizer=letters(), teacher=tmp_path / "teacher", every=4, tokens=9)
     run(tmp_path, watch, model=model, steps=6)
     after = tokens_from_examples(model, PROBES, teacher=teacher)
     kept = torch.linspace(0, len(before) - 1, 9).long()
@@ -87,7 +88,8 @@ def test_the_records_are_those_of_the_targets(tmp_path):
         for step, target, tokens in ((0, start, before[kept]), (6, end, after[kept])):
             mine = frame[(frame["variant"] == name) & (frame["step"] == step)]
             assert mine["label"].tolist() == tokens.labels.tolist()
-            wanted = {"trust": target.label_weight, "negative_mass": target.negative_mass, "p_y": tokens.label_probs}
+            wanted = {"label_weight": target.label_weight, "trust": target.label_weight}
+            wanted |= {"negative_mass": target.negative_mass, "p_y": tokens.label_probs}
             wanted |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
             for column, value in wanted.items():
                 np.testing.assert_allclose(

@@ -1,1 +1,1 @@
-"""Designed: targets that are written down first, and losses that follow from them."""
+"""Designed: an explicit target, and the cross-entropy toward it."""

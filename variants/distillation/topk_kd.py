@@ -90,7 +90,7 @@ def topk_kd(
     top = Top.of(tokens.log_probs.detach(), tokens.log_probs_of("teacher"), k)
     p, q = top.log_p.exp(), top.log_q.exp()
     inside = torch.zeros_like(p).scatter(1, top.ids, 1.0)
-    rest = top.log_q_rest.exp()[:, None]
+    tail_mass = top.log_q_rest.exp()[:, None]
     on = torch.zeros_like(p).scatter(1, top.ids, q)
     sharp = torch.zeros_like(p).scatter(1, top.ids, log_softmax(top.log_q).exp())
     if tail == "student":
@@ -110,7 +110,7 @@ def topk_kd(
             if tail == "uniform"
             else (top.log_p - top.log_p_rest[:, None]).exp()
         )
-        grad = p - on - rest * torch.where(inside > 0, 0.0, spread)
+        grad = p - on - tail_mass * torch.where(inside > 0, 0.0, spread)
     value = _value(tokens.log_probs.detach(), tokens.log_probs_of("teacher"), k, tail, reverse)
     counts = (value >= 0) if floor else torch.ones_like(value, dtype=torch.bool)
     if cap is not None:
@@ -142,8 +142,8 @@ class Top(NamedTuple):
     def of(cls, log_p: Tensor, log_t: Tensor, k: int) -> "Top":
         """Ties at the k-th place go to the lowest id."""
         index = top_ids(log_t, k)
-        rest = [log.scatter(1, index, -torch.inf).logsumexp(-1) for log in (log_t, log_p)]
-        return cls(index, log_t.gather(1, index), rest[0], log_p, rest[1])
+        log_rest = [log.scatter(1, index, -torch.inf).logsumexp(-1) for log in (log_t, log_p)]
+        return cls(index, log_t.gather(1, index), log_rest[0], log_p, log_rest[1])
 
 
 def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> Float[Tensor, " N"]:
@@ -161,8 +161,8 @@ def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> 
         value = value + kl(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
     if tail == "uniform" and top.ids.shape[1] < log_p.shape[1]:
         outside = log_p.shape[1] - top.ids.shape[1]
-        each = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)
-        value = value + kl(each.scatter(1, top.ids, -torch.inf), log_p)
+        log_share = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)
+        value = value + kl(log_share.scatter(1, top.ids, -torch.inf), log_p)
     return value
 
 

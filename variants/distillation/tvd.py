@@ -59,7 +59,7 @@ def tvd_loss(tokens: Tokens) -> Float[Tensor, " N"]:
 
 
 def _apart(p: Float[Tensor, "N V"], q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
-    """p - q, where they differ by more than rounding; target and loss must not disagree about a sign."""
+    """p - q, with 0 where they differ by rounding, so that target and loss agree on the sign."""
     gap = p - q
     rounding = TIES * torch.finfo(p.dtype).eps * torch.maximum(p, q).detach()
     return torch.where(gap.detach().abs() <= rounding, 0.0, gap)

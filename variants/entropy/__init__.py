@@ -1,1 +1,1 @@
-"""Entropy: weights by, or a pull on, the entropy of the student's own distribution."""
+"""Entropy: label weights from the entropy of the student, and penalties on it."""

@@ -122,8 +122,8 @@ def eaft_loss(tokens: Tokens, *, k, normalizer, alpha, gate, beta, share, floor,
     """-gate log p_y."""
     _check(k, normalizer, gate, detach)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    kept = tokens.logits.detach() if detach else tokens.logits
-    top = kept.gather(1, top_ids(kept.detach(), k))
+    z = tokens.logits.detach() if detach else tokens.logits
+    top = z.gather(1, top_ids(z.detach(), k))
     q = torch.softmax(top, -1)
     logs = F.log_softmax(top, -1).masked_fill(q == 0, 0.0) if floor == 0 else torch.log(q + floor)
     h = -(q * logs).sum(-1)

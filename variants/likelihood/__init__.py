@@ -1,3 +1,1 @@
-"""Likelihood: losses of the label probability p_y alone; they differ in how far a label is trusted, or in what a negative
-costs.
-"""
+"""Likelihood: losses of the label probability p_y, with different label weights; some also weigh by negatives or entropy."""

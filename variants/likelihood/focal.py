@@ -51,11 +51,11 @@ def focal(tokens: Tokens, *, gamma: Weight = 2.0, detach: bool = False) -> Targe
         tensor([0.2500])
     """
     log_y, log_rest = tokens.label_log_probs.detach(), tokens.rest_log_probs.detach()
-    rest = log_rest.exp()
+    other_mass = log_rest.exp()
     push = torch.where(log_rest > -torch.inf, gamma * log_rest, -torch.inf if gamma else 0.0).exp()
     if not detach:
         ratio = torch.where(
-            rest > 0, -torch.where(rest < 0.5, torch.log1p(-rest), log_y) / rest, 1.0
+            other_mass > 0, -torch.where(other_mass < 0.5, torch.log1p(-other_mass), log_y) / other_mass, 1.0
         )  # -log p / (1 - p)
         push = push * (1 + gamma * log_y.exp() * ratio)
     return Target.push(tokens, push)
@@ -66,8 +66,10 @@ def focal_loss(tokens: Tokens, *, gamma, detach) -> Float[Tensor, " N"]:
     """-(1 - p_y)^gamma log p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     # log(1 - p_y), added up over the others where p_y is near 1; finite where there are none
-    others = F.log_softmax(tokens.logits, -1).scatter(1, tokens.labels.long()[:, None], -torch.inf).clamp(min=-1e30)
+    other_log_p = (
+        F.log_softmax(tokens.logits, -1).scatter(1, tokens.labels.long()[:, None], -torch.inf).clamp(min=-1e30)
+    )
     p_y = torch.exp(-nll)
-    log_rest = torch.where(p_y < 0.5, torch.log1p(-p_y.clamp(max=0.5)), others.logsumexp(-1))
+    log_rest = torch.where(p_y < 0.5, torch.log1p(-p_y.clamp(max=0.5)), other_log_p.logsumexp(-1))
     weight = torch.exp(gamma * log_rest)
     return (weight.detach() if detach else weight) * nll

@@ -97,14 +97,14 @@ def idft_loss(tokens: Tokens, *, beta, clamp, mix, floor) -> Float[Tensor, " N"]
     """-sg(p_y^kappa) log p_y, p_y clamped at the floor."""
     low, high = _ordered(clamp)
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    kept = nll.clamp(max=-math.log(floor)) if floor else nll
+    bounded = nll.clamp(max=-math.log(floor)) if floor else nll
     with torch.no_grad():
         probs = F.softmax(tokens.logits, -1)
         entropy = -torch.special.xlogy(probs, probs + floor).sum(-1)
-        phi = entropy - kept
+        phi = entropy - bounded
         e = torch.exp(torch.clamp(-phi / beta, max=60.0)).clamp(low, high)
-        weight = torch.exp(-(1 + mix * (e - 1)) * kept)
-    return weight * kept
+        weight = torch.exp(-(1 + mix * (e - 1)) * bounded)
+    return weight * bounded
 
 
 def _ordered(clamp: tuple[float, float]) -> tuple[float, float]:

@@ -17,10 +17,10 @@ def _terms(epsilon: float | tuple[float, ...]) -> tuple[float, ...]:
 def _inside(epsilon: float | tuple[float, ...]) -> bool | None:
     """Whether Q is a distribution: Q_k = -p_y slope p_k and Q_y = 1 + p_y (1 - p_y) slope, which is least at p_y = 1/2."""
     terms = _terms(epsilon)
-    if all(each <= 0 for each in terms):
-        least = sum(j * each for j, each in enumerate(terms, 1))
+    if all(coefficient <= 0 for coefficient in terms):
+        least = sum(j * coefficient for j, coefficient in enumerate(terms, 1))
         return True if least >= -4 else False if len(terms) == 1 else None
-    return False if all(each >= 0 for each in terms) else None
+    return False if all(coefficient >= 0 for coefficient in terms) else None
 
 
 @register(
@@ -57,10 +57,10 @@ def poly(tokens: Tokens, *, epsilon: float | tuple[float, ...] = 1.0) -> Target:
         >>> poly(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), epsilon=-1.0).trust
         tensor([0.5000])
     """
-    p_y, rest = tokens.label_probs.detach(), tokens.rest_log_probs.detach().exp()
+    p_y, other_mass = tokens.label_probs.detach(), tokens.rest_log_probs.detach().exp()
     slope = torch.zeros_like(p_y)
-    for j, each in enumerate(_terms(epsilon), 1):
-        slope = slope + j * each * rest ** (j - 1)
+    for j, coefficient in enumerate(_terms(epsilon), 1):
+        slope = slope + j * coefficient * other_mass ** (j - 1)
     return Target.push(tokens, 1 + p_y * slope)
 
 
@@ -69,4 +69,4 @@ def poly_loss(tokens: Tokens, *, epsilon) -> Float[Tensor, " N"]:
     """-log p_y + sum_j epsilon_j (1 - p_y)^j."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     gap = -torch.expm1(-nll)
-    return nll + sum((each * gap**j for j, each in enumerate(_terms(epsilon), 1)), torch.zeros_like(nll))
+    return nll + sum((coefficient * gap**j for j, coefficient in enumerate(_terms(epsilon), 1)), torch.zeros_like(nll))

@@ -55,6 +55,6 @@ def sce_loss(tokens: Tokens, *, alpha, beta, log_zero) -> Float[Tensor, " N"]:
     """alpha CE(d, p) + beta CE(p, d)."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
     p = F.softmax(tokens.logits, -1)
-    others = 1 - F.one_hot(tokens.labels.long(), p.shape[-1]).to(p)
-    backward = -(p * others * log_zero).sum(-1)
+    off_label = 1 - F.one_hot(tokens.labels.long(), p.shape[-1]).to(p)
+    backward = -(p * off_label * log_zero).sum(-1)
     return alpha * nll + beta * backward

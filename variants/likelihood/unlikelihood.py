@@ -59,12 +59,12 @@ def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floo
     """
     log_p, pushed = tokens.log_probs.detach(), tokens.require("negatives").bool()
     p, first = log_p.exp(), log_p.argmax(-1, keepdim=True)
-    rest = log_p.scatter(1, first, -torch.inf)
+    log_others = log_p.scatter(1, first, -torch.inf)
     # p_c / (1 - p_c) is unbounded for the most probable token alone: its gradient is p without it minus p, in full
     bound = math.log(floor) if floor else -torch.inf
-    apart = (pushed.gather(1, first) & (rest.logsumexp(-1, keepdim=True) >= bound)).to(p)
+    apart = (pushed.gather(1, first) & (log_others.logsumexp(-1, keepdim=True) >= bound)).to(p)
     odds = torch.where(pushed & (1 - p >= floor), p / (1 - p), 0.0).scatter(1, first, 0.0)
-    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(rest.clamp(min=-1e30)).exp())
+    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(log_others.clamp(min=-1e30)).exp())
     label = Target.push(tokens, torch.full_like(p[:, 0], nll))
     return Target.from_grad(tokens, label.grad + alpha * grad)
 
@@ -75,8 +75,8 @@ def unlikelihood_loss(tokens: Tokens, *, alpha, nll, floor) -> Float[Tensor, " N
     log_p = F.log_softmax(tokens.logits, -1)
     top = log_p.detach().argmax(-1, keepdim=True)
     # log(1 - p) of the most probable token is summed over the others; finite where there are none
-    rest = log_p.scatter(1, top, -torch.inf).clamp(min=-1e30)
-    unlikely = torch.log1p(-rest.exp()).scatter(1, top, rest.logsumexp(-1, keepdim=True))
+    log_others = log_p.scatter(1, top, -torch.inf).clamp(min=-1e30)
+    unlikely = torch.log1p(-log_others.exp()).scatter(1, top, log_others.logsumexp(-1, keepdim=True))
     unlikely = unlikely.clamp(min=math.log(floor)) if floor else unlikely
     down = -torch.where(tokens.require("negatives").bool(), unlikely, 0.0).sum(-1)
     return nll * F.nll_loss(log_p, tokens.labels.long(), reduction="none") + alpha * down

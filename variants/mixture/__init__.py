@@ -1,1 +1,1 @@
-"""Mixture: a fixed share of the target is uniform or the student's own."""
+"""Mixture: the label mixed in fixed shares with the uniform or the student's own distribution."""

@@ -69,5 +69,5 @@ def label_smoothing_loss(tokens: Tokens, *, epsilon, over) -> Float[Tensor, " N"
     nll = F.nll_loss(log_p, tokens.labels.long(), reduction="none")
     if over == "all":
         return (1 - epsilon) * nll - epsilon * log_p.mean(-1)
-    each = epsilon / (log_p.shape[-1] - 1)
-    return (1 - epsilon - each) * nll - each * log_p.sum(-1)
+    per_entry = epsilon / (log_p.shape[-1] - 1)
+    return (1 - epsilon - per_entry) * nll - per_entry * log_p.sum(-1)

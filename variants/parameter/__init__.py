@@ -1,1 +1,1 @@
-"""Parameter: penalties on the weights of a model, beside a loss of its tokens."""
+"""Parameter: penalties on the weights of the model beside a token loss."""

@@ -83,7 +83,7 @@ def rpsft(
 
 @rpsft.loss
 def rpsft_loss(tokens: Tokens, *, weight, k, normalize, half) -> Float[Tensor, " N"]:
-    """-log p_y; the penalty is not a token's."""
+    """-log p_y, without the penalty."""
     return F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
 
 
@@ -102,7 +102,7 @@ def rpsft_penalty(model: nn.Module, *, weight, k, normalize, half) -> Tensor:
 def rpsft_start(
     model: nn.Module, saved: Mapping[str, Tensor] | None, *, weight, k, normalize, half
 ) -> dict[str, Tensor]:
-    """W_0: the model's weights as they are now, or as a checkpoint has them."""
+    """Set W_0 to the present weights of the model, or to those of a checkpoint."""
     matrices = _matrices(model)
     if saved is None:
         anchors = {name: Anchor.of(matrix, k, half) for name, matrix in matrices.items()}
@@ -114,7 +114,7 @@ def rpsft_start(
 
 @dataclass(frozen=True, eq=False)
 class Anchor:
-    """Where a matrix began: its leading singular vectors and block, or the whole of it where they span it."""
+    """The start of a matrix: its leading singular vectors and their block, or all of it where they span it."""
 
     left: Tensor | None
     right: Tensor | None
@@ -122,23 +122,27 @@ class Anchor:
 
     @classmethod
     def of(cls, matrix: Tensor, k: int, half: bool) -> "Anchor":
-        """The anchor of a matrix as it is now."""
+        """The anchor of a matrix at its present values."""
         start = matrix.detach().clone()
         if k >= min(matrix.shape):
             return cls(None, None, start)
         u, _, vh = torch.linalg.svd(start.double(), full_matrices=False)
-        kept = torch.float16 if half else start.dtype
-        left, right = u[:, :k].to(kept), vh[:k].T.to(kept)
-        return cls(left, right, left.T @ start.to(kept) @ right)  # diag(S), rounded as what it is compared with
+        dtype = torch.float16 if half else start.dtype
+        left, right = u[:, :k].to(dtype), vh[:k].T.to(dtype)
+        return cls(left, right, left.T @ start.to(dtype) @ right)  # diag(S), rounded as what it is compared with
 
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """The tensors of the anchor by name, for a checkpoint."""
         named = {"left": self.left, "right": self.right, "block": self.block}
         return {name: value.contiguous() for name, value in named.items() if value is not None}
 
     @classmethod
     def read(cls, saved: Mapping[str, Tensor], name: str, matrix: Tensor, k: int, half: bool) -> "Anchor":
-        """The anchor of a matrix from the tensors of a checkpoint."""
+        """The anchor of a matrix from a checkpoint.
+
+        Raises:
+            InputError: the checkpoint has no anchor for this matrix, k and half.
+        """
         parts = {part: saved.get(f"{name}.{part}") for part in ("left", "right", "block")}
         rows, columns = matrix.shape
         expected: dict[str, tuple | None] = {"left": (rows, k), "right": (columns, k), "block": (k, k)}
@@ -156,7 +160,7 @@ class Anchor:
         return cls(left, right, block)
 
     def distance(self, matrix: Tensor, normalize: bool) -> Tensor:
-        """The squared Frobenius norm of what the block has moved."""
+        """The squared Frobenius norm of the change of the block."""
         if self.left is None or self.right is None:
             moved = matrix - self.block.to(matrix)
         else:
@@ -169,11 +173,11 @@ class Anchor:
 
 
 _STARTS: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[int, bool], dict[str, Anchor]]]" = weakref.WeakKeyDictionary()
-"""Of every model in training, by k and half: the anchors of its matrices at the start of its run."""
+"""The anchors of each model in training, by (k, half) and the name of the matrix."""
 
 
 def _matrices(model: nn.Module) -> dict[str, Tensor]:
-    """The weight matrices that are held, by name."""
+    """The penalised weight matrices by name."""
     if adapters := [name for name, _ in model.named_parameters() if "lora_" in name]:
         raise InputError(f"rpsft holds full weights, but the model has adapters ({adapters[0]}): train it without them")
     return {n: p for n, p in model.named_parameters() if p.ndim == 2 and not any(s in n for s in SKIPPED)}

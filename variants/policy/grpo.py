@@ -116,8 +116,8 @@ def grpo(
     log_ratio = own - tokens.gather(tokens.log_probs_of("old"))
     if level == "sequence" and groups is not None:
         log_ratio = groups.mean(log_ratio)[groups.index]
-    inside, kept = _clamped(log_ratio, ratio_clamp)
-    ratio = kept.exp()
+    inside, clamped = _clamped(log_ratio, ratio_clamp)
+    ratio = clamped.exp()
     if objective == "cispo":
         push = advantage * ratio.clamp(max=eps_high)
     elif objective == "sapo":
@@ -176,14 +176,14 @@ def grpo_loss(
 
 
 def _clamped(log_ratio: Float[Tensor, " N"], clamp: float | None) -> tuple[Tensor, Tensor]:
-    """Where a log-ratio is inside its clamp, and the clamped one."""
+    """A mask of the log-ratios within the clamp, and the clamped log-ratios."""
     if clamp is None:
         return torch.ones_like(log_ratio, dtype=torch.bool), log_ratio
     return log_ratio.abs() <= clamp, log_ratio.clamp(-clamp, clamp)
 
 
 def _share(normalize: Normalize, groups: Groups | None, like: Float[Tensor, " N"]) -> Tensor | float:
-    """What multiplies a token's row."""
+    """The factor of each row."""
     if normalize == "sequences" and groups is not None:
         return 1 / groups.size(like)
     return 1.0 if isinstance(normalize, str) else 1 / normalize

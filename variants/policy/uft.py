@@ -194,6 +194,6 @@ def uft_loss(
 
 
 def _counts(hint: Tensor, like: Tensor) -> Float[Tensor, " N"]:
-    """How many tokens of its own kind every token has, itself included."""
+    """The number of hint tokens at hint tokens, of response tokens elsewhere."""
     hints = hint.sum()
     return torch.where(hint, hints, len(hint) - hints).to(like)

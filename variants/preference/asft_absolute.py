@@ -76,9 +76,9 @@ def asft_absolute(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0, be
 @asft_absolute.loss
 def asft_absolute_loss(tokens: Tokens, *, weight, nll, beta) -> Float[Tensor, " N"]:
     """-nll log P_w - weight (log sigma(beta o_w) + log sigma(-beta o_l)), each part shared by its sequence's tokens."""
-    mine, chosen, rejected = _means(tokens)
+    members, chosen, rejected = _means(tokens)
     raised = -nll * chosen - weight * F.logsigmoid(beta * _log_odds(chosen))
     lowered = -weight * F.logsigmoid(-beta * _log_odds(rejected))
-    sides = tokens.require("chosen").to(mine)
-    up, down = mine * sides, mine * (1 - sides)
+    sides = tokens.require("chosen").to(members)
+    up, down = members * sides, members * (1 - sides)
     return (up / up.sum(1, keepdim=True)).T @ raised + (down / down.sum(1, keepdim=True)).T @ lowered

@@ -69,8 +69,8 @@ def dpo(tokens: Tokens, *, beta: Positive = 0.1, label_smoothing: Flips = 0.0, a
     chosen, rejected = pairs.means(ratio) if average else pairs.totals(ratio)
     u = beta * (chosen - rejected)
     push = beta * ((1 - label_smoothing) * torch.sigmoid(-u) - label_smoothing * torch.sigmoid(u))
-    each = pairs.signed(push, -push)
-    return Target.push(tokens, each / pairs.size if average else each)
+    weight = pairs.signed(push, -push)
+    return Target.push(tokens, weight / pairs.size if average else weight)
 
 
 @dpo.loss
@@ -99,9 +99,9 @@ def label_log_probs(logits: Float[Tensor, "N V"], tokens: Tokens) -> Float[Tenso
 def sides_of(tokens: Tokens, average: bool) -> tuple[Float[Tensor, "G N"], Float[Tensor, "N G"]]:
     """Matrices from tokens to pairs, chosen minus rejected (over their lengths), and back in equal shares."""
     ids = tokens.require("pair")
-    mine = (ids.unique()[:, None] == ids).to(tokens.label_probs.dtype)
-    chosen = tokens.require("chosen").to(mine)
-    up, down = mine * chosen, mine * (1 - chosen)
+    members = (ids.unique()[:, None] == ids).to(tokens.label_probs.dtype)
+    chosen = tokens.require("chosen").to(members)
+    up, down = members * chosen, members * (1 - chosen)
     if average:
         up, down = up / up.sum(1, keepdim=True), down / down.sum(1, keepdim=True)
-    return up - down, (mine / mine.sum(1, keepdim=True)).T
+    return up - down, (members / members.sum(1, keepdim=True)).T

@@ -73,6 +73,6 @@ def orpo(tokens: Tokens, *, weight: Weight = 0.1) -> Target:
 @orpo.loss
 def orpo_loss(tokens: Tokens, *, weight) -> Float[Tensor, " N"]:
     """-m_w - weight log sigma(o_w - o_l), shared by the pair's tokens."""
-    mine, chosen, rejected = _means(tokens)
+    members, chosen, rejected = _means(tokens)
     loss = -chosen - weight * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
-    return (mine / mine.sum(1, keepdim=True)).T @ loss
+    return (members / members.sum(1, keepdim=True)).T @ loss

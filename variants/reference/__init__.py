@@ -1,3 +1,1 @@
-"""Reference: ratios to, or a penalty against, another pass of the model: the one it started from, an old policy, a second
-dropout mask.
-"""
+"""Reference: ratios to, or penalties against, another pass: the initial model, an old policy or a second dropout mask."""

@@ -89,10 +89,10 @@ def label_kl(
         c = -log_ratio
     else:
         inside = log_ratio.abs() <= (ratio_clamp or torch.inf)
-        kept = log_ratio if ratio_clamp is None else log_ratio.clamp(-ratio_clamp, ratio_clamp)
+        clamped = log_ratio if ratio_clamp is None else log_ratio.clamp(-ratio_clamp, ratio_clamp)
         if value_clamp is not None:
-            inside &= torch.expm1(kept) - kept <= value_clamp
-        c = -log_ratio if estimator == "k3+" else torch.where(inside, -torch.expm1(kept), 0.0)
+            inside &= torch.expm1(clamped) - clamped <= value_clamp
+        c = -log_ratio if estimator == "k3+" else torch.where(inside, -torch.expm1(clamped), 0.0)
     return Target.push(tokens, (log_p.exp() if base == "dft" else 1.0) - weight * c)
 
 

@@ -63,11 +63,11 @@ def r_drop(tokens: Tokens, *, weight: Weight = 1.0, nll: Weight = 1.0) -> Target
 @r_drop.loss
 def r_drop_loss(tokens: Tokens, *, weight, nll) -> Float[Tensor, " N"]:
     """-nll (log p_y + log p'_y) + weight/2 (KL(p || p') + KL(p' || p))."""
-    one = F.log_softmax(tokens.logits, -1)
-    two = F.log_softmax(tokens.require("second"), -1).detach()
+    log_p = F.log_softmax(tokens.logits, -1)
+    log_second = F.log_softmax(tokens.require("second"), -1).detach()
     labels = tokens.labels.long()
-    both = F.nll_loss(one, labels, reduction="none") + F.nll_loss(two, labels, reduction="none")
+    nlls = F.nll_loss(log_p, labels, reduction="none") + F.nll_loss(log_second, labels, reduction="none")
     # a token that is impossible in a pass adds nothing to that pass's divergence
-    there = (one.exp() * (one - two).masked_fill(one == -torch.inf, 0.0)).sum(-1)
-    back = (two.exp() * (two - one).masked_fill(two == -torch.inf, 0.0)).sum(-1)
-    return nll * both + weight / 2 * (there + back)
+    forward = (log_p.exp() * (log_p - log_second).masked_fill(log_p == -torch.inf, 0.0)).sum(-1)
+    backward = (log_second.exp() * (log_second - log_p).masked_fill(log_second == -torch.inf, 0.0)).sum(-1)
+    return nll * nlls + weight / 2 * (forward + backward)

@@ -1,1 +1,1 @@
-"""Selection: likelihood on some tokens only, as a threshold, the data or a comparison of losses selects them."""
+"""Selection: likelihood of some tokens only, selected by a threshold, by the data or by a comparison of losses."""

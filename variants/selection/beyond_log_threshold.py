@@ -75,20 +75,20 @@ def beyond_log_threshold(
         >>> beyond_log_threshold(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), threshold=0.6).q
         tensor([[0.5000, 0.5000]])
     """
-    p_y, kept = tokens.label_probs.detach(), _kept(tokens, threshold, keep, of, quantile)
-    return Target.mix(tokens, trust=kept * (p_y if form == "p" else torch.ones_like(p_y)), residual="student")
+    p_y, selected = tokens.label_probs.detach(), _selected(tokens, threshold, keep, of, quantile)
+    return Target.mix(tokens, trust=selected * (p_y if form == "p" else torch.ones_like(p_y)), residual="student")
 
 
 @beyond_log_threshold.loss
 def beyond_log_threshold_loss(tokens: Tokens, *, threshold, form, keep, of, quantile) -> Float[Tensor, " N"]:
     """1[p_y beyond the threshold] times -log p_y or 1 - p_y."""
     nll = F.cross_entropy(tokens.logits, tokens.labels.long(), reduction="none")
-    dropped = ~_kept(tokens, threshold, keep, of, quantile)
+    dropped = ~_selected(tokens, threshold, keep, of, quantile)
     return (nll if form == "logp" else -torch.expm1(-nll)).masked_fill(dropped, 0.0)
 
 
-def _kept(tokens: Tokens, threshold: float, keep: str, of: str, quantile: bool) -> Bool[Tensor, " N"]:
-    """Which labels are at or beyond the threshold; target and loss must not differ by rounding there."""
+def _selected(tokens: Tokens, threshold: float, keep: str, of: str, quantile: bool) -> Bool[Tensor, " N"]:
+    """A mask of the labels at or beyond the threshold, from one softmax, so that target and loss agree there."""
     logits = tokens.logits.detach() if of == "student" else tokens.require("reference").detach()
     judged = tokens.gather(torch.softmax(logits.to(tokens.label_probs.dtype), -1))
     limit = judged.quantile(threshold) if quantile and len(judged) else threshold

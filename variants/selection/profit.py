@@ -82,20 +82,20 @@ def profit(
         >>> profit(Tokens(logits=torch.zeros(1, 2), labels=torch.tensor([0])), threshold=0.6).q
         tensor([[0.5000, 0.5000]])
     """
-    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
-    return Target.mix(tokens, trust=kept.to(tokens.label_probs), residual="student")
+    selected = _selected(tokens, threshold, keep, upper, ties == "keep", seed)
+    return Target.mix(tokens, trust=selected.to(tokens.label_probs), residual="student")
 
 
 @profit.loss
 def profit_loss(tokens: Tokens, *, threshold, keep, upper, ties, seed) -> Float[Tensor, " N"]:
     """-log p_y where kept, labels of dropped tokens ignored as in the released code."""
-    kept = _kept(tokens, threshold, keep, upper, ties == "keep", seed)
-    labels = tokens.labels.long().masked_fill(~kept, -100)
+    selected = _selected(tokens, threshold, keep, upper, ties == "keep", seed)
+    labels = tokens.labels.long().masked_fill(~selected, -100)
     return F.cross_entropy(tokens.logits, labels, ignore_index=-100, reduction="none")
 
 
-def _kept(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool, seed: int) -> Bool[Tensor, " N"]:
-    """Which tokens count; target and loss must not differ by rounding at the threshold."""
+def _selected(tokens: Tokens, low: float, keep: Keep, high: float | None, ties: bool, seed: int) -> Bool[Tensor, " N"]:
+    """A mask of the selected tokens, from one softmax, so that target and loss agree at the threshold."""
     p_y = tokens.gather(torch.softmax(tokens.logits.detach().to(tokens.label_probs.dtype), -1))
     if keep == "random":
         return (uniform(len(p_y), seed) >= low).to(p_y.device)

@@ -263,6 +263,8 @@ def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[fl
     """The factors by which the gradient grows as rows are repeated, and the largest deviation from them."""
     from qlens.losses.layout.layouts import Layout, tiled
 
+    if SHOWN % loss.group:
+        raise NotApplicable(f"it takes texts in groups of {loss.group}, and is tried on {SHOWN} rows")
     some = loss.tokens(SHOWN)
 
     def read(times: int) -> Tensor:

@@ -76,12 +76,13 @@ def reactions(loss: Specimen) -> dict[int, list[int]]:
 def _reactions(loss: Specimen) -> dict[int, list[int]]:
     if loss.laid_out:
         size = _reacting(loss)
-        shown = cut(loss.tokens(2 * (size - 1)), size - 1)
+        number = 2 if loss.group <= 2 else loss.group
+        shown = cut(loss.tokens(number * (size - 1)), size - 1)
         labels = torch.stack([text.labels.index_fill(0, torch.tensor([0]), 1) for text in shown])
 
         def read(labels: Tensor) -> Tensor:
             changed = [relabelled(text, own) for text, own in zip(shown, labels, strict=True)]
-            return loss.read_batch(changed, 2 * size - 2).grad
+            return loss.read_batch(changed, number * (size - 1)).grad
     else:
         tokens = loss.tokens()
         labels = tokens.labels

@@ -12,6 +12,7 @@ from torch import Tensor
 from qlens.core.errors import InputError
 from qlens.core.numerics import expectation, log_softmax, one_hot, precision
 from qlens.core.scales import with_sum_
+from qlens.core.target.checks import check_values, per_token, residual_of
 from qlens.core.target.display import Display
 from qlens.core.target.metrics import Metrics
 from qlens.core.target.scaling import Scale, rescaled
@@ -19,7 +20,6 @@ from qlens.core.tokens import Tokens
 
 NO_PULLS = "its pulls toward fixed targets are not known"
 BLOCK = 64  # rows per block, which stay in the cache
-SUM_TOLERANCE = 0.05  # of the sum of a residual, as it is in bfloat16 at a large vocabulary
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -83,8 +83,8 @@ class Target(Metrics, Display):
         Raises:
             InputError: an unknown residual, shapes that do not fit, or values as in ``checked``.
         """
-        trust, scale = _per_token("trust", trust, tokens), _per_token("scale", scale, tokens)
-        named = _residual(residual, tokens)
+        trust, scale = per_token("trust", trust, tokens), per_token("scale", scale, tokens)
+        named = residual_of(residual, tokens)
         only_label = isinstance(residual, str) and residual == "student"
         pulls = scale * trust if only_label else torch.where(trust < 0, torch.nan, scale)
         probs = residual.detach() if isinstance(residual, Tensor) else None
@@ -110,7 +110,7 @@ class Target(Metrics, Display):
         q = rounding.to(log_probs.dtype)
         if q.shape != log_probs.shape:
             raise InputError(f"q has shape {tuple(q.shape)}, but the logits have {tuple(log_probs.shape)}")
-        scale = _per_token("scale", scale, tokens)
+        scale = per_token("scale", scale, tokens)
         grad = scale[:, None] * (log_probs.exp() - q)
         target = cls(log_probs, tokens.labels, q, grad, scale, None, NO_PULLS, rounding=rounding)
         return target.checked() if tokens.checked else target
@@ -135,7 +135,7 @@ class Target(Metrics, Display):
             tokens: the student's logits and labels.
             label_weight: a, a number or (N,).
         """
-        weight = _per_token("label_weight", label_weight, tokens)
+        weight = per_token("label_weight", label_weight, tokens)
         logits = tokens.logits.detach()
         return cls(logits, tokens.labels, None, None, torch.ones_like(weight), weight, weight, pushed=weight)
 
@@ -155,7 +155,7 @@ class Target(Metrics, Display):
         index = tokens.labels[:, None].long()
         rest = p.scatter(1, index, 0.0).sum(-1, keepdim=True)
         pulled = p.scatter(1, index, -rest)  # p - d
-        return cls.from_grad(tokens, grad + _per_token("label_weight", label_weight, tokens)[:, None] * pulled)
+        return cls.from_grad(tokens, grad + per_token("label_weight", label_weight, tokens)[:, None] * pulled)
 
     def checked(self) -> "Target":
         """This target, after a check of its values.
@@ -163,19 +163,7 @@ class Target(Metrics, Display):
         Raises:
             InputError: a scale below 0 or not finite, a trust that is NaN, or a residual that is no distribution.
         """
-        if not bool((self.scale >= 0).all() & self.scale.isfinite().all()):
-            at = int((~((self.scale >= 0) & self.scale.isfinite())).nonzero()[0, 0])
-            raise InputError(f"scale must be finite and at least 0, got {float(self.scale[at]):g} at token {at}")
-        if self.constructed is not None and bool(self.constructed.isnan().any()):
-            raise InputError(
-                f"trust is NaN at token {int(self.constructed.isnan().nonzero()[0, 0])}: it must be a number"
-            )
-        if isinstance(self.named, Tensor) and bool((off := (self.named.sum(-1) - 1).abs() > SUM_TOLERANCE).any()):
-            at = int(off.nonzero()[0, 0])
-            raise InputError(
-                f"residual must be probabilities (N, V), but its row {at} sums to {float(self.named[at].sum()):g}: give "
-                "logits.softmax(-1), or Target.dense for a Q of another sum"
-            )
+        check_values(self.scale, self.constructed, self.named)
         return self
 
     @cached_property
@@ -301,22 +289,3 @@ class Target(Metrics, Display):
         else:
             left = (self.q - t * one_hot(self.labels, p.shape[-1], p.dtype)) / (1 - t)
         return torch.where(t == 1, torch.nan, left)
-
-
-def _per_token(name: str, value: Tensor | float, tokens: Tokens) -> Float[Tensor, " N"]:
-    rows = len(tokens)
-    value = torch.as_tensor(value, dtype=precision(tokens.logits.dtype), device=tokens.logits.device).detach()
-    if value.ndim > 1 or (value.ndim == 1 and len(value) != rows):
-        raise InputError(f"{name} has shape {tuple(value.shape)}, but there are {rows} tokens")
-    return value.expand(rows).clone()
-
-
-def _residual(residual: str | Tensor, tokens: Tokens) -> str | Float[Tensor, "N V"]:
-    if isinstance(residual, Tensor):
-        if residual.shape != tokens.logits.shape:
-            shapes = f"{tuple(residual.shape)}, but the logits have {tuple(tokens.logits.shape)}"
-            raise InputError(f"residual has shape {shapes}")
-        return residual.detach().to(precision(tokens.logits.dtype))
-    if residual not in ("student", "uniform"):
-        raise InputError(f"residual must be 'student', 'uniform' or probabilities (N, V), got {residual!r}")
-    return residual

@@ -1,4 +1,4 @@
-"""What the fields of Tokens must be: shapes, dtypes and values."""
+"""Checks of the fields of Tokens: shapes, dtypes and values."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ IDS, NUMBERS, MASKS = ("sequence", "pair"), ("weight", "advantage"), ("critical"
 
 
 def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
-    """Whether a field has the shape that logits and labels ask for.
+    """Check the shape of a field.
 
     Raises:
         InputError: another shape; both are named.
@@ -24,7 +24,7 @@ def check_shape(name: str, value: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def checked_field(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
-    """A field beside logits and labels that has its shape and dtype, and values that mean something; masks as bool.
+    """A field other than logits and labels, checked; masks as bool.
 
     Raises:
         InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not finite.
@@ -44,7 +44,7 @@ def checked_field(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
 
 
 def check_vocabulary(name: str, size: int) -> None:
-    """Whether there is anything to choose from.
+    """Check the size of a vocabulary.
 
     Raises:
         InputError: fewer than two entries.
@@ -56,7 +56,7 @@ def check_vocabulary(name: str, size: int) -> None:
 
 
 def check_ids(labels: Tensor, vocabulary: int) -> None:
-    """Whether labels are ids of a vocabulary.
+    """Check that labels are ids of a vocabulary.
 
     Raises:
         InputError: -100, or an id outside; it is named.
@@ -74,7 +74,7 @@ def check_ids(labels: Tensor, vocabulary: int) -> None:
 
 
 def check_logits(name: str, logits: Any) -> None:
-    """Whether a model's logits are a floating-point tensor (N, V) with V of at least 2, no NaN, no +inf, no row of -inf.
+    """Check that logits are a floating-point tensor (N, V), V >= 2, without NaN, +inf or rows of -inf alone.
 
     Raises:
         InputError: they are not; the first such row is named.
@@ -83,13 +83,13 @@ def check_logits(name: str, logits: Any) -> None:
         shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
     check_vocabulary(name, logits.shape[1])
-    if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax hands NaN on
+    if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax propagates NaN
         rows = (~top.isfinite()).nonzero()[:, 0].tolist()
         raise InputError(f"{name} holds NaN, +inf or nothing but -inf in row {rows[0]} ({len(rows)} such rows)")
 
 
 def check_labels(labels: Any, shape: tuple[int, ...]) -> None:
-    """Whether labels are ids of the vocabulary, an integer tensor (N,), for logits of the given shape (N, V).
+    """Check that labels are an integer tensor (N,) of ids, for logits of the given shape (N, V).
 
     Raises:
         InputError: another dtype or shape, -100, or an id outside the vocabulary.
@@ -120,22 +120,22 @@ def number(name: str, value: Any, wanted: str) -> float:
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise InputError(f"{name} requires a gradient, which it gets none of here: give {name}.detach()")
-    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
+    scalar = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex() and value.device.type != "meta"
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
-        found = float(value) if one or real else math.nan
+        result = float(value) if scalar or real else math.nan
     except OverflowError:
-        found = math.inf
-    if not math.isfinite(found):
+        result = math.inf
+    if not math.isfinite(result):
         raise InputError(f"{name} must be {wanted}, got {brief(value)}")
-    return found
+    return result
 
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_floats(name: str, value: Any, shape: str, device: torch.device | None = None) -> None:
-    """Whether this is a dense tensor of numbers of two or one dimensions that products can be made of.
+    """Check that a value is a dense floating-point tensor of the given number of dimensions.
 
     Args:
         name: what the message calls it.

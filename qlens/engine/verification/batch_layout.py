@@ -59,7 +59,8 @@ def _layout_dependence(variant: Variant, tokens: Tokens, style: Style) -> str:
     fn, params = variant.loss_fn, variant.params
     sequence = torch.zeros_like(tokens.labels)
     # Copies are texts of their own.
-    tokens = few(trial_rows(Tokens.unchecked(**{"sequence": sequence, **tokens.fields()})))
+    trial = trial_rows(Tokens.unchecked(**{"sequence": sequence, **tokens.fields()}))
+    tokens = few(trial, style.group)
     divisor_of = (find_division(fn, params, tokens, variant.spec) or SUM).divisor
     grads = []
     for layout in (Layout(), PROMPT):

@@ -67,47 +67,60 @@ def why_whole(
     declared = why_declared_whole(variant)
     if not rows or (variant.built_in and not declared):
         return ""
-    fn = variant.method.fn
-    field_kinds = [
+    cut = rows > block and variant.scope in ALONE
+    verdicts, key = _verdicts_of(variant), (*_field_kinds(fields), *_card(variant), cut, trains)
+    known = verdicts.get(key)
+    if variant.built_in:
+        if known is None:
+            verdicts[key] = Verdict(declared, rows)
+            _report(variant, declared)
+        return declared
+    functions = [fn for fn in (variant.method.fn, variant.method.printed) if fn is not None]
+    state = hash(fingerprint(functions))
+    more_rows = known is not None and cut and not known.reason and rows > known.rows
+    if known is not None and not more_rows and state == known.state:
+        return known.reason
+    with torch.inference_mode(False):
+        samples = ordinary(sample(_some(variant, rows, fields)))
+    with (
+        torch.inference_mode(False),
+        torch.autocast(samples.logits.device.type, enabled=False),
+        variant.replay(samples.logits.device).again(),  # a loss that draws numbers draws the same, verified or not
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # of a statistic of one row, say
+        _verify_layout(variant, samples)
+        if trains:
+            _verify_constants(variant, samples)
+        _verify_gradient(variant, samples)
+        reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
+        if cut and not reason:
+            reason = why_dependent(variant, samples, sample, rows, block, fields)
+    if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
+        _report(variant, reason)
+    verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
+    return reason
+
+
+def _verdicts_of(variant: Variant) -> dict[tuple, Verdict]:
+    """The verdicts on a method so far, by card and kind of batch."""
+    try:
+        return _VERDICTS.setdefault(variant.method.fn, {})
+    except TypeError:  # it has no weak reference or no hash: verified anew every time
+        return {}
+
+
+def _field_kinds(fields: dict[str, Tensor]) -> list[tuple]:
+    """For every per-token field: its name, whether it varies, and whether a mask has a True."""
+    return [
         (name, value.ndim == 1 and bool((value != value[:1]).any()), value.dtype == torch.bool and bool(value.any()))
         for name, value in sorted(fields.items())
     ]
-    cut = rows > block and variant.scope in ALONE
-    card = (variant.spec, str(variant.structure), variant.scope, id(variant.method.printed))
-    key = (*field_kinds, *card, cut, trains)
-    try:
-        verdicts = _VERDICTS.setdefault(fn, {})
-    except TypeError:  # it has no weak reference or no hash: verified anew every time
-        verdicts = {}
-    if key not in verdicts and variant.built_in:
-        verdicts[key] = Verdict(declared, rows)
-        _report(variant, declared)
-    if variant.built_in:
-        return verdicts[key].reason
-    functions = [each for each in (fn, variant.method.printed) if each is not None]
-    known, state = verdicts.get(key), hash(fingerprint(functions))
-    more_rows = known is None or (cut and not known.reason and rows > known.rows)
-    if known is None or more_rows or state != known.state:
-        with torch.inference_mode(False):
-            few = ordinary(sample(_some(variant, rows, fields)))
-        with (
-            torch.inference_mode(False),
-            torch.autocast(few.logits.device.type, enabled=False),
-            variant.replay(few.logits.device).again(),
-            warnings.catch_warnings(),
-        ):  # a loss that draws numbers trains by the same ones, verified or not
-            warnings.simplefilter("ignore")  # a statistic of one row, say
-            _verify_layout(variant, few)
-            if trains:
-                _verify_constants(variant, few)
-            _verify_gradient(variant, few)
-            reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
-            if cut and not reason:
-                reason = why_dependent(variant, few, sample, rows, block, fields)
-        if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
-            _report(variant, reason)
-        verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
-    return verdicts[key].reason
+
+
+def _card(variant: Variant) -> tuple:
+    """The parts of a card that a verdict depends on."""
+    return variant.spec, str(variant.structure), variant.scope, id(variant.method.printed)
 
 
 def why_declared_whole(variant: Variant) -> str:

@@ -48,16 +48,16 @@ def fingerprint(functions: Iterable[Callable]) -> tuple[Any, ...]:
 class _Reader:
     def __init__(self):
         self.values: list[Any] = []
-        self.seen: dict[tuple[int, frozenset[str]], Any] = {}  # by id, kept so that no id is given twice
+        self.visited: dict[tuple[int, frozenset[str]], Any] = {}  # by id; the values are stored so that no id is reused
 
     def read(self, value: Any, names: frozenset[str], depth: int) -> None:
         """Add a value and its contents; ``names`` are the attributes that the functions read so far name."""
         if isinstance(value, PLAIN):
             self.values.append(value if value == value else "nan")
             return
-        if depth > DEEPEST or (id(value), names) in self.seen:
+        if depth > DEEPEST or (id(value), names) in self.visited:
             return
-        self.seen[id(value), names] = value
+        self.visited[id(value), names] = value
         if isinstance(value, Tensor):
             self.values.append(_tensor(value))
         elif isinstance(value, np.ndarray):

@@ -25,7 +25,7 @@ TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 def why_dependent(
     variant: Variant,
-    few: Tokens,
+    samples: Tokens,
     sample: Callable[[Tensor], Tokens],
     rows: int,
     block: int,
@@ -35,14 +35,15 @@ def why_dependent(
 
     Args:
         variant: the method.
-        few: rows spread over the batch.
+        samples: rows spread over the batch.
         sample: tokens at some of the batch's rows, by index.
         rows: how many rows the batch has.
         block: how many rows would be taken at a time.
         fields: per-token fields of the rows.
     """
     run = min(rows, max(2 * block, 4 * SAMPLE))  # consecutive rows
-    for tokens in (few, *(ordinary(sample(index)) for index in _together(run, fields)), *_trial_tokens(variant, few)):
+    trials = [samples, *(ordinary(sample(index)) for index in _possibly_dependent(run, fields))]
+    for tokens in (*trials, *_trial_tokens(variant, samples)):
         if reason := _dependence(variant, tokens):
             return reason
     return _dependence_among_all(variant, sample, rows, block)
@@ -67,7 +68,7 @@ def _trial_tokens(variant: Variant, like: Tokens) -> list[Tokens]:
     return []
 
 
-def _together(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
+def _possibly_dependent(run: int, fields: dict[str, Tensor]) -> Iterator[Tensor]:
     """Indices of rows that may depend on each other: ``run`` consecutive ones, and some of one sequence and of one pair."""
     yield torch.arange(run)
     for name in ("sequence", "pair"):
@@ -83,13 +84,13 @@ def _dependence_among_all(variant: Variant, sample: Callable[[Tensor], Tokens], 
     Where these have more than ``BATCH_ENTRIES`` logits, on some entries of the vocabulary; for a loss that is written for one
     vocabulary, on fewer rows.
     """
-    some = ordinary(sample(torch.zeros(1, dtype=torch.long)))
-    vocabulary = some.logits.shape[1]
-    columns = spread(vocabulary, max(BATCH_ENTRIES // rows, 2)).to(some.logits.device)
+    first = ordinary(sample(torch.zeros(1, dtype=torch.long)))
+    vocabulary = first.logits.shape[1]
+    columns = spread(vocabulary, max(BATCH_ENTRIES // rows, 2)).to(first.logits.device)
     narrow = len(columns) < vocabulary
     if narrow:
         try:
-            _read(variant, _on_columns(some, columns, 0))
+            _read(variant, _on_columns(first, columns, 0))
         except InputError:
             rows, narrow = max(BATCH_ENTRIES // vocabulary, 2), False
     parts: list[Tokens] = []
@@ -166,12 +167,14 @@ def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
 
 def apart(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients differ by more than rounding."""
-    alike = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
-    return not bool(alike.all())
+    equal = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
+    return not bool(equal.all())
 
 
 def tolerance(values: Tensor) -> Tensor:
     """Rounding of such values."""
     size = values.nan_to_num(posinf=0.0, neginf=0.0).abs().amax()
-    held = TOLERANCE[torch.float64 if carried(values) == torch.float64 else torch.float32]  # a loss may cast its logits
-    return held * size.clamp(min=1e-30)
+    share = TOLERANCE[
+        torch.float64 if carried(values) == torch.float64 else torch.float32
+    ]  # a loss may cast its logits
+    return share * size.clamp(min=1e-30)

@@ -182,7 +182,8 @@ def _weights(batches: Sequence[BatchReading]) -> BatchFactor | None:
         weight = weight[known]
         statistics[MEAN].append(float(weight.mean()))
         nonzero = weight[weight != 0]
-        gate = float(nonzero.std()) <= CLOSE if len(nonzero) > 1 else True  # the largest weight of a gate is 1 anyway
+        # Weights of one size, as of a gate or of a hinge on pairs, have no largest one to divide by.
+        gate = float(nonzero.abs().std()) <= CLOSE if len(nonzero) > 1 else True
         statistics[LARGEST].append(math.nan if gate else float(weight.max()))
     for by, values in statistics.items():
         largest = max(map(abs, values))
@@ -218,6 +219,13 @@ def _switch(loss: Variant, variant: Variant, factors: Sequence[float], batches: 
     """Two factors that the batch's mean loss distinguishes, in words; "" where it does not."""
     values = sorted({matching.written(factor, EQUAL) for factor in factors})
     if len(values) != 2:
+        return ""
+    texts = [0 if tokens.sequence is None else len(tokens.sequence.unique()) for tokens in batches]
+    first, second = (
+        {number for number, factor in zip(texts, factors, strict=True) if abs(factor - value) <= EQUAL * abs(value)}
+        for value in values
+    )
+    if not first & second:  # the number of texts distinguishes the factors as well
         return ""
     with torch.no_grad():
         means = [float(variant.loss(tokens).double().mean()) for tokens in batches]

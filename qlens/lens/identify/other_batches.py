@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient
+from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import Noise, rounding
@@ -45,7 +46,10 @@ def read_other_batches(variant: Variant, shown: Reading, trial: Reading | None) 
     readings = []
     for tokens, rows in _batches(variant, shown, trial):
         if variant.derived:
-            tokens = as_given(variant.method.fn, variant.params, tokens)
+            try:
+                tokens = as_given(variant.method.fn, variant.params, tokens)
+            except InputError:  # a loss of groups of texts takes no batch of other numbers of texts
+                continue
         grad = gradient(variant.loss, tokens)
         readings.append(BatchReading(tokens, grad, rounding(grad, tokens), rows))
     return readings

@@ -46,6 +46,13 @@ def plain(fn: Callable) -> Iterator[list[Style]]:
             yield from _filled(fn, dataclasses.replace(shape, alike=not shape.alike))
 
 
+def with_columns_by_text(fn: Callable) -> Iterator[list[Style]]:
+    """The usual styles with one advantage and one weight for each text, for columns of a batch that the loss reads."""
+    for alike in plain(fn):
+        laid_out = [dataclasses.replace(style, fields="texts") for style in alike if style.laid_out]
+        yield list(dict.fromkeys(laid_out))
+
+
 def reordered(fn: Callable) -> Iterator[list[Style]]:
     """Styles with logits (B, V, T), or (T, B, V), sequence first, and labels (T, B) or (B, T)."""
     roles = {*inputs(fn).required.values()}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,26 +20,59 @@ from qlens.losses.layout.pairing import paired, pairing
 from qlens.losses.layout.signature import Memo, inputs, name_of, seen_as, signature
 from qlens.losses.layout.trial import (
     AS_GIVEN,
-    ROWS,
     Trial,
     attempt,
     attempt_at_widths,
     changed,
     few,
     grad_of,
-    many_texts,
+    texts_of,
 )
 from qlens.losses.layout.wording import described
 from qlens.losses.replay import Replay
 from qlens.losses.return_values import loss_of
 from qlens.losses.side_effects import watched
-from qlens.losses.user_code import EndedError, LossError, depth, file_of
+from qlens.losses.user_code import EndedError, LossError, depth, file_of, first_line, numbers_of
 
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
 PROBES = 57  # their rows
 MOST = 2**23  # logits of the probes, where the tokens themselves show nothing
 SAME = 1e-6  # of the largest: factors are powers of two, so that even bfloat16 computes the same
+TEXTS = (8, 48, 20)  # texts of a batch, tried where a loss fails on two: 2, 3, 4, 5, 6, 8, 10, 12, 16 are divisors
+MOST_TEXTS, NAMED = 64, 3  # of a group whose size an error names; errors that are read, and numbers of texts tried
 _STYLES = Memo()
+_PAST = Memo()
+
+
+class Past:
+    """What searches at other vocabularies, or with other fields, showed of a loss.
+
+    Attributes:
+        found: the trials of the styles that were taken.
+        refused: the error of the last search that found none, or None.
+        failures: of every layout, and of every error beside its numbers, the first style that raised it.
+    """
+
+    def __init__(self):
+        self.found: list[Trial] = []
+        self.refused: InputError | None = None
+        self.failures: dict[tuple, Style] = {}
+
+    def refuse(self, error: InputError, failures: list[tuple[InputError, Style]]) -> None:
+        """Keep what a search raised that found no style."""
+        self.refused, self.failures = error, {}
+        for failure, style in failures:
+            self.failures.setdefault((_layout_of(style), _text(failure)), style)
+
+
+def _layout_of(style: Style) -> tuple:
+    return style.shape, style.boxed, style.order, style.container, style.chunks > 0, style.pairs, style.alike
+
+
+def _text(error: InputError) -> str:
+    """What a loss raised, without the numbers in it, which change with the vocabulary."""
+    cause = error.__cause__
+    return re.sub(r"\d+", "", str(error) if cause is None else f"{type(cause).__name__}: {first_line(cause)}")
 
 
 def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
@@ -53,6 +87,21 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     return _STYLES.get(fn, key, lambda: _found(fn, params, tokens), lambda found: found.lit > 0).style
 
 
+def in_whole_groups(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+    """Made-up tokens dealt to whole groups of texts anew, for a loss of groups that their texts do not make up."""
+    if tokens.sequence is None:
+        return tokens
+    try:
+        group = style_of(fn, params, tokens).group
+    except InputError:  # raised again where the loss is read
+        return tokens
+    number = len(tokens.sequence.unique())
+    if number % group == 0:
+        return tokens
+    texts = group * max(1, number // group)
+    return tokens.replace(sequence=torch.arange(len(tokens), device=tokens.logits.device) % texts)
+
+
 def _found(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     """The style, found by calls that leave what a loss draws and keeps as it was."""
     with Replay(tokens.logits.device, fn).again():
@@ -65,7 +114,45 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         _check_hidden(fn, params, few(tokens))
     if wanted.kind in ("tokens", "hidden"):
         return Trial(Style(), 1.0, 1.0)
-    some = few(tokens)
+    past = _PAST.get(fn, (repr(sorted(params.items(), key=str)), tokens.sequence is not None), Past)
+    if (again := _as_before(fn, params, tokens, past)) is not None:
+        return again
+    found = _searched(fn, params, tokens, past)
+    past.found += [found] if found.lit > 0 else []
+    return found
+
+
+def _as_before(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: Past) -> Trial | None:
+    """A trial of a style that was found before, if it fits these tokens too.
+
+    Raises:
+        InputError: no style was found before, and the loss raises the same as then.
+    """
+    for before in past.found:
+        with contextlib.suppress(InputError):
+            trial = attempt_at_widths(fn, params, few(tokens, before.style.group), before.style)
+            steady = trial.reacts == 1 and not trial.flattened and trial.mislaid == before.mislaid
+            if trial.full or (trial.lit > 0 and steady):
+                return trial
+    if past.refused is None:
+        return None
+    for (_, text), style in past.failures.items():
+        try:
+            attempt(fn, params, few(tokens), style)
+        except InputError as error:
+            if _text(error) == text:
+                continue
+        return None
+    raise _told(past.refused, "", "")
+
+
+def _searched(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: Past) -> Trial:
+    """The best of all styles, on a few of the tokens, or on the probes if the loss skips these.
+
+    Raises:
+        InputError: as of ``style_of``.
+    """
+    wanted, some = inputs(fn), few(tokens)
     masks = {"critical", "hint"} & {*wanted.required.values(), *wanted.optional.values()}
     if masks and wanted.kind in ("logits", "outputs"):  # a mask may hide most rows: first with none hidden
         with contextlib.suppress(InputError):
@@ -73,14 +160,15 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
             shown = {
                 name: torch.ones_like(trial.labels).bool() for name in ("critical", "hint") if name in trial.fields()
             }
-            on_all = _best(fn, params, trial.replace(**shown))
+            on_all = _best(fn, params, trial.replace(**shown), past)
             if on_all.full:
                 return on_all
-    found = _best(fn, params, some)
+    found = _best(fn, params, some, past)
     if not found.lit and (others := probes_like(tokens)) is not None:
         with contextlib.suppress(InputError):  # a loss may be made for these very tokens
-            on_probes = _best(fn, params, others)
+            on_probes = _best(fn, params, others, past)
             found = on_probes if on_probes.lit or not found.graph else found
+    some = few(tokens, found.style.group)
     if not found.graph and bool(_value(fn, params, some, found.style).any()):
         raise NoGraphError(
             f"{name_of(fn)} returns a value whose graph does not lead back to the logits, so without a gradient by them: a new "
@@ -139,7 +227,7 @@ def probes_like(tokens: Tokens) -> Tokens | None:
     return Tokens.unchecked(**given)
 
 
-def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
+def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: Past) -> Trial:
     """What speaks for the best style; of a loss that takes pairs by their places in a batch, one that lays them out so.
 
     Raises:
@@ -157,6 +245,11 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
         _try_all(fn, params, tokens, candidates.chunked(fn), tried, failures)
     if not any(trial.full for trial in tried):
         _try_all(fn, params, tokens, candidates.plain(fn), tried, failures)
+    if not tried and {"batch", "dict"} & {*inputs(fn).required.values()}:  # its batch may hold one reward for each text
+        _try_all(fn, params, tokens, candidates.with_columns_by_text(fn), tried, failures)
+    by_text = [failure for failure in failures if failure[1].by_text]
+    if not tried and by_text and (in_groups := _in_groups(fn, params, tokens, by_text)):
+        return in_groups
     others: list[Trial] = []
     settled = any(
         trial.full or trial.plain_rows or (trial.fits and trial.style.by_text) or candidates.contract(fn, trial.style)
@@ -173,13 +266,42 @@ def _best(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial:
     if not any(trial.lit for trial in tried) and tokens.sequence is None:
         several = [dataclasses.replace(trial.style, several=True) for trial in tried if trial.style.laid_out]
         tried += [attempt(fn, params, tokens, style) for style in several]
-    if not tried and tokens.sequence is not None and len(tokens.sequence.unique()) < ROWS:  # it may compare groups
-        with contextlib.suppress(InputError):
-            return _best(fn, params, many_texts(tokens))
+    if not tried and (in_groups := _in_groups(fn, params, tokens, [f for f in failures if f[1].laid_out])):
+        return in_groups
     if not tried:
-        raise _of_another_size(fn, params, tokens, _likeliest(fn, failures))
+        error = _of_another_size(fn, params, tokens, _likeliest(fn, failures))
+        past.refuse(error, failures)
+        raise error
 
     return max(tried, key=_speaks)  # the first of equals
+
+
+def _in_groups(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, failures: list[tuple[InputError, Style]]
+) -> Trial | None:
+    """The best of the styles that fail on two texts on batches of more texts, for a loss of groups of texts.
+
+    Numbers of texts that the errors name are tried last.
+    """
+    if tokens.sequence is None:
+        return None
+    named = [int(n) for error, _ in failures[:NAMED] for n in numbers_of(str(error.__cause__))]
+    named = [n for n in dict.fromkeys(named) if 2 < n <= MOST_TEXTS and all(texts % n for texts in TEXTS)]
+    for number in (*TEXTS, *(2 * n for n in named[:NAMED])):
+        tried: list[Trial] = []
+        _try_all(fn, params, texts_of(tokens, number), [[style for _, style in failures]], tried, [])
+        if best := max((trial for trial in tried if trial.lit), key=_speaks, default=None):
+            return best._replace(style=dataclasses.replace(best.style, group=_group(fn, params, tokens, best, number)))
+    return None
+
+
+def _group(fn: Callable, params: Mapping[str, Any], tokens: Tokens, trial: Trial, number: int) -> int:
+    """The smallest divisor of a number of texts that a loss can be called on."""
+    for group in (n for n in range(3, number) if number % n == 0):
+        with contextlib.suppress(InputError):
+            grad_of(fn, params, texts_of(tokens, group), trial.style)
+            return group
+    return number
 
 
 def _speaks(trial: Trial) -> tuple:

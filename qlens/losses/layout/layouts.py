@@ -56,8 +56,10 @@ class Style:
             "classes": logits (B, V, T), all else (B, T).
         chunks: number of chunks of a list of logits, along the tokens; 0: no list. ``cut``: "chunk" or "tensor_split".
         container: of labels: "one-hot", "pair" (labels, mask), "dict"; of inputs: "pair" (ids, labels); of "outputs": a tuple.
+        group: number of texts that every batch holds a multiple of, for a loss of groups of texts; 1: any number.
         pairs: how a batch holds the texts of pairs: "halves", all chosen before all rejected; "alternate", each chosen text
-            before its rejected one; "": texts are given as they come.
+            before its rejected one; "rejected halves" and "rejected alternate", the rejected before the chosen; "": texts
+            are given as they come.
     """
 
     shape: str = "rows"
@@ -78,6 +80,7 @@ class Style:
     cut: str = "chunk"
     container: str = ""
     pairs: str = ""
+    group: int = 1
 
     @property
     def laid_out(self) -> bool:
@@ -193,7 +196,7 @@ def _originals(number: int, layout: Layout, style: Style) -> Int[Tensor, " B"]:
     if not style.pairs:
         return texts // layout.copies if layout.interleave else texts % (number // layout.copies or 1)
     pairs = number // 2
-    pair, side = (texts % pairs, texts // pairs) if style.pairs == "halves" else (texts // 2, texts % 2)
+    pair, side = (texts % pairs, texts // pairs) if style.pairs.endswith("halves") else (texts // 2, texts % 2)
     return 2 * (pair // layout.copies if layout.interleave else pair % (pairs // layout.copies or 1)) + side
 
 
@@ -252,8 +255,9 @@ def sequences(tokens: Tokens, style: Style, layout: Layout) -> Int[Tensor, " N"]
     n, device = len(tokens), tokens.logits.device
     if style.pairs:
         pairs, pair = tokens.require("pair").unique(return_inverse=True)
-        rejected = (~tokens.require("chosen")).long()
-        return rejected * len(pairs) + pair if style.pairs == "halves" else 2 * pair + rejected
+        chosen = tokens.require("chosen")
+        second = (chosen if style.pairs.startswith("rejected") else ~chosen).long()
+        return second * len(pairs) + pair if style.pairs.endswith("halves") else 2 * pair + second
     if layout.split:  # of lengths 1, 2, 4, ...
         return (torch.arange(n, device=device) + 1).log2().long()
     if tokens.sequence is not None:

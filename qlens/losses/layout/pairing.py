@@ -19,14 +19,16 @@ PAIRS, LENGTH, VOCABULARY = 3, 3, 32  # texts of LENGTH tokens, two to a pair
 TRIED = 24  # layouts, at most
 ORDERS = (0, 1, PAIRS, PAIRS + 1)  # by how many places the contents of the texts are moved
 HALVES, ALTERNATE = "halves", "alternate"
+PUSH = 0.3  # of the label logits of half of the texts
 _FOUND = Memo()
 
 
 def pairing(fn: Callable, params: Mapping[str, Any]) -> str:
-    """How a loss of whole batches takes pairs: "halves", the chosen texts before the rejected; "alternate"; "" for none.
+    """How a loss of whole batches takes pairs, as ``Style.pairs``; "" if it takes none.
 
     A loss of pairs raises the texts at some places of its batch and lowers those at the others, whatever texts stand there.
-    It is tried on six texts, whose contents change places.
+    It is tried on six texts, whose contents change places. A loss that lowers the first text of each pair takes the rejected
+    one first, unless it pulls harder as the second becomes likelier: then its sign is wrong.
     """
     if inputs(fn).kind in ("tokens", "hidden") or given_as_sums(fn):
         return ""
@@ -61,8 +63,19 @@ def _pairing(fn: Callable, params: Mapping[str, Any]) -> str:
             except InputError:
                 continue
             if bool(torch.stack(signs).any()):
-                return _pattern(torch.stack(signs))
+                how, raised = _pattern(torch.stack(signs))
+                return f"rejected {how}" if raised < 0 and _relents(fn, params, tokens, style) else how
     return ""
+
+
+def _relents(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> bool:
+    """Whether the gradient does not grow as the texts of the second half become likelier."""
+    pushed = tokens.replace(logits=tokens.logits + PUSH * tokens.one_hot * ~tokens.require("chosen")[:, None])
+    before, after = (
+        float((grad_of(fn, params, shown, style).nan_to_num(0.0).norm(dim=-1) / shown.rest_log_probs.exp()).sum())
+        for shown in (tokens, pushed)
+    )
+    return after <= before * (1 + 1e-9)
 
 
 def _signs(
@@ -82,13 +95,16 @@ def _signs(
     return torch.where((signs == signs[:, :1]).all(1), signs[:, 0], 2.0)
 
 
-def _pattern(signs: torch.Tensor) -> str:
-    """The arrangement of a table of signs, (orders, texts); a loss may leave pairs alone that are far enough apart."""
+def _pattern(signs: torch.Tensor) -> tuple[str, float]:
+    """The arrangement of a table of signs, (orders, texts), and the sign of the first text of a pair.
+
+    A loss may leave pairs alone that are far enough apart.
+    """
     places = torch.arange(2 * PAIRS)
-    for how, chosen in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):
-        sides = torch.where(chosen, signs, -signs)
+    for how, first in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):
+        sides = torch.where(first, signs, -signs)
         seen = sides[sides != 0]
-        both = bool(signs[:, chosen].any() and signs[:, ~chosen].any())
+        both = bool(signs[:, first].any() and signs[:, ~first].any())
         if both and bool((seen == seen[0]).all()) and abs(float(seen[0])) == 1:
-            return how
-    return ""
+            return how, float(seen[0])
+    return "", 0.0

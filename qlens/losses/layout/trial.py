@@ -227,21 +227,32 @@ def first_copy(
     return torch.zeros_like(leaf) if grad is None else grad
 
 
-def few(tokens: Tokens) -> Tokens:
-    """A few rows in two sequences, one of which is chosen, where the tokens have sequences and pairs at all."""
+def few(tokens: Tokens, group: int = 1) -> Tokens:
+    """Eight rows in two sequences, one of which is chosen, if the tokens have sequences and pairs at all.
+
+    Args:
+        tokens: the rows that they are taken from.
+        group: number of texts that a batch holds a multiple of; more than 1: two groups, of texts of two rows.
+    """
+    if group > 1 and tokens.sequence is not None:
+        return texts_of(tokens, 2 * group)
     rows = ROWS if tokens.logits.shape[1] != ROWS else ROWS + 2  # logits that are no square
     index = spread(len(tokens), rows).to(tokens.logits.device)
     if len(index) < rows:
         index = index.repeat(rows)[:rows]
     some = tokens[index]
     second = torch.arange(rows, device=index.device) >= rows // 2 - 1
-    given = {"sequence": second.long(), "pair": torch.zeros_like(index), "chosen": ~second}
-    return some.replace(**{name: value for name, value in given.items() if getattr(tokens, name) is not None})
+    return _with_fields(some, sequence=second.long(), pair=torch.zeros_like(index), chosen=~second)
 
 
-def many_texts(tokens: Tokens) -> Tokens:
-    """Sixteen rows in eight sequences, for a loss that compares groups of texts; every other one is chosen, of four pairs."""
-    rows = torch.arange(2 * ROWS, device=tokens.logits.device)
-    some, text = tokens[rows % len(tokens)], rows // 2
-    given = {"sequence": text, "pair": text // 2, "chosen": text % 2 == 0}
-    return some.replace(**{name: value for name, value in given.items() if getattr(tokens, name) is not None})
+def texts_of(tokens: Tokens, number: int, length: int = 2) -> Tokens:
+    """That many texts, in pairs, of ``length`` rows each, or of as many as make up eight rows."""
+    length = max(length, -(-ROWS // number))
+    rows = torch.arange(number * length, device=tokens.logits.device)
+    text = rows // length
+    return _with_fields(tokens[rows % len(tokens)], sequence=text, pair=text // 2, chosen=text % 2 == 0)
+
+
+def _with_fields(tokens: Tokens, **fields: Tensor) -> Tokens:
+    """The tokens with other values in those of these fields that they have."""
+    return tokens.replace(**{name: value for name, value in fields.items() if getattr(tokens, name) is not None})

@@ -16,6 +16,8 @@ CONTAINERS = {
 PAIRS = {
     "halves": "a batch of pairs: the chosen texts are its first half, the rejected ones its second, in the same order",
     "alternate": "a batch of pairs: each chosen text is followed by its rejected one",
+    "rejected halves": "a batch of pairs: the rejected texts, which it lowers, are its first half, the chosen ones its second",
+    "rejected alternate": "a batch of pairs: each rejected text, which it lowers, is followed by its chosen one",
 }
 """What is said of the order of the texts in a batch of pairs."""
 

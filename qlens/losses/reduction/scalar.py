@@ -123,8 +123,10 @@ def takes_pairs(fn: Callable, style: Style) -> bool:
 
 
 def rows_to_read(fn: Callable, tokens: Tokens, style: Style) -> Tokens:
-    """Some rows from all over, on which a division is found; of a loss of pairs, whole pairs."""
-    return few(tokens) if takes_pairs(fn, style) else tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
+    """Some rows from all over, on which a division is found; of a loss of pairs or groups of texts, whole ones."""
+    if takes_pairs(fn, style) or style.group > 1:
+        return few(tokens, style.group)
+    return tokens[spread(len(tokens), FOUND_ON).to(tokens.logits.device)]
 
 
 def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Iterator[tuple[Tokens, Tensor]]:
@@ -138,7 +140,7 @@ def _lit(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) 
         some, base = tokens, grad_of(fn, params, tokens, style)
     if bool(base.any()):
         yield some, base
-    if not takes_pairs(fn, style) and len(tokens) > FOUND_ON:
+    if not takes_pairs(fn, style) and style.group == 1 and len(tokens) > FOUND_ON:
         learned = grad_of(fn, params, tokens, style).any(-1).nonzero()[:, 0]
         if len(learned):
             some = tokens[learned[spread(len(learned), FOUND_ON).to(learned.device)]]
@@ -234,14 +236,33 @@ def _with_prompts(
 
 def by_length(alike: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:
     """The one of these reductions that holds for texts of unequal lengths too; "" where none does."""
-    layouts, read = [Layout(), Layout(split=True)], _replayed(grad_of, Replay(tokens.logits.device, fn))
+    read = _replayed(grad_of, Replay(tokens.logits.device, fn))
     try:
-        shown = Shown(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
+        if style.by_text and tokens.sequence is not None:  # dealt anew, a text would have another advantage
+            base, longer = read(fn, params, tokens, style), _with_a_longer_text(tokens)
+            cases = [(base, counts(tokens, Layout(), style))]
+            cases += [(read(fn, params, longer, style)[: len(tokens)], _first_rows(longer, len(tokens), style))]
+        else:
+            layouts = [Layout(), Layout(split=True)]
+            cases = [(read(fn, params, tokens, style, each), counts(tokens, each, style)) for each in layouts]
     except InputError:  # a loss of pairs, say, takes no texts in other numbers
         return ""
-    off = {name: _misfit(_multiplied(KNOWN[name], fn, shown, tokens, style)) for name in alike if name in KNOWN}
+    off = {name: _misfit([_times(KNOWN[name], *case) for case in cases]) for name in alike if name in KNOWN}
     least = min(off.values(), default=ALIKE)
     return next((name for name in off if off[name] <= min(ALIKE, max(2 * least, ALIKE / 100))), "")
+
+
+def _with_a_longer_text(tokens: Tokens) -> Tokens:
+    """The tokens, and the rows of the first text once more, at its end."""
+    sequence = tokens.require("sequence")
+    rows = torch.arange(len(tokens), device=sequence.device)
+    return tokens[torch.cat([rows, rows[sequence == sequence[0]]])]
+
+
+def _first_rows(tokens: Tokens, number: int, style: Style) -> Counts:
+    """The counts of a batch, those of each row's text for the first rows alone."""
+    found = counts(tokens, Layout(), style)
+    return found._replace(own=found.own[:number]) if isinstance(found.own, Tensor) else found
 
 
 def _shifted(fn: Callable, tokens: Tokens, style: Style, shown: Shown) -> Division | None:
@@ -316,11 +337,14 @@ def _refusal(name: str, shown: Shown) -> str:
 
 def _multiplied(divisor: Divisor, fn: Callable, shown: Shown, tokens: Tokens, style: Style) -> list[Tensor]:
     """Gradients in several layouts, each multiplied by what is divided by there."""
-    made = []
-    for grad, layout in zip(shown.grads, shown.layouts, strict=True):
-        by = divisor(counts(tokens, layout, style, given_as_sums(fn)))
-        made.append(grad * (by.to(grad)[:, None] if isinstance(by, Tensor) else by))
-    return made
+    numbers = [counts(tokens, layout, style, given_as_sums(fn)) for layout in shown.layouts]
+    return [_times(divisor, grad, number) for grad, number in zip(shown.grads, numbers, strict=True)]
+
+
+def _times(divisor: Divisor, grad: Tensor, number: Counts) -> Tensor:
+    """A gradient multiplied by what is divided by, a number or one for each row."""
+    by = divisor(number)
+    return grad * (by.to(grad)[:, None] if isinstance(by, Tensor) else by)
 
 
 def _misfit(grads: list[Tensor]) -> float:

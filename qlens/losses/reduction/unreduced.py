@@ -137,6 +137,8 @@ class Unreduced:
 
     def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
         """The sum over tokens of a loss that divides by each text's length: of every text alone, times what it divides by."""
+        if style.group > 1:  # it takes no text alone
+            return self._times(tokens, style, divisors)
         sequence, division = sequences(tokens, style, Layout()), self.reduction(tokens)
         parts, alone, together = [], [], []
         for each in sequence.unique():

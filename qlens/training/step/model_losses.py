@@ -1,4 +1,4 @@
-"""Losses written as compute_loss(model, inputs), called in training with the trained model and its true inputs."""
+"""Losses written as compute_loss(model, inputs), called with the trained model and its inputs."""
 
 import inspect
 import logging
@@ -46,15 +46,14 @@ class Called(NamedTuple):
 
 
 class ModelLoss:
-    """A loss f(model, inputs, ...) as a Trainer calls it: with the trained model and the true inputs of a micro-batch.
+    """A loss f(model, inputs, ...), called as a Trainer calls it and trained as written.
 
-    It is trained as written. Where it reads ``num_items_in_batch``, its value is a micro-batch's part of the step's loss;
-    where it does not, a micro-batch counts by its share of the step's supervised tokens, so that a mean over tokens stays one
-    however the step is cut.
+    If it reads ``num_items_in_batch``, its value is a micro-batch's part of the step's loss. If not, a micro-batch is weighted
+    by its share of the step's supervised tokens, so that a mean over tokens stays one however the step is cut.
 
     Args:
         variant: the method.
-        models: the other models, by the name of their field; they are handed to parameters such as ``teacher_model``.
+        models: the other models by field name, for parameters such as ``teacher_model``.
 
     Raises:
         InputError: the loss is a Trainer's class, whose models are stand-ins.
@@ -77,17 +76,17 @@ class ModelLoss:
         items: float | None,
         share: float,
     ) -> Called:
-        """The loss of a micro-batch, its part of the step's.
+        """A micro-batch's part of the step's loss.
 
         Args:
-            model: the trained model, in what it is wrapped in.
+            model: the trained model in its wrapper.
             batch: the micro-batch.
             features: the inputs of the model in it.
-            items: what the losses of the whole step are a mean of; None in evaluation.
+            items: the number of items that the step's loss is a mean of; None in evaluation.
             share: the micro-batch's share of them.
 
         Raises:
-            LossError: whatever the loss raised.
+            LossError: the loss raised an error.
             InputError: the batch lacks a column, or texts of a packed row would see each other.
         """
         columns = self._columns(batch, features)
@@ -190,7 +189,7 @@ class ModelLoss:
 
 @contextmanager
 def graph_from_head(model: nn.Module) -> Iterator[None]:
-    """Autograd where there is none, as in evaluation: a model's graph then begins at its head, or at its outputs."""
+    """Context that records a graph in evaluation, from the input of the model's head, or from its outputs, on."""
     off = model.register_forward_pre_hook(lambda *_: torch.set_grad_enabled(False) and None)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     hooks = [off, model.register_forward_hook(_with_leaf)]
@@ -204,18 +203,18 @@ def graph_from_head(model: nn.Module) -> Iterator[None]:
                 hook.remove()
 
 
-def _with_leaves(module: nn.Module, given: tuple) -> tuple:
-    """Autograd from here on; what a head is given is where it begins."""
+def _with_leaves(module: nn.Module, args: tuple) -> tuple:
+    """Pre-hook of a head: switch autograd on, with the head's input as the leaf."""
     torch.set_grad_enabled(True)
-    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in given)
+    return tuple(x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args)
 
 
-def _with_leaf(module: nn.Module, given: Any, made: Any) -> Any:
-    """Autograd from here on; logits without a graph are where it begins."""
+def _with_leaf(module: nn.Module, args: Any, outputs: Any) -> Any:
+    """Hook of a model: switch autograd on; logits without a graph become its leaf."""
     torch.set_grad_enabled(True)
-    if isinstance(made, dict) and isinstance(made.get("logits"), Tensor) and not made["logits"].requires_grad:
-        made["logits"] = made["logits"].detach().requires_grad_()
-    return made
+    if isinstance(outputs, dict) and isinstance(outputs.get("logits"), Tensor) and not outputs["logits"].requires_grad:
+        outputs["logits"] = outputs["logits"].detach().requires_grad_()
+    return outputs
 
 
 def logits_of(outputs: Any, batch: SupervisedBatch) -> Tensor | None:

@@ -122,7 +122,7 @@ def _whole_batch_loss(
     variant, reads_target = context.variant, context.metrics is not None or context.selects
     with torch.set_grad_enabled(torch.is_grad_enabled() or reads_target):
         logits = logits if logits.requires_grad else logits.detach().requires_grad_()
-        total = summed_loss(variant, logits, tokens, batch, batch.inputs, style)
+        total = summed_loss(variant, logits, tokens, batch, style)
         refuse_total(variant.spec, total)
         if not variant.built_in:
             watch_gradient(variant.spec, logits)

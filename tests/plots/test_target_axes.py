@@ -1,4 +1,4 @@
-"""Plots of targets, of the atlas, of whole studies and of training: what is drawn (artists, not pixels), what is refused."""
+"""Plots of targets, of all methods, of whole studies and of training: artists and their data."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib import pyplot as plt
 from matplotlib.colors import same_color
 from matplotlib.text import Annotation
 from numpy.testing import assert_allclose
@@ -14,9 +13,9 @@ from numpy.testing import assert_allclose
 import qlens
 from qlens import InputError, Tokens
 from qlens.analysis import plots
-from qlens.analysis.plots import along, candidates, plane, shown, styles, sweep, swept
+from qlens.analysis.plots import plane_frame, shown, styles, sweep_frame, sweep_tokens, text_frame, token_frame
 from qlens.analysis.plots.style import SMALL, new_figure
-from qlens.analysis.plots.target_axes import METRICS, SHOWN
+from qlens.analysis.plots.target_axes import SHOWN
 from qlens.lens.equivalences import distances
 
 ODD = [
@@ -34,14 +33,14 @@ ODD = [
     "a" * 300,
 ]
 METHODS = ("sft", "dft", "gem", "target_sft")
-SWEEP = sweep(METHODS, swept(np.linspace(0.05, 0.95, 19)))
-TOKEN = candidates(["gem"], swept([0.1]), 0, pieces=ODD.__getitem__)
-TEXT = along(METHODS, swept(np.linspace(0.05, 0.95, 12)), pieces=lambda token: "$tok_")
-PLANE = plane(METHODS, swept())
+SWEEP = sweep_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 19)))
+TOKEN = token_frame(["gem"], sweep_tokens([0.1]), 0, token_text=ODD.__getitem__)
+TEXT = text_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 12)), token_text=lambda token: "$tok_")
+PLANE = plane_frame(METHODS, sweep_tokens())
 ANGLES = pd.DataFrame(
     [[0.0, 10, 80], [10, 0, 60], [80, 60, 0]], index=["sft", "kd", "dft"], columns=["sft", "kd", "dft"]
 )
-TABLE = pd.DataFrame(
+SETTINGS = pd.DataFrame(
     {"setting": ["one"] * 3 + ["two"] * 2, "method": ["base", "sft", "my$loss$"] + ["base", "sft"]}
 ).assign(mean=[0.5, 0.6, 0.9, 0.3, 0.2], low=[0.4, 0.5, np.nan, 0.2, 0.1], high=[0.6, 0.8, np.nan, 0.4, 0.3])
 RECORDS = pd.DataFrame(
@@ -51,24 +50,13 @@ RECORDS = pd.DataFrame(
             "variant": name,
             "token": token,
             "p_y": 0.1 + 0.2 * token + step / 100,
-            "trust": trust * (step + 1),
+            "label_weight": weight * (step + 1),
         }
-        for name, trust in (("dft", 0.2), ("gem", 1.0))
+        for name, weight in (("dft", 0.2), ("gem", 1.0))
         for step in (0, 5, 10)
         for token in (0, 1, 2)
     ]
 ).assign(negative_mass=lambda x: (x["variant"] == "gem") * 0.1, drift=lambda x: x["step"] / 20, kl=np.nan)
-DRAWN = {
-    plots.plot_sweep: SWEEP,
-    plots.plot_update: TOKEN,
-    plots.plot_sequence: TEXT,
-    plots.plot_plane: PLANE,
-    plots.plot_atlas: ANGLES,
-    plots.plot_settings: TABLE,
-    plots.plot_motion: RECORDS,
-    plots.plot_course: RECORDS,
-}
-every = pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
 
 
 @pytest.fixture
@@ -79,43 +67,6 @@ def ax():
 @pytest.fixture(scope="module")
 def explained():
     return qlens.explain("dft")
-
-
-@every
-def test_a_plot_draws_on_the_axes_it_is_given_and_leaves_its_data_alone(draw, ax):
-    data = DRAWN[draw].copy(deep=True)
-    assert draw(data, ax=ax) is ax and ax.has_data()
-    assert not plt.get_fignums(), "no figure of pyplot's may appear"
-    pd.testing.assert_frame_equal(data, DRAWN[draw])
-    ax.figure.draw_without_rendering()
-
-
-@every
-def test_without_axes_a_plot_takes_the_current_ones(draw):
-    current = plt.figure().add_subplot()
-    try:
-        assert draw(DRAWN[draw]) is current
-    finally:
-        plt.close("all")
-
-
-NEEDED = {
-    plots.plot_sweep: ("p_y", "q_label", "q_rest", "method"),
-    plots.plot_update: ("method", "token", "label", "p", "q"),
-    plots.plot_sequence: ("method", "position", "token", "negative_mass", "trust"),
-    plots.plot_plane: ("method", "trust", "reshape", "negative_mass", "tokens", "trust_low"),
-    plots.plot_settings: ("setting", "method", "mean", "low", "high"),
-    plots.plot_motion: ("step", "variant", "token", "p_y", "trust"),
-    plots.plot_course: ("step", "variant", "drift"),
-}
-
-
-@pytest.mark.parametrize("draw", NEEDED, ids=lambda draw: draw.__name__)
-def test_missing_columns_are_named(draw, ax):
-    for column in NEEDED[draw]:
-        with pytest.raises(InputError, match=f"lacks .*{column}"):
-            draw(DRAWN[draw].drop(columns=column), ax=ax)
-    assert not ax.has_data(), "nothing is drawn of what is refused"
 
 
 def test_angles_that_are_none_are_refused(ax):
@@ -130,7 +81,7 @@ def test_angles_that_are_none_are_refused(ax):
 
 
 @pytest.mark.parametrize("show", SHOWN)
-def test_a_sweep_draws_label_and_rival_of_every_method(show, ax):
+def test_a_sweep_draws_label_and_runner_up_of_every_method(show, ax):
     plots.plot_sweep(SWEEP, ax=ax, show=show)
     look = styles(METHODS)
     for method in METHODS:
@@ -139,18 +90,20 @@ def test_a_sweep_draws_label_and_rival_of_every_method(show, ax):
             lines = [line for line in ax.lines if np.array_equal(line.get_ydata(), rows[column])]
             assert any(same_color(line.get_color(), look[method].color) for line in lines), (method, column)
             (line,) = [line for line in lines if same_color(line.get_color(), look[method].color)]
-            rival = column in ("other_grad", "q_rest")
-            assert line.get_linestyle() == ("--" if rival else "-") and line.get_marker() == look[method].marker
-            assert (line.get_markerfacecolor() == "white") == rival
-            assert line.get_label() == ("_" if rival else method)
+            runner_up = column in ("runner_up_grad", "q_runner_up")
+            assert line.get_linestyle() == ("--" if runner_up else "-") and line.get_marker() == look[method].marker
+            assert (line.get_markerfacecolor() == "white") == runner_up
+            assert line.get_label() == ("_" if runner_up else method)
     assert ax.get_xlim() == (-0.02, 1.02) and ax.get_ylabel() == SHOWN[show][1]
 
 
 def test_a_sweep_of_the_probes_has_a_logit_axis_and_a_line_per_shape(ax, explained):
     plots.plot_sweep(explained.table, ax=ax, show="target")
     assert ax.get_xscale() == "logit"
-    assert {"alternatives alike", "rivals falling by .8", "one strong rival"} <= {line.get_label() for line in ax.lines}
-    with pytest.raises(InputError, match="show must be one of gradient, target, trust, got 'q'"):
+    assert {"equal alternatives", "alternatives falling by .8", "one strong alternative"} <= {
+        line.get_label() for line in ax.lines
+    }
+    with pytest.raises(InputError, match="show must be one of gradient, target, label_weight, got 'q'"):
         plots.plot_sweep(SWEEP, ax=ax, show="q")
 
 
@@ -171,7 +124,7 @@ def test_an_update_goes_from_p_to_q_and_signed_mass_is_hatched(ax):
         plots.plot_update(pd.concat([TOKEN, TOKEN.assign(method="sft")]), ax=ax)
 
 
-@pytest.mark.parametrize("show", METRICS)
+@pytest.mark.parametrize("show", ["label_weight", "kl"])
 def test_a_text_is_a_column_per_token_a_row_per_method_and_signed_cells_are_hatched(show, ax):
     plots.plot_sequence(TEXT, ax=ax, show=show)
     drawn = ax.images[0].get_array()
@@ -182,38 +135,42 @@ def test_a_text_is_a_column_per_token_a_row_per_method_and_signed_cells_are_hatc
     assert hatched == signed and signed
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["$tok_"] * 12
     assert [tick.get_text() for tick in ax.get_yticklabels()] == list(METHODS)
-    if show == "trust":
-        assert {text.get_text() for text in ax.texts} == {"+"}, "gem trusts some labels beyond the colours"
-    with pytest.raises(InputError, match="show must be one of trust"):
+    if show == "label_weight":
+        assert {text.get_text() for text in ax.texts} == {"+"}, "some label weights of gem are beyond the colours"
+    with pytest.raises(InputError, match="show must be one of label_weight"):
         plots.plot_sequence(TEXT, ax=ax, show="loss")
 
 
 def test_a_long_text_goes_on_below_with_colours_that_mean_the_same():
-    figure = plots.figure_sequence(TEXT, show=("trust", "kl"), per_line=5)
+    text = text_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 60)))
+    figure = plots.figure_sequence(text, show=("label_weight", "kl"))
     maps = [ax for ax in figure.axes if ax.images and ax.get_ylim()[0] > ax.get_ylim()[1]]
-    assert [ax.images[0].get_array().shape[1] for ax in maps] == [5, 5, 5, 5, 2, 2]
+    assert [ax.images[0].get_array().shape[1] for ax in maps] == [48, 48, 12, 12]
     assert len({(ax.images[0].norm.vmin, ax.images[0].norm.vmax) for ax in maps[1::2]}) == 1
     assert figure.legends[0].get_texts()[0].get_text() == "negative mass"
     figure.draw_without_rendering()
 
 
 def test_the_plane_places_every_method_names_it_and_hollows_the_signed(ax):
-    far = PLANE.assign(trust=[1.0, 0.3, 999.0, 0.4])
+    far = PLANE.assign(label_weight=[1.0, 0.3, 999.0, 0.4])
     plots.plot_plane(far, ax=ax)
     dots = {line.get_label(): line for line in ax.lines if line.get_label() in METHODS}
     for row in far.itertuples():
-        assert dots[row.method].get_xdata()[0] == min(row.trust, 1.6) and dots[row.method].get_ydata()[0] == row.reshape
+        assert (
+            dots[row.method].get_xdata()[0] == min(row.label_weight, 1.6)
+            and dots[row.method].get_ydata()[0] == row.reshape
+        )
     assert [name for name, dot in dots.items() if dot.get_markerfacecolor() == "white"] == ["gem"]
     assert {"sft", "dft", "target_sft", "gem (999)"} <= {text.get_text() for text in ax.texts}
-    assert any(f"{len(swept())} tokens" in text.get_text() for text in ax.texts)
+    assert any(f"{len(sweep_tokens())} tokens" in text.get_text() for text in ax.texts)
 
 
-def test_names_of_methods_that_leave_the_alternatives_alone_stand_below_in_order_of_trust(ax):
+def test_names_of_methods_without_reshape_stand_below_in_the_order_of_their_label_weight(ax):
     flat = ["sft", "dft", "beyond_log", "focal", "gce", "kd"]
-    data = plane(flat, swept())
+    data = plane_frame(flat, sweep_tokens())
     plots.plot_plane(data, ax=ax)
     below = [text for text in ax.texts if text.get_rotation() == 90]
-    order = data[data["method"] != "kd"].sort_values("trust", kind="stable")["method"].tolist()
+    order = data[data["method"] != "kd"].sort_values("label_weight", kind="stable")["method"].tolist()
     assert [text.get_text() for text in sorted(below, key=lambda text: text.xyann[0])] == order
     gaps = np.diff(sorted(text.xyann[0] for text in below)) * ax.bbox.width * 72 / ax.figure.dpi
     assert gaps.min() > SMALL, "none touches the next"
@@ -241,7 +198,7 @@ def test_the_atlas_of_all_methods_has_a_leaf_for_each():
 
 
 def test_settings_stand_on_one_axis_and_methods_side_by_side(ax):
-    plots.plot_settings(TABLE, ax=ax, label="avg@8")
+    plots.plot_settings(SETTINGS, ax=ax, label="avg@8")
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ["one", "two"]
     dots = {bars.get_label(): bars.lines[0] for bars in ax.containers}
     assert list(dots["sft"].get_ydata()) == [0.6, 0.2] and [round(x) for x in dots["sft"].get_xdata()] == [0, 1]
@@ -252,10 +209,10 @@ def test_settings_stand_on_one_axis_and_methods_side_by_side(ax):
 
 
 def test_the_forest_has_a_column_per_setting_and_says_every_name_once_in_a_row():
-    gaps = TABLE[TABLE["method"] != "sft"].assign(against="sft", p_holm=[0.01, 0.2, 0.3])
+    gaps = SETTINGS[SETTINGS["method"] != "sft"].assign(against="sft", p_holm=[0.01, 0.2, 0.3])
     config = {"metric": {"name": "avg@8", "better": "higher"}, "settings": {"one": {}, "two": {}}}
-    study = SimpleNamespace(differences=lambda: gaps, settings=["one", "two"], methods=list(TABLE["method"][:3]))
-    study.config, study.table = config, lambda: TABLE
+    study = SimpleNamespace(differences=lambda: gaps, settings=["one", "two"], methods=list(SETTINGS["method"][:3]))
+    study.config, study.table = config, lambda: SETTINGS
     for figure in (plots.figure_forest(study), plots.figure_study(study, ("differences",))):
         one, two = figure.axes
         assert [ax.get_title(loc="left") for ax in figure.axes] == ["one", "two"]
@@ -270,17 +227,17 @@ def test_the_forest_has_a_column_per_setting_and_says_every_name_once_in_a_row()
 
 @pytest.mark.parametrize("width", [plots.SINGLE, plots.DOUBLE])
 def test_figures_fit_a_column_of_a_paper(width, explained):
-    """Nothing collapses, no glyph is missing (both would warn), and no text leaves the paper."""
-    made = [
+    """Nothing collapses, no glyph is missing (both would warn), and no text leaves the figure."""
+    figures = [
         plots.figure_sweep(SWEEP, width),
-        plots.figure_token(candidates(METHODS, swept([0.1]), 0, pieces=ODD.__getitem__), width, across=2),
+        plots.figure_token(token_frame(METHODS, sweep_tokens([0.1]), 0, token_text=ODD.__getitem__), width),
         plots.figure_sequence(TEXT, width=width),
         plots.figure_plane(PLANE, width),
         plots.figure_atlas(ANGLES, width),
         plots.figure_watch(RECORDS, width),
         plots.figure_explain(explained, width),
     ]
-    for figure in made:
+    for figure in figures:
         figure.draw_without_rendering()
         assert figure.get_figwidth() == width
         box, paper = figure.get_tightbbox(), figure.bbox_inches
@@ -289,7 +246,7 @@ def test_figures_fit_a_column_of_a_paper(width, explained):
 
 def test_odd_tokens_are_drawn_without_a_warning(ax):
     tokens = Tokens(logits=torch.linspace(2, 0, len(ODD))[None].double(), labels=torch.tensor([0]))
-    data = candidates(["sft"], tokens, 0, pieces=ODD.__getitem__, top=len(ODD))
+    data = token_frame(["sft"], tokens, 0, token_text=ODD.__getitem__, top=len(ODD))
     plots.plot_update(data, ax=ax)
     ax.figure.draw_without_rendering()
     names = [tick.get_text() for tick in ax.get_yticklabels()]

@@ -1,4 +1,4 @@
-"""The look of figures: one style per method, legends that fit, and data beside every saved figure."""
+"""Style of figures: one colour and marker per method, legends that fit, and data beside every saved figure."""
 
 import pandas as pd
 import pytest
@@ -6,11 +6,12 @@ import pytest
 import qlens
 from qlens import InputError
 from qlens.analysis import plots
+from qlens.analysis.compare.recipes import CONTROLS, DEFAULT
 from qlens.analysis.plots.study_overview import method_keys
-from qlens.analysis.plots.style import legend_below, new_figure, styles
-from qlens.analysis.plots.target_data import sweep, swept
+from qlens.analysis.plots.style import legend_below, look, new_figure, of_figure, styles
+from qlens.analysis.plots.target_data import sweep_frame, sweep_tokens
 
-SWEEP = sweep(("sft", "gem"), swept([0.1, 0.5, 0.9]))
+SWEEP = pd.DataFrame(sweep_frame(("sft", "gem"), sweep_tokens([0.1, 0.5, 0.9])))
 
 
 def test_a_registered_method_looks_the_same_in_every_company():
@@ -19,7 +20,17 @@ def test_a_registered_method_looks_the_same_in_every_company():
     assert len(set(together.values())) == len(together)
     assert all(styles([name])[name] == together[name] for name in names)
     few = styles(["sft", "dft", "mine(x=1)", "other.py:f", "third.py:f"]).values()
-    assert len({style.marker for style in few}) == 5, "colour is not all, for one's own methods either"
+    assert len({style.marker for style in few}) == 5, "user methods differ in their markers too"
+    rows = [*DEFAULT, *CONTROLS]
+    assert len({style.marker for style in styles(rows).values()}) == len(rows), "distinct in grey"
+    assert len(set(styles([*plots.STYLES, *(f"mine(x={x})" for x in range(20))]).values())) == len(plots.STYLES) + 20
+
+
+def test_the_panels_of_a_figure_share_their_styles():
+    mine = [f"mine(x={x})" for x in range(40)]
+    alone = {name: look(pd.DataFrame({"method": [name]}))[name] for name in mine}
+    together = {name: look(of_figure(pd.DataFrame({"method": [name]}), mine))[name] for name in mine}
+    assert len(set(together.values())) == 40 > len(set(alone.values()))
 
 
 def test_a_legend_takes_the_rows_it_needs_and_the_figure_grows_by_them():

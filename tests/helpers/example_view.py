@@ -1,4 +1,4 @@
-"""A token view of made-up logits over hostile and odd tokens."""
+"""A token view of random logits over hostile and odd tokens."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Plots: what is drawn (artists, not pixels), where, and that nothing else happens."""
+"""Plots of scores, label weights, targets, whole studies and explanations: artists and their data."""
 
 from types import SimpleNamespace
 
@@ -6,21 +6,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 import qlens
-from qlens import InputError
 from qlens.analysis import plots
+from qlens.analysis.plots.style import current_names
 
 SCORES = pd.DataFrame(
     {"method": ["base", "sft", "mine"], "mean": [0.5, 0.6, 0.9], "low": [0.4, 0.5, np.nan], "high": [0.6, 0.8, np.nan]}
 ).assign(setting="one", n="3 x 10")
-TRUST = pd.DataFrame({"method": ["sft", "sft", "kd", "kd"], "p_y": [0.9, 0.1, 0.2, 0.99], "trust": [1, 1, 0.3, -50.0]})
+WEIGHTS = pd.DataFrame(
+    {"method": ["sft", "sft", "kd", "kd"], "p_y": [0.9, 0.1, 0.2, 0.99], "label_weight": [1, 1, 0.3, -50.0]}
+)
 TARGET = pd.DataFrame(
     {"token": ["a$", "b$"] * 2, "label": [True, False] * 2, "p": [0.2, 0.8] * 2, "q": [1.3, -0.3, 1.0, 0.0]}
 ).assign(method=["signed", "signed", "sft", "sft"])
-DRAWN = {plots.plot_scores: SCORES, plots.plot_trust: TRUST, plots.plot_target: TARGET}
 
 
 @pytest.fixture
@@ -29,39 +30,14 @@ def ax():
 
 
 def one_study(settings=("one", "two")):
-    """What figure_study looks at, with three methods."""
-    frames = {"trust": TRUST, "target": TARGET}
+    """A stand-in for a study of three methods."""
+    frames = {"label_weight": WEIGHTS, "target": TARGET}
     many = {name: pd.concat([frame.assign(setting=s) for s in settings]) for name, frame in frames.items()}
     table = pd.concat([SCORES.assign(setting=s) for s in settings])
     config = {"metric": {"name": "avg@8", "better": "higher"}, "settings": {name: {} for name in settings}}
     return SimpleNamespace(
         table=lambda: table, config=config, settings=list(settings), methods=list(SCORES["method"]), **many
     )
-
-
-@pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
-def test_a_plot_draws_on_the_axes_it_is_given_and_leaves_its_data_alone(draw, ax):
-    data = DRAWN[draw].copy(deep=True)
-    assert draw(data, ax=ax) is ax
-    assert ax.has_data()
-    assert not plt.get_fignums(), "no figure of pyplot's may appear"
-    pd.testing.assert_frame_equal(data, DRAWN[draw])
-    ax.figure.draw_without_rendering()
-
-
-@pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
-def test_without_axes_a_plot_takes_the_current_ones(draw):
-    current = plt.figure().add_subplot()
-    try:
-        assert draw(DRAWN[draw]) is current
-    finally:
-        plt.close("all")
-
-
-@pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
-def test_missing_columns_are_named(draw, ax):
-    with pytest.raises(InputError, match="lacks method"):
-        draw(DRAWN[draw].drop(columns="method"), ax=ax)
 
 
 def test_scores_stand_at_their_means_in_their_order_with_their_intervals(ax):
@@ -75,13 +51,8 @@ def test_scores_stand_at_their_means_in_their_order_with_their_intervals(ax):
     assert ax.get_ylim()[0] > ax.get_ylim()[1] and "3 x 10" in ax.get_xlabel()
 
 
-def test_scores_of_two_settings_are_refused(ax):
-    with pytest.raises(InputError, match="one setting"):
-        plots.plot_scores(pd.concat([SCORES, SCORES.assign(setting="two")]), ax=ax)
-
-
-def test_trust_beyond_the_axis_is_drawn_hollow_at_the_edge_and_counted(ax):
-    plots.plot_trust(TRUST, ax=ax)
+def test_label_weights_beyond_the_axis_are_drawn_hollow_at_the_edge_and_counted(ax):
+    plots.plot_label_weight(WEIGHTS, ax=ax)
     by_label = {line.get_label(): line for line in ax.lines if line.get_label()[0] != "_"}
     assert by_label["sft"].get_xdata().tolist() == [0.1, 0.9], "sorted by p_y"
     assert by_label["kd"].get_ydata().tolist() == [0.3]
@@ -100,20 +71,11 @@ def test_negative_mass_reaches_below_zero_and_is_hatched(ax):
 
 
 def test_a_method_has_one_look_everywhere(ax):
-    plots.plot_trust(TRUST, ax=ax)
+    plots.plot_label_weight(WEIGHTS, ax=ax)
     drawn = {line.get_label(): (to_hex(line.get_color()), line.get_marker()) for line in ax.lines}
     for method in ("sft", "kd"):
         assert drawn[method] == (plots.STYLES[method].color.lower(), plots.STYLES[method].marker)
     assert plots.styles(["mine(x=1)", "sft"])["mine(x=1)"] == plots.styles(["mine(x=1)"])["mine(x=1)"]
-
-
-def test_no_two_methods_look_alike():
-    names = [*plots.STYLES, *(f"mine(x={x})" for x in range(20))]
-    assert len(set(plots.styles(names).values())) == len(names)
-    markers = [style.marker for style in plots.STYLES.values()]
-    assert len(set(markers)) == len(markers), "they must be told apart in grey"
-    lightness = [np.dot(to_rgb(style.color), (0.2126, 0.7152, 0.0722)) for style in plots.STYLES.values()]
-    assert max(lightness) < 0.75, "every one must stand out on white"
 
 
 def test_a_study_is_a_row_per_setting_or_one_panel_side_by_side():
@@ -126,22 +88,22 @@ def test_a_study_is_a_row_per_setting_or_one_panel_side_by_side():
     assert not plt.get_fignums()
 
 
-@pytest.mark.parametrize("spec", ["sft", "target_sft"])
-def test_explain_draws_pull_target_and_trust_against_p_y(spec):
-    explanation = qlens.explain(spec)
+def test_explain_draws_gradient_target_and_label_weight_against_p_y():
+    explanation = qlens.explain("target_sft")
     figure = plots.figure_explain(explanation)
-    pull, target, trust, ends = figure.axes
-    table = explanation.table[explanation.table["shape"] == "peaked"].sort_values("p_y")
+    gradient, target, weight, ends = figure.axes
+    table = current_names(pd.DataFrame(explanation.table))
+    table = table[table["shape"] == "peaked"].sort_values("p_y")
     drawn = {
-        "label_grad": pull,
-        "runner_up_grad": pull,
+        "label_grad": gradient,
+        "runner_up_grad": gradient,
         "q_label": target,
         "q_runner_up": target,
-        "label_weight": trust,
+        "label_weight": weight,
     }
     for column, ax in drawn.items():
         assert any(np.array_equal(line.get_ydata(), table[column], equal_nan=True) for line in ax.lines), column
-    grey = [line for line in trust.lines if "trust" in str(line.get_label())]
+    grey = [line for line in weight.lines if "ft)" in str(line.get_label())]
     assert len(grey) == 2 and np.array_equal(grey[1].get_xdata(), grey[1].get_ydata())
     paths = [line.get_ydata() for line in ends.lines if len(line.get_xdata()) == len(explanation.destination.times)]
     assert all(any(np.array_equal(path, p_k) for path in paths) for p_k in explanation.destination.probs.T)

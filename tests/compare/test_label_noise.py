@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 
 from qlens import InputError
 from qlens.analysis.compare.label_noise import auroc, calibration
-from qlens.lab import Author, Demonstration
+from qlens.lab import Annotator, Demonstration
 from qlens.lab.language import Writer, verify
 
 LABELS = st.lists(
@@ -57,7 +57,7 @@ def test_what_cannot_be_compared_is_refused(trust, good, named):
 
 
 def truth_of(completion):
-    return [right for right in Demonstration(PROBLEM, completion, True).truth if right is not None]
+    return [right for right in Demonstration(PROBLEM, completion, True).correct if right is not None]
 
 
 def test_an_error_carried_on_is_one_error():
@@ -71,10 +71,10 @@ def test_an_error_carried_on_is_one_error():
 def test_the_truth_is_what_the_writer_did():
     rng, slips = random.Random(0), 0
     for seed in range(300):
-        writer = Writer(Author(slip=(0.3, 0.3, 0.3)), 10, random.Random(seed))
+        writer = Writer(Annotator(slip=(0.3, 0.3, 0.3)), 10, random.Random(seed))
         error = rng.choice([None, 0, 3])
         completion, clean = writer.write(PROBLEM, error)
-        judged = Demonstration(PROBLEM, completion, clean).truth
+        judged = Demonstration(PROBLEM, completion, clean).correct
         said = [right for right in judged if right is not None]
         assert len(judged) == len(completion.split()) and len(said) == 4
         assert clean == all(said)

@@ -1,4 +1,4 @@
-"""Diagnostics and readings on held-out tokens, against their formulas written out."""
+"""Evaluation on held-out tokens, against the formulas."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from numpy.testing import assert_allclose
 from tiny import letters, llama
 
 import qlens
-from qlens.analysis.compare.evaluation import beliefs, diagnostics, held_tokens, reading, row_nll, separation
+from qlens.analysis.compare.evaluation import diagnostics, held_out_tokens, label_scores, reading, row_nll, separation
 from qlens.data.examples import encode
 
 ROWS = [
@@ -19,7 +19,7 @@ def test_diagnostics_are_what_they_say():
     model, start, teacher = llama(5), llama(0), llama(1)
     examples = encode(ROWS[:4], letters(), None).examples
     found = diagnostics(model, qlens.get("target_sft"), examples, reference=start, teacher=teacher)
-    (tokens,) = held_tokens(model, examples, reference=start, teacher=teacher)
+    (tokens,) = held_out_tokens(model, examples, reference=start, teacher=teacher)
     p, p_y = tokens.probs, tokens.label_probs
     q_y = tokens.gather(qlens.get("target_sft").target(tokens).q)
     started = tokens.log_probs_of("reference").exp()
@@ -27,14 +27,14 @@ def test_diagnostics_are_what_they_say():
         "nll": -p_y.log().mean(),
         "entropy": torch.distributions.Categorical(probs=p).entropy().mean(),
         "kl_start": (started * (started / p).log()).sum(-1).mean(),
-        "trust": (q_y - p_y).sum() / (1 - p_y).sum(),
+        "label_weight": (q_y - p_y).sum() / (1 - p_y).sum(),
         "negative_mass": 0.0,
     }
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         assert_allclose(found[name], float(value), rtol=1e-4, atol=1e-6, err_msg=name)
-    assert diagnostics(model, qlens.get("sft"), examples, reference=start)["trust"] == pytest.approx(1)
-    rows = [-held.label_log_probs.mean() for row in examples for held in held_tokens(model, [row])]
+    assert diagnostics(model, qlens.get("sft"), examples, reference=start)["label_weight"] == pytest.approx(1)
+    rows = [-held.label_log_probs.mean() for row in examples for held in held_out_tokens(model, [row])]
     assert_allclose(row_nll(model, examples), rows, rtol=1e-5)
 
 
@@ -43,9 +43,9 @@ def test_every_method_is_read_at_the_same_tokens():
     examples = encode(ROWS, letters(), None).examples
     others = {"sft": {}, "dft": {"teacher": start}, "target_sft": {"teacher": teacher}}  # a control may have its own
     read = {m: reading(start, qlens.get(m), examples, None, letters(), teacher, o) for m, o in others.items()}
-    assert len({tuple(r["trust"]["p_y"]) for r in read.values()}) == 1
+    assert len({tuple(r["label_weight"]["p_y"]) for r in read.values()}) == 1
     assert len({(tuple(r["target"]["token"]), tuple(r["target"]["p"])) for r in read.values()}) == 1
-    assert_allclose(read["dft"]["trust"]["trust"], read["dft"]["trust"]["p_y"], rtol=1e-4)
+    assert_allclose(*read["dft"]["label_weight"].values(), rtol=1e-4)
     for r in read.values():
         assert sum(r["target"]["label"]) == 1 and r["target"]["token"][-1] == "(rest)"
         assert_allclose([sum(r["target"]["p"]), sum(r["target"]["q"])], 1, rtol=1e-5)
@@ -56,25 +56,25 @@ def test_every_method_is_read_at_the_same_tokens():
 def test_beliefs_are_those_of_the_method_and_of_the_model():
     start, teacher = llama(0), llama(1)
     examples = encode(ROWS, letters(), None).examples
-    (tokens,) = held_tokens(start, examples)
-    dft = beliefs(start, qlens.get("dft"), examples)
+    (tokens,) = held_out_tokens(start, examples)
+    dft = label_scores(start, qlens.get("dft"), examples)
     assert_allclose(dft["p"], tokens.label_probs, rtol=1e-5)
     assert_allclose(dft["trust"], dft["p"], rtol=1e-5)
     assert_allclose(dft["Q"], dft["p"] * (2 - dft["p"]), rtol=1e-5)
-    kd = beliefs(start, qlens.get("kd"), examples, teacher=teacher)
-    assert_allclose(kd["Q"], next(held_tokens(teacher, examples)).label_probs, rtol=1e-5)
+    kd = label_scores(start, qlens.get("kd"), examples, teacher=teacher)
+    assert_allclose(kd["Q"], next(held_out_tokens(teacher, examples)).label_probs, rtol=1e-5)
     assert_allclose(kd["trust"], 0)
     smoothed = qlens.registry.resolve(
         lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     )
-    derived, known = (beliefs(start, v, examples) for v in (smoothed, qlens.get("label_smoothing")))
+    derived, known = (label_scores(start, v, examples) for v in (smoothed, qlens.get("label_smoothing")))
     assert np.isnan(derived["trust"]).all(), "whose construction is not known"
     assert len(set(known["Q"])) == 1 and set(known["Q"]) == set(derived["Q"]), "rounding makes no order"
 
 
 def test_separation_counts_the_judged_labels_and_takes_the_rest_for_good():
     start, examples = llama(0), encode(ROWS, letters(), None).examples
-    p = beliefs(start, qlens.get("dft"), examples)["p"]
+    p = label_scores(start, qlens.get("dft"), examples)["p"]
     truth = np.full(len(p), np.nan)
     truth[:10] = p[:10] > np.median(p[:10])  # p tells them apart without an error
     rows = {

@@ -1,9 +1,9 @@
-"""Plots of how targets move in training: from the first record to the last, and the mean over tokens by step."""
+"""Plots of targets during training: from the first record to the last, and the mean over tokens by step."""
 
 import pytest
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
-from test_targets_drawn import RECORDS
+from test_target_axes import RECORDS
 
 from qlens import InputError
 from qlens.analysis import plots
@@ -22,12 +22,14 @@ def test_motion_goes_from_the_first_record_to_the_last(ax):
     paths = [line for line in ax.lines if len(line.get_xdata()) == 2 and line.get_linewidth() == 0.6]
     assert len(paths) == 6
     assert_allclose(paths[0].get_xdata(), [0.1, 0.2])
-    assert any("6 beyond" in text.get_text() for text in ax.texts), "at trust 2.2 and 11, drawn at the edge and counted"
+    assert any("6 beyond" in text.get_text() for text in ax.texts), (
+        "at label weights 2.2 and 11, drawn at the edge and counted"
+    )
     assert ax.get_ylim()[0] < max(dots["gem"].get_ydata()) < ax.get_ylim()[1]
 
 
 def test_a_course_is_the_mean_over_tokens_by_step(ax):
-    plots.plot_course(RECORDS, ax=ax, show="trust")
+    plots.plot_course(RECORDS, ax=ax, show="label_weight")
     lines = {line.get_label(): line for line in ax.lines}
     assert_allclose(lines["dft"].get_xdata(), [0, 5, 10])
     assert_allclose(lines["dft"].get_ydata(), [0.2, 1.2, 2.2])

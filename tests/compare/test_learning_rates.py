@@ -1,4 +1,4 @@
-"""The learning rates: the rule, the record that comes with the lab, and the search for what is not in it."""
+"""Learning rates: the rule, the record that ships with the lab, and the search."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from mini_lab import MINI
 import qlens
 from qlens import InputError
 from qlens.analysis.compare import learning_rates
-from qlens.analysis.compare.environments import Lab
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.learning_rates import (
     GRID,
     SEEDS,
@@ -31,20 +31,19 @@ SFT = [Recipe(qlens.get("sft"))]
 TUNED = list(CONTROLS["kd_hybrid_tuned"].recipes)
 
 
-@pytest.mark.parametrize(
-    ("scores", "wanted"),
-    [
-        ({"a": {"0.001": [0.1], "0.01": [0.5], "0.03": [0.4]}}, ("a", 0.01)),
-        ({"a": {"0.001": [0.495], "0.01": [0.5]}}, ("a", 0.001)),  # within .01: the smaller
-        ({"a": {"0.001": [0.489], "0.01": [0.5]}}, ("a", 0.01)),
-        ({"a": {"0.001": [0.2, 0.8], "0.01": [0.4, 0.5]}}, ("a", 0.001)),  # means over seeds
-        ({"a": {"0.001": [0.495], "0.01": [0.3]}, "b": {"0.001": [0.5], "0.01": [0.2]}}, ("b", 0.001)),
-        ({"a": {"0.001": [0.3], "0.01": [0.5]}, "b": {"0.001": [0.495], "0.01": [0.2]}}, ("b", 0.001)),
-    ],
-    ids=str,
-)
-def test_the_rule(scores, wanted):
-    assert choose(scores) == wanted
+RULE = [
+    ({"a": {"0.001": [0.1], "0.01": [0.5], "0.03": [0.4]}}, ("a", 0.01)),
+    ({"a": {"0.001": [0.495], "0.01": [0.5]}}, ("a", 0.001)),  # within .01: the smaller
+    ({"a": {"0.001": [0.489], "0.01": [0.5]}}, ("a", 0.01)),
+    ({"a": {"0.001": [0.2, 0.8], "0.01": [0.4, 0.5]}}, ("a", 0.001)),  # means over seeds
+    ({"a": {"0.001": [0.495], "0.01": [0.3]}, "b": {"0.001": [0.5], "0.01": [0.2]}}, ("b", 0.001)),
+    ({"a": {"0.001": [0.3], "0.01": [0.5]}, "b": {"0.001": [0.495], "0.01": [0.2]}}, ("b", 0.001)),
+]
+
+
+def test_the_rule():
+    for scores, wanted in RULE:
+        assert choose(scores) == wanted, scores
 
 
 def test_an_optimum_at_the_edge_is_known_as_one():
@@ -57,20 +56,20 @@ def test_an_optimum_at_the_edge_is_known_as_one():
     assert not Choice(recipe=SFT[0], learning_rate=1.0, origin="given", scores={}).at_edge
 
 
-@pytest.mark.parametrize("setting", SETTINGS.values(), ids=list(SETTINGS))
-def test_the_record_has_every_method_and_control_in_every_setting_as_it_is_now(setting):
-    for name, among in recipes([*DEFAULT, *CONTROLS]).items():
-        if name == BASE:
-            continue
-        scores = recorded(Lab(setting), name)
-        assert set(scores) == {recipe.spec for recipe in among}, (
-            f"{name}: run python -m qlens.analysis.compare.learning_rates"
-        )
-        for of_recipe in scores.values():
-            assert set(of_recipe) == {str(rate) for rate in GRID}
-            assert all(len(seen) == len(SEEDS) for seen in of_recipe.values())
-        choice = settle(Lab(setting), name, among, None, False)
-        assert choice.origin == "record" and choice.learning_rate in GRID
+def test_the_record_has_every_method_and_control_in_every_setting_as_it_is_now():
+    for setting in SETTINGS.values():
+        for name, among in recipes([*DEFAULT, *CONTROLS]).items():
+            if name == BASE:
+                continue
+            scores = recorded(LabSource(setting), name)
+            assert set(scores) == {recipe.spec for recipe in among}, (
+                f"{name}: run python -m qlens.analysis.compare.learning_rates"
+            )
+            for of_recipe in scores.values():
+                assert set(of_recipe) == {str(rate) for rate in GRID}
+                assert all(len(seen) == len(SEEDS) for seen in of_recipe.values())
+            choice = settle(LabSource(setting), name, among, None, False)
+            assert choice.origin == "record" and choice.learning_rate in GRID
 
 
 @pytest.fixture
@@ -85,24 +84,32 @@ def record(tmp_path, monkeypatch):
     monkeypatch.setattr(learning_rates, "RECORD", path)
 
 
-def test_who_chooses_the_rate(record):
-    lab, other = Lab(MINI), [Recipe(qlens.get("dft"))]
+def test_the_origin_of_a_learning_rate(record):
+    lab, other = LabSource(MINI), [Recipe(qlens.get("dft"))]
     best = 0.03  # .13 against .11: more than the margin
     assert settle(lab, BASE, [Recipe(None)], None, False).learning_rate == 0
-    assert settle(lab, "sft", SFT, 0.5, False).told() == {"recipe": "sft", "learning_rate": 0.5, "origin": "given"}
-    assert settle(lab, "sft", SFT, None, False).told() == {"recipe": "sft", "learning_rate": best, "origin": "record"}
-    assert settle(lab, "dft", other, None, False).told() == {"recipe": "dft", "learning_rate": best, "origin": "as sft"}
+    assert settle(lab, "sft", SFT, 0.5, False).to_dict() == {"recipe": "sft", "learning_rate": 0.5, "origin": "given"}
+    assert settle(lab, "sft", SFT, None, False).to_dict() == {
+        "recipe": "sft",
+        "learning_rate": best,
+        "origin": "record",
+    }
+    assert settle(lab, "dft", other, None, False).to_dict() == {
+        "recipe": "dft",
+        "learning_rate": best,
+        "origin": "as sft",
+    }
     assert settle(lab, "dft", other, None, True) == GRID
     assert settle(lab, "sft", SFT, None, True).origin == "record"
-    changed = Lab(dataclasses.replace(MINI, seed=9))
-    assert settle(changed, "sft", SFT, None, False).told() == {
+    changed = LabSource(dataclasses.replace(MINI, seed=9))
+    assert settle(changed, "sft", SFT, None, False).to_dict() == {
         "recipe": "sft",
         "learning_rate": MINI.learning_rate,
         "origin": "default",
     }
-    assert settle(Lab(MINI, steps=3), "sft", SFT, None, False).origin == "record of other steps"
-    assert settle(Lab(MINI, steps=3), "sft", SFT, None, True) == GRID, "the record is of other steps"
-    assert settle(Lab(MINI, steps=MINI.steps), "sft", SFT, None, True).origin == "record"
+    assert settle(LabSource(MINI, steps=3), "sft", SFT, None, False).origin == "record of other steps"
+    assert settle(LabSource(MINI, steps=3), "sft", SFT, None, True) == GRID, "the record is of other steps"
+    assert settle(LabSource(MINI, steps=MINI.steps), "sft", SFT, None, True).origin == "record"
     with pytest.raises(InputError, match="kd_hybrid_tuned is chosen on validation.*lr_grid"):
         settle(lab, "kd_hybrid_tuned", TUNED, None, False)
     assert settle(lab, "kd_hybrid_tuned", TUNED, None, True) == GRID
@@ -110,7 +117,7 @@ def test_who_chooses_the_rate(record):
 
 
 def test_a_rate_that_failed_at_a_seed_is_out(tmp_path):
-    tried = trials(Lab(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
+    tried = trials(LabSource(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
     assert len(tried) == 2 * len(SEEDS) and len({trial.path for trial in tried}) == len(tried)
     assert gathered(tried) == {}
     for number, trial in enumerate(tried[:-1]):
@@ -155,7 +162,7 @@ def test_a_search_is_part_of_the_comparison_and_resumes(tmp_path, monkeypatch, r
         compare(learning_rate=0.1, lr_grid=True)
 
 
-def test_one_s_own_data_cannot_choose_a_rate(tmp_path):
+def test_user_data_cannot_choose_a_learning_rate(tmp_path):
     with pytest.raises(InputError, match="lr_grid works in the lab only.*give learning_rate"):
         qlens.compare("sft", model=tmp_path, data=tmp_path / "x.jsonl", lr_grid=True)
     assert Path(learning_rates.RECORD).name == "rates.json"

@@ -1,0 +1,96 @@
+"""Arguments of a token view: models and tokenizers from folders, resolved variants, encoded rows."""
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from qlens.core.errors import InputError
+from qlens.core.supervised import IGNORE
+from qlens.data.collator import COLUMNS
+from qlens.data.compatibility import check_model
+from qlens.data.examples import example
+from qlens.data.from_text import row_of
+from qlens.data.models import load_model, load_tokenizer
+from qlens.registry import Variant, resolve
+
+DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
+
+
+def loaded_model(model: Any, name: str) -> nn.Module:
+    """A model, loaded if it is a folder."""
+    loaded = load_model(model) if isinstance(model, str | Path) else model
+    check_model(loaded, name)
+    return loaded
+
+
+def tokenizer_of(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer, loaded if it is a folder, or from the folder of the model.
+
+    Raises:
+        InputError: a module without a tokenizer.
+    """
+    if tokenizer is None and not isinstance(model, str | Path):
+        raise InputError("tokenizer is None, and model is a module, which does not know its tokenizer: give tokenizer")
+    source = model if tokenizer is None else tokenizer
+    return load_tokenizer(source) if isinstance(source, str | Path) else source
+
+
+def columns_of(text: Any) -> list[str]:
+    """Per-token columns that all rows have."""
+    rows = (
+        [text]
+        if isinstance(text, Mapping)
+        else text
+        if isinstance(text, Sequence) and not isinstance(text, str)
+        else []
+    )
+    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
+
+
+def variants_of(variants: Any, teacher: Any, reference: Any, fields: Collection[str]) -> list[Variant]:
+    """The resolved variants, checked for repetitions and for the fields that they need."""
+    if variants is None:
+        variants = DEFAULT + WITH_TEACHER * (teacher is not None)
+    single = isinstance(variants, str | Variant) or callable(variants)
+    chosen = [resolve(each) for each in ([variants] if single else variants)]
+    if not chosen:
+        raise InputError("variants is empty: give at least one method, like 'sft'")
+    specs = [variant.spec for variant in chosen]
+    for variant in chosen:
+        if specs.count(variant.spec) > 1:
+            raise InputError(f"variants: {variant.spec} is given twice")
+        for need in variant.needs:
+            models = {"teacher": teacher, "reference": reference}
+            if need in models and models[need] is None:
+                raise InputError(f"variants: {variant.spec} needs a {need}: give {need}=, on the command line --{need}")
+            if need not in (*models, *fields):
+                raise InputError(f"variants: {variant.spec} needs {need!r}, which a text does not have")
+    return chosen
+
+
+def encoded_rows(
+    text: Any, tokenizer: Any, limit: int | None, max_rows: int | None
+) -> tuple[dict[int, dict], dict[int, str]]:
+    """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
+    rows = [text] if isinstance(text, (str, Mapping)) else text
+    if not isinstance(rows, Sequence) or not len(rows):
+        raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
+    examples, skipped = {}, {}
+    for number, row in enumerate(rows, 1):
+        encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
+        encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
+        if limit is not None and len(encoded_row["input_ids"]) > limit:
+            skipped[number] = f"longer than the context of {limit} tokens"
+        elif all(label == IGNORE for label in encoded_row["labels"][1:]):
+            skipped[number] = "no supervised token"
+        else:
+            examples[number] = encoded_row
+        if len(examples) == max_rows:
+            break
+    if not examples:
+        reasons = "; ".join(f"row {row}: {reason}" for row, reason in list(skipped.items())[:3])
+        raise InputError(f"text: none of its {len(rows)} rows can be shown ({reasons})")
+    return examples, skipped
