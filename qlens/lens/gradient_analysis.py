@@ -20,7 +20,6 @@ from qlens.lens.decompose.without_softmax import piecewise_linear, uncoupled
 from qlens.lens.explanation import Explanation
 from qlens.lens.identify.batch_factors import BatchFactor
 from qlens.lens.identify.method_search import COMPARED, Identification, MethodSearch
-from qlens.lens.identify.other_batches import BatchReading, read_other_batches
 from qlens.lens.implied import read
 from qlens.lens.reading import Reading, fields_taken, models_taken, on_trials, requested_fields
 from qlens.lens.rounding import TOLERANCE
@@ -156,11 +155,6 @@ class GradientAnalysis(MethodSearch):
     def base(self) -> Reading:
         """The trial tokens if there are any, else those shown."""
         return self.shown if self.trial is None else self.trial
-
-    @cached_property
-    def other_batches(self) -> list[BatchReading]:
-        """The gradient on other batches, read once."""
-        return read_other_batches(self.variant, self.shown, self.trial)
 
     def drop_non_finite_trials(self, reach: Scope) -> None:
         """Leave out trial tokens whose gradient is not finite; all of them where tokens depend on each other."""

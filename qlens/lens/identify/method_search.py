@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from qlens.lens.decompose.vocabulary_factors import EQUAL, VocabularyFactor
 from qlens.lens.identify import matching, parameter_search
 from qlens.lens.identify.batch_factors import BatchFactor, on_other_batches
 from qlens.lens.identify.near_identity import NearMatch, gate, near_match
-from qlens.lens.identify.other_batches import BatchReading
+from qlens.lens.identify.other_batches import BatchReading, read_other_batches
 from qlens.lens.identify.two_terms import TwoTerms, two_terms
 from qlens.lens.reading import Reading, on_trials
 from qlens.lens.rounding import TOLERANCE
@@ -53,8 +54,6 @@ class MethodSearch:
         fields: fields of Tokens that the loss takes; methods that need another are not fitted. None: unknown.
     """
 
-    other_batches: list[BatchReading]
-
     def __init__(self, variant: Variant, own_spec: str, shown: Reading):
         self.variant, self.own_spec, self.shown = variant, own_spec, shown
         self.trial: Reading | None = None
@@ -63,6 +62,11 @@ class MethodSearch:
         self.two_terms: TwoTerms | None = None
         self.fields: frozenset[str] | None = None
         self._same_size: Reading | str | None = None  # the trial tokens at the vocabulary shown
+
+    @cached_property
+    def other_batches(self) -> list[BatchReading]:
+        """The gradient on other batches, read once."""
+        return read_other_batches(self.variant, self.shown, self.trial)
 
     def identify(
         self, seen: Reading, trial: Reading | None, changed: bool, per_token: bool, unknown: bool
