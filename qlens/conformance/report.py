@@ -21,7 +21,7 @@ from qlens.conformance import (
 )
 from qlens.conformance.synthetic_batches import VOCABULARY
 from qlens.core.errors import InputError
-from qlens.lens.describe.result import Result, heading
+from qlens.lens.describe.result import Result, heading, latex
 from qlens.losses import user_code
 from qlens.losses.user_code import first_line
 from qlens.registry import resolve
@@ -111,6 +111,10 @@ class CheckReport(Result):
     def to_frame(self) -> pd.DataFrame:
         """A row per rule: id, state, evidence, consequence."""
         return pd.DataFrame([asdict(item) for item in self.items])
+
+    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
+        """The table in LaTeX (booktabs)."""
+        return latex(self.to_frame(), caption, label)
 
     def plot(self) -> Any:
         """The figure: a coloured row per rule (matplotlib)."""

@@ -71,7 +71,7 @@ def test_label_smoothing_ends_at_the_smoothed_frequencies():
             found = destination(f"label_smoothing(epsilon={epsilon})", size=5)
             assert_ends(found, (1 - epsilon) * np.append(F2, 0) + epsilon / 5)
             assert (
-                f"flatter than the label frequencies, with {epsilon * 3 / 5:.2f} on entries that never"
+                f"flatter than the label frequencies, with {epsilon * 3 / 5:.2f} on entries that are never"
                 in found.sentence
             )
 
@@ -191,7 +191,7 @@ def test_every_method_with_a_flow_of_its_own_ends_on_the_simplex():
     for name in [name for name in qlens.names() if qlens.get(name).scope == "token"]:
         found = destination(name)
         assert_allclose(found.probs.sum(-1), 1.0, err_msg=name)
-        assert found.probs.min() >= 0 and "With label frequencies 55/45 it " in found.sentence, name
+        assert found.probs.min() >= 0 and "With label frequencies 55/45 training " in found.sentence, name
 
 
 def test_the_figure_draws_every_entry_its_frequency_and_the_other_model():

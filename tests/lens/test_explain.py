@@ -55,16 +55,16 @@ def test_reshaped_alternatives_are_found():
     assert "away from uniform" not in read.summary
 
 
-def _methods_written_by_hand_find_themselves(name):
+def nearest_to_its_loss(name):
     variant = qlens.get(name)
-    read = qlens.explain(lambda tokens: variant.loss(tokens))
-    assert (read.nearest[0].spec, read.nearest[0].relation) == (name, "identical")
+    match = qlens.explain(lambda tokens: variant.loss(tokens)).nearest[0]
+    return match.spec, match.relation
 
 
 def test_methods_written_by_hand_find_themselves():
     for name in ["target_sft", "topk_kd", "dpo", "mile"]:
         with case(name):
-            _methods_written_by_hand_find_themselves(name)
+            assert nearest_to_its_loss(name) == (name, "identical")
 
 
 def test_a_factor_is_found_and_a_registered_loss_is_not_its_own_neighbour():

@@ -214,8 +214,7 @@ def _simplex(e: Any) -> list[str]:
     n = len(table)
     off = (table["total"] - 1).abs()
     found = e.shift_variance
-    tolerance = 100 * torch.finfo(e.precision).eps
-    unequal = 0 if found is None else int((off > tolerance).sum())
+    unequal = int((off > 100 * torch.finfo(e.precision).eps).sum()) if found is not None else 0
     if found is not None and unequal:
         cause = found.cause or "the loss sees raw logits, not only their softmax"
         text.append(f"WARNING: sum(Q) is not 1 on {unequal} of {n} tokens (off by up to {off.max():.3g}): {cause}.")

@@ -42,7 +42,7 @@ def paragraph(e: Any) -> str:
         )
     if e.class_weights is not None:
         unit = "; everything else holds at a weight of 1" if e.class_weights.equal else ""
-        sentences.append(f"It has class weights, by which token the label is: {e.class_weights}{unit}.")
+        sentences.append(f"It depends on which token the label is: {e.class_weights}{unit}.")
     if e.position_weights is not None:
         sentences.append(
             f"It weighs a token by its position: {e.position_weights}; coefficients hold at a weight of 1."
@@ -191,7 +191,8 @@ def _constant(e: Any, name: str, values: Any) -> str:
 def _in_batch(e: Any, sentence: str) -> str:
     """The sentence, restricted to the batch that was read where it may not hold in others."""
     prefix = batch_prefix(e)
-    return f"{prefix.capitalize()}{sentence[0].lower()}{sentence[1:]}" if prefix else sentence
+    article = "the " if sentence.startswith("Label weight") else ""
+    return f"{prefix.capitalize()}{article}{sentence[0].lower()}{sentence[1:]}" if prefix else sentence
 
 
 def _residual(e: Any) -> str:

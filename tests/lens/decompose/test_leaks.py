@@ -45,18 +45,18 @@ def test_penalties_are_found_and_undone():
             assert_close(found.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
 
 
-def _a_soft_cap_is_found_and_undone(cap):
-    found = read(lambda logits, labels: F.cross_entropy(cap * torch.tanh(logits / cap), labels))
-    assert found is not None and found.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
-    capped = T.replace(logits=cap * torch.tanh(T.logits / cap))
-    assert_close(found.tokens.logits, capped.logits)
-    assert_close(found.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
+def soft_capped(cap):
+    return lambda logits, labels: F.cross_entropy(cap * torch.tanh(logits / cap), labels)
 
 
 def test_a_soft_cap_is_found_and_undone():
     for cap in [5.0, 30.0, 50.0]:
         with case(cap):
-            _a_soft_cap_is_found_and_undone(cap)
+            found = read(soft_capped(cap))
+            assert found is not None and found.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
+            capped = T.replace(logits=cap * torch.tanh(T.logits / cap))
+            assert_close(found.tokens.logits, capped.logits)
+            assert_close(found.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
 
 
 def test_clamped_logits_are_found_where_the_label_is_not_clamped():
