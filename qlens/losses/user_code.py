@@ -21,6 +21,7 @@ PLACE = re.compile(r" \([^()]*, line \d+\)")
 OWN = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 TOKENS_ONLY = {name for name in dir(Tokens) if not name.startswith("_")} - {*dir(torch.Tensor), *dir(dict), "logits"}
 TOKENS_ONLY |= {field.name for field in dataclasses.fields(Tokens)} - {"logits"}
+CHECKPOINTING = "torch.utils.checkpoint"
 
 
 class LossError(InputError):
@@ -90,12 +91,17 @@ def numbers_of(message: str) -> list[str]:
 
 @contextlib.contextmanager
 def blamed(name: str, file: str = "", kind: type[LossError] = LossError) -> Iterator[None]:
-    """A context that turns every exception of a user's code, SystemExit included, into one error; not KeyboardInterrupt."""
+    """A context that turns every exception of a user's code, SystemExit included, into one error.
+
+    Not KeyboardInterrupt, nor the exception by which torch's checkpointing ends a second forward pass.
+    """
     try:
         yield
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:
+        if type(error).__module__ == CHECKPOINTING:
+            raise
         raise kind.of(name, error, file) from error
 
 

@@ -219,3 +219,14 @@ def test_dropout_in_a_mean_is_taken_and_what_nobody_can_replay_is_refused():
     assert_close(total, 30 * dropped(tokens.logits, tokens.labels))
     with pytest.raises(qlens.InputError, match="not deterministic"):
         qlens.registry.resolve(counted).loss(tokens)
+
+
+def test_a_loss_runs_inside_checkpointing():
+    tokens = qlens.probes()
+    grads = []
+    for run in (lambda fn, z: fn(z), lambda fn, z: torch.utils.checkpoint.checkpoint(fn, z, use_reentrant=False)):
+        leaf = tokens.logits.clone().requires_grad_()
+        run(lambda z: qlens.get("dft").loss(tokens.with_logits(z)).sum(), leaf).backward()
+        grads.append(leaf.grad)
+    assert grads[0].abs().max() > 0
+    assert torch.equal(*grads)
