@@ -27,7 +27,9 @@ __all__ = [
     "Head",
     "InputError",
     "ParameterError",
+    "QLossMixin",
     "QTrainer",
+    "Study",
     "Target",
     "Tokens",
     "TopK",
@@ -39,6 +41,7 @@ __all__ = [
     "compare",
     "destination",
     "distances",
+    "encode",
     "explain",
     "fused_loss",
     "get",
@@ -55,16 +58,20 @@ __all__ = [
 
 # these import transformers and matplotlib
 _LAZY = {
+    "QLossMixin": "qlens.training",
     "QTrainer": "qlens.training",
+    "Study": "qlens.analysis.study",
     "Watch": "qlens.training.watch",
     "check_variant": "qlens.testing",
     "compare": "qlens.analysis.compare",
     "distances": "qlens.lens.equivalences",
+    "encode": "qlens.data",
     "plot_plane": "qlens.analysis.plots.variant_figures",
     "plot_text": "qlens.analysis.plots.variant_figures",
     "plot_token": "qlens.analysis.plots.variant_figures",
     "view": "qlens.analysis.token_view.token_view",
 }
+_PACKAGES = ("analysis", "data", "lab", "training")
 
 serve_old_modules()
 
@@ -74,8 +81,8 @@ def __getattr__(name: str) -> Any:
 
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
-    if name == "lab":
-        return importlib.import_module("qlens.lab")
+    if name in _PACKAGES:
+        return importlib.import_module(f"qlens.{name}")
     raise AttributeError(f"module 'qlens' has no attribute {name!r}")
 
 

@@ -72,6 +72,12 @@ class QLossMixin(MetricsLogging):
         InputError: a model that the method needs is missing, has another vocabulary, or is the trained model itself; an
             argument of the Trainer that competes with the variant; at the first batch, a model whose logits at a token
             depend on later ones.
+
+    Example:
+        >>> from transformers import Trainer
+        >>> class MyTrainer(QLossMixin, Trainer):
+        ...     pass
+        >>> trainer = MyTrainer(model=model, args=args, variant="dft", train_dataset=examples)  # doctest: +SKIP
     """
 
     model: Any  # the Trainer allows None, for model_init

@@ -11,7 +11,7 @@ from qlens.core.probes import shapes
 from qlens.lens.describe.findings import DECOMPOSITION, WEIGHT
 
 SHORT = ("WARNING", DECOMPOSITION, WEIGHT)  # beginnings of the findings that are printed without ``full``
-WIDTH = 110
+WIDTH = 100
 COLUMNS = {
     "label": "label",
     "p_y": "p_y",
