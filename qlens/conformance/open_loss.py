@@ -12,7 +12,7 @@ from qlens.core.scales import COARSE, carried
 from qlens.losses.calling import written as writes
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.signature import inputs
-from qlens.losses.user_code import numbers_of
+from qlens.losses.user_code import EndedError, numbers_of
 from qlens.registry.variant import Variant
 
 WIDER = (
@@ -82,7 +82,9 @@ def _opened(variant: Variant) -> tuple[Specimen, Reading, str]:
 
 
 def _may_be_size(error: InputError) -> bool:
-    """Whether an error may come from too few columns."""
+    """Whether an error may come from too few columns: one of the call, not of the backward pass."""
+    if isinstance(error, EndedError):
+        return False
     return isinstance(error.__cause__, SIZE_ERRORS) and not isinstance(error.__cause__, InputError)
 
 

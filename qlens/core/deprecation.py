@@ -145,6 +145,8 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """Fill the module with what the new one holds."""
         new = importlib.import_module(MODULES[module.__name__])
         module.__dict__.update({name: value for name, value in vars(new).items() if not name.startswith("__")})
+        function = module.__dict__.get(module.__name__.rpartition(".")[2])
+        module.__doc__ = getattr(function, "__doc__", None) or module.__doc__
 
 
 def serve_old_modules() -> None:

@@ -91,7 +91,7 @@ def test_explain_on_a_long_text_says_what_it_reads(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(inputs, "MOST", 7 * VOCAB)
     few = inputs.own_tokens(*options)["tokens"]
     assert len(few) == 7 < len(whole)
-    assert "7 tokens of these are read, spread evenly" in capsys.readouterr().err
+    assert "7 of these tokens are read, evenly spread" in capsys.readouterr().err
     assert len(inputs.own_tokens(*options, thin=False)["tokens"]) == len(whole)
 
 

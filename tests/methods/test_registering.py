@@ -60,6 +60,7 @@ def test_at_a_prompt_any_function_replaces_a_method(monkeypatch):
     code = (lambda logits, labels: logits.sum()).__code__
     first, second = (types.FunctionType(code, {"__name__": "__main__"}, name) for name in ("first", "second"))
     second.__qualname__ = "second"
+    monkeypatch.setattr("__main__.__file__", "script.py", raising=False)
     qlens.register("at_a_prompt")(first)
     with pytest.raises(qlens.InputError, match="registered twice"):
         qlens.register("at_a_prompt")(second)  # in a script it is a mistake

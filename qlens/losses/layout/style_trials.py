@@ -1,6 +1,7 @@
 """The best style of a loss on some tokens, by trials of all styles that its parameters allow, the likeliest first."""
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -15,7 +16,7 @@ from qlens.losses.layout.past_searches import PastSearches
 from qlens.losses.layout.search_errors import Failure, likeliest, with_hint_on_models
 from qlens.losses.layout.signature import inputs, name_of
 from qlens.losses.layout.trial import Trial, attempt, attempt_at_widths, grad_of, texts_of
-from qlens.losses.user_code import LossError, numbers_of
+from qlens.losses.user_code import EndedError, LossError, numbers_of
 
 COLUMNS = {*FIELD, "mask", "position ids", "labels", "logits", "outputs"} - {"chosen log probs", "rejected log probs"}
 TEXTS = (8, 48, 20)  # texts of a batch, tried if a loss fails on two: 2, 3, 4, 5, 6, 8, 10, 12, 16 are divisors
@@ -54,6 +55,8 @@ class StyleTrials:
                 try:
                     self.trials.append(_with_columns(self.fn, self.params, self.tokens, style))
                 except InputError as error:
+                    for raised in filter(None, (error, error.__cause__)):  # its frames hold the tensors of the call
+                        traceback.clear_frames(raised.__traceback__)
                     self.failures.append((error, style))
                     continue
                 works = style
@@ -66,8 +69,9 @@ class StyleTrials:
     def in_groups(self, failures: list[Failure]) -> Trial | None:
         """The best trial, on batches of more texts, of styles that failed on two: for a loss of groups of texts.
 
-        Numbers of texts that the errors name are tried last.
+        Numbers of texts that the errors name are tried last. Errors after the call, of the backward pass, concern no groups.
         """
+        failures = [failure for failure in failures if not isinstance(failure[0], EndedError)]
         if self.tokens.sequence is None or not failures:
             return None
         named = [int(n) for error, _ in failures[:NAMED] for n in numbers_of(str(error.__cause__))]
