@@ -7,6 +7,7 @@ from typing import Any
 
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
+from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.search_errors import Failure, extended
 from qlens.losses.layout.signature import Memo
@@ -51,6 +52,11 @@ class PastSearches:
         Raises:
             InputError: no style was found before, and every recorded style raises the same error again.
         """
+        usual = next(candidates.plain(fn))[0]
+        if any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
+            with contextlib.suppress(InputError):  # a small vocabulary may allow another layout alone
+                if attempt(fn, params, few(tokens), usual).full:
+                    return None
         for before in self.trials:
             with contextlib.suppress(InputError):
                 trial = attempt_at_widths(fn, params, few(tokens, before.style.group), before.style)
