@@ -141,7 +141,7 @@ class Ranking:
 
     def plot(self, top: int = 15) -> Any:
         """A matplotlib figure: the scores of the first ``top`` rows, a panel per order."""
-        from qlens.analysis.plots.ranking_figure import figure_ranking
+        from qlens.analysis.plots.report_figures import figure_ranking
 
         return figure_ranking(self, top)
 

@@ -118,7 +118,7 @@ class CheckReport(Result):
 
     def plot(self) -> Any:
         """The figure: a coloured row per rule (matplotlib)."""
-        from qlens.analysis.plots.check_figure import figure_check
+        from qlens.analysis.plots.report_figures import figure_check
 
         return figure_check(self)
 

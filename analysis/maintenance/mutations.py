@@ -1,4 +1,6 @@
-"""Mutation check: ``python tests/helpers/mutations.py`` makes each fault of mutations.toml in a copy and runs its tests.
+"""Mutation check: makes each fault of mutations.toml in a copy of the repository and runs the tests that catch it.
+
+Run ``python -m qlens.analysis.maintenance.mutations``, with words of the names of faults to try these alone.
 
 The exit code is 1 if a fault is not caught, or if the text that it replaces is no longer there.
 """
@@ -11,7 +13,7 @@ import tempfile
 import tomllib
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 LIST = Path(__file__).with_name("mutations.toml")
 
 
