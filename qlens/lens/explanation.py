@@ -270,7 +270,9 @@ class Explanation(Result):
         n, v = self.tokens.logits.shape
         best = self.nearest[0] if self.nearest else None
         times = "" if best is None or best.factor == 1 else f" times {best.factor:.4g}"
-        if best is None:
+        if self.registered:
+            near = "registered"
+        elif best is None:
             near = "no method to compare"
         elif best.same:
             near = f"the same gradient as {best.spec}{times}"
