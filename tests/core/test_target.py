@@ -166,3 +166,13 @@ def test_a_weight_multiplies_the_gradient_and_leaves_the_target():
         assert_close(weighted.q, plain.q, msg=name)
         assert_close(weighted.grad, weight[:, None] * plain.grad, msg=name)
         assert_close(weighted.at("unit").label_weight, weight * plain.label_weight, msg=name)
+
+
+def test_negative_mass_counts_the_label_and_the_other_entries():
+    logits = torch.tensor([[0.2, 0.5, 0.3]], dtype=torch.float64).log().repeat(3, 1)
+    tokens = qlens.Tokens(logits=logits, labels=torch.zeros(3, dtype=torch.long))
+    trust = torch.tensor([-2.0, 0.5, 2.0], dtype=torch.float64)
+    target = qlens.Target.mix(tokens, trust=trust, residual="student")
+    assert target.label_only
+    assert_close(target.negative_mass, torch.tensor([1.4, 0.0, 0.8], dtype=torch.float64))  # Q_y = p_y + t (1 - p_y)
+    assert_close(target.negative_mass, (-target.q).clamp(min=0).sum(-1))
