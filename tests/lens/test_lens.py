@@ -188,3 +188,10 @@ def test_a_loss_that_skips_rows_is_still_read():
 
     tokens = random_tokens(12, 6, spread=0.1)  # nothing is hard here
     assert_close(qlens.implied_target(hard_only, tokens).q, tokens.probs)
+
+
+def test_long_texts_are_read_some_rows_at_a_time(monkeypatch):
+    tokens = random_tokens(50, 20)
+    whole = qlens.implied_target("focal", tokens).grad
+    monkeypatch.setattr("qlens.lens.implied.ENTRIES", 7 * 20)
+    assert_close(qlens.implied_target("focal", tokens).grad, whole, rtol=0, atol=0)
