@@ -101,7 +101,7 @@ class Explanation(Result):
     Example:
         >>> from qlens.lens.explain import explain
         >>> explain("dft")
-        Explanation(dft on 57 tokens, V = 32: the same gradient as beyond_log)
+        Explanation(dft on 57 tokens, V = 32: registered)
     """
 
     variant: Variant
