@@ -24,7 +24,7 @@ from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import Inputs, inputs
 from qlens.losses.layout.trial import value_of
 from qlens.losses.return_values import check_shape, loss_of
-from qlens.losses.user_code import blamed, file_of
+from qlens.losses.user_code import file_of, user_errors
 from qlens.registry.variant import Variant
 
 ROWS = 24  # of an ordinary call
@@ -259,7 +259,7 @@ class Specimen:
         Raises:
             InputError: the backward pass raises.
         """
-        with blamed(self.variant.spec, file_of(self.fn)):
+        with user_errors(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
         if grad is None:
             raise InputError("it returns a value whose graph does not lead back to the logits")

@@ -14,7 +14,7 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.trial import across
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 
 STEP = 7  # by which a label is changed
 MOST = 0.9  # of the rows that must agree
@@ -143,7 +143,7 @@ def _others(loss: Specimen) -> list[str]:
     fields = {FIELD.get(role, role) for role in loss.roles.values()} | set(loss.fields) | set(loss.variant.needs)
     fields |= {role for name in loss.style.columns for role in MODELS if role in name}
     found = [name for name in MODELS if name in fields]
-    with watched(loss.fn) as ran, contextlib.suppress(InputError):
+    with recorded_modules(loss.fn) as ran, contextlib.suppress(InputError):
         loss.read(loss.tokens())
     return [*found, *(f"another model ({name})" for name in ran.models)]
 
