@@ -10,9 +10,9 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from qlens.analysis.table_formats import latex_table
 from qlens.analysis.token_view.summary import Summary
 from qlens.core.deprecation import renamed_columns, warn
+from qlens.core.display import Result, frame_html, latex_table
 from qlens.core.errors import InputError
 
 NEGATIVE_MARGIN = "negative_margin"
@@ -44,7 +44,7 @@ LEGEND = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ranking:
+class Ranking(Result):
     r"""Tokens and rows in order, for every method and by the models' margin: ``print`` it, or read ``rows`` and ``tokens``.
 
     For a method (``by`` is its spec), with the logit gradient g in unit scale, Q = p - g:
@@ -125,19 +125,26 @@ class Ranking:
         lines = (jsonl(_head(frame, top).assign(kind=kind)) for kind, frame in frames.items())
         return "\n".join(filter(None, lines))
 
-    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None, top: int = 10) -> str:
+    def to_latex(
+        self,
+        columns: Sequence[str] | None = None,
+        caption: str | None = None,
+        label: str | None = None,
+        top: int = 10,
+        **options: Any,
+    ) -> str:
         """The first ``top`` rows of every order in LaTeX (booktabs).
 
         Args:
             columns: columns of ``rows``; by default by, rank, row, tokens, label_weight, q_other and negative_margin.
-            caption: of the table environment; without one a plain tabular.
+            caption, label, options: as of ``qlens.core.display.latex_table``.
             top: rows per order.
 
         Raises:
             InputError: an unknown column.
         """
         default = ["by", "rank", "row", "tokens", "label_weight", "q_other", NEGATIVE_MARGIN]
-        return latex_table(_head(self.rows, top), columns or default, caption)
+        return latex_table(_head(self.rows, top), columns or default, caption, label, **options)
 
     def plot(self, top: int = 15) -> Any:
         """A matplotlib figure: the scores of the first ``top`` rows, a panel per order."""
@@ -152,7 +159,7 @@ class Ranking:
         return f"<Ranking of {self.rows['row'].nunique()} rows by {', '.join(self.orders)}>"
 
     def _repr_html_(self) -> str:
-        return _head(self.rows, 5).to_html(index=False, border=0, float_format="{:.3f}".format)
+        return frame_html(_head(self.rows, 5), float_format="{:.3f}".format)
 
     def _of(self, frame: pd.DataFrame, by: str) -> pd.DataFrame:
         if by not in self.orders:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qlens.core.display import Result
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens
-from qlens.lens.describe.result import Result, latex
 from qlens.lens.identify.matching import points, taught
 from qlens.lens.implied import implied_target
 from qlens.registry import Variant, methods, params
@@ -117,10 +117,6 @@ class Distances(Result):
     def to_frame(self) -> pd.DataFrame:
         """``table``: a row per pair of methods."""
         return self.table
-
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
 
     def __repr__(self) -> str:
         methods = len({*self.table["left"], *self.table["right"]})

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qlens.lens.describe.result import Result, latex
+from qlens.core.display import Result
 from qlens.lens.rounding import TOLERANCE
 
 RAW = "nothing (raw logits)"
@@ -89,10 +89,6 @@ class Mixture(Result):
         return pd.DataFrame({"token": self.index.numpy(), "identifiable": self.unique.numpy()} | {
             name: weight.numpy() for name, weight in self.parts.items()
         })  # fmt: skip
-
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""
