@@ -114,7 +114,7 @@ class Study(Result):
             that have all seeds); learning_rate, recipe, origin, at_edge; label_weight, negative_mass, kl_start, nll
             (means over seeds).
         """
-        return renamed_columns(self._table.copy(), trust="label_weight")
+        return renamed_columns(self._table.copy())
 
     to_frame = table
 

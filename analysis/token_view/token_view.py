@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, tokenizer_of, variants_of
 from qlens.analysis.token_view.page import html
-from qlens.analysis.token_view.ranking import OLD_COLUMNS, Ranking, jsonl, rank, records
+from qlens.analysis.token_view.ranking import Ranking, jsonl, rank, records
 from qlens.analysis.token_view.summary import Summary, summary_of
 from qlens.analysis.token_view.token_text import TokenText, legible
 from qlens.core.deprecation import renamed_arguments, renamed_columns, warn
@@ -81,7 +81,7 @@ class TokenView(Result):
         base = pd.concat([places, models.assign(**words)], axis=1)
         frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in self.summary.methods.items()]
         table = pd.concat(frames, ignore_index=True)
-        return renamed_columns(table, **{old: new for old, new in OLD_COLUMNS.items() if new in table})
+        return renamed_columns(table)
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""

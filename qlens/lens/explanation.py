@@ -152,7 +152,7 @@ class Explanation(Result):
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row per token: p_y, loss, label_weight, reshape, Q of label and runner-up, negative mass, gradients."""
-        return renamed_columns(screen.frame(self), **screen.OLD_COLUMNS)
+        return renamed_columns(screen.frame(self))
 
     @cached_property
     def findings(self) -> list[str]:

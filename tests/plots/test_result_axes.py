@@ -12,7 +12,7 @@ from matplotlib.patches import StepPatch
 
 import qlens
 from qlens.analysis import plots
-from qlens.analysis.plots.style import current_names
+from qlens.core.deprecation import current_columns
 
 SCORES = pd.DataFrame(
     {"method": ["base", "sft", "mine"], "mean": [0.5, 0.6, 0.9], "low": [0.4, 0.5, np.nan], "high": [0.6, 0.8, np.nan]}
@@ -121,7 +121,7 @@ def test_explain_draws_gradient_target_and_label_weight_against_p_y():
     explanation = qlens.explain("target_sft")
     figure = plots.figure_explain(explanation)
     gradient, target, weight, ends = figure.axes
-    table = current_names(pd.DataFrame(explanation.table))
+    table = current_columns(pd.DataFrame(explanation.table))
     table = table[table["shape"] == "peaked"].sort_values("p_y")
     drawn = {
         "label_grad": gradient,

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from qlens.core.deprecation import old_columns
 from qlens.core.display import frame_html, latex_table
 from qlens.core.probes import shapes
 from qlens.lens.describe.findings import DECOMPOSITION, WEIGHT
@@ -103,7 +104,7 @@ def plain(e: Any) -> dict[str, Any]:
     """The explanation as plain values, for JSON."""
     mixture, classes = e.mixture, e.class_weights
     weights = classes and {"weights": classes.weights, "equal": classes.equal, "divided": classes.divided}
-    rows = e.table.assign(**{old: e.table[new] for old, new in OLD_COLUMNS.items()})
+    rows = e.table.assign(**{old: e.table[new] for old, new in old_columns(e.table).items()})
     return {
         "loss": e.spec,
         "tokens": len(e.tokens),
@@ -132,15 +133,6 @@ def plain(e: Any) -> dict[str, Any]:
         "destination": e.destination if isinstance(e.destination, str) else e.destination.to_dict(),
         "table": rows.to_dict("records"),
     }
-
-
-OLD_COLUMNS = {
-    "trust": "label_weight",
-    "rival": "runner_up",
-    "p_rival": "p_runner_up",
-    "q_rest": "q_runner_up",
-    "other_grad": "runner_up_grad",
-}
 
 
 def _where(e: Any) -> str:
