@@ -12,9 +12,9 @@ from scipy.integrate import LSODA
 from scipy.special import entr, softmax
 
 from qlens.core.autograd import gradient
+from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
-from qlens.lens.describe.result import Result, latex
 from qlens.lens.exact import without_casts
 from qlens.registry import Variant, resolve
 
@@ -113,10 +113,6 @@ class Destination(Result):
     def to_frame(self) -> pd.DataFrame:
         """``table``: a row per time."""
         return self.table
-
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
 
     def __repr__(self) -> str:
         return f"Destination({self.spec}: {_listed(self.end, '.2f')}{'' if self.settled else ', still moving'})"
