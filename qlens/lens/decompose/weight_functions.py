@@ -10,7 +10,7 @@ from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.vocabulary_factors import FORMS, listed, scaled
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import TOLERANCE
-from qlens.lens.weights.features import Seen
+from qlens.lens.weights.features import WeightReading
 from qlens.lens.weights.weight_law import Law, law
 
 Laws = dict[str, Law | None]
@@ -87,7 +87,9 @@ def laws_of(
     found = {}
     for name in mixture.parts:
         first, *further = [
-            Seen(torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by))
+            WeightReading(
+                torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by)
+            )
             for (m, at), by in zip(((mixture, seen), (wide, trial)), factors, strict=True)
             if m is not None and at is not None
         ]

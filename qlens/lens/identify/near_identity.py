@@ -10,7 +10,7 @@ from torch import Tensor
 from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
 from qlens.lens.reading import Reading
-from qlens.lens.weights.features import Seen, plain
+from qlens.lens.weights.features import WeightReading, plain
 from qlens.lens.weights.weight_law import Law, thresholds
 from qlens.registry import get
 
@@ -189,5 +189,5 @@ def _rule(readings: Sequence[tuple[Reading, torch.Tensor]]) -> str:
     on = np.concatenate([agree.cpu().numpy() for _, agree in readings])
     if on.all() or not on.any():
         return ""
-    features = [Seen(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
+    features = [WeightReading(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
     return next(thresholds(features, on), "")
