@@ -99,7 +99,7 @@ def _gate_of(spec: str, batches: Sequence[BatchReading]) -> BatchGate | None:
 
 def _two_factors(spec: str, batch: BatchReading) -> tuple[Tensor, Tensor, float, float] | None:
     """The rows with the larger of a method's two factors, the rows whose factor is known, and both factors; or None."""
-    other = matching.taught(get(spec), batch.tokens)
+    other = matching.method_gradient(get(spec), batch.tokens)
     if other is None:
         return None
     m, size = other.double(), other.double().norm(dim=-1)
