@@ -75,3 +75,10 @@ def test_two_plain_terms_are_said_before_one_method_at_an_odd_parameter():
     e = qlens.explain(loss)
     assert e.nearest[0].same
     assert e.summary.startswith("This is sft plus 0.1 times the entropy of p; bootstrap_soft("), e.summary
+
+
+def test_models_that_some_tokens_lack_are_no_terms():
+    few = Reading.of(resolve(away_from_teacher), probes())
+    assert "teacher" in str(two_terms(few, [few]))
+    without = few.with_gradient(few.grad, few.given.replace(teacher=None))
+    assert two_terms(few, [few, without]) is None

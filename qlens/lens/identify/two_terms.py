@@ -152,20 +152,21 @@ def _method(point: Variant) -> _Term:
 def _divergences(tokens: Tokens) -> list[_Term]:
     """The entropy, and KL divergences from and to the uniform distribution and the models that the tokens hold."""
 
-    def model(name: str) -> Callable[[Tokens], Tensor]:
-        return lambda t: t.log_probs_of(name).double()
+    def term(name: str, of: Callable[..., Tensor], model: str = "") -> _Term:
+        def gradient(t: Tokens) -> Tensor | None:
+            if not model:
+                return of(t)
+            return None if getattr(t, model) is None else of(t, t.log_probs_of(model).double())
 
-    def term(name: str, of: Callable[[Tokens], Tensor], models: int) -> _Term:
-        return _Term(name, of, (0, 0, models, len(name)))
+        return _Term(name, gradient, (0, 0, int(bool(model)), len(name)))
 
     divergences = [
-        term("the entropy of p", lambda t: -_reverse(t, torch.zeros_like(t.logits)), 0),
-        term("KL(uniform || p)", lambda t: t.probs - 1 / t.logits.shape[1], 0),
+        term("the entropy of p", lambda t: -_reverse(t, torch.zeros_like(t.logits))),
+        term("KL(uniform || p)", lambda t: t.probs - 1 / t.logits.shape[1]),
     ]
-    for name in (name for name in CALLED if getattr(tokens, name) is not None):
-        log_q, called = model(name), CALLED[name]
-        divergences.append(term(f"KL(p || {called})", lambda t, log_q=log_q: _reverse(t, log_q(t)), 1))
-        divergences.append(term(f"KL({called} || p)", lambda t, log_q=log_q: t.probs - log_q(t).exp(), 1))
+    for model in (name for name in CALLED if getattr(tokens, name) is not None):
+        divergences.append(term(f"KL(p || {CALLED[model]})", _reverse, model))
+        divergences.append(term(f"KL({CALLED[model]} || p)", lambda t, log_q: t.probs - log_q.exp(), model))
     return divergences
 
 
