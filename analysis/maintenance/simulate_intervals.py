@@ -35,15 +35,15 @@ class Normal:
     Args:
         seed: of a method's seeds; ``error``: of its cells.
         item: of items, shared by the methods; ``own``: of the interaction of items and methods.
-        apart, close: steps between the means of methods to rank.
+        large_step, small_step: steps between the means of methods to rank.
     """
 
     seed: float
     item: float
     own: float
     error: float = 0.15
-    apart: float = 0.08
-    close: float = 0.004
+    large_step: float = 0.08
+    small_step: float = 0.004
 
     def __str__(self) -> str:
         return f"normal: seed {self.seed:g}, item {self.item:g}, own {self.own:g}, error {self.error:g}"
@@ -66,7 +66,7 @@ class BetaBinomial:
         a, b: of the Beta distribution.
         k: samples per item and seed.
         seed, own, cell: standard deviations of seeds, of items x methods, of items x seeds.
-        apart, close: steps in the logit between methods to rank.
+        large_step, small_step: steps in the logit between methods to rank.
     """
 
     a: float
@@ -75,8 +75,8 @@ class BetaBinomial:
     seed: float = 0.2
     own: float = 1.0
     cell: float = 0.3
-    apart: float = 0.5
-    close: float = 0.02
+    large_step: float = 0.5
+    small_step: float = 0.02
 
     def __str__(self) -> str:
         effects = f"logit seed {self.seed:g}, own {self.own:g}, seed x item {self.cell:g}"
@@ -129,7 +129,7 @@ def trial(
         "type I": (p < 0.05).mean(-1),
         "family": (stats.adjusted(p) < 0.05).any(-1),
     }
-    for name, step in (("apart", case.apart), ("close", case.close)):
+    for name, step in (("apart", case.large_step), ("close", case.small_step)):
         shifts = step * (np.arange(RANKED) - (RANKED - 1) / 2)
         x, means = case.draw(rng, size, shifts, seeds, items), case.means(shifts)
         if name == "apart":

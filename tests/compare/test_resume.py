@@ -17,7 +17,7 @@ from mini_lab import MINI
 
 import qlens
 from qlens import InputError
-from qlens.analysis.compare.run_folder import LOCK, claimed
+from qlens.analysis.compare.run_folder import LOCK, locked
 from qlens.analysis.study.study import FILES, Study
 from qlens.cli import app
 
@@ -154,12 +154,12 @@ def test_two_processes_in_one_folder_are_refused(compare, tmp_path):
 
 def test_a_claimed_folder_holds_its_configuration_and_is_released(tmp_path):
     for _ in range(2):
-        with claimed(tmp_path / "run", {"a": 1}):
+        with locked(tmp_path / "run", {"a": 1}):
             assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"a": 1}
-            with pytest.raises(InputError, match="another process"), claimed(tmp_path / "run", {"a": 1}):
+            with pytest.raises(InputError, match="another process"), locked(tmp_path / "run", {"a": 1}):
                 pass
     FileLock(tmp_path / "run" / LOCK).acquire(timeout=0)
-    with pytest.raises(InputError, match="a was 1, now 2"), claimed(tmp_path / "run", {"a": 2}):
+    with pytest.raises(InputError, match="a was 1, now 2"), locked(tmp_path / "run", {"a": 2}):
         pass
 
 

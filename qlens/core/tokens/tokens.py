@@ -165,8 +165,8 @@ class Tokens:
 
     def __repr__(self) -> str:
         size, vocabulary = self.logits.shape
-        others = "".join(f", {name}" for name in self.fields() if name not in ("logits", "labels"))
-        return f"Tokens(N={size}, V={vocabulary}, {str(self.logits.dtype).removeprefix('torch.')}{others})"
+        field_names = "".join(f", {name}" for name in self.fields() if name not in ("logits", "labels"))
+        return f"Tokens(N={size}, V={vocabulary}, {str(self.logits.dtype).removeprefix('torch.')}{field_names})"
 
     def _repr_html_(self) -> str:
         fields = {
