@@ -20,8 +20,8 @@ from qlens.conformance import (
     specimen,
 )
 from qlens.conformance.synthetic_batches import VOCABULARY
+from qlens.core.display import Result, frame_html
 from qlens.core.errors import InputError
-from qlens.lens.describe.result import Result, heading, latex
 from qlens.losses import user_code
 from qlens.losses.user_code import first_line
 from qlens.registry import resolve
@@ -112,10 +112,6 @@ class CheckReport(Result):
         """A row per rule: id, state, evidence, consequence."""
         return pd.DataFrame([asdict(item) for item in self.items])
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
-
     def plot(self) -> Any:
         """The figure: a coloured row per rule (matplotlib)."""
         from qlens.analysis.plots.report_figures import figure_check
@@ -123,8 +119,8 @@ class CheckReport(Result):
         return figure_check(self)
 
     def _repr_html_(self) -> str:
-        table = self.to_frame().query("state != 'not applicable'").to_html(index=False, border=0)
-        return heading(f"{self.spec}: {self._counts()}") + table
+        frame = self.to_frame()
+        return frame_html(frame[frame["state"] != "not applicable"], f"{self.spec}: {self._counts()}")
 
     def _counts(self) -> str:
         counts = {state: sum(item.state == state for item in self.items) for state in STATES}

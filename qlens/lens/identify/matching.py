@@ -106,14 +106,16 @@ def nearest(
 
 def simplest(matches: list[Match]) -> list[Match]:
     """The simplest match of every method, and its default too where that is the same up to a factor, ranked."""
-    found = []
-    for name in dict.fromkeys(params.parse(match.spec)[0] for match in matches):
-        own = [match for match in matches if params.parse(match.spec)[0] == name]
+    by_method: dict[str, list[Match]] = {}
+    for match in matches:
+        by_method.setdefault(params.parse(match.spec)[0], []).append(match)
+    named = []
+    for name, own in by_method.items():
         best = min(own, key=order)
         # "eaft(normalizer=1.0)" names the released preset, "eaft x 2.9957" the factor
         default = [m for m in own if m.spec == name and m is not best and m.relation == RELATIONS[1]]
-        found += [best, *default]
-    return ranked(found)
+        named += [best, *default]
+    return ranked(named)
 
 
 def ranked(matches: list[Match]) -> list[Match]:

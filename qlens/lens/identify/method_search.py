@@ -97,7 +97,7 @@ class MethodSearch:
             fits, close = parameter_search.searched(
                 few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise, fields=self.fields
             )
-            near = self.on_all([*fits, *near], some)
+            near = matching.simplest([*self.on_all(fits, some), *near])
             # a few tokens leave a threshold open: it is fitted on all of them, the other numbers being right
             if per_token and fits and not _same(near) and (found := self.refined([fit.spec for fit in fits], some)):
                 near = [found, *near]
@@ -151,8 +151,10 @@ class MethodSearch:
         return gate(base, self.variant.loss, law)
 
     def on_all(self, near: list[matching.Match], some: Reading) -> list[matching.Match]:
-        """Matches found on a few tokens, compared on all."""
-        again = [matching.at(get(match.spec), some.grad, some.tokens, some.noise) for match in near]
+        """Matches on a few tokens, compared on all: the simplest of every method, and those that agree on some."""
+        simplest = {match.spec for match in matching.simplest(near)}
+        likely = [match.spec for match in near if match.share > HALF / 2 or match.spec in simplest]
+        again = [matching.at(get(spec), some.grad, some.tokens, some.noise) for spec in likely]
         return matching.simplest([match for match in again if match is not None])
 
     def few(self, some: Reading, changed: bool) -> Reading:
