@@ -175,10 +175,10 @@ def summary(frame: pd.DataFrame) -> list[dict[str, str]]:
     """A row per figure and number of items: range over the cases in percent, and the worst case."""
     rows = []
     for (figure, items), cells in frame.groupby(["figure", "items"], sort=False):
-        wrong = figure in ("type I", "family")
-        worst = cells.loc[cells["rate"].idxmax() if wrong else cells["rate"].idxmin()]
+        is_error_rate = figure in ("type I", "family")
+        worst = cells.loc[cells["rate"].idxmax() if is_error_rate else cells["rate"].idxmin()]
         by_seeds = (100 * cells.groupby("seeds")["rate"].agg(["min", "max"])).itertuples()
-        row = {"in percent": FIGURES[figure], "aim": "5" if wrong else "95", "items": str(items)}
+        row = {"in percent": FIGURES[figure], "aim": "5" if is_error_rate else "95", "items": str(items)}
         row |= {f"{seeds} seeds": f"{low:.1f} to {high:.1f}" for seeds, low, high in by_seeds}
         rows.append(row | {"worst": f"{worst['seeds']} seeds, {worst['case']}"})
     return rows

@@ -79,7 +79,7 @@ class RowInputs:
 
 
 class RowGradients(NamedTuple):
-    """What a structure function returns beside g', which it leaves in place of the logits; g = scale g'.
+    """The result of a structure function in addition to g', which it leaves in place of the logits; g = scale g'.
 
     Attributes:
         scale: (n,).

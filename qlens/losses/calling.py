@@ -14,14 +14,14 @@ from qlens.losses.layout.layouts import Layout, Style, tiled
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import CALLERS, inputs, name_of, signature
 from qlens.losses.layout.views import View, batch_of, batch_view, rows_view, supervised, token_ids
-from qlens.losses.stubs.holders import built, entry_of, is_trainer, with_model
+from qlens.losses.stubs.holders import entry_of, instance_of, is_trainer, with_model
 from qlens.losses.user_code import file_of, user_errors
 
-__all__ = ["CALLERS", "Columns", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature",
-           "written"]  # fmt: skip
+__all__ = ["CALLERS", "Columns", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "callable_of", "signature",
+           "modified_arguments"]  # fmt: skip
 
 
-def opened(loss: Callable) -> Callable:
+def callable_of(loss: Callable) -> Callable:
     """The function to call: compute_loss of a Trainer's class built around a stub model, the instance of a loss class, or
     the loss itself.
 
@@ -32,7 +32,7 @@ def opened(loss: Callable) -> Callable:
         from qlens.losses.stubs.trainers import trainer_loss
 
         return trainer_loss(loss)
-    return with_model(entry_of(built(loss) if inspect.isclass(loss) else loss))
+    return with_model(entry_of(instance_of(loss) if inspect.isclass(loss) else loss))
 
 
 def kind(fn: Callable) -> str:
@@ -145,7 +145,9 @@ def on_view(fn: Callable, params: Mapping[str, Any], view: View, **values: Any) 
         return fn(*args, **filled)
 
 
-def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None) -> tuple[str, ...]:
+def modified_arguments(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None
+) -> tuple[str, ...]:
     """Which of logits and labels a loss changes in place, seen on copies."""
     if kind(fn) != "logits":
         return ()

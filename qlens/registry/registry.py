@@ -184,7 +184,7 @@ def resolve(loss: Variant | str | Callable) -> Variant:
 
 def _method(name: str, fn: Callable, **card: Any) -> Method:
     """A Method of a function and the checked fields of a card, completed by what the function itself shows."""
-    fn = calling.opened(fn)
+    fn = calling.callable_of(fn)
     extra, needs = calling.extra_inputs(fn), card.get("needs", ())
     if callable(needs) and extra:
         raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {extra[0]!r}")

@@ -102,7 +102,7 @@ def _signs(
 def _pattern(signs: torch.Tensor) -> tuple[str, float]:
     """The arrangement of a table of signs, (orders, texts), and the sign of the first text of a pair.
 
-    A loss may leave pairs alone that are far enough apart.
+    A loss may have no gradient at pairs with a large margin.
     """
     places = torch.arange(2 * PAIRS)
     for how, first in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):

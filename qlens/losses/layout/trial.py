@@ -211,7 +211,7 @@ def gradient_of(
             return call(fn, params, tokens.with_logits(leaf), layout, style=style)
 
         result = loss_of(run(), name_of(fn))
-        value = graphs.checked(result, name_of(fn), run, leaf).value
+        value = graphs.with_graph(result, name_of(fn), run, leaf).value
         grad = _derivative(fn, value, leaf)
     return Gradient(
         torch.zeros_like(leaf) if grad is None else grad / layout.copies,
@@ -220,7 +220,7 @@ def gradient_of(
 
 
 def value_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Tensor:
-    """The detached loss; computed with a graph, which of several returned values is the loss is seen by that."""
+    """The detached loss, computed with a graph, which shows which of several returned values is the loss."""
     with recorded():
         tokens, leaf = _with_leaf(tokens)
         return loss_of(call(fn, params, tokens.with_logits(leaf), AS_GIVEN, style=style), name_of(fn)).value.detach()
