@@ -1,4 +1,4 @@
-"""Oracles: losses as papers and released code compute them, by plain torch, and how a method is held against one."""
+"""Oracles: losses as papers and released code compute them, by plain torch, and their comparison with a method."""
 
 import math
 import re
@@ -124,10 +124,12 @@ def sides(tokens: Tokens) -> list[tuple[Tensor, Tensor]]:
     return [(own[tokens.chosen[own]], own[~tokens.chosen[own]]) for own in members(tokens.pair)]
 
 
-def one(label_logit: float, v: int = 6, **others: float) -> Tokens:
+def one(label_logit: float, v: int = 6, **other_logits: float) -> Tokens:
     """One token whose label (0) has this logit and whose other logits are 0; so have other models, by name."""
     row = F.one_hot(torch.tensor([0]), v).double()
-    models = {name: logit * row for name, logit in ({"reference": 0.0, "teacher": 0.0, "old": 0.0} | others).items()}
+    models = {
+        name: logit * row for name, logit in ({"reference": 0.0, "teacher": 0.0, "old": 0.0} | other_logits).items()
+    }
     return Tokens(logits=label_logit * row, labels=torch.tensor([0]), **models)
 
 

@@ -16,8 +16,8 @@ from oracle import (
     members,
     sides,
 )
+from test_published_further_losses import ORACLES as FURTHER_LOSSES
 from test_published_label_losses import ORACLES as LABEL_LOSSES
-from test_published_wider_losses import ORACLES as WIDER_LOSSES
 
 import qlens
 from qlens.testing import random_tokens
@@ -59,13 +59,13 @@ def topk(tail, k=64, reverse=0.0, floor=None, cap=None):
         logs, ids = full(t, "teacher").topk(k_)
         own = full(t).gather(1, ids)
         q, p = logs.exp(), own.exp()
-        spare, left = 1 - q.sum(-1), 1 - p.sum(-1)
+        spare, log_free = 1 - q.sum(-1), 1 - p.sum(-1)
         if tail in ("renorm", "renorm_both"):
             logs = logs.log_softmax(-1)
             own = own.log_softmax(-1) if tail == "renorm_both" else own
         value = (1 - reverse) * kl(logs, own) + (reverse * kl(own, logs) if reverse else 0)
         if k_ < t.logits.shape[1] and tail == "bucket":
-            value = value + spare * (spare.log() - left.log())
+            value = value + spare * (spare.log() - log_free.log())
         if k_ < t.logits.shape[1] and tail == "uniform":
             each = spare / (t.logits.shape[1] - k_)
             value = value + each * (each.log()[:, None] - full(t).scatter(1, ids, 0.0)).sum(-1)
@@ -96,13 +96,13 @@ def ppo(low=0.2, high=0.2, dual=None):
     return lambda t: clipped((logp(t) - logp(t, "old")).clamp(-20, 20).exp(), t.advantage, low, high, dual)
 
 
-def grpo(objective=clipped, sequence=False, weight=0.0, share=lambda t: 1.0, **given):
+def grpo(objective=clipped, sequence=False, weight=0.0, share=lambda t: 1.0, **options):
     def loss(t):
         gap = logp(t) - logp(t, "old")
         if sequence:
             means = torch.stack([gap[own].mean() for own in members(t.sequence)])
             gap = means[t.sequence.unique(return_inverse=True)[1]]
-        rows = objective(gap.exp(), t.advantage, **given) if objective is not cispo else cispo(gap, t, **given)
+        rows = objective(gap.exp(), t.advantage, **options) if objective is not cispo else cispo(gap, t, **options)
         return (rows + weight * k3(t)) / share(t)
 
     return loss
@@ -256,6 +256,6 @@ def test_losses_of_sequences_and_pairs_are_those_of_paper_and_released_code(name
 
 
 def test_every_method_has_an_oracle():
-    oracles = by_method({**ROWS, **GROUPS, **LABEL_LOSSES, **WIDER_LOSSES})
+    oracles = by_method({**ROWS, **GROUPS, **LABEL_LOSSES, **FURTHER_LOSSES})
     built_in = {n for n, m in qlens.registry.methods().items() if m.fn.__module__.startswith("qlens.variants")}
     assert built_in - set(oracles) == {"rpsft"}  # test_rpsft.py

@@ -18,7 +18,7 @@ def test_every_method_is_identified_at_its_defaults():
     assert wrong.empty, wrong
 
 
-def test_draws_repeat_and_differ():
+def test_random_variants_are_reproducible_and_distinct():
     specs = [variant.spec for variant in random_variants(methods()["uft"])]
     assert specs == [variant.spec for variant in random_variants(methods()["uft"])] and len(set(specs)) == 3
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import parameters, trainer_in
+from tiny_models import parameters, trainer_in
 from torch.testing import assert_close
 
 from qlens.data.collator import collate
@@ -41,16 +41,16 @@ def real(texts: int, dtype: torch.dtype):
 @pytest.mark.parametrize("spec", ["target_sft", "iw_sft"])
 def test_five_steps_on_real_checkpoints_agree_to_rounding(make, spec):
     student, teacher, examples = real(8, torch.float64)
-    found = []
+    ends = []
     for fused in (True, False):
         trainer = make(
             spec, model=copy.deepcopy(student), teacher=teacher, reference=teacher, examples=examples, steps=5, fused=fused,
             batch=4, learning_rate=0.05,
         )  # fmt: skip
         trainer.train()
-        found.append(parameters(trainer.model))
-    assert float((found[0] - parameters(student)).norm()) > 1e-3
-    assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+        ends.append(parameters(trainer.model))
+    assert float((ends[0] - parameters(student)).norm()) > 1e-3
+    assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-10)
 
 
 def test_forty_steps_drift_no_further_than_sums_reordered(make):

@@ -1,4 +1,4 @@
-"""Objectives as released code writes them, in our own words, and what people get wrong about their targets."""
+"""Objectives as released code writes them, rewritten here, and common mistakes about their targets."""
 
 import torch
 import torch.nn.functional as F

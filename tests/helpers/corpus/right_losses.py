@@ -1,4 +1,4 @@
-"""Right losses as people write them, for `check` to leave alone: on rows, (N, V) logits and (N,) labels.
+"""Correct losses of rows, (N, V) logits and (N,) labels, that `check` must pass.
 
 RIGHT maps a name to the loss; FINDINGS names the items that fail for a true reason.
 """
@@ -159,8 +159,8 @@ def easiest_tenth(logits, labels):
 @right
 def drops_rare_tokens(logits, labels):
     nll = F.cross_entropy(logits, labels, reduction="none")
-    kept = (nll.detach() < 4.0).to(nll.dtype)
-    return (nll * kept).sum() / labels.numel()
+    selected = (nll.detach() < 4.0).to(nll.dtype)
+    return (nll * selected).sum() / labels.numel()
 
 
 @right

@@ -73,8 +73,8 @@ def focal(gamma, detach=False):
 
 def truncated(q, k):
     def loss(t):
-        p, kept = logp(t).exp(), (logp(t, "old").exp() > k).double()
-        return ((1 - p**q) / q - (1 - k**q) / q) * kept
+        p, selected = logp(t).exp(), (logp(t, "old").exp() > k).double()
+        return ((1 - p**q) / q - (1 - k**q) / q) * selected
 
     return loss
 
