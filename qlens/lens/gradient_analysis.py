@@ -28,7 +28,7 @@ from qlens.lens.weights.batch_moments import batch_moments
 from qlens.lens.weights.class_weights import ClassWeights, divided_by_mean, find_class_weights, with_usual_class
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
-from qlens.losses.notes.seen_tokens import given_by_text, made_up_inputs, standardises
+from qlens.losses.notes.effective_tokens import fields_by_text, runs_another_model, standardises
 from qlens.registry import Variant, methods
 
 OPEN = 1e-9  # least 1 - p_y at which a label weight is read
@@ -149,7 +149,9 @@ class GradientAnalysis(MethodSearch):
     @cached_property
     def in_place(self) -> bool:
         """Whether it runs another model, whose made-up inputs stay in place as tokens move."""
-        return self.variant.derived and made_up_inputs(self.variant.method.fn, self.variant.params, self.shown.given)
+        return self.variant.derived and runs_another_model(
+            self.variant.method.fn, self.variant.params, self.shown.given
+        )
 
     @property
     def base(self) -> Reading:
@@ -197,7 +199,7 @@ class GradientAnalysis(MethodSearch):
         if not self.variant.derived:
             return ()
         fn, params = self.variant.method.fn, self.variant.params
-        fields = given_by_text(fn, params, tokens)
+        fields = fields_by_text(fn, params, tokens)
         shared = "advantage" in fields and standardises(fn, params, tokens)
         return tuple(name for name in fields if name != "advantage" or not shared)
 

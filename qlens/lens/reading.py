@@ -22,7 +22,7 @@ from qlens.losses import calling
 from qlens.losses.layout.layout_search import in_whole_groups
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs
-from qlens.losses.notes.seen_tokens import as_given, supplied
+from qlens.losses.notes.effective_tokens import effective_tokens, with_own_teacher
 from qlens.losses.reduction import unreduced
 from qlens.losses.replay import why_calls_differ
 from qlens.losses.user_code import first_line, numbers_of
@@ -69,8 +69,8 @@ class Reading:
                 with getattr(
                     variant, "arithmetic", contextlib.nullcontext
                 )():  # a teacher in a closure, in the precision of the loss
-                    tokens = supplied(variant.method.fn, variant.params, tokens)
-                tokens = as_given(variant.method.fn, variant.params, tokens)
+                    tokens = with_own_teacher(variant.method.fn, variant.params, tokens)
+                tokens = effective_tokens(variant.method.fn, variant.params, tokens)
             grad = read(variant, tokens, variant.loss)
             losses, arithmetic, constants = traced(variant.loss, tokens)  # after the layout was found
             if not variant.built_in:  # a state left by other tokens shows in the next call
