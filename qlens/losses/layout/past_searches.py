@@ -47,16 +47,21 @@ class PastSearches:
             self.failures.setdefault((_layout_of(style), _message(failure)), style)
 
     def again(self, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial | None:
-        """A trial of a style that was chosen before, if it fits these tokens too.
+        """A trial of the usual style, or else of a style that was chosen before, if it fits these tokens too.
+
+        The usual style is tried where another layout was chosen before, which a small vocabulary may have allowed alone;
+        not for losses of chunks and of pairs, which have other layouts.
 
         Raises:
             InputError: no style was found before, and every recorded style raises the same error again.
         """
-        usual = next(candidates.plain(fn))[0]
-        if any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
-            with contextlib.suppress(InputError):  # a small vocabulary may allow another layout alone
-                if attempt(fn, params, few(tokens), usual).full:
-                    return None
+        usual, special = next(candidates.plain(fn))[0], candidates.takes_chunks(fn)
+        special |= any(before.style.pairs for before in self.trials)
+        if not special and any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
+            with contextlib.suppress(InputError):
+                trial = attempt(fn, params, few(tokens), usual)
+                if trial.full:
+                    return trial
         for before in self.trials:
             with contextlib.suppress(InputError):
                 trial = attempt_at_widths(fn, params, few(tokens, before.style.group), before.style)
