@@ -138,7 +138,7 @@ def _whole_batch_loss(
 
 def selected_share(target: Target) -> float:
     """Supervised over selected rows, those with a trust other than 0."""
-    return len(target.labels) / max(int((target.trust != 0).sum()), 1)
+    return len(target.labels) / max(int(target.selected), 1)
 
 
 def undone_reduction(variant: Variant) -> str:
