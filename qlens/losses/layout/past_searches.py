@@ -10,7 +10,7 @@ from qlens.core.tokens import Tokens
 from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.search_errors import Failure, extended
-from qlens.losses.layout.signature import Memo
+from qlens.losses.layout.signature import Memo, key_of
 from qlens.losses.layout.trial import Trial, attempt, attempt_at_widths, few
 from qlens.losses.user_code import first_line
 
@@ -34,7 +34,7 @@ class PastSearches:
     @classmethod
     def of(cls, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> "PastSearches":
         """Those of a loss on tokens that do, or do not, have sequences."""
-        return _PAST.get(fn, (repr(sorted(params.items(), key=str)), tokens.sequence is not None), cls)
+        return _PAST.get(fn, (key_of(params), tokens.sequence is not None), cls)
 
     def add(self, trial: Trial) -> None:
         """Record a style that was chosen."""
