@@ -1,13 +1,12 @@
 """fused_loss at its edges: what gets no gradient, declarations that lack a target, numbers of every kind, sure labels."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, llama, parameters, rows, trainer_in
+from tiny import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -42,12 +41,6 @@ def compare(variant, losses, **given):
     assert_close(made, wanted)
     for mine, theirs in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (made, wanted)), strict=True):
         assert_close(mine, theirs)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 class Tempered(torch.nn.Module):

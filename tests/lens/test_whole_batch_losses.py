@@ -3,12 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import flooded, nll
 
 import qlens
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def test_a_loss_whose_division_needs_its_batch_is_read_whole():
@@ -47,9 +44,6 @@ def test_a_state_is_not_called_random():
 
 
 def test_a_threshold_on_the_batch_is_said_first():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
     read = qlens.explain(flooded)
     assert (
         "depends on the other tokens of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"

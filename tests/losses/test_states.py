@@ -1,13 +1,13 @@
 """Losses that keep a state or draw by any generator: called once more to be looked at, they train as if they had not been."""
 
-import functools
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, parameters, rows, trainer_in
+from losses import nll
+from tiny import llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -19,16 +19,6 @@ from qlens.registry import Method
 
 LARGE = torch.zeros(COPIED + 1)
 HISTORY = {"mean": torch.ones(())}
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 class Running(torch.nn.Module):

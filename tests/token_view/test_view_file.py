@@ -3,18 +3,7 @@
 import re
 
 import numpy as np
-import pytest
 from example_view import made
-
-
-@pytest.fixture(scope="module")
-def view():
-    return made()
-
-
-@pytest.fixture(scope="module")
-def file(view, tmp_path_factory):
-    return view.save(tmp_path_factory.mktemp("page") / "view.html")
 
 
 def test_a_notebook_shows_it_in_a_frame_of_its_own(open_page, view, tmp_path):

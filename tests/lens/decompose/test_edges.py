@@ -1,16 +1,12 @@
 """Edges: thresholds and clips of a loss, read to the digits that somebody wrote."""
 
 import torch
-import torch.nn.functional as F
+from losses import nll
 
 import qlens
 from qlens.core.probes import trials
 from qlens.lens.weights.thresholds import edges
 from qlens.registry import resolve
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def clipped(low, high):
