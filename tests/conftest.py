@@ -1,5 +1,6 @@
 """Fixtures for all tests: one torch thread, user models and data as files, a small comparison, a browser, a command."""
 
+import functools
 import gc
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import letters, llama
+from tiny_models import letters, llama, trainer_in
 
 import qlens
 from qlens.cli import app
@@ -48,6 +49,12 @@ def compare(own, tmp_path):
         return qlens.compare(variants, **options)
 
     return run
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Trainers that write to a folder of their own."""
+    return functools.partial(trainer_in, tmp_path)
 
 
 @pytest.fixture(scope="session")

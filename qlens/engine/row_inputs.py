@@ -69,7 +69,7 @@ class RowInputs:
     def selected(self, target: Target) -> Tensor:
         """The number of rows with a trust other than 0, for methods that divide by it; else 0."""
         if self.variant.denominator == "selected":
-            return (target.trust != 0).sum()
+            return target.selected
         return torch.zeros((), dtype=torch.long, device=target.labels.device)
 
     def not_finite(self, *values: Tensor | None) -> Bool[Tensor, " n"] | None:

@@ -12,7 +12,7 @@ from qlens.core.tokens import Tokens
 from qlens.losses.arguments import Columns, arguments
 from qlens.losses.layout.layouts import Layout, Style, tiled
 from qlens.losses.layout.names import FIELD
-from qlens.losses.layout.signature import CALLERS, inputs, name_of, signature
+from qlens.losses.layout.signature import CALLERS, inputs, name_of, roles_taken, signature
 from qlens.losses.layout.views import View, batch_of, batch_view, rows_view, supervised, token_ids
 from qlens.losses.stubs.holders import entry_of, instance_of, is_trainer, with_model
 from qlens.losses.user_code import file_of, user_errors
@@ -54,8 +54,7 @@ def extra_inputs(fn: Callable) -> tuple[str, ...]:
 
 def takes(fn: Callable, role: str) -> bool:
     """Whether a loss takes this input, with or without a default."""
-    loss_inputs = inputs(fn)
-    return role in loss_inputs.required.values() or role in loss_inputs.optional.values()
+    return role in roles_taken(fn)
 
 
 def call(

@@ -20,20 +20,10 @@ from qlens.lab import Annotator, World, cache, progress
 PARTS = ("base", "teacher", "measured")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The cache folder of a miniature world, built once."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLENS_CACHE", str(folder))
-        qlens.lab.world(MINI, progress=False)
-    return folder
-
-
 @pytest.fixture
-def cached(built, tmp_path, monkeypatch):
+def cached(lab_cache, tmp_path, monkeypatch):
     """A copy of that cache, in use, to be spoiled at will."""
-    shutil.copytree(built, tmp_path / "cache")
+    shutil.copytree(lab_cache, tmp_path / "cache")
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -57,8 +47,8 @@ def seals(world):
     return {part: (world.folder / part / cache.SEAL).read_text() for part in PARTS}
 
 
-def test_base_and_teacher_are_reproducible_and_keep_the_random_state(built, tmp_path, monkeypatch):
-    monkeypatch.setenv("QLENS_CACHE", str(built))
+def test_base_and_teacher_are_reproducible_and_keep_the_random_state(lab_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(lab_cache))
     before = seals(World(MINI))
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
     torch.manual_seed(3), np.random.seed(3)

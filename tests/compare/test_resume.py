@@ -38,20 +38,10 @@ def fickle(logits, labels):
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache with the miniature environment."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLENS_CACHE", str(folder))
-        qlens.lab.world(MINI, progress=False)
-    return folder
-
-
 @pytest.fixture
-def compare(cache, tmp_path, monkeypatch):
+def compare(lab_cache, tmp_path, monkeypatch):
     """A small comparison in the miniature environment, in one process."""
-    monkeypatch.setenv("QLENS_CACHE", str(cache))
+    monkeypatch.setenv("QLENS_CACHE", str(lab_cache))
 
     def run(variants, **overrides):
         options = {"settings": MINI, "seeds": 3, "steps": 4, "jobs": 1, "progress": False, "out": tmp_path / "run"}
@@ -60,12 +50,12 @@ def compare(cache, tmp_path, monkeypatch):
     return run
 
 
-def test_a_killed_comparison_resumes_to_the_same_table(compare, cache, tmp_path):
+def test_a_killed_comparison_resumes_to_the_same_table(compare, lab_cache, tmp_path):
     whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
     out, tests = tmp_path / "run", str(Path(__file__).parents[1] / "helpers")
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(tests=tests, jobs=2, out=str(out)))
-    environment = os.environ | {"QLENS_CACHE": str(cache)}
+    environment = os.environ | {"QLENS_CACHE": str(lab_cache)}
     with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
         while child.poll() is None and not list(out.glob("jobs/*.json")):
             time.sleep(0.01)

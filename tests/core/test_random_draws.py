@@ -1,10 +1,8 @@
 """Random methods: new draws at every step, reproducible ones wherever a step is evaluated, logged or not."""
 
-import functools
-
 import pytest
 import torch
-from tiny_models import llama, parameters, rows, steps_of, trainer_in
+from tiny_models import llama, parameters, rows, steps_of
 from torch.testing import assert_close
 
 import qlens
@@ -13,12 +11,6 @@ from qlens.losses.replay import Replay
 from qlens.testing import random_tokens
 
 RANDOM = "profit(keep='random', threshold=0.5)"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 @pytest.fixture

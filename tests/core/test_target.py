@@ -176,3 +176,9 @@ def test_negative_mass_counts_the_label_and_the_other_entries():
     assert target.label_only
     assert_close(target.negative_mass, torch.tensor([1.4, 0.0, 0.8], dtype=torch.float64))  # Q_y = p_y + t (1 - p_y)
     assert_close(target.negative_mass, (-target.q).clamp(min=0).sum(-1))
+
+
+def test_selected_tokens_are_those_with_a_trust():
+    tokens = random_tokens(4, 5)
+    trust = torch.tensor([0.0, 1.0, -0.5, 0.0], dtype=torch.float64)
+    assert int(qlens.Target.mix(tokens, trust, "student").selected) == 2

@@ -5,19 +5,14 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import llama, parameters, rows, trainer_in
+from losses import nll
+from tiny_models import llama, parameters, rows
 from torch.testing import assert_close
 from user_methods import hidden_and_head
 
 import qlens
 from qlens import Tokens, fused_loss
 from qlens.registry.registry import _method
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def registered(fn, **card):
@@ -34,10 +29,6 @@ def assert_trained_as(variant, expected_loss, **fields):
     assert_close(value, whole, rtol=1e-9, atol=1e-12)
     for got, right in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
         assert_close(got, right, rtol=0, atol=1e-9 * max(1e-3, float(right.abs().max())))
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def test_a_method_may_write_on_its_inputs():

@@ -1,13 +1,12 @@
 """Backbones: changes of the logits after a model's head are detected, at the start and during a run."""
 
-import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
@@ -16,12 +15,6 @@ from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
 from qlens.engine.models.backbone import Backbone, DamagedModel
 from qlens.engine.models.head_capture import NoBackbone
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def small(kind=LlamaForCausalLM):

@@ -1,13 +1,12 @@
 """Edge cases of fused_loss: arguments that require a gradient, losses without a target, numeric types, near-certain labels."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -42,12 +41,6 @@ def compare(variant, losses, **options):
     assert_close(actual, expected)
     for grad, expected_grad in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (actual, expected)), strict=True):
         assert_close(grad, expected_grad)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 class Tempered(torch.nn.Module):

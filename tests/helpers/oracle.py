@@ -109,6 +109,13 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
 
 
+def k3(gap: Tensor, clamp: float | None = None, value_clamp: float | None = None) -> Tensor:
+    """The estimate e^gap - gap - 1 of KL(p || r) from gap = log r_y - log p_y, with the clamps of released code."""
+    gap = gap if clamp is None else gap.clamp(-clamp, clamp)
+    value = gap.exp() - gap - 1
+    return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
+
+
 def entropy(tokens: Tokens, floor: float = 0.0) -> Tensor:
     p = full(tokens).exp()
     return -(p * torch.log(p + floor)).sum(-1)

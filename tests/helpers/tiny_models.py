@@ -81,6 +81,11 @@ def steps_of(trainer) -> list[dict]:
     return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
+def without_labels(examples) -> dict:
+    """A batch that lacks labels."""
+    return {name: value for name, value in collate(examples).items() if name != "labels"}
+
+
 class Recorder:
     """A collator that remembers its batches."""
 

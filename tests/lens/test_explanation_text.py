@@ -95,11 +95,15 @@ def test_no_near_match_is_named_without_a_condition():
         assert e.near_match is None and e.summary.startswith("No registered method has this gradient"), e.summary
 
 
+def clipped(per_token_logps, old_per_token_logps, advantages):
+    """The clipped policy loss of every token, with one advantage for each text."""
+    ratio, advantage = (per_token_logps - old_per_token_logps).exp(), advantages.unsqueeze(1)
+    return -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
 def test_methods_are_compared_on_the_one_advantage_of_a_text():
     def policy(per_token_logps, old_per_token_logps, advantages, completion_mask):
-        ratio = (per_token_logps - old_per_token_logps).exp()
-        a = advantages.unsqueeze(1)
-        loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        loss = clipped(per_token_logps, old_per_token_logps, advantages)
         return (loss * completion_mask).sum() / completion_mask.sum()
 
     e = qlens.explain(policy)
@@ -108,9 +112,7 @@ def test_methods_are_compared_on_the_one_advantage_of_a_text():
 
 def test_a_mean_over_texts_is_described():
     def policy(per_token_logps, old_per_token_logps, advantages, completion_mask):
-        ratio = (per_token_logps - old_per_token_logps).exp()
-        a = advantages.unsqueeze(1)
-        loss = -torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a)
+        loss = clipped(per_token_logps, old_per_token_logps, advantages)
         return ((loss * completion_mask).sum(1) / completion_mask.sum(1)).mean()
 
     text = qlens.explain(policy).summary

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released_losses import shifted
+from released_losses import sound as outputs_items
 from torch import nn
 from torch.testing import assert_close
 
@@ -35,15 +37,6 @@ def tokens_none(tokens):
 
 def tokens_mean(tokens):
     return -tokens.label_log_probs.mean()
-
-
-def shifted(outputs, labels):
-    return outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-
-
-def outputs_items(outputs, labels, num_items_in_batch=None):
-    total = F.cross_entropy(*shifted(outputs, labels), reduction="sum")
-    return total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def outputs_needs_items(outputs, labels, num_items_in_batch):

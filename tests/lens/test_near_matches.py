@@ -4,7 +4,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from losses import label_log_probs
+from losses import label_log_probs, nll
 
 import qlens
 from qlens.core.probes import trials
@@ -21,10 +21,6 @@ NAMES = ("sft", "dft", "focal", "topk_kd(k=4)", "kd")
 def find_near_match(loss):
     variant = resolve(loss)
     return near_match(Reading.of(variant, T), variant.loss, NAMES)
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def entropy(logits):

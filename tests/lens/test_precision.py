@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from losses import label_log_probs
+from released_losses import float32_only
 from torch.testing import assert_close
 
 import qlens
@@ -13,10 +14,6 @@ from qlens.lens.implied import read
 from qlens.lens.reading import whole_where_needed
 from qlens.lens.rounding import traced
 from qlens.registry import resolve
-
-
-def in_matrix_of_float32(logits, labels):
-    return -(logits.log_softmax(-1) @ torch.eye(logits.shape[-1]))[torch.arange(len(labels)), labels].mean()
 
 
 def autocast(logits, labels):
@@ -56,7 +53,7 @@ def kernel(logits, labels):
 def test_the_gradient_is_that_of_the_loss_in_float64():
     tokens, before = qlens.probes(), torch.get_default_dtype()
     cases = {
-        in_matrix_of_float32: ("sft", 1), autocast: ("sft", 1), kernel: ("sft", 1), weighted: ("dft", 0.3),
+        float32_only: ("sft", 1), autocast: ("sft", 1), kernel: ("sft", 1), weighted: ("dft", 0.3),
         smoothed_by_constants: ("label_smoothing(over='others')", 1),
     }  # fmt: skip
     for loss, (spec, factor) in cases.items():

@@ -3,12 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import flooded, nll
 
 import qlens
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def test_a_loss_whose_division_needs_its_batch_is_read_whole():
@@ -47,9 +44,6 @@ def test_a_stateful_loss_is_not_called_random():
 
 
 def test_a_batch_threshold_is_the_first_finding():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
     explanation = qlens.explain(flooded)
     assert (
         "depends on the other tokens of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"

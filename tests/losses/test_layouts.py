@@ -285,10 +285,11 @@ def test_proximal_log_probs_are_log_probs():
     assert (style.shape, style.fields) == ("rows", "labels")
 
 
-def test_the_layout_search_of_a_refused_loss_is_remembered():
-    class Counted(dict):
-        """A counter that replayed calls do not reset: a subclass of dict is no state of the loss."""
+class Counted(dict):
+    """A counter that replayed calls do not reset: a subclass of dict is no state of the loss."""
 
+
+def test_the_layout_search_of_a_refused_loss_is_remembered():
     calls = Counted(number=0)
 
     def output_tensor_loss(loss_mask, output_tensor):
@@ -302,3 +303,18 @@ def test_the_layout_search_of_a_refused_loss_is_remembered():
             style_of(output_tensor_loss, {}, random_tokens(12, vocabulary))
         numbers.append(calls["number"] - before)
     assert 0 < numbers[1] < numbers[0] / 5, numbers
+
+
+def test_a_layout_that_a_small_vocabulary_forced_is_given_up_by_one_trial():
+    calls = Counted(number=0)
+
+    def top_16_rows(logits, labels):
+        calls["number"] += 1
+        if logits.ndim == 2 and logits.shape[-1] < 16:
+            raise ValueError("16 entries are needed")
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+
+    assert style_of(top_16_rows, {}, random_tokens(12, V)).shape == "aligned"
+    before = calls["number"]
+    assert style_of(top_16_rows, {}, random_tokens(12, 2 * V)).shape == "rows"
+    assert calls["number"] - before == 2, "a trial calls it with its labels and with others"

@@ -1,13 +1,13 @@
 """Stateful and random losses: further calls by qlens do not change their training."""
 
-import functools
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import llama, parameters, rows, trainer_in
+from losses import nll
+from tiny_models import llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -19,16 +19,6 @@ from qlens.registry import Method
 
 LARGE = torch.zeros(COPIED + 1)
 HISTORY = {"mean": torch.ones(())}
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 class Running(torch.nn.Module):

@@ -13,18 +13,14 @@ from qlens.registry import cards, params, registry
 from qlens.registry.params import Positive, Share, Weight
 from qlens.testing import random_tokens
 
+pytestmark = pytest.mark.usefixtures("temporary_registry")
+
 BUILT_IN = {n: m for n, m in registry.methods().items() if m.fn.__module__.startswith("qlens.variants")}
 DESIGN = """sft label_smoothing dft beyond_log beyond_log_log1mp beyond_log_threshold profit eaft cft iw_sft sft_kl
 sft_reverse_kl asft_anchored psft gem kd kd_hybrid target_sft asft_absolute rpsft uft gift idft deft cayley mile focal
 gce sce mae brier poly bootstrap_soft bootstrap_hard confidence_penalty unlikelihood r_drop reverse_kl jsd skew_fkl
 skew_rkl tvd topk_kd
 label_kl token_mask reinforce ppo_clip grpo dpo simpo orpo ipo""".split()
-
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
 
 
 def test_every_method_of_the_plan_is_there():

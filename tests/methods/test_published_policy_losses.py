@@ -11,6 +11,7 @@ from oracle import (
     by_method,
     entropy,
     full,
+    k3,
     kl,
     logp,
     members,
@@ -79,11 +80,8 @@ def on_policy(divergence, clip):
     return lambda t: (logp(t) - logp(t, "old")).exp().detach().clamp(max=clip) * divergence(t)
 
 
-def k3(t, clamp=None, value_clamp=None):
-    gap = logp(t, "reference") - logp(t)
-    gap = gap if clamp is None else gap.clamp(-clamp, clamp)
-    value = gap.exp() - gap - 1
-    return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
+def reference_gap(t):
+    return logp(t, "reference") - logp(t)
 
 
 def clipped(ratio, advantage, low=0.2, high=0.2, dual=None):
@@ -103,7 +101,7 @@ def grpo(objective=clipped, sequence=False, weight=0.0, share=lambda t: 1.0, **o
             means = torch.stack([gap[own].mean() for own in members(t.sequence)])
             gap = means[t.sequence.unique(return_inverse=True)[1]]
         rows = objective(gap.exp(), t.advantage, **options) if objective is not cispo else cispo(gap, t, **options)
-        return (rows + weight * k3(t)) / share(t)
+        return (rows + weight * k3(reference_gap(t))) / share(t)
 
     return loss
 
@@ -174,7 +172,7 @@ def uft(weight=0.001, kl_weight=0.001, bonus=0.0, mean=False, logit_clamp=None, 
     def loss(t):
         z = t.logits if logit_clamp is None else t.logits.clamp(-logit_clamp, logit_clamp)
         hints = weight * F.cross_entropy(z, t.labels, reduction="none")
-        rest = ppo()(t) + kl_weight * k3(t, 20.0, value_clamp) - bonus * entropy(t)
+        rest = ppo()(t) + kl_weight * k3(reference_gap(t), 20.0, value_clamp) - bonus * entropy(t)
         count = torch.where(t.hint, t.hint.sum(), (~t.hint).sum()) if mean else 1.0
         return torch.where(t.hint, hints, rest) / count
 

@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import qlens
-from qlens.registry import registry
 from qlens.testing import random_tokens
 
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
+pytestmark = pytest.mark.usefixtures("temporary_registry")
 
 
 def test_register_without_brackets_takes_the_functions_name():

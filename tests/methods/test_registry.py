@@ -5,14 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import qlens
-from qlens.registry import params, registry
+from qlens.registry import params
 from qlens.testing import random_tokens
 
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
+pytestmark = pytest.mark.usefixtures("temporary_registry")
 
 
 def test_names_are_sorted_and_hold_the_core_methods():

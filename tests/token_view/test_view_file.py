@@ -3,18 +3,7 @@
 import re
 
 import numpy as np
-import pytest
 from example_view import example_view
-
-
-@pytest.fixture(scope="module")
-def view():
-    return example_view()
-
-
-@pytest.fixture(scope="module")
-def file(view, tmp_path_factory):
-    return view.save(tmp_path_factory.mktemp("page") / "view.html")
 
 
 def test_a_notebook_shows_a_view_in_an_iframe(open_page, view, tmp_path):

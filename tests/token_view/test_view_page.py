@@ -5,17 +5,7 @@ import re
 import numpy as np
 import pytest
 from browser import worst
-from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, example_view
-
-
-@pytest.fixture(scope="module")
-def view():
-    return example_view()
-
-
-@pytest.fixture(scope="module")
-def file(view, tmp_path_factory):
-    return view.save(tmp_path_factory.mktemp("page") / "view.html")
+from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS
 
 
 @pytest.fixture

@@ -1,23 +1,16 @@
 """Other models that share parameters with the student, and the reference of a model with adapters."""
 
 import copy
-import functools
 from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny_models import llama, parameters, rows, trainer_in
+from tiny_models import llama, parameters, rows
 from torch import nn
 from torch.testing import assert_close
 
 from qlens.core.errors import InputError
 from qlens.data.base_models import WithoutAdapters
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 class Adapted(nn.Linear):

@@ -1,13 +1,12 @@
 """QTrainer on losses that run the model themselves, f(model, inputs), or take whole batches (B, T, V)."""
 
-import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
@@ -15,13 +14,6 @@ import qlens
 from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
 
 TEACHER = llama(5).eval()
 

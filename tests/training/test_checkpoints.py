@@ -1,26 +1,19 @@
 """A resumed run equals the uninterrupted one: old policy, start of a penalty, state of losses, random draws."""
 
 import copy
-import functools
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny_models import llama, parameters, steps_of, trainer_in
+from tiny_models import llama, parameters, steps_of
 from torch.testing import assert_close
 
 import qlens
 from qlens.core.errors import InputError
 
 NAME = "qlens_state.safetensors"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def straight_and_resumed(make, folder, spec, model, steps=6, at=3, **options):

@@ -1,12 +1,11 @@
 """QTrainer from hidden states and from whole logits on small pretrained checkpoints: the same training, to rounding."""
 
 import copy
-import functools
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import parameters, trainer_in
+from tiny_models import parameters
 from torch.testing import assert_close
 
 from qlens.data.collator import collate
@@ -14,12 +13,6 @@ from qlens.data.examples import encode
 from qlens.data.models import load_model, load_tokenizer
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def real(texts: int, dtype: torch.dtype):

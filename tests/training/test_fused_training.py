@@ -1,7 +1,6 @@
 """QTrainer from hidden states against QTrainer from whole logits: methods of every kind, real heads, and the choice of path."""
 
 import copy
-import functools
 import logging
 import threading
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import VOCAB, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, steps_of
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,12 +41,6 @@ SHAPE = dict(
     num_key_value_heads=2,
     vocab_size=VOCAB,
 )
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def columns(examples: list[dict]) -> list[dict]:

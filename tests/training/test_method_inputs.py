@@ -1,11 +1,10 @@
 """Inputs of a method that QTrainer provides: old policy, second pass, negatives, columns of the data, selected tokens."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from tiny_models import VOCAB, Recorder, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -14,12 +13,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.core.tokens import Tokens
 from qlens.data.collator import COLUMNS, collate
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 @pytest.fixture

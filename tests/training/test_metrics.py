@@ -1,7 +1,6 @@
 """Metrics that QTrainer logs, in training and in evaluation, against sums written out."""
 
 import copy
-import functools
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of
 from torch import nn
 from transformers import TrainerCallback
 
@@ -20,12 +19,6 @@ from qlens.data.collator import collate
 from qlens.registry import resolve
 from qlens.training.metrics import MetricSums
 from qlens.training.update_norm import UpdateNorm
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def metrics_by_hand(model, batches) -> dict[str, float]:

@@ -1,10 +1,8 @@
 """Packed rows: the texts of a row are trained as texts in rows of their own."""
 
-import functools
-
 import pytest
 import torch
-from tiny_models import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import (
     DataCollatorWithFlattening,
@@ -22,12 +20,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE, Supervised, restarts
 from qlens.data.collator import collate
 from qlens.data.from_text import token_batches
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def texts(count: int) -> list[dict]:

@@ -1,13 +1,12 @@
 """Losses of pairs are divided by the number of pairs in the engine, in training and in evaluation."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import llama, parameters, rows, steps_of, trainer_in
+from tiny_models import llama, parameters, rows, steps_of
 from torch.testing import assert_close
 
 import qlens
@@ -15,12 +14,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def in_pairs(count: int, first: int = 0) -> list[dict]:

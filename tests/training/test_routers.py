@@ -1,11 +1,10 @@
 """The load balancing loss of mixture-of-experts models in training."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from tiny_models import VOCAB, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, steps_of
 from torch.testing import assert_close
 from transformers import (
     JetMoeConfig,
@@ -22,12 +21,6 @@ from qlens.data.collator import collate
 from qlens.training.step.router_loss import router_loss
 
 SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def mixtral(**overrides):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import VOCAB, llama, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, trainer_in, without_labels
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from user_methods import user_method
 
@@ -11,10 +11,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
 from qlens.engine.heads import TopK
-
-
-def weights(model):
-    return torch.cat([value.detach().flatten() for value in model.parameters()])
 
 
 def always_in_evaluation(kind):
@@ -40,14 +36,14 @@ def test_penalty_and_router_loss_are_trained_in_a_model_that_stays_in_evaluation
             model = kind(start.config)
             model.load_state_dict(start.state_dict())
             trainer_in(tmp_path, "rpsft(weight=10.0)", model=model, fused=fused, steps=4).train()
-            ends.append(weights(model))
-        assert torch.equal(*ends) and not torch.equal(ends[0], weights(start))
+            ends.append(parameters(model))
+        assert torch.equal(*ends) and not torch.equal(ends[0], parameters(start))
     for variant in ("sft", as_written):
         ends = []
         for kind in (MixtralForCausalLM, always_in_evaluation(MixtralForCausalLM)):
             model = mixtral(kind)
             trainer_in(tmp_path, variant, model=model).train()
-            ends.append(weights(model))
+            ends.append(parameters(model))
         torch.testing.assert_close(*ends)
 
 
@@ -65,9 +61,6 @@ def test_a_model_whose_signature_has_no_labels_is_evaluated(tmp_path):
 
 
 def test_an_evaluation_without_labels_is_refused_and_a_prediction_is_not(tmp_path):
-    def without_labels(examples):
-        return {name: value for name, value in collate(examples).items() if name != "labels"}
-
     trainer = trainer_in(tmp_path, "sft", data_collator=without_labels)
     with pytest.raises(InputError, match="has no loss: its batches lack one of .'labels'."):
         trainer.evaluate(rows(4))

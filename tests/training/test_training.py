@@ -1,7 +1,6 @@
 """QTrainer against training loops written out."""
 
 import copy
-import functools
 import weakref
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 import qlens
@@ -23,12 +22,6 @@ from qlens.training.fitting import fit
 from qlens.training.trainer import QTrainer
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def sums_by_hand(model, batch, weigh) -> tuple[torch.Tensor, int]:

@@ -156,7 +156,7 @@ def label_ids(loss: Specimen) -> str:
     ids = _some_ids(loss.vocabulary)
     for row in range(1 + OTHER_ROWS):  # a clipped row may have no gradient
         forward = _by_id(loss, ids, row)
-        usual = forward[forward.norm(dim=-1).argsort()[len(ids) // 2]]
+        usual = _of_median_size(forward)
         if bool(usual.any()):
             break
     else:
@@ -182,6 +182,11 @@ def label_ids(loss: Specimen) -> str:
     )
 
 
+def _of_median_size(grads: Tensor) -> Tensor:
+    """The row of median norm."""
+    return grads[grads.norm(dim=-1).argsort()[len(grads) // 2]]
+
+
 def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
     """The ids whose gradient differs from the usual whatever the logits are.
 
@@ -190,7 +195,7 @@ def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
     odd = torch.ones(len(ids), dtype=torch.bool)
     for row in range(1, 1 + OTHER_ROWS):
         grads = _by_id(loss, ids, row)
-        usual = grads[grads.norm(dim=-1).argsort()[len(ids) // 2]]
+        usual = _of_median_size(grads)
         if bool(usual.any()):
             odd &= _odd(loss, grads, usual)
             odd &= _odd(loss, _by_id(loss, ids, row, flipped=True), usual)

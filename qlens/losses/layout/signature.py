@@ -38,6 +38,11 @@ class Memo:
         return self._values[key][1]
 
 
+def key_of(params: Mapping[str, Any]) -> str:
+    """The name of parameters in a ``Memo``, whatever their order."""
+    return repr(sorted(params.items(), key=str))
+
+
 _SIGNATURES = Memo()
 
 

@@ -12,7 +12,7 @@ from qlens.losses.calling import call
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout, Style
 from qlens.losses.layout.names import FIELD, role_of
-from qlens.losses.layout.signature import Memo, inputs, name_of, student_input
+from qlens.losses.layout.signature import Memo, inputs, key_of, name_of, student_input
 from qlens.losses.layout.trial import ROWS, few, grad_of
 from qlens.losses.layout.wording import describe_style
 from qlens.losses.leaves import StubParameter, leaves
@@ -52,7 +52,7 @@ class Account(NamedTuple):
 def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
     """The account of a loss on such tokens; an empty one if it cannot be called."""
     fields, size = tuple(sorted(tokens.fields())), tokens.logits.shape[1]
-    key = (repr(sorted(params.items(), key=str)), fields, size, tokens.logits.dtype)
+    key = (key_of(params), fields, size, tokens.logits.dtype)
     return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, tokens))
 
 

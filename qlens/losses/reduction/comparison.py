@@ -8,9 +8,10 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
+from qlens.losses.calling import takes
 from qlens.losses.layout.layouts import Counts, Layout, Style, counts
 from qlens.losses.layout.pairing import given_as_sums
-from qlens.losses.layout.trial import grad_of, inputs_masked
+from qlens.losses.layout.trial import grad_of
 from qlens.losses.reduction.divisors import KNOWN, Divisor
 from qlens.losses.replay import Replay
 
@@ -78,7 +79,7 @@ def views(
     """The rows once, twice and three times, and with further unsupervised positions; copies in one or two orders."""
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
-        if style.laid_out or inputs_masked(fn):
+        if style.laid_out or takes(fn, "mask"):
             layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
         yield gradients_in(layouts, fn, params, tokens, style, gradient_of)
 

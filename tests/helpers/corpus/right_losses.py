@@ -7,6 +7,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from losses import label_log_probs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,10 +21,6 @@ def right(loss=None, **findings):
     RIGHT[loss.__name__] = loss
     FINDINGS[loss.__name__] = findings
     return loss
-
-
-def label_log_probs(logits, labels):
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 @right

@@ -1,7 +1,7 @@
 """Batch normalisations: methods times a statistic of the batch, and matches that hold in one batch only."""
 
-import torch.nn.functional as F
 from cases import case
+from losses import dft_by_sum, nll
 
 import qlens
 from qlens.core.probes import probes, trials
@@ -10,10 +10,6 @@ from qlens.lens.identify.batch_factors import on_other_batches
 from qlens.lens.identify.other_batches import read_other_batches
 from qlens.lens.reading import Reading
 from qlens.registry import resolve
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def find_normalisation(loss):
@@ -26,11 +22,6 @@ def find_normalisation(loss):
 def by_mean_weight(logits, labels):
     weight = (-nll(logits, labels)).exp().detach()
     return weight / weight.mean() * nll(logits, labels)
-
-
-def by_sum_of_weights(logits, labels):
-    weight = (-nll(logits, labels)).exp().detach()
-    return (weight * nll(logits, labels)).sum() / weight.sum()
 
 
 def by_softmax(logits, labels):
@@ -53,7 +44,7 @@ def log_of_mean(logits, labels):
 def test_batch_normalisations_are_named_without_a_factor():
     for loss, method_name in [
         (by_mean_weight, "dft divided by the batch's mean weight"),
-        (by_sum_of_weights, "dft divided by the batch's mean weight"),
+        (dft_by_sum, "dft divided by the batch's mean weight"),
         (by_softmax, "dft divided by the batch's mean weight"),
         (by_largest_weight, "dft divided by the batch's largest weight"),
         (by_mean_loss, "sft divided by the batch's mean loss"),

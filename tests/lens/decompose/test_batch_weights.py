@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from cases import case
+from losses import flooded, nll
 
 import qlens
 from qlens.core.probes import probes, trials
@@ -12,10 +13,6 @@ from qlens.lens.reading import Reading, fed, whole_where_needed
 from qlens.lens.weights.batch_gates import batch_gate
 from qlens.lens.weights.batch_moments import batch_moments
 from qlens.registry import resolve
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def p_y(logits, labels):
@@ -115,9 +112,6 @@ def test_a_spread_of_losses_is_named():
 
 
 def test_flooding_is_described_in_one_line():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
     e = qlens.explain(flooded)
     assert e.summary.startswith("This is sft times 1 while the batch's mean loss is above 0.5, times -1 below it")
     assert "times -1 below it, flooding." in e.summary and "so far" not in e.summary

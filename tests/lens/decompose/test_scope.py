@@ -2,7 +2,7 @@
 
 import torch
 from cases import case
-from losses import forgot_detach, root_weighted
+from losses import flooded, forgot_detach, nll, root_weighted
 
 import qlens
 from qlens.core.probes import probes
@@ -77,10 +77,6 @@ def test_detaching_is_detected_in_float32_but_not_below():
     assert scope(coarse.loss, probes(), precision=torch.bfloat16).detached is None
 
 
-def nll(logits, labels):
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
 def test_dependence_through_labels_weights_and_fields_is_found():
     def softmax_of_rewards(logits, labels, advantage):
         return (advantage.softmax(0) * nll(logits, labels)).sum()
@@ -119,14 +115,7 @@ def test_dependence_on_the_number_of_tokens_is_found():
     assert scope(resolve(lambda logits, labels: nll(logits, labels).sum() / 512).loss, probes()).of == "token"
 
 
-def label_log_probs(logits, labels):
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
 def test_thresholds_on_a_batch_statistic_are_found():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
     def cooled(logits, labels):
         loss = nll(logits, labels).mean()
         return loss * 0.1 if loss.item() > 5 else loss

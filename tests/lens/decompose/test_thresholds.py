@@ -1,16 +1,12 @@
 """Thresholds and clips of a loss, recovered to the digits in which they are written."""
 
 import torch
-import torch.nn.functional as F
+from losses import nll
 
 import qlens
 from qlens.core.probes import trials
 from qlens.lens.weights.thresholds import edges
 from qlens.registry import resolve
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def clipped(low, high):

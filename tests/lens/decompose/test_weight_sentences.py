@@ -6,12 +6,9 @@ import re
 import torch
 import torch.nn.functional as F
 from cases import case
+from losses import dft_by_sum, nll
 
 import qlens
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def capped(logits, labels):
@@ -30,11 +27,6 @@ def weighted_ids(logits, labels):
     weights = torch.ones(logits.shape[-1], dtype=logits.dtype)
     weights[2] = 10.0
     return F.cross_entropy(logits, labels, weights)
-
-
-def dft_by_sum(logits, labels):
-    weight = (-nll(logits, labels)).exp().detach()
-    return (weight * nll(logits, labels)).sum() / weight.sum()
 
 
 @functools.cache

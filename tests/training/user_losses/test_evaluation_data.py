@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny_models import VOCAB, rows, trainer_in
+from tiny_models import VOCAB, rows, trainer_in, without_labels
 
 from qlens.core.errors import InputError
 from qlens.data.collator import collate
@@ -14,10 +14,6 @@ from qlens.data.collator import collate
 def make(tmp_path):
     """Trainers that evaluate after two of four steps."""
     return functools.partial(trainer_in, tmp_path, steps=4, eval_strategy="steps", eval_steps=2)
-
-
-def without_labels(examples):
-    return {name: value for name, value in collate(examples).items() if name != "labels"}
 
 
 def test_evaluation_sets_without_a_loss_are_refused_before_the_first_step(make):
