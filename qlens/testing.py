@@ -81,7 +81,7 @@ def _slope_remark(variant: Variant) -> str:
     tokens = random_tokens(16, vocabulary_of(variant))
     with torch.no_grad():
         pairs = list(slopes(lambda t: variant.loss(t).sum(), gradient(variant.loss, tokens), tokens, 1e-6, seed=0))
-    gaps = sorted(abs(slope - taken) / max(abs(slope), abs(taken), 1e-9) for slope, taken in pairs)
+    gaps = sorted(abs(slope - numerical) / max(abs(slope), abs(numerical), 1e-9) for slope, numerical in pairs)
     if gaps[1] < 1e-4:  # a kink crossed by one direction says nothing
         return "Its gradient is the derivative of its value: nothing in it is held constant; was a weight meant to be detached?"
     return (
@@ -192,11 +192,11 @@ def invariant_to_a_constant(variant: Variant) -> None:
     """Adding a constant to a row of logits changes neither loss nor target, exactly where that is declared."""
     tokens = random_tokens(32, vocabulary_of(variant))
     by = torch.linspace(-7, 7, 32, dtype=torch.float64)[:, None]
-    moved = tokens.replace(**{name: getattr(tokens, name) + by for name in ("logits", *MODELS)})
+    shifted = tokens.replace(**{name: getattr(tokens, name) + by for name in ("logits", *MODELS)})
     if not variant.invariant:
         return
-    _close(variant.loss(moved), variant.loss(tokens), "loss at z + c")
-    _close(variant.target(moved).q, variant.target(tokens).q, "Q at z + c")
+    _close(variant.loss(shifted), variant.loss(tokens), "loss at z + c")
+    _close(variant.target(shifted).q, variant.target(tokens).q, "Q at z + c")
 
 
 @_contract
@@ -205,8 +205,8 @@ def equivariant_under_permutation(variant: Variant) -> None:
     v = vocabulary_of(variant)
     tokens = random_tokens(32, v)
     order = torch.randperm(v, generator=torch.Generator().manual_seed(3))
-    named = {name: getattr(tokens, name)[:, order] for name in ("logits", *MODELS, "negatives")}
-    renamed = tokens.replace(labels=order.argsort()[tokens.labels], **named)
+    permuted = {name: getattr(tokens, name)[:, order] for name in ("logits", *MODELS, "negatives")}
+    renamed = tokens.replace(labels=order.argsort()[tokens.labels], **permuted)
     _close(variant.loss(renamed), variant.loss(tokens), "loss with a renamed vocabulary")
     _close(variant.target(renamed).q, variant.target(tokens).q[:, order], "Q with a renamed vocabulary")
 
@@ -216,16 +216,16 @@ def scales_keep_the_gradient(variant: Variant) -> None:
     """``at`` changes (s, Q), never s (p - Q); the natural Q has no negative entry."""
     for case, tokens in cases(variant):
         target = variant.target(tokens)
-        wanted = ["unit", "natural"] + ["structural"] * (not isinstance(target.structural, str))
-        for scale in wanted:
+        scales = ["unit", "natural"] + ["structural"] * (not isinstance(target.structural, str))
+        for scale in scales:
             other = target.at(scale)
             # pushed down from p = 0, a token's Q is below 0 at any scale
-            there = ((target.probs > 0) | (target.grad <= 0)).all(-1) if scale == "natural" else slice(None)
+            rows = ((target.probs > 0) | (target.grad <= 0)).all(-1) if scale == "natural" else slice(None)
             rounding = other.scale[:, None].clamp(min=1)  # a large s multiplies Q's last digit
-            again = other.scale[:, None] * (other.probs - other.q)
-            _close((again / rounding)[there], (target.grad / rounding)[there], f"s (p - Q) at {scale} scale, {case}")
+            grad = other.scale[:, None] * (other.probs - other.q)
+            _close((grad / rounding)[rows], (target.grad / rounding)[rows], f"s (p - Q) at {scale} scale, {case}")
             if scale == "natural":
-                negative = other.negative_mass[there]
+                negative = other.negative_mass[rows]
                 assert bool((negative <= TOLERANCE).all()), f"Q at natural scale has negative entries, {case}"
 
 
@@ -251,10 +251,10 @@ def scope_is_kept(variant: Variant) -> None:
     if ids is not None:
         whole = variant.target(tokens)
         for group in ids.unique()[[0, -1]]:
-            kept = ids == group
-            alone = variant.target(tokens[kept])
-            _close(alone.q, whole.q[kept], f"Q of a {variant.scope} alone against Q among others")
-            _close(alone.scale, whole.scale[kept], f"scale of a {variant.scope} alone")
+            in_group = ids == group
+            alone = variant.target(tokens[in_group])
+            _close(alone.q, whole.q[in_group], f"Q of a {variant.scope} alone against Q among others")
+            _close(alone.scale, whole.scale[in_group], f"scale of a {variant.scope} alone")
 
 
 @_contract
@@ -264,8 +264,8 @@ def constants_carry_no_gradient(variant: Variant) -> None:
     leaves = {name: getattr(tokens, name).clone().requires_grad_() for name in ("logits", *MODELS)}
     tokens = tokens.replace(**leaves)
     target = variant.target(tokens)
-    held = [name for name in ("q", "scale", "grad", "trust") if getattr(target, name).requires_grad]
-    assert not held, f"the target's {held} carries a gradient"
+    attached = [name for name in ("q", "scale", "grad", "trust") if getattr(target, name).requires_grad]
+    assert not attached, f"the target's {attached} carries a gradient"
     variant.loss(tokens).sum().backward()
     reached = [name for name in MODELS if leaves[name].grad is not None and leaves[name].grad.abs().max() > 0]
     assert not reached, f"the gradient reaches {reached}, which must be constants"
@@ -275,8 +275,8 @@ def constants_carry_no_gradient(variant: Variant) -> None:
 def spec_round_trips(variant: Variant) -> None:
     """A registered method's spec reads back as the same method at the same parameters."""
     if parse(variant.spec)[0] in names():
-        again = get(variant.spec)
-        assert (again.name, again.params, again.spec) == (variant.name, variant.params, variant.spec)
+        parsed = get(variant.spec)
+        assert (parsed.name, parsed.params, parsed.spec) == (variant.name, variant.params, variant.spec)
 
 
 def _close(actual: Tensor, expected: Tensor, what: str) -> None:

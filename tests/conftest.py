@@ -1,5 +1,6 @@
-"""For every test: one thread, which is fastest for tiny models and the same on every machine; a comparison to try; a browser."""
+"""Fixtures for all tests: one torch thread, user models and data as files, a small comparison, a browser, a command."""
 
+import functools
 import gc
 import json
 import os
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import letters, llama
+from tiny_models import letters, llama, trainer_in
 
 import qlens
 from qlens.cli import app
@@ -43,11 +44,17 @@ def own(tmp_path_factory):
 def compare(own, tmp_path):
     """Two methods, two seeds, three steps, in one process."""
 
-    def run(variants=("dft", "target_sft"), **given):
-        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | own | given
+    def run(variants=("dft", "target_sft"), **overrides):
+        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | own | overrides
         return qlens.compare(variants, **options)
 
     return run
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Trainers that write to a folder of their own."""
+    return functools.partial(trainer_in, tmp_path)
 
 
 @pytest.fixture(scope="session")
@@ -55,23 +62,23 @@ def chromium():
     """A headless Chromium, or a reason to skip."""
     from browser import launched
 
-    with launched() as found:
-        yield found
+    with launched() as browser:
+        yield browser
 
 
 @pytest.fixture
 def open_page(chromium):
     """Open a file in a fresh window: a page that fails the test if it logs an error or asks for anything beyond itself."""
-    from browser import Watched
+    from browser import RecordedPage
 
-    watched = []
+    pages = []
 
     def call(path, **window):
-        watched.append(Watched(chromium, path, window))
-        return watched[-1].page
+        pages.append(RecordedPage(chromium, path, window))
+        return pages[-1].page
 
     yield call
-    for each in watched:
+    for each in pages:
         each.close()
 
 
@@ -82,9 +89,9 @@ def run(monkeypatch, capsys, tmp_path):
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["qlens", *map(str, words)])
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_info:
             app.main()
-        said = capsys.readouterr()
-        return left.value.code, said.out, said.err
+        output = capsys.readouterr()
+        return exit_info.value.code, output.out, output.err
 
     return call

@@ -59,8 +59,8 @@ def plain(x: Inputs, method: str) -> Callable[[], None]:
     variant, name = get(method), METHODS[method]
 
     def run() -> None:
-        others = {name: x.other[0] @ x.other[1].T} if x.other else {}
-        tokens = Tokens(logits=x.hidden @ x.head.T, labels=x.labels, **others)
+        other_logits = {name: x.other[0] @ x.other[1].T} if x.other else {}
+        tokens = Tokens(logits=x.hidden @ x.head.T, labels=x.labels, **other_logits)
         (variant.loss(tokens).sum() / len(x.labels)).backward()
 
     return run
@@ -71,8 +71,8 @@ def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
     variant, name = get(method), METHODS[method]
 
     def part(hidden: Tensor, head: Tensor, rows: slice) -> Tensor:
-        others = {name: x.other[0][rows] @ x.other[1].T} if x.other else {}
-        return variant.loss(Tokens(logits=hidden @ head.T, labels=x.labels[rows], **others)).sum()
+        other_logits = {name: x.other[0][rows] @ x.other[1].T} if x.other else {}
+        return variant.loss(Tokens(logits=hidden @ head.T, labels=x.labels[rows], **other_logits)).sum()
 
     def run() -> None:
         total = torch.zeros(())
@@ -104,16 +104,18 @@ def liger_chunked(x: Inputs, method: str) -> Callable[[], None]:
 
 def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
     """The engine."""
-    others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, **others).backward()
+    other_model: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
+    return lambda: fused_loss(method, x.hidden, x.head, x.labels, **other_model).backward()
 
 
 def qlens_with_metrics(x: Inputs, method: str) -> Callable[[], None]:
     """The engine, with the metrics that a trainer logs."""
     from qlens.training.metrics import MetricSums
 
-    others: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
-    return lambda: fused_loss(method, x.hidden, x.head, x.labels, observe=MetricSums().observe, **others).backward()
+    other_model: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
+    return lambda: fused_loss(
+        method, x.hidden, x.head, x.labels, observe=MetricSums().observe, **other_model
+    ).backward()
 
 
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {

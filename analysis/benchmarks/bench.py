@@ -187,8 +187,8 @@ def main(argv: list[str] | None = None) -> None:
 
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "engine.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-        figure, drawn = draw_engine(rows)
-        save_figure(figure, options.out / "engine.png", drawn)
+        figure, frame = draw_engine(rows)
+        save_figure(figure, options.out / "engine.png", frame)
     print(json.dumps(rows, indent=2)) if options.json else show(rows)
 
 

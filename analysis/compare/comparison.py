@@ -23,7 +23,7 @@ from qlens.analysis.compare.environments import LabSource, Source, UserSource, o
 from qlens.analysis.compare.jobs import FAILED, Job, Task, run_all, slug
 from qlens.analysis.compare.learning_rates import Choice, chosen, gathered, trials
 from qlens.analysis.compare.recipes import DEFAULT, Method, recipes
-from qlens.analysis.compare.run_folder import claimed, default_folder
+from qlens.analysis.compare.run_folder import default_folder, locked
 from qlens.core.errors import InputError, brief
 from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
@@ -103,8 +103,8 @@ def compare(
     for name, value in (("steps", steps), ("jobs", jobs)):
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and not (whole and 1 <= value <= LARGEST):
-            wanted = "at least 1" if whole and value < 1 else f"a whole number from 1 to {LARGEST}"
-            raise InputError(f"{name} must be {wanted}, got {brief(value)}")
+            requirement = "at least 1" if whole and value < 1 else f"a whole number from 1 to {LARGEST}"
+            raise InputError(f"{name} must be {requirement}, got {brief(value)}")
     number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
     if learning_rate is not None and not (number and 0 < learning_rate < float("inf")):
         raise InputError(f"learning_rate must be positive and finite, got {brief(learning_rate)}")
@@ -124,7 +124,7 @@ def compare(
     processes = 1 if device != "cpu" else jobs
     if any(isinstance(source, LabSource) for source in sources):
         make_folder(cache.root(), "cache folder (QLENS_CACHE)")  # before anything is written elsewhere
-    with claimed(folder, config):
+    with locked(folder, config):
         _prepare(sources, progress, console)
         searched = _search(rows, sources, settled, folder, processes, progress)
         choices = _choices(rows, settled, searched)
@@ -214,8 +214,8 @@ def _choices(rows: Rows, settled: Settled, searched: Sequence[Any]) -> dict[tupl
         if isinstance(choice, Choice):
             choices[setting, method] = choice
             continue
-        mine = [trial for trial in searched if (trial.source.name, trial.method) == (setting, method)]
-        if scores := gathered(mine):
+        matching = [trial for trial in searched if (trial.source.name, trial.method) == (setting, method)]
+        if scores := gathered(matching):
             choices[setting, method] = chosen(rows[method], scores, "search")
     return choices
 

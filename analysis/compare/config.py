@@ -94,17 +94,17 @@ def check_needs(rows: Rows, sources: Sequence[Source]) -> None:
     Raises:
         InputError: a field that a comparison cannot provide, or no teacher for a method that needs one.
     """
-    lacking = []
+    without_teacher = []
     for name, row in rows.items():
         needs = {need for recipe in row if recipe.variant is not None for need in recipe.variant.needs}
         if unknown := sorted(need for need in needs - set(SOURCES) if not all(need in s.columns for s in sources)):
             where = "a comparison" if unknown[0] not in COLUMNS else f"data without a column {unknown[0]!r}"
             raise InputError(f"{name} needs {unknown[0]!r}, which {where} cannot provide")
         teacher = any(recipe.guide == "teacher" and "teacher" in needs or recipe.equal_compute for recipe in row)
-        lacking += [name] * teacher
-    if lacking and not all(source.has_teacher for source in sources):
+        without_teacher += [name] * teacher
+    if without_teacher and not all(source.has_teacher for source in sources):
         raise InputError(
-            f"{', '.join(lacking)} need a teacher: give teacher=DIR (--teacher), or leave them out of variants"
+            f"{', '.join(without_teacher)} need a teacher: give teacher=DIR (--teacher), or leave them out of variants"
         )
 
 

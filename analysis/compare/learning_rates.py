@@ -17,7 +17,7 @@ import qlens.lab
 from qlens.analysis.compare.environments import LabSource, Source, open_environment
 from qlens.analysis.compare.jobs import Task, run_all, slug
 from qlens.analysis.compare.recipes import BASE, GROUPS, Recipe, recipes
-from qlens.analysis.compare.run_folder import claimed, code, versions
+from qlens.analysis.compare.run_folder import code, locked, versions
 from qlens.core.errors import InputError
 from qlens.core.files import write_json
 from qlens.lab import SETTINGS, Setting, build
@@ -128,10 +128,12 @@ def settle(
         return Choice(recipe=first, learning_rate=learning_rate, origin="given", scores={})
     record = recorded(source, method)
     rates = GRID if learning_rate is None else (learning_rate,)
-    known = {each.spec: {str(rate): record.get(each.spec, {}).get(str(rate)) for rate in rates} for each in recipes}
-    covered = all(scores for of_recipe in known.values() for scores in of_recipe.values())
-    if covered and not (lr_grid and _other_steps(source)):
-        return chosen(recipes, known, OTHER_STEPS if _other_steps(source) else "record")
+    recorded_scores = {
+        each.spec: {str(rate): record.get(each.spec, {}).get(str(rate)) for rate in rates} for each in recipes
+    }
+    complete = all(scores for of_recipe in recorded_scores.values() for scores in of_recipe.values())
+    if complete and not (lr_grid and _other_steps(source)):
+        return chosen(recipes, recorded_scores, OTHER_STEPS if _other_steps(source) else "record")
     if lr_grid:
         return rates
     if several and not isinstance(source, LabSource):
@@ -191,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = recipes([*GROUPS["default"], *GROUPS["controls"]])
     del rows[BASE]
     state = {"code": code(), "versions": versions(), "grid": GRID, "seeds": SEEDS, "lab": VERSION}
-    with claimed(options.out, json.loads(json.dumps(state))):
+    with locked(options.out, json.loads(json.dumps(state))):
         scores = {each.name: _searched(each, rows, options.out, options.jobs) for each in SETTINGS.values()}
     write_json(options.record, {"rule": RULE, "grid": GRID, "seeds": SEEDS, "settings": scores})
 
@@ -201,12 +203,12 @@ def _searched(
 ) -> dict[str, Any]:
     """A setting's part of the record."""
     folder = out / f"{setting.name}-{setting.key}"
-    tried = {name: trials(LabSource(setting), name, among, GRID, folder) for name, among in rows.items()}
-    unfinished = [trial for of_method in tried.values() for trial in of_method if trial.finished() is None]
+    by_method = {name: trials(LabSource(setting), name, among, GRID, folder) for name, among in rows.items()}
+    unfinished = [trial for of_method in by_method.values() for trial in of_method if trial.finished() is None]
     run_all(unfinished, processes, True, f"searching {setting.name}")
     if failed := [trial for trial in unfinished if trial.finished() is None]:
         raise SystemExit(f"{len(failed)} trials failed, see {failed[0].trace}")
-    scores = {name: gathered(of_method) for name, of_method in tried.items()}
+    scores = {name: gathered(of_method) for name, of_method in by_method.items()}
     return {"key": setting.key, "lab": VERSION, "scores": scores}
 
 

@@ -60,9 +60,9 @@ def shuffled_teacher(tokens: Tokens, *, eta: Share = 0.5) -> Target:
     permutation follows from the number of tokens.
     """
     likely = tokens.log_probs.argmax(-1).cpu()
-    drawn = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens)))
-    order = torch.empty_like(drawn)
-    order[likely.argsort(stable=True)] = drawn[likely[drawn].argsort(stable=True)]
+    permutation = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(len(tokens)))
+    order = torch.empty_like(permutation)
+    order[likely.argsort(stable=True)] = permutation[likely[permutation].argsort(stable=True)]
     permuted = tokens.require("teacher")[order.to(tokens.labels.device)]
     return get("target_sft", eta=eta).target(tokens.replace(teacher=permuted))
 
@@ -109,8 +109,8 @@ GROUPS = {"default": DEFAULT, "controls": tuple(CONTROLS)}
 
 def _check_name(variant: Variant) -> None:
     """Raise InputError if a user function has the name of a built-in row."""
-    taken = registry.methods().get(variant.name, variant.method) is not variant.method
-    if taken or variant.name in (BASE, *CONTROLS, *GROUPS):
+    is_built_in = registry.methods().get(variant.name, variant.method) is not variant.method
+    if is_built_in or variant.name in (BASE, *CONTROLS, *GROUPS):
         raise InputError(f"{variant.name!r} is the name of a built-in row: give your function another name")
 
 

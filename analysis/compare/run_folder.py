@@ -41,7 +41,7 @@ def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def claimed(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def locked(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Hold an exclusive lock on a run folder of this configuration; it is released when the process ends.
 
     Raises:

@@ -29,7 +29,7 @@ DRAWS = 3
 NO_GRADIENT = 1e-9  # largest gradient that counts as zero
 
 
-def drawn(method: Method, number: int = DRAWS) -> list[Variant]:
+def random_variants(method: Method, number: int = DRAWS) -> list[Variant]:
     """The method at random parameters, each at its default with probability 1/2; deterministic."""
     draw = np.random.default_rng([ord(letter) for letter in method.name])
     defaults, types = params.defaults(method.fn), params.hints(method.fn)
@@ -81,7 +81,7 @@ def roundtrip(draws: int = DRAWS, names: tuple[str, ...] = ()) -> pd.DataFrame:
     rows = []
     chosen = [method for name, method in methods().items() if not names or name in names]
     for method in track(chosen, description="round trip"):
-        points = [*matching.points(method), *drawn(method, draws)]
+        points = [*matching.points(method), *random_variants(method, draws)]
         for variant in {variant.spec: variant for variant in points}.values():
             try:
                 rows.append(identify(variant))

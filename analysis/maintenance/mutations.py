@@ -26,7 +26,7 @@ def copy(folder: Path) -> None:
         shutil.copy(ROOT / name, target, follow_symlinks=False)
 
 
-def caught(folder: Path, fault: dict) -> bool:
+def is_caught(folder: Path, fault: dict) -> bool:
     """Whether a test fails under a fault.
 
     Raises:
@@ -53,18 +53,18 @@ def main(words: list[str]) -> int:
     """Try the faults whose name holds one of the words; all by default."""
     faults = tomllib.loads(LIST.read_text())["fault"]
     chosen = [fault for fault in faults if not words or any(word in fault["name"] for word in words)]
-    missed = 0
+    survivors = 0
     with tempfile.TemporaryDirectory() as folder:
         copy(Path(folder))
         for fault in chosen:
             try:
-                verdict = "caught" if caught(Path(folder), fault) else "NOT CAUGHT"
+                verdict = "caught" if is_caught(Path(folder), fault) else "NOT CAUGHT"
             except LookupError as error:
                 verdict = f"NOT TRIED: {error}"
-            missed += verdict != "caught"
+            survivors += verdict != "caught"
             print(f"{verdict:10}  {fault['name']}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} caught")
-    return int(missed > 0)
+    print(f"{len(chosen) - survivors} of {len(chosen)} caught")
+    return int(survivors > 0)
 
 
 if __name__ == "__main__":

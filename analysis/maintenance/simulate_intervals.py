@@ -35,15 +35,15 @@ class Normal:
     Args:
         seed: of a method's seeds; ``error``: of its cells.
         item: of items, shared by the methods; ``own``: of the interaction of items and methods.
-        apart, close: steps between the means of methods to rank.
+        large_step, small_step: steps between the means of methods to rank.
     """
 
     seed: float
     item: float
     own: float
     error: float = 0.15
-    apart: float = 0.08
-    close: float = 0.004
+    large_step: float = 0.08
+    small_step: float = 0.004
 
     def __str__(self) -> str:
         return f"normal: seed {self.seed:g}, item {self.item:g}, own {self.own:g}, error {self.error:g}"
@@ -66,7 +66,7 @@ class BetaBinomial:
         a, b: of the Beta distribution.
         k: samples per item and seed.
         seed, own, cell: standard deviations of seeds, of items x methods, of items x seeds.
-        apart, close: steps in the logit between methods to rank.
+        large_step, small_step: steps in the logit between methods to rank.
     """
 
     a: float
@@ -75,8 +75,8 @@ class BetaBinomial:
     seed: float = 0.2
     own: float = 1.0
     cell: float = 0.3
-    apart: float = 0.5
-    close: float = 0.02
+    large_step: float = 0.5
+    small_step: float = 0.02
 
     def __str__(self) -> str:
         effects = f"logit seed {self.seed:g}, own {self.own:g}, seed x item {self.cell:g}"
@@ -129,7 +129,7 @@ def trial(
         "type I": (p < 0.05).mean(-1),
         "family": (stats.adjusted(p) < 0.05).any(-1),
     }
-    for name, step in (("apart", case.apart), ("close", case.close)):
+    for name, step in (("apart", case.large_step), ("close", case.small_step)):
         shifts = step * (np.arange(RANKED) - (RANKED - 1) / 2)
         x, means = case.draw(rng, size, shifts, seeds, items), case.means(shifts)
         if name == "apart":
@@ -175,10 +175,10 @@ def summary(frame: pd.DataFrame) -> list[dict[str, str]]:
     """A row per figure and number of items: range over the cases in percent, and the worst case."""
     rows = []
     for (figure, items), cells in frame.groupby(["figure", "items"], sort=False):
-        wrong = figure in ("type I", "family")
-        worst = cells.loc[cells["rate"].idxmax() if wrong else cells["rate"].idxmin()]
+        is_error_rate = figure in ("type I", "family")
+        worst = cells.loc[cells["rate"].idxmax() if is_error_rate else cells["rate"].idxmin()]
         by_seeds = (100 * cells.groupby("seeds")["rate"].agg(["min", "max"])).itertuples()
-        row = {"in percent": FIGURES[figure], "aim": "5" if wrong else "95", "items": str(items)}
+        row = {"in percent": FIGURES[figure], "aim": "5" if is_error_rate else "95", "items": str(items)}
         row |= {f"{seeds} seeds": f"{low:.1f} to {high:.1f}" for seeds, low, high in by_seeds}
         rows.append(row | {"worst": f"{worst['seeds']} seeds, {worst['case']}"})
     return rows

@@ -8,7 +8,6 @@ from matplotlib.axes import Axes
 
 from qlens.analysis.plots.style import (
     FAINT,
-    GREY,
     HATCH,
     INK,
     clean,
@@ -20,7 +19,7 @@ from qlens.analysis.plots.style import (
     short,
     shown,
 )
-from qlens.analysis.plots.target_axes import LABEL_WEIGHT
+from qlens.analysis.plots.target_axes import label_weight_axes
 from qlens.core.deprecation import current_columns, without_effect
 from qlens.core.errors import InputError
 
@@ -94,8 +93,6 @@ def plot_label_weight(
     """
     ax, data = current(ax), current_columns(data)
     need(data, "method", "p_y", "label_weight")
-    ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, ls="-", zorder=1)
-    ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
     low, high = window
     edge = (high - low) / 40
     outside = ~data["label_weight"].between(low, high)
@@ -114,8 +111,7 @@ def plot_label_weight(
         ax.plot(beyond["p_y"], beyond["label_weight"].clip(low + edge, high - edge), **hollow)
     if outside.any():
         note(ax, f"hollow: {int(outside.sum())} beyond the axis", y=0.93)
-    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=LABEL_WEIGHT)
-    return clean(ax)
+    return label_weight_axes(ax, window)
 
 
 @without_effect("methods")

@@ -1,6 +1,6 @@
 """Plots of targets on one Axes each: along p_y, at one token, and along a text; from the frames of ``target_data``."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 import numpy as np
@@ -92,9 +92,7 @@ def plot_sweep(
     Raises:
         InputError: columns are missing, or an unknown ``show``.
     """
-    metric = renamed_value("show", show, OLD_METRICS, level=5)
-    if metric not in SHOWN:
-        raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
+    metric = metric_named(show, SHOWN, level=6)
     data, (columns, name) = current_columns(data), SHOWN[metric]
     need(data, "p_y", *columns)
     need(data, "method" if "shape" not in data else "shape")
@@ -112,6 +110,31 @@ def plot_sweep(
         ax.set_yscale("symlog", linthresh=1.0)
     _p_y_axis(ax, data["p_y"])
     ax.set(xlabel=r"label probability $p_y$", ylabel=name)
+    return clean(ax)
+
+
+def metric_named(show: str, known: Collection[str], level: int) -> str:
+    """The metric to show, its old name replaced with a warning.
+
+    Args:
+        show: its name.
+        known: the metrics that can be shown.
+        level: of the warning, 5 at the call of the function that asks, 6 at that of a decorated one.
+
+    Raises:
+        InputError: an unknown metric.
+    """
+    metric = renamed_value("show", show, OLD_METRICS, level)
+    if metric not in known:
+        raise InputError(f"show must be one of {', '.join(known)}, got {show!r}")
+    return metric
+
+
+def label_weight_axes(ax: Axes, window: tuple[float, float]) -> Axes:
+    """Set axes of the label weight against p_y, with grey lines of sft, 1, and of dft, p_y."""
+    ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, ls="-", zorder=1)
+    ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
+    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=LABEL_WEIGHT)
     return clean(ax)
 
 
@@ -219,9 +242,7 @@ def plot_sequence(
     Raises:
         InputError: columns are missing, or an unknown metric.
     """
-    show = renamed_value("show", show, OLD_METRICS)
-    if show not in METRICS:
-        raise InputError(f"show must be one of {', '.join(METRICS)}, got {show!r}")
+    show = metric_named(show, METRICS, level=5)
     data = current_columns(data)
     need(data, "method", "position", "token", "negative_mass", show)
     ax, names = current(ax), list(dict.fromkeys(data["method"]))

@@ -22,8 +22,8 @@ from qlens.analysis.plots.style import (
     note,
     panels,
 )
-from qlens.analysis.plots.target_axes import LABEL_WEIGHT, OLD_METRICS
-from qlens.core.deprecation import current_columns, renamed_value, without_effect
+from qlens.analysis.plots.target_axes import LABEL_WEIGHT, label_weight_axes, metric_named
+from qlens.core.deprecation import current_columns, without_effect
 from qlens.core.errors import InputError
 
 COURSES = {
@@ -64,8 +64,6 @@ def plot_motion(
     """
     frame = _checked(frame, "token", "p_y", "label_weight")
     ax, (low, high) = current(ax), window
-    ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, zorder=1)
-    ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)
     first, last = frame["step"].min(), frame["step"].max()
     edge, beyond = (high - low) / 40, 0
     chosen = look(frame, "variant")
@@ -82,8 +80,7 @@ def plot_motion(
         ax.plot(x[1], y[1], **options | dot)
     if beyond:
         note(ax, f"{beyond} beyond the axis", y=0.98, va="top")
-    ax.set(xlim=(-0.02, 1.02), ylim=window, xlabel=r"label probability $p_y$", ylabel=LABEL_WEIGHT)
-    return clean(ax)
+    return label_weight_axes(ax, window)
 
 
 @without_effect("methods")
@@ -105,9 +102,7 @@ def plot_course(
     Raises:
         InputError: columns are missing, there are no records, or an unknown metric.
     """
-    metric = renamed_value("show", show, OLD_METRICS, level=5)
-    if metric not in COURSES:
-        raise InputError(f"show must be one of {', '.join(COURSES)}, got {show!r}")
+    metric = metric_named(show, COURSES, level=6)
     frame = _checked(frame, metric)
     ax, chosen = current(ax), look(frame, "variant")
     if metric in ("negative_mass", "label_weight"):

@@ -64,14 +64,14 @@ def record_fault(record: Any) -> str:
         isinstance(point, list) and len(point) == 2 and all(map(_is_number, point)) for point in record["curve"]
     ):
         return "its curve is not pairs of step and score"
-    if lacking := [name for name in DIAGNOSTICS if name not in record["diagnostics"]]:
-        return f"its diagnostics lack {lacking[0]}"
+    if missing := [name for name in DIAGNOSTICS if name not in record["diagnostics"]]:
+        return f"its diagnostics lack {missing[0]}"
     columns = set(COLUMNS["truth"]) - {"setting", "method", "seed"}
     if not all(isinstance(row, dict) and columns <= set(row) for row in record["truth"]):
         return "its truth lacks columns"
     for name, reading in record.get("reading", {}).items():
-        wanted = set(COLUMNS.get(name, ())) - {"setting", "method"}
-        if not wanted or not isinstance(reading, dict) or not wanted <= set(reading):
+        expected = set(COLUMNS.get(name, ())) - {"setting", "method"}
+        if not expected or not isinstance(reading, dict) or not expected <= set(reading):
             return f"its reading of {brief(name)} lacks columns"
     return ""
 
@@ -92,12 +92,12 @@ def read_frame(name: str, path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path, na_values={column: [""] for column in numbers}, **options)
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
         raise InputError(f"{path} is damaged: {one_line(str(error), 200)}") from error
-    wanted = {"results": RESULTS, "diagnostics": ("setting", "method", "seed", *DIAGNOSTICS)} | COLUMNS
-    if "label_weight" in wanted[name]:
+    expected = {"results": RESULTS, "diagnostics": ("setting", "method", "seed", *DIAGNOSTICS)} | COLUMNS
+    if "label_weight" in expected[name]:
         frame = current_columns(frame)
-    if lacking := [column for column in wanted[name] if column not in frame]:
-        raise InputError(f"{path} is damaged: it has no column {lacking[0]!r}, only {', '.join(map(str, frame))}")
-    for column in (each for each in wanted[name] if each not in (*TEXT_COLUMNS, *BOOL_COLUMNS)):
+    if missing := [column for column in expected[name] if column not in frame]:
+        raise InputError(f"{path} is damaged: it has no column {missing[0]!r}, only {', '.join(map(str, frame))}")
+    for column in (each for each in expected[name] if each not in (*TEXT_COLUMNS, *BOOL_COLUMNS)):
         if len(frame) and not pd.api.types.is_numeric_dtype(frame[column]):
             raise InputError(f"{path} is damaged: its column {column!r} holds text, numbers are needed")
     return frame
@@ -111,8 +111,8 @@ def check_results(results: pd.DataFrame, config: Mapping[str, Any], path: Path) 
     """
     if wrong := [name for name in ("name", "better", "note") if not isinstance(config["metric"].get(name), str)]:
         raise InputError(f"{path.with_name('config.json')} is damaged: metric.{wrong[0]} is not there")
-    for name, known in (("setting", config["settings"]), ("method", config["methods"])):
-        if unknown := sorted(set(results[name]) - set(known) - {"base"}):
+    for name, configured in (("setting", config["settings"]), ("method", config["methods"])):
+        if unknown := sorted(set(results[name]) - set(configured) - {"base"}):
             raise InputError(f"{path} is damaged: its {name} {brief(unknown[0])} is not in config.json")
     if not len(results) or not np.isfinite(results["score"]).all():
         raise InputError(f"{path} is damaged: it holds no scores, or some that are not finite")
@@ -136,13 +136,13 @@ def ordered(frame: pd.DataFrame, config: Mapping[str, Any]) -> pd.DataFrame:
 
 def _rates(setting: str, method: str, choice: Any) -> list[dict[str, Any]]:
     """A row per recipe and learning rate that was tried; one row where there was no search."""
-    taken = (choice.recipe.spec, choice.learning_rate)
+    chosen = (choice.recipe.spec, choice.learning_rate)
     means = {(s, float(rate)): float(np.mean(v)) for s, rates in choice.scores.items() for rate, v in rates.items()}
     fixed = {"setting": setting, "method": method, "origin": choice.origin}
     return [
-        {**fixed, "recipe": s, "learning_rate": rate, "validation": mean, "chosen": (s, rate) == taken}
-        | {"at_edge": choice.at_edge and (s, rate) == taken}
-        for (s, rate), mean in (means or {taken: np.nan}).items()
+        {**fixed, "recipe": s, "learning_rate": rate, "validation": mean, "chosen": (s, rate) == chosen}
+        | {"at_edge": choice.at_edge and (s, rate) == chosen}
+        for (s, rate), mean in (means or {chosen: np.nan}).items()
     ]
 
 

@@ -105,6 +105,6 @@ def _measured(metadata: Mapping[str, Any]) -> pd.DataFrame:
     """A row per measurement, a column per setting."""
     frame = pd.DataFrame(metadata.get("settings", {}))
     words = {name: f"{subject}: {text}" for subject, texts in MEASURED.items() for name, text in texts.items()}
-    known = [name for name in words if name in frame.index]
-    frame = frame.loc[[*known, *frame.index.difference(known, sort=False)]]
+    measurements = [name for name in words if name in frame.index]
+    frame = frame.loc[[*measurements, *frame.index.difference(measurements, sort=False)]]
     return frame.rename(index=words).rename_axis("measurement").reset_index().fillna("-")

@@ -257,8 +257,8 @@ def p_value(mean: np.ndarray, variance: np.ndarray, df: np.ndarray) -> np.ndarra
 def adjusted(p: np.ndarray) -> np.ndarray:
     """Holm's adjusted p-values of families along the last axis."""
     order = np.argsort(p, axis=-1)  # NaN come last
-    left = np.isfinite(p).sum(-1, keepdims=True) - np.arange(p.shape[-1])
-    stepped = np.minimum(np.maximum.accumulate(left * np.take_along_axis(p, order, -1), axis=-1), 1)
+    multipliers = np.isfinite(p).sum(-1, keepdims=True) - np.arange(p.shape[-1])
+    stepped = np.minimum(np.maximum.accumulate(multipliers * np.take_along_axis(p, order, -1), axis=-1), 1)
     return np.take_along_axis(stepped, np.argsort(order, axis=-1), -1)
 
 

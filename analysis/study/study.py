@@ -99,10 +99,10 @@ class Study(Result):
 
     def scores(self, setting: str) -> dict[str, pd.DataFrame]:
         """Scores of one setting by method: seeds in rows, items in columns."""
-        mine = self.results[self.results["setting"] == setting]
+        in_setting = self.results[self.results["setting"] == setting]
         return {
             str(method): cells.pivot(index="seed", columns="item", values="score")
-            for method, cells in mine.groupby("method", sort=False)
+            for method, cells in in_setting.groupby("method", sort=False)
         }
 
     def table(self) -> pd.DataFrame:

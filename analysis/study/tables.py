@@ -110,8 +110,8 @@ def notes(study: Any, setting: str) -> list[str]:
             lines.append(f"{', '.join(methods)}: {words}")
     chosen = table[table["method"].map(lambda name: study.rates.query("method == @name")["recipe"].nunique() > 1)]
     for _, row in chosen.iterrows():
-        mine = (study.rates["setting"] == setting) & (study.rates["method"] == row["method"])
-        recipes = study.rates[mine]["recipe"]
+        in_row = (study.rates["setting"] == setting) & (study.rates["method"] == row["method"])
+        recipes = study.rates[in_row]["recipe"]
         at_end = ", at the end of the choices" * (row["recipe"] in (recipes.iloc[0], recipes.iloc[-1]))
         lines.append(f"{row['method']}: {row['recipe']} was chosen on validation{at_end}")
     lines += [f"{row['method']}: n = {row['n']}" for _, row in table[table["n"] != usual].iterrows()]
@@ -123,8 +123,8 @@ def notes(study: Any, setting: str) -> list[str]:
 
 def measurements(measured: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     """Subjects of ``MEASURED`` with what was measured of a setting; the rest under "measured"."""
-    known = {name for words in MEASURED.values() for name in words}
-    subjects = MEASURED | {"measured": {name: name.replace("_", " ") for name in measured if name not in known}}
+    described = {name for words in MEASURED.values() for name in words}
+    subjects = MEASURED | {"measured": {name: name.replace("_", " ") for name in measured if name not in described}}
     for subject, words in subjects.items():
         if parts := [f"{words[name]} {measured[name]}" for name in words if name in measured]:
             yield subject, "; ".join(parts)

@@ -72,16 +72,16 @@ def _data(view: Any) -> dict[str, Any]:
     """All data of the page; numbers per token are packed into one block, described by ``layout``."""
     summary = view.summary
     metrics = [m for m in METRICS if m.method or m.key in _models(summary)]
-    shown = np.array([token for text in view.texts for token in text.ids])
-    slots = np.full(len(shown), -1)
+    token_ids = np.array([token for text in view.texts for token in text.ids])
+    slots = np.full(len(token_ids), -1)
     starts = np.cumsum([0, *(len(text.ids) for text in view.texts)])
     slots[[start + place for start, text in zip(starts, view.texts, strict=False) for place in text.places]] = range(
         len(summary)
     )
-    vocabulary, index = np.unique(np.concatenate([shown, summary.ids.ravel()]), return_inverse=True)
+    vocabulary, index = np.unique(np.concatenate([token_ids, summary.ids.ravel()]), return_inverse=True)
     strings = [view.token_text[token] for token in vocabulary.tolist()]
-    running = [strings[at] for at in index[: len(shown)]]
-    arrays = {"tokens": index[: len(shown)], "slots": slots, "ids": index[len(shown) :], "p": summary.probs}
+    running = [strings[at] for at in index[: len(token_ids)]]
+    arrays = {"tokens": index[: len(token_ids)], "slots": slots, "ids": index[len(token_ids) :], "p": summary.probs}
     arrays |= {"labels": np.searchsorted(vocabulary, summary.models["label"])}
     arrays |= {"rest p": _rest(summary.probs)}
     for number, (move, frame) in enumerate(zip(summary.moves, summary.methods.values(), strict=True)):
@@ -140,20 +140,20 @@ def _high(metric: Metric, summary: Any) -> float:
 
 def _ranked(view: Any) -> dict[str, Any]:
     """The ranks of the rows shown, and the first tokens of every order among them."""
-    ranking, shown = view.rank(), {text.row: number for number, text in enumerate(view.texts)}
+    ranking, row_numbers = view.rank(), {text.row: number for number, text in enumerate(view.texts)}
     places = [(text.row, place + 1) for text in view.texts for place in text.places]
     slot = {place: number for number, place in enumerate(places)}
     orders, scores = [], {}
     for by in ranking.orders:
-        rows = ranking.rows[(ranking.rows["by"] == by) & ranking.rows["row"].isin(shown)]
+        rows = ranking.rows[(ranking.rows["by"] == by) & ranking.rows["row"].isin(row_numbers)]
         tokens = ranking.tokens[ranking.tokens["by"] == by].head(10 * LISTED)
         listed = [place for place in zip(tokens["row"], tokens["position"], strict=True) if place in slot]
-        ranks = {shown[row]: rank for row, rank in zip(rows["row"], rows["rank"], strict=True)}
+        ranks = {row_numbers[row]: rank for row, rank in zip(rows["row"], rows["rank"], strict=True)}
         first = [slot[place] for place in listed[:LISTED]]
-        order = [None if np.isnan(ranks[at]) else int(ranks[at]) for at in range(len(shown))]
+        order = [None if np.isnan(ranks[at]) else int(ranks[at]) for at in range(len(row_numbers))]
         orders.append({"by": by, "alike": ranking.alike(by), "ranks": order, "tokens": first})
-        score = dict(zip(rows["row"].map(shown), rows["score"], strict=True))
-        scores[by] = [None if np.isnan(score[at]) else round(float(score[at]), 4) for at in range(len(shown))]
+        score = dict(zip(rows["row"].map(row_numbers), rows["score"], strict=True))
+        scores[by] = [None if np.isnan(score[at]) else round(float(score[at]), 4) for at in range(len(row_numbers))]
     return {"orders": orders, "scores": scores, "ranked": int(ranking.rows["row"].nunique())}
 
 

@@ -163,9 +163,9 @@ class TokenView(Result):
     def top(self, count: int) -> "TokenView":
         """The rows among the first ``count`` of any order, or with one of its first tokens; ranked among all rows."""
         ranked = self.rank()
-        wanted, sizes = ranked.first(count), [len(text.places) for text in self.texts]
-        mask = np.repeat([text.row in wanted for text in self.texts], sizes)
-        texts = tuple(text for text in self.texts if text.row in wanted)
+        selected, sizes = ranked.first(count), [len(text.places) for text in self.texts]
+        mask = np.repeat([text.row in selected for text in self.texts], sizes)
+        texts = tuple(text for text in self.texts if text.row in selected)
         return replace(self, texts=texts, summary=self.summary[np.flatnonzero(mask)], ranked=ranked)
 
     def html(self) -> str:
@@ -241,8 +241,8 @@ def view(
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
     student, tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
-    given = {name: each for name, each in (("teacher", teacher), ("reference", reference)) if each is not None}
-    models = {name: loaded_model(each, name) for name, each in given.items()}
+    other_models = {name: each for name, each in (("teacher", teacher), ("reference", reference)) if each is not None}
+    models = {name: loaded_model(each, name) for name, each in other_models.items()}
     for name, other in models.items():
         check_same_vocabulary(student, other, name)
     examples, skipped = encoded_rows(text, tokenizer, shortest_context(student, *models.values()), max_rows)

@@ -207,16 +207,16 @@ class Specimen:
             InputError: it returns no floating-point tensor, or one without a graph.
         """
         if self.laid_out:
-            shown = self.in_groups(tokens, per_text)
-            reading = self.read_batch(shown, sum(len(text.tokens) for text in shown), around=around)
-            rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in shown])
+            texts = self.in_groups(tokens, per_text)
+            reading = self.read_batch(texts, sum(len(text.tokens) for text in texts), around=around)
+            rows = torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in texts])
             return reading._replace(grad=reading.grad[rows][: len(tokens)])
         with torch.enable_grad():
             leaf = tokens.logits.detach().clone().requires_grad_()
-            shown = _copy(tokens, leaf.clone())  # no leaf, so that a loss can modify it, which is detected
+            tokens_copy = _copy(tokens, leaf.clone())  # no leaf, so that a loss can modify it, which is detected
 
             def run() -> Any:
-                return call(around(self.fn), self.params, shown, Layout(), style=self.style)
+                return call(around(self.fn), self.params, tokens_copy, Layout(), style=self.style)
 
             reading = self.reading(run(), leaf, run)
         if self.variant.derived and not given_as_sums(self.fn):
@@ -242,7 +242,7 @@ class Specimen:
     def _graded(self, returned: Any, call_again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
         """The loss in what a call on these logits returned, with a graph, and whether it had one itself."""
         result = loss_of(returned, self.variant.spec)
-        return graphs.checked(result, self.variant.spec, call_again, logits).value, result.value.requires_grad
+        return graphs.with_graph(result, self.variant.spec, call_again, logits).value, result.value.requires_grad
 
     def reading(self, returned: Any, leaf: Tensor, call_again: Callable[[], Any] | None = None) -> Reading:
         """The value that a call returned, and its gradient by the logits; ``call_again`` repeats the call.

@@ -9,7 +9,7 @@ from qlens.conformance.synthetic_batches import VOCABULARY, cast
 from qlens.conformance.wrappers import watching
 from qlens.core.errors import InputError
 from qlens.core.scales import COARSE, carried
-from qlens.losses.calling import written as writes
+from qlens.losses.calling import modified_arguments
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.signature import inputs
 from qlens.losses.user_code import EndedError, numbers_of
@@ -93,7 +93,7 @@ def _written(variant: Variant, modified: list[str]) -> list[str]:
     if modified:
         return modified
     try:
-        return list(writes(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
+        return list(modified_arguments(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
     except InputError:
         return []
 

@@ -15,12 +15,12 @@ class UnknownName(InputError, KeyError):
     __str__ = Exception.__str__  # KeyError would print the message in quotes
 
     @classmethod
-    def among(cls, kind: str, name: str, known: Iterable[str]) -> "UnknownName":
+    def among(cls, kind: str, name: str, names: Iterable[str]) -> "UnknownName":
         """The error for ``name``, with near names and the full sorted list."""
-        known = sorted(known)
-        near = difflib.get_close_matches(name[:100], known, n=3, cutoff=0.5)
+        names = sorted(names)
+        near = difflib.get_close_matches(name[:100], names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        return cls(f"unknown {kind} {brief(name)}.{hint} Known: {', '.join(known) or 'none'}.")
+        return cls(f"unknown {kind} {brief(name)}.{hint} Known: {', '.join(names) or 'none'}.")
 
 
 class UnknownReduction(InputError):

@@ -17,6 +17,16 @@ def precision(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype without "torch.".
+
+    Example:
+        >>> dtype_name(torch.bfloat16)
+        'bfloat16'
+    """
+    return str(dtype).removeprefix("torch.")
+
+
 def log_softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
     """log p = z - logsumexp(z), in float32 at least.
 

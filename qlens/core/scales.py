@@ -56,8 +56,8 @@ def balanced(
         top = p.argmax(-1, keepdim=True)
         g, p = (values.scatter(1, top, 0.0) for values in (g, p))
         scale = g.sum(-1) / p.sum(-1)
-        alike = (g - scale[:, None] * p).abs().sum(-1) <= 0.01 * g.abs().sum(-1)
-        zero[row[:, 0]] = alike & (off[row[:, 0]] <= slack * scale.abs())
+        is_parallel = (g - scale[:, None] * p).abs().sum(-1) <= 0.01 * g.abs().sum(-1)
+        zero[row[:, 0]] = is_parallel & (off[row[:, 0]] <= slack * scale.abs())
     return zero
 
 

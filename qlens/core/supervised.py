@@ -152,8 +152,10 @@ class Supervised:
         before = torch.arange(width, device=at.device) <= at[:, None]
         own = self.segment.view(self.shape)[row] == self.segment[index][:, None]
         ids = input_ids[row].masked_fill(~(before & own), vocabulary)
-        seen = torch.zeros(len(index), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(1, ids, True)
-        return seen[:, :vocabulary].scatter(1, labels[:, None].long(), False)
+        earlier_tokens = torch.zeros(len(index), vocabulary + 1, dtype=torch.bool, device=at.device).scatter(
+            1, ids, True
+        )
+        return earlier_tokens[:, :vocabulary].scatter(1, labels[:, None].long(), False)
 
 
 def count_pairs(method: str, where: Supervised, batch: Mapping[str, Tensor]) -> int:

@@ -69,7 +69,7 @@ class RowInputs:
     def selected(self, target: Target) -> Tensor:
         """The number of rows with a trust other than 0, for methods that divide by it; else 0."""
         if self.variant.denominator == "selected":
-            return (target.trust != 0).sum()
+            return target.selected
         return torch.zeros((), dtype=torch.long, device=target.labels.device)
 
     def not_finite(self, *values: Tensor | None) -> Bool[Tensor, " n"] | None:
@@ -79,7 +79,7 @@ class RowInputs:
 
 
 class RowGradients(NamedTuple):
-    """What a structure function returns beside g', which it leaves in place of the logits; g = scale g'.
+    """The result of a structure function in addition to g', which it leaves in place of the logits; g = scale g'.
 
     Attributes:
         scale: (n,).

@@ -126,7 +126,7 @@ STRONG = Setting(
     noise=0.25,
 )
 WEAK = Setting(
-    name="weak-prior",  # the base model has hardly seen times computed rightly, and is unsure of it
+    name="weak-prior",  # the base model has seen few correct multiplications
     corpus=Annotator(slip=(0.1, 0.1, 0.8), false=(0.05, 0.05, 0.05)),
     tutor=Annotator(slip=(0.04, 0.04, 0.04), false=(0.05, 0.05, 0.1)),
     scribe=Annotator(false=(0.04, 0.04, 0.04)),
@@ -148,7 +148,7 @@ POOR = dataclasses.replace(
     tutor=Annotator(slip=(0.15, 0.15, 0.15), false=(0.2, 0.2, 0.2)),
 )
 CLEAN = Setting(
-    name="clean-labels",  # every demonstration is right; the base model has never seen times computed rightly
+    name="clean-labels",  # every demonstration is correct; the base model has seen no correct multiplication
     corpus=Annotator(slip=(0.09, 0.09, 0.9), false=(0.1, 0.1, 0.1)),
     tutor=Annotator(slip=(0.03, 0.03, 0.03), false=(0.04, 0.04, 0.04)),
     steps=100,

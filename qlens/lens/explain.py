@@ -101,7 +101,7 @@ def _analysed(
         shown.losses,
         [],
         token_text,
-        modified_inputs=calling.written(variant.method.fn, variant.params, shown.given),
+        modified_inputs=calling.modified_arguments(variant.method.fn, variant.params, shown.given),
         on_probes=tokens is None,
         precision=shown.precision,
         own_precision=own_precision,

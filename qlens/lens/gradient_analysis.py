@@ -29,7 +29,7 @@ from qlens.lens.weights.class_weights import ClassWeights, divided_by_mean, find
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
 from qlens.losses.layout.trial import holds_rows
-from qlens.losses.notes.seen_tokens import given_by_text, made_up_inputs, standardises
+from qlens.losses.notes.effective_tokens import fields_by_text, runs_another_model, standardises
 from qlens.registry import Variant, methods
 
 OPEN = 1e-9  # least 1 - p_y at which a label weight is read
@@ -154,7 +154,7 @@ class GradientAnalysis(MethodSearch):
     def in_place(self) -> str:
         """Why the loss has inputs of its own that stay in place as tokens move; "" where it has none."""
         fn, params, tokens = self.variant.method.fn, self.variant.params, self.shown.given
-        if self.variant.derived and made_up_inputs(fn, params, tokens):
+        if self.variant.derived and runs_another_model(fn, params, tokens):
             return "runs another model, whose inputs are made up"
         return "holds values of its own for these tokens" if holds_rows(fn, tokens) else ""
 
@@ -204,7 +204,7 @@ class GradientAnalysis(MethodSearch):
         if not self.variant.derived:
             return ()
         fn, params = self.variant.method.fn, self.variant.params
-        fields = given_by_text(fn, params, tokens)
+        fields = fields_by_text(fn, params, tokens)
         shared = "advantage" in fields and standardises(fn, params, tokens)
         return tuple(name for name in fields if name != "advantage" or not shared)
 

@@ -21,9 +21,9 @@ from qlens.lens.rounding import COARSEST_MOVES, MOVES, Noise, coarser, moves, ro
 from qlens.losses import calling
 from qlens.losses.layout.layout_search import in_whole_groups
 from qlens.losses.layout.names import FIELD
-from qlens.losses.layout.signature import inputs
+from qlens.losses.layout.signature import roles_taken
 from qlens.losses.layout.trial import holds_rows
-from qlens.losses.notes.seen_tokens import as_given, supplied
+from qlens.losses.notes.effective_tokens import effective_tokens, with_own_teacher
 from qlens.losses.reduction import unreduced
 from qlens.losses.replay import why_calls_differ
 from qlens.losses.user_code import first_line, numbers_of
@@ -129,8 +129,8 @@ def prepared(variant: Variant, tokens: Tokens) -> Tokens:
     if not variant.derived:
         return tokens
     with getattr(variant, "arithmetic", contextlib.nullcontext)():  # a teacher in the precision of the loss
-        tokens = supplied(variant.method.fn, variant.params, tokens)
-    return as_given(variant.method.fn, variant.params, tokens)
+        tokens = with_own_teacher(variant.method.fn, variant.params, tokens)
+    return effective_tokens(variant.method.fn, variant.params, tokens)
 
 
 def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
@@ -207,7 +207,7 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
                 variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant))
             )
         except InputError as error:
-            failed = failed or f"at V = {vocabulary} {str(error).partition(chr(10))[0][:140]}"
+            failed = failed or f"at V = {vocabulary} {first_line(error)[:140]}"
             continue
         if failed:
             failed = f"{failed}; the findings hold at V = {vocabulary}"
@@ -231,8 +231,7 @@ def fields_taken(variant: Variant) -> frozenset[str] | None:
     fn = variant.method.fn
     if not variant.derived or calling.kind(fn) != "logits":
         return None
-    wanted = inputs(fn)
-    roles = [*wanted.required.values(), *wanted.optional.values()]
+    roles = roles_taken(fn)
     return frozenset({"weight", "sequence", "pair", "chosen", *variant.needs, *(FIELD[r] for r in roles if r in FIELD)})
 
 
@@ -241,8 +240,7 @@ def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
     fn = variant.method.fn
     if calling.kind(fn) != "logits":
         return tokens
-    wanted = inputs(fn)
-    roles = [*wanted.required.values(), *wanted.optional.values()]
+    roles = roles_taken(fn)
     taken = {name for name in MODELS for role in roles if name in role or FIELD.get(role) == name}
     left = {name: None for name in MODELS if name not in taken and getattr(tokens, name) is not None}
     return tokens.replace(**left) if left else tokens

@@ -12,16 +12,16 @@ from qlens.core.tokens import Tokens
 from qlens.losses.arguments import Columns, arguments
 from qlens.losses.layout.layouts import Layout, Style, tiled
 from qlens.losses.layout.names import FIELD
-from qlens.losses.layout.signature import CALLERS, inputs, name_of, signature
+from qlens.losses.layout.signature import CALLERS, inputs, name_of, roles_taken, signature
 from qlens.losses.layout.views import View, batch_of, batch_view, rows_view, supervised, token_ids
-from qlens.losses.stubs.holders import built, entry_of, is_trainer, with_model
+from qlens.losses.stubs.holders import entry_of, instance_of, is_trainer, with_model
 from qlens.losses.user_code import file_of, user_errors
 
-__all__ = ["CALLERS", "Columns", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature",
-           "written"]  # fmt: skip
+__all__ = ["CALLERS", "Columns", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "callable_of", "signature",
+           "modified_arguments"]  # fmt: skip
 
 
-def opened(loss: Callable) -> Callable:
+def callable_of(loss: Callable) -> Callable:
     """The function to call: compute_loss of a Trainer's class built around a stub model, the instance of a loss class, or
     the loss itself.
 
@@ -32,7 +32,7 @@ def opened(loss: Callable) -> Callable:
         from qlens.losses.stubs.trainers import trainer_loss
 
         return trainer_loss(loss)
-    return with_model(entry_of(built(loss) if inspect.isclass(loss) else loss))
+    return with_model(entry_of(instance_of(loss) if inspect.isclass(loss) else loss))
 
 
 def kind(fn: Callable) -> str:
@@ -54,8 +54,7 @@ def extra_inputs(fn: Callable) -> tuple[str, ...]:
 
 def takes(fn: Callable, role: str) -> bool:
     """Whether a loss takes this input, with or without a default."""
-    loss_inputs = inputs(fn)
-    return role in loss_inputs.required.values() or role in loss_inputs.optional.values()
+    return role in roles_taken(fn)
 
 
 def call(
@@ -145,7 +144,9 @@ def on_view(fn: Callable, params: Mapping[str, Any], view: View, **values: Any) 
         return fn(*args, **filled)
 
 
-def written(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None) -> tuple[str, ...]:
+def modified_arguments(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style | None = None
+) -> tuple[str, ...]:
     """Which of logits and labels a loss changes in place, seen on copies."""
     if kind(fn) != "logits":
         return ()

@@ -56,7 +56,7 @@ class GraphCuts(TorchFunctionMode):
             self.cuts.append((name, _here()))
 
 
-def checked(result: Result, name: str, call_again: Callable[[], Any], logits: Tensor) -> Result:
+def with_graph(result: Result, name: str, call_again: Callable[[], Any], logits: Tensor) -> Result:
     """The loss with a graph; zeros without one get a graph from the logits, with a gradient of zero.
 
     Args:
@@ -86,8 +86,8 @@ def _reason(call_again: Callable[[], Any], name: str) -> str:
     cuts = [(what, where) for what, where in recorder.cuts if what not in ("inference mode", "no_grad")]
     if blanket and (not recorder.graph_kept or not cuts):
         what, where = blanket[-1]
-        called = "torch.inference_mode()" if what == "inference mode" else "torch.no_grad()"
-        return f"it computes under {called}{where}: take that off, for training needs the graph"
+        context = "torch.inference_mode()" if what == "inference mode" else "torch.no_grad()"
+        return f"it computes under {context}{where}: take that off, for training needs the graph"
     if not cuts:
         return "it does not depend on the logits it is given: compute it from them, by operations of torch"
     what, where = cuts[-1]
@@ -95,7 +95,7 @@ def _reason(call_again: Callable[[], Any], name: str) -> str:
         return f"{what}{where} turns tensors into numbers: return the tensor itself, and take numbers for printing only"
     if what in (*CUTS.values(), ".data"):
         return f"{what}{where} detaches what it returns from the logits: leave it out there"
-    return f"{what}{where} has no gradient: a loss is made of operations that have one"
+    return f"{what}{where} has no gradient: use operations that have one"
 
 
 def _here() -> str:

@@ -28,7 +28,7 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
     """
     leaf_tensors = [value] if value.grad_fn is None and value.requires_grad else []
     leaf_tensors += [
-        node.variable for node in _nodes(value, *inputs) if isinstance(getattr(node, "variable", None), Tensor)
+        node.variable for node in nodes(value, *inputs) if isinstance(getattr(node, "variable", None), Tensor)
     ]
     return [leaf for leaf in leaf_tensors if not any(leaf is each for each in inputs)]
 
@@ -42,10 +42,10 @@ def reaches(value: Tensor, part: Tensor) -> bool:
         >>> reaches(a.sum(), a), reaches(torch.ones(2, requires_grad=True).sum(), a)
         (True, False)
     """
-    return value is part or any(node is part.grad_fn for node in _nodes(value))
+    return value is part or any(node is part.grad_fn for node in nodes(value))
 
 
-def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
+def nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
     """The nodes of a value's graph, without those of the inputs and all behind them."""
     visited, pending = {each.grad_fn for each in inputs}, [value.grad_fn]
     while pending:

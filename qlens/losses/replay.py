@@ -60,17 +60,17 @@ class Replay:
             random.setstate(states[3])
 
 
-def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
+def why_calls_differ(gradient: Callable[[], Tensor], device: torch.device) -> str:
     """The reason, in words, why two calls of a loss on the same tokens differ: torch's random numbers, or a state.
 
     Args:
-        read: calls the loss.
+        gradient: calls the loss.
         device: the device whose generator it may use.
     """
     replay, gradients = Replay(device), []
     for _ in range(2):
         with replay.again():
-            gradients.append(read())
+            gradients.append(gradient())
     if torch.allclose(gradients[0], gradients[1], rtol=1e-9, atol=0.0, equal_nan=True):
         return "is random: two calls on the same tokens differ{}. Seed it, or switch dropout off"
     return (

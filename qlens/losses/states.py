@@ -37,7 +37,7 @@ class State:
         self._cells: list[types.CellType] = []
         self._generators: list[Any] = []
         self._tensors: list[Tensor] = []
-        self._seen: dict[int, Any] = {}  # objects by id, kept so that no id is given twice
+        self._objects: dict[int, Any] = {}  # objects by id, kept so that no id is given twice
         for function in functions:
             self._reach(function)
 
@@ -68,7 +68,7 @@ class State:
         """The tensors that can be neither copied nor replaced, with their version counters."""
         return [(tensor, tensor._version) for tensor in self._tensors if not tensor.is_inference()]
 
-    def drawn(self) -> list[Any]:
+    def generator_states(self) -> list[Any]:
         """The states of the random generators, as comparable values."""
         states = [_state(each) for each in self._generators]
         return [each.numpy().tobytes() if isinstance(each, Tensor) else repr(each) for each in states]
@@ -80,9 +80,9 @@ class State:
 
     def _reach(self, value: Any, replaced: bool = False) -> None:
         """Add a value and all that it holds; ``replaced``: whether its holder can hold a copy instead."""
-        if id(value) in self._seen or value is None:
+        if id(value) in self._objects or value is None:
             return
-        self._seen[id(value)] = value
+        self._objects[id(value)] = value
         if isinstance(value, Tensor):
             if not replaced or value.numel() > COPIED:
                 self._tensors.append(value)
@@ -122,8 +122,8 @@ class State:
         self._dict(function.__dict__)
         self._each([*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()])
         for cell in function.__closure__ or ():
-            if id(cell) not in self._seen:
-                self._seen[id(cell)] = cell
+            if id(cell) not in self._objects:
+                self._objects[id(cell)] = cell
                 self._cells.append(cell)
                 self._reach(_content(cell) if _content(cell) is not cell else None, replaced=True)
         names = tuple(name for name in names_in(function.__code__) if name in function.__globals__)

@@ -64,8 +64,8 @@ def families() -> dict[str, list[dict[str, Any]]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for fields in summaries():
         groups.setdefault(fields["family"], []).append(fields)
-    known = [family for family in FAMILIES if family in groups]
-    return {family: groups[family] for family in (*known, *sorted(set(groups) - set(FAMILIES)))}
+    in_order = [family for family in FAMILIES if family in groups]
+    return {family: groups[family] for family in (*in_order, *sorted(set(groups) - set(FAMILIES)))}
 
 
 def markdown() -> str:

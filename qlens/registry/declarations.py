@@ -40,33 +40,33 @@ def check_field(name: str, field: str, value: Any) -> None:
     Raises:
         InputError: it is of the wrong kind.
     """
-    wanted = ""
+    requirement = ""
     if field in CHOICES:
         if not isinstance(value, str) or value not in CHOICES[field]:
-            wanted = " or ".join(repr(each) for each in CHOICES[field] if each)
+            requirement = " or ".join(repr(each) for each in CHOICES[field] if each)
     elif field in TRUTHS:
         if not any(value is each for each in TRUTHS[field]):
-            wanted = " or ".join(repr(each) for each in TRUTHS[field])
+            requirement = " or ".join(repr(each) for each in TRUTHS[field])
     elif field == "structure":
         if not isinstance(value, GeometricMixture) and not (isinstance(value, str) and value in ("label", "dense")):
-            wanted = "'label', 'dense' or a GeometricMixture like qlens.GeometricMixture(\"teacher\")"
+            requirement = "'label', 'dense' or a GeometricMixture like qlens.GeometricMixture(\"teacher\")"
     elif field in TEXTS:
-        wanted = "" if isinstance(value, str) else "a string"
+        requirement = "" if isinstance(value, str) else "a string"
     elif field in FUNCTIONS:
-        wanted = "" if value is None or callable(value) else "a function"
+        requirement = "" if value is None or callable(value) else "a function"
     elif field == "needs":
-        wanted = "" if _are_strings(value) else "names of fields of Tokens, like ('teacher',)"
+        requirement = "" if _are_strings(value) else "names of fields of Tokens, like ('teacher',)"
     elif field == "differences":
-        wanted = "" if _are_strings(value) else "sentences, like ('The code divides by k.',)"
+        requirement = "" if _are_strings(value) else "sentences, like ('The code divides by k.',)"
     elif field == "cites":
-        wanted = "" if _are_strings(value) else "keys of references.bib or BibTeX entries, like ('wu2025dft',)"
+        requirement = "" if _are_strings(value) else "keys of references.bib or BibTeX entries, like ('wu2025dft',)"
     elif field == "modes":
         by_name = isinstance(value, Mapping) and all(isinstance(preset, str) for preset in value)
         valid = by_name and all(isinstance(point, Mapping) for point in value.values())
-        wanted = "" if valid else "a dict of dicts like {'v1': {'factor': 0.5}}"
-    if wanted:
+        requirement = "" if valid else "a dict of dicts like {'v1': {'factor': 0.5}}"
+    if requirement:
         functions = " or a function of the parameters" if field in OF_PARAMETERS else ""
-        raise InputError(f"register({name!r}): {field} must be {wanted}{functions}, got {brief(value)}")
+        raise InputError(f"register({name!r}): {field} must be {requirement}{functions}, got {brief(value)}")
     if field == "needs":
         _check_needs(name, value)
     if field == "cites":

@@ -71,11 +71,11 @@ def bind(method: str, fn: Callable, values: Mapping[str, Any]) -> dict[str, Any]
             raise ParameterError(lacks(fn, name))
     for name, value in values.items():
         if name not in bound and name not in bare:
-            known = ", ".join(dict.fromkeys([*bare, *defaults(fn)])) or "it has none"
-            raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {known})")
+            parameter_names = ", ".join(dict.fromkeys([*bare, *defaults(fn)])) or "it has none"
+            raise ParameterError(f"{method} has no parameter {brief(name)} (parameters: {parameter_names})")
         hint = annotated.get(name, type(bound[name]) if bound.get(name) is not None else Any)
-        if (wanted := _misfit(value, hint)) is not None:
-            raise ParameterError(f"{method}: {name} = {brief(value)}, but it must be {wanted}")
+        if (requirement := _misfit(value, hint)) is not None:
+            raise ParameterError(f"{method}: {name} = {brief(value)}, but it must be {requirement}")
         if name == "clamp" and isinstance(value, tuple | list) and len(value) == 2 and value[0] > value[1]:
             raise ParameterError(f"{method}: clamp = {brief(value)}, but it must be (low, high), low first")
         bound[name] = float(value) if _is_float(hint) else tuple(value) if isinstance(value, list) else value
@@ -164,24 +164,24 @@ def split_specs(text: str) -> list[str]:
 
 def show(name: str, params: Mapping[str, Any], default: Mapping[str, Any]) -> str:
     """The spec string of a method at these parameters: its name and the parameters that differ from the defaults."""
-    changed = {key: value for key, value in params.items() if key not in default or not _alike(value, default[key])}
-    return f"{name}({', '.join(f'{k}={_shown(v)}' for k, v in changed.items())})" if changed else name
+    changed = {key: value for key, value in params.items() if key not in default or not _equal(value, default[key])}
+    return f"{name}({', '.join(f'{k}={_value_text(v)}' for k, v in changed.items())})" if changed else name
 
 
-def _alike(value: Any, other: Any) -> bool:
+def _equal(value: Any, other: Any) -> bool:
     """Whether two values of a parameter are equal; tensors and arrays by their entries."""
     if value is other:
         return True
     if type(value) is not type(other):
         return not _by_entry(value) and not _by_entry(other) and bool(value == other)
-    return _shown(value) == _shown(other) if _by_entry(value) else bool(value == other)
+    return _value_text(value) == _value_text(other) if _by_entry(value) else bool(value == other)
 
 
 def _by_entry(value: Any) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype") and bool(getattr(value, "ndim", 0))
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     """A value's repr; of a tensor or an array its shape and a digest of its entries, which fit on a line."""
     if not _by_entry(value):
         return repr(value)
@@ -201,7 +201,7 @@ def ends(fn: Callable) -> list[dict[str, Any]]:
     annotated = hints(fn)
     default = defaults(fn)
     points = [{name: value} for name in default for value in special_values(annotated.get(name, Any))]
-    return [point for point in points if any(not _alike(value, default[name]) for name, value in point.items())]
+    return [point for point in points if any(not _equal(value, default[name]) for name, value in point.items())]
 
 
 def special_values(hint: Any) -> list[Any]:
@@ -253,14 +253,14 @@ def _misfit(value: Any, hint: Any) -> str | None:
         return None if value in inner else "one of " + ", ".join(map(repr, inner))
     if origin is tuple and inner[-1] is Ellipsis:
         fits = isinstance(value, tuple | list) and len(value) and all(_misfit(v, inner[0]) is None for v in value)
-        return None if fits else f"({_named(inner[0])}, ...)"
+        return None if fits else f"({_type_name(inner[0])}, ...)"
     if origin is tuple:
         fits = isinstance(value, tuple | list) and len(value) == len(inner)
         fits = fits and all(_misfit(v, h) is None for v, h in zip(value, inner, strict=True))
-        return None if fits else f"({', '.join(map(_named, inner))})"
+        return None if fits else f"({', '.join(map(_type_name, inner))})"
     if origin in (typing.Union, types.UnionType):
-        wanted = [_misfit(value, side) for side in inner]
-        return None if None in wanted else " or ".join(w for w in wanted if w)
+        misfits = [_misfit(value, side) for side in inner]
+        return None if None in misfits else " or ".join(w for w in misfits if w)
     if hint is float:
         return None if _finite(value) else "a finite number"
     if hint is int:
@@ -269,7 +269,7 @@ def _misfit(value: Any, hint: Any) -> str | None:
     kind = hint if origin is None else origin
     if kind in (Any, inspect.Parameter.empty) or not isinstance(kind, type) or isinstance(value, kind):
         return None
-    return "None" if kind is type(None) else f"a {_named(hint)}"
+    return "None" if kind is type(None) else f"a {_type_name(hint)}"
 
 
 def _finite(value: Any) -> bool:
@@ -281,5 +281,5 @@ def _finite(value: Any) -> bool:
         return False
 
 
-def _named(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint))

@@ -184,12 +184,12 @@ def resolve(loss: Variant | str | Callable) -> Variant:
 
 def _method(name: str, fn: Callable, **card: Any) -> Method:
     """A Method of a function and the checked fields of a card, completed by what the function itself shows."""
-    fn = calling.opened(fn)
-    asked, needs = calling.extra_inputs(fn), card.get("needs", ())
-    if callable(needs) and asked:
-        raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {asked[0]!r}")
+    fn = calling.callable_of(fn)
+    extra, needs = calling.extra_inputs(fn), card.get("needs", ())
+    if callable(needs) and extra:
+        raise InputError(f"register({name!r}): needs as a function does not go with bare arguments like {extra[0]!r}")
     if not callable(needs):
-        card["needs"] = (*needs, *(n for n in asked if n not in needs))
+        card["needs"] = (*needs, *(n for n in extra if n not in needs))
     for preset, point in card.get("modes", {}).items():
         params.bind(f"{name}@{preset}", fn, point)
     card = {key: tuple(value) if isinstance(value, list) else value for key, value in card.items()}

@@ -148,11 +148,11 @@ class Variant:
             return False
         if self.method.printed is not None or calling.kind(self.method.fn) == "tokens":
             return "weight" in self.needs and calling.kind(self.method.fn) == "tokens"
-        wanted = calling.inputs(self.method.fn)
-        if "weight" in wanted.required.values():
+        loss_inputs = calling.inputs(self.method.fn)
+        if "weight" in loss_inputs.required.values():
             return True
         return (
-            "weight" in wanted.optional.values()
+            "weight" in loss_inputs.optional.values()
             and layout_search.style_of(self.method.fn, self.params, tokens).optional
         )
 

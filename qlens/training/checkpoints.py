@@ -89,7 +89,7 @@ class RunState(TrainerCallback):
         if self.variant.built_in:
             return None
         functions = [fn for fn in (method.fn, method.printed, method.on_model) if fn is not None]
-        return fingerprint(functions), State(functions).drawn()
+        return fingerprint(functions), State(functions).generator_states()
 
     def _needs_file(self) -> bool:
         """Whether a checkpoint of the method needs the file."""

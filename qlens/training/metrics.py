@@ -1,4 +1,4 @@
-"""The metrics that QTrainer logs beside its loss, alike for every method."""
+"""The metrics that QTrainer logs with its loss, the same for every method."""
 
 import math
 from typing import Any

@@ -150,7 +150,9 @@ class Watch(TrainerCallback):
         if step <= self._last:
             return
         with isolated(SEED, threads=None):
-            self._records += [pd.DataFrame(self._columns(step, name, read)) for name, read in self._read(model).items()]
+            self._records += [
+                pd.DataFrame(self._columns(step, name, target)) for name, target in self._read(model).items()
+            ]
 
     def _read(self, model: nn.Module) -> dict[str, Target]:
         """Every variant's target in unit scale, at the probe tokens alone, on the CPU."""

@@ -1,6 +1,19 @@
-"""Comparisons in tests are saved without figures, which take most of their time; the fixture ``figures`` draws them."""
+"""A cache of the lab; comparisons are saved without figures, which take most of their time, unless ``figures`` asks."""
 
 import pytest
+from mini_lab import MINI
+
+import qlens
+
+
+@pytest.fixture(scope="module")
+def lab_cache(tmp_path_factory):
+    """A cache folder with the miniature environment, built once for a module."""
+    folder = tmp_path_factory.mktemp("lab")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLENS_CACHE", str(folder))
+        qlens.lab.world(MINI, progress=False)
+    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from tiny import VOCAB, letters
+from tiny_models import VOCAB, letters
 
 from qlens import InputError
 from qlens.analysis.compare.environments import UserSource, open_environment
@@ -30,7 +30,7 @@ def same(one, other):
     return True
 
 
-def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path, figures):
+def test_the_run_folder_round_trips(compare, tmp_path, figures):
     study = compare(save=True)
     folder = tmp_path / "run"
     files = ["config.json", "table.md", "report.html", *FILES.values(), "figures/scores.csv"]
@@ -50,25 +50,25 @@ def test_the_run_folder_holds_all_of_it_and_reads_back(compare, tmp_path, figure
             getattr(loaded, name), getattr(study, name), check_dtype=len(getattr(study, name)) > 0
         )
     assert str(loaded) == str(study) and loaded.to_markdown() == study.to_markdown()
-    kept = load_model(folder / "models" / "dft-1")
+    saved_model = load_model(folder / "models" / "dft-1")
     (nll,) = study.diagnostics.query("method == 'dft' and seed == 1")["nll"]
     held_out = open_environment(UserSource.of(*(str(p) for p in own_paths(study)), steps=3)).held_out
-    (tokens,) = held_out_tokens(kept, held_out)
+    (tokens,) = held_out_tokens(saved_model, held_out)
     assert_allclose(-tokens.label_log_probs.mean(), nll, rtol=1e-5)
 
 
 def own_paths(study):
     """model, data and teacher as the study was given them."""
-    given = study.config["settings"]["words"]
-    return given["model"], given["data"], given["teacher"]
+    setting = study.config["settings"]["words"]
+    return setting["model"], setting["data"], setting["teacher"]
 
 
-def test_the_base_is_the_start_and_training_moves_away_from_it(compare):
+def test_the_base_row_is_the_start_model(compare):
     study = compare()
-    found = study.diagnostics.set_index(["method", "seed"])
-    assert_allclose(found.loc["base", "kl_start"], 0, atol=1e-7)
-    assert found.loc["base", "label_weight"].isna().all() and (found.loc["base", "steps"] == 0).all()
-    assert (found.drop("base")["kl_start"] > 1e-5).all() and (found.drop("base")["steps"] == 3).all()
+    diagnostics = study.diagnostics.set_index(["method", "seed"])
+    assert_allclose(diagnostics.loc["base", "kl_start"], 0, atol=1e-7)
+    assert diagnostics.loc["base", "label_weight"].isna().all() and (diagnostics.loc["base", "steps"] == 0).all()
+    assert (diagnostics.drop("base")["kl_start"] > 1e-5).all() and (diagnostics.drop("base")["steps"] == 3).all()
     base = study.results.query("method == 'base'").pivot(index="seed", columns="item", values="score")
     assert_allclose(base.loc[0], base.loc[1])
     other = study.results.query("method == 'dft'").pivot(index="seed", columns="item", values="score")
@@ -86,19 +86,19 @@ def test_a_method_that_draws_random_numbers_still_sees_the_same_batches(compare)
     assert_allclose(scores["calm"], scores["drawing"], rtol=1e-6)
 
 
-def test_a_stopped_comparison_goes_on_and_ends_with_the_same_table(compare, tmp_path):
+def test_a_stopped_comparison_resumes_to_the_same_table(compare, tmp_path):
     whole = compare()
     jobs = tmp_path / "run" / "jobs"
-    lost, cut = jobs / "words--dft--1.json", jobs / "words--target_sft--0.json"
+    deleted, cut = jobs / "words--dft--1.json", jobs / "words--target_sft--0.json"
     untouched = jobs / "words--dft--0.json"
     before = untouched.stat().st_mtime_ns
-    lost.unlink()
+    deleted.unlink()
     cut.write_text(cut.read_text(encoding="utf-8")[:50], encoding="utf-8")
     assert same(compare(), whole)
     assert untouched.stat().st_mtime_ns == before, "what had finished must not run again"
 
 
-def test_an_interrupt_keeps_what_has_finished(compare, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_finished_jobs(compare, tmp_path, monkeypatch):
     whole = compare(out=tmp_path / "whole")
     run, count = Job.run, []
 
@@ -119,8 +119,8 @@ def test_an_interrupt_keeps_what_has_finished(compare, tmp_path, monkeypatch):
     assert same(compare(), whole)
 
 
-def test_what_cannot_work_is_refused_before_anything_is_written(compare, tmp_path):
-    for given, named in (
+def test_invalid_arguments_are_refused_before_anything_is_written(compare, tmp_path):
+    for arguments, message in (
         ({"teacher": None}, "target_sft need a teacher"),
         ({"data": None}, "both model and data"),
         ({"model": None}, "both model and data"),
@@ -137,9 +137,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(compare, tmp_pat
         ({"model": tmp_path / "nowhere"}, "nowhere"),
         ({"model": None, "data": None, "teacher": None, "settings": "strong-piror"}, "Did you mean strong-prior"),
     ):
-        with pytest.raises(InputError, match=named):
-            compare(**given)
-        assert not (tmp_path / "run").exists(), named
+        with pytest.raises(InputError, match=message):
+            compare(**arguments)
+        assert not (tmp_path / "run").exists(), message
 
 
 def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_path):
@@ -163,17 +163,20 @@ def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_p
 def test_models_are_folders_or_modules(compare, own, tmp_path, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
     modules = {name: load_model(own[name]) for name in ("model", "teacher")}
-    given = modules | {"tokenizer": load_tokenizer(own["model"])}
-    read, loaded = compare("kd", seeds=1, out=tmp_path / "a"), compare("kd", seeds=1, out=tmp_path / "b", **given)
-    assert_allclose(loaded.results["score"], read.results["score"])
+    loaded_models = modules | {"tokenizer": load_tokenizer(own["model"])}
+    from_folders, loaded = (
+        compare("kd", seeds=1, out=tmp_path / "a"),
+        compare("kd", seeds=1, out=tmp_path / "b", **loaded_models),
+    )
+    assert_allclose(loaded.results["score"], from_folders.results["score"])
     saved = sorted(path.name for path in (tmp_path / "cache" / "models").iterdir())
     assert len(saved) == 2, "model and teacher, once each"
-    assert len(compare("kd", seeds=1, out=tmp_path / "b", **given).results) == len(loaded.results), "it resumes"
+    assert len(compare("kd", seeds=1, out=tmp_path / "b", **loaded_models).results) == len(loaded.results), "it resumes"
     assert sorted(path.name for path in (tmp_path / "cache" / "models").iterdir()) == saved
     with torch.no_grad():
         next(modules["model"].parameters()).add_(1e-3)
     with pytest.raises(InputError, match="of another configuration: the file .*models"):
-        compare("kd", seeds=1, out=tmp_path / "b", **given)
+        compare("kd", seeds=1, out=tmp_path / "b", **loaded_models)
     with pytest.raises(InputError, match="give tokenizer="):
         compare("kd", seeds=1, out=tmp_path / "c", **modules)
     with pytest.raises(InputError, match="model must be a folder or a transformers model, got 3"):
@@ -191,7 +194,7 @@ def test_the_report_is_self_contained_and_escapes_names(compare, tmp_path, figur
     assert f"{study.table()['mean'][0]:.3f}" in page and "transformers" in page
 
 
-def test_file_names_of_methods_never_meet():
+def test_file_names_of_methods_are_distinct():
     names = ["dft", "kd(temperature=2.0)", "kd(temperature=2)", "a/b.py:f", "a-b.py:f", "..", "x" * 200, "x" * 201]
     assert len({slug(name) for name in names}) == len(names)
     assert slug("dft") == "dft" and all(re.fullmatch(r"[\w.-]{1,80}", slug(name)) for name in names)

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from mini_lab import MINI
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 import qlens
 from qlens.analysis.compare.environments import LabSource, UserSource, open_environment
@@ -12,7 +12,7 @@ from qlens.lab import Setting
 from qlens.lab.setting import Annotator
 
 
-def test_truth_stands_at_the_digits_it_judges(tmp_path_factory, monkeypatch):
+def test_truth_labels_align_with_the_digits(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
     ground = open_environment(LabSource(MINI))
     tokens = list(held_out_tokens(ground.start(), ground.held_out))
@@ -21,21 +21,21 @@ def test_truth_stands_at_the_digits_it_judges(tmp_path_factory, monkeypatch):
     words = np.array(ground.tokenizer.convert_ids_to_tokens(labels.tolist()))
     assert all(word.isdigit() for word in words[~np.isnan(ground.correct)])
     world = qlens.lab.World(MINI)
-    shown = [each.completion for each in world.demonstrations[-len(ground.held_out) :]]
-    assert " ".join(words) == " ".join(f"{text} <eos>" for text in shown)
-    known = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
+    completions = [each.completion for each in world.demonstrations[-len(ground.held_out) :]]
+    assert " ".join(words) == " ".join(f"{text} <eos>" for text in completions)
+    operations = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
     for at in np.flatnonzero(~np.isnan(ground.correct)):
         a, operation, b = words[at - 4 : at - 1]
-        if operation in known:
-            assert ground.correct[at] == (known[operation](int(a), int(b)) % MINI.modulus == int(words[at]))
+        if operation in operations:
+            assert ground.correct[at] == (operations[operation](int(a), int(b)) % MINI.modulus == int(words[at]))
         else:
             assert words[at - 1] == "answer"
 
 
 def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, own, tmp_path, capsys):
     study = compare("sft", seeds=1, progress=True)
-    said = capsys.readouterr()
-    assert "1 of 41 rows exceed the context of 32" in said.err.replace("\n", " ") and not said.out
+    output = capsys.readouterr()
+    assert "1 of 41 rows exceed the context of 32" in output.err.replace("\n", " ") and not output.out
     assert study.config["noted"]["settings"]["words"]["dropped"] == 1
     llama(1, context=17).save_pretrained(tmp_path / "short")
     letters().save_pretrained(tmp_path / "short")
@@ -43,7 +43,7 @@ def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, own, t
     assert ground.metadata["context"] == 17 and ground.metadata["dropped"] > 1
 
 
-def test_held_out_rows_are_the_same_whatever_else_and_never_trained_on(own):
+def test_held_out_rows_are_fixed_and_disjoint_from_training(own):
     grounds = [
         open_environment(UserSource.of(str(own["model"]), str(own["data"]), None, steps=steps)) for steps in (1, 2)
     ]
@@ -52,7 +52,7 @@ def test_held_out_rows_are_the_same_whatever_else_and_never_trained_on(own):
     assert len(grounds[0].train) + len(grounds[0].held_out) == 40
 
 
-def test_a_lab_of_ones_own_is_compared_too(tmp_path_factory, tmp_path, monkeypatch):
+def test_a_custom_setting_is_compared(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
     tiny = dict(depth=2, demonstrations=60, validation=4, test=6, width=16, layers=1, heads=2, k=2)
     quick = dict(pretrain_steps=4, teach_steps=2, pretrain_batch=8, steps=2, batch_size=4)

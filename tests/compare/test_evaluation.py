@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 import qlens
 from qlens.analysis.compare.evaluation import diagnostics, held_out_tokens, label_scores, reading, row_nll, separation
@@ -15,45 +15,45 @@ ROWS = [
 ]
 
 
-def test_diagnostics_are_what_they_say():
+def test_diagnostics_match_their_formulas():
     model, start, teacher = llama(5), llama(0), llama(1)
     examples = encode(ROWS[:4], letters(), None).examples
-    found = diagnostics(model, qlens.get("target_sft"), examples, reference=start, teacher=teacher)
+    actual = diagnostics(model, qlens.get("target_sft"), examples, reference=start, teacher=teacher)
     (tokens,) = held_out_tokens(model, examples, reference=start, teacher=teacher)
     p, p_y = tokens.probs, tokens.label_probs
     q_y = tokens.gather(qlens.get("target_sft").target(tokens).q)
     started = tokens.log_probs_of("reference").exp()
-    wanted = {
+    expected = {
         "nll": -p_y.log().mean(),
         "entropy": torch.distributions.Categorical(probs=p).entropy().mean(),
         "kl_start": (started * (started / p).log()).sum(-1).mean(),
         "label_weight": (q_y - p_y).sum() / (1 - p_y).sum(),
         "negative_mass": 0.0,
     }
-    assert found.keys() == wanted.keys()
-    for name, value in wanted.items():
-        assert_allclose(found[name], float(value), rtol=1e-4, atol=1e-6, err_msg=name)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_allclose(actual[name], float(value), rtol=1e-4, atol=1e-6, err_msg=name)
     assert diagnostics(model, qlens.get("sft"), examples, reference=start)["label_weight"] == pytest.approx(1)
-    rows = [-held.label_log_probs.mean() for row in examples for held in held_out_tokens(model, [row])]
+    rows = [-row_tokens.label_log_probs.mean() for row in examples for row_tokens in held_out_tokens(model, [row])]
     assert_allclose(row_nll(model, examples), rows, rtol=1e-5)
 
 
-def test_every_method_is_read_at_the_same_tokens():
+def test_readings_of_methods_use_the_same_tokens():
     start, teacher = llama(0), llama(1)
     examples = encode(ROWS, letters(), None).examples
-    others = {"sft": {}, "dft": {"teacher": start}, "target_sft": {"teacher": teacher}}  # a control may have its own
-    read = {m: reading(start, qlens.get(m), examples, None, letters(), teacher, o) for m, o in others.items()}
-    assert len({tuple(r["label_weight"]["p_y"]) for r in read.values()}) == 1
-    assert len({(tuple(r["target"]["token"]), tuple(r["target"]["p"])) for r in read.values()}) == 1
-    assert_allclose(*read["dft"]["label_weight"].values(), rtol=1e-4)
-    for r in read.values():
+    models = {"sft": {}, "dft": {"teacher": start}, "target_sft": {"teacher": teacher}}  # a control may have its own
+    readings = {m: reading(start, qlens.get(m), examples, None, letters(), teacher, o) for m, o in models.items()}
+    assert len({tuple(r["label_weight"]["p_y"]) for r in readings.values()}) == 1
+    assert len({(tuple(r["target"]["token"]), tuple(r["target"]["p"])) for r in readings.values()}) == 1
+    assert_allclose(*readings["dft"]["label_weight"].values(), rtol=1e-4)
+    for r in readings.values():
         assert sum(r["target"]["label"]) == 1 and r["target"]["token"][-1] == "(rest)"
         assert_allclose([sum(r["target"]["p"]), sum(r["target"]["q"])], 1, rtol=1e-5)
-    at = read["sft"]["target"]["label"].index(True)
-    assert_allclose(read["sft"]["target"]["q"][at], 1, rtol=1e-6)
+    at = readings["sft"]["target"]["label"].index(True)
+    assert_allclose(readings["sft"]["target"]["q"][at], 1, rtol=1e-6)
 
 
-def test_beliefs_are_those_of_the_method_and_of_the_model():
+def test_label_scores_match_the_targets():
     start, teacher = llama(0), llama(1)
     examples = encode(ROWS, letters(), None).examples
     (tokens,) = held_out_tokens(start, examples)
@@ -67,12 +67,12 @@ def test_beliefs_are_those_of_the_method_and_of_the_model():
     smoothed = qlens.registry.resolve(
         lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
     )
-    derived, known = (label_scores(start, v, examples) for v in (smoothed, qlens.get("label_smoothing")))
+    derived, registered = (label_scores(start, v, examples) for v in (smoothed, qlens.get("label_smoothing")))
     assert np.isnan(derived["trust"]).all(), "whose construction is not known"
-    assert len(set(known["Q"])) == 1 and set(known["Q"]) == set(derived["Q"]), "rounding makes no order"
+    assert len(set(registered["Q"])) == 1 and set(registered["Q"]) == set(derived["Q"]), "rounding makes no order"
 
 
-def test_separation_counts_the_judged_labels_and_takes_the_rest_for_good():
+def test_separation_counts_unjudged_labels_as_good():
     start, examples = llama(0), encode(ROWS, letters(), None).examples
     p = label_scores(start, qlens.get("dft"), examples)["p"]
     truth = np.full(len(p), np.nan)

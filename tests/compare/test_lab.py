@@ -20,26 +20,16 @@ from qlens.lab import Annotator, World, cache, progress
 PARTS = ("base", "teacher", "measured")
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The cache folder of a miniature world, built once."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLENS_CACHE", str(folder))
-        qlens.lab.world(MINI, progress=False)
-    return folder
-
-
 @pytest.fixture
-def cached(built, tmp_path, monkeypatch):
+def cached(lab_cache, tmp_path, monkeypatch):
     """A copy of that cache, in use, to be spoiled at will."""
-    shutil.copytree(built, tmp_path / "cache")
+    shutil.copytree(lab_cache, tmp_path / "cache")
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 @pytest.fixture
-def made(monkeypatch):
+def built_parts(monkeypatch):
     """The parts that are built from now on, in order."""
     names = []
     for part in PARTS:
@@ -57,8 +47,8 @@ def seals(world):
     return {part: (world.folder / part / cache.SEAL).read_text() for part in PARTS}
 
 
-def test_base_and_teacher_come_out_bit_for_bit_and_leave_the_random_state_alone(built, tmp_path, monkeypatch):
-    monkeypatch.setenv("QLENS_CACHE", str(built))
+def test_base_and_teacher_are_reproducible_and_keep_the_random_state(lab_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLENS_CACHE", str(lab_cache))
     before = seals(World(MINI))
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
     torch.manual_seed(3), np.random.seed(3)
@@ -69,22 +59,22 @@ def test_base_and_teacher_come_out_bit_for_bit_and_leave_the_random_state_alone(
     np.testing.assert_array_equal(np.random.rand(3), expected[1])
 
 
-def test_a_second_call_builds_nothing(cached, made):
+def test_a_second_call_builds_nothing(cached, built_parts):
     world = qlens.lab.world(MINI, progress=False)
-    assert made == []
-    found = world.measured
-    assert set(found) == {name for words in tables.MEASURED.values() for name in words}, (
+    assert built_parts == []
+    measured = world.measured
+    assert set(measured) == {name for words in tables.MEASURED.values() for name in words}, (
         "each has a place in the tables"
     )
-    assert found["noise"] == np.mean([not each.clean for each in world.demonstrations])
-    assert found["noise_asked"] == MINI.noise and found["kl_base_teacher"] > 0
+    assert measured["noise"] == np.mean([not each.clean for each in world.demonstrations])
+    assert measured["noise_asked"] == MINI.noise and measured["kl_base_teacher"] > 0
     judged = [right for each in world.demonstrations for right in each.correct if right is not None]
-    np.testing.assert_allclose(found["wrong_digits"], np.mean(np.logical_not(judged)))
+    np.testing.assert_allclose(measured["wrong_digits"], np.mean(np.logical_not(judged)))
     assert len(judged) == (MINI.depth + 1) * MINI.demonstrations
-    assert 1 < found["wordings"] <= 4 and 0 <= found["base_agrees"] <= 1
+    assert 1 < measured["wordings"] <= 4 and 0 <= measured["base_agrees"] <= 1
 
 
-def test_an_interrupted_build_goes_on_at_the_finished_parts(cached, made, monkeypatch):
+def test_an_interrupted_build_resumes_after_the_finished_parts(cached, built_parts, monkeypatch):
     folder = World(MINI).folder
     expected = seals(World(MINI))
     shutil.rmtree(folder / "teacher"), shutil.rmtree(folder / "measured")
@@ -96,9 +86,9 @@ def test_an_interrupted_build_goes_on_at_the_finished_parts(cached, made, monkey
         patch.setattr("qlens.lab.environment.fit", interrupted)
         qlens.lab.world(MINI, progress=False)
     assert (folder / "teacher.partial").is_dir() and not (folder / "teacher").exists()
-    made.clear()
+    built_parts.clear()
     assert seals(qlens.lab.world(MINI, progress=False)) == expected
-    assert made == ["teacher", "measured"]
+    assert built_parts == ["teacher", "measured"]
     assert not list(folder.glob("*.partial"))
 
 
@@ -119,7 +109,7 @@ def unseal(folder):
     (folder / "base" / cache.SEAL).unlink()
 
 
-def test_a_damaged_part_is_not_whole(cached, tmp_path):
+def test_a_damaged_part_is_detected(cached, tmp_path):
     for damage in (spoil_weights, spoil_seal, spoil_files, unseal):
         folder = tmp_path / damage.__name__
         shutil.copytree(World(MINI).folder, folder)
@@ -128,36 +118,36 @@ def test_a_damaged_part_is_not_whole(cached, tmp_path):
         assert not cache.whole(folder / "base"), damage.__name__
 
 
-def test_a_spoilt_part_is_made_again_with_all_that_came_of_it(cached, made):
+def test_a_damaged_part_and_its_dependents_are_rebuilt(cached, built_parts):
     folder, expected = World(MINI).folder, seals(World(MINI))
     spoil_weights(folder)
     assert seals(qlens.lab.world(MINI, progress=False)) == expected
-    assert made == list(PARTS)
+    assert built_parts == list(PARTS)
 
 
-def test_other_numbers_never_meet_an_old_cache(cached):
+def test_other_parameters_use_another_cache_folder(cached):
     for change in ({"teach_rate": 1e-3}, {"seed": 1}, {"tutor": Annotator(slip=(0.06, 0.06, 0.06))}):
         other = World(dataclasses.replace(MINI, **change))
         assert not any(cache.whole(other.folder / part) for part in PARTS)
         assert all(cache.whole(World(MINI).folder / part) for part in PARTS)
 
 
-def test_another_version_of_the_lab_never_meets_an_old_cache(cached, monkeypatch):
+def test_another_lab_version_uses_another_cache_folder(cached, monkeypatch):
     monkeypatch.setattr("qlens.lab.environment.VERSION", 0)
     assert not World(MINI).folder.exists()
 
 
-def test_of_two_who_ask_at_once_one_builds(tmp_path, made, monkeypatch):
+def test_concurrent_requests_build_once(tmp_path, built_parts, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path))
     threads = [threading.Thread(target=qlens.lab.world, args=(MINI, False)) for _ in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert made == list(PARTS)
+    assert built_parts == list(PARTS)
 
 
-def test_the_lock_holds_between_processes_and_dies_with_its_owner(tmp_path):
+def test_the_lock_works_between_processes_and_ends_with_its_owner(tmp_path):
     take = f"from filelock import FileLock; lock = FileLock({str(tmp_path / 'lock')!r}); lock.acquire()"
     code = f"{take}; print(1, flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
@@ -176,7 +166,7 @@ def test_the_lock_holds_between_processes_and_dies_with_its_owner(tmp_path):
         waiting.join()
 
 
-def test_the_models_are_ordinary_folders(cached):
+def test_the_models_are_hugging_face_folders(cached):
     world = qlens.lab.world(MINI, progress=False)
     for name, fresh in (("base", world.base()), ("teacher", world.teacher())):
         model = AutoModelForCausalLM.from_pretrained(world.folder / name)

@@ -46,7 +46,7 @@ def test_problems_are_computed_from_left_to_right_modulo_the_modulus():
 
 
 @pytest.mark.parametrize("setting", [MINI, SETTINGS["clean-labels"]], ids=lambda setting: setting.name)
-def test_no_two_parts_share_a_prompt(setting):
+def test_the_splits_share_no_prompt(setting):
     world = World(setting)
     parts = {role: {row["prompt"] for row in world._rows(role)} for role in ("corpus", "tutor")}
     parts |= {name: {each.prompt for each in getattr(world, name)} for name in ("demonstrations", "validation", "test")}
@@ -58,14 +58,14 @@ def test_no_two_parts_share_a_prompt(setting):
         assert len(parts[name]) == len(getattr(world, name)) == getattr(setting, name)
 
 
-def test_equal_settings_give_equal_environments_and_other_seeds_others():
-    first, again, other = World(MINI), World(MINI), World(dataclasses.replace(MINI, seed=5))
-    assert first.demonstrations == again.demonstrations and first.test == again.test
+def test_environments_depend_on_the_setting_and_seed():
+    first, second, other = World(MINI), World(MINI), World(dataclasses.replace(MINI, seed=5))
+    assert first.demonstrations == second.demonstrations and first.test == second.test
     assert first.demonstrations != other.demonstrations and first.test != other.test
-    assert first.folder == again.folder != other.folder
+    assert first.folder == second.folder != other.folder
 
 
-def test_clean_rows_are_right_and_the_noise_is_what_was_asked():
+def test_clean_rows_are_correct_and_the_noise_share_is_as_set():
     noisy = World(dataclasses.replace(SETTINGS["strong-prior"], scribe=Annotator(), noise=0.4))
     dirty = [each for each in noisy.demonstrations if not each.clean]
     assert len(dirty) / len(noisy.demonstrations) == pytest.approx(0.4, abs=0.03)
@@ -84,7 +84,7 @@ def test_the_wording_is_not_unique():
         assert len({each.completion.split()[-3] for each in demonstrations}) > 2
 
 
-def test_every_word_has_a_token_and_comes_back():
+def test_every_word_round_trips_through_the_tokenizer():
     for name in SETTINGS:
         world = World(SETTINGS[name])
         texts = [each.completion for each in world.demonstrations[:200]] + [each.prompt for each in world.test]

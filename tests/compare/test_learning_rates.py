@@ -41,12 +41,12 @@ RULE = [
 ]
 
 
-def test_the_rule():
-    for scores, wanted in RULE:
-        assert choose(scores) == wanted, scores
+def test_the_learning_rate_is_chosen_by_the_documented_rule():
+    for scores, expected in RULE:
+        assert choose(scores) == expected, scores
 
 
-def test_an_optimum_at_the_edge_is_known_as_one():
+def test_an_optimum_at_the_edge_is_marked():
     rates = {"0.001": [0.1], "0.003": [0.5], "0.01": [0.3]}
     assert not chosen(SFT, {"sft": rates}, "record").at_edge
     close = chosen(SFT, {"sft": rates | {"0.001": [0.495]}}, "record")
@@ -56,7 +56,7 @@ def test_an_optimum_at_the_edge_is_known_as_one():
     assert not Choice(recipe=SFT[0], learning_rate=1.0, origin="given", scores={}).at_edge
 
 
-def test_the_record_has_every_method_and_control_in_every_setting_as_it_is_now():
+def test_the_record_covers_every_method_control_and_setting():
     for setting in SETTINGS.values():
         for name, among in recipes([*DEFAULT, *CONTROLS]).items():
             if name == BASE:
@@ -67,7 +67,7 @@ def test_the_record_has_every_method_and_control_in_every_setting_as_it_is_now()
             )
             for of_recipe in scores.values():
                 assert set(of_recipe) == {str(rate) for rate in GRID}
-                assert all(len(seen) == len(SEEDS) for seen in of_recipe.values())
+                assert all(len(by_seed) == len(SEEDS) for by_seed in of_recipe.values())
             choice = settle(LabSource(setting), name, among, None, False)
             assert choice.origin == "record" and choice.learning_rate in GRID
 
@@ -116,16 +116,16 @@ def test_the_origin_of_a_learning_rate(record):
     assert settle(lab, "kd_hybrid_tuned", TUNED, 0.5, True) == (0.5,)
 
 
-def test_a_rate_that_failed_at_a_seed_is_out(tmp_path):
-    tried = trials(LabSource(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
-    assert len(tried) == 2 * len(SEEDS) and len({trial.path for trial in tried}) == len(tried)
-    assert gathered(tried) == {}
-    for number, trial in enumerate(tried[:-1]):
+def test_a_rate_that_failed_at_a_seed_is_excluded(tmp_path):
+    search_trials = trials(LabSource(MINI), "sft", SFT, (0.1, 0.2), tmp_path)
+    assert len(search_trials) == 2 * len(SEEDS) and len({trial.path for trial in search_trials}) == len(search_trials)
+    assert gathered(search_trials) == {}
+    for number, trial in enumerate(search_trials[:-1]):
         trial.path.parent.mkdir(exist_ok=True)
         trial.path.write_text(json.dumps({"score": number / 10}))
-    assert gathered(tried) == {"sft": {"0.1": [0.0, 0.1, 0.2]}}
-    tried[-1].path.write_text(json.dumps({"score": 0.5}))
-    assert gathered(tried)["sft"]["0.2"] == [0.3, 0.4, 0.5]
+    assert gathered(search_trials) == {"sft": {"0.1": [0.0, 0.1, 0.2]}}
+    search_trials[-1].path.write_text(json.dumps({"score": 0.5}))
+    assert gathered(search_trials)["sft"]["0.2"] == [0.3, 0.4, 0.5]
 
 
 def test_a_search_is_part_of_the_comparison_and_resumes(tmp_path, monkeypatch, record):
@@ -133,17 +133,17 @@ def test_a_search_is_part_of_the_comparison_and_resumes(tmp_path, monkeypatch, r
     monkeypatch.setattr(learning_rates, "SEEDS", (100, 101))
     monkeypatch.setattr(learning_rates, "GRID", (1e-3, 1e-1))
 
-    def compare(**given):
+    def compare(**overrides):
         options = {"settings": MINI, "seeds": 1, "steps": 2, "jobs": 1, "progress": False, "out": tmp_path / "run"}
-        return qlens.compare(["dft", "kd_hybrid_tuned"], **options | given)
+        return qlens.compare(["dft", "kd_hybrid_tuned"], **options | overrides)
 
     study = compare(lr_grid=True)
-    seen = study.rates[study.rates["origin"] == "search"]
-    assert seen.groupby("method").size().to_dict() == {"dft": 2, "kd_hybrid_tuned": 2 * len(TUNED)}
-    assert seen.groupby("method")["chosen"].sum().to_dict() == {"dft": 1, "kd_hybrid_tuned": 1}
+    search_rates = study.rates[study.rates["origin"] == "search"]
+    assert search_rates.groupby("method").size().to_dict() == {"dft": 2, "kd_hybrid_tuned": 2 * len(TUNED)}
+    assert search_rates.groupby("method")["chosen"].sum().to_dict() == {"dft": 1, "kd_hybrid_tuned": 1}
     done = sorted((tmp_path / "run" / "search").iterdir())
     assert len(done) == 2 * 2 * (1 + len(TUNED))
-    for method, rows in seen.groupby("method"):
+    for method, rows in search_rates.groupby("method"):
         best = choose(
             {
                 s: {str(r.learning_rate): [r.validation] for r in of.itertuples()}

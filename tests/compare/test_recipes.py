@@ -3,7 +3,7 @@
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 import qlens
 from qlens import InputError
@@ -20,35 +20,35 @@ def test_every_control_keeps_the_contract():
         assert CONTROLS[name].says
 
 
-def test_a_shuffled_teacher_is_the_same_teacher_at_other_tokens():
+def test_a_shuffled_teacher_permutes_the_teachers_rows():
     tokens = random_tokens(64, 6)
     (recipe,) = CONTROLS["target_sft_shuffled_teacher"].recipes
-    found, plain = recipe.variant.target(tokens), qlens.get("target_sft").target(tokens)
-    assert_allclose(found.trust, plain.trust)
+    target, plain = recipe.variant.target(tokens), qlens.get("target_sft").target(tokens)
+    assert_allclose(target.trust, plain.trust)
     # guided ~ sqrt(p teacher), so guided^2 / p is the teacher again, up to a factor
-    teacher = torch.softmax(2 * found.residual.log() - tokens.log_probs, -1)
+    teacher = torch.softmax(2 * target.residual.log() - tokens.log_probs, -1)
     dealt = {tuple(row) for row in teacher.mul(1e6).round().long().tolist()}
     own = {tuple(row) for row in tokens.log_probs_of("teacher").exp().mul(1e6).round().long().tolist()}
     assert len(dealt & own) > 60, "every distribution must be one of the teacher's"
-    assert ((found.q - plain.q).abs().sum(-1) > 1e-3).float().mean() > 0.5, "and most elsewhere than they were"
+    assert ((target.q - plain.q).abs().sum(-1) > 1e-3).float().mean() > 0.5, "and most elsewhere than they were"
 
 
-def test_a_shuffled_teacher_stays_among_tokens_with_the_same_most_likely_entry():
+def test_a_shuffled_teacher_permutes_within_equal_argmax_tokens():
     tokens = random_tokens(200, 5)
     marked = torch.eye(5)[tokens.log_probs.argmax(-1)].mul(
         20
     )  # a teacher that depends on the student's most likely entry alone
-    found = CONTROLS["target_sft_shuffled_teacher"].recipes[0].variant.target(tokens.replace(teacher=marked))
-    assert_allclose(found.q, qlens.get("target_sft").target(tokens.replace(teacher=marked)).q)
+    target = CONTROLS["target_sft_shuffled_teacher"].recipes[0].variant.target(tokens.replace(teacher=marked))
+    assert_allclose(target.q, qlens.get("target_sft").target(tokens.replace(teacher=marked)).q)
 
 
 def test_constant_trust_changes_the_trust_alone():
     tokens = random_tokens(64, 24)
     plain = qlens.get("target_sft").target(tokens)
     for weight, recipe in zip(WEIGHTS, CONTROLS["target_sft_constant_trust"].recipes, strict=True):
-        found = recipe.variant.target(tokens)
-        assert_allclose(found.trust, weight)
-        assert_allclose(found.residual, plain.residual, atol=1e-8)
+        target = recipe.variant.target(tokens)
+        assert_allclose(target.trust, weight)
+        assert_allclose(target.residual, plain.residual, atol=1e-8)
 
 
 def environment(student, teacher):
@@ -72,7 +72,7 @@ def test_models_and_steps_of_a_recipe():
         environment(student, None).steps_of(longer)
 
 
-def test_a_function_cannot_have_the_name_of_a_built_in_row():
+def test_a_user_function_with_a_built_in_name_is_refused():
     def dft(logits, labels):
         return -logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
 
@@ -84,7 +84,7 @@ def test_a_function_cannot_have_the_name_of_a_built_in_row():
     assert list(recipes([dft, qlens.get("dft")])) == [BASE, "mine", "dft"]
 
 
-def test_names_groups_and_doubles():
+def test_groups_expand_and_duplicates_are_refused():
     assert tuple(recipes(["default", "controls"])) == (*DEFAULT, *CONTROLS)
     assert tuple(recipes("dft")) == (BASE, "dft")
     tuned = [recipe.spec for recipe in recipes("kd_hybrid_tuned")["kd_hybrid_tuned"]]

@@ -17,7 +17,7 @@ from mini_lab import MINI
 
 import qlens
 from qlens import InputError
-from qlens.analysis.compare.run_folder import LOCK, claimed
+from qlens.analysis.compare.run_folder import LOCK, locked
 from qlens.analysis.study.study import FILES, Study
 from qlens.cli import app
 
@@ -38,42 +38,32 @@ def fickle(logits, labels):
 """
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A cache with the miniature environment."""
-    folder = tmp_path_factory.mktemp("lab")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("QLENS_CACHE", str(folder))
-        qlens.lab.world(MINI, progress=False)
-    return folder
-
-
 @pytest.fixture
-def compare(cache, tmp_path, monkeypatch):
+def compare(lab_cache, tmp_path, monkeypatch):
     """A small comparison in the miniature environment, in one process."""
-    monkeypatch.setenv("QLENS_CACHE", str(cache))
+    monkeypatch.setenv("QLENS_CACHE", str(lab_cache))
 
-    def run(variants, **given):
+    def run(variants, **overrides):
         options = {"settings": MINI, "seeds": 3, "steps": 4, "jobs": 1, "progress": False, "out": tmp_path / "run"}
-        return qlens.compare(variants, **options | given)
+        return qlens.compare(variants, **options | overrides)
 
     return run
 
 
-def test_a_killed_comparison_resumes_to_the_same_table(compare, cache, tmp_path):
+def test_a_killed_comparison_resumes_to_the_same_table(compare, lab_cache, tmp_path):
     whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
     out, tests = tmp_path / "run", str(Path(__file__).parents[1] / "helpers")
     script = tmp_path / "child.py"
     script.write_text(CHILD.format(tests=tests, jobs=2, out=str(out)))
-    environment = os.environ | {"QLENS_CACHE": str(cache)}
+    environment = os.environ | {"QLENS_CACHE": str(lab_cache)}
     with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
         while child.poll() is None and not list(out.glob("jobs/*.json")):
             time.sleep(0.01)
         assert child.poll() is None, "the comparison must be stopped half-way"
         os.killpg(child.pid, signal.SIGKILL)
-    again = compare(["sft", "kd"], seeds=2, out=out)
-    pd.testing.assert_frame_equal(again.results, whole.results)
-    pd.testing.assert_frame_equal(again.table(), whole.table())
+    resumed = compare(["sft", "kd"], seeds=2, out=out)
+    pd.testing.assert_frame_equal(resumed.results, whole.results)
+    pd.testing.assert_frame_equal(resumed.table(), whole.table())
     assert not [path for path in out.rglob("*.partial")]
     assert (out / "table.md").read_bytes() == (tmp_path / "whole" / "table.md").read_bytes()
 
@@ -91,8 +81,8 @@ def test_a_failed_job_is_reported_the_others_finish_and_the_next_call_tries_agai
     text = traces[0].read_text()
     assert "Traceback" in text and 'raise RuntimeError("out of luck")' in text
     assert len(study.config["noted"]["failed"]) == 3
-    for said in (str(study), (folder / "report.html").read_text(), (folder / "table.md").read_text()):
-        assert "RuntimeError: out of luck" in said and traces[0].name in said
+    for report_text in (str(study), (folder / "report.html").read_text(), (folder / "table.md").read_text()):
+        assert "RuntimeError: out of luck" in report_text and traces[0].name in report_text
     assert str(Study.load(folder)) == str(study)
     switch.unlink()
     mended = compare(["sft", spec])
@@ -100,7 +90,7 @@ def test_a_failed_job_is_reported_the_others_finish_and_the_next_call_tries_agai
     assert mended.config["noted"]["failed"] == []
 
 
-def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
+def test_a_nan_score_is_a_failure(compare, tmp_path, monkeypatch):
     from qlens.analysis.compare.environments import LabSource, open_environment
 
     ground = open_environment(LabSource(MINI, 4))
@@ -114,7 +104,7 @@ def test_a_score_that_is_no_number_is_a_failure(compare, tmp_path, monkeypatch):
     assert "FloatingPointError: 12 of 12 scores are not finite" in str(study)
 
 
-def test_if_everything_fails_that_is_an_error(compare, tmp_path, monkeypatch):
+def test_an_error_is_raised_when_every_job_fails(compare, tmp_path, monkeypatch):
     from qlens.analysis.compare.jobs import Job
 
     def hopeless(job):
@@ -134,17 +124,17 @@ def test_the_command_line_exits_with_1_after_a_failure(monkeypatch, capsys, tmp_
 
     monkeypatch.setattr(qlens, "compare", lambda *args, **kwargs: Failed())
     monkeypatch.setattr(sys, "argv", ["qlens", "compare"])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         app.main()
-    assert left.value.code == 1 and capsys.readouterr().out
+    assert exit_info.value.code == 1 and capsys.readouterr().out
 
 
 def test_two_processes_in_one_folder_are_refused(compare, tmp_path):
     out = tmp_path / "run"
     compare("sft", seeds=1)
-    held = f"from filelock import FileLock; x = FileLock({str(out / LOCK)!r}); x.acquire(); print('held', flush=True); input()"
+    script = f"from filelock import FileLock; x = FileLock({str(out / LOCK)!r}); x.acquire(); print('held', flush=True); input()"
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", held], **pipes) as other:
+    with subprocess.Popen([sys.executable, "-c", script], **pipes) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match="another process is using"):
             compare("sft", seeds=1)
@@ -152,18 +142,18 @@ def test_two_processes_in_one_folder_are_refused(compare, tmp_path):
     assert len(compare("sft", seeds=1).table()) == 2, "the lock of a killed process is released"
 
 
-def test_a_claimed_folder_holds_its_configuration_and_is_released(tmp_path):
+def test_a_locked_folder_holds_its_configuration_and_is_released(tmp_path):
     for _ in range(2):
-        with claimed(tmp_path / "run", {"a": 1}):
+        with locked(tmp_path / "run", {"a": 1}):
             assert json.loads((tmp_path / "run" / "config.json").read_text()) == {"a": 1}
-            with pytest.raises(InputError, match="another process"), claimed(tmp_path / "run", {"a": 1}):
+            with pytest.raises(InputError, match="another process"), locked(tmp_path / "run", {"a": 1}):
                 pass
     FileLock(tmp_path / "run" / LOCK).acquire(timeout=0)
-    with pytest.raises(InputError, match="a was 1, now 2"), claimed(tmp_path / "run", {"a": 2}):
+    with pytest.raises(InputError, match="a was 1, now 2"), locked(tmp_path / "run", {"a": 2}):
         pass
 
 
-def test_a_study_that_lacks_a_file_is_no_study(tmp_path):
+def test_a_study_with_a_missing_file_is_refused(tmp_path):
     for file in (*FILES.values(), "config.json"):
         for name in (*FILES.values(), "config.json"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -181,9 +171,9 @@ def test_a_damaged_record_is_computed_again_and_reported(compare, tmp_path, caps
     for damages in (("[]", jobs[1].read_text()[:200]), ("null", strange)):
         for path, damage in zip(jobs, damages, strict=True):
             path.write_text(damage, encoding="utf-8")
-        again = compare("sft", seeds=1, progress=True)
+        resumed = compare("sft", seeds=1, progress=True)
         assert capsys.readouterr().err.count("is damaged and computed again") == 2
-        assert again.results.equals(study.results)
+        assert resumed.results.equals(study.results)
     for content in ("[]", "null", "{"):
         (tmp_path / "run" / "config.json").write_text(content, encoding="utf-8")
         with pytest.raises(InputError, match=r"config.json.* is damaged"):

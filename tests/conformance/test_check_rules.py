@@ -1,4 +1,4 @@
-"""Single rules of the conformance report on losses that need care: rewards of texts, schedules, half precision, penalties."""
+"""Single rules of the conformance report on special losses: rewards of texts, schedules, half precision, penalties."""
 
 import pytest
 import torch
@@ -12,13 +12,13 @@ from qlens.testing import random_tokens
 
 def log_probs(logits, labels):
     shifted = labels[:, 1:]
-    kept = shifted != -100
-    return logits[:, :-1].log_softmax(-1).gather(-1, shifted.clamp(min=0)[..., None])[..., 0] * kept, kept
+    supervised = shifted != -100
+    return logits[:, :-1].log_softmax(-1).gather(-1, shifted.clamp(min=0)[..., None])[..., 0] * supervised, supervised
 
 
 def rewarded(logits, labels, rewards):
-    log_p, kept = log_probs(logits, labels)
-    return -(rewards.exp()[:, None] * log_p).sum() / kept.sum()
+    log_p, supervised = log_probs(logits, labels)
+    return -(rewards.exp()[:, None] * log_p).sum() / supervised.sum()
 
 
 def clipped(per_token_logps, old_per_token_logps, advantages, completion_mask):
@@ -28,8 +28,8 @@ def clipped(per_token_logps, old_per_token_logps, advantages, completion_mask):
 
 
 def over_root_of_length(outputs, labels, num_items_in_batch=None):
-    log_p, kept = log_probs(outputs.logits, labels)
-    return -(log_p.sum(1) / kept.sum(1).clamp(min=1).sqrt()).mean()
+    log_p, supervised = log_probs(outputs.logits, labels)
+    return -(log_p.sum(1) / supervised.sum(1).clamp(min=1).sqrt()).mean()
 
 
 def unshifted(outputs, labels):
@@ -56,10 +56,10 @@ def to_the_model_without_adapter(model, inputs):
     with torch.no_grad(), model.disable_adapter():
         reference = model(input_ids=inputs["input_ids"]).logits[:, :-1].log_softmax(-1)
     logits = model(input_ids=inputs["input_ids"]).logits
-    log_p, kept = log_probs(logits, inputs["labels"])
+    log_p, supervised = log_probs(logits, inputs["labels"])
     own = logits[:, :-1].log_softmax(-1)
     kl = (reference.exp() * (reference - own)).sum(-1)
-    return (kl * kept - log_p).sum() / kept.sum()
+    return (kl * supervised - log_p).sum() / supervised.sum()
 
 
 def with_a_penalty(model, inputs):
@@ -77,7 +77,7 @@ class Step(nn.Module):
         return F.cross_entropy(logits[:, :-1].transpose(1, 2), batch["labels"][:, 1:])
 
 
-def test_texts_without_a_gradient_have_no_factor_and_rewards_of_rows_no_packing():
+def test_rules_skip_texts_without_a_gradient_and_packing_of_row_rewards():
     for loss in (rewarded, clipped):
         report = qlens.check(loss)
         assert "it divides by the labels of each micro-batch" in report["accumulation"].evidence, loss.__name__
@@ -85,13 +85,13 @@ def test_texts_without_a_gradient_have_no_factor_and_rewards_of_rows_no_packing(
         assert report["label_ids"].state == "passed", loss.__name__
 
 
-def test_what_the_loss_of_a_text_is_comes_from_its_labels_shown_twice():
+def test_the_loss_of_a_text_is_read_from_repeated_labels():
     report = qlens.check(over_root_of_length)
     assert "sum over tokens divided by the root of its length" in report["evaluation"].evidence
     assert report["row_count"].state == "remark" and "m^0.5 times" in report["row_count"].evidence
 
 
-def test_nothing_is_held_constant_where_the_last_position_is_trained_too():
+def test_unshifted_losses_are_not_reported_as_detached():
     report = qlens.check(unshifted)
     assert report["shift"].state == "failed" and "no factor is detached" in report["stop_gradient"].evidence
     assert "it shifts them" not in report.called_as
@@ -104,14 +104,14 @@ def test_half_precision_overflows_on_a_few_rare_tokens():
     assert qlens.check(F.cross_entropy)["extremes"].state == "passed"
 
 
-def test_an_input_that_a_schedule_starts_without_is_not_thrown_away():
+def test_an_input_unused_at_the_start_of_a_schedule_is_kept():
     item = qlens.check(scheduled)["inputs_have_effect"]
     assert item.state == "remark" and "at step=0, an effect at step=1" in item.evidence
     never = qlens.check(lambda logits, labels, teacher_logits, step=0: F.cross_entropy(logits, labels))
     assert never["inputs_have_effect"].state == "failed"
 
 
-def test_a_selection_among_equal_rows_is_no_weight_of_tokens():
+def test_a_selection_among_equal_rows_is_not_a_token_weight():
     def weighs(logits, labels, weight_of=3.0):
         return (F.cross_entropy(logits, labels, reduction="none") * (1 + weight_of * (labels == 5))).mean()
 
@@ -119,21 +119,21 @@ def test_a_selection_among_equal_rows_is_no_weight_of_tokens():
     assert "5: 4" in qlens.check(weighs)["label_ids"].evidence
 
 
-def test_a_shape_that_is_no_row_is_refused_by_check_and_explain():
+def test_a_loss_of_another_shape_is_refused_by_check_and_explain():
     def square(logits, labels):
         return F.cross_entropy(logits, labels) * torch.ones(3, 3)
 
-    for read in (qlens.check, qlens.explain):
+    for entry_point in (qlens.check, qlens.explain):
         with pytest.raises(qlens.InputError, match=r"returned shape \(3, 3\)"):
-            read(square)
+            entry_point(square)
 
 
 def test_a_model_without_its_adapter_is_the_reference():
     tokens = random_tokens(12, 16)
-    found = qlens.implied_target(to_the_model_without_adapter, tokens)
+    actual = qlens.implied_target(to_the_model_without_adapter, tokens)
     one_hot = F.one_hot(tokens.labels, 16)
-    wanted = one_hot + tokens.require("reference").softmax(-1) - tokens.logits.softmax(-1)
-    torch.testing.assert_close(found.q, wanted, rtol=1e-9, atol=1e-9)
+    expected = one_hot + tokens.require("reference").softmax(-1) - tokens.logits.softmax(-1)
+    torch.testing.assert_close(actual.q, expected, rtol=1e-9, atol=1e-9)
     assert "2 times" not in " ".join(resolve(to_the_model_without_adapter).account(tokens).notes)
 
 

@@ -1,4 +1,4 @@
-"""The conformance report on a gallery of losses: sound ones pass everything, each mistake is named for what it does."""
+"""The conformance report on released losses: correct ones pass every rule, each fault fails the rules it concerns."""
 
 import json
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from gallery import (
+from released_losses import (
     Dft,
     Distils,
     breaks_in_float32,
@@ -62,7 +62,7 @@ def failed(report):
     return {item.id: item.evidence for item in report.failures}
 
 
-def test_a_sound_loss_of_batches_passes_everything():
+def test_a_correct_batch_loss_passes_every_rule():
     for loss in [sound, Trainer, Dft]:
         with case(loss):
             report = qlens.check(loss)
@@ -71,7 +71,7 @@ def test_a_sound_loss_of_batches_passes_everything():
             assert list(states(report)) == list(RULES) and str(report).endswith("21 passed, 0 failed, 1 not applicable")
 
 
-def test_a_sound_loss_of_rows_is_not_asked_about_batches():
+def test_batch_rules_do_not_apply_to_a_row_loss():
     for loss in [F.cross_entropy, nn.CrossEntropyLoss(), F.linear_cross_entropy]:
         with case(loss):
             report = qlens.check(loss)
@@ -93,13 +93,13 @@ def test_registered_methods_conform():
         assert report["stop_gradient"].state == "passed" or qlens.get(name).derived
 
 
-def test_label_smoothing_trains_impossible_tokens_and_that_is_no_fault_of_its_code():
+def test_label_smoothing_on_padded_columns_is_a_remark():
     """A share of its target goes to every entry of the vocabulary, padded or not."""
     report = qlens.check("label_smoothing")
     assert report.ok and [item.id for item in report.remarks][0] == "impossible"
-    said = report["impossible"].evidence
-    assert said.startswith("padded columns at -1e30 are pulled up by up to 0.0046 of the largest gradient")
-    assert "no fault of the code" in said and "\nremark          impossible" in str(report)
+    evidence = report["impossible"].evidence
+    assert evidence.startswith("padded columns at -1e30 are pulled up by up to 0.0046 of the largest gradient")
+    assert "no fault of the code" in evidence and "\nremark          impossible" in str(report)
 
 
 COUNTED = "it divides by the {} of each micro-batch"
@@ -147,18 +147,18 @@ WRONG = {
 }
 
 
-def test_a_mistake_is_named_for_what_it_does():
+def test_faulty_losses_fail_the_expected_rules():
     for loss in WRONG:
         with case(loss):
             report = qlens.check(loss)
-            found = failed(report)
-            assert set(found) == set(WRONG[loss]), report
-            for name, said in WRONG[loss].items():
-                assert said in found[name]
+            failures = failed(report)
+            assert set(failures) == set(WRONG[loss]), report
+            for name, evidence in WRONG[loss].items():
+                assert evidence in failures[name]
                 assert report[name].consequence.rpartition(" ")[2] in str(report)
 
 
-def test_the_factor_of_a_forgotten_count_is_that_of_the_gradients_themselves():
+def test_the_factor_of_a_forgotten_count_is_that_of_the_gradients():
     """2x4 against 1x8, by hand: 12 of 48 labels are in the first half, so that its texts count fourfold."""
     loss = Specimen(resolve(forgets_the_count))
     texts = loss.texts(UNEQUAL, PROMPTS)
@@ -168,25 +168,28 @@ def test_the_factor_of_a_forgotten_count_is_that_of_the_gradients_themselves():
     assert not rule.same(loss, loss.read_batch(texts, 48), loss.read_batch(texts, 48), "itself")
 
 
-def test_a_loss_that_refuses_strided_logits_is_a_remark():
+def test_refusing_strided_logits_is_a_remark():
     report = qlens.check(wants_contiguous)
     assert report.ok and [item.id for item in report.remarks] == ["contiguous"]
     assert "wants_contiguous raises RuntimeError: view size" in report["contiguous"].evidence
 
 
-def test_infinite_logits_are_a_remark_where_masked_columns_are_finite():
-    for loss, said in {entropy_bonus: "the gradient is NaN or infinite", one_hot_times_log: "the loss is nan"}.items():
+def test_nan_at_infinite_logits_is_a_remark_if_finite_masks_work():
+    for loss, evidence in {
+        entropy_bonus: "the gradient is NaN or infinite",
+        one_hot_times_log: "the loss is nan",
+    }.items():
         report = qlens.check(loss)
         assert report.ok and [item.id for item in report.remarks][0] == "impossible"
-        assert f"padded columns at -inf: {said}" in report["impossible"].evidence
+        assert f"padded columns at -inf: {evidence}" in report["impossible"].evidence
 
 
 def test_terms_beyond_the_labels_are_found_on_prompts_and_padding():
-    found = failed(qlens.check(pulls_everywhere))
-    assert {"prompt", "padding_side", "padding_amount", "all_masked", "evaluation", "accumulation"} <= set(found)
+    failures = failed(qlens.check(pulls_everywhere))
+    assert {"prompt", "padding_side", "padding_amount", "all_masked", "evaluation", "accumulation"} <= set(failures)
 
 
-def test_a_random_loss_is_not_compared_with_itself():
+def test_rules_that_compare_calls_skip_a_random_loss():
     before = torch.get_rng_state()
     report = qlens.check(dropout)
     assert_close(torch.get_rng_state(), before)
@@ -195,7 +198,7 @@ def test_a_random_loss_is_not_compared_with_itself():
     assert {"all_masked", "extremes", "inputs"} <= {name for name, s in states(report).items() if s == "passed"}
 
 
-def test_a_loss_may_ask_for_a_teacher_and_compute_in_less():
+def test_teacher_inputs_and_low_precision_are_accepted():
     report = qlens.check(Distils())
     assert report.ok and report["impossible"].state == "remark"
     assert report["shift"].state == "not applicable" and report["packing"].state == "passed"
@@ -206,7 +209,7 @@ def test_a_loss_may_ask_for_a_teacher_and_compute_in_less():
     }  # fmt: skip
 
 
-def test_what_is_held_constant_is_found_where_nothing_is_declared():
+def test_detached_factors_are_found_without_a_declared_target():
     assert "no factor is detached" in qlens.check(F.cross_entropy)["stop_gradient"].evidence
     assert "a factor is detached" in qlens.check(detached_weight)["stop_gradient"].evidence
 
@@ -229,8 +232,8 @@ def scaled_by_the_batch(outputs, labels, num_items_in_batch=None):
     return weight * sound(outputs, labels, num_items_in_batch)
 
 
-def test_scopes_are_not_failed_for_being_what_they_are():
-    for loss, scope, spared in [
+def test_rules_that_a_scope_excludes_do_not_apply():
+    for loss, scope, not_applicable in [
         (scaled_by_the_batch, "batch", {"accumulation", "row_order", "label_ids"}),
         (mean_of_means, "sequence", {"packing"}),
         (sound, "pair", {*SHOWN, "row_order", "label_ids"}),
@@ -241,27 +244,29 @@ def test_scopes_are_not_failed_for_being_what_they_are():
                 report = qlens.check("scope_example")
             finally:
                 del qlens.registry.registry._METHODS["scope_example"]
-            found = states(report)
-            assert {name for name, state in found.items() if state == "not applicable"} == spared | {"stop_gradient"}
+            by_item = states(report)
+            assert {name for name, state in by_item.items() if state == "not applicable"} == not_applicable | {
+                "stop_gradient"
+            }
             assert f"scope {scope}" in report["accumulation" if scope == "pair" else "evaluation"].evidence
 
 
-def test_every_micro_batch_is_told_the_count_of_the_whole_batch():
-    told = []
+def test_every_micro_batch_gets_the_count_of_the_whole_batch():
+    calls = []
 
     def counts(outputs, labels, num_items_in_batch=None):
-        told.append((len(labels), num_items_in_batch))
+        calls.append((len(labels), num_items_in_batch))
         return sound(outputs, labels, num_items_in_batch)
 
     accumulation = RULES["accumulation"].run
     specimen = Specimen(resolve(counts))
     assert specimen.laid_out  # found by trying
-    told.clear()
+    calls.clear()
     assert "same gradient" in accumulation(specimen)
-    assert sorted({size for size, _ in told}) == [1, 4, 8] and {int(count) for _, count in told} == {48}
+    assert sorted({size for size, _ in calls}) == [1, 4, 8] and {int(count) for _, count in calls} == {48}
 
 
-def test_what_cannot_be_called_is_refused_with_the_reason():
+def test_losses_that_cannot_be_called_are_refused_with_the_reason():
     def saved_then_written(logits, labels):
         p = logits.exp()
         logits_of = p.log()
@@ -299,7 +304,7 @@ def test_the_report_reads_as_a_table_and_as_json():
     assert any(line.strip().startswith("consequence: training with gradient accumulation") for line in lines)
     assert lines[-1] == "18 passed, 2 failed, 1 remark, 1 not applicable"
     assert not report.ok and [item.id for item in report.failures] == ["accumulation", "all_masked"]
-    read = json.loads(json.dumps(report.to_dict()))
-    assert read["loss"] == "forgets_the_count" and read["kind"] == "outputs" and read["ok"] is False
-    assert [item["id"] for item in read["items"]] == list(RULES)
-    assert read["items"][0]["evidence"] == report["accumulation"].evidence
+    parsed = json.loads(json.dumps(report.to_dict()))
+    assert parsed["loss"] == "forgets_the_count" and parsed["kind"] == "outputs" and parsed["ok"] is False
+    assert [item["id"] for item in parsed["items"]] == list(RULES)
+    assert parsed["items"][0]["evidence"] == report["accumulation"].evidence

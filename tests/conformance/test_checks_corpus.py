@@ -1,4 +1,4 @@
-"""`check` on two corpora: right losses as people write them, of which it fails none, and mistakes, of which it misses none."""
+"""`check` on two corpora: correct losses, none of which fails, and faulty ones, each of which fails the expected rules."""
 
 import logging
 
@@ -23,33 +23,37 @@ ASKED = {
 }
 
 
-def mismatch(report, wanted):
+def mismatch(report, expected):
     """What a report says beyond, or short of, the failures that are wanted."""
-    found = {item.id: item.evidence for item in report.failures}
-    if set(found) != set(wanted):
-        return f"{sorted(found)} fail, {sorted(wanted)} should\n{report}"
-    return next((found[name] for name, said in wanted.items() if said not in found[name]), "")
+    failures = {item.id: item.evidence for item in report.failures}
+    if set(failures) != set(expected):
+        return f"{sorted(failures)} fail, {sorted(expected)} should\n{report}"
+    return next((failures[name] for name, evidence in expected.items() if evidence not in failures[name]), "")
 
 
-def test_a_right_loss_fails_nothing_but_what_is_true(capsys):
+def test_correct_losses_pass_the_check(capsys):
     assert len(RIGHT) >= 40
     off = {}
     for name, loss in RIGHT.items():
         report = qlens.check(loss)
         assert report.vocabulary == ASKED.get(name, 24)
-        if said := mismatch(report, FINDINGS.get(name, {})):
-            off[name] = said
-    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+        if difference := mismatch(report, FINDINGS.get(name, {})):
+            off[name] = difference
+    assert not off, "\n".join(f"{name}: {difference}" for name, difference in off.items())
     assert capsys.readouterr().out == ""  # two of them print
 
 
-def test_a_mistake_is_caught_by_the_item_that_is_about_it():
+def test_faulty_losses_fail_the_rule_of_their_fault():
     assert len(WRONG) >= 20
-    off = {name: said for name, (loss, caught) in WRONG.items() if (said := mismatch(qlens.check(loss), caught))}
-    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+    off = {
+        name: difference
+        for name, (loss, expected) in WRONG.items()
+        if (difference := mismatch(qlens.check(loss), expected))
+    }
+    assert not off, "\n".join(f"{name}: {difference}" for name, difference in off.items())
 
 
-def test_labels_and_normalisation_are_remarked_on_where_the_method_may_ask_for_it():
+def test_unusual_labels_and_normalisation_are_remarks():
     """A teacher's own tokens, another model's alone, logits fitted one by one: no faults of the code."""
 
     def of_the_teachers_argmax(logits, labels, teacher_logits):
@@ -65,7 +69,7 @@ def test_labels_and_normalisation_are_remarked_on_where_the_method_may_ask_for_i
     def of_halved_labels(logits, labels):
         return F.cross_entropy(logits, labels // 2)
 
-    wanted = {
+    expected = {
         of_the_teachers_argmax: ("labels", "remark", "every row learns the teacher's own most probable token"),
         of_logits: ("functions", "remark", "each logit is pulled for itself"),
         of_binary_cross_entropy: ("functions", "remark", "binary cross-entropy of softmax probabilities"),
@@ -75,9 +79,9 @@ def test_labels_and_normalisation_are_remarked_on_where_the_method_may_ask_for_i
         RIGHT["masked_by_attention"]: ("labels", "passed", "follows which token its label is"),
     }
     off = {}
-    for loss, (name, state, said) in wanted.items():
+    for loss, (name, state, evidence) in expected.items():
         item = qlens.check(loss)[name]
-        if item.state != state or said not in item.evidence:
+        if item.state != state or evidence not in item.evidence:
             off[getattr(loss, "__name__", str(loss))] = item
     assert not off
     for name in ("mae", "brier", "gce", "kd", "sft"):  # of probabilities, and no softmax of these
@@ -86,7 +90,7 @@ def test_labels_and_normalisation_are_remarked_on_where_the_method_may_ask_for_i
         assert report["labels"].state == ("passed" if name != "kd" else "not applicable")
 
 
-def test_what_no_code_could_hold_is_a_remark_with_its_size():
+def test_overflow_inherent_in_the_method_is_a_remark():
     report = qlens.check(RIGHT["penalised_by_k3"])
     assert "grows exponentially with the gap between the logits (1.5e+06 at 20" in report["extremes"].evidence
     assert "only where all tokens of a batch are" in qlens.check(RIGHT["entropy_over_its_mean"])["extremes"].evidence
@@ -94,7 +98,7 @@ def test_what_no_code_could_hold_is_a_remark_with_its_size():
         assert qlens.check(WRONG[name][0])["extremes"].state == "failed"  # gradients that are small, badly computed
 
 
-def test_what_the_code_cannot_show_is_no_failure():
+def test_faults_outside_the_loss_are_no_failures():
     reports = {name: qlens.check(loss) for name, loss in UNSEEN.items()}
     assert all(report.ok for report in reports.values())
     assert "less probable, in every one of 24 rows" in reports["flips_the_sign"]["shift"].evidence
@@ -114,7 +118,7 @@ def cancels_in_float32(logits, labels):
     return (logits.float().softmax(-1).sum(-1) ** 2).mean()
 
 
-def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does():
+def test_gradients_of_rounding_are_told_from_small_ones():
     for factor in [1.0, 1e-6]:
         with case(factor):
             for loss in (cancels, cancels_in_float32):
@@ -124,7 +128,7 @@ def test_a_gradient_of_rounding_alone_teaches_nothing_and_a_small_one_does():
             assert qlens.check(times(factor, RIGHT["upcast"])).ok
 
 
-def test_batches_masked_by_attention_are_told_from_ones_that_learn_padding():
+def test_masking_by_attention_is_told_from_training_on_padding():
     """What a mean over attended positions divides by is a remark; padding that is learned is a failure."""
     report = qlens.check(RIGHT["takes_an_attention_mask"])
     assert {item.id for item in report.remarks} == {"evaluation", "padding_side", "padding_amount", "packing"}
@@ -133,7 +137,7 @@ def test_batches_masked_by_attention_are_told_from_ones_that_learn_padding():
     assert not qlens.check(WRONG["learns_padding"][0]).ok
 
 
-def test_what_a_loss_raises_is_its_own_sentence_without_a_consequence_of_another_fault():
+def test_an_exception_in_a_loss_is_reported_without_a_consequence():
     def only_doubles(logits, labels):
         if logits.dtype != torch.float64:
             raise ValueError("give doubles")
@@ -160,7 +164,7 @@ def test_a_weight_per_token_of_a_real_vocabulary_is_checked_at_that_vocabulary(c
     assert capsys.readouterr() == ("", "")
 
 
-def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
+def test_ignored_rows_are_tested_on_row_losses():
     """A remark where they are trained in silence, no alarm where they are left out, refused, or left to the caller."""
 
     def clamped(logits, labels):
@@ -179,8 +183,8 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
         return (of_each_row(logits, labels) * (labels != -100)).mean()
 
     def masked_by_hand(logits, labels):
-        kept = labels != -100
-        return (of_each_row(logits, labels) * kept).sum() / kept.sum()
+        supervised = labels != -100
+        return (of_each_row(logits, labels) * supervised).sum() / supervised.sum()
 
     def told_by_a_mask(logits, labels, mask):
         return (of_each_row(logits, labels) * mask).sum() / mask.sum()
@@ -196,7 +200,7 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
         return clamped(hidden @ head.T, labels)
 
     silent, fine = "rows labelled -100 are trained as token", "no gradient on 6 rows"
-    wanted = {
+    expected = {
         clamped: ("remark", f"{silent} 0, by up to"),
         of_hidden_states: ("remark", f"{silent} 0, by up to"),
         indexed: ("remark", f"{silent} 28 (-100 counted from the end of the vocabulary)"),
@@ -214,15 +218,15 @@ def test_rows_labelled_minus_100_are_shown_to_losses_of_rows():
         pulls_masked_rows: ("failed", "rows that its mask leaves out have a gradient"),
     }
     off = {}
-    for loss, (state, said) in wanted.items():
+    for loss, (state, evidence) in expected.items():
         report = qlens.check(loss)
         item = report["prompt"]
-        if item.state != state or said not in item.evidence or report.ok != (state != "failed"):
+        if item.state != state or evidence not in item.evidence or report.ok != (state != "failed"):
             off[getattr(loss, "__name__", str(loss))] = str(report)
-    assert not off, "\n".join(f"{name}: {said}" for name, said in off.items())
+    assert not off, "\n".join(f"{name}: {evidence}" for name, evidence in off.items())
 
 
-def test_cross_entropy_is_no_binary_one_at_any_vocabulary():
+def test_cross_entropy_is_not_taken_for_a_binary_one():
     for vocabulary in [32, 5_000]:
         with case(vocabulary):
             """Where all other tokens are unlikely the two are nearly one: nothing is to be said then."""

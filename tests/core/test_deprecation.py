@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 import torch
-from example_view import made as example_view
+from example_view import example_view
 
 import qlens
 from qlens.core.deprecation import (
@@ -24,9 +24,9 @@ from qlens.testing import random_tokens
 @pytest.mark.parametrize("old", MODULES)
 def test_a_module_is_imported_by_its_old_name(old):
     sys.modules.pop(old, None)
-    with pytest.warns(DeprecationWarning, match=MODULES[old]) as caught:
+    with pytest.warns(DeprecationWarning, match=MODULES[old]) as warnings:
         __import__(old)
-    assert caught[0].filename == __file__
+    assert warnings[0].filename == __file__
     names = {name: value for name, value in vars(importlib.import_module(MODULES[old])).items() if name[0] != "_"}
     assert names and all(getattr(sys.modules[old], name) is value for name, value in names.items())
 
@@ -52,14 +52,14 @@ def test_old_arguments_of_a_target_and_the_old_order_of_a_ranking_warn():
     with pytest.warns(DeprecationWarning, match="push.push=. is deprecated; write label_weight="):
         old = qlens.Target.push(tokens, push=0.5)
     assert torch.equal(old.q, qlens.Target.push(tokens, 0.5).q)
-    with pytest.warns(DeprecationWarning, match="slope.push=. is deprecated; write label_weight=") as caught:
+    with pytest.warns(DeprecationWarning, match="slope.push=. is deprecated; write label_weight=") as warnings:
         old = qlens.Target.slope(tokens, tokens.probs, push=0.5)
     assert torch.equal(old.q, qlens.Target.slope(tokens, tokens.probs, label_weight=0.5).q)
-    assert caught[0].filename == __file__
+    assert warnings[0].filename == __file__
     ranking = example_view().rank()
-    with pytest.warns(DeprecationWarning, match="by='suspicion' is deprecated; write by='negative_margin'") as caught:
+    with pytest.warns(DeprecationWarning, match="by='suspicion' is deprecated; write by='negative_margin'") as warnings:
         assert ranking.alike("suspicion") == ranking.alike("negative_margin")
-    assert caught[0].filename == __file__
+    assert warnings[0].filename == __file__
 
 
 def test_an_argument_without_effect_warns_and_is_left_out():
@@ -67,18 +67,18 @@ def test_an_argument_without_effect_warns_and_is_left_out():
     def draw(variants):
         return variants
 
-    with pytest.warns(DeprecationWarning, match="draw.colors=. has no effect any more") as caught:
+    with pytest.warns(DeprecationWarning, match="draw.colors=. has no effect any more") as warnings:
         assert draw(["sft"], colors=3) == ["sft"]
-    assert caught[0].filename == __file__
+    assert warnings[0].filename == __file__
 
 
 def test_an_old_value_warns_at_the_line_that_uses_it():
     def draw(show):
         return renamed_value("show", show, {"trust": "label_weight"})
 
-    with pytest.warns(DeprecationWarning, match="show='trust' is deprecated; write show='label_weight'") as caught:
+    with pytest.warns(DeprecationWarning, match="show='trust' is deprecated; write show='label_weight'") as warnings:
         assert draw("trust") == "label_weight"
-    assert caught[0].filename == __file__ and draw("kl") == "kl"
+    assert warnings[0].filename == __file__ and draw("kl") == "kl"
 
 
 def test_an_old_attribute_warns_and_unknown_ones_do_not_exist():

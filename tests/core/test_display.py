@@ -22,8 +22,8 @@ def test_tokens_and_targets_show_themselves_in_a_line():
     assert repr(target).endswith(f", {inside} of 40 distributions)") and len(repr(target)) < 120
     assert target._repr_html_().count("<tr") == 1 + 10 and "first 10 rows" in target._repr_html_()
     assert target[:3]._repr_html_().count("<tr") == 1 + 3
-    for shown in (tokens, target):
-        assert "tensor" not in repr(shown) + shown._repr_html_()
+    for value in (tokens, target):
+        assert "tensor" not in repr(value) + value._repr_html_()
     assert repr(qlens.get("sft").target(tokens)) == "Target(N=40, V=9, label weight 1, 40 of 40 distributions)"
     assert repr(target[:0]) == "Target(N=0, V=9, label weight undefined, 0 of 0 distributions)"
 

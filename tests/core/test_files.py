@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and errors of the command line that are no user's mistake."""
+"""Atomic writes, paths that cannot be used, and one-line error messages of the command line."""
 
 import errno
 import resource
@@ -43,7 +43,7 @@ def small_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_cannot_be_written_leaves_nothing(tmp_path, small_disk):
+def test_a_failed_write_leaves_no_file(tmp_path, small_disk):
     write_text(tmp_path / "old", "old")
     with pytest.raises(InputError, match="'.*old' cannot be written: the file would be larger than files may be here"):
         write_text(tmp_path / "old", "x" * 2000)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from real import smollm2
-from tiny import llama, rows, steps_of, trainer_in
+from real_model import smollm2
+from tiny_models import llama, rows, steps_of, trainer_in
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -64,8 +64,8 @@ def double(tokens: Tokens) -> Tokens:
 def distance(value, exact) -> float:
     """The largest difference, as a share of max(1, |exact|), where both are numbers and within reach of float32."""
     value, exact = value.double(), exact.double()
-    known = exact.isfinite() & value.isfinite() & (exact.abs() < 1e6)
-    return float(((value - exact).abs() / exact.abs().clamp(min=1))[known].max()) if known.any() else 0.0
+    comparable = exact.isfinite() & value.isfinite() & (exact.abs() < 1e6)
+    return float(((value - exact).abs() / exact.abs().clamp(min=1))[comparable].max()) if comparable.any() else 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -73,17 +73,17 @@ def test_all_metrics_of_every_method_are_those_of_float64(dtype):
     tokens = world(dtype)[:4] if dtype == torch.bfloat16 else world(dtype)
     exact_tokens = double(tokens)
     for name in qlens.names():
-        found, exact = (qlens.get(name).target(each).at("unit") for each in (tokens, exact_tokens))
+        actual, exact = (qlens.get(name).target(each).at("unit") for each in (tokens, exact_tokens))
         for figure in FIGURES:
-            off = distance(getattr(found, figure), getattr(exact, figure))
+            off = distance(getattr(actual, figure), getattr(exact, figure))
             assert off <= WIDER.get(name, TOLERANCE), f"{name}: {figure} is off by {off:.2g}"
-        assert torch.equal(found.shift_invariant, exact.shift_invariant), name
+        assert torch.equal(actual.shift_invariant, exact.shift_invariant), name
         clear = (exact.negative_mass == 0) | (exact.negative_mass > 1e-4)
-        assert torch.equal(found.in_simplex[clear], exact.in_simplex[clear]), name
-        assert torch.equal(found.entropy.isnan(), ~found.in_simplex), name
+        assert torch.equal(actual.in_simplex[clear], exact.in_simplex[clear]), name
+        assert torch.equal(actual.entropy.isnan(), ~actual.in_simplex), name
         wider = max(WIDER.get(name, 0), 1e-3)
-        assert_close(found.at("natural").scale.double(), exact.at("natural").scale, rtol=wider, atol=1e-5, msg=name)
-        assert bool((found.at("natural").in_simplex | ~found.shift_invariant).all()), name
+        assert_close(actual.at("natural").scale.double(), exact.at("natural").scale, rtol=wider, atol=1e-5, msg=name)
+        assert bool((actual.at("natural").in_simplex | ~actual.shift_invariant).all()), name
 
 
 def test_log_probabilities_sum_to_one_at_any_size():
@@ -105,7 +105,7 @@ def test_log_softmax_has_the_gradients_of_torch():
     assert log_softmax(logits[0]).shape == (5,) and log_softmax(logits[:0]).shape == (0, 5)
 
 
-def test_what_is_exact_stays_exact():
+def test_exact_metrics_have_no_rounding():
     tokens = world()
     nll = -qlens.get("sft").target(tokens).label_log_probs
     assert_close(nll.double(), -double(tokens).label_log_probs, rtol=2e-6, atol=0)
@@ -122,7 +122,7 @@ def test_what_is_exact_stays_exact():
     assert torch.equal(qlens.get("dft").target(tokens).at("natural").q, tokens.one_hot)
 
 
-def test_mixtures_of_distributions_are_distributions_and_others_are_not():
+def test_only_mixtures_of_distributions_are_in_the_simplex():
     tokens = world(hidden=False)
     residuals = (
         "student",
@@ -141,7 +141,7 @@ def test_mixtures_of_distributions_are_distributions_and_others_are_not():
         Target.mix(tokens, 0.3, 0.9 * residuals[2])
 
 
-def test_given_probabilities_are_measured_by_the_digits_they_have():
+def test_given_probabilities_are_checked_at_their_precision():
     tokens = world(hidden=False)
     teacher = tokens.log_probs_of("teacher").exp()
     for q in (teacher, teacher.bfloat16(), teacher.half(), teacher.double()):
@@ -153,7 +153,7 @@ def test_given_probabilities_are_measured_by_the_digits_they_have():
     assert not bool(signed.in_simplex.any()), "one entry 1e-7 below zero is no rounding"
 
 
-def test_losses_in_float32_are_neither_signed_nor_of_raw_logits_through_rounding():
+def test_rounding_is_reported_neither_as_signed_nor_as_raw_logits():
     right = {
         "sft": lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"),
         "half of sft": lambda logits, labels: 0.5 * F.cross_entropy(logits.float(), labels, reduction="none"),
@@ -163,13 +163,13 @@ def test_losses_in_float32_are_neither_signed_nor_of_raw_logits_through_rounding
     for size in (V, 250_000):
         half = world(torch.bfloat16, size=size, hidden=False)[[2, 3, 4, 6]]
         for name, loss in right.items():
-            for given in (half, half.upcast(), double(half)):
-                target = qlens.implied_target(loss, given)
+            for tokens in (half, half.upcast(), double(half)):
+                target = qlens.implied_target(loss, tokens)
                 assert bool(target.shift_invariant.all()), f"{name}, {size}: raw logits"
                 assert bool(target.in_simplex.all()), f"{name}, {size}: signed by {target.negative_mass.max():.1g}"
 
 
-def test_signed_targets_and_raw_logits_are_still_seen():
+def test_signed_targets_and_raw_logits_are_reported_at_large_vocabularies():
     tokens = world(hidden=False)[[2, 3, 4, 5, 6]]
 
     def z_loss(logits, labels):
@@ -183,8 +183,8 @@ def test_signed_targets_and_raw_logits_are_still_seen():
     for name in ("gem", "reverse_kl", "sft_kl"):
         exact = qlens.get(name).target(double(tokens)).at("unit")
         assert bool((exact.negative_mass > 0).any()), name
-        found = qlens.get(name).target(tokens).at("unit")
-        assert torch.equal(found.in_simplex, exact.in_simplex), name
+        actual = qlens.get(name).target(tokens).at("unit")
+        assert torch.equal(actual.in_simplex, exact.in_simplex), name
 
 
 def test_logged_means_are_those_of_float64_over_batches_of_any_size():
@@ -194,19 +194,19 @@ def test_logged_means_are_those_of_float64_over_batches_of_any_size():
     tokens = world()
     for name in ("sft", "dft", "target_sft", "kd", "label_smoothing", "gem", "psft"):
         variant, means = qlens.get(name), []
-        kept = ("logits", "labels", *variant.needs)
-        given = Tokens(**{field: value for field, value in tokens.fields().items() if field in kept})
-        for each, parts in ((given, (slice(0, 3), slice(3, 8))), (double(given), (slice(0, 8),))):
+        fields = ("logits", "labels", *variant.needs)
+        needed = Tokens(**{field: value for field, value in tokens.fields().items() if field in fields})
+        for each, parts in ((needed, (slice(0, 3), slice(3, 8))), (double(needed), (slice(0, 8),))):
             tally = MetricSums()
             for part in parts:
                 tally.add_tokens(variant, each[part], variant.loss(each[part]))
             means.append(tally.means(Alone()))
-        found, exact = means
-        assert found["signed_share"] == exact["signed_share"], name
-        known = {key: value for key, value in exact.items() if abs(value) < 1e6}
-        assert {key: found[key] for key in known} == pytest.approx(known, rel=2e-5, abs=2e-5), name
+        actual, exact = means
+        assert actual["signed_share"] == exact["signed_share"], name
+        comparable = {key: value for key, value in exact.items() if abs(value) < 1e6}
+        assert {key: actual[key] for key in comparable} == pytest.approx(comparable, rel=2e-5, abs=2e-5), name
         if name in ("sft", "psft"):
-            assert (found["trust"], found["target_entropy"], found["ess"]) == (1, 0, 1) if name == "sft" else True
+            assert (actual["trust"], actual["target_entropy"], actual["ess"]) == (1, 0, 1) if name == "sft" else True
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -254,13 +254,13 @@ def test_targets_on_a_chat_model_are_drawn_without_false_signs():
     )
     tokens = Tokens.from_text(model, tokenizer, [row])
     tokens = tokens.replace(teacher=tokens.logits.roll(1, 0))
-    for given in (tokens, tokens.replace(logits=tokens.logits.bfloat16(), teacher=tokens.teacher.bfloat16())):
-        frame = text_frame(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], given)
+    for in_precision in (tokens, tokens.replace(logits=tokens.logits.bfloat16(), teacher=tokens.teacher.bfloat16())):
+        frame = text_frame(["sft", "dft", "target_sft", "kd", "label_smoothing", "gem"], in_precision)
         proper = frame[frame["method"] != "gem"]
         assert proper.notna().all().all() and (proper["negative_mass"] == 0).all()
         assert (frame[frame["method"] == "sft"]["entropy"] == 0).all()
         assert (frame[frame["method"] == "gem"]["negative_mass"] > 0).any()
-        exact = text_frame(["dft", "target_sft", "gem"], double(given))
+        exact = text_frame(["dft", "target_sft", "gem"], double(in_precision))
         for name in ("entropy", "kl", "negative_mass", "label_weight", "reshape"):
-            found = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
-            assert found.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name
+            values = frame[frame["method"].isin(["dft", "target_sft", "gem"])][name]
+            assert values.to_numpy() == pytest.approx(exact[name].to_numpy(), rel=1e-4, abs=1e-5, nan_ok=True), name

@@ -1,10 +1,8 @@
-"""Methods that draw numbers: anew at every step, the same ones wherever the step is looked at, logged or not."""
-
-import functools
+"""Random methods: new draws at every step, reproducible ones wherever a step is evaluated, logged or not."""
 
 import pytest
 import torch
-from tiny import llama, parameters, rows, steps_of, trainer_in
+from tiny_models import llama, parameters, rows, steps_of
 from torch.testing import assert_close
 
 import qlens
@@ -16,13 +14,7 @@ RANDOM = "profit(keep='random', threshold=0.5)"
 
 
 @pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-@pytest.fixture
-def kept(monkeypatch):
+def selections(monkeypatch):
     """Which tokens a random selection kept, call by call."""
     import qlens.variants.selection.profit as module
 
@@ -41,23 +33,23 @@ def of_one_size(count: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "whole logits"])
-def test_batches_of_one_size_are_dealt_anew_at_every_step(make, kept, fused):
+def test_random_selections_differ_between_steps(make, selections, fused):
     if fused is None:
         qlens.engine.fused.fusible(qlens.get(RANDOM))  # its trials draw too
-    kept.clear()
+    selections.clear()
     make(RANDOM, examples=of_one_size(8), steps=6, fused=fused, log_every=0).train()
-    dealt = {tuple(drawn.tolist()) for drawn in kept if len(drawn) == 20}
+    dealt = {tuple(selection.tolist()) for selection in selections if len(selection) == 20}
     assert len(dealt) == 6
 
 
-def test_micro_batches_of_a_step_differ_and_a_seed_draws_the_same_again(make, kept):
+def test_micro_batches_of_a_step_differ_and_a_seed_draws_the_same_again(make, selections):
     runs = []
     for seed in (7, 7, 8):
-        kept.clear()
+        selections.clear()
         make(
             RANDOM, examples=of_one_size(8), batch=2, accumulate=2, steps=3, fused=False, log_every=0, seed=seed
         ).train()
-        runs.append([tuple(drawn.tolist()) for drawn in kept if len(drawn) == 10])
+        runs.append([tuple(selection.tolist()) for selection in selections if len(selection) == 10])
     assert len(set(runs[0])) == 6
     assert runs[0] == runs[1] != runs[2]
 
@@ -87,7 +79,7 @@ def test_evaluation_draws_the_same_every_time_and_leaves_training_alone(make):
     assert evaluated.evaluate()["eval_trust"] == evaluated.evaluate()["eval_trust"]
 
 
-def test_outside_of_training_loss_and_target_agree_and_nothing_moves():
+def test_loss_and_target_share_their_draws_outside_training():
     tokens, variant = random_tokens(40, 9), qlens.get(RANDOM)
     for place in ((), (1, 2)):
         with draws_of(*place):
@@ -97,7 +89,7 @@ def test_outside_of_training_loss_and_target_agree_and_nothing_moves():
     assert not torch.equal(uniform(40, 0), uniform(40, 1))
 
 
-def test_what_was_drawn_can_be_drawn_again_without_drawing_more():
+def test_replay_repeats_draws_without_advancing_generators():
     torch.manual_seed(3)
     replay = Replay(torch.device("cpu"))
     first, second = torch.rand(3), torch.rand(3)
@@ -122,20 +114,20 @@ def noisy(tokens):
 
 
 @pytest.mark.parametrize("scope", ["token", ""], ids=["fused", "whole logits"])
-def test_a_loss_that_draws_numbers_is_trained_alike_logged_or_not(make, scope):
-    ends, shown = [], []
+def test_logging_does_not_change_the_training_of_a_random_loss(make, scope):
+    ends, logs = [], []
     for every in (1, 1000):
         method = qlens.registry.Method(name="noisy", fn=noisy, scope=scope)
         trainer = make(method.variant(), steps=4, logging_steps=every, logging_first_step=True)
         trainer.train()
         ends.append(parameters(trainer.model))
-        shown.append(steps_of(trainer)[0])
+        logs.append(steps_of(trainer)[0])
     assert torch.equal(*ends)
-    assert shown[0]["trust"] == shown[1]["trust"]
+    assert logs[0]["trust"] == logs[1]["trust"]
 
 
 @pytest.mark.parametrize("spec", ["sft", "kd", "target_sft", "label_smoothing", "psft", "gem", "iw_sft"])
-def test_a_logged_step_and_an_unlogged_one_have_the_same_bits(make, spec):
+def test_logging_changes_no_bit_of_a_step(make, spec):
     for fused in (True, False):
         trained = []
         for every in (1, 1000):

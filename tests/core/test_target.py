@@ -20,7 +20,7 @@ def double(*values):
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_mix_by_hand():
+def test_mix_matches_hand_computed_values():
     target = qlens.Target.mix(small(), trust=0.6, residual=double([0.1, 0.4, 0.5]), scale=2.0)
     assert_close(target.q, double([0.64, 0.16, 0.20]))
     assert_close(target.grad, 2 * (double([0.5, 0.3, 0.2]) - target.q))
@@ -32,7 +32,7 @@ def test_mix_by_hand():
     assert_close(unit.trust, double(1.2))  # the label coefficient of s (p - Q) does not change: s * trust = 1.2
 
 
-def test_metrics_by_hand():
+def test_metrics_match_hand_computed_values():
     target = qlens.Target.dense(small(), double([1.2, -0.2, 0.0]))
     assert_close(target.negative_mass, double(0.2))
     assert target.in_simplex.tolist() == [False]
@@ -45,7 +45,7 @@ def test_metrics_by_hand():
     assert_close(inside.kl, double(0.5 * torch.tensor(1.0).item()) * (double(1.0).log() + double(5 / 3).log()))
 
 
-def test_residual_is_nan_where_the_label_has_everything():
+def test_residual_is_nan_where_trust_is_one():
     target = qlens.get("sft").target(small())
     assert bool(target.residual.isnan().all())
 
@@ -58,7 +58,7 @@ def test_natural_scale_of_label_only_losses_is_their_weight():
     assert_close(natural.trust, torch.ones(30, dtype=torch.float64))
 
 
-def test_natural_scale_of_a_push_down_spreads_over_the_others():
+def test_natural_scale_of_a_negative_label_weight():
     tokens = random_tokens(30, 9)
     rejected = qlens.implied_target(lambda tokens: tokens.label_log_probs, tokens, scale="natural")
     p, d = tokens.probs, tokens.one_hot
@@ -105,14 +105,14 @@ REFUSED = (
 )
 
 
-def test_tokens_refuse_what_does_not_fit():
+def test_tokens_refuse_invalid_fields():
     fields = dict(logits=torch.zeros(2, 3), labels=torch.tensor([0, 2]))
     for change, message in REFUSED:
         with pytest.raises(qlens.InputError, match=message):
             qlens.Tokens(**(fields | change))
 
 
-def test_targets_refuse_what_does_not_fit():
+def test_targets_refuse_invalid_arguments():
     tokens = random_tokens(3, 4)
     with pytest.raises(qlens.InputError, match="residual must be 'student', 'uniform' or probabilities"):
         qlens.Target.mix(tokens, trust=0.5, residual="teacher")
@@ -145,19 +145,19 @@ def test_losses_of_half_precision_logits_are_float32_losses_of_them():
         assert_close(loss, qlens.get(name).loss(full), rtol=0, atol=0)
 
 
-def test_rows_of_a_target_are_the_target_of_the_rows():
+def test_indexing_and_joining_targets_keep_their_rows():
     tokens = random_tokens(6, 9)
     for name in ("dft", "focal", "label_smoothing", "kd", "gem", "sft_kl"):
         whole = qlens.get(name).target(tokens)
         joined = qlens.Target.join([whole[:2], whole[2:].cpu()])
         for target in (joined, joined.at("unit")):
-            wanted = whole if target is joined else whole.at("unit")
+            expected = whole if target is joined else whole.at("unit")
             for figure in ("q", "grad", "scale", "trust", "label_weight", "negative_mass", "in_simplex", "reshape"):
-                assert_close(getattr(target, figure), getattr(wanted, figure), msg=f"{name}: {figure}")
+                assert_close(getattr(target, figure), getattr(expected, figure), msg=f"{name}: {figure}")
         assert_close(whole[torch.tensor([4, 1])].q, whole.q[[4, 1]])
 
 
-def test_a_weight_multiplies_the_gradient_and_leaves_the_target():
+def test_token_weights_multiply_the_gradient_only():
     tokens = random_tokens(6, 9)
     weight = torch.linspace(0.5, 2, 6, dtype=torch.float64)
     for name in ("dft", "focal", "label_smoothing", "kd", "gem"):
@@ -176,3 +176,9 @@ def test_negative_mass_counts_the_label_and_the_other_entries():
     assert target.label_only
     assert_close(target.negative_mass, torch.tensor([1.4, 0.0, 0.8], dtype=torch.float64))  # Q_y = p_y + t (1 - p_y)
     assert_close(target.negative_mass, (-target.q).clamp(min=0).sum(-1))
+
+
+def test_selected_tokens_are_those_with_a_trust():
+    tokens = random_tokens(4, 5)
+    trust = torch.tensor([0.0, 1.0, -0.5, 0.0], dtype=torch.float64)
+    assert int(qlens.Target.mix(tokens, trust, "student").selected) == 2

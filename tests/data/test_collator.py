@@ -24,13 +24,13 @@ def padded(rows: list[list[int]], side: str, extra: int) -> tuple[torch.Tensor, 
     """Labels, attention mask and every row's offset."""
     width = max(map(len, rows)) + extra
     gaps = [width - len(row) for row in rows]
-    left = [gap if side == "left" else 0 for gap in gaps]
-    labels = [[IGNORE] * a + row + [IGNORE] * (g - a) for a, g, row in zip(left, gaps, rows, strict=True)]
-    mask = [[0] * a + [1] * len(row) + [0] * (g - a) for a, g, row in zip(left, gaps, rows, strict=True)]
-    return torch.tensor(labels), torch.tensor(mask), left
+    offsets = [gap if side == "left" else 0 for gap in gaps]
+    labels = [[IGNORE] * a + row + [IGNORE] * (g - a) for a, g, row in zip(offsets, gaps, rows, strict=True)]
+    mask = [[0] * a + [1] * len(row) + [0] * (g - a) for a, g, row in zip(offsets, gaps, rows, strict=True)]
+    return torch.tensor(labels), torch.tensor(mask), offsets
 
 
-def test_three_tokens():
+def test_shift_and_mask_on_three_tokens():
     supervised = Supervised(torch.tensor([[IGNORE, IGNORE, 7]]))
     values = torch.tensor([[[0.0], [1.0], [2.0]]])
     assert supervised.labels.tolist() == [7]
@@ -44,8 +44,8 @@ def test_padding_changes_nothing(rows, side, extra):
     supervised = Supervised(labels, mask)
     expected = by_hand(rows)
     where = torch.stack(torch.meshgrid(*map(torch.arange, labels.shape), indexing="ij"), -1)
-    taken = [(r, t - offsets[r]) for r, t in supervised.take(where).tolist()]
-    assert taken == [(r, t) for r, t, _ in expected]
+    positions = [(r, t - offsets[r]) for r, t in supervised.take(where).tolist()]
+    assert positions == [(r, t) for r, t, _ in expected]
     assert supervised.labels.tolist() == [label for _, _, label in expected]
     order = list(dict.fromkeys(r for r, _, _ in expected))
     assert supervised.sequence.tolist() == [order.index(r) for r, _, _ in expected]
@@ -69,7 +69,7 @@ def test_nothing_predicts_the_first_token_of_a_left_padded_row():
     assert Supervised(labels, mask).labels.tolist() == [5]
 
 
-def test_take_hands_gradients_back_to_the_rows_it_took():
+def test_take_propagates_gradients_to_its_rows():
     labels = torch.tensor([[1, 2, IGNORE], [3, IGNORE, 4]])
     values = torch.randn(2, 3, 5, requires_grad=True)
     supervised = Supervised(labels)
@@ -91,7 +91,7 @@ def test_cross_entropy_over_taken_rows_is_the_plain_loop():
     torch.testing.assert_close(loss, torch.stack(terms).mean())
 
 
-def test_no_supervised_token_is_an_empty_selection_with_a_graph():
+def test_an_empty_selection_has_a_graph():
     values = torch.randn(2, 3, 4, requires_grad=True)
     rows = Supervised(torch.full((2, 3), IGNORE)).take(values)
     rows.sum().backward()
@@ -106,7 +106,7 @@ def test_collate_pads_right():
     assert batch["labels"].tolist() == [[IGNORE, 6, 7], [8, IGNORE, IGNORE]]
 
 
-def test_collate_keeps_a_mask_that_is_there_and_takes_tensors():
+def test_collate_keeps_given_masks_and_takes_tensors():
     example = {"input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2]), "attention_mask": [0, 1]}
     assert collate([example])["attention_mask"].tolist() == [[0, 1]]
 

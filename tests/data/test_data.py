@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from cases import case
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CHARACTERS, letters, llama
+from tiny_models import CHARACTERS, letters, llama
 
 import qlens
 from qlens.core.errors import InputError
@@ -51,7 +51,7 @@ def write(tmp_path):
 TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
 
 
-def test_rows_are_read_as_they_are(write):
+def test_rows_are_read_unchanged(write):
     for row in [{"question": "1?", "answer": "2"}, PAIR, {"messages": TURNS}, {"text": "héllo"}]:
         with case(row):
             assert read_rows(write(row, b"", row, b"  ")) == [row, row]
@@ -106,7 +106,7 @@ def test_a_tokenizer_without_special_tokens():
         encode([PAIR, {"prompt": "ab", "completion": ""}], tokenizer, None)
 
 
-def test_a_prompt_keeps_its_tokens_where_one_would_reach_across():
+def test_prompt_tokens_do_not_merge_with_the_completion():
     tokenizer = letters(order=[*CHARACTERS, "\nc"])
     example = encode([PAIR], tokenizer, None).examples[0]
     assert tokenizer.convert_ids_to_tokens(example["input_ids"]) == ["<s>", "a", "b", "\n", "c", "d", "</s>"]
@@ -123,7 +123,7 @@ def test_labels_with_a_chat_template_cover_every_assistant_turn_to_its_end_token
     assert spelled(tokenizer, pair)[0] == "|u:ab</s>\n|a:cd</s>\n"
 
 
-def test_a_template_that_rewrites_the_past_is_refused():
+def test_a_template_that_rewrites_earlier_turns_is_refused():
     rewriting = "{% for m in messages %}{{ 'abcdef'[messages|length] ~ m.content }}{% endfor %}"
     with pytest.raises(InputError, match="row 1: the chat template writes what comes before turn 2 differently"):
         encode([{"messages": [*TURNS, *TURNS]}], letters(rewriting), None)
@@ -145,7 +145,7 @@ def test_tokens_from_text_take_paths(tmp_path):
         qlens.Tokens.from_text(llama(), letters(), rows, reference=tmp_path / "nope")
 
 
-def test_encoded_rows_show_themselves():
+def test_the_repr_of_encoded_rows():
     encoded = encode([PAIR, {"text": "abc", "weight": 2.0}], letters())
     assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
     assert (
@@ -158,7 +158,7 @@ def test_encoded_rows_show_themselves():
     assert "2 rows dropped" in repr(encode([PAIR, PAIR, {"text": "a"}], letters(), 4))
 
 
-def test_long_rows_are_dropped_and_counted_never_cut():
+def test_long_rows_are_dropped_and_counted():
     rows = [{"text": "a" * length} for length in (3, 9, 4, 20)]
     encoded = encode(rows, letters(), 5)
     assert [len(example["input_ids"]) for example in encoded.examples] == [4, 5]
@@ -173,10 +173,10 @@ def test_long_rows_are_dropped_and_counted_never_cut():
 def test_split_parts_are_disjoint_complete_and_repeatable(count, seed, data):
     rows = list(range(count))
     held_out = data.draw(st.integers(1, count - 1))
-    train, held = split(rows, held_out, seed)
-    assert sorted(train + held) == rows and len(held) == held_out
-    assert train == sorted(train) and held == sorted(held)
-    assert split(rows, held_out, seed) == (train, held)
+    train, rest = split(rows, held_out, seed)
+    assert sorted(train + rest) == rows and len(rest) == held_out
+    assert train == sorted(train) and rest == sorted(rest)
+    assert split(rows, held_out, seed) == (train, rest)
 
 
 def test_split_by_share_and_what_it_refuses():
@@ -187,7 +187,7 @@ def test_split_by_share_and_what_it_refuses():
             split(range(10), held_out, 0)
 
 
-def test_tokens_from_text_are_the_models_own_predictions():
+def test_tokens_from_text_hold_the_models_logits():
     for batch_size in [1, 2, 8]:
         with case(batch_size):
             model, teacher, tokenizer = llama().train(), llama(1), letters()
@@ -228,18 +228,18 @@ def test_real_tokenizer_keeps_a_prompts_tokens_and_counts_what_is_too_long():
     rows = read_rows(SHARED / "gsm8k/train.jsonl")[:300]
     encoded = encode(rows, tokenizer, 256)
     assert encoded.dropped + len(encoded.examples) == 300 and 0.5 < encoded.dropped / 300 < 0.9
-    kept = iter(encoded.examples)
+    remaining = iter(encoded.examples)
     for row in rows:
         prompt = tokenizer(row["question"] + "\n")["input_ids"]  # as it would be tokenized for generation
         whole = tokenizer(row["question"] + "\n" + row["answer"])["input_ids"] + [tokenizer.eos_token_id]
         if len(whole) <= 256:
-            example = next(kept)
+            example = next(remaining)
             assert example["input_ids"] == whole
             assert example["labels"] == [IGNORE] * len(prompt) + whole[len(prompt) :]
-    assert next(kept, None) is None
+    assert next(remaining, None) is None
 
 
-def test_real_models_are_the_measured_ones():
+def test_real_models_match_recorded_values():
     if not SHARED.is_dir():
         pytest.skip("the real data is not there (shared/data beside the repository)")
     tokenizer = load_tokenizer(SHARED / "models/stories260k")
@@ -258,9 +258,9 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
         {"text": "ab", "id": 7, "weight": 0.5, "critical": [True, False, True], "pair": 3},
         {"text": "c", "id": 8, "weight": 2, "critical": [1, 1], "pair": 4},
     ]
-    read = read_rows(write(*rows))
-    assert read == rows and ignored_keys(read) == ["id"]
-    examples = encode(read, letters(), None).examples
+    rows_read = read_rows(write(*rows))
+    assert rows_read == rows and ignored_keys(rows_read) == ["id"]
+    examples = encode(rows_read, letters(), None).examples
     tokens = tokens_from_examples(llama(), examples)
     assert tokens.weight.tolist() == [0.5, 0.5, 2.0] and tokens.pair.tolist() == [3, 3, 4]
     assert tokens.critical.tolist() == [False, True, True]  # of the labels a, b and c
@@ -287,7 +287,7 @@ def test_chat_templates_run_in_bounded_time_and_length(monkeypatch):
                 encode([PAIR], letters(template=template), None)
 
 
-def test_a_key_that_is_there_twice_and_a_file_of_nothing_are_refused(tmp_path):
+def test_duplicate_keys_and_empty_files_are_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     for text, says in (
         ('{"text": "ab", "text": "cd"}\n', "rows.jsonl, line 1: not JSON: the key 'text' is there twice"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CHARACTERS, letters, llama
+from tiny_models import CHARACTERS, letters, llama
 
 import qlens
 from qlens.analysis.compare.environments import UserSource
@@ -95,20 +95,20 @@ def test_unreadable_tokenizers_dtypes_devices_and_names(folder, monkeypatch):
         models.load_tokenizer("owner/name")
 
 
-@pytest.mark.parametrize(("mine", "its"), [(512, 520), (520, 512)])
-def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mine, its):
-    student, teacher = llama(0, vocab=mine), llama(1, vocab=its)
+@pytest.mark.parametrize(("student_size", "teacher_size"), [(512, 520), (520, 512)])
+def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, student_size, teacher_size):
+    student, teacher = llama(0, vocab=student_size), llama(1, vocab=teacher_size)
     for name, model in (("student", student), ("teacher", teacher)):
         model.save_pretrained(tmp_path / name)
         letters().save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_text('{"text": "what is banana"}')
     folders = (str(tmp_path / "student"), str(tmp_path / "teacher"), None, str(tmp_path / "data.jsonl"))
     tokens = own_tokens(*folders, 1, "cpu", None, ("teacher",))["tokens"]
-    assert f"teacher: a vocabulary of {its} over the model's own tokenizer" in capsys.readouterr().err
-    assert tokens.logits.shape == tokens.teacher.shape == (len(tokens), mine)
+    assert f"teacher: a vocabulary of {teacher_size} over the model's own tokenizer" in capsys.readouterr().err
+    assert tokens.logits.shape == tokens.teacher.shape == (len(tokens), student_size)
     ids = torch.tensor([encode([{"text": "what is banana"}], letters(), None).examples[0]["input_ids"]])
     with torch.no_grad():
-        shared = min(mine, its)
+        shared = min(student_size, teacher_size)
         expected = teacher(ids)["logits"][0, :-1, :shared].softmax(-1)
     torch.testing.assert_close(tokens.teacher.softmax(-1)[:, :shared], expected)
     assert float(tokens.teacher.softmax(-1)[:, shared:].sum()) == 0.0
@@ -124,7 +124,10 @@ def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, mi
     hidden, head = torch.randn(2, 16, requires_grad=True), student.lm_head.weight
     linear = other.get_output_embeddings()
     whole = qlens.fused_loss("kd", hidden, head, torch.tensor([1, 2]), teacher=linear(hidden).detach())
-    assert whole.isfinite() and Backbone(other, {"input_ids": ids}).at(hidden).logits(slice(None)).shape == (2, mine)
+    assert whole.isfinite() and Backbone(other, {"input_ids": ids}).at(hidden).logits(slice(None)).shape == (
+        2,
+        student_size,
+    )
 
 
 def test_vocabularies_of_other_tokenizers_are_not_matched():

@@ -1,4 +1,4 @@
-"""Bad input is refused: by every verb in one line with exit code 2, in Python by an InputError; nothing is written."""
+"""Bad inputs are refused: by every verb in one line with exit code 2, in Python by an InputError; nothing is written."""
 
 import math
 import shutil
@@ -7,7 +7,7 @@ import pytest
 import torch
 from bad_inputs import ON, commands, places
 from example_study import example_study
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 import qlens
 import qlens.analysis.study.study
@@ -45,7 +45,7 @@ def refused(work, monkeypatch, capfd):
             f"an unclear line: {err!r}": len(err) < 20 or "Traceback" in err or "Error in" in err,
             f"written: {sorted(contents(work).items() ^ before.items())}": contents(work) != before,
         }
-        wrong = [fault for fault, there in faults.items() if there]
+        wrong = [fault for fault, is_wrong in faults.items() if is_wrong]
         return f"qlens {' '.join(words)[:100]!r}: {'; '.join(wrong)}" if wrong else ""
 
     return call
@@ -53,17 +53,17 @@ def refused(work, monkeypatch, capfd):
 
 def contents(folder):
     """Every file and folder with its size."""
-    found = (path for path in folder.rglob("*") if path.name != "__pycache__" and path.suffix != ".pyc")
-    return {path: path.stat().st_size if path.is_file() else None for path in found}
+    paths = (path for path in folder.rglob("*") if path.name != "__pycache__" and path.suffix != ".pyc")
+    return {path: path.stat().st_size if path.is_file() else None for path in paths}
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_the_command_line_refuses_in_one_line(refused, kind):
+def test_the_command_line_reports_bad_inputs_in_one_line(refused, kind):
     wrong = [fault for words in COMMANDS[kind] if (fault := refused(*words))]
     assert not wrong, f"{len(wrong)} of {len(COMMANDS[kind])}:\n" + "\n".join(wrong)
 
 
-def test_every_verb_is_tried_and_there_are_many_inputs():
+def test_bad_inputs_cover_every_verb():
     assert sum(map(len, COMMANDS.values())) >= 150
     verbs = {words[0] for kind in COMMANDS.values() for words in kind}
     assert {"list", "show", "explain", "check", "compare", "view"} <= verbs
@@ -129,19 +129,19 @@ def accepted(calls):
     return wrong
 
 
-def test_tokens_refuse_what_is_no_field():
+def test_tokens_refuse_values_that_are_no_tensors():
     def call(name, value):
         return lambda: qlens.Tokens(**{"logits": Z, "labels": Y, name: value})
 
     assert not accepted({f"{name} {n}": call(name, v) for name, vs in TOKENS.items() for n, v in enumerate(vs)})
 
 
-def test_fused_loss_refuses_what_does_not_fit():
+def test_fused_loss_refuses_invalid_arguments():
     hidden, head = torch.zeros(3, 2, requires_grad=True), torch.ones(5, 2)
 
     def call(name, value):
-        given = {"variant": "kd", "teacher": Z, "hidden": hidden, "head": head, "labels": Y, name: value}
-        return lambda: qlens.fused_loss(**given)
+        arguments = {"variant": "kd", "teacher": Z, "hidden": hidden, "head": head, "labels": Y, name: value}
+        return lambda: qlens.fused_loss(**arguments)
 
     assert not accepted({f"{name} {n}": call(name, v) for name, vs in FUSED.items() for n, v in enumerate(vs)})
 
@@ -213,8 +213,8 @@ def test_python_refuses_what_the_command_line_refuses(work, monkeypatch):
     }
     for name, values in compared.items():
         for value in values:
-            given = {**data, name: value}
-            calls[f"{name}={value!r}"] = lambda given=given: qlens.compare(["sft"], **given)
+            arguments = {**data, name: value}
+            calls[f"{name}={value!r}"] = lambda arguments=arguments: qlens.compare(["sft"], **arguments)
     before = contents(work)
     assert not accepted(calls)
     assert contents(work) == before

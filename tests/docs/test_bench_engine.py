@@ -25,8 +25,8 @@ def test_a_case_takes_turns_and_reports_its_peak():
 
 
 def test_a_failed_case_is_named_and_leaves_no_other_process():
-    named = pytest.raises(RuntimeError, match="torch linear_cross_entropy for sft ended with status 1")
-    with named, engine.Case("qlens", "sft", (6, 4, 32)) as other:
+    failure = pytest.raises(RuntimeError, match="torch linear_cross_entropy for sft ended with status 1")
+    with failure, engine.Case("qlens", "sft", (6, 4, 32)) as other:
         engine.Case("torch linear_cross_entropy", "sft", (0, 4, -1)).measure()
     assert other.process.poll() is not None
 

@@ -38,14 +38,14 @@ def test_show_and_bibtex(run):
     assert code == 2 and "sft has no citation" in err
 
 
-def test_explain_a_file_of_ones_own(run, my_loss, tmp_path):
+def test_explain_reads_a_user_file(run, my_loss, tmp_path):
     code, out, err = run("explain", "my_loss.py:f")
     assert code == 0, err
     assert "sft x 2: the same gradient up to this factor" in out
     assert "--full" in out and "Scope:" not in out and len(out.splitlines()) <= 30
     assert (tmp_path / "explain-my_loss-f.png").stat().st_size > 10_000
-    shown = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
-    assert {"p_y", "q_label", "label_weight"} <= set(shown) and len(shown) == 57
+    frame = pd.read_csv(tmp_path / "explain-my_loss-f.csv")
+    assert {"p_y", "q_label", "label_weight"} <= set(frame) and len(frame) == 57
     assert {"time", "p_0"} <= set(pd.read_csv(tmp_path / "explain-my_loss-f-destination.csv"))
     assert not list(tmp_path.glob(".*partial"))
 
@@ -64,7 +64,7 @@ def test_explain_as_json_writes_no_figure_unasked(run, my_loss, tmp_path):
     assert code == 0 and json.loads(out)["loss"] == "dft" and (tmp_path / "here.pdf").is_file()
 
 
-def test_check_exits_with_what_it_finds(run, my_loss):
+def test_the_exit_code_of_check_reports_failures(run, my_loss):
     code, out, _ = run("check", "my_loss.py:f")
     assert code == 0 and " passed, 0 failed" in out
     code, out, _ = run("check", "dft", "--json")
@@ -100,7 +100,7 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
     assert "V = 512" in out and "Nearest methods" in out
 
 
-def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path):
+def test_usage_errors_are_one_line_with_exit_code_2(run, my_loss, tmp_path):
     for words, says in [
         (["show", "sftt"], "Did you mean sft"),
         (["explain", "kd(temperature=0)"], "temperature = 0"),
@@ -138,7 +138,7 @@ def test_mistakes_are_one_line_and_exit_code_2(run, my_loss, tmp_path):
             )  # nothing half-written
 
 
-def test_settings_of_the_lab_do_not_go_with_a_model_of_ones_own(run):
+def test_lab_settings_are_refused_with_a_user_model(run):
     for own in (("--model", "m"), ("--teacher", "m"), ("--data", "d.jsonl")):
         code, out, err = run("compare", "--settings", "strong-prior", *own)
         assert (code, out) == (2, "") and err.startswith("qlens: --settings are the lab's") and err.count("\n") == 1

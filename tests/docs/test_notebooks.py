@@ -40,7 +40,7 @@ def pictures(notebook):
     return [output.data["image/png"] for output in outputs(notebook) if "image/png" in output.get("data", {})]
 
 
-def said(notebook):
+def shown_text(notebook):
     """All text that is shown."""
     data = [output.get("data", {}) for output in outputs(notebook)]
     texts = [text for each in data for kind, text in each.items() if kind.startswith("text/")]
@@ -64,46 +64,46 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_it_runs_and_writes_nowhere_else(path, tmp_path, cache):
+def test_a_notebook_runs_and_writes_only_its_run_folder(path, tmp_path, cache):
     notebook, place = read(path), tmp_path / "here"
     place.mkdir()
     at, before = SLIDERS.get(number(path)), {file.name for file in FOLDER.iterdir()}
     if at is not None:
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in (f"slider.value = {at}", f"display(draw({at}))")]
-    made = run_notebooks.run(notebook, place, cache, "small")
-    assert [cell.source for cell in made.cells] == [cell.source for cell in notebook.cells]
-    assert troubles(made) == []
-    assert len(pictures(made)) >= PICTURES[number(path)]
+    executed = run_notebooks.run(notebook, place, cache, "small")
+    assert [cell.source for cell in executed.cells] == [cell.source for cell in notebook.cells]
+    assert troubles(executed) == []
+    assert len(pictures(executed)) >= PICTURES[number(path)]
     assert {file.name for file in FOLDER.iterdir()} == before and {file.name for file in place.iterdir()} <= {"runs"}
     if at is not None:
-        shown = pictures(made)
-        assert shown.count(shown[-1]) == 2, "the slider redraws its picture in place"
-        del made.cells[-2:]
-    assert "**Result.**" in result(made)
+        images = pictures(executed)
+        assert images.count(images[-1]) == 2, "the slider redraws its picture in place"
+        del executed.cells[-2:]
+    assert "**Result.**" in result(executed)
 
 
-def test_ones_own_models_and_text_can_be_looked_at(own, tmp_path, cache, monkeypatch):
+def test_the_view_notebook_takes_user_models_and_text(own, tmp_path, cache, monkeypatch):
     for name, path in own.items():
         monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
-    made = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small")
-    assert troubles(made) == [] and list(tmp_path.iterdir()) == []
-    assert "of 40 rows" in result(made) and "the label with the largest negative margin is" in result(made)
-    assert "left out, longer than the context of 32 tokens: row 41" in said(made)
+    executed = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small")
+    assert troubles(executed) == [] and list(tmp_path.iterdir()) == []
+    assert "of 40 rows" in result(executed) and "the label with the largest negative margin is" in result(executed)
+    assert "left out, longer than the context of 32 tokens: row 41" in shown_text(executed)
 
 
-def test_stored_outputs_are_those_of_the_cells():
+def test_stored_outputs_are_up_to_date():
     for path in FILES:
         notebook = read(path)
         nbformat.validate(notebook)
         assert run_notebooks.current(notebook), f"{path.name}: run python -m qlens.analysis.maintenance.run_notebooks"
-        again = nbformat.writes(run_notebooks.stored(copy.deepcopy(notebook))) + "\n"
-        assert path.read_text(encoding="utf-8") == again, path.name
+        stored_text = nbformat.writes(run_notebooks.stored(copy.deepcopy(notebook))) + "\n"
+        assert path.read_text(encoding="utf-8") == stored_text, path.name
         assert troubles(notebook) == [], path.name
         assert len(pictures(notebook)) >= PICTURES[number(path)], path.name
-        assert not JUNK.search(said(notebook)), (path.name, JUNK.search(said(notebook)))
+        assert not JUNK.search(shown_text(notebook)), (path.name, JUNK.search(shown_text(notebook)))
 
 
-def test_it_says_what_it_teaches_and_ends_with_a_result():
+def test_a_notebook_has_an_introduction_and_a_result():
     for path in FILES:
         notebook = read(path)
         first = notebook.cells[0].source
@@ -113,17 +113,17 @@ def test_it_says_what_it_teaches_and_ends_with_a_result():
         assert not re.search(r"https?://(?!arxiv\.org)", "".join(cell.source for cell in notebook.cells)), path.name
 
 
-def test_there_are_six_and_they_are_small():
+def test_there_are_six_small_notebooks():
     assert [number(path) for path in FILES] == [1, 2, 3, 4, 5, 6]
     assert sum(path.stat().st_size for path in FILES) < SIZE
 
 
-def test_the_readme_lists_them():
+def test_the_readme_lists_the_notebooks():
     text = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
     assert all(f"](notebooks/{path.name})" in text for path in FILES)
 
 
-def test_a_change_of_a_cell_is_noticed():
+def test_a_changed_cell_is_detected():
     for change in ("source", "count", "order"):
         notebook = read(FILES[1])
         if change == "source":
@@ -135,15 +135,15 @@ def test_a_change_of_a_cell_is_noticed():
         assert not run_notebooks.current(notebook), change
 
 
-def test_one_command_runs_and_stores_them(tmp_path, capsys):
+def test_one_command_runs_and_stores_the_notebooks(tmp_path, capsys):
     cells = [
         nbformat.v4.new_code_cell("print(6 * 7)"),
         nbformat.v4.new_code_cell("import ipywidgets; ipywidgets.IntSlider()"),
     ]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "7-short.ipynb")
     run_notebooks.main(["--folder", str(tmp_path), "--only", "7"])
-    made = read(tmp_path / "7-short.ipynb")
-    assert run_notebooks.current(made) and said(made) == "42\n" and "widgets" not in made.metadata
+    executed = read(tmp_path / "7-short.ipynb")
+    assert run_notebooks.current(executed) and shown_text(executed) == "42\n" and "widgets" not in executed.metadata
     assert "7-short.ipynb: " in capsys.readouterr().err.replace("\n", "")
     with pytest.raises(SystemExit, match="holds no numbered notebook"):
         run_notebooks.main(["--folder", str(tmp_path / "none")])

@@ -1,4 +1,4 @@
-"""The distribution: what pip installs outside the checkout, and how the house hangs together."""
+"""The distribution: wheel and sdist outside the checkout, layers of imports, generated blocks of the README."""
 
 import ast
 import runpy
@@ -111,8 +111,8 @@ def imports_of(path):
 def test_dependencies_point_one_way():
     rank = {name: number for number, name in enumerate(FLOORS)} | {"conformance": FLOORS.index("training")}
     for path in (ROOT / "variants").rglob("*.py"):
-        used = {package(name) for name, _ in imports_of(path) if name.startswith("qlens.")}
-        assert used <= {"core", "registry", "variants"}, f"{path.name} imports {used}"
+        imported = {package(name) for name, _ in imports_of(path) if name.startswith("qlens.")}
+        assert imported <= {"core", "registry", "variants"}, f"{path.name} imports {imported}"
     for path in (ROOT / "qlens").rglob("*.py"):
         where = path.relative_to(ROOT / "qlens").parts
         if len(where) == 1 or where[0] in ("variants", "analysis"):
@@ -143,7 +143,7 @@ def readme():
     return (ROOT / "README.md").read_text()
 
 
-def test_the_readme_gives_the_two_commands_and_names_no_taken_package():
+def test_the_readme_gives_the_two_install_commands():
     lines = [line.strip() for line in readme().splitlines()]
     assert "pip install -c constraints.txt -e . && qlens compare" in lines
     assert 'pip install -c constraints.txt -e ".[test]" && pytest' in lines
@@ -155,7 +155,7 @@ def test_the_versions_agree():
     assert f"\nversion: {qlens.__version__}\n" in citation
 
 
-def test_generated_blocks_are_what_is_printed():
+def test_generated_blocks_are_up_to_date():
     for file, blocks in BLOCKS.items():
         for name, write in blocks.items():
             assert block(file.read_text(), name) == write(), (

@@ -1,11 +1,12 @@
-"""What users' methods are shown: copies they may write on, masks as bool, weights where they need them; and what is counted."""
+"""Inputs of user methods: copies that they may modify, masks as bool, weights where needed; and counts of selected tokens."""
 
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, parameters, rows, trainer_in
+from losses import nll
+from tiny_models import llama, parameters, rows
 from torch.testing import assert_close
 from user_methods import hidden_and_head
 
@@ -14,33 +15,23 @@ from qlens import Tokens, fused_loss
 from qlens.registry.registry import _method
 
 
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
 def registered(fn, **card):
     """A new variant of a method at every call, as a name gives one."""
     method = _method(fn.__name__, fn, **card)
     return method.variant
 
 
-def assert_trained_as(variant, wanted, **fields):
+def assert_trained_as(variant, expected_loss, **fields):
     """Value and gradients of the engine against a loss of whole logits, (N,)."""
     hidden, head, labels = hidden_and_head(50, 40)
-    whole = wanted(hidden @ head.T, labels).mean()
+    whole = expected_loss(hidden @ head.T, labels).mean()
     value = fused_loss(variant, hidden, head, labels, **{name: each.clone() for name, each in fields.items()})
     assert_close(value, whole, rtol=1e-9, atol=1e-12)
     for got, right in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
         assert_close(got, right, rtol=0, atol=1e-9 * max(1e-3, float(right.abs().max())))
 
 
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def test_a_method_may_write_on_what_it_is_shown():
+def test_a_method_may_write_on_its_inputs():
     calls = []
 
     def halving(tokens):
@@ -95,7 +86,7 @@ def test_masks_of_zeros_and_ones_are_bool():
     assert tokens.critical.dtype == torch.bool == tokens.replace(hint=mask.long()).hint.dtype
 
 
-def test_a_method_that_needs_the_weight_is_shown_it():
+def test_a_method_that_needs_the_weight_gets_it():
     def squared(tokens):
         return -(tokens.weight.clamp(max=0.5) ** 2) * tokens.label_log_probs
 
@@ -144,7 +135,7 @@ def test_selected_tokens_of_a_loss_alone_are_counted(make):
     assert logged[0] == pytest.approx(logged[1], rel=1e-4) and logged[0][0] < 4.0
 
 
-def test_a_first_batch_that_teaches_nothing_decides_nothing():
+def test_layouts_are_not_decided_on_a_skipped_batch():
     """Neither the layout nor the reduction of a loss is taken from rows that it skips, with zeros or without a graph."""
 
     def shifting(logits, labels, critical):
@@ -153,10 +144,10 @@ def test_a_first_batch_that_teaches_nothing_decides_nothing():
         return (losses * mask.reshape(-1)).sum()
 
     def skipping(logits, labels, critical):
-        kept = critical.bool()
-        if not kept.any():
+        mask = critical.bool()
+        if not mask.any():
             return torch.zeros((), dtype=logits.dtype)
-        return F.cross_entropy(logits[kept], labels[kept], reduction="sum")
+        return F.cross_entropy(logits[mask], labels[mask], reduction="sum")
 
     none, some = torch.zeros(40, dtype=torch.bool), torch.arange(40) % 2 == 1
     for fn in (shifting, skipping):
@@ -165,7 +156,7 @@ def test_a_first_batch_that_teaches_nothing_decides_nothing():
             assert_trained_as(variant, lambda z, y, critical=critical: critical * nll(z, y), critical=critical)
 
 
-def test_a_kept_variant_follows_a_loss_whose_reduction_changes():
+def test_a_reused_variant_follows_a_changed_reduction():
     reduction = ["mean"]
     variant = registered(lambda logits, labels: F.cross_entropy(logits, labels, reduction=reduction[0]))()
     for reduction[0] in ("mean", "sum", "none", "mean"):

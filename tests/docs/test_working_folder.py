@@ -1,9 +1,9 @@
-"""Paths of a command are those of the folder it was given in, whatever folder a user's code changes to."""
+"""Paths of a command are relative to the folder it was called in, whatever folder user code changes to."""
 
 import json
 
 import pytest
-from tiny import VOCAB, letters, llama
+from tiny_models import VOCAB, letters, llama
 
 from qlens import InputError, compare
 from qlens.core.files import from_here, output_file, user_path
@@ -53,7 +53,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_a_users_file_that_changes_the_folder_moves_no_path(here, run, monkeypatch, words):
+def test_a_user_file_that_changes_the_working_folder_moves_no_path(here, run, monkeypatch, words):
     code, out, err = run(*words)
     assert code == 0, err
     assert all((here / name).stat().st_size for name in COMMANDS[words])
@@ -63,13 +63,13 @@ def test_a_users_file_that_changes_the_folder_moves_no_path(here, run, monkeypat
     monkeypatch.chdir(here)
 
 
-def test_a_study_from_python_stays_where_it_was_asked_for(here):
-    found = {"model": "model", "data": "data.jsonl", "seeds": 1, "steps": 1, "jobs": 1, "progress": False}
-    compare(["own.py:own", "second.py:second"], out="run", save=True, **found)
+def test_a_study_is_saved_to_the_requested_folder(here):
+    options = {"model": "model", "data": "data.jsonl", "seeds": 1, "steps": 1, "jobs": 1, "progress": False}
+    compare(["own.py:own", "second.py:second"], out="run", save=True, **options)
     assert (here / "run" / "config.json").is_file() and not list((here / "elsewhere").iterdir())
 
 
-def test_relative_paths_begin_where_they_are_told_to(tmp_path, monkeypatch):
+def test_relative_paths_start_at_the_callers_folder(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     monkeypatch.chdir(tmp_path)
     assert user_path("a", "out") == tmp_path / "a"
@@ -85,11 +85,11 @@ def test_relative_paths_begin_where_they_are_told_to(tmp_path, monkeypatch):
         output_file("no/b", "out")
 
 
-def test_a_working_folder_that_is_gone_is_said_to_be(tmp_path, run, monkeypatch):
-    gone = tmp_path / "gone"
-    gone.mkdir()
-    monkeypatch.chdir(gone)
-    gone.rmdir()
+def test_a_deleted_working_folder_is_reported(tmp_path, run, monkeypatch):
+    deleted = tmp_path / "gone"
+    deleted.mkdir()
+    monkeypatch.chdir(deleted)
+    deleted.rmdir()
     code, _, err = run("show", "sft")
     assert (code, err.count("\n")) == (2, 1) and "working folder is gone" in err
     monkeypatch.chdir(tmp_path)

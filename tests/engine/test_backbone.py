@@ -1,13 +1,12 @@
-"""Backbones: changes behind a model's head are found at large logits, and again when they occur during a run."""
+"""Backbones: changes of the logits after a model's head are detected, at the start and during a run."""
 
-import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch import nn
 from torch.testing import assert_close
 from transformers import LlamaForCausalLM, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
@@ -16,12 +15,6 @@ from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
 from qlens.engine.models.backbone import Backbone, DamagedModel
 from qlens.engine.models.head_capture import NoBackbone
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def small(kind=LlamaForCausalLM):
@@ -78,7 +71,7 @@ def batch_of(count=2):
     return {name: value for name, value in collate(rows(count)).items() if name != "labels"}
 
 
-def test_what_is_done_with_large_outputs_of_a_head_is_found_while_they_are_small():
+def test_soft_caps_are_found_at_small_head_outputs():
     for kind in (Capped, Clamped, Floored):
         with pytest.raises(NoBackbone, match="its logits are not its head's"):
             Backbone(small(kind), batch_of())
@@ -106,7 +99,7 @@ def test_a_cap_under_another_name_in_use_is_fused():
     assert Backbone(RecurrentGemmaForCausalLM(config), batch_of()).softcap == 30.0
 
 
-def test_what_changes_behind_a_head_during_a_run_is_noticed(make, caplog):
+def test_a_change_after_the_head_during_a_run_is_detected(make, caplog):
     def suppress(module, args, out):
         out = out.clone()
         out[..., 7] = -50.0
@@ -138,7 +131,7 @@ def test_what_changes_behind_a_head_during_a_run_is_noticed(make, caplog):
         assert not torch.equal(before, parameters(trainer.model)), name
 
 
-def test_what_a_model_does_in_the_very_pass_is_compared_too(make, caplog):
+def test_changes_of_the_logits_in_the_verified_pass_are_detected(make, caplog):
     class Switched(Behind):
         factor = 1.0
 
@@ -168,13 +161,13 @@ def test_mixed_precision_is_fused_and_right(make):
                 trainer.train()
                 losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
                 runs.append((parameters(trainer.model) - start, torch.tensor(losses)))
-            (moved, losses), (plain, plain_losses) = runs
-            assert moved.dtype == torch.float32 and plain.norm() > 1e-2
-            assert float((moved - plain).norm() / plain.norm()) < 0.02
+            (change, losses), (plain_change, plain_losses) = runs
+            assert change.dtype == torch.float32 and plain_change.norm() > 1e-2
+            assert float((change - plain_change).norm() / plain_change.norm()) < 0.02
             assert_close(losses, plain_losses, rtol=2e-3, atol=1e-4)
 
 
-def test_an_adapted_head_is_named_as_such():
+def test_an_adapted_head_is_reported():
     class Adapter(nn.Linear):
         def __init__(self, base):
             super().__init__(base.in_features, base.out_features)
@@ -189,7 +182,9 @@ def test_an_adapted_head_is_named_as_such():
 def test_a_model_whose_logits_are_nan_is_damaged_and_one_with_nan_at_some_tokens_is_not():
     ids = {"input_ids": torch.tensor([[3, 4, 5, 2]])}
     some, every = llama(), llama()
-    some.model.norm.register_forward_hook(lambda module, given, made: made.index_fill(1, torch.tensor([3]), torch.nan))
+    some.model.norm.register_forward_hook(
+        lambda module, args, output: output.index_fill(1, torch.tensor([3]), torch.nan)
+    )
     assert Backbone(some, ids).head is some.lm_head
     every.lm_head.weight.data[:] = torch.nan
     with pytest.raises(DamagedModel, match="LlamaForCausalLM are NaN at every token"):

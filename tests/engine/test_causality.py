@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tiny import VOCAB, letters, llama, rows, trainer_in
+from tiny_models import VOCAB, letters, llama, rows, trainer_in
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -21,9 +21,9 @@ from qlens.core.errors import InputError
 SHAPE = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
 
 
-def bert(kind=BertForMaskedLM, **given):
+def bert(kind=BertForMaskedLM, **options):
     torch.manual_seed(0)
-    return kind(BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **SHAPE, **given))
+    return kind(BertConfig(vocab_size=VOCAB, max_position_embeddings=64, **SHAPE, **options))
 
 
 def encoder_decoders():

@@ -8,7 +8,7 @@ import torch
 from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import VOCAB, llama, rows
+from tiny_models import VOCAB, llama, rows
 from torch.testing import assert_close
 
 import qlens
@@ -29,7 +29,7 @@ def joined(parts):
     return {name: torch.cat([part.fields()[name] for part in parts]) for name in parts[0].fields()}
 
 
-def test_texts_in_chunks_are_texts_whole():
+def test_token_batches_in_chunks_equal_whole_ones():
     for entries in [1, 3 * VOCAB, 10**6]:
         with case(entries):
             models = dict(teacher=llama(1), reference=llama(2))
@@ -37,41 +37,41 @@ def test_texts_in_chunks_are_texts_whole():
             whole = joined(list(token_batches(llama(), EXAMPLES, 2, needs, **models)))
             parts = list(token_batches(llama(), EXAMPLES, 2, needs, entries, **models))
             assert max(part.logits.numel() for part in parts) <= max(entries, VOCAB)
-            found = joined(parts)
-            assert found.keys() == whole.keys()
+            actual = joined(parts)
+            assert actual.keys() == whole.keys()
             for name, value in whole.items():
-                assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+                assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_only_a_chunk_of_logits_is_ever_made():
-    made = []
+def test_only_one_chunk_of_logits_is_computed_at_a_time():
+    sizes = []
     plain = Head.logits
 
     def watched(self, where, buffer=None):
         z = plain(self, where, buffer)
-        made.append(len(z))
+        sizes.append(len(z))
         return z
 
     model, teacher = llama(), llama(1)
     with mock.patch.object(Head, "logits", watched):
         parts = list(token_batches(model, EXAMPLES, 3, (), 2 * VOCAB, teacher=teacher))
     proofs = 2 * [backbone.TRIAL_TOKENS]  # of each model's head, once
-    assert sorted(made)[-2:] == proofs and max(sorted(made)[:-2]) <= 2
+    assert sorted(sizes)[-2:] == proofs and max(sorted(sizes)[:-2]) <= 2
     assert sum(len(part) for part in parts) == sum(len(t) for t in token_batches(model, EXAMPLES, 3))
 
 
-def test_fewer_tokens_are_spread_over_all():
+def test_a_subset_of_tokens_is_evenly_spread():
     for most in [1, 5, 1000]:
         with case(most):
             model = llama()
             whole = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",))
             few = tokens_from_examples(model, EXAMPLES, batch_size=2, needs=("negatives",), most=most)
-            kept = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
-            for name, value in whole[kept].fields().items():
+            chosen_rows = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
+            for name, value in whole[chosen_rows].fields().items():
                 assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_a_head_is_proved_once_however_many_batches(monkeypatch):
+def test_a_head_is_verified_once(monkeypatch):
     proved, plain = [], backbone.Backbone._verify
     monkeypatch.setattr(backbone.Backbone, "_verify", lambda self, few: proved.append(self.model) or plain(self, few))
     model, teacher = llama(), llama(1)
@@ -79,8 +79,8 @@ def test_a_head_is_proved_once_however_many_batches(monkeypatch):
     assert proved == [model, teacher]
 
 
-def test_explain_on_a_long_text_says_what_it_reads(tmp_path, capsys, monkeypatch):
-    from tiny import letters
+def test_explain_reports_the_subset_of_a_long_text(tmp_path, capsys, monkeypatch):
+    from tiny_models import letters
 
     model = llama()
     model.save_pretrained(tmp_path / "model")
@@ -96,7 +96,7 @@ def test_explain_on_a_long_text_says_what_it_reads(tmp_path, capsys, monkeypatch
 
 
 @pytest.mark.parametrize("spec", ["dft", "target_sft", "gem", "iw_sft", "mile"])
-def test_a_gradient_in_chunks_is_the_gradient(monkeypatch, spec):
+def test_chunked_gradients_equal_whole_ones(monkeypatch, spec):
     tokens, sizes = random_tokens(20, 9), []
     whole = qlens.implied_target(spec, tokens)
     plain = implied.gradient
@@ -107,16 +107,16 @@ def test_a_gradient_in_chunks_is_the_gradient(monkeypatch, spec):
     assert_close(chunked.q, whole.q, rtol=1e-12, atol=1e-12)
 
 
-def test_the_view_of_a_text_in_chunks_is_the_view(monkeypatch):
+def test_chunked_views_equal_whole_ones(monkeypatch):
     variants = [qlens.get(spec) for spec in ("sft", "target_sft")]
     whole = summary_of(llama(), EXAMPLES, variants, 5, teacher=llama(1))
     monkeypatch.setattr("qlens.analysis.token_view.summary.ENTRIES", 2 * VOCAB)
-    found = summary_of(llama(), EXAMPLES, variants, 5, teacher=llama(1))
-    assert (found.ids == whole.ids).mean() > 0.95  # ties may fall otherwise
-    assert_close(torch.tensor(found.models["nll"]), torch.tensor(whole.models["nll"]), rtol=1e-4, atol=1e-5)
+    actual = summary_of(llama(), EXAMPLES, variants, 5, teacher=llama(1))
+    assert (actual.ids == whole.ids).mean() > 0.95  # ties may fall otherwise
+    assert_close(torch.tensor(actual.models["nll"]), torch.tensor(whole.models["nll"]), rtol=1e-4, atol=1e-5)
     for spec, frame in whole.methods.items():
         assert_close(
-            torch.tensor(found.methods[spec].to_numpy()),
+            torch.tensor(actual.methods[spec].to_numpy()),
             torch.tensor(frame.to_numpy()),
             rtol=1e-3,
             atol=1e-4,
@@ -124,7 +124,7 @@ def test_the_view_of_a_text_in_chunks_is_the_view(monkeypatch):
         )
 
 
-def test_what_a_label_alone_leaves():
+def test_the_label_kernel_with_impossible_tokens():
     z = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]], dtype=torch.float64)
     log_p, rest = kernels.label_gradient_(z, torch.tensor([[0], [0]]))
     assert_close(log_p.exp(), torch.tensor([1.0, 0.5]).double())
@@ -142,7 +142,7 @@ def test_what_a_label_alone_leaves():
     impossible=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_a_mixture_in_place_is_the_mixture_written_out(own, other, kl, trust, scale, impossible, seed):
+def test_in_place_mixtures_equal_explicit_ones(own, other, kl, trust, scale, impossible, seed):
     tokens = random_tokens(5, 7, spread=3.0, seed=seed)
     z, y = tokens.logits.clone(), tokens.teacher.clone()
     if impossible:  # an entry that neither model allows

@@ -1,11 +1,11 @@
-"""Values that are not finite, of finite logits, are refused with the method and its rows; never trained, never dropped."""
+"""NaN and infinite losses or gradients of finite logits are refused with the method and its rows."""
 
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, trainer_in
+from tiny_models import llama, trainer_in
 
 from qlens import GeometricMixture, InputError, Target, fused_loss
 from qlens.registry import Method
@@ -71,14 +71,14 @@ def method(fn, structure="dense", scope="token"):
     return Method(name=fn.__name__, fn=fn, scope=scope, structure=structure, printed=loss)
 
 
-def named(error):
+def named_rows(error):
     """The rows that a message names."""
     return [int(word) for word in str(error.value).partition("rows ")[2].partition(" (")[0].split(", ")]
 
 
 @pytest.mark.parametrize("scope", ["token", "batch"])
 def test_the_engine_names_method_and_rows(scope):
-    wanted = (P_Y < BOUND).nonzero()[:, 0].tolist()
+    expected = (P_Y < BOUND).nonzero()[:, 0].tolist()
     for fn, structure in METHODS:
         for chunk, bound in ((None, True), (5, True), (None, False)):
             hidden, head = HIDDEN.clone().requires_grad_(bound), HEAD.clone().requires_grad_()
@@ -86,7 +86,7 @@ def test_the_engine_names_method_and_rows(scope):
                 fused_loss(method(fn, structure, scope), hidden, head, LABELS, chunk=chunk)
             assert fn.__name__ in str(error.value) and "NaN or infinite" in str(error.value), str(error.value)
             if bound:
-                assert named(error) == wanted, (fn.__name__, structure, str(error.value))
+                assert named_rows(error) == expected, (fn.__name__, structure, str(error.value))
 
 
 def test_infinite_trust_and_scale_are_refused_too():
@@ -96,15 +96,15 @@ def test_infinite_trust_and_scale_are_refused_too():
             fused_loss(method(fn).variant(wrong="inf"), hidden, head, LABELS)
 
 
-def test_an_impossible_label_is_no_such_row():
+def test_an_impossible_label_is_not_reported():
     bias = torch.zeros(V)
     bias[LABELS[0]] = -torch.inf
     hidden, head = HIDDEN.clone().requires_grad_(), HEAD.clone().requires_grad_()
-    made = fused_loss(method(lambda logits, labels: F.cross_entropy(logits, labels)), hidden, head, LABELS, bias=bias)
-    assert made.isinf() and torch.autograd.grad(made, head)[0].isfinite().all()
+    value = fused_loss(method(lambda logits, labels: F.cross_entropy(logits, labels)), hidden, head, LABELS, bias=bias)
+    assert value.isinf() and torch.autograd.grad(value, head)[0].isfinite().all()
 
 
-def test_a_target_that_is_the_student_itself_is_trained():
+def test_a_target_equal_to_the_student_is_trained():
     """p - p is rounding in either way to it, and no reason to refuse a method."""
     for dtype in (torch.float32, torch.bfloat16):
         hidden, head = HIDDEN.to(dtype).requires_grad_(), HEAD.to(dtype).requires_grad_()

@@ -1,13 +1,12 @@
-"""fused_loss at its edges: what gets no gradient, declarations that lack a target, numbers of every kind, sure labels."""
+"""Edge cases of fused_loss: arguments that require a gradient, losses without a target, numeric types, near-certain labels."""
 
-import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -34,20 +33,14 @@ def kd(logits, teacher=TEACHER):
     return F.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="none").sum(-1)
 
 
-def compare(variant, losses, **given):
+def compare(variant, losses, **options):
     """The engine's loss and gradients against autograd of the mean of ``losses``, a function of logits."""
     hidden, head = parts()
-    made = fused_loss(variant, hidden, head, LABELS, **given)
-    wanted = losses(hidden @ head.T).mean()
-    assert_close(made, wanted)
-    for mine, theirs in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (made, wanted)), strict=True):
-        assert_close(mine, theirs)
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
+    actual = fused_loss(variant, hidden, head, LABELS, **options)
+    expected = losses(hidden @ head.T).mean()
+    assert_close(actual, expected)
+    for grad, expected_grad in zip(*(torch.autograd.grad(x, (hidden, head)) for x in (actual, expected)), strict=True):
+        assert_close(grad, expected_grad)
 
 
 class Tempered(torch.nn.Module):
@@ -67,8 +60,8 @@ def test_a_parameter_of_the_loss_has_its_gradient_or_is_refused():
         loss, (hidden, head) = Tempered(reduction), parts()
         tokens = qlens.Tokens(logits=hidden @ head.T, labels=LABELS)
         qlens.registry.resolve(loss).loss(tokens).sum().backward()
-        wanted = torch.autograd.grad(nll((hidden @ head.T).detach() / loss.temperature).sum(), loss.temperature)[0]
-        assert_close(loss.temperature.grad, wanted)
+        expected = torch.autograd.grad(nll((hidden @ head.T).detach() / loss.temperature).sum(), loss.temperature)[0]
+        assert_close(loss.temperature.grad, expected)
         with pytest.raises(InputError, match=r"parameter of its own that requires a gradient, of shape \(\)"):
             fused_loss(loss, hidden, head, LABELS)
         compare(loss.requires_grad_(False), lambda logits: nll(logits / 1.5))
@@ -77,17 +70,17 @@ def test_a_parameter_of_the_loss_has_its_gradient_or_is_refused():
         qlens.registry.resolve(Tempered("mean")).loss(weighted).sum().backward()
 
 
-def test_what_would_get_no_gradient_is_refused():
+def test_arguments_that_require_a_gradient_are_refused():
     hidden, head = parts()
     learned = torch.rand(N, dtype=torch.float64, requires_grad=True)
-    for name, given in {
+    for name, arguments in {
         "weight requires a gradient": dict(weight=learned),
         "logit_scale requires a gradient": dict(logit_scale=learned[0]),
         "softcap requires a gradient": dict(softcap=learned[0]),
         "denominator requires a gradient": dict(denominator=learned[0]),
     }.items():
         with pytest.raises(InputError, match=name):
-            fused_loss("sft", hidden, head, LABELS, **given)
+            fused_loss("sft", hidden, head, LABELS, **arguments)
     with pytest.raises(InputError, match="no second derivative"):
         (once,) = torch.autograd.grad(fused_loss("sft", hidden, head, LABELS), hidden, create_graph=True)
         torch.autograd.grad(once.sum(), hidden)
@@ -95,32 +88,32 @@ def test_what_would_get_no_gradient_is_refused():
         torch.func.grad(lambda h: fused_loss("sft", h, head.detach(), LABELS))(hidden.detach())
 
 
-def test_numbers_of_every_kind_are_numbers():
-    for given in (
+def test_numbers_of_numpy_and_torch_are_accepted():
+    for arguments in (
         dict(denominator=np.int64(N)), dict(denominator=torch.tensor(float(N))), dict(chunk=np.int64(5)),
         dict(chunk=torch.tensor(5)), dict(softcap=np.float32(1e6)), dict(logit_scale=torch.tensor(1.0)),
         dict(logit_scale=np.float64(1.0)),
     ):  # fmt: skip
         hidden, head = parts()
         assert_close(
-            fused_loss("sft", hidden, head, LABELS, **given), nll(hidden @ head.T).mean(), rtol=1e-6, atol=1e-6
+            fused_loss("sft", hidden, head, LABELS, **arguments), nll(hidden @ head.T).mean(), rtol=1e-6, atol=1e-6
         )
     hidden, head = parts()
-    for given in (
+    for arguments in (
         dict(chunk=2.5),
         dict(chunk=True),
         dict(denominator=10**400),
         dict(logit_scale=None),
         dict(softcap="3"),
     ):
-        with pytest.raises(InputError, match=next(iter(given))):
-            fused_loss("sft", hidden, head, LABELS, **given)
+        with pytest.raises(InputError, match=next(iter(arguments))):
+            fused_loss("sft", hidden, head, LABELS, **arguments)
 
 
-def test_tensors_that_no_product_can_be_made_of_are_refused():
+def test_unsupported_tensors_are_refused():
     hidden, head = (each.detach() for each in parts())
     small = torch.float8_e4m3fn
-    for says, given in {
+    for says, tensors_and_options in {
         "hidden is on the device 'meta'": (hidden.to("meta"), head, LABELS, {}),
         "head is on the device 'meta'": (hidden, head.to("meta"), LABELS, {}),
         "labels are on meta": (hidden, head, LABELS.to("meta"), {}),
@@ -130,12 +123,12 @@ def test_tensors_that_no_product_can_be_made_of_are_refused():
         "teacher is a torch.sparse_coo": (hidden, head, LABELS, dict(teacher=TEACHER.to_sparse())),
         "the head of teacher is on the device 'meta'": (hidden, head, LABELS, dict(teacher=(hidden, head.to("meta")))),
     }.items():
-        *tensors, others = given
+        *tensors, options = tensors_and_options
         with pytest.raises(InputError, match=says):
-            fused_loss("kd", *tensors, **others)
+            fused_loss("kd", *tensors, **options)
 
 
-def test_a_mixture_that_is_a_loss_alone_is_computed_from_the_loss():
+def test_a_mixture_with_a_printed_loss_only_uses_the_loss():
     def of(fn, structure):
         return qlens.registry.registry._method("mixed", fn, structure=structure).variant()
 
@@ -164,7 +157,7 @@ def test_a_mixture_that_is_a_loss_alone_is_computed_from_the_loss():
         fused_loss(of(lambda logits, labels: nll(logits), GeometricMixture), hidden, head, LABELS)
 
 
-def test_a_loss_that_casts_to_float32_in_a_float64_model_is_its_targets():
+def test_a_float32_loss_in_a_float64_model_matches_its_target():
     def trusted(tokens):
         return Target.mix(tokens, trust=tokens.label_probs, residual="student")
 
@@ -176,11 +169,11 @@ def test_a_loss_that_casts_to_float32_in_a_float64_model_is_its_targets():
         return (-losses).exp().detach() * losses
 
     hidden, head = parts()
-    made = fused_loss(method, hidden, head, LABELS)
-    assert_close(made, fused_loss("dft", hidden, head, LABELS), rtol=1e-6, atol=1e-6)
+    value = fused_loss(method, hidden, head, LABELS)
+    assert_close(value, fused_loss("dft", hidden, head, LABELS), rtol=1e-6, atol=1e-6)
 
 
-def test_labels_that_are_sure_beyond_float32_keep_their_gradient():
+def test_near_certain_labels_keep_their_gradient():
     for margin in (80.0, 100.0, 120.0, 400.0, 900.0):
         hidden, head = torch.zeros(4, 4), torch.zeros(5, 4)
         hidden[:, 0], head[0, 0] = 1, margin
@@ -192,25 +185,25 @@ def test_labels_that_are_sure_beyond_float32_keep_their_gradient():
             assert float(value.detach()) == pytest.approx(math.log(4) - margin, rel=1e-5)
 
 
-def test_an_impossible_label_keeps_its_gradient_however_a_loss_reduces():
+def test_impossible_labels_keep_their_gradient_under_any_reduction():
     bias = torch.zeros(V, dtype=torch.float64)
     bias[LABELS[0]] = -torch.inf
-    found = []
+    by_reduction = []
     for reduction in ("none", "mean"):
         hidden, head = parts()
         value = fused_loss(
             lambda logits, labels, reduction=reduction: F.cross_entropy(logits, labels, reduction=reduction),
             hidden, head, LABELS, bias=bias,
         )  # fmt: skip
-        found.append(torch.autograd.grad(value, (hidden, head)))
+        by_reduction.append(torch.autograd.grad(value, (hidden, head)))
     hidden, head = parts()
-    wanted = torch.autograd.grad(nll(hidden @ head.T + bias).mean(), (hidden, head))
-    for each in found:
-        for mine, theirs in zip(each, wanted, strict=True):
-            assert_close(mine, theirs)
+    expected = torch.autograd.grad(nll(hidden @ head.T + bias).mean(), (hidden, head))
+    for each in by_reduction:
+        for grad, expected_grad in zip(each, expected, strict=True):
+            assert_close(grad, expected_grad)
 
 
-def test_parameters_that_are_tensors_or_arrays_are_taken_and_told_apart():
+def test_tensor_and_array_parameters_are_distinguished():
     def smoothed(tokens, *, prior=ONES, at=PLACES):
         return -(tokens.log_probs * (prior / prior.sum())).sum(-1) + tokens.label_log_probs * 0
 
@@ -222,7 +215,7 @@ def test_parameters_that_are_tensors_or_arrays_are_taken_and_told_apart():
     assert specs[0] == "prior" and len(set(specs)) == 3 and "<Tensor (9,)" in specs[1]
 
 
-def test_a_method_written_for_one_vocabulary_is_tried_at_it(make):
+def test_a_method_for_one_vocabulary_is_verified_at_it(make):
     weights = torch.rand(VOCAB + 3)
 
     def by_class(tokens):

@@ -20,7 +20,7 @@ def parts(dtype=torch.float64, seed=0, bias=True):
     return [x.to(dtype).requires_grad_() for x in ((hidden, head, b) if bias else (hidden, head))]
 
 
-def given(tokens=TOKENS):
+def other_fields(tokens=TOKENS):
     return {name: value for name, value in tokens.fields().items() if name not in ("logits", "labels", "weight")}
 
 
@@ -32,18 +32,20 @@ def dense(variant, hidden, head, bias=None, *, tokens=TOKENS, softcap=None, logi
 
 
 def engine(variant, hidden, head, bias=None, *, denominator=1.0, **options):
-    return fused_loss(variant, hidden, head, TOKENS.labels, bias=bias, denominator=denominator, **given(), **options)
+    return fused_loss(
+        variant, hidden, head, TOKENS.labels, bias=bias, denominator=denominator, **other_fields(), **options
+    )
 
 
 def both(variant, dtype=torch.float64, seed=0, **options):
     """Value and gradients, by the engine and by autograd."""
-    found = []
+    results = []
     for path in (engine, dense):
         leaves = parts(dtype, seed)
-        kept = {k: v for k, v in options.items() if path is engine or k in ("softcap", "logit_scale")}
-        value = path(variant, *leaves, **kept)
-        found.append((value.detach(), *torch.autograd.grad(value, leaves)))
-    return found
+        path_options = {k: v for k, v in options.items() if path is engine or k in ("softcap", "logit_scale")}
+        value = path(variant, *leaves, **path_options)
+        results.append((value.detach(), *torch.autograd.grad(value, leaves)))
+    return results
 
 
 def assert_matches_autograd(spec, **options):
@@ -52,7 +54,7 @@ def assert_matches_autograd(spec, **options):
 
 
 @pytest.mark.parametrize("name", methods())
-def test_every_method_and_preset_is_the_plain_path(name):
+def test_every_method_and_preset_matches_the_plain_path(name):
     for preset in ("", *methods()[name].modes):
         with case(preset):
             assert_matches_autograd(f"{name}@{preset}" if preset else name, chunk=7)
@@ -87,7 +89,7 @@ def test_precision(dtype):
 def assert_matches_float64(name, dtype):
     """Against float64 on the same logits, which are the product in the inputs' own dtype."""
     leaves = parts(dtype)
-    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in given().items()}
+    rounded = {k: v.to(dtype) if v.is_floating_point() else v for k, v in other_fields().items()}
     value = fused_loss(name, leaves[0], leaves[1], TOKENS.labels, bias=leaves[2], denominator=1.0, chunk=7, **rounded)
     hidden, head, bias = (leaf.detach() for leaf in leaves)
     z = ((hidden @ head.T).double() + bias).requires_grad_()
@@ -114,7 +116,7 @@ def assert_gradcheck(spec, softcap):
     variant = qlens.get(spec)
     rows = slice(0, 4) if variant.scope == "token" else slice(0, N)
     leaves = [leaf.detach()[rows] if i == 0 else leaf.detach() for i, leaf in enumerate(parts())]
-    some = {name: value[rows] for name, value in given().items()}
+    some = {name: value[rows] for name, value in other_fields().items()}
 
     def value(hidden, head, bias):
         return fused_loss(spec, hidden, head, TOKENS.labels[rows], bias=bias, softcap=softcap, chunk=3, **some)
@@ -123,12 +125,12 @@ def assert_gradcheck(spec, softcap):
         """gradcheck calls backward several times; the engine's gradients can be used once, so that they are recomputed."""
 
         @staticmethod
-        def forward(ctx, *given):
+        def forward(ctx, *args):
             with torch.enable_grad():
-                fresh = [x.detach().requires_grad_() for x in given]
-                made = value(*fresh)
-                ctx.save_for_backward(*torch.autograd.grad(made, fresh))
-            return made.detach()
+                fresh = [x.detach().requires_grad_() for x in args]
+                result = value(*fresh)
+                ctx.save_for_backward(*torch.autograd.grad(result, fresh))
+            return result.detach()
 
         @staticmethod
         def backward(ctx, upstream):
@@ -151,7 +153,7 @@ def test_masked_rows_are_dropped_and_the_mean_is_over_the_others():
     for spec in ("sft", "asft_anchored", "orpo", "bootstrap_hard", "label_smoothing"):
         with case(spec):
             hidden, head, bias = parts()
-            value = fused_loss(spec, hidden, head, masked, bias=bias, chunk=4, **given())
+            value = fused_loss(spec, hidden, head, masked, bias=bias, chunk=4, **other_fields())
             some = TOKENS[keep]
             expected = qlens.get(spec).loss(some.replace(logits=(hidden @ head.T + bias)[keep])).sum()
             count = some.pair.unique().numel() if spec == "orpo" else int(keep.sum())
@@ -160,17 +162,17 @@ def test_masked_rows_are_dropped_and_the_mean_is_over_the_others():
             assert float(g[~keep].abs().max()) == 0 and float(g[keep].abs().min(-1).values.max()) > 0
 
 
-def test_no_rows_at_all_is_zero_with_a_graph():
+def test_no_rows_give_zero_with_a_graph():
     for spec in ("sft", "kd", "dpo", "label_smoothing"):
         with case(spec):
             hidden, head, bias = parts()
-            value = fused_loss(spec, hidden, head, torch.full((N,), -100), bias=bias, **given())
+            value = fused_loss(spec, hidden, head, torch.full((N,), -100), bias=bias, **other_fields())
             value.backward()
             assert float(value.detach()) == 0
             assert float(hidden.grad.abs().max()) == 0 and float(head.grad.abs().max()) == 0
 
 
-def test_a_frozen_head_costs_no_gradient_and_upstream_factors_pass():
+def test_frozen_heads_and_upstream_factors():
     hidden, head, bias = parts()
     frozen = fused_loss("dft", hidden, head.detach(), TOKENS.labels, denominator=1.0)
     (once,) = torch.autograd.grad(frozen, hidden)

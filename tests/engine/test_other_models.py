@@ -11,13 +11,13 @@ from qlens.engine.fused import fused_loss
 from qlens.engine.heads import Head, TopK
 
 
-def test_heads_and_top_k_show_their_sizes():
+def test_the_repr_of_heads_and_top_k_teachers():
     hidden, head, bias = (value.detach() for value in parts())
     assert repr(Head(hidden, head, bias, softcap=30.0)) == (
         "<Head: 24 rows of width 8, vocabulary 32, torch.float64, softcap 30>"
     )
-    known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
-    assert repr(TopK(ids, known)) == "<TopK: 24 rows of 5 tokens, tail 'renorm'>"
+    top_log_probs, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
+    assert repr(TopK(ids, top_log_probs)) == "<TopK: 24 rows of 5 tokens, tail 'renorm'>"
 
 
 def test_other_models_as_hidden_states_logits_and_masked():
@@ -43,8 +43,8 @@ def test_a_top_k_teacher_equals_its_logits(tail):
 
 def assert_top_k_equals_logits(spec, tail):
     hidden, head, bias = parts()
-    known, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
-    teacher = TopK(ids, known, tail)
+    top_log_probs, ids = TOKENS.log_probs_of("teacher").topk(5, -1)
+    teacher = TopK(ids, top_log_probs, tail)
     as_logits = teacher.logits(slice(None), (hidden @ head.T + bias).detach())
     values = [
         fused_loss(spec, hidden, head, TOKENS.labels, bias=bias, teacher=teacher, chunk=7),
@@ -55,17 +55,17 @@ def assert_top_k_equals_logits(spec, tail):
         assert_close(a, b)
 
 
-def test_the_observer_is_given_every_row_once_with_its_target():
+def test_the_observer_gets_every_row_once_with_its_target():
     for spec in ("dft", "iw_sft", "target_sft", "gem", "label_smoothing"):
-        seen = []
+        calls = []
         leaves = parts()
-        value = engine(spec, *leaves, chunk=7, observe=lambda *values: seen.append(values))  # noqa: B023
+        value = engine(spec, *leaves, chunk=7, observe=lambda *values: calls.append(values))  # noqa: B023
         tokens = TOKENS.replace(logits=(leaves[0] @ leaves[1].T + leaves[2]).detach())
         target = qlens.get(spec).target(tokens).at("unit")
-        assert_close(torch.cat([some.labels for some, _, _ in seen]), TOKENS.labels)
-        assert_close(torch.cat([each.at("unit").q for _, each, _ in seen]), target.q)
-        assert_close(torch.cat([losses for _, _, losses in seen]).sum(), value.detach())
-        assert_close(torch.cat([some.label_log_probs for some, _, _ in seen]), tokens.label_log_probs)
+        assert_close(torch.cat([some.labels for some, _, _ in calls]), TOKENS.labels)
+        assert_close(torch.cat([each.at("unit").q for _, each, _ in calls]), target.q)
+        assert_close(torch.cat([losses for _, _, losses in calls]).sum(), value.detach())
+        assert_close(torch.cat([some.label_log_probs for some, _, _ in calls]), tokens.label_log_probs)
 
 
 def test_another_model_as_a_head_of_its_own():
@@ -81,21 +81,21 @@ def test_another_model_as_a_head_of_its_own():
 
 
 @pytest.mark.parametrize("tail", ["renorm", "uniform", "student"])
-def test_a_teacher_known_by_its_top_k(tail):
+def test_a_top_k_teacher_matches_its_full_distribution(tail):
     hidden, head, bias = parts()
     log_t = TOKENS.log_probs_of("teacher")
-    known, ids = log_t.topk(5, -1)
-    value = fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=TopK(ids, known, tail), chunk=7)
+    top_log_probs, ids = log_t.topk(5, -1)
+    value = fused_loss("kd", hidden, head, TOKENS.labels, bias=bias, teacher=TopK(ids, top_log_probs, tail), chunk=7)
     z = hidden @ head.T + bias
     p = z.detach().softmax(-1)
-    kept = torch.zeros_like(p).scatter(1, ids, 1.0).bool()
-    rest = 1 - known.exp().sum(-1, keepdim=True)
-    others = {
+    in_top = torch.zeros_like(p).scatter(1, ids, 1.0).bool()
+    rest = 1 - top_log_probs.exp().sum(-1, keepdim=True)
+    by_tail = {
         "renorm": 0 * p,
         "uniform": rest / (V - 5) + 0 * p,
-        "student": rest * p / (p * ~kept).sum(-1, keepdim=True),
+        "student": rest * p / (p * ~in_top).sum(-1, keepdim=True),
     }
-    full = torch.where(kept, log_t.exp(), others[tail])
+    full = torch.where(in_top, log_t.exp(), by_tail[tail])
     full = full / full.sum(-1, keepdim=True)
     expected = (torch.special.xlogy(full, full) - full * z.log_softmax(-1)).sum() / N
     assert_close(value, expected)

@@ -1,4 +1,4 @@
-"""The declared structure of methods: detected for built-in ones, trained by and verified for users' ones."""
+"""Declared structures: compared with detected ones for built-in methods, verified for user methods."""
 
 import copy
 from dataclasses import replace
@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import case
-from detectors import detected
-from real import smollm2
-from tiny import llama, trainer_in
+from real_model import smollm2
+from structure_detection import detect_structure
+from tiny_models import llama, trainer_in
 from torch.testing import assert_close
 from user_methods import (
     GATES,
     combination,
     compare,
-    drawn,
     hidden_and_head,
+    random_methods,
     rank_gate,
     student,
     teacher_top,
@@ -40,10 +40,10 @@ def test_the_declared_structure_is_the_simplest():
         if isinstance(declared, GeometricMixture) and declared.value is None:
             declared = replace(declared, value="kl")  # the default beside a printed loss
         with case(name):
-            assert declared == detected(qlens.get(name))
+            assert declared == detect_structure(qlens.get(name))
 
 
-def test_structures_that_are_none_are_refused():
+def test_invalid_structures_are_refused():
     for structure, says in (
         ("labels", 'GeometricMixture\\("teacher"\\)'),
         (GeometricMixture("teacher"), "declare needs=\\('teacher',\\)"),
@@ -57,17 +57,17 @@ def test_structures_that_are_none_are_refused():
             GeometricMixture(**wrong)
 
 
-def test_a_users_method_is_trained_as_it_is_written():
+def test_user_methods_match_autograd():
     """Eight methods drawn at random, rows cut where their scope allows, else whole; the slow test below has 200."""
     scopes = []
-    for number, variant in enumerate(drawn(8)):
+    for number, variant in enumerate(random_methods(8)):
         with case(number, variant.spec, variant.scope):
             compare(variant, 500, chunk=7)
         scopes.append(variant.scope)
     assert set(scopes) == {"token", "batch", "sequence"}
 
 
-def test_a_gate_beyond_small_vocabularies_is_not_sft():
+def test_a_gate_seen_only_at_large_vocabularies_is_applied():
     for gate in GATES[:2]:
         variant = combination((gate,), student, "token", "both", 1.0)
         tokens = wide_tokens(5000)
@@ -112,7 +112,7 @@ def test_target_and_printed_loss_that_differ_are_refused():
         compare(variant, 5000)
 
 
-def test_a_losss_own_tokens_hold_no_log_probs_of_other_logits():
+def test_cached_log_probs_belong_to_their_logits():
     """A z-loss beside the label's log-probability: both parts have a gradient, in the engine and in the lens."""
 
     def loss(tokens):
@@ -132,7 +132,7 @@ def test_a_losss_own_tokens_hold_no_log_probs_of_other_logits():
     assert len(tokens) == 16
 
 
-def test_a_bare_topk_runs_where_the_vocabulary_has_so_many():
+def test_a_fixed_top_k_runs_at_large_vocabularies():
     def top_twenty(tokens):
         p = tokens.probs.detach()
         return Target.mix(tokens, p.topk(20, -1).values.sum(-1), "student")
@@ -145,27 +145,29 @@ def test_a_bare_topk_runs_where_the_vocabulary_has_so_many():
     assert user_method(loss=top_fifty).derived
 
 
-def test_what_an_observer_is_given_stays():
+def test_observed_tensors_are_copies():
     hidden, head, labels = hidden_and_head(40, 12)
     teacher = torch.randn(12, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for spec in ("sft", "kd", "label_smoothing", "gem"):
-        seen = []
+        calls = []
         extra = {"teacher": teacher} if spec == "kd" else {}
-        fused_loss(spec, hidden, head, labels, chunk=5, observe=lambda *values, seen=seen: seen.append(values), **extra)
+        fused_loss(
+            spec, hidden, head, labels, chunk=5, observe=lambda *values, calls=calls: calls.append(values), **extra
+        )
         tokens = Tokens(logits=(hidden @ head.T).detach(), labels=labels, **extra)
         expected = qlens.get(spec).target(tokens)
-        assert_close(torch.cat([t.logits for t, _, _ in seen]), tokens.logits)
-        assert_close(torch.cat([target.q for _, target, _ in seen]), expected.q, rtol=1e-9, atol=1e-12)
-        assert_close(torch.cat([target.grad for _, target, _ in seen]), expected.grad, rtol=1e-9, atol=1e-12)
+        assert_close(torch.cat([t.logits for t, _, _ in calls]), tokens.logits)
+        assert_close(torch.cat([target.q for _, target, _ in calls]), expected.q, rtol=1e-9, atol=1e-12)
+        assert_close(torch.cat([target.grad for _, target, _ in calls]), expected.grad, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_observer_changes_no_bit(dtype):
+def test_an_observer_does_not_change_the_result(dtype):
     hidden, head, labels = (x.detach() for x in hidden_and_head(3000, 400))
     teacher = torch.randn(400, 3000, generator=torch.Generator().manual_seed(1)).to(dtype)
     for spec in ("sft", "dft", "kd", "target_sft", "label_smoothing", "asft_anchored", "gem"):
         bits = []
-        for observe in (None, lambda *given: None):
+        for observe in (None, lambda *args: None):
             leaves = hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_()
             value = fused_loss(spec, *leaves, labels, teacher=teacher, reference=teacher, chunk=150, observe=observe)
             bits.append((value.detach(), *torch.autograd.grad(value, leaves)))
@@ -182,31 +184,33 @@ def test_logits_that_are_not_a_number_are_refused():
 
 
 @pytest.mark.slow
-def test_two_hundred_methods_of_users_are_trained_as_they_are_written(tmp_path):
+def test_two_hundred_random_user_methods_match_autograd(tmp_path):
     """By fused_loss and by a step of QTrainer, fused where it can be, against float64 autograd at a vocabulary of 5,000."""
     student, teacher = (llama(seed, vocab=5000).double() for seed in (0, 1))
     ids = torch.randint(5000, (4, 9), generator=torch.Generator().manual_seed(1))
     examples = [{"input_ids": row.tolist(), "labels": [-100, -100, *row.tolist()[2:]]} for row in ids]
     with torch.no_grad():
         teachers = teacher(ids).logits[:, 1:-1].flatten(0, 1)
-    apart = []
-    for variant in drawn(200, seed=1):
-        others = {"teacher": teacher} if "teacher" in variant.needs else {}
+    differences = []
+    for variant in random_methods(200, seed=1):
+        other_models = {"teacher": teacher} if "teacher" in variant.needs else {}
         if variant.scope == "token":
             compare(variant, 5000, chunk=7)
         trained, expected = copy.deepcopy(student), copy.deepcopy(student)
-        trainer_in(tmp_path, variant, model=trained, examples=examples, steps=1, learning_rate=1.0, **others).train()
-        fields = {"sequence": torch.arange(4).repeat_interleave(7)} | {name: teachers for name in others}
+        trainer_in(
+            tmp_path, variant, model=trained, examples=examples, steps=1, learning_rate=1.0, **other_models
+        ).train()
+        fields = {"sequence": torch.arange(4).repeat_interleave(7)} | {name: teachers for name in other_models}
         logits = expected(ids).logits[:, 1:-1].flatten(0, 1)
         (variant.loss(Tokens(logits=logits, labels=ids[:, 2:].flatten(), **fields)).sum() / 28).backward()
         steps = [(a - b + b.grad).abs().max() for a, b in zip(trained.parameters(), expected.parameters(), strict=True)]
-        apart.append(float(torch.stack(steps).detach().max()))
-    assert len(apart) == 200 and max(apart) < 1e-9
+        differences.append(float(torch.stack(steps).detach().max()))
+    assert len(differences) == 200 and max(differences) < 1e-9
 
 
 @pytest.mark.real
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_engine_on_a_real_model_is_autograd_on_its_logits(dtype):
+def test_the_engine_matches_autograd_on_a_real_model(dtype):
     """Built-in methods and gates of one's own at a vocabulary of 49,152, against float64 on the same hidden states."""
     folder = smollm2()
     model, tokenizer = load_model(folder, dtype=dtype), load_tokenizer(folder)

@@ -1,12 +1,12 @@
-"""Verification of users' methods before the engine trains by their cards: what they are given, rows, draws and pairs."""
+"""Verification of user methods before the engine trains by their cards: inputs, row dependence, draws and pairs."""
 
 import logging
 
 import pytest
 import torch
 from cases import case
-from tiny import llama, trainer_in
-from tiny import rows as examples
+from tiny_models import llama, trainer_in
+from tiny_models import rows as examples
 from torch.testing import assert_close
 from user_methods import compare, hidden_and_head, user_method
 
@@ -34,7 +34,7 @@ def neighbours(tokens):
 
 
 @pytest.mark.parametrize("loss", [mean_weighted, by_rows, hardest, neighbours])
-def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
+def test_dependent_rows_are_not_chunked(loss, caplog):
     variant = user_method(loss=loss, name=loss.__name__, scope="token")
     with caplog.at_level(logging.WARNING, "qlens"):
         compare(variant, 5000, chunk=5)
@@ -43,7 +43,7 @@ def test_rows_that_depend_on_each_other_are_not_cut(loss, caplog):
     assert "declare scope='batch'" in line and loss.__name__ in line
 
 
-def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batches(caplog):
+def test_row_dependence_within_a_sequence_is_found_in_long_batches(caplog):
     """However few rows are taken at a time, and although an earlier, shorter batch of the same method was cut."""
 
     def over_its_sequence(tokens):
@@ -62,23 +62,23 @@ def test_rows_of_one_sequence_that_depend_on_each_other_are_found_in_long_batche
     assert len(caplog.messages) >= 2 and all("declare scope='batch' (or 'sequence'" in each for each in caplog.messages)
 
 
-def test_a_declared_batch_statistic_is_taken_whole_with_a_sentence(caplog, tmp_path):
+def test_a_declared_batch_statistic_uses_whole_logits_and_logs_it(caplog, tmp_path):
     """By the engine as by QTrainer, which say so in the same words, and train by the same gradient."""
     declared = user_method(loss=mean_weighted, name="declared", scope="batch")
-    said = "it weighs tokens by a statistic of whole distributions (scope 'batch')"
+    reason = "it weighs tokens by a statistic of whole distributions (scope 'batch')"
     for variant in (declared, qlens.get("mile")):
         with caplog.at_level(logging.WARNING, "qlens"):
             compare(variant, 5000, chunk=5)
             compare(variant, 5000, chunk=5)
             trainer_in(tmp_path, variant, model=llama(), eval_dataset=examples(4)).evaluate()
         assert caplog.messages == [
-            f"qlens holds the logits of a batch whole for {variant.spec}: {said}",
-            f"qlens holds whole logits for {variant.spec}: {said}",
+            f"qlens holds the logits of a batch whole for {variant.spec}: {reason}",
+            f"qlens holds whole logits for {variant.spec}: {reason}",
         ]
         caplog.clear()
 
 
-def test_a_loss_that_reduces_itself_is_cut_without_a_word(caplog):
+def test_a_reducing_loss_is_chunked_without_a_log_line(caplog):
     for reduction in ["mean", "sum", "none"]:
         with case(reduction):
             assert_cut_silently(reduction, caplog)
@@ -93,7 +93,7 @@ def assert_cut_silently(reduction, caplog):
     assert not caplog.messages
 
 
-def test_a_loss_whose_scope_nobody_declared_is_taken_whole(caplog):
+def test_a_loss_without_a_scope_uses_whole_logits(caplog):
     """Alone, whatever its first batches show: here no row depends on another before there are more than a thousand."""
 
     def hardest_thousand(tokens):
@@ -124,7 +124,7 @@ def normalised(tokens):
     return (a - a.mean()) / (a.std() + 1e-6)
 
 
-def test_rows_that_the_first_batch_does_not_show_to_depend_on_each_other_are_not_cut():
+def test_row_dependence_not_visible_in_the_first_batch_is_found():
     for weight in [at_least_a_hundred, over_its_mean, normalised]:
         for form in ["target", "loss"]:
             with case(weight, form):
@@ -151,11 +151,11 @@ def assert_right_on_two_batches(weight, form):
         tokens = Tokens(logits=hidden @ head.T, labels=labels, **fields)
         whole = printed(tokens).mean()
         assert_close(value, whole)
-        for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
-            assert_close(got, wanted)
+        for got, expected in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+            assert_close(got, expected)
 
 
-def test_a_field_that_nobody_declared_reaches_a_method_of_any_structure():
+def test_undeclared_fields_reach_a_method_of_any_structure():
     def advantaged(tokens):
         label = -tokens.label_log_probs
         return label if tokens.advantage is None else label * tokens.advantage
@@ -171,8 +171,8 @@ def test_a_field_that_nobody_declared_reaches_a_method_of_any_structure():
 
 def test_a_chunk_whose_rows_are_all_skipped_has_no_gradient():
     def skipping(tokens):
-        kept = tokens.label_probs.detach() > 0.05
-        return -tokens.label_log_probs * kept if bool(kept.any()) else torch.zeros(len(tokens))
+        mask = tokens.label_probs.detach() > 0.05
+        return -tokens.label_log_probs * mask if bool(mask.any()) else torch.zeros(len(tokens))
 
     compare(user_method(loss=skipping), 300, chunk=1)
     with pytest.raises(InputError, match="without a graph"):
@@ -181,7 +181,7 @@ def test_a_chunk_whose_rows_are_all_skipped_has_no_gradient():
         compare(user_method(loss=lambda tokens: 0.0), 300)
 
 
-def test_a_target_that_draws_numbers_is_no_other_than_its_loss():
+def test_a_random_target_agrees_with_its_loss():
     def drawn_target(tokens):
         return Target.mix(tokens, 1.0, "student", scale=torch.rand(len(tokens), dtype=tokens.logits.dtype))
 
@@ -194,8 +194,8 @@ def test_a_target_that_draws_numbers_is_no_other_than_its_loss():
         whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels)).mean()
         torch.manual_seed(3)
         value = fused_loss(variant, hidden, head, labels)
-        for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
-            assert_close(got, wanted)
+        for got, expected in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+            assert_close(got, expected)
 
 
 def test_a_loss_of_pairs_is_verified_on_both_texts_of_a_pair():
@@ -223,7 +223,7 @@ def test_a_loss_in_low_precision_is_verified():
     assert_close(value.detach(), sft.detach())
 
 
-def test_inference_mode_gives_what_no_grad_gives(tmp_path):
+def test_inference_mode_matches_no_grad(tmp_path):
     """fused_loss, an evaluation of QTrainer, targets and the lens: none of them needs the caller's mode."""
 
     def target(tokens):
@@ -260,7 +260,7 @@ def test_inference_mode_gives_what_no_grad_gives(tmp_path):
     assert_close(variant.loss(tokens).sum(), qlens.get("sft").loss(tokens).sum())
 
 
-def test_rows_that_depend_on_each_other_only_where_they_are_many_are_not_cut(caplog, monkeypatch):
+def test_row_dependence_only_in_large_batches_is_found(caplog, monkeypatch):
     """Over more rows than any sample has, also where an earlier, smaller batch was cut, and on a part of the vocabulary."""
 
     def normalised_where_many(tokens):
@@ -283,7 +283,7 @@ def test_rows_that_depend_on_each_other_only_where_they_are_many_are_not_cut(cap
     assert len(caplog.messages) == 3
 
 
-def test_rows_of_a_loss_for_one_vocabulary_are_seen_to_depend_on_each_other(monkeypatch):
+def test_row_dependence_is_found_at_a_fixed_vocabulary(monkeypatch):
     def far_apart(tokens):
         assert tokens.logits.shape[1] == 300
         weight = tokens.label_probs.detach()

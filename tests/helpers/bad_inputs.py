@@ -3,7 +3,7 @@
 import json
 import shutil
 
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 PAIR = {"prompt": "ab", "completion": "cd"}
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"

@@ -1,4 +1,4 @@
-"""Pages in a real browser: headless Chromium by playwright, watched for errors and requests, and its contrast of text."""
+"""Pages in headless Chromium by playwright: their errors and requests are recorded, and their contrast is measured."""
 
 import shutil
 from contextlib import contextmanager
@@ -54,24 +54,24 @@ def launched():
         browser.close()
 
 
-class Watched:
-    """A page whose errors and requests are kept, and that asserts at its end that there were none."""
+class RecordedPage:
+    """A page that records its console messages and requests, and asserts at its end that there were none."""
 
     def __init__(self, browser, path, window):
-        self.url, self.said, self.asked = path.as_uri(), [], []
+        self.url, self.messages, self.requests = path.as_uri(), [], []
         self.context = browser.new_context(**window)
         self.page = self.context.new_page()
-        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
-        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
-        self.page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.messages.append(f"error: {error}"))
+        self.page.on("dialog", lambda dialog: self.messages.append(f"dialog: {dialog.message}"))
+        self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.goto(self.url)
 
     def close(self):
-        """Close it, and look at what was heard."""
+        """Close it, and check that it logged nothing and requested nothing else."""
         self.context.close()
-        beyond = [url for url in self.asked if url != self.url and not url.startswith("data:image/png;base64,")]
-        assert not self.said, self.said
+        beyond = [url for url in self.requests if url != self.url and not url.startswith("data:image/png;base64,")]
+        assert not self.messages, self.messages
         assert not beyond, beyond
 
 

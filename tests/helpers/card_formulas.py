@@ -64,11 +64,11 @@ def symbols(tokens: Tokens, params: Mapping[str, Any]) -> dict[str, Tensor]:
 def evaluate(text: str, names: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
     """The value of a formula at the default parameters."""
     body, *definitions = re.split(r", with |, (?=\w+ = )", text.partition("; ")[0])
-    known = dict(names)
+    values = dict(names)
     for definition in definitions:
         name, formula = definition.split(" = ", 1)
-        known[name] = _cases(formula, known, tokens)
-    return _cases(body, known, tokens)
+        values[name] = _cases(formula, values, tokens)
+    return _cases(body, values, tokens)
 
 
 def _cases(text: str, names: Mapping[str, Tensor], tokens: Tokens) -> Tensor:
@@ -96,8 +96,8 @@ class _Parser:
             raise ValueError(f"cannot read {' '.join(self.words)!r} in {self.text!r}")
         return value
 
-    def _take(self, *wanted: str) -> str:
-        return self.words.pop(0) if self.words and (not wanted or self.words[0] in wanted) else ""
+    def _take(self, *words: str) -> str:
+        return self.words.pop(0) if self.words and (not words or self.words[0] in words) else ""
 
     def _expect(self, word: str) -> None:
         if not self._take(word):
@@ -199,10 +199,10 @@ def _several(name: str, arguments: list[Tensor], p: Tensor) -> Tensor:
         return (torch.minimum if name == "min" else torch.maximum)(*arguments)
     vector, k = arguments if name == "top" else (p, arguments[0])
     ids = vector.topk(min(int(k), vector.shape[1])).indices
-    kept = torch.zeros_like(vector).scatter(1, ids, vector.gather(1, ids))
+    top_entries = torch.zeros_like(vector).scatter(1, ids, vector.gather(1, ids))
     if name == "top":
-        return kept
-    q = kept / _total(kept)
+        return top_entries
+    q = top_entries / _total(top_entries)
     return -_total(torch.special.xlogy(q, q))
 
 

@@ -1,4 +1,4 @@
-"""Cases of one claim, tested in a loop: a failure names its case."""
+"""A context manager that adds the name of a case to its failure, for tests that loop over cases."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -36,7 +36,7 @@ def record(setting, method, seed, scores):
     }  # fmt: skip
 
 
-def example_study(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed=(), note=""):
+def example_study(means=MEANS, seeds=(0, 1, 2), missing=(), better="higher", failed=(), note=""):
     """A study of scores in eighths around the means."""
     rng = np.random.default_rng(0)
     hard = rng.normal(0, 0.1, 40)
@@ -45,7 +45,7 @@ def example_study(means=MEANS, seeds=(0, 1, 2), lost=(), better="higher", failed
         for method, mean in means.items():
             for seed in seeds:
                 scores = np.clip(np.rint(8 * (mean + hard + rng.normal(0, 0.05, 40))) / 8, 0, 1)
-                if (setting, method, seed) not in lost:
+                if (setting, method, seed) not in missing:
                     records.append(record(setting, method, seed, scores.tolist()))
     config = {
         "versions": {"qlens-sft": "0"}, "code": "0", "methods": dict.fromkeys(means), "seeds": list(seeds),

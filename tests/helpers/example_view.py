@@ -21,7 +21,7 @@ ROWS = [[0, 1, 2, 9, 10, 3, 11, 12, 4, 5, 6, 7, 1], [0, 13, 14, 15, 8, 2, 2, 1],
 PROMPT = 2  # tokens of every row that are not supervised
 
 
-def made(rows=ROWS, pieces=PIECES, specs=SPECS, candidates=6):
+def example_view(rows=ROWS, pieces=PIECES, specs=SPECS, candidates=6):
     """A view of made-up logits over these pieces."""
     draw = torch.Generator().manual_seed(3)
     texts = tuple(Text(n, tuple(row), tuple(range(PROMPT, len(row)))) for n, row in enumerate(rows, 1))

@@ -1,4 +1,4 @@
-"""A miniature world of the lab, built in seconds."""
+"""A small setting of the lab, built in seconds."""
 
 from qlens.lab import Annotator, Problem, Setting
 

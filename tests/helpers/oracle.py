@@ -1,4 +1,4 @@
-"""Oracles: losses as papers and released code compute them, by plain torch, and how a method is held against one."""
+"""Oracles: losses as papers and released code compute them, by plain torch, and their comparison with a method."""
 
 import math
 import re
@@ -109,6 +109,13 @@ def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
 
 
+def k3(gap: Tensor, clamp: float | None = None, value_clamp: float | None = None) -> Tensor:
+    """The estimate e^gap - gap - 1 of KL(p || r) from gap = log r_y - log p_y, with the clamps of released code."""
+    gap = gap if clamp is None else gap.clamp(-clamp, clamp)
+    value = gap.exp() - gap - 1
+    return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
+
+
 def entropy(tokens: Tokens, floor: float = 0.0) -> Tensor:
     p = full(tokens).exp()
     return -(p * torch.log(p + floor)).sum(-1)
@@ -124,10 +131,12 @@ def sides(tokens: Tokens) -> list[tuple[Tensor, Tensor]]:
     return [(own[tokens.chosen[own]], own[~tokens.chosen[own]]) for own in members(tokens.pair)]
 
 
-def one(label_logit: float, v: int = 6, **others: float) -> Tokens:
+def one(label_logit: float, v: int = 6, **other_logits: float) -> Tokens:
     """One token whose label (0) has this logit and whose other logits are 0; so have other models, by name."""
     row = F.one_hot(torch.tensor([0]), v).double()
-    models = {name: logit * row for name, logit in ({"reference": 0.0, "teacher": 0.0, "old": 0.0} | others).items()}
+    models = {
+        name: logit * row for name, logit in ({"reference": 0.0, "teacher": 0.0, "old": 0.0} | other_logits).items()
+    }
     return Tokens(logits=label_logit * row, labels=torch.tensor([0]), **models)
 
 

@@ -60,8 +60,8 @@ def families() -> str:
 def scores() -> str:
     """The tables of scores among all tables of the default comparison, their headings in bold."""
     tables = (RESULTS / "compare-default" / "table.md").read_text()
-    shown = [each for each in tables.split("## ") if "is better)" in each.partition("\n")[0]]
-    return "".join("**" + each.replace("better)", "better)**", 1) for each in shown)
+    score_tables = [each for each in tables.split("## ") if "is better)" in each.partition("\n")[0]]
+    return "".join("**" + each.replace("better)", "better)**", 1) for each in score_tables)
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {

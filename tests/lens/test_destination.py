@@ -1,4 +1,4 @@
-"""Destinations: closed forms of where losses end, what the sentence makes of them, and what is drawn."""
+"""Gradient flow: closed forms of fixed points, the sentence that describes them, and the figure."""
 
 import json
 
@@ -21,36 +21,36 @@ F2 = np.array([0.55, 0.45, 0.0, 0.0])
 TEACHER = np.array([0.2, 0.3, 0.4, 0.1])
 
 
-def assert_ends(found, wanted, within=0.002):
-    assert_close(torch.tensor(found.end), torch.tensor(np.asarray(wanted, float)), atol=within, rtol=0)
+def assert_ends(actual, expected, within=0.002):
+    assert_close(torch.tensor(actual.end), torch.tensor(np.asarray(expected, float)), atol=within, rtol=0)
 
 
 def test_sft_ends_at_the_label_frequencies():
     for frequencies in [(0.55, 0.45), (0.2, 0.5, 0.3), (1.0,)]:
         with case(frequencies):
-            found = destination("sft", frequencies)
-            assert_ends(found, [*frequencies, *[0.0] * (4 - len(frequencies))])
-            assert found.settled and found.sentence.endswith("the label frequencies.")
+            result = destination("sft", frequencies)
+            assert_ends(result, [*frequencies, *[0.0] * (4 - len(frequencies))])
+            assert result.settled and result.sentence.endswith("the label frequencies.")
 
 
 def test_sft_follows_the_ordinary_differential_equation_step_by_step():
-    z, wanted = np.zeros(4), {}
+    z, euler = np.zeros(4), {}
     for step in range(40_000):  # small steps of Euler's, written out
-        wanted[step] = np.exp(z) / np.exp(z).sum()
-        z = z + 5e-4 * (F2 - wanted[step])
-    found = destination("sft")
+        euler[step] = np.exp(z) / np.exp(z).sum()
+        z = z + 5e-4 * (F2 - euler[step])
+    actual = destination("sft")
     for t in (0.01, 0.1, 1.0, 10.0, 19.9):
-        at = [np.interp(np.log(t), np.log(found.times), entry) for entry in found.probs.T]
-        assert_allclose(at, wanted[round(t / 5e-4)], atol=2e-4)
+        at = [np.interp(np.log(t), np.log(actual.times), entry) for entry in actual.probs.T]
+        assert_allclose(at, euler[round(t / 5e-4)], atol=2e-4)
 
 
-def test_dft_gives_everything_to_the_majority_from_anywhere():
+def test_dft_converges_to_the_majority_from_any_start():
     for start in [None, (0.1, 0.7, 0.1, 0.1)]:
         with case(start):
-            found = destination("dft", start=start)
-            assert_ends(found, [1, 0, 0, 0])
+            result = destination("dft", start=start)
+            assert_ends(result, [1, 0, 0, 0])
             assert (
-                found.sentence
+                result.sentence
                 == "With label frequencies 55/45 training converges to 1.00/0.00: the majority wins outright."
             )
             assert_ends(destination("dft", (0.3, 0.7), start=start), [0, 1, 0, 0])
@@ -60,31 +60,31 @@ def test_beyond_log_ends_at_a_power_of_the_frequencies():
     for alpha in [0.3, 0.5, 0.7]:
         with case(alpha):
             power = F2 ** (1 / (1 - alpha))  # where f_y p_y^alpha / p_y is the same for every label
-            found = destination(f"beyond_log(alpha={alpha})")
-            assert_ends(found, power / power.sum(), within=0.005)
-            assert found.sentence.endswith("sharper than the label frequencies.")
+            result = destination(f"beyond_log(alpha={alpha})")
+            assert_ends(result, power / power.sum(), within=0.005)
+            assert result.sentence.endswith("sharper than the label frequencies.")
 
 
 def test_label_smoothing_ends_at_the_smoothed_frequencies():
     for epsilon in [0.1, 0.4]:
         with case(epsilon):
-            found = destination(f"label_smoothing(epsilon={epsilon})", size=5)
-            assert_ends(found, (1 - epsilon) * np.append(F2, 0) + epsilon / 5)
+            result = destination(f"label_smoothing(epsilon={epsilon})", size=5)
+            assert_ends(result, (1 - epsilon) * np.append(F2, 0) + epsilon / 5)
             assert (
                 f"flatter than the label frequencies, with {epsilon * 3 / 5:.2f} on entries that are never"
-                in found.sentence
+                in result.sentence
             )
 
 
-def test_distillation_ends_at_the_teacher_and_mixtures_on_the_way_there():
+def test_distillation_ends_at_the_teacher_and_mixtures_in_between():
     for spec in ("kd", "reverse_kl"):
-        found = destination(spec, teacher=TEACHER)
-        assert_ends(found, TEACHER)
-        assert_allclose(found.teacher, TEACHER)
-        assert found.reference is None and found.sentence.endswith(": the teacher's distribution.")
-    found = destination("sft_kl(weight=0.5)", reference=TEACHER)
-    assert_ends(found, (F2 + 0.5 * TEACHER) / 1.5)
-    assert found.sentence.endswith(": 33% of the way from the label frequencies to the reference's distribution.")
+        result = destination(spec, teacher=TEACHER)
+        assert_ends(result, TEACHER)
+        assert_allclose(result.teacher, TEACHER)
+        assert result.reference is None and result.sentence.endswith(": the teacher's distribution.")
+    result = destination("sft_kl(weight=0.5)", reference=TEACHER)
+    assert_ends(result, (F2 + 0.5 * TEACHER) / 1.5)
+    assert result.sentence.endswith(": 33% of the way from the label frequencies to the reference's distribution.")
 
 
 def test_reference_and_old_policy_are_the_start_unless_given():
@@ -102,14 +102,14 @@ def test_the_default_teacher_prefers_the_second_entry_at_any_size():
             assert size != 4 or np.allclose(teacher, [0.35, 0.5, 0.1, 0.05])
 
 
-def test_a_loss_of_ones_own_whatever_its_reduction():
+def test_a_user_loss_of_any_reduction_is_followed():
     def smoothed(logits, labels):
         return F.cross_entropy(logits, labels, label_smoothing=0.2)
 
     assert_ends(destination(smoothed), 0.8 * F2 + 0.05)
 
 
-def test_a_loss_that_sees_raw_logits_sees_them_centred():
+def test_raw_logits_are_centred_in_the_flow():
     def drifting(tokens):
         assert_close(tokens.logits.sum(-1).detach(), torch.zeros(2, dtype=torch.float64), atol=1e-6, rtol=0)
         return -tokens.label_log_probs + tokens.logits.sum(-1)
@@ -118,12 +118,12 @@ def test_a_loss_that_sees_raw_logits_sees_them_centred():
 
 
 def test_thresholds_do_not_hang_the_solver():
-    found = destination("tvd", teacher=TEACHER)  # its gradient jumps where the student meets the teacher
-    assert_ends(found, TEACHER, within=0.01)
-    assert found.settled and 60 < found.times[-1] < 1000
+    result = destination("tvd", teacher=TEACHER)  # its gradient jumps where the student meets the teacher
+    assert_ends(result, TEACHER, within=0.01)
+    assert result.settled and 60 < result.times[-1] < 1000
 
 
-def test_what_still_moves_is_said_to():
+def test_unsettled_flows_are_reported():
     slow = destination("beyond_log(alpha=10.0)")
     assert (
         slow.sentence == "With label frequencies 55/45 training has reached 0.26/0.25 at t = 1e+05 and is still moving."
@@ -131,24 +131,24 @@ def test_what_still_moves_is_said_to():
     assert destination("profit(threshold=0.3)").sentence.endswith(": where it started.")
 
 
-def test_minorities_that_win_are_called_so():
+def test_a_winning_minority_is_reported():
     ends = np.array([[0.25, 0.25, 0.25, 0.25], [0.0, 1.0, 0.0, 0.0]])
-    found = Destination("mine", F2, ends[0], np.array([0.01, 1e5]), ends, settled=True)
+    result = Destination("mine", F2, ends[0], np.array([0.01, 1e5]), ends, settled=True)
     assert (
-        str(found)
+        str(result)
         == "mine: With label frequencies 55/45 training converges to 0.00/1.00: entry 1 wins, against the majority."
     )
 
 
-def test_a_destination_goes_to_json():
-    found = destination("kd_hybrid")
-    back = json.loads(json.dumps(found.to_dict()))
-    assert back["end"] == found.end.tolist() == back["probs"][-1] and back["sentence"] == found.sentence
+def test_a_destination_serialises_to_json():
+    result = destination("kd_hybrid")
+    back = json.loads(json.dumps(result.to_dict()))
+    assert back["end"] == result.end.tolist() == back["probs"][-1] and back["sentence"] == result.sentence
     assert (back["spec"], back["settled"], back["reference"]) == ("kd_hybrid", True, None)
 
 
-def test_what_is_no_distribution_is_refused():
-    for given, message in [
+def test_invalid_distributions_are_refused():
+    for arguments, message in [
         ({"frequencies": (0.5, 0.4)}, r"frequencies must be some probabilities that sum to 1, got \(0.5, 0.4\)"),
         ({"frequencies": 0.5}, "frequencies must be .* got 0.5"),
         ({"frequencies": ("a", "b")}, r"frequencies must be .* got \('a', 'b'\)"),
@@ -159,12 +159,12 @@ def test_what_is_no_distribution_is_refused():
         ({"teacher": (0.5, 0.5)}, "teacher must be 4 probabilities"),
         ({"reference": (0.5, 0.5, 0.5, 0.5)}, "reference must be 4 probabilities"),
     ]:
-        with case(given, message):
+        with case(arguments, message):
             with pytest.raises(InputError, match=message):
-                destination("sft", **given)
+                destination("sft", **arguments)
 
 
-def test_losses_without_a_flow_of_their_own_are_refused_with_the_reason():
+def test_losses_without_a_flow_are_refused_with_the_reason():
     for spec, scope in [("dpo", "pair"), ("iw_sft", "sequence"), ("mile", "batch")]:
         with case(spec, scope):
             with pytest.raises(
@@ -173,7 +173,7 @@ def test_losses_without_a_flow_of_their_own_are_refused_with_the_reason():
                 destination(spec)
 
 
-def test_what_goes_wrong_inside_a_loss_is_named():
+def test_errors_inside_a_loss_are_reported():
     def broken(logits, labels):
         raise KeyError("mine")
 
@@ -187,55 +187,56 @@ def test_what_goes_wrong_inside_a_loss_is_named():
         destination(rootless)
 
 
-def test_every_method_with_a_flow_of_its_own_ends_on_the_simplex():
+def test_every_token_scope_method_ends_on_the_simplex():
     for name in [name for name in qlens.names() if qlens.get(name).scope == "token"]:
-        found = destination(name)
-        assert_allclose(found.probs.sum(-1), 1.0, err_msg=name)
-        assert found.probs.min() >= 0 and "With label frequencies 55/45 training " in found.sentence, name
+        result = destination(name)
+        assert_allclose(result.probs.sum(-1), 1.0, err_msg=name)
+        assert result.probs.min() >= 0 and "With label frequencies 55/45 training " in result.sentence, name
 
 
 def test_the_figure_draws_every_entry_its_frequency_and_the_other_model():
     for spec in ["sft", "target_sft", "sft_kl"]:
         with case(spec):
-            found = destination(spec)
-            figure = found.plot()
+            result = destination(spec)
+            figure = result.plot()
             (ax,) = figure.axes
             lines = [line for line in ax.lines if len(line.get_ydata())]  # without the legend's
-            curves = {tuple(line.get_ydata()): line for line in lines if np.array_equal(line.get_xdata(), found.times)}
-            assert set(curves) == set(map(tuple, found.probs.T))
+            curves = {tuple(line.get_ydata()): line for line in lines if np.array_equal(line.get_xdata(), result.times)}
+            assert set(curves) == set(map(tuple, result.probs.T))
             levels = {line.get_ydata()[0]: line.get_color() for line in lines if line.get_linestyle() == "--"}
-            colors = [curves[tuple(found.probs[:, entry])].get_color() for entry in (0, 1)]
+            colors = [curves[tuple(result.probs[:, entry])].get_color() for entry in (0, 1)]
             assert levels == {0.55: colors[0], 0.45: colors[1]}
-            assert curves[tuple(found.probs[:, 3])].get_color() == GREY and len({*colors, GREY}) == 3
-            named, other = {"target_sft": ("teacher", found.teacher), "sft_kl": ("reference", found.reference)}.get(
-                spec, ("", [])
-            )
+            assert curves[tuple(result.probs[:, 3])].get_color() == GREY and len({*colors, GREY}) == 3
+            other_name, other = {
+                "target_sft": ("teacher", result.teacher),
+                "sft_kl": ("reference", result.reference),
+            }.get(spec, ("", []))
             assert sorted(line.get_ydata()[0] for line in lines if line.get_marker() == "<") == sorted(other)
             legend = [text.get_text() for text in figure.legends[0].get_texts()]
             names = ["entry 0, 0.55 of the labels", "entry 1, 0.45 of the labels", "never a label", "label frequency"]
-            assert legend == names + [named] * bool(named)
-            assert ax.get_xscale() == "log" and ax.get_xlim() == (found.times[0], found.times[-1])
+            assert legend == names + [other_name] * bool(other_name)
+            assert ax.get_xscale() == "log" and ax.get_xlim() == (result.times[0], result.times[-1])
             assert ax.get_ylim() == (-0.02, 1.02) and "time" in ax.get_xlabel() and ax.get_ylabel() == "probability"
-            assert found.sentence == ax.get_title(loc="left") and figure.get_suptitle() == spec
+            assert result.sentence == ax.get_title(loc="left") and figure.get_suptitle() == spec
             figure.draw_without_rendering()
 
 
 def test_time_is_counted_in_the_size_of_the_gradient():
     usual = destination("sft")
     for factor in (1e-9, 1e9):
-        found = destination(lambda logits, labels, factor=factor: factor * F.cross_entropy(logits, labels))
-        assert_ends(found, F2)
-        assert found.settled and np.allclose(found.times[-1] * factor, usual.times[-1])
+        result = destination(lambda logits, labels, factor=factor: factor * F.cross_entropy(logits, labels))
+        assert_ends(result, F2)
+        assert result.settled and np.allclose(result.times[-1] * factor, usual.times[-1])
     assert np.isclose(usual.times[-1], 1e5)
 
 
-def explained(loss, **given):
+def explained(loss, **options):
     tokens = qlens.probes()
     target = qlens.implied_target("sft", tokens)
-    return qlens.Explanation(resolve(loss), tokens, target, -tokens.label_log_probs, [], **given).destination
+    return qlens.Explanation(resolve(loss), tokens, target, -tokens.label_log_probs, [], **options).destination
 
 
-def test_an_end_that_depends_on_the_ids_is_said_to():
+def test_a_fixed_point_that_depends_on_ids_is_reported():
     def masked(logits, labels):
         z = logits.clone()
         z[:, 0] = -1e4
@@ -245,8 +246,8 @@ def test_an_end_that_depends_on_the_ids_is_said_to():
         "With label frequencies 55/45 at ids 0/1 training converges to 1.00/0.00"
     )
     assert destination(masked).sentence.endswith("; with other label ids it converges elsewhere.")
-    said = explained("sft", class_weights=ClassWeights({0: 1.0, 1: 2.0}, 1.0))
-    assert said == "which ids the labels have changes its gradient, and with it the fixed point"
+    sentence = explained("sft", class_weights=ClassWeights({0: 1.0, 1: 2.0}, 1.0))
+    assert sentence == "which ids the labels have changes its gradient, and with it the fixed point"
 
 
 def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
@@ -255,8 +256,8 @@ def test_a_loss_is_followed_on_a_vocabulary_that_it_takes_in_float64():
             raise ValueError(f"made for more than {size} entries")
         return F.cross_entropy(logits, labels)
 
-    found = explained(lambda logits, labels: more_than(8, logits, labels))
-    assert "With label frequencies 55/45 (V = 12) training" in found.sentence
+    result = explained(lambda logits, labels: more_than(8, logits, labels))
+    assert "With label frequencies 55/45 (V = 12) training" in result.sentence
     failed = explained(lambda logits, labels: more_than(99, logits, labels))
     where = (
         "the loss fails where it was followed, on vocabularies of 4, 12, 32 (ValueError: made for more than 99 entries)"

@@ -1,4 +1,4 @@
-"""Equivalences and distances are computed: what must turn up, and numbers checked by hand."""
+"""Equivalences and distances between methods: known ones, and numbers checked by hand."""
 
 import json
 
@@ -15,16 +15,16 @@ from qlens.testing import random_tokens
 
 
 @pytest.fixture(scope="module")
-def found():
+def measured():
     return distances()
 
 
-def together(found, kind, where="always"):
+def together(measured, kind, where="always"):
     """The groups of one kind."""
-    return [set(r.specs) for r in found.relations if (r.kind, r.where) == (kind, where)]
+    return [set(r.specs) for r in measured.relations if (r.kind, r.where) == (kind, where)]
 
 
-def test_what_is_known_to_be_one_is_found(found):
+def test_known_equivalences_are_found(measured):
     for kind, where, specs in [
         ("one gradient", 0, {"dft", "beyond_log", "gce(q=1.0)", "target_sft(eta=0.0)", "asft_anchored(weight=0.0)"}),
         ("one gradient", 0, {"dft", "idft(mix=0.0)"}),
@@ -46,13 +46,13 @@ def test_what_is_known_to_be_one_is_found(found):
         with case(kind, where):
             where = list(CIRCUMSTANCES)[where]
             finer = KINDS[: KINDS.index(kind) + 1]
-            groups = [group for each in finer for group in together(found, each, where)]
+            groups = [group for each in finer for group in together(measured, each, where)]
             assert any(specs <= group for group in groups), f"{sorted(specs)} not together in {groups}"
 
 
-def test_factors_are_measured(found):
+def test_factors_are_measured(measured):
     factor = {}
-    for relation in found.relations:
+    for relation in measured.relations:
         if relation.kind == "one up to a factor" and relation.where == "always":
             size = dict(zip(relation.specs, relation.factors, strict=True))
             for spec in size:
@@ -63,31 +63,31 @@ def test_factors_are_measured(found):
     assert_allclose(factor[axolotl, "eaft"], np.log(20), rtol=1e-6)
 
 
-def test_different_targets_stay_apart(found):
-    for group in together(found, "one target"):
+def test_different_targets_stay_apart(measured):
+    for group in together(measured, "one target"):
         assert not {"sft", "kd"} <= group and not {"dft", "label_smoothing"} <= group and not {"gem", "sft"} <= group
 
 
 def test_angles_and_scales_are_those_of_the_gradients():
     tokens = random_tokens(30, 9)
-    found = distances(tokens)
+    measured = distances(tokens)
     a, b = (qlens.get(name).target(tokens).grad.flatten() for name in ("dft", "sft"))
-    row = found.table.query("left == 'dft' and right == 'sft'").iloc[0]
+    row = measured.table.query("left == 'dft' and right == 'sft'").iloc[0]
     assert_allclose(row["angle"], np.degrees(np.arccos(float(a @ b / (a.norm() * b.norm())))))
     assert_allclose(row["log_ratio"], np.log(float(a.norm() / b.norm())))
-    square = found.angles()
+    square = measured.angles()
     assert_allclose(square, square.T)
     assert_allclose(np.diag(square), 0)
-    name, angle, ratio = found.neighbours(1)["sft"][0]
+    name, angle, ratio = measured.neighbours(1)["sft"][0]
     assert_allclose(angle, square.loc["sft"].drop("sft").min())
     assert_allclose(ratio, np.log(float(b.norm() / qlens.get(name).target(tokens).grad.norm())), rtol=1e-6)
 
 
-def test_tokens_that_cannot_feed_a_method_leave_it_out():
+def test_methods_whose_fields_are_missing_are_left_out():
     tokens = random_tokens(12, 9)
-    found = distances(qlens.Tokens(logits=tokens.logits, labels=tokens.labels))
-    assert {"kd", "dpo", "cft"} <= set(found.left_out) and "dft" not in found.left_out
-    assert {r.where for r in found.relations} == {"always"} and "Left out" in str(found)
+    measured = distances(qlens.Tokens(logits=tokens.logits, labels=tokens.labels))
+    assert {"kd", "dpo", "cft"} <= set(measured.left_out) and "dft" not in measured.left_out
+    assert {r.where for r in measured.relations} == {"always"} and "Left out" in str(measured)
 
 
 def test_a_relation_reads_as_an_equation():
@@ -96,10 +96,10 @@ def test_a_relation_reads_as_an_equation():
     assert str(Relation("one target", ("a", "b"), (1.0, 3.0), "always")) == "a, b"
 
 
-def test_the_command_prints_them():
+def test_the_command_prints_distances():
     result = CliRunner().invoke(app, ["list", "--distances"])
     assert result.exit_code == 0 and "The same gradient" in result.output and "Nearest other methods" in result.output
-    told = json.loads(CliRunner().invoke(app, ["list", "--distances", "--json"]).output)
-    assert set(told) == {"relations", "distances", "left_out"} and told["left_out"] == []
+    parsed = json.loads(CliRunner().invoke(app, ["list", "--distances", "--json"]).output)
+    assert set(parsed) == {"relations", "distances", "left_out"} and parsed["left_out"] == []
     refused = CliRunner().invoke(app, ["list", "--model", "here"])
     assert isinstance(refused.exception, qlens.InputError) and "--distances" in str(refused.exception)

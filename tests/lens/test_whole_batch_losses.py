@@ -1,14 +1,11 @@
-"""Losses that need their batch, or know the size of the vocabulary: how explain reads and names them."""
+"""Losses whose reduction needs the whole batch, and factors of the vocabulary: how explain reads and names them."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from losses import flooded, nll
 
 import qlens
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def test_a_loss_whose_division_needs_its_batch_is_read_whole():
@@ -22,15 +19,15 @@ def test_a_loss_whose_division_needs_its_batch_is_read_whole():
         return (torch.linspace(0.5, 1.5, len(losses), dtype=losses.dtype) * losses).mean()
 
     for loss, through in ((hardest, "labels"), (along_the_rows, "position")):
-        read = qlens.explain(loss)
-        assert read.scope.of == "batch" and through in read.scope.through, read.scope
-        assert "reduction could not be found" in read.whole_batch
-        assert read.findings[0].startswith("WARNING: read as a whole batch, its reduction left as it is")
+        explanation = qlens.explain(loss)
+        assert explanation.scope.of == "batch" and through in explanation.scope.through, explanation.scope
+        assert "reduction could not be found" in explanation.whole_batch
+        assert explanation.findings[0].startswith("WARNING: read as a whole batch, its reduction left as it is")
         with pytest.raises(qlens.InputError, match="reduction could not be found"):
             qlens.implied_target(loss, qlens.probes())
 
 
-def test_a_state_is_not_called_random():
+def test_a_stateful_loss_is_not_called_random():
     class Smoothed:
         mean = None
 
@@ -46,14 +43,11 @@ def test_a_state_is_not_called_random():
         qlens.explain(lambda logits, labels: nll(F.dropout(logits, 0.5), labels))
 
 
-def test_a_threshold_on_the_batch_is_said_first():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
-    read = qlens.explain(flooded)
+def test_a_batch_threshold_is_the_first_finding():
+    explanation = qlens.explain(flooded)
     assert (
         "depends on the other tokens of its batch: with other tokens at p_y = 0.999999 it is -1 times what it was"
-        in read.summary
+        in explanation.summary
     )
 
 
@@ -64,20 +58,22 @@ def test_factors_of_the_vocabulary_are_named():
     def by_no_known_form(logits, labels):
         return nll(logits, labels).mean() * (1 + 0.01 * logits.shape[-1])
 
-    for loss, said in (
+    for loss, sentence in (
         (kd_mean, "This is kd times 1/V (0.03125 at V = 32, 0.00625 at V = 160)."),
         (
             by_no_known_form,
             "This is sft times a factor that changes with the vocabulary: 1.32 at V = 32, 2.6 at V = 160.",
         ),
     ):
-        read = qlens.explain(loss)
-        assert read.summary.startswith(said), read.summary
-        assert "the same, up to a factor that changes with the vocabulary" in read.other_vocabularies
-    assert read.law.formula == "1 times a factor that changes with the vocabulary: 1.32 at V = 32, 2.6 at V = 160"
+        explanation = qlens.explain(loss)
+        assert explanation.summary.startswith(sentence), explanation.summary
+        assert "the same, up to a factor that changes with the vocabulary" in explanation.other_vocabularies
+    assert (
+        explanation.law.formula == "1 times a factor that changes with the vocabulary: 1.32 at V = 32, 2.6 at V = 160"
+    )
 
 
-def test_trust_that_never_vanishes_is_not_said_to():
+def test_growing_trust_is_not_reported_as_small():
     def with_margin(logits, labels):
         return F.cross_entropy(logits - 2.0 * F.one_hot(labels, logits.shape[-1]), labels)
 

@@ -1,4 +1,4 @@
-"""Losses that centre or standardise their rewards over the batch themselves: read with the statistics of the batch kept."""
+"""Losses that centre or standardise their rewards over the batch: read with the statistics of the batch."""
 
 import torch
 import torch.nn.functional as F
@@ -47,17 +47,17 @@ def test_leave_one_out_is_reinforce_times_a_factor_of_the_batch():
     assert "takes their mean off, over all texts of its batch" in explained.text(full=True)
 
 
-def test_rows_shown_twice_are_no_fault_of_a_statistic():
+def test_batch_statistics_pass_the_repeated_rows_rule():
     for loss in (standardised_rewards, standardised_log_probs, whitened_tokens, leave_one_out):
         assert qlens.check(loss)["row_count"].state in ("passed", "remark"), loss
 
 
-def test_advantages_that_are_taken_as_they_are_stay():
+def test_raw_advantages_are_not_centred():
     def reinforce(logits, labels, advantages):
         return (advantages * F.cross_entropy(logits, labels, reduction="none")).mean()
 
-    said = qlens.explain(reinforce).text(full=True)
-    assert "This is reinforce" in said and "takes their mean off" not in said
+    text = qlens.explain(reinforce).text(full=True)
+    assert "This is reinforce" in text and "takes their mean off" not in text
     assert torch.equal(qlens.explain(reinforce).tokens.advantage, qlens.probes().advantage)
 
 

@@ -1,4 +1,4 @@
-"""How losses of the field are called: names, layouts, masks, teachers, returns, classes; and what cannot be called."""
+"""How losses are called: names, layouts, masks, teachers, return values, classes; and losses that cannot be called."""
 
 import gc
 import weakref
@@ -37,19 +37,19 @@ def tokens(n=12):
     return random_tokens(n, V)
 
 
-def implied(loss, given=None):
-    return qlens.implied_target(loss, tokens() if given is None else given)
+def implied(loss, batch=None):
+    return qlens.implied_target(loss, tokens() if batch is None else batch)
 
 
 @pytest.mark.parametrize("grouped", [True, False])
 def test_sft_is_read_in_every_layout(grouped):
-    given = tokens() if grouped else tokens().replace(sequence=None, pair=None, chosen=None)
+    batch = tokens() if grouped else tokens().replace(sequence=None, pair=None, chosen=None)
     for loss in SFT:
-        assert_close(implied(loss, given).q, given.one_hot, msg=lambda text, loss=loss: f"{loss}: {text}")
+        assert_close(implied(loss, batch).q, batch.one_hot, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
-def test_the_layout_taken_is_named():
-    said = {
+def test_the_layout_is_described():
+    descriptions = {
         rows_by_mask: "logits (N, V) and labels (N,), each row with its own label; loss_mask: a mask of the supervised",
         first_name: "unshifted: it has to shift them itself",
         transposed: "that are shifted already",
@@ -58,14 +58,14 @@ def test_the_layout_taken_is_named():
         by_text: "it returns a mean of each text, mean over texts, which is undone",
         label_log_probs_only: "log-probabilities of the labels, (N,)",
     }
-    for loss, words in said.items():
+    for loss, words in descriptions.items():
         assert words in resolve(loss).account(tokens()).called_as, loss
     assert "Called with logits (N, V)" in str(qlens.check(unknown_names))
     explained = qlens.explain(unknown_names, tokens(24))
     assert explained.to_dict()["called_as"] in explained.text(full=True).replace("\n    ", " ")
 
 
-def test_weights_are_handed_on_and_not_multiplied_twice():
+def test_token_weights_are_applied_once():
     weight = torch.arange(12, dtype=torch.float64) / 4
     for loss in (weighted, scale_of_swift, ce, rows_by_mask):
         grad = implied(loss, tokens().replace(weight=weight)).grad
@@ -73,8 +73,8 @@ def test_weights_are_handed_on_and_not_multiplied_twice():
 
 
 def distils_from_outputs(student_outputs, teacher_outputs, labels):
-    kept = labels[:, 1:] != -100
-    student, teacher = (outputs.logits[:, :-1][kept] for outputs in (student_outputs, teacher_outputs))
+    supervised = labels[:, 1:] != -100
+    student, teacher = (outputs.logits[:, :-1][supervised] for outputs in (student_outputs, teacher_outputs))
     return distils(student, teacher)
 
 
@@ -84,27 +84,27 @@ def distils_from_probs(student_log_probs, teacher_probs, labels):
 
 def distils_from_a_column(model, inputs, return_outputs=False):
     teacher, labels = inputs.pop("teacher_logits"), inputs.pop("labels")
-    kept = labels[:, 1:] != -100
-    return distils(model(**inputs).logits[:, :-1][kept], teacher[:, :-1][kept])
+    supervised = labels[:, 1:] != -100
+    return distils(model(**inputs).logits[:, :-1][supervised], teacher[:, :-1][supervised])
 
 
 def distils_from_a_model(model, teacher_model, inputs):
     labels = inputs.pop("labels")
-    kept = labels[:, 1:] != -100
-    return distils(*(each(**inputs).logits[:, :-1][kept] for each in (model, teacher_model)))
+    supervised = labels[:, 1:] != -100
+    return distils(*(each(**inputs).logits[:, :-1][supervised] for each in (model, teacher_model)))
 
 
 def needs_a_temperature(student_logits, teacher_logits, temperature):
     return distils(student_logits, teacher_logits, temperature=temperature) * temperature**2
 
 
-def test_a_teacher_is_known_by_the_names_of_the_field():
-    given = tokens()
+def test_teacher_inputs_are_recognised_by_name():
+    batch = tokens()
     from_others = (distils_from_outputs, distils_from_probs, distils_from_a_column, distils_from_a_model)
     for loss in (distils, *from_others, needs_a_temperature):
-        assert_close(implied(loss, given).q, given.teacher.softmax(-1), msg=lambda text, loss=loss: f"{loss}: {text}")
+        assert_close(implied(loss, batch).q, batch.teacher.softmax(-1), msg=lambda text, loss=loss: f"{loss}: {text}")
     with pytest.raises(qlens.InputError, match="needs a teacher"):
-        implied(distils, given.replace(teacher=None))
+        implied(distils, batch.replace(teacher=None))
 
 
 def clipped(log_probs, old_log_probs, advantages, action_mask=None):
@@ -124,31 +124,31 @@ def preference(policy_chosen_logps, policy_rejected_logps, reference_chosen_logp
 
 
 def test_losses_of_label_log_probs_reach_the_logits():
-    given = tokens()
-    given = given.replace(advantage=given.advantage[given.sequence * 4])  # one advantage for each text
-    ratio = (given.label_log_probs - given.gather(given.old.log_softmax(-1))).exp()
-    kept = torch.where(given.advantage > 0, ratio < 1.2, ratio > 0.8)
-    wanted = (kept * ratio * given.advantage)[:, None] * (given.probs - given.one_hot)
+    batch = tokens()
+    batch = batch.replace(advantage=batch.advantage[batch.sequence * 4])  # one advantage for each text
+    ratio = (batch.label_log_probs - batch.gather(batch.old.log_softmax(-1))).exp()
+    active = torch.where(batch.advantage > 0, ratio < 1.2, ratio > 0.8)
+    expected = (active * ratio * batch.advantage)[:, None] * (batch.probs - batch.one_hot)
     for loss in (clipped, clipped_by_text):
-        assert_close(implied(loss, given).grad, wanted)
-    assert "one for each text" in resolve(clipped_by_text).account(given).called_as
+        assert_close(implied(loss, batch).grad, expected)
+    assert "one for each text" in resolve(clipped_by_text).account(batch).called_as
 
 
 def test_a_loss_of_chosen_and_rejected_sums_is_one_of_pairs():
-    given = random_tokens(16, V)
-    gap = given.label_log_probs - given.gather(given.reference.log_softmax(-1))
-    sign = given.chosen.double() * 2 - 1
-    margin = torch.zeros(2, dtype=torch.float64).index_add(0, given.pair, sign * gap)
-    push = (0.3 * torch.sigmoid(-0.3 * margin))[given.pair] * sign
-    assert_close(implied(preference, given).grad, push[:, None] * (given.probs - given.one_hot))
+    batch = random_tokens(16, V)
+    gap = batch.label_log_probs - batch.gather(batch.reference.log_softmax(-1))
+    sign = batch.chosen.double() * 2 - 1
+    margin = torch.zeros(2, dtype=torch.float64).index_add(0, batch.pair, sign * gap)
+    push = (0.3 * torch.sigmoid(-0.3 * margin))[batch.pair] * sign
+    assert_close(implied(preference, batch).grad, push[:, None] * (batch.probs - batch.one_hot))
 
 
 # --- reductions
 
 
-def test_how_a_batch_is_divided_is_found():
-    found = {by_text: "mean of each text, mean over texts", by_batch_size: "sum of each text, mean over texts"}
-    for loss, reduction in found.items():
+def test_batch_reductions_are_found():
+    reductions = {by_text: "mean of each text, mean over texts", by_batch_size: "sum of each text, mean over texts"}
+    for loss, reduction in reductions.items():
         assert find_reduction(loss, {}, tokens(), "loss") == reduction
 
 
@@ -167,7 +167,7 @@ def quits(logits, labels):
     raise SystemExit(0)
 
 
-def test_what_cannot_be_called_is_refused_with_the_line_to_write():
+def test_uncallable_losses_are_refused_with_the_line_to_write():
     cases = {
         r'FILE.py:"<lambda>\(beta=...\)" .* functools.partial\(<lambda>, beta=...\)': lambda logits, labels, *, beta: 0,
         "'config' has no default": lambda logits, labels, config: 0,
@@ -179,12 +179,12 @@ def test_what_cannot_be_called_is_refused_with_the_line_to_write():
         "a method without its object": lambda self, logits, labels: 0,
     }
     for says, loss in cases.items():
-        for read in (implied, qlens.check, qlens.explain):
+        for entry_point in (implied, qlens.check, qlens.explain):
             with pytest.raises(qlens.InputError, match=says):
-                read(loss)
+                entry_point(loss)
 
 
-def test_a_parameter_without_default_is_given_in_the_spec(tmp_path):
+def test_parameters_without_a_default_come_from_the_spec(tmp_path):
     file = tmp_path / "own.py"
     file.write_text(
         "import torch.nn.functional as F\n"
@@ -193,9 +193,9 @@ def test_a_parameter_without_default_is_given_in_the_spec(tmp_path):
         "    print('called')\n"
         "    return beta * F.cross_entropy(logits, labels)\n"
     )
-    given = tokens()
-    grad = qlens.implied_target(f"{file}:scaled(beta=0.25)", given).grad
-    assert_close(grad, 0.25 * (given.probs - given.one_hot))
+    batch = tokens()
+    grad = qlens.implied_target(f"{file}:scaled(beta=0.25)", batch).grad
+    assert_close(grad, 0.25 * (batch.probs - batch.one_hot))
     assert qlens.get(f"{file}:scaled", beta=2.0).spec.endswith("scaled(beta=2.0)")
     with pytest.raises(qlens.ParameterError, match="'beta' has no default"):
         qlens.get(f"{file}:scaled")
@@ -209,7 +209,7 @@ def test_a_file_that_ends_the_program_is_refused(tmp_path):
         qlens.get(f"{tmp_path / 'own.py'}:f")
 
 
-def test_what_a_loss_prints_is_kept_off_the_answer(capsys):
+def test_prints_of_a_loss_are_suppressed(capsys):
     def prints(logits, labels):
         print("computing")
         return ce(logits, labels)
@@ -226,9 +226,9 @@ def test_a_printed_loss_may_reduce_itself():
 
     try:
         half.loss(lambda tokens: -0.5 * tokens.label_log_probs.mean())
-        given = tokens()
-        assert resolve(half).loss(given).shape == (12,)
-        assert_close(implied(half, given).grad, 0.5 * (given.probs - given.one_hot))
+        batch = tokens()
+        assert resolve(half).loss(batch).shape == (12,)
+        assert_close(implied(half, batch).grad, 0.5 * (batch.probs - batch.one_hot))
     finally:
         del qlens.registry.registry._METHODS["half_mean_example"]
 
@@ -245,13 +245,13 @@ def test_no_loss_is_kept_alive():
     loss = build()
     implied(loss)
     style_of(loss, {}, tokens())
-    gone = weakref.ref(loss)
+    reference = weakref.ref(loss)
     del loss
     gc.collect()
-    assert gone() is None
+    assert reference() is None
 
 
-def test_the_line_of_an_error_is_no_number_that_it_names():
+def test_line_numbers_are_not_taken_for_sizes():
     from qlens.losses.user_code import numbers_of
 
     assert numbers_of("f raises IndexError: index 40 is out of bounds for size 24 (losses.py, line 512)") == [

@@ -50,14 +50,14 @@ class Module(nn.Module):
         return ce(logits[:, :-1], batch["labels"][:, 1:])
 
 
-def test_labels_and_outputs_are_given_in_the_container_that_the_loss_reads():
+def test_labels_and_outputs_are_passed_in_containers():
     tokens = random_tokens(12, V)
     for loss in (labels_beside_a_mask, one_hot_labels, soft_targets, labels_in_a_dict, outputs_in_a_tuple, Module):
         q = qlens.implied_target(loss, tokens).q
         assert_close(q, tokens.one_hot, rtol=1e-5, atol=1e-5, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
-def test_a_training_step_gives_its_own_model_back():
+def test_a_training_step_restores_its_model():
     own = nn.Linear(2, 2)
     module = Module(own)
     qlens.implied_target(module, random_tokens(12, V))

@@ -1,4 +1,4 @@
-"""Losses without a graph: zeros where they skip every row, refused with the line that cuts it off where they do not."""
+"""Losses without a graph: a zero gradient where all rows are skipped, else an error that names the line."""
 
 import pytest
 import torch
@@ -26,8 +26,8 @@ def mined(skip):
 
     def loss(logits, labels):
         losses = ce(logits, labels, reduction="none")
-        kept = losses > HARD
-        return losses[kept].sum() / kept.sum() if kept.any() else skip(logits)
+        hard = losses > HARD
+        return losses[hard].sum() / hard.sum() if hard.any() else skip(logits)
 
     return loss
 
@@ -50,16 +50,16 @@ def test_a_loss_that_skips_all_rows_has_a_gradient_of_zero(skip):
     assert qlens.implied_target(loss, easy).grad.any().item() is False
     one = hard_rows(12, [5])  # not among the rows on which a division is tried first
     grad = qlens.implied_target(loss, one).grad
-    wanted = (one.probs - one.one_hot) * 12 * (torch.arange(12) == 5)[:, None]
-    assert_close(grad, wanted)
+    expected = (one.probs - one.one_hot) * 12 * (torch.arange(12) == 5)[:, None]
+    assert_close(grad, expected)
     assert qlens.explain(loss).nearest and "teaches nothing" in qlens.explain(loss, easy).text(full=True)
 
 
-def test_how_a_loss_divides_is_not_guessed_where_it_skips_all_rows():
+def test_reductions_are_not_guessed_from_skipped_rows():
     def very_hard(logits, labels):
         losses = ce(logits, labels, reduction="none")
-        kept = losses > 60.0
-        return (losses * kept).mean()
+        hard = losses > 60.0
+        return (losses * hard).mean()
 
     variant = qlens.registry.resolve(very_hard)
     assert not variant.loss(hard_rows(12, [])).any()
@@ -110,7 +110,7 @@ def teacher_in_inference_mode(logits, labels):
     return (weight * logits.log_softmax(-1)).sum(-1).mean()
 
 
-def test_where_the_graph_is_lost_is_said_in_one_sentence():
+def test_the_line_that_cuts_the_graph_is_named():
     cases = {
         under_no_grad: r"under torch.no_grad\(\) \(test_graphs.py, line \d+\): take that off",
         under_inference: r"under torch.inference_mode\(\) \(test_graphs.py, line \d+\): take that off",
@@ -124,15 +124,15 @@ def test_where_the_graph_is_lost_is_said_in_one_sentence():
         lambda tokens: tokens.label_log_probs.detach(): r"\.detach\(\) \(test_graphs.py, line \d+\) detaches",
     }
     for loss, says in cases.items():
-        for read in (qlens.explain, qlens.check, lambda loss: qlens.implied_target(loss, random_tokens(12, V))):
+        for entry_point in (qlens.explain, qlens.check, lambda loss: qlens.implied_target(loss, random_tokens(12, V))):
             with pytest.raises(qlens.InputError, match=says) as error:
-                read(loss)
+                entry_point(loss)
             assert "\n" not in str(error.value)
     with pytest.raises(qlens.InputError, match="returns 0 without a graph for every token it was tried on"):
         qlens.explain(lambda logits, labels: torch.tensor(0.0))
 
 
-def test_numbers_and_passes_without_gradient_inside_a_loss_are_its_own_business():
+def test_detached_passes_inside_a_loss_are_allowed():
     def logs(logits, labels):
         loss = ce(logits, labels)
         with torch.no_grad():
@@ -156,10 +156,10 @@ def test_the_part_with_a_graph_is_the_loss_without_gradients_too():
 
 
 def test_tokens_and_callers_may_be_in_inference_mode():
-    given = random_tokens(12, V)
+    ordinary = random_tokens(12, V)
     with torch.inference_mode():
-        tokens = qlens.Tokens(logits=given.logits * 1, labels=given.labels * 1, teacher=given.teacher * 1)
-        assert_close(qlens.implied_target(lambda logits, labels: ce(logits, labels), tokens).q, given.one_hot)
+        tokens = qlens.Tokens(logits=ordinary.logits * 1, labels=ordinary.labels * 1, teacher=ordinary.teacher * 1)
+        assert_close(qlens.implied_target(lambda logits, labels: ce(logits, labels), tokens).q, ordinary.one_hot)
         assert qlens.explain(ce).nearest[0].spec == "sft"
-    assert_close(qlens.implied_target("kd", tokens).q, given.teacher.softmax(-1))
-    assert_close(qlens.implied_target(ce, given.replace(logits=tokens.logits)).q, given.one_hot)
+    assert_close(qlens.implied_target("kd", tokens).q, ordinary.teacher.softmax(-1))
+    assert_close(qlens.implied_target(ce, ordinary.replace(logits=tokens.logits)).q, ordinary.one_hot)

@@ -1,4 +1,4 @@
-"""Layouts and names that are found by trying: chunks of logits, sequence first, dicts, teachers; and the error that is told."""
+"""Layouts found by trials: chunks of logits, sequence first, dicts, teachers; and the error that is raised."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_sft_and_distillation_are_read_in_chunks_sequence_first_and_in_dicts(gro
             assert_close(q, target, rtol=1e-5, atol=1e-5, msg=lambda text, loss=loss: f"{loss}: {text}")
 
 
-def test_the_layout_taken_is_said_and_checked():
+def test_unusual_layouts_are_described_and_checked():
     words = {
         Chunked: "logits (B, T / 8, V), in a list of 8 chunks along the tokens (torch.chunk), and labels (B, T) that are shifted",
         sequence_first: "logits (T, B, V), sequence first, and labels (B, T) that are shifted already",
@@ -44,14 +44,14 @@ def test_the_layout_taken_is_said_and_checked():
         classes_second: "logits (B, V, T) and labels (B, T)",
         ReadsADict: "a dict of logits (N, V) and labels (N,)",
     }
-    for loss, said in words.items():
-        assert said in resolve(loss).account(random_tokens(12, V)).called_as, loss
+    for loss, description in words.items():
+        assert description in resolve(loss).account(random_tokens(12, V)).called_as, loss
     report = qlens.check(Chunked)
     assert {item.id for item in report.failures} == {"accumulation", "all_masked"}, str(report)  # both are true of it
     assert qlens.check(ChunkedDistillation)["inputs_have_effect"].state == "passed"
 
 
-def test_the_error_told_is_that_of_the_layout_that_came_furthest():
+def test_the_error_of_the_furthest_layout_is_raised():
     def fails_late(logits, labels):
         batch, width, size = logits.shape
         labels = labels.view(batch, width)
@@ -79,7 +79,7 @@ def test_the_error_told_is_that_of_the_layout_that_came_furthest():
         "returns a value whose graph does not lead back to the logits": unconnected,
         "write def and return loss, with no async or yield": waits,
         "config is None by default: give it a value, functools.partial": configured,
-        "if it wants them otherwise, write the call yourself, def loss": fails_early,
+        "if it takes them in another form, write the call yourself, def loss": fails_early,
         "reads inputs\\['domain'\\], which qlens cannot fill": lambda logits, batch: logits * batch["domain"],
     }
     for says, loss in cases.items():
@@ -87,7 +87,7 @@ def test_the_error_told_is_that_of_the_layout_that_came_furthest():
             qlens.implied_target(loss, random_tokens(12, V))
 
 
-def test_a_loss_that_means_tokens_is_told_how_to_name_them():
+def test_a_loss_that_reads_tokens_by_another_name_gets_a_hint():
     def unnamed(t):
         return -t.label_log_probs
 
@@ -101,9 +101,9 @@ def test_a_loss_that_means_tokens_is_told_how_to_name_them():
         return ce(x.reference, y)
 
     for loss, name in ((unnamed, "unnamed"), (target, "target"), (batch, "batch"), (shadowed, "shadowed")):
-        for read in (qlens.explain, qlens.check):
+        for entry_point in (qlens.explain, qlens.check):
             with pytest.raises(qlens.InputError, match=rf"named tokens: def {name}\(tokens, \.\.\.\)"):
-                read(loss)
+                entry_point(loss)
 
 
 class Holds(nn.Module):
@@ -142,7 +142,7 @@ def shifted_ce(logits, labels):
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 
-def test_labels_outputs_and_batches_are_given_in_the_container_that_is_wanted():
+def test_labels_outputs_and_batches_are_passed_in_containers():
     """Tuples, dicts and distributions; keyword arguments alone; a model that the loss's own object holds."""
 
     def labels_and_mask(outputs, labels):
@@ -194,10 +194,10 @@ def test_labels_outputs_and_batches_are_given_in_the_container_that_is_wanted():
     }
     tokens = random_tokens(12, V)
     off = {}
-    for loss, said in words.items():
+    for loss, description in words.items():
         q = qlens.implied_target(loss, tokens).q
         called = resolve(loss).account(tokens).called_as
-        if said not in called or not torch.allclose(q, tokens.one_hot, atol=1e-5):
+        if description not in called or not torch.allclose(q, tokens.one_hot, atol=1e-5):
             off[loss] = called
     assert not off
     for loss in (labels_and_mask, one_hot, two_outputs, two_inputs, Holds):
@@ -207,7 +207,7 @@ def test_labels_outputs_and_batches_are_given_in_the_container_that_is_wanted():
         resolve(HoldsNothing)
 
 
-def test_a_held_model_is_put_back():
+def test_a_models_attribute_is_restored():
     own = nn.Linear(2, 2)
     holder = Holds(own)
     resolve(holder).loss(random_tokens(12, V))
@@ -269,7 +269,7 @@ def mean_of_rows(logits, labels):
         (mean_of_rows, "rows", "labels"),
     ],
 )
-def test_a_loss_of_texts_is_not_given_rows(loss, shape, by_text):
+def test_text_losses_are_not_called_with_rows(loss, shape, by_text):
     style = style_of(loss, {}, probes())
     assert (style.shape, style.fields, style.order) == (shape, by_text, "texts")
 
@@ -285,10 +285,11 @@ def test_proximal_log_probs_are_log_probs():
     assert (style.shape, style.fields) == ("rows", "labels")
 
 
-def test_a_refused_loss_is_not_tried_in_every_layout_again():
-    class Counted(dict):
-        """A counter that replayed calls do not reset: a subclass of dict is no state of the loss."""
+class Counted(dict):
+    """A counter that replayed calls do not reset: a subclass of dict is no state of the loss."""
 
+
+def test_the_layout_search_of_a_refused_loss_is_remembered():
     calls = Counted(number=0)
 
     def output_tensor_loss(loss_mask, output_tensor):
@@ -302,3 +303,18 @@ def test_a_refused_loss_is_not_tried_in_every_layout_again():
             style_of(output_tensor_loss, {}, random_tokens(12, vocabulary))
         numbers.append(calls["number"] - before)
     assert 0 < numbers[1] < numbers[0] / 5, numbers
+
+
+def test_a_layout_that_a_small_vocabulary_forced_is_given_up_by_one_trial():
+    calls = Counted(number=0)
+
+    def top_16_rows(logits, labels):
+        calls["number"] += 1
+        if logits.ndim == 2 and logits.shape[-1] < 16:
+            raise ValueError("16 entries are needed")
+        return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="none").view_as(labels)
+
+    assert style_of(top_16_rows, {}, random_tokens(12, V)).shape == "aligned"
+    before = calls["number"]
+    assert style_of(top_16_rows, {}, random_tokens(12, 2 * V)).shape == "rows"
+    assert calls["number"] - before == 2, "a trial calls it with its labels and with others"

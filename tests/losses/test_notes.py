@@ -1,4 +1,4 @@
-"""What a loss does beyond its own rows is noticed: other models, passes, heads, hidden states, inputs without effect."""
+"""Notes on what a loss does beyond its logit gradient: other models, passes, heads, hidden states, unused inputs."""
 
 from types import SimpleNamespace
 
@@ -17,8 +17,8 @@ def tokens(n=12):
     return random_tokens(n, V)
 
 
-def implied(loss, given=None):
-    return qlens.implied_target(loss, tokens() if given is None else given)
+def implied(loss, batch=None):
+    return qlens.implied_target(loss, tokens() if batch is None else batch)
 
 
 class Embedded(nn.Module):
@@ -30,24 +30,24 @@ class Embedded(nn.Module):
         return SimpleNamespace(logits=self.table(input_ids))
 
 
-def notes(loss, given=None):
-    return " ".join(resolve(loss).account(tokens() if given is None else given).notes)
+def notes(loss, batch=None):
+    return " ".join(resolve(loss).account(tokens() if batch is None else batch).notes)
 
 
-def test_another_model_is_noticed_and_sees_no_label():
+def test_another_model_is_noted_and_gets_no_labels():
     other = Embedded()
 
     def distils_from_a_closure(model, inputs):
         labels = inputs.pop("labels")
         with torch.no_grad():
             teacher = other(**inputs).logits
-        kept = labels[:, 1:] != -100
-        return distils(model(**inputs).logits[:, :-1][kept], teacher[:, :-1][kept])
+        supervised = labels[:, 1:] != -100
+        return distils(model(**inputs).logits[:, :-1][supervised], teacher[:, :-1][supervised])
 
     assert "It runs another model (Embedded)" in notes(distils_from_a_closure)
-    given = tokens()
-    changed = given.replace(labels=(given.labels + 1) % V)
-    assert_close(implied(distils_from_a_closure, given).q, implied(distils_from_a_closure, changed).q)
+    batch = tokens()
+    changed = batch.replace(labels=(batch.labels + 1) % V)
+    assert_close(implied(distils_from_a_closure, batch).q, implied(distils_from_a_closure, changed).q)
     with pytest.raises(
         qlens.InputError, match=r"runs another model \(Embedded\), and is tried with a vocabulary of 24"
     ):
@@ -58,7 +58,7 @@ def test_another_model_is_noticed_and_sees_no_label():
     assert qlens.check(distils_from_a_closure)["shift"].state == "not applicable"
 
 
-def test_passes_heads_hidden_states_and_further_labels_are_noticed():
+def test_passes_heads_hidden_states_and_further_labels_are_noted():
     head = nn.Linear(V, 3, dtype=torch.float64)
 
     def auxiliary(model, inputs):
@@ -72,10 +72,10 @@ def test_passes_heads_hidden_states_and_further_labels_are_noticed():
         return (term(1) + 0.25 * term(2)) / (labels[:, 1:] != -100).sum()
 
     assert "It runs the model 2 times" in notes(twice)
-    said = notes(auxiliary)
-    assert "layers of its own (Linear)" in said and "reaches the hidden states past the head" in said
-    said = notes(two_ahead)
-    assert "the one 1 further on (0.25 times as strongly)" in said and "multi-token prediction" in said
+    note_text = notes(auxiliary)
+    assert "layers of its own (Linear)" in note_text and "reaches the hidden states past the head" in note_text
+    note_text = notes(two_ahead)
+    assert "the one 1 further on (0.25 times as strongly)" in note_text and "multi-token prediction" in note_text
     assert implied(two_ahead).q.isfinite().all()
 
 
@@ -87,8 +87,8 @@ def test_two_old_policies_are_named():
     def plain(logprobs, old_logprobs, advantages):
         return -((logprobs - old_logprobs).exp() * advantages).mean()
 
-    said = "old_logprobs is the old policy that ratios are taken to; rollout_logprobs another one"
-    assert said in notes(truncated)
+    note_text = "old_logprobs is the old policy that ratios are taken to; rollout_logprobs another one"
+    assert note_text in notes(truncated)
     assert "old policy" not in notes(plain)
 
 

@@ -1,4 +1,4 @@
-"""Losses of two old policies: the one that ratios are taken to, and the one that texts were sampled from."""
+"""Losses of two old policies: the one that ratios are taken to, and the one that sampled the texts."""
 
 import torch
 
@@ -26,17 +26,17 @@ def test_two_old_policies_are_given_different_values_and_named():
     assert inputs(decoupled).required["proximal_logprobs"] == "old log probs"
 
 
-def test_their_ratio_is_a_factor_and_no_plain_method_is_named():
+def test_the_ratio_of_two_old_policies_is_reported_as_a_factor():
     tokens = qlens.probes()
     for loss, capped in ((truncated_weight, True), (decoupled, False)):
         variant = qlens.registry.resolve(loss)
-        said = " ".join(variant.account(tokens).notes)
-        assert "is a factor of its gradient" in said and ("at most 1.01" in said) == capped, loss
+        note_text = " ".join(variant.account(tokens).notes)
+        assert "is a factor of its gradient" in note_text and ("at most 1.01" in note_text) == capped, loss
         grpo = qlens.get("grpo").target(tokens).grad
         assert (variant.target(tokens).grad - grpo).norm() > 1e-3 * grpo.norm()
         assert qlens.check(loss).ok, loss
 
 
-def test_without_a_second_policy_the_ratio_is_said_to_be_one():
+def test_without_a_second_policy_the_ratio_is_reported_as_one():
     tokens = qlens.probes().replace(second=None)
     assert "so that a ratio of the two is 1 here" in " ".join(qlens.registry.resolve(decoupled).account(tokens).notes)

@@ -1,4 +1,4 @@
-"""Losses that take a batch of pairs by the places of its texts: chosen in the first half, or each before its rejected one."""
+"""Losses of pairs by the order of a batch: chosen texts in the first half, or each before its rejected one."""
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +73,8 @@ def symmetric_halves(logits, labels):
     return cross_entropy + 0.5 * F.kl_div(first, second, log_target=True, reduction="batchmean")
 
 
-def test_named_as_the_pair_loss_that_they_are():
-    wanted = {
+def test_pair_losses_are_identified():
+    specs = {
         simpo_halves: "simpo(gamma=1.0)",
         simpo_unreduced: "simpo(gamma=1.0)",
         SimpoTrainer: "simpo(gamma=1.0)",
@@ -82,7 +82,7 @@ def test_named_as_the_pair_loss_that_they_are():
         dpo_masked: "dpo",
         dpo_of_text_sums: "dpo",
     }
-    for loss, spec in wanted.items():
+    for loss, spec in specs.items():
         explained = qlens.explain(loss)
         assert explained.nearest[0].same and explained.nearest[0].spec == spec, loss
         assert explained.scope is not None and explained.scope.of == "pair", loss
@@ -121,17 +121,17 @@ def test_rejected_texts_may_come_first():
         assert "rejected text" in explained.called_as and "which it lower" in explained.called_as, loss
 
 
-def test_a_hinge_divides_by_no_largest_weight():
-    said = qlens.explain(hinge).text(full=True)
-    assert "largest weight" not in said and "no effect" not in said
+def test_a_hinge_loss_is_not_called_normalised():
+    text = qlens.explain(hinge).text(full=True)
+    assert "largest weight" not in text and "no effect" not in text
 
 
-def test_no_false_alarm():
+def test_pair_losses_pass_the_check():
     for loss in (simpo_halves, simpo_alternate, SimpoTrainer, dpo_with_reference_model, dpo_masked, margin):
         assert qlens.check(loss).ok, (loss, qlens.check(loss).failures)
 
 
-def test_losses_that_compare_no_places_are_no_pair_losses():
+def test_losses_of_single_texts_are_not_pair_losses():
     assert pairing(margin, {}) == "halves"
     for loss in (F.cross_entropy, weighted_by_reward, symmetric_halves):
         assert pairing(loss, {}) == "", loss
@@ -142,7 +142,7 @@ def test_an_input_that_is_a_model_has_an_effect():
         student = model(batch["input_ids"]).logits[:, :-1]
         with torch.no_grad():
             teacher = teacher_model(batch["input_ids"]).logits[:, :-1]
-        kept = batch["labels"][:, 1:] != -100
-        return F.kl_div(student[kept].log_softmax(-1), teacher[kept].softmax(-1), reduction="sum")
+        supervised = batch["labels"][:, 1:] != -100
+        return F.kl_div(student[supervised].log_softmax(-1), teacher[supervised].softmax(-1), reduction="sum")
 
     assert qlens.check(distillation)["inputs_have_effect"].state == "passed"

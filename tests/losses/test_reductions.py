@@ -1,4 +1,4 @@
-"""What a loss divides by: powers of a count, a count and a number, two counts at once, rows that see those before them."""
+"""Reductions of losses: powers of a count, a count plus a constant, two counts, losses that use earlier labels."""
 
 import pytest
 import torch
@@ -49,7 +49,7 @@ def test_powers_products_and_sums_of_counts_are_undone():
     assert "to the power 2, which is undone" in resolve(of_rows(2)).account(tokens).called_as
 
 
-def test_two_terms_of_two_counts_are_said():
+def test_two_terms_with_two_counts_are_reported():
     def all_positions(logits, labels):
         flat = logits[:, :-1]
         return ce(flat.flatten(0, 1), labels[:, 1:].flatten()) + 0.01 * flat.logsumexp(-1).square().mean()
@@ -59,15 +59,17 @@ def test_two_terms_of_two_counts_are_said():
 
     cases = {all_positions: "one a mean over unmasked, the other (", mean_and_sum: ") a sum: their balance"}
     tokens = random_tokens(12, V)
-    for loss, said in cases.items():
+    for loss, phrase in cases.items():
         account = resolve(loss).account(tokens)
-        assert any("two terms that are divided by different counts" in note and said in note for note in account.notes)
+        assert any(
+            "two terms that are divided by different counts" in note and phrase in note for note in account.notes
+        )
     grad = qlens.implied_target(all_positions, tokens).grad  # texts of 4 and 8 labels: 12 tokens in 16 positions
     z_loss = 0.02 * (12 / 16) * tokens.logits.logsumexp(-1)[:, None] * tokens.probs
     assert_close(grad, tokens.probs - tokens.one_hot + z_loss)
 
 
-def test_rows_that_see_those_before_them_are_divided_like_any():
+def test_reductions_of_losses_that_use_earlier_labels_are_found():
     def unlikelihood(lprobs, target):
         before = target[None].expand(len(target), -1).tril(-1) - torch.ones(len(target), len(target)).triu().long()
         marks = torch.zeros_like(lprobs, dtype=torch.bool)
@@ -79,7 +81,7 @@ def test_rows_that_see_those_before_them_are_divided_like_any():
     assert resolve(unlikelihood).account(tokens).notes == ()
 
 
-def test_what_no_count_explains_is_refused_with_what_was_seen():
+def test_unknown_reductions_are_refused_with_the_measured_factors():
     def odd(logits, labels):
         return ce(logits, labels, reduction="sum") * (2 + torch.tensor(float(len(labels))).sin())
 
@@ -120,11 +122,11 @@ def test_a_parameter_of_a_mean_over_texts_has_the_gradient_of_the_sum_over_token
     tokens = random_tokens(12, 11).replace(sequence=torch.tensor([0] * 2 + [1] * 7 + [2] * 3), pair=None, chosen=None)
     loss = LearnsATemperature()
     summed = F.cross_entropy(tokens.logits * loss.sharpness, tokens.labels, reduction="sum")
-    (wanted,) = torch.autograd.grad(summed, loss.sharpness)
+    (expected,) = torch.autograd.grad(summed, loss.sharpness)
     for requires_grad in (False, True):
-        shown = tokens.with_logits(tokens.logits.clone().requires_grad_(requires_grad))
-        (grad,) = torch.autograd.grad(resolve(loss).loss(shown).sum(), loss.sharpness)
-        assert_close(grad, wanted)
+        batch = tokens.with_logits(tokens.logits.clone().requires_grad_(requires_grad))
+        (grad,) = torch.autograd.grad(resolve(loss).loss(batch).sum(), loss.sharpness)
+        assert_close(grad, expected)
 
 
 def test_a_parameter_is_refused_where_texts_depend_on_each_other():
@@ -137,7 +139,7 @@ def test_a_parameter_is_refused_where_texts_depend_on_each_other():
         variant.loss(tokens.with_logits(tokens.logits.clone().requires_grad_())).sum()
 
 
-def test_finding_what_a_loss_divides_by_leaves_its_state_and_draws_as_they_were():
+def test_finding_a_reduction_keeps_state_and_generators():
     calls = []
 
     def counting(outputs, labels, attention_mask):
@@ -148,10 +150,10 @@ def test_finding_what_a_loss_divides_by_leaves_its_state_and_draws_as_they_were(
 
     tokens = random_tokens(12, 11).replace(sequence=torch.tensor([0] * 2 + [1] * 7 + [2] * 3), pair=None, chosen=None)
     style = style_of(counting, {}, tokens)
-    for find in (find_reduction, lambda *given: by_length(["sum", "mean over unmasked"], *given[:3], style)):
-        before, made = torch.get_rng_state(), len(calls)
+    for find in (find_reduction, lambda *args: by_length(["sum", "mean over unmasked"], *args[:3], style)):
+        before, calls_before = torch.get_rng_state(), len(calls)
         find(counting, {}, tokens, "counting")
-        assert torch.equal(torch.get_rng_state(), before) and len(calls) == made
+        assert torch.equal(torch.get_rng_state(), before) and len(calls) == calls_before
 
 
 def test_weights_of_a_loss_that_reduces_itself_are_bounded():
@@ -161,13 +163,13 @@ def test_weights_of_a_loss_that_reduces_itself_are_bounded():
         resolve(F.cross_entropy).loss(tokens.replace(weight=weight))
 
 
-def test_the_state_before_a_call_is_kept_only_where_it_may_be_called_again(monkeypatch):
-    kept = []
+def test_state_is_copied_only_where_a_second_call_may_follow(monkeypatch):
+    snapshots = []
 
     class Counted(unreduced.Replay):
-        def __init__(self, *given):
-            kept.append(1)
-            super().__init__(*given)
+        def __init__(self, *args):
+            snapshots.append(1)
+            super().__init__(*args)
 
     def user(logits, labels):
         return F.cross_entropy(logits, labels)
@@ -178,4 +180,4 @@ def test_the_state_before_a_call_is_kept_only_where_it_may_be_called_again(monke
     first = variant.loss(tokens)
     monkeypatch.setattr(unreduced, "Replay", Counted)
     assert_close(variant.loss(tokens), first)
-    assert not kept
+    assert not snapshots

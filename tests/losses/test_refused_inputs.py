@@ -1,4 +1,4 @@
-"""Losses of hidden states beyond their logits, and cards and tokens that do not fit, are refused in a sentence."""
+"""Losses of hidden states beyond their logits, and invalid cards and tokens, are refused."""
 
 import pytest
 import torch
@@ -43,13 +43,13 @@ def test_cards_and_tokens_that_do_not_fit_are_refused():
     def loss(logits, labels):
         return cross_entropy(logits, labels, reduction="none")
 
-    for name, card, said in (
+    for name, card, message in (
         ("class", {}, "identifier"),
         ("ill_modes", {"modes": ["v1"]}, "modes must be a dict"),
         ("ill_point", {"modes": {"v1": 1}}, "modes must be a dict"),
         ("ill_needs", {"needs": ("logits",)}, "needs names logits"),
     ):
-        with pytest.raises(InputError, match=said):
+        with pytest.raises(InputError, match=message):
             qlens.register(name, **card)(loss)
     for tokens in ("x", 3, torch.zeros(2, 4)):
         with pytest.raises(InputError, match="tokens must be"):

@@ -1,13 +1,13 @@
-"""Losses that keep a state or draw by any generator: called once more to be looked at, they train as if they had not been."""
+"""Stateful and random losses: further calls by qlens do not change their training."""
 
-import functools
 import random
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, parameters, rows, trainer_in
+from losses import nll
+from tiny_models import llama, parameters, rows
 from torch.testing import assert_close
 
 import qlens
@@ -19,16 +19,6 @@ from qlens.registry import Method
 
 LARGE = torch.zeros(COPIED + 1)
 HISTORY = {"mean": torch.ones(())}
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 class Running(torch.nn.Module):
@@ -114,7 +104,7 @@ def by_hand(steps):
     return parameters(model), losses
 
 
-def test_a_loss_that_keeps_a_state_is_trained_as_written_logged_or_not(make):
+def test_logging_does_not_change_the_training_of_a_stateful_loss(make):
     expected, values = by_hand(4)
     for build in (Running, Plain, in_a_closure, in_a_global, in_a_default, reduced):
         for fused, log_every in ((True, 0), (True, 1), (False, 0), (False, 1)):
@@ -144,26 +134,26 @@ def test_a_large_tensor_that_is_written_on_is_refused_and_one_that_is_read_is_no
     assert qlens.registry.resolve(reads).loss(tokens).shape == (6,)
 
 
-def test_what_functions_keep_is_as_it_was_after_a_call_more():
-    kept, drawn = [1], np.random.default_rng(0)
-    table = {"self": kept, "rows": [torch.zeros(2)]}
+def test_replay_restores_the_state_of_functions():
+    numbers, generator = [1], np.random.default_rng(0)
+    table = {"self": numbers, "rows": [torch.zeros(2)]}
     table["table"] = table
 
     def function():
-        kept.append(len(kept))
+        numbers.append(len(numbers))
         table["rows"][0] += 1
         table["new"] = True
-        return drawn.random(), random.random(), np.random.rand(), float(torch.rand(()))
+        return generator.random(), random.random(), np.random.rand(), float(torch.rand(()))
 
     replay = Replay(torch.device("cpu"), function)
     first = function()
     rows_before = table["rows"][0]
     with replay.again():
-        assert kept == [1] and "new" not in table
+        assert numbers == [1] and "new" not in table
         assert function() == first
     with replay.again():
         assert function() == first
-    assert kept == [1, 1] and table["new"] and table["rows"][0] is rows_before and float(rows_before[0]) == 1
+    assert numbers == [1, 1] and table["new"] and table["rows"][0] is rows_before and float(rows_before[0]) == 1
     assert function() != first
 
 
@@ -183,7 +173,7 @@ def seeded():
     NUMPY.bit_generator.state = np.random.default_rng(1).bit_generator.state
 
 
-def test_a_loss_that_draws_is_trained_alike_logged_or_not_reduced_or_not(make):
+def test_logging_does_not_change_the_training_of_reduced_random_losses(make):
     for name, draw in DRAWS.items():
         ends = []
         for fused, mean, log_every in ((True, False, 0), (True, True, 1), (False, False, 1), (False, True, 0)):
@@ -202,7 +192,7 @@ def test_a_loss_that_draws_is_trained_alike_logged_or_not_reduced_or_not(make):
             assert_close(other, ends[0], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_dropout_in_a_mean_is_taken_and_what_nobody_can_replay_is_refused():
+def test_seeded_randomness_is_replayed_and_other_randomness_refused():
     count = iter(range(10**6))
 
     def dropped(logits, labels):

@@ -21,15 +21,15 @@ def texts_are_labels(lm_logits, input_ids):
     return -z.log_softmax(-1).gather(-1, ids[..., None]).mean()
 
 
-def test_a_weight_for_each_text_is_given():
-    said = qlens.explain(weighs_texts).text(full=True).replace("\n    ", " ")
-    assert "sample_weights: one for each text, its first token's" in said
-    assert "depends on no other token" in said  # a weight of a text is its own
-    assert "no effect" not in said and "other lengths" not in said
+def test_weights_per_text_are_passed():
+    text = qlens.explain(weighs_texts).text(full=True).replace("\n    ", " ")
+    assert "sample_weights: one for each text, its first token's" in text
+    assert "depends on no other token" in text  # a weight of a text is its own
+    assert "no effect" not in text and "other lengths" not in text
     assert qlens.check(weighs_texts)["inputs_have_effect"].state == "passed"
 
 
-def test_input_ids_that_are_labels_hold_ids_only():
+def test_input_ids_used_as_labels_hold_no_ignore_index():
     assert qlens.explain(texts_are_labels).nearest[0].spec == "sft"
     report = qlens.check(texts_are_labels)
     assert report["prompt"].state == "remark" and "from input_ids" in report["prompt"].evidence

@@ -36,7 +36,7 @@ def problems(name, **changed):
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_card_says_what_the_gradient_is(name):
+def test_card_formulas_match_the_gradient(name):
     assert not list(problems(name))
 
 

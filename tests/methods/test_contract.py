@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from draws import variants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
+from parameter_strategies import variants
 from torch.testing import assert_close
 
 import qlens
@@ -64,7 +64,7 @@ def test_precision_is_as_stated(name):
         assert_close(leaf.grad.double(), expected, **allowed)
 
 
-def test_every_identity_here_is_a_real_one():
+def test_every_built_in_identity_compares_two_definitions():
     assert [name for name in BUILT_IN if qlens.get(name).derived] == []
     assert [name for name in BUILT_IN if qlens.get(name).method.printed is None] == []
 
@@ -137,7 +137,7 @@ def test_limits_are_approached():
         assert 0 < float(gap.abs().max()) < 1e-5, near
 
 
-def test_asft_reads_as_in_the_table_and_converts():
+def test_asft_matches_the_papers_table_and_converts():
     tokens = random_tokens(10, 7)
     target = qlens.get("asft_anchored(weight=0.2)").target(tokens)
     p_y = tokens.label_probs
@@ -164,7 +164,7 @@ def test_impossible_tokens_stay_impossible():
         assert float(variant.target(tokens).q[:, 6:].abs().max()) == 0.0, name
 
 
-def test_the_suite_takes_a_users_method_and_fails_a_wrong_one():
+def test_check_variant_passes_correct_and_fails_wrong_user_methods():
     def good(logits, labels, *, alpha=0.5):
         log_p = logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
         return -(log_p.detach() * alpha).exp() * log_p
@@ -182,6 +182,6 @@ def test_the_suite_takes_a_users_method_and_fails_a_wrong_one():
         def wrong_loss(tokens):
             return -tokens.label_log_probs
 
-        with pytest.raises(AssertionError, match="identity") as caught:
+        with pytest.raises(AssertionError, match="identity") as error_info:
             check_variant("wrong_for_the_test")
-        assert "simplex_as_declared" in str(caught.value)
+        assert "simplex_as_declared" in str(error_info.value)

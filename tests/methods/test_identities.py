@@ -1,4 +1,4 @@
-"""Methods that are one and the same at some parameters, by their gradients."""
+"""Methods that are equal at some parameters, by their gradients."""
 
 import torch.nn.functional as F
 from oracle import (

@@ -13,18 +13,14 @@ from qlens.registry import cards, params, registry
 from qlens.registry.params import Positive, Share, Weight
 from qlens.testing import random_tokens
 
+pytestmark = pytest.mark.usefixtures("temporary_registry")
+
 BUILT_IN = {n: m for n, m in registry.methods().items() if m.fn.__module__.startswith("qlens.variants")}
 DESIGN = """sft label_smoothing dft beyond_log beyond_log_log1mp beyond_log_threshold profit eaft cft iw_sft sft_kl
 sft_reverse_kl asft_anchored psft gem kd kd_hybrid target_sft asft_absolute rpsft uft gift idft deft cayley mile focal
 gce sce mae brier poly bootstrap_soft bootstrap_hard confidence_penalty unlikelihood r_drop reverse_kl jsd skew_fkl
 skew_rkl tvd topk_kd
 label_kl token_mask reinforce ppo_clip grpo dpo simpo orpo ipo""".split()
-
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
 
 
 def test_every_method_of_the_plan_is_there():
@@ -64,7 +60,7 @@ def test_fields_of_the_card_may_depend_on_the_parameters():
     assert qlens.get("kd").simplex and not qlens.get("kd(temperature=2.0)").simplex
 
 
-def test_ends_are_the_points_where_limits_stand():
+def test_ends_lists_the_bounds_of_each_parameter():
     def f(tokens, *, eta: Share = 0.0, weight: Weight = 0.5, beta: Positive = 2.0, over: bool = False): ...
 
     assert params.ends(f) == [{"eta": 1.0}, {"weight": 0.0}, {"weight": 1.0}, {"beta": 1.0}, {"over": True}]
@@ -80,16 +76,16 @@ def test_tuples_of_any_length_are_checked():
 
 def test_the_card_shows_every_field():
     for name, method in BUILT_IN.items():
-        shown = cards.card(qlens.get(name))
+        text = cards.card(qlens.get(name))
         for word in ("trust", "residual", "scale", "needs", "scope", "source", "mean over"):
-            assert re.search(rf"^  {word} +\S", shown, re.M), (name, word)
-        assert all(re.search(rf"^  {re.escape(preset)}\s", shown, re.M) for preset in method.modes), name
-        flat = re.sub(r"\s+", " ", shown)
+            assert re.search(rf"^  {word} +\S", text, re.M), (name, word)
+        assert all(re.search(rf"^  {re.escape(preset)}\s", text, re.M) for preset in method.modes), name
+        flat = re.sub(r"\s+", " ", text)
         assert all(re.sub(r"\s+", " ", sentence) in flat for sentence in method.differences), name
         assert method.family in cards.FAMILIES
 
 
-def test_the_list_and_the_readme_come_from_the_same_fields():
+def test_the_list_and_the_readme_agree():
     rows = json.loads(CliRunner().invoke(app, ["list", "--json"]).output)
     assert [row["name"] for row in rows] == list(qlens.names())
     table = cards.markdown()
@@ -98,7 +94,7 @@ def test_the_list_and_the_readme_come_from_the_same_fields():
     assert {"modes", "differences", "code", "limits", "invariant", "cites"} <= set(rows[0])
 
 
-def test_a_method_that_sees_raw_logits_says_so():
+def test_methods_of_raw_logits_declare_it():
     tokens = random_tokens(20, 9)
     far = tokens.replace(logits=tokens.logits + 120.0, hint=torch.ones(20, dtype=torch.bool))
     target = qlens.get("uft@code").target(far)

@@ -1,4 +1,4 @@
-"""Floors, clamps, ties and limits of the wider family, where released code has them."""
+"""Floors, clamps, ties and limits of further methods, as in released code."""
 
 import math
 
@@ -20,7 +20,7 @@ from oracle import (
     push,
     unit,
 )
-from test_published_wider_losses import idft, unlikelihood
+from test_published_further_losses import idft, unlikelihood
 from torch.testing import assert_close
 
 import qlens
@@ -37,7 +37,7 @@ def test_gift_mixes_the_reference_with_the_label(beta):
     assert_near(target.scale, torch.ones_like(trust))
 
 
-def test_gifts_floor_stands_in_for_an_impossible_label():
+def test_the_floor_of_gift_applies_to_impossible_labels():
     tokens = one(0.0, reference=-500.0)
     odds = math.exp(20) * 1e-10 / (1 + 5e-10)
     assert_near(unit("gift", tokens)[:, 0], number(odds / (1 + odds)))
@@ -122,12 +122,12 @@ def test_ties_go_to_the_lowest_id():
     assert_near(unit("bootstrap_hard", tokens), torch.tensor([[0.0, 0.2, 0.0, 0.8]], dtype=torch.float64))
     even = NEAR.replace(reference=NEAR.logits, old=NEAR.logits)
     for mode in ("rho-1", "sstoken"):
-        kept = (qlens.get(f"token_mask@{mode}", keep=0.51).loss(even) > 0).tolist()
-        assert kept == [True] * 21 + [False] * 19
+        selected = (qlens.get(f"token_mask@{mode}", keep=0.51).loss(even) > 0).tolist()
+        assert selected == [True] * 21 + [False] * 19
 
 
 @pytest.mark.parametrize(("prob", "pushed"), [(1 - 2e-5, True), (1 - 0.5e-5, False)])
-def test_unlikelihood_leaves_a_sure_negative_alone(prob, pushed):
+def test_unlikelihood_has_no_gradient_at_a_certain_negative(prob, pushed):
     tokens = one(logit_of(prob)).replace(labels=torch.tensor([1]), negatives=torch.tensor([[True] + [False] * 5]))
     assert_agrees("unlikelihood(nll=0.0)", unlikelihood(nll=0.0), tokens)
     assert bool(qlens.get("unlikelihood(nll=0.0)").target(tokens).grad.any()) == pushed
@@ -135,10 +135,10 @@ def test_unlikelihood_leaves_a_sure_negative_alone(prob, pushed):
 
 
 @pytest.mark.parametrize("tokens", BATCHES)
-def test_unlikelihood_of_the_label_hands_its_mass_to_the_others(tokens):
+def test_unlikelihood_of_the_label_moves_its_mass_to_other_tokens(tokens):
     tokens = tokens.replace(negatives=hot(tokens).bool())
-    others = torch.softmax(tokens.logits.masked_fill(tokens.negatives, -torch.inf), -1)
-    assert_near(unit("unlikelihood@sequence", tokens), others)
+    without_label = torch.softmax(tokens.logits.masked_fill(tokens.negatives, -torch.inf), -1)
+    assert_near(unit("unlikelihood@sequence", tokens), without_label)
     p = logp(tokens).exp()
     assert_near(push("unlikelihood@sequence", tokens), -p / (1 - p))
 

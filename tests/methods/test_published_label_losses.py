@@ -36,7 +36,7 @@ def general_family(alpha):
     return lambda t: -(torch.exp(alpha * logp(t)) - 1) / alpha
 
 
-def kept(loss, mask):
+def masked_loss(loss, mask):
     """The loss where a mask, computed without gradient, is True."""
     return lambda t: loss(t) * mask(p_of(t).detach()).double()
 
@@ -152,10 +152,10 @@ ORACLES = {
     "beyond_log@GeneralFamily-10": general_family(10.0),
     **{f"beyond_log(alpha={a})": general_family(a) for a in (0.1, 0.5, 2.0, 10.0, -0.5)},
     "beyond_log_log1mp": lambda t: torch.log(1 - p_of(t)),
-    "beyond_log_threshold": kept(ce, lambda p: p >= 0.2),
-    "beyond_log_threshold@OnlyTopP(threshold=0.05)": kept(one_minus, lambda p: p >= 0.05),
-    "beyond_log_threshold@OnlyBottomP": kept(one_minus, lambda p: p <= 0.2),
-    "beyond_log_threshold@OnlyBottomLogP(threshold=0.05)": kept(ce, lambda p: p <= 0.05),
+    "beyond_log_threshold": masked_loss(ce, lambda p: p >= 0.2),
+    "beyond_log_threshold@OnlyTopP(threshold=0.05)": masked_loss(one_minus, lambda p: p >= 0.05),
+    "beyond_log_threshold@OnlyBottomP": masked_loss(one_minus, lambda p: p <= 0.2),
+    "beyond_log_threshold@OnlyBottomLogP(threshold=0.05)": masked_loss(ce, lambda p: p <= 0.05),
     "beyond_log_threshold@base-quantile": lambda t: (
         ce(t) * (p_of(t, "reference") >= p_of(t, "reference").quantile(0.2))
     ),
@@ -226,12 +226,12 @@ def test_means_over_selected_tokens_are_declared():
     assert [qlens.get(spec).denominator for spec in specs] == ["selected", "selected", "selected", "valid"]
 
 
-@pytest.mark.parametrize(("spec", "kept"), [("profit", True), ("profit@paper", False), ("profit@lower", True)])
-def test_profit_keeps_a_probability_at_the_threshold_unlike_the_paper(spec, kept):
+@pytest.mark.parametrize(("spec", "is_kept"), [("profit", True), ("profit@paper", False), ("profit@lower", True)])
+def test_profit_keeps_a_probability_at_the_threshold_unlike_the_paper(spec, is_kept):
     tokens = one(0.0, v=2)  # p_y is 0.5 exactly
     method = qlens.get(spec, threshold=0.5)
-    assert_near(method.target(tokens).q, hot(tokens) if kept else torch.full((1, 2), 0.5).double())
-    assert_near(method.loss(tokens), kept * ce(tokens))
+    assert_near(method.target(tokens).q, hot(tokens) if is_kept else torch.full((1, 2), 0.5).double())
+    assert_near(method.loss(tokens), is_kept * ce(tokens))
 
 
 def test_profit_at_random_drops_the_share_it_names():
@@ -241,8 +241,8 @@ def test_profit_at_random_drops_the_share_it_names():
     assert_agrees(method.spec, lambda t: ce(t) * (rows > 0), tokens)
     assert_close((rows == 0).double().mean(), torch.tensor(0.3).double(), rtol=0, atol=0.05)
     assert_near(qlens.get("profit@random", threshold=0.0).loss(tokens), ce(tokens))
-    again = qlens.get("profit@random", threshold=0.3, seed=1).loss(tokens) == 0
-    assert_close(((rows == 0) & again).double().mean(), torch.tensor(0.09).double(), rtol=0, atol=0.03)
+    other_seed = qlens.get("profit@random", threshold=0.3, seed=1).loss(tokens) == 0
+    assert_close(((rows == 0) & other_seed).double().mean(), torch.tensor(0.09).double(), rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("tokens", BATCHES)
@@ -261,9 +261,9 @@ def test_entropy_gates_that_do_not_exist_are_refused():
 
 def test_the_weight_of_iw_sft_rises_with_the_label_and_ends_at_its_clamp():
     tokens = [one(z).replace(sequence=torch.tensor([0])) for z in (-1.0, 0.0, 1.0, 9.0)]
-    found = torch.cat([push("iw_sft", t) for t in tokens])
+    actual = torch.cat([push("iw_sft", t) for t in tokens])
     expected = torch.cat([(p_of(t) * 6) for t in tokens])
-    assert_near(found, expected)
+    assert_near(actual, expected)
     sharper = torch.cat([push("iw_sft(clamp=(0.9, 2.0))", t) for t in tokens])
     assert_near(sharper, expected.clamp(0.9, 2.0))
     far = one(0.0, v=200, reference=-800.0).replace(sequence=torch.tensor([0]))

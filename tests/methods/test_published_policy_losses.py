@@ -11,13 +11,14 @@ from oracle import (
     by_method,
     entropy,
     full,
+    k3,
     kl,
     logp,
     members,
     sides,
 )
+from test_published_further_losses import ORACLES as FURTHER_LOSSES
 from test_published_label_losses import ORACLES as LABEL_LOSSES
-from test_published_wider_losses import ORACLES as WIDER_LOSSES
 
 import qlens
 from qlens.testing import random_tokens
@@ -59,13 +60,13 @@ def topk(tail, k=64, reverse=0.0, floor=None, cap=None):
         logs, ids = full(t, "teacher").topk(k_)
         own = full(t).gather(1, ids)
         q, p = logs.exp(), own.exp()
-        spare, left = 1 - q.sum(-1), 1 - p.sum(-1)
+        spare, log_free = 1 - q.sum(-1), 1 - p.sum(-1)
         if tail in ("renorm", "renorm_both"):
             logs = logs.log_softmax(-1)
             own = own.log_softmax(-1) if tail == "renorm_both" else own
         value = (1 - reverse) * kl(logs, own) + (reverse * kl(own, logs) if reverse else 0)
         if k_ < t.logits.shape[1] and tail == "bucket":
-            value = value + spare * (spare.log() - left.log())
+            value = value + spare * (spare.log() - log_free.log())
         if k_ < t.logits.shape[1] and tail == "uniform":
             each = spare / (t.logits.shape[1] - k_)
             value = value + each * (each.log()[:, None] - full(t).scatter(1, ids, 0.0)).sum(-1)
@@ -79,11 +80,8 @@ def on_policy(divergence, clip):
     return lambda t: (logp(t) - logp(t, "old")).exp().detach().clamp(max=clip) * divergence(t)
 
 
-def k3(t, clamp=None, value_clamp=None):
-    gap = logp(t, "reference") - logp(t)
-    gap = gap if clamp is None else gap.clamp(-clamp, clamp)
-    value = gap.exp() - gap - 1
-    return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
+def reference_gap(t):
+    return logp(t, "reference") - logp(t)
 
 
 def clipped(ratio, advantage, low=0.2, high=0.2, dual=None):
@@ -96,14 +94,14 @@ def ppo(low=0.2, high=0.2, dual=None):
     return lambda t: clipped((logp(t) - logp(t, "old")).clamp(-20, 20).exp(), t.advantage, low, high, dual)
 
 
-def grpo(objective=clipped, sequence=False, weight=0.0, share=lambda t: 1.0, **given):
+def grpo(objective=clipped, sequence=False, weight=0.0, share=lambda t: 1.0, **options):
     def loss(t):
         gap = logp(t) - logp(t, "old")
         if sequence:
             means = torch.stack([gap[own].mean() for own in members(t.sequence)])
             gap = means[t.sequence.unique(return_inverse=True)[1]]
-        rows = objective(gap.exp(), t.advantage, **given) if objective is not cispo else cispo(gap, t, **given)
-        return (rows + weight * k3(t)) / share(t)
+        rows = objective(gap.exp(), t.advantage, **options) if objective is not cispo else cispo(gap, t, **options)
+        return (rows + weight * k3(reference_gap(t))) / share(t)
 
     return loss
 
@@ -174,7 +172,7 @@ def uft(weight=0.001, kl_weight=0.001, bonus=0.0, mean=False, logit_clamp=None, 
     def loss(t):
         z = t.logits if logit_clamp is None else t.logits.clamp(-logit_clamp, logit_clamp)
         hints = weight * F.cross_entropy(z, t.labels, reduction="none")
-        rest = ppo()(t) + kl_weight * k3(t, 20.0, value_clamp) - bonus * entropy(t)
+        rest = ppo()(t) + kl_weight * k3(reference_gap(t), 20.0, value_clamp) - bonus * entropy(t)
         count = torch.where(t.hint, t.hint.sum(), (~t.hint).sum()) if mean else 1.0
         return torch.where(t.hint, hints, rest) / count
 
@@ -256,6 +254,6 @@ def test_losses_of_sequences_and_pairs_are_those_of_paper_and_released_code(name
 
 
 def test_every_method_has_an_oracle():
-    oracles = by_method({**ROWS, **GROUPS, **LABEL_LOSSES, **WIDER_LOSSES})
+    oracles = by_method({**ROWS, **GROUPS, **LABEL_LOSSES, **FURTHER_LOSSES})
     built_in = {n for n, m in qlens.registry.methods().items() if m.fn.__module__.startswith("qlens.variants")}
     assert built_in - set(oracles) == {"rpsft"}  # test_rpsft.py

@@ -1,4 +1,4 @@
-"""Registering without brackets, again, and what a method shows of itself."""
+"""Registering without parentheses, registering again, and the reprs of methods."""
 
 import importlib
 import runpy
@@ -9,14 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import qlens
-from qlens.registry import registry
 from qlens.testing import random_tokens
 
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
+pytestmark = pytest.mark.usefixtures("temporary_registry")
 
 
 def test_register_without_brackets_takes_the_functions_name():
@@ -42,7 +37,7 @@ def {name}(logits, labels):
 """
 
 
-def test_a_cell_that_runs_again_replaces_the_method_and_says_so(tmp_path, caplog):
+def test_rerunning_a_cell_replaces_the_method_with_a_notice(tmp_path, caplog):
     cell, tokens = tmp_path / "cell.py", random_tokens(4, 5)
     for factor in (1.0, 3.0):
         cell.write_text(CELL.format(name="scaled", factor=factor))
@@ -76,10 +71,10 @@ def test_a_module_that_is_reloaded_registers_again(tmp_path, monkeypatch, caplog
     assert len(caplog.records) == 1 and qlens.registry.methods()["from_a_cell"] is module.mine
 
 
-def test_methods_and_variants_show_themselves_in_a_line():
+def test_the_reprs_of_methods_and_variants():
     variant = qlens.get("kd(temperature=2.0)")
     assert repr(variant) == "<Variant kd(temperature=2.0)>"
     assert repr(variant.method) == "<Method kd: Knowledge distillation>"
-    shown = qlens.get("asft_anchored")._repr_html_()
-    assert "<th>trust</th><td>p_y / (p_y + weight)</td>" in shown
-    assert "p_y &lt;= " not in shown and "&gt;= threshold" in qlens.get("profit").method._repr_html_()  # escaped
+    html = qlens.get("asft_anchored")._repr_html_()
+    assert "<th>trust</th><td>p_y / (p_y + weight)</td>" in html
+    assert "p_y &lt;= " not in html and "&gt;= threshold" in qlens.get("profit").method._repr_html_()  # escaped

@@ -5,17 +5,13 @@ import torch
 import torch.nn.functional as F
 
 import qlens
-from qlens.registry import params, registry
+from qlens.registry import params
 from qlens.testing import random_tokens
 
-
-@pytest.fixture(autouse=True)
-def registry_as_it_was():
-    with registry.temporary():
-        yield
+pytestmark = pytest.mark.usefixtures("temporary_registry")
 
 
-def test_names_are_sorted_and_hold_the_spine():
+def test_names_are_sorted_and_hold_the_core_methods():
     names = qlens.names()
     assert list(names) == sorted(names)
     assert set(names) >= {"sft", "label_smoothing", "dft", "asft_anchored", "kd", "kd_hybrid", "target_sft"}
@@ -88,7 +84,7 @@ def test_bad_specs_are_refused(spec, says):
         qlens.get(spec)
 
 
-def test_errors_are_the_kinds_people_catch():
+def test_error_classes_derive_from_built_in_ones():
     with pytest.raises(KeyError):
         qlens.get("nope")
     with pytest.raises(TypeError):
@@ -99,7 +95,7 @@ def test_errors_are_the_kinds_people_catch():
         qlens.implied_target(3, random_tokens(2, 3))
 
 
-def test_register_refuses_what_it_must():
+def test_register_refuses_invalid_declarations():
     with pytest.raises(qlens.InputError, match="registered twice: .*dft.py.* and .*test_registry.py"):
         qlens.register("dft")(lambda tokens: tokens)
     with pytest.raises(qlens.InputError, match="must be an identifier"):

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import llama, parameters, trainer_in
+from tiny_models import llama, parameters, trainer_in
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,12 +17,12 @@ class Two(nn.Module):
     def __init__(self):
         super().__init__()
         draw = torch.Generator().manual_seed(0)
-        self.seen = nn.Parameter(torch.randn(6, 4, generator=draw, dtype=torch.float64))
+        self.language = nn.Parameter(torch.randn(6, 4, generator=draw, dtype=torch.float64))
         self.vision = nn.Parameter(torch.randn(5, 5, generator=draw, dtype=torch.float64))
         self.bias = nn.Parameter(torch.randn(4, generator=draw, dtype=torch.float64))
 
 
-def moved(model, by=0.1):
+def perturbed(model, by=0.1):
     """The same model after a step in a fixed direction."""
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -32,28 +32,28 @@ def moved(model, by=0.1):
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-def test_value_and_gradient_are_the_papers(normalize):
+def test_value_and_gradient_match_the_paper(normalize):
     model = Two()
-    start = model.seen.detach().clone()
+    start = model.language.detach().clone()
     variant = qlens.get("rpsft", weight=0.7, k=2, normalize=normalize)
     assert float(variant.penalty(model).detach()) < 1e-20
-    moved(model)
+    perturbed(model)
     u, s, vh = torch.linalg.svd(start)
     u, v = u[:, :2], vh[:2].T
-    block = u.T @ (model.seen - start).detach() @ v
+    block = u.T @ (model.language - start).detach() @ v
     size = s[:2].square().sum() if normalize else 1.0
     assert_close(variant.penalty(model).detach(), 0.7 * block.square().sum() / size)
     variant.penalty(model).backward()
-    assert_close(model.seen.grad, 2 * 0.7 * u @ block @ v.T / size)
+    assert_close(model.language.grad, 2 * 0.7 * u @ block @ v.T / size)
     assert model.vision.grad is None and model.bias.grad is None
 
 
-def test_a_rank_that_spans_the_matrix_holds_all_of_it():
+def test_a_full_rank_penalises_the_whole_matrix():
     model = Two()
-    start, variant = model.seen.detach().clone(), qlens.get("rpsft", k=4)
+    start, variant = model.language.detach().clone(), qlens.get("rpsft", k=4)
     variant.penalty(model)
-    moved(model)
-    assert_close(variant.penalty(model).detach(), (model.seen - start).detach().square().sum())
+    perturbed(model)
+    assert_close(variant.penalty(model).detach(), (model.language - start).detach().square().sum())
 
 
 def test_half_precision_is_near_and_not_equal():
@@ -61,7 +61,7 @@ def test_half_precision_is_near_and_not_equal():
     variants = [qlens.get("rpsft", k=2, half=half) for half in (False, True)]
     for variant in variants:
         variant.penalty(model)
-    moved(model)
+    perturbed(model)
     exact, half = (variant.penalty(model).item() for variant in variants)
     assert 0 < abs(exact - half) < 0.05 * exact
 
@@ -70,7 +70,7 @@ def test_what_is_not_trained_is_not_penalised():
     model = Two()
     variant = qlens.get("rpsft", k=2)
     variant.penalty(model)
-    moved(model).seen.requires_grad_(False)
+    perturbed(model).language.requires_grad_(False)
     assert float(variant.penalty(model).detach()) == 0.0
 
 
@@ -91,14 +91,14 @@ def distance(model, start):
     return total
 
 
-def test_training_stays_nearer_in_the_leading_directions(tmp_path):
+def test_the_penalty_keeps_training_near_the_leading_directions(tmp_path):
     start, ends = llama(), {}
     for spec in ("sft", "rpsft(weight=0.5, k=4)"):
         trainer = trainer_in(tmp_path, spec, model=copy.deepcopy(start), steps=8)
         trainer.train()
         ends[spec] = trainer.model
-    free, held = (distance(model, start) for model in ends.values())
-    assert held < 0.7 * free
+    unpenalised, penalised = (distance(model, start) for model in ends.values())
+    assert penalised < 0.7 * unpenalised
     assert float((parameters(ends["sft"]) - parameters(start)).abs().max()) > 1e-3
 
 
@@ -115,5 +115,5 @@ def test_a_resumed_run_measures_from_the_first_start(tmp_path):
 
 def test_a_comparison_trains_with_the_penalty(compare):
     study = compare(("sft", "rpsft(weight=10.0, k=4)"), seeds=1, steps=6)
-    moved = study.diagnostics.set_index("method")["kl_start"]
-    assert 0 < moved["rpsft(weight=10.0, k=4)"] < moved["sft"]
+    kl_start = study.diagnostics.set_index("method")["kl_start"]
+    assert 0 < kl_start["rpsft(weight=10.0, k=4)"] < kl_start["sft"]

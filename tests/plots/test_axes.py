@@ -1,4 +1,4 @@
-"""What every plot on one Axes has in common: where it draws, what it leaves alone, and what it refuses."""
+"""Properties of every plot on one Axes: where it draws, what it leaves unchanged, and what it refuses."""
 
 import numpy as np
 import pandas as pd
@@ -42,7 +42,7 @@ ONE_SETTING = (
 
 
 @pytest.mark.parametrize("draw", DRAWN, ids=lambda draw: draw.__name__)
-def test_a_plot_draws_where_it_is_told_and_names_missing_columns(draw):
+def test_plots_draw_on_the_given_axes_and_name_missing_columns(draw):
     data, columns = DRAWN[draw]
     before, ax = data.copy(deep=True), Figure(layout="constrained").subplots()
     for column in columns:
@@ -77,10 +77,10 @@ def test_keywords_reach_matplotlib_and_the_index_of_a_frame_does_not_matter():
         ax = draw(data, ax=Figure().subplots(), alpha=0.123)
         assert any(line.get_alpha() == 0.123 for line in ax.lines), draw
         parts = [rows.reset_index(drop=True) for _, rows in data.groupby("method", sort=False)]
-        drawn = [draw(frame, ax=Figure().subplots()) for frame in (data, pd.concat(parts))]
-        for one, other in zip(*(ax.lines for ax in drawn), strict=True):
+        axes = [draw(frame, ax=Figure().subplots()) for frame in (data, pd.concat(parts))]
+        for one, other in zip(*(ax.lines for ax in axes), strict=True):
             assert_allclose(one.get_xydata(), other.get_xydata())
-        for one, other in zip(*(ax.collections for ax in drawn), strict=True):
+        for one, other in zip(*(ax.collections for ax in axes), strict=True):
             assert_allclose(one.get_offsets(), other.get_offsets())
 
 
@@ -98,9 +98,9 @@ def test_arguments_and_names_of_earlier_versions_warn():
     with pytest.warns(DeprecationWarning, match="label_weight"):
         assert frame["trust"].tolist() == [0.5]
     with pytest.warns(DeprecationWarning, match="label_weight"):
-        drawn = plots.plot_sweep(SWEEP, ax=Figure().subplots(), show="trust")
+        new_axes = plots.plot_sweep(SWEEP, ax=Figure().subplots(), show="trust")
     old = plots.plot_sweep(
         pd.DataFrame(SWEEP).rename(columns={"label_weight": "trust"}), ax=Figure().subplots(), show="label_weight"
     )
-    for one, other in zip(drawn.lines, old.lines, strict=True):
+    for one, other in zip(new_axes.lines, old.lines, strict=True):
         np.testing.assert_array_equal(one.get_xydata(), other.get_xydata())

@@ -32,24 +32,24 @@ def ax():
 
 def points(ax):
     """Centre and ends of every error bar, by method."""
-    found = {}
+    bars = {}
     for bar in ax.containers:
         line, _, ranges = bar.lines
         segments = [segment for each in ranges for segment in each.get_segments()]
-        found[bar.get_label()] = (line, line.get_xydata()[0], segments)
-    return found
+        bars[bar.get_label()] = (line, line.get_xydata()[0], segments)
+    return bars
 
 
 def test_the_frontier_is_score_against_distance(ax):
     plots.plot_frontier(TABLE, ax=ax, label="avg@8")
-    found = points(ax)
-    assert_allclose(found["sft"][1], [0.1, 0.6])
-    assert_allclose(found["sft"][2][0], [[0.1, 0.5], [0.1, 0.8]])
-    assert found["mine"][2] == [], "no interval, no bar"
+    bars = points(ax)
+    assert_allclose(bars["sft"][1], [0.1, 0.6])
+    assert_allclose(bars["sft"][2][0], [[0.1, 0.5], [0.1, 0.8]])
+    assert bars["mine"][2] == [], "no interval, no bar"
     (across,) = [line for line in ax.lines if len(line.get_ydata()) == 2]
     assert_allclose(across.get_ydata(), [0.5, 0.5])
-    assert across.is_dashed() and same_color(across.get_color(), found["base"][0].get_color())
-    assert found["base"][0].get_marker() == "X"
+    assert across.is_dashed() and same_color(across.get_color(), bars["base"][0].get_color())
+    assert bars["base"][0].get_marker() == "X"
     assert ax.get_ylabel() == "avg@8" and "nats" in ax.get_xlabel()
 
 
@@ -60,18 +60,18 @@ def test_distances_far_apart_are_drawn_with_the_start_still_visible():
         assert ax.get_xlim()[0] < 0
 
 
-def test_differences_are_filled_where_they_are_sure(ax):
+def test_significant_differences_are_filled(ax):
     plots.plot_differences(GAPS, ax=ax, label="avg@8")
-    found = points(ax)
-    assert_allclose(found["base"][1], [-0.1, 0])
-    assert_allclose(found["base"][2][0], [[-0.3, 0], [0.1, 0]])
-    assert_allclose(found["mine"][1], [0.3, 1])
-    assert found["mine"][2] == [], "no interval, no bar"
+    bars = points(ax)
+    assert_allclose(bars["base"][1], [-0.1, 0])
+    assert_allclose(bars["base"][2][0], [[-0.3, 0], [0.1, 0]])
+    assert_allclose(bars["mine"][1], [0.3, 1])
+    assert bars["mine"][2] == [], "no interval, no bar"
     look = plots.styles(["base", "mine", "kd"])
-    assert same_color(found["mine"][0].get_markerfacecolor(), look["mine"].color)
+    assert same_color(bars["mine"][0].get_markerfacecolor(), look["mine"].color)
     for unsure in ("base", "kd"):
-        assert same_color(found[unsure][0].get_markerfacecolor(), "white")
-        assert same_color(found[unsure][0].get_markeredgecolor(), look[unsure].color), "hollow, but seen"
+        assert same_color(bars[unsure][0].get_markerfacecolor(), "white")
+        assert same_color(bars[unsure][0].get_markeredgecolor(), look[unsure].color), "hollow, but seen"
     assert [text.get_text() for text in ax.get_yticklabels()] == ["base", "mine", "kd"]
     assert ax.get_xlabel().replace("\n", " ") == "difference in avg@8 against sft, 95 % interval"
     assert any(set(line.get_xdata()) == {0} for line in ax.lines), "the zero line"
@@ -104,10 +104,10 @@ def test_wide_bands_do_not_flatten_the_curves():
 
 def test_calibration_counts_labels_beyond_the_axis(ax):
     plots.plot_calibration(RELIABILITY, ax=ax)
-    drawn = {cloud.get_label(): cloud for cloud in ax.collections}
-    assert set(drawn) == {"sft", "mine, .87"}
-    assert_allclose(drawn["mine, .87"].get_offsets(), [[0.1, 0.4], [0.9, 0.95]])
-    sizes = drawn["mine, .87"].get_sizes()
+    clouds = {cloud.get_label(): cloud for cloud in ax.collections}
+    assert set(clouds) == {"sft", "mine, .87"}
+    assert_allclose(clouds["mine, .87"].get_offsets(), [[0.1, 0.4], [0.9, 0.95]])
+    sizes = clouds["mine, .87"].get_sizes()
     assert sizes[1] > sizes[0] > 0
     assert [text.get_text() for text in ax.texts] == ["20 labels beyond the axis"]
     assert any(np.array_equal(line.get_xdata(), line.get_ydata()) for line in ax.lines), "the diagonal"

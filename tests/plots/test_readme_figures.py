@@ -1,4 +1,4 @@
-"""The gallery: one command makes every picture that the pages show, with its data beside it."""
+"""The figures of the README: one command makes all of them, each with its data."""
 
 import re
 from pathlib import Path
@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "notebooks" / "figures"
 
 
-def test_pictures_of_ones_own_model_come_with_their_data(own, tmp_path, capsys):
+def test_figures_of_a_user_model_come_with_their_data(own, tmp_path, capsys):
     words = [f"--{name}={path}" for name, path in own.items()]
     only = ("token", "sequence", "plane", "watch")
     readme_figures.main([*words, f"--out={tmp_path / 'made'}", f"--only={','.join(only)}"])
-    made = {path.name for path in (tmp_path / "made").iterdir()}
-    assert made == {f"{name}.{kind}" for name in only for kind in ("png", "csv")}
+    files = {path.name for path in (tmp_path / "made").iterdir()}
+    assert files == {f"{name}.{kind}" for name in only for kind in ("png", "csv")}
     watched = pd.read_csv(tmp_path / "made" / "watch.csv")
     assert set(watched["variant"]) == set(readme_figures.METHODS) and watched["step"].max() == 120
     printed = "".join(capsys.readouterr().err.split())  # lines are wrapped
@@ -27,9 +27,9 @@ def test_pictures_of_ones_own_model_come_with_their_data(own, tmp_path, capsys):
 
 
 def test_mistakes_are_named(own, tmp_path, capsys):
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         readme_figures.main(["--out", str(tmp_path), "--model", str(own["model"])])
-    assert left.value.code == 2 and "go together" in capsys.readouterr().err
+    assert exit_info.value.code == 2 and "go together" in capsys.readouterr().err
     with pytest.raises(InputError, match="no picture is called 'cats'; there are explain, sweep"):
         readme_figures.build(tmp_path / "none", only=["cats"])
     assert not (tmp_path / "none").exists()
@@ -49,15 +49,15 @@ def test_mistakes_are_named(own, tmp_path, capsys):
         )
 
 
-def test_the_pictures_that_are_kept_are_those_of_the_command_and_small():
-    kept = {path.stem for path in FIGURES.glob("*.png")}
-    assert set(readme_figures.PICTURES) <= kept
+def test_the_stored_figures_are_those_of_the_command():
+    stored = {path.stem for path in FIGURES.glob("*.png")}
+    assert set(readme_figures.PICTURES) <= stored
     assert all((FIGURES / f"{name}.csv").is_file() for name in readme_figures.PICTURES), "a CSV beside every picture"
     assert sum(path.stat().st_size for path in FIGURES.iterdir()) < 1.5e6
 
 
-def test_the_readme_shows_pictures_that_are_there():
+def test_the_figures_of_the_readme_exist():
     pages = [ROOT / "README.md", ROOT / "analysis" / "README.md", ROOT / "analysis" / "results" / "README.md"]
-    shown = [page.parent / path for page in pages for path in re.findall(r"\]\(([\w/.-]+\.png)\)", page.read_text())]
-    assert shown and all(path.is_file() for path in shown), shown
-    assert {path.resolve() for path in FIGURES.glob("*.png")} <= {path.resolve() for path in shown}
+    linked = [page.parent / path for page in pages for path in re.findall(r"\]\(([\w/.-]+\.png)\)", page.read_text())]
+    assert linked and all(path.is_file() for path in linked), linked
+    assert {path.resolve() for path in FIGURES.glob("*.png")} <= {path.resolve() for path in linked}

@@ -48,8 +48,8 @@ def one_study(settings=("one", "two")):
 
 def test_label_probabilities_of_every_model_are_dots_with_its_name(ax):
     plots.plot_label_probs(LABEL_PROBS, ax=ax)
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
-    assert drawn == {"student": [0.1, 0.7], "teacher": [0.2, 0.9]}
+    dots = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert dots == {"student": [0.1, 0.7], "teacher": [0.2, 0.9]}
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["student", "teacher"]
 
 
@@ -99,11 +99,11 @@ def test_negative_mass_reaches_below_zero_and_is_hatched(ax):
     assert [text.get_fontweight() for text in ax.get_xticklabels()] == ["bold", "normal"]
 
 
-def test_a_method_has_one_look_everywhere(ax):
+def test_a_method_has_one_style_everywhere(ax):
     plots.plot_label_weight(WEIGHTS, ax=ax)
-    drawn = {line.get_label(): (to_hex(line.get_color()), line.get_marker()) for line in ax.lines}
+    looks = {line.get_label(): (to_hex(line.get_color()), line.get_marker()) for line in ax.lines}
     for method in ("sft", "kd"):
-        assert drawn[method] == (plots.STYLES[method].color.lower(), plots.STYLES[method].marker)
+        assert looks[method] == (plots.STYLES[method].color.lower(), plots.STYLES[method].marker)
     assert plots.styles(["mine(x=1)", "sft"])["mine(x=1)"] == plots.styles(["mine(x=1)"])["mine(x=1)"]
 
 
@@ -123,14 +123,14 @@ def test_explain_draws_gradient_target_and_label_weight_against_p_y():
     gradient, target, weight, ends = figure.axes
     table = current_columns(pd.DataFrame(explanation.table))
     table = table[table["shape"] == "peaked"].sort_values("p_y")
-    drawn = {
+    by_column = {
         "label_grad": gradient,
         "runner_up_grad": gradient,
         "q_label": target,
         "q_runner_up": target,
         "label_weight": weight,
     }
-    for column, ax in drawn.items():
+    for column, ax in by_column.items():
         assert any(np.array_equal(line.get_ydata(), table[column], equal_nan=True) for line in ax.lines), column
     grey = [line for line in weight.lines if "ft)" in str(line.get_label())]
     assert len(grey) == 2 and np.array_equal(grey[1].get_xdata(), grey[1].get_ydata())

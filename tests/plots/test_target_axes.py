@@ -69,13 +69,13 @@ def explained():
     return qlens.explain("dft")
 
 
-def test_angles_that_are_none_are_refused(ax):
-    for wrong, said in (
+def test_invalid_angles_are_refused(ax):
+    for wrong, message in (
         (ANGLES.iloc[:2], "symmetric"),
         (ANGLES + 1, "0 on the diagonal"),
         (ANGLES.iloc[:1, :1], "2 or more"),
     ):
-        with pytest.raises(InputError, match=f"angles must be .*{said}"):
+        with pytest.raises(InputError, match=f"angles must be .*{message}"):
             plots.plot_atlas(wrong, ax=ax)
     assert not ax.has_data()
 
@@ -127,9 +127,9 @@ def test_an_update_goes_from_p_to_q_and_signed_mass_is_hatched(ax):
 @pytest.mark.parametrize("show", ["label_weight", "kl"])
 def test_a_text_is_a_column_per_token_a_row_per_method_and_signed_cells_are_hatched(show, ax):
     plots.plot_sequence(TEXT, ax=ax, show=show)
-    drawn = ax.images[0].get_array()
-    wanted = TEXT.pivot(index="method", columns="position", values=show).loc[list(METHODS)].to_numpy()
-    assert_allclose(drawn.filled(np.nan), wanted)
+    image = ax.images[0].get_array()
+    expected = TEXT.pivot(index="method", columns="position", values=show).loc[list(METHODS)].to_numpy()
+    assert_allclose(image.filled(np.nan), expected)
     hatched = {(round(cell.get_y() + 0.5), round(cell.get_x() + 0.5)) for cell in ax.patches if cell.get_hatch()}
     signed = {(METHODS.index(row.method), row.position) for row in TEXT.itertuples() if row.negative_mass > 1e-6}
     assert hatched == signed and signed
@@ -141,7 +141,7 @@ def test_a_text_is_a_column_per_token_a_row_per_method_and_signed_cells_are_hatc
         plots.plot_sequence(TEXT, ax=ax, show="loss")
 
 
-def test_a_long_text_goes_on_below_with_colours_that_mean_the_same():
+def test_a_long_text_wraps_with_one_colour_scale():
     text = text_frame(METHODS, sweep_tokens(np.linspace(0.05, 0.95, 60)))
     figure = plots.figure_sequence(text, show=("label_weight", "kl"))
     maps = [ax for ax in figure.axes if ax.images and ax.get_ylim()[0] > ax.get_ylim()[1]]
@@ -177,7 +177,7 @@ def test_names_of_methods_without_reshape_stand_below_in_the_order_of_their_labe
     assert min(ax.get_yticks()) >= 0 > ax.get_ylim()[0]
 
 
-def test_the_tree_joins_the_nearest_first(ax):
+def test_the_tree_joins_the_nearest_methods_first(ax):
     plots.plot_atlas(ANGLES, ax=ax)
     joints = sorted(path.vertices[:, 0].max() for tree in ax.collections for path in tree.get_paths())
     assert_allclose(joints, [10, 70])

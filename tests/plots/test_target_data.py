@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 from numpy.testing import assert_allclose
-from tiny import letters
+from tiny_models import letters
 
 import qlens
 from qlens import InputError, Tokens
@@ -18,13 +18,13 @@ from qlens.analysis.token_view.token_text import TokenText
 
 @settings(max_examples=30, deadline=None)
 @given(st.text())
-def test_whatever_is_shown_can_be_seen_and_showing_twice_changes_nothing(text):
+def test_token_text_is_visible_and_idempotent(text):
     once = shown(text, letters=10_000)
     assert once and once.isprintable() and not any(letter.isspace() for letter in once)
     assert shown(once, letters=10_000) == once
 
 
-def test_the_label_and_all_that_matters_are_among_the_candidates_and_the_rest_is_added_up():
+def test_candidates_hold_the_label_and_the_largest_entries():
     torch.manual_seed(0)
     tokens = Tokens(logits=4 * torch.randn(1, 32_000, dtype=torch.float64), labels=torch.tensor([31_999]))
     data = token_frame(["sft", "gem"], tokens, 0, top=5)
@@ -58,8 +58,8 @@ def test_frames_agree_with_the_targets():
     assert text["kl"].isna().tolist() == (~target.in_simplex).tolist()
     lines = sweep_frame({"mine": lambda logits, labels: torch.nn.functional.cross_entropy(logits, labels)}, tokens)
     assert lines["method"].unique().tolist() == ["mine"] and np.allclose(lines["q_label"], 1)
-    for wrong, said in ((["dft", "dft"], "'dft' twice"), ([], "variants is empty"), ("cft(", "cft")):
-        with pytest.raises(InputError, match=said):
+    for wrong, message in ((["dft", "dft"], "'dft' twice"), ([], "variants is empty"), ("cft(", "cft")):
+        with pytest.raises(InputError, match=message):
             sweep_frame(wrong)
     with pytest.raises(InputError, match="p_y must lie between 0 and 1, got"):
         sweep_tokens([0.5, 1.0])
@@ -70,8 +70,8 @@ def test_one_call_draws_a_token_a_text_and_the_plane():
     figure = qlens.plot_token(["sft", "gem"], tokens, 3, token_text=tokenizer, top=4)
     assert [ax.get_title(loc="left") for ax in figure.axes] == ["sft", "gem"]
     names = [name.get_text() for name in figure.axes[0].get_yticklabels()]
-    wanted = token_frame(["sft"], tokens, 3, token_text=tokenizer, top=4)["token"]
-    assert names == [shown(name) for name in wanted] and names[-1] == "(rest)"
+    expected = token_frame(["sft"], tokens, 3, token_text=tokenizer, top=4)["token"]
+    assert names == [shown(name) for name in expected] and names[-1] == "(rest)"
     figure = qlens.plot_text({"plain": "sft"}, tokens, token_text=tokenizer, show=["kl"])
     text = [tick.get_text() for tick in figure.axes[0].get_xticklabels()]
     assert text == [shown(TokenText(tokenizer)[int(label)]) for label in tokens.labels]

@@ -15,7 +15,7 @@ def ax():
     return new_figure(3.3, 2.5).subplots()
 
 
-def test_motion_goes_from_the_first_record_to_the_last(ax):
+def test_plot_motion_goes_from_the_first_record_to_the_last(ax):
     plots.plot_motion(RECORDS, ax=ax)
     dots = {line.get_label(): line for line in ax.lines if line.get_label() in ("dft", "gem")}
     assert_allclose(dots["dft"].get_xdata(), [0.2, 0.4, 0.6])
@@ -28,7 +28,7 @@ def test_motion_goes_from_the_first_record_to_the_last(ax):
     assert ax.get_ylim()[0] < max(dots["gem"].get_ydata()) < ax.get_ylim()[1]
 
 
-def test_a_course_is_the_mean_over_tokens_by_step(ax):
+def test_plot_course_draws_means_over_tokens(ax):
     plots.plot_course(RECORDS, ax=ax, show="label_weight")
     lines = {line.get_label(): line for line in ax.lines}
     assert_allclose(lines["dft"].get_xdata(), [0, 5, 10])

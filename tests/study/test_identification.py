@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import qlens
-from qlens.analysis.maintenance.identification import drawn, identify, report, roundtrip
+from qlens.analysis.maintenance.identification import identify, random_variants, report, roundtrip
 from qlens.registry import methods
 
 STORED = Path(__file__).parents[2] / "analysis" / "results" / "roundtrip.csv"
@@ -18,9 +18,9 @@ def test_every_method_is_identified_at_its_defaults():
     assert wrong.empty, wrong
 
 
-def test_draws_repeat_and_differ():
-    specs = [variant.spec for variant in drawn(methods()["uft"])]
-    assert specs == [variant.spec for variant in drawn(methods()["uft"])] and len(set(specs)) == 3
+def test_random_variants_are_reproducible_and_distinct():
+    specs = [variant.spec for variant in random_variants(methods()["uft"])]
+    assert specs == [variant.spec for variant in random_variants(methods()["uft"])] and len(set(specs)) == 3
 
 
 def test_the_report_counts_verdicts_and_lists_confusions():

@@ -56,21 +56,21 @@ def mean_squares(x):
 def test_variance_degrees_of_freedom_and_p_are_those_of_the_linear_model():
     x = 0.4 + simulate(np.random.default_rng(0), 4, 7, (1.0, 1.0, 0.3))
     (a, b, e), df = mean_squares(x)
-    found = crossed_interval(x)
+    result = crossed_interval(x)
     assert a > e and b > e, "the case must be one without negative components"
     variance = (a + b - e) / x.size
-    assert_allclose(variance_of(found), variance)
-    assert_allclose(found.df, (a + b - e) ** 2 / (a**2 / df[0] + b**2 / df[1] + e**2 / df[2]))
-    assert_allclose(found.p, 2 * (1 - stats.t.cdf(abs(x.mean()) / variance**0.5, found.df)))
+    assert_allclose(variance_of(result), variance)
+    assert_allclose(result.df, (a + b - e) ** 2 / (a**2 / df[0] + b**2 / df[1] + e**2 / df[2]))
+    assert_allclose(result.p, 2 * (1 - stats.t.cdf(abs(x.mean()) / variance**0.5, result.df)))
 
 
 def test_a_negative_component_counts_as_zero():
     x = simulate(np.random.default_rng(3), 3, 40, (0.0, 0.5, 1.0))
     (a, b, e), df = mean_squares(x)
-    found = crossed_interval(x)
+    result = crossed_interval(x)
     assert a < e < b, "the case must have a negative component of seeds"
-    assert_allclose(variance_of(found), b / x.size)
-    assert_allclose(found.df, df[1])
+    assert_allclose(variance_of(result), b / x.size)
+    assert_allclose(result.df, df[1])
 
 
 def test_the_estimated_variance_is_that_of_the_mean():
@@ -83,34 +83,34 @@ def test_the_estimated_variance_is_that_of_the_mean():
 
 def test_one_seed_gives_scipys_interval_over_items():
     x = np.array([[0.0, 0.25, 1.0, 0.5, 0.75]])
-    found = crossed_interval(x, level=0.9)
-    assert_allclose([found.low, found.high], stats.t.interval(0.9, 4, x.mean(), stats.sem(x[0])))
-    assert_allclose([found.p, crossed_interval(x.T).p], stats.ttest_1samp(x[0], 0).pvalue)
-    assert "one seed" in found.note and found.n == "1 x 5"
+    result = crossed_interval(x, level=0.9)
+    assert_allclose([result.low, result.high], stats.t.interval(0.9, 4, x.mean(), stats.sem(x[0])))
+    assert_allclose([result.p, crossed_interval(x.T).p], stats.ttest_1samp(x[0], 0).pvalue)
+    assert "one seed" in result.note and result.n == "1 x 5"
 
 
-def test_items_that_are_alike_leave_scipys_interval_over_seeds():
+def test_equal_items_give_scipys_interval_over_seeds():
     seeds = np.array([0.1, 0.4, 0.5])
-    wanted = stats.t.interval(0.95, 2, seeds.mean(), stats.sem(seeds))
+    expected = stats.t.interval(0.95, 2, seeds.mean(), stats.sem(seeds))
     for items in (1, 50):
-        found = crossed_interval(np.repeat(seeds[:, None], items, axis=1))
-        assert_allclose([found.low, found.high], wanted)
-        assert ("one item" in found.note) == (items == 1)
+        result = crossed_interval(np.repeat(seeds[:, None], items, axis=1))
+        assert_allclose([result.low, result.high], expected)
+        assert ("one item" in result.note) == (items == 1)
 
 
-def test_an_untrained_start_that_scores_alike_at_every_seed_varies_by_items_only():
+def test_a_score_equal_at_every_seed_varies_by_items_only():
     items = np.array([0.1, 0.4, 0.5, 0.9])
-    found = crossed_interval(np.repeat(items[None], 3, axis=0))
-    assert_allclose([found.low, found.high], stats.t.interval(0.95, 3, items.mean(), stats.sem(items)))
+    result = crossed_interval(np.repeat(items[None], 3, axis=0))
+    assert_allclose([result.low, result.high], stats.t.interval(0.95, 3, items.mean(), stats.sem(items)))
 
 
-def test_where_nothing_varies_the_note_says_so():
+def test_constant_scores_get_a_note():
     certain, single = crossed_interval(np.full((3, 4), 0.7)), crossed_interval([[0.5]])
     assert_allclose([certain.low, certain.high], 0.7)
     assert certain.note and single.note and single.mean == 0.5 and np.isnan(single.low) and np.isnan(single.high)
 
 
-def test_scores_that_are_no_full_table_are_refused():
+def test_incomplete_score_tables_are_refused():
     for scores in (np.ones(3), np.ones((0, 2)), [[1.0, np.nan]], [[np.inf], [0.0]]):
         with pytest.raises(InputError, match="full table"):
             crossed_interval(scores)
@@ -123,8 +123,8 @@ def test_a_level_in_percent_is_refused():
 
 @given(TABLES, st.floats(0.5, 0.99))
 def test_p_is_below_one_minus_level_where_the_interval_leaves_out_zero(tables, level):
-    found = crossed_interval(tables[0] - 0.3, level)
-    assert abs(found.p - (1 - level)) < 1e-9 or (found.p < 1 - level) == (found.low > 0 or found.high < 0)
+    result = crossed_interval(tables[0] - 0.3, level)
+    assert abs(result.p - (1 - level)) < 1e-9 or (result.p < 1 - level) == (result.low > 0 or result.high < 0)
 
 
 def test_p_where_nothing_varies_is_1_at_zero_and_0_elsewhere_and_none_for_one_score():
@@ -172,21 +172,21 @@ def holm_by_hand(p):
 
 
 @given(st.lists(SHARE | st.just(math.nan), max_size=30))
-def test_holm_is_the_loop(p):
+def test_holm_matches_a_loop(p):
     assert_allclose(holm(p), holm_by_hand(p))
     assert_array_equal(holm(np.reshape(p, (1, -1, 1))), np.reshape(holm(p), (1, -1, 1)))
 
 
 @given(st.lists(SHARE, min_size=1, max_size=30), st.randoms())
 def test_holm_never_lowers_is_monotone_keeps_the_order_and_ignores_where_a_test_stands(p, random):
-    found, places = holm(p), random.sample(range(len(p)), len(p))
-    assert (found >= p).all() and (found <= 1).all()
-    assert (holm(np.maximum(p, random.random())) >= found).all()
-    assert (np.diff(found[np.argsort(p)]) >= 0).all()
-    assert_array_equal(holm(np.array(p)[places]), found[places])
+    result, places = holm(p), random.sample(range(len(p)), len(p))
+    assert (result >= p).all() and (result <= 1).all()
+    assert (holm(np.maximum(p, random.random())) >= result).all()
+    assert (np.diff(result[np.argsort(p)]) >= 0).all()
+    assert_array_equal(holm(np.array(p)[places]), result[places])
 
 
-def test_holm_refuses_what_is_no_p():
+def test_holm_refuses_invalid_p_values():
     for p in (-0.1, 1.5):
         with pytest.raises(InputError, match=f"between 0 and 1.*{p}"):
             holm([0.5, p])
@@ -195,24 +195,24 @@ def test_holm_refuses_what_is_no_p():
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one():
     for n in range(1, 8):
         for k in range(1, n + 1):
-            wanted = [np.mean([min(s) < c for s in itertools.combinations(range(n), k)]) for c in range(n + 1)]
-            assert_allclose(pass_at_k(np.arange(n + 1), n, k), wanted)
+            expected = [np.mean([min(s) < c for s in itertools.combinations(range(n), k)]) for c in range(n + 1)]
+            assert_allclose(pass_at_k(np.arange(n + 1), n, k), expected)
         assert_allclose(avg_at_k(np.arange(n + 1), n), pass_at_k(np.arange(n + 1), n, 1))
 
 
 def test_pass_at_k_of_many_samples_is_that_of_whole_number_arithmetic():
     n, k, right = 4000, 1000, [0, 1, 2, 7, 3000, 3001, 4000]
-    wanted = [1 - math.comb(n - c, k) / math.comb(n, k) for c in right]
-    assert_allclose(pass_at_k([right], n, k), [wanted], rtol=1e-12)
+    expected = [1 - math.comb(n - c, k) / math.comb(n, k) for c in right]
+    assert_allclose(pass_at_k([right], n, k), [expected], rtol=1e-12)
 
 
-def test_pass_at_k_names_what_cannot_be():
+def test_pass_at_k_refuses_invalid_counts():
     cases = [
         ([1], 4, 5, "k.* n = 4"), ([1], 4, 0, "k.*0"), ([1], 4, 1.5, "k.*1.5"), ([5], 4, 2, "right.*5"),
         ([-1], 4, 2, "right.*-1"), ([0.5], 4, 2, "right.*0.5"), ([math.nan], 4, 2, "right"), ([0], 2.5, 1, "n must.*2.5"),
     ]  # fmt: skip
-    for right, n, k, named in cases:
-        with pytest.raises(InputError, match=named):
+    for right, n, k, message in cases:
+        with pytest.raises(InputError, match=message):
             pass_at_k(right, n, k)
 
 
@@ -220,13 +220,13 @@ def test_rank_sets_are_those_of_the_pairs_one_by_one():
     rng = np.random.default_rng(5)
     scores = {name: mean + simulate(rng, 4, 30, (0.05, 0.2, 0.2)) for name, mean in enumerate([0, 0.1, 0.3, 0.32])}
     pairs = list(itertools.permutations(scores, 2))
-    found = {pair: crossed_interval(scores[pair[0]] - scores[pair[1]]) for pair in pairs}
+    result = {pair: crossed_interval(scores[pair[0]] - scores[pair[1]]) for pair in pairs}
     once = [pair for pair in pairs if pair[0] < pair[1]]
-    adjusted = dict(zip(once, holm_by_hand([found[pair].p for pair in once]), strict=True))
-    beats = {pair for pair in pairs if adjusted[tuple(sorted(pair))] < 0.05 and found[pair].mean > 0}
+    adjusted = dict(zip(once, holm_by_hand([result[pair].p for pair in once]), strict=True))
+    beats = {pair for pair in pairs if adjusted[tuple(sorted(pair))] < 0.05 and result[pair].mean > 0}
     assert 0 < len(beats) < len(once), "the case must have pairs told apart and pairs that are not"
     for name, rank, best, worst in rank_sets(scores):
-        assert rank == 1 + sum(found[other, name].mean > 0 for other in scores if other != name)
+        assert rank == 1 + sum(result[other, name].mean > 0 for other in scores if other != name)
         assert best == 1 + sum((other, name) in beats for other in scores)
         assert worst == len(scores) - sum((name, other) in beats for other in scores)
 
@@ -234,33 +234,33 @@ def test_rank_sets_are_those_of_the_pairs_one_by_one():
 @given(TABLES)
 def test_rank_sets_hold_the_rank_come_sorted_and_turn_round_with_better(tables):
     scores = dict(zip("abcd", tables, strict=True))
-    found = rank_sets(scores)
-    assert all(1 <= each.best <= each.rank <= each.worst <= 4 for each in found)
-    assert [each.rank for each in found] == sorted(each.rank for each in found)
-    assert rank_sets({name: -table for name, table in scores.items()}, better="lower") == found
+    result = rank_sets(scores)
+    assert all(1 <= each.best <= each.rank <= each.worst <= 4 for each in result)
+    assert [each.rank for each in result] == sorted(each.rank for each in result)
+    assert rank_sets({name: -table for name, table in scores.items()}, better="lower") == result
 
 
 def test_equal_means_share_the_smallest_rank():
     x = np.array([[0.0, 0.5], [1.0, 0.5]])
-    found = rank_sets({"a": x, "b": x[::-1], "best": x + 1, "worst": x - 1})
-    assert [(each.name, each.rank) for each in found] == [("best", 1), ("a", 2), ("b", 2), ("worst", 4)]
+    result = rank_sets({"a": x, "b": x[::-1], "best": x + 1, "worst": x - 1})
+    assert [(each.name, each.rank) for each in result] == [("best", 1), ("a", 2), ("b", 2), ("worst", 4)]
     assert rank_sets({"alone": x}) == [("alone", 1, 1, 1)]
     assert rank_sets({"a": [[1.0]], "b": [[0.0]]}) == [("a", 1, 1, 2), ("b", 2, 1, 2)]
 
 
-def test_rank_sets_name_what_cannot_be():
+def test_rank_sets_refuse_invalid_tables():
     cases = [({}, {}, "at least one"), ({"a": [[1.0]], "b": [[1.0, 2.0]]}, {}, "same seeds"), ({"a": [1.0]}, {}, "'a'.*full"),
      ({"a": [[1.0]]}, {"better": "up"}, "better.*up"), ({"a": [[1.0]]}, {"level": 95}, "level.*95")]  # fmt: skip
-    for scores, options, named in cases:
-        with pytest.raises(InputError, match=named):
+    for scores, options, message in cases:
+        with pytest.raises(InputError, match=message):
             rank_sets(scores, **options)
 
 
-def test_figures_of_a_short_simulation_are_near_what_is_promised():
+def test_a_short_simulation_is_near_the_stored_rates():
     for case in (simulation.CASES[3], *simulation.CASES[8:]):
-        found = simulation.measure(case, seeds=5, items=40, repeats=400)
-        assert 0.89 < found["mean"] < 0.99 and 0.91 < found["difference"] < 0.99 and 0.01 < found["type I"] < 0.09
-        assert 0 < found["family"] < 0.12 and found["ranks apart"] > 0.97 and found["ranks close"] > 0.95
+        result = simulation.measure(case, seeds=5, items=40, repeats=400)
+        assert 0.89 < result["mean"] < 0.99 and 0.91 < result["difference"] < 0.99 and 0.01 < result["type I"] < 0.09
+        assert 0 < result["family"] < 0.12 and result["ranks apart"] > 0.97 and result["ranks close"] > 0.95
 
 
 def test_true_means_are_those_of_many_draws():
@@ -280,16 +280,16 @@ def test_the_docstrings_give_the_measured_figures():
     }
     for function, groups in figures.items():
         measured = [row for group in groups for row in simulation.ranges(frame, group)]
-        told = re.findall(r"(\d+) to (\d+) % with (\d+)", " ".join((function.__doc__ or "").split()))
-        assert [tuple(map(int, row)) for row in told] == measured, function.__name__
+        printed = re.findall(r"(\d+) to (\d+) % with (\d+)", " ".join((function.__doc__ or "").split()))
+        assert [tuple(map(int, row)) for row in printed] == measured, function.__name__
 
 
-def test_the_written_rates_are_of_this_code():
+def test_the_stored_rates_are_reproduced():
     frame, case = pd.read_csv(RATES), simulation.CASES[2]
     written = frame[(frame["case"] == str(case)) & (frame["seeds"] == 3) & (frame["items"] == 20)]
-    found = simulation.measure(case, seeds=3, items=20, repeats=1000, seed=simulation.CASES.index(case))
+    result = simulation.measure(case, seeds=3, items=20, repeats=1000, seed=simulation.CASES.index(case))
     assert set(frame["case"]) == set(map(str, simulation.CASES)) and set(frame["figure"]) == set(simulation.FIGURES)
-    assert_allclose(written["rate"], [found[figure] for figure in written["figure"]], atol=0.05)
+    assert_allclose(written["rate"], [result[figure] for figure in written["figure"]], atol=0.05)
     assert (RATES.with_suffix(".md")).read_text(encoding="utf-8") == simulation.markdown(frame)
 
 

@@ -21,11 +21,11 @@ def test_the_table_is_the_statistics_of_the_scores():
     study = example_study()
     table = study.table().set_index(["setting", "method"])
     scores = study.scores("two")["dft"].to_numpy()
-    wanted = crossed_interval(scores)
-    found = table.loc[("two", "dft")]
-    assert_allclose([found["mean"], found["low"], found["high"]], [wanted.mean, wanted.low, wanted.high])
-    assert_allclose(found["pass_at_k"], (scores > 0).mean())
-    assert found["n"] == "3 x 40"
+    expected = crossed_interval(scores)
+    row = table.loc[("two", "dft")]
+    assert_allclose([row["mean"], row["low"], row["high"]], [expected.mean, expected.low, expected.high])
+    assert_allclose(row["pass_at_k"], (scores > 0).mean())
+    assert row["n"] == "3 x 40"
     ranks = table.loc["one"]
     assert ranks.loc["target_sft", ["rank", "best", "worst"]].tolist() == [1, 1, 1]
     assert ranks.loc["base", ["rank", "best", "worst"]].tolist() == [5, 5, 5]
@@ -37,14 +37,14 @@ def test_the_table_is_the_statistics_of_the_scores():
 
 def test_differences_are_paired_and_corrected_over_methods_and_settings():
     study = example_study()
-    found = study.differences()
-    assert set(found["against"]) == {"sft"} and len(found) == 8
+    differences = study.differences()
+    assert set(differences["against"]) == {"sft"} and len(differences) == 8
     x = study.scores("one")
     gap = (x["dft"] - x["sft"]).to_numpy()
-    (row,) = found.query("setting == 'one' and method == 'dft'").itertuples()
+    (row,) = differences.query("setting == 'one' and method == 'dft'").itertuples()
     assert_allclose(row.mean, gap.mean())
     assert row.high - row.low < 2 * stats.norm.ppf(0.975) * np.hypot(x["dft"].std().mean(), x["sft"].std().mean())
-    order = found.sort_values("p")
+    order = differences.sort_values("p")
     by_hand = np.maximum.accumulate(np.minimum(1, order["p"].to_numpy() * np.arange(len(order), 0, -1)))
     assert_allclose(order["p_holm"], by_hand)
     assert study.differences("base", ["dft"])["method"].tolist() == ["dft", "dft"]
@@ -52,56 +52,58 @@ def test_differences_are_paired_and_corrected_over_methods_and_settings():
         study.differences("kd")
 
 
-def test_without_sft_the_base_is_what_everything_is_compared_with():
+def test_without_sft_the_base_is_the_baseline():
     study = example_study({"base": 0.4, "dft": 0.6})
     assert set(study.differences()["against"]) == {"base"}
     assert len(example_study({"base": 0.4}).differences()) == 0
     assert "avg@8" in str(example_study({"base": 0.4}))
 
 
-def test_controls_stand_on_the_other_side():
+def test_control_differences_compare_a_method_with_its_controls():
     study = example_study()
-    found = study.control_differences()
-    assert set(found["method"]) == {"target_sft"} and set(found["against"]) == {"target_sft_base_teacher"}
+    differences = study.control_differences()
+    assert set(differences["method"]) == {"target_sft"} and set(differences["against"]) == {"target_sft_base_teacher"}
     assert (
-        (found["mean"] > 0.1).all() and (found["low"] < found["mean"]).all() and (found["high"] > found["mean"]).all()
+        (differences["mean"] > 0.1).all()
+        and (differences["low"] < differences["mean"]).all()
+        and (differences["high"] > differences["mean"]).all()
     )
-    assert set(found["against"]) <= set(CONTROLS)
+    assert set(differences["against"]) <= set(CONTROLS)
     assert "target_sft against its controls" in str(study)
     assert example_study({"base": 0.4, "target_sft": 0.8}).control_differences().empty
 
 
-def test_a_lost_job_leaves_the_others_and_is_said():
+def test_a_missing_job_is_reported_and_the_rest_used():
     line = "dft in one at seed 1: RuntimeError: no luck (failed/x.txt)"
-    study = example_study(lost=[("one", "dft", 1)], failed=[line])
+    study = example_study(missing=[("one", "dft", 1)], failed=[line])
     table = study.table().set_index(["setting", "method"])
     assert table.loc[("one", "dft"), "n"] == "2 x 40" and table.loc[("one", "sft"), "n"] == "3 x 40"
     assert study.differences().set_index(["setting", "method"]).loc[("one", "dft"), "n"] == "2 x 40"
-    said = str(study)
-    assert "dft: n = 2 x 40" in said and f"failed: {line}" in said and "n = 3 x 40 (seeds x items)" in said
-    gone = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
-    assert ("one", "dft") not in gone.table().set_index(["setting", "method"]).index
-    assert ("two", "dft") in gone.table().set_index(["setting", "method"]).index
-    apart = example_study(lost=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
-    ranks = apart.table().query("setting == 'one'").set_index("method")["rank"]
+    text = str(study)
+    assert "dft: n = 2 x 40" in text and f"failed: {line}" in text and "n = 3 x 40 (seeds x items)" in text
+    without_method = example_study(missing=[("one", "dft", 0), ("one", "dft", 1), ("one", "dft", 2)])
+    assert ("one", "dft") not in without_method.table().set_index(["setting", "method"]).index
+    assert ("two", "dft") in without_method.table().set_index(["setting", "method"]).index
+    unequal = example_study(missing=[("one", "dft", 0), ("one", "dft", 1), ("one", "sft", 2)])
+    ranks = unequal.table().query("setting == 'one'").set_index("method")["rank"]
     assert ranks[["dft", "sft"]].isna().all() and ranks.drop(["dft", "sft"]).tolist() == [3, 1, 2], (
         "of those with all seeds"
     )
-    assert str(apart)
+    assert str(unequal)
 
 
-def test_rates_are_printed_with_what_is_wrong_with_them():
+def test_learning_rates_are_printed_with_their_caveats():
     study = example_study()
-    said = str(study)
-    assert f"{GRID[0]:g}*" in said and "* sft: best at the edge of the learning-rate grid" in said
-    assert "dft, target_sft, target_sft_base_teacher: sft's learning rate, not searched" in said
-    assert "prior knowledge: accuracy of the base model 0.4\n" in said and "measured: odd thing 1\n" in said
-    seen = study.rates.query("setting == 'one' and method == 'sft'")
-    assert seen["chosen"].tolist() == [True] + [False] * (len(GRID) - 1)
-    assert_allclose(seen["validation"], 0.1)
+    text = str(study)
+    assert f"{GRID[0]:g}*" in text and "* sft: best at the edge of the learning-rate grid" in text
+    assert "dft, target_sft, target_sft_base_teacher: sft's learning rate, not searched" in text
+    assert "prior knowledge: accuracy of the base model 0.4\n" in text and "measured: odd thing 1\n" in text
+    rates = study.rates.query("setting == 'one' and method == 'sft'")
+    assert rates["chosen"].tolist() == [True] + [False] * (len(GRID) - 1)
+    assert_allclose(rates["validation"], 0.1)
 
 
-def test_what_is_no_ranking_gets_no_ranks():
+def test_diagnostics_get_no_ranks():
     assert " rank " in str(example_study()) and " rank " not in str(example_study(better="lower", note="a diagnostic"))
     lower = example_study(better="lower").table().set_index(["setting", "method"])
     assert lower.loc[("one", "base"), "rank"] == 1 and lower.loc[("one", "target_sft"), "rank"] == 5
@@ -109,21 +111,21 @@ def test_what_is_no_ranking_gets_no_ranks():
 
 def test_aurocs_are_means_over_seeds_where_there_is_noise():
     study = example_study()
-    found = study.label_auroc().set_index(["setting", "method"])
-    assert_allclose(found.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
-    assert found.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
-    assert found["Q_end"].isna().all()
+    aurocs = study.label_auroc().set_index(["setting", "method"])
+    assert_allclose(aurocs.loc[("one", "dft"), ["trust", "Q", "p_end"]].astype(float), [0.5, 0.6, 0.8])
+    assert aurocs.loc[("one", "dft"), ["good", "noisy"]].tolist() == [30, 10]
+    assert aurocs["Q_end"].isna().all()
     assert "one: label noise found" in str(study) and "two: label noise found" not in str(study)
 
 
 def test_curves_have_intervals_over_seeds():
-    found = example_study().curve().query("setting == 'one' and method == 'dft'").set_index("step")
-    assert_allclose(found.loc[10, "mean"], 0.3)
+    curve = example_study().curve().query("setting == 'one' and method == 'dft'").set_index("step")
+    assert_allclose(curve.loc[10, "mean"], 0.3)
     half = stats.t.ppf(0.975, 2) * 0.1 / np.sqrt(3)
-    assert_allclose([found.loc[10, "low"], found.loc[10, "high"]], [0.3 - half, 0.3 + half])
+    assert_allclose([curve.loc[10, "low"], curve.loc[10, "high"]], [0.3 - half, 0.3 + half])
 
 
-def test_every_form_has_every_method_and_number():
+def test_every_export_has_every_method_and_number():
     study = example_study()
     for form in ("to_markdown", "to_latex", "__str__", "_repr_html_"):
         text = getattr(study, form)().replace("\\", "")
@@ -164,8 +166,8 @@ def test_names_of_earlier_versions_are_served_with_a_warning(tmp_path):
         assert loaded.trust["trust"].tolist() == [1.0]
 
 
-def test_a_study_comes_back_from_its_folder(tmp_path):
-    study = example_study(lost=[("one", "dft", 1)])
+def test_a_study_round_trips_through_its_folder(tmp_path):
+    study = example_study(missing=[("one", "dft", 1)])
     study.save(tmp_path)
     loaded = Study.load(tmp_path)
     for name in ("results", "diagnostics", "rates", "curves", "truth"):
@@ -173,7 +175,7 @@ def test_a_study_comes_back_from_its_folder(tmp_path):
     assert str(loaded) == str(study)
 
 
-def test_names_are_escaped_in_markdown_and_keep_to_their_line_in_print():
+def test_names_are_escaped_in_markdown_and_print():
     name = "own.py:a|b`c`\n| d | [e](f) <b>"
     study = example_study({"base": 0.4, "sft": 0.5, name: 0.6}, failed=[f"{name} in one at seed 1: no"])
     lines = study.to_markdown().splitlines()

@@ -1,4 +1,4 @@
-"""Ranking: scores by hand, ties, short rows, rows without a rank, and its exports."""
+"""Ranking: hand-computed scores, ties, short rows, rows without a rank, and exports."""
 
 import json
 
@@ -23,7 +23,7 @@ TOKENS = [
 ]
 
 
-def made(tokens=TOKENS, notes=()):
+def make_ranking(tokens=TOKENS, notes=()):
     rows, p_y, *q_other, margin = (np.array(column) for column in zip(*tokens, strict=True))
     models = {"p_y": p_y, "p_other": 1 - p_y, "negative_margin": margin, "p_runner_up": 1 - p_y}
     methods = {
@@ -50,7 +50,7 @@ def of(frame, by):
 
 
 def test_rows_are_ordered_by_their_label_weight():
-    rows = of(made().rows, "mine").set_index("row")
+    rows = of(make_ranking().rows, "mine").set_index("row")
     assert rows.index.tolist() == [4, 2, 1, 7]
     assert_allclose(rows.loc[1, "label_weight"], (0.0 + 0.1) / (0.1 + 0.9), atol=1e-6)
     assert_allclose(rows.loc[4, "label_weight"], (-0.3 + 0.0 + 0.0) / 1.6, atol=1e-6)
@@ -64,54 +64,54 @@ def test_rows_are_ordered_by_their_label_weight():
 
 
 def test_tokens_are_ordered_by_q_of_the_label():
-    tokens = of(made().tokens, "mine")
+    tokens = of(make_ranking().tokens, "mine")
     assert tokens["label"].tolist() == ["w3", "w1", "w4", "w2", "w6", "w0", "w5"], "ties by negative margin"
     assert tokens["rank"].tolist() == [1, 2, 2, 4, 5, 6, 7]
     assert_allclose(tokens["score"], [-0.1, 0.2, 0.2, 0.5, 0.7, 0.9, 1.0], atol=1e-9)
 
 
 def test_the_margin_has_an_order_of_its_own():
-    ranking = made()
+    ranking = make_ranking()
     assert ranking.orders == ["sft", "mine", "negative_margin"]
     assert of(ranking.rows, "negative_margin")["row"].tolist() == [4, 1, 2, 7]
     assert of(ranking.rows, "negative_margin")["rank"].tolist() == [1, 2, 3, 3], "no negative margin: a tie"
     assert of(ranking.tokens, "negative_margin")["label"].tolist() == ["w3", "w1", "w4", "w2", "w0", "w6", "w5"]
 
 
-def test_a_method_whose_labels_all_tie_orders_nothing():
-    ranking = made()
+def test_a_method_with_tied_labels_gives_no_order():
+    ranking = make_ranking()
     assert ranking.alike("sft") and not ranking.alike("mine") and not ranking.alike("negative_margin")
     assert set(of(ranking.tokens, "sft")["rank"]) == {1}
     assert "sft: all labels tie (label weight 1.000 in every row)" in str(ranking)
     assert ranking.first(1) == {4}, "an order of ties chooses no row"
     assert ranking.first(2) == {1, 2, 4}, "rows 4 and 2, and one of the first tokens is in row 1"
-    only = made([(row, p, 0.0, 0.0, 0.0) for row, p, *_ in TOKENS])
+    only = make_ranking([(row, p, 0.0, 0.0, 0.0) for row, p, *_ in TOKENS])
     assert only.first(2) == {1, 2}
 
 
 def test_rounding_makes_ties_and_nan_comes_last():
     tokens = [(1, 0.5, 0.0, 0.3, 1.0), (1, 0.5, 0.0, 0.3 + 1e-9, np.inf), (2, 0.5, 0.0, np.nan, 1.0)]
-    ranking = made(tokens)
-    mine = of(ranking.tokens, "mine")
-    tiny = of(made([(1, 0.5, 0.0, 1 - q, 1.0) for q in (3e-7, 2e-7, 1e-9, -1e-9)]).tokens, "mine")
+    ranking = make_ranking(tokens)
+    user_rows = of(ranking.tokens, "mine")
+    tiny = of(make_ranking([(1, 0.5, 0.0, 1 - q, 1.0) for q in (3e-7, 2e-7, 1e-9, -1e-9)]).tokens, "mine")
     assert tiny["label"].tolist() == ["w2", "w3", "w1", "w0"] and tiny["rank"].tolist() == [1, 1, 3, 4]
-    assert mine["rank"].tolist()[:2] == [1, 1] and np.isnan(mine["rank"].iloc[2])
-    assert mine["label"].iloc[0] == "w1", "infinite margins are ordered"
+    assert user_rows["rank"].tolist()[:2] == [1, 1] and np.isnan(user_rows["rank"].iloc[2])
+    assert user_rows["label"].iloc[0] == "w1", "infinite margins are ordered"
     assert np.isnan(of(ranking.rows, "mine").set_index("row").loc[2, "rank"])
     assert of(ranking.rows, "negative_margin")["row"].tolist() == [1, 2]
     assert "mine: 1 tokens have no rank, their score is NaN" in ranking.notes
 
 
-def test_what_is_particular_is_said():
-    said = str(made(notes=["left out, no supervised token: row 3"]))
-    assert "left out, no supervised token: row 3" in said
-    assert "2 rows have a single supervised token: their score is that token's" in said
-    assert "1 rows have a sum of 1 - p_y below 0.01: methods do not rank them" in said
-    assert "'row\\n4'" in said and "\u202e" not in said, "nothing in a text acts on a terminal"
+def test_special_rows_are_noted():
+    text = str(make_ranking(notes=["left out, no supervised token: row 3"]))
+    assert "left out, no supervised token: row 3" in text
+    assert "2 rows have a single supervised token: their score is that token's" in text
+    assert "1 rows have a sum of 1 - p_y below 0.01: methods do not rank them" in text
+    assert "'row\\n4'" in text and "\u202e" not in text, "nothing in a text acts on a terminal"
 
 
 def test_json_lines_are_the_tables():
-    ranking = made()
+    ranking = make_ranking()
     lines = [json.loads(line) for line in ranking.to_jsonl().splitlines()]
     assert len(lines) == len(ranking.rows) + len(ranking.tokens)
     first = next(line for line in lines if line["kind"] == "row" and line["by"] == "mine")
@@ -127,7 +127,7 @@ def test_json_lines_are_the_tables():
 
 
 def test_every_export_has_the_first_rows():
-    ranking = made()
+    ranking = make_ranking()
     assert repr(ranking) == "<Ranking of 4 rows by sft, mine, negative_margin>"
     assert ranking.to_frame() is ranking.rows and len(ranking._repr_html_()) < 10_000
     record = json.loads(json.dumps(ranking.to_dict(1)))
@@ -135,8 +135,8 @@ def test_every_export_has_the_first_rows():
     assert record["rows"][1]["trust"] == record["rows"][1]["label_weight"], "old keys stay beside the new ones"
     source = ranking.to_latex(["by", "row", "label_weight"], "Rows.", top=1)
     assert source.count("\\\\\n") == 4 and "Rows." in source and "mine & 4 & -0.1875" in source
-    mine, margin = ranking.plot(2).axes
-    assert mine.lines[0].get_xdata().tolist() == of(ranking.rows, "mine")["score"].tolist()[:2]
+    user_axes, margin = ranking.plot(2).axes
+    assert user_axes.lines[0].get_xdata().tolist() == of(ranking.rows, "mine")["score"].tolist()[:2]
     assert [tick.get_text().partition(":")[0] for tick in margin.get_yticklabels()] == ["4", "1"]
     with pytest.warns(DeprecationWarning, match="label_weight"):
         assert ranking.rows["trust"].equals(ranking.rows["label_weight"])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
-from tiny import letters, llama
+from tiny_models import letters, llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -39,65 +39,65 @@ def by_hand(tokens):
     return p, t, y, q | {"label_smoothing": 0.9 * d + 0.1 / V}
 
 
-def test_the_figures_are_those_of_the_formulas(tokens):
-    made = summarise(tokens, [qlens.get(spec) for spec in SPECS])
+def test_the_metrics_match_their_formulas(tokens):
+    summarised = summarise(tokens, [qlens.get(spec) for spec in SPECS])
     p, t, y, targets = by_hand(tokens)
     at = np.arange(N), y
     rest = p.copy()
     rest[at] = 0
-    found = made.models
-    assert found["label"].tolist() == y.tolist() and found["runner_up"].tolist() == rest.argmax(-1).tolist()
+    models = summarised.models
+    assert models["label"].tolist() == y.tolist() and models["runner_up"].tolist() == rest.argmax(-1).tolist()
     rest_t = t.copy()
     rest_t[at] = 0
     margin, teacher_margin = np.log(rest.max(-1) / p[at]), np.log(rest_t.max(-1) / t[at])
-    wanted = {
+    expected = {
         "p_y": p[at], "nll": -np.log(p[at]), "entropy": -(p * np.log(p)).sum(-1), "p_other": 1 - p[at],
         "negative_margin_student": margin, "p_runner_up": rest.max(-1), "teacher_y": t[at],
         "negative_margin_teacher": teacher_margin, "disagreement": np.abs(p - t).sum(-1) / 2,
         "negative_margin": np.minimum(margin, teacher_margin),
     }  # fmt: skip
-    for name, values in wanted.items():
-        assert_allclose(found[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name, values in expected.items():
+        assert_allclose(models[name], values, rtol=1e-5, atol=1e-6, err_msg=name)
     for spec, q in targets.items():
-        mine, signed = made.methods[spec], (q < -1e-9).any(-1)
+        frame, signed = summarised.methods[spec], (q < -1e-9).any(-1)
         plogp = np.where(q > 0, q * np.log(np.where(q > 0, q, 1)), 0)
-        kept = p * ((1 - q[at]) / (1 - p[at]))[:, None]
-        away = np.abs(q - kept)
-        away[at] = 0
-        wanted = {
+        rescaled = p * ((1 - q[at]) / (1 - p[at]))[:, None]
+        distance = np.abs(q - rescaled)
+        distance[at] = 0
+        expected = {
             "q_y": q[at], "q_other": 1 - q[at], "label_gradient": q[at] - p[at], "label_weight": (q[at] - p[at]) / (1 - p[at]),
-            "negative_mass": np.maximum(0, -q).sum(-1), "total": np.ones(N), "reshape": away.sum(-1) / 2,
+            "negative_mass": np.maximum(0, -q).sum(-1), "total": np.ones(N), "reshape": distance.sum(-1) / 2,
             "entropy": np.where(signed, np.nan, -plogp.sum(-1)),
             "kl": np.where(signed, np.nan, (plogp - np.where(q > 0, q * np.log(p), 0)).sum(-1)),
         }  # fmt: skip
-        for name, values in wanted.items():
-            assert_allclose(mine[name], values, rtol=1e-5, atol=1e-6, err_msg=f"{spec}, {name}")
-    assert made.methods["gem"]["negative_mass"].max() > 0.01
+        for name, values in expected.items():
+            assert_allclose(frame[name], values, rtol=1e-5, atol=1e-6, err_msg=f"{spec}, {name}")
+    assert summarised.methods["gem"]["negative_mass"].max() > 0.01
 
 
 @pytest.mark.parametrize("candidates", [1, 7, 20])
 def test_entries_are_the_label_the_largest_moves_and_then_the_largest(tokens, candidates):
-    made = summarise(tokens, [qlens.get(spec) for spec in SPECS], candidates)
+    summarised = summarise(tokens, [qlens.get(spec) for spec in SPECS], candidates)
     p, t, y, targets = by_hand(tokens)
     size = min(V, max(candidates, len(SPECS) + 1))
-    assert made.ids.shape == (N, size)
+    assert summarised.ids.shape == (N, size)
     for n in range(N):
         forced = {y[n], *(int(np.abs(q[n] - p[n]).argmax()) for q in targets.values())}
         weight = np.max([p[n], *(np.abs(q[n]) for q in targets.values())], 0)
-        chosen = set(made.ids[n].tolist())
-        left = [weight[k] for k in range(V) if k not in chosen]
+        chosen = set(summarised.ids[n].tolist())
+        outside = [weight[k] for k in range(V) if k not in chosen]
         assert len(chosen) == size and forced <= chosen
-        assert min([weight[k] for k in chosen - forced], default=1) >= max(left, default=0) - 1e-6
-        assert_allclose(made.probs[n], sorted(p[n][made.ids[n]], reverse=True), rtol=1e-5)
-        assert_allclose(made.teacher[n], t[n][made.ids[n]], rtol=1e-5)
-        for move, q in zip(made.moves, targets.values(), strict=True):
-            assert_allclose(move[n], (q - p)[n][made.ids[n]], atol=1e-6)
+        assert min([weight[k] for k in chosen - forced], default=1) >= max(outside, default=0) - 1e-6
+        assert_allclose(summarised.probs[n], sorted(p[n][summarised.ids[n]], reverse=True), rtol=1e-5)
+        assert_allclose(summarised.teacher[n], t[n][summarised.ids[n]], rtol=1e-5)
+        for move, q in zip(summarised.moves, targets.values(), strict=True):
+            assert_allclose(move[n], (q - p)[n][summarised.ids[n]], atol=1e-6)
 
 
-def test_the_label_is_kept_where_nothing_else_would_keep_it(tokens):
-    made = summarise(tokens, [qlens.get("kd")], 1)
-    assert made.ids.shape == (N, 2) and all(
-        label in ids for label, ids in zip(made.models["label"], made.ids, strict=True)
+def test_the_label_is_always_among_the_entries(tokens):
+    summarised = summarise(tokens, [qlens.get("kd")], 1)
+    assert summarised.ids.shape == (N, 2) and all(
+        label in ids for label, ids in zip(summarised.models["label"], summarised.ids, strict=True)
     )
 
 
@@ -116,33 +116,33 @@ def examples(lengths):
 
 
 @pytest.mark.parametrize(("spec", "whole"), [("dft", False), ("iw_sft", True), ("mile", True)])
-def test_chunks_give_what_the_whole_text_gives(monkeypatch, spec, whole):
-    seen = []
+def test_chunked_summaries_equal_whole_ones(monkeypatch, spec, whole):
+    sizes = []
     plain = summarise
 
     def watched(tokens, *rest):
-        seen.append(len(tokens))
+        sizes.append(len(tokens))
         return plain(tokens, *rest)
 
     monkeypatch.setattr(summary, "summarise", watched)
     model, reference, variants = llama(0), llama(1), [qlens.get(spec)]
     once = summary_of(model, examples([9, 2, 14]), variants, 6, reference=reference)
-    assert seen == [8, 1, 13]
-    seen.clear()
+    assert sizes == [8, 1, 13]
+    sizes.clear()
     vocabulary = model.config.vocab_size
     monkeypatch.setattr(summary, "ENTRIES", 4 * vocabulary)
     assert_same(once, summary_of(model, examples([9, 2, 14]), variants, 6, reference=reference))
-    assert seen == ([8, 1, 13] if whole else [4, 4, 1, 4, 4, 4, 1])
+    assert sizes == ([8, 1, 13] if whole else [4, 4, 1, 4, 4, 4, 1])
 
 
-def test_parts_are_joined_and_chosen(tokens):
+def test_summaries_are_joined_and_indexed(tokens):
     variants = [qlens.get("sft"), qlens.get("gem")]
     whole = summarise(tokens, variants)
     assert_same(whole, Summary.join([summarise(tokens[:3], variants), summarise(tokens[3:], variants)]))
     assert_same(whole[[4, 1]], summarise(tokens[[4, 1]], variants))
 
 
-def test_what_a_method_lacks_is_named(tokens):
+def test_missing_inputs_of_a_method_are_named(tokens):
     with pytest.raises(InputError, match="sft_kl needs a reference"):
         summarise(tokens, [qlens.get("sft_kl")])
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import letters, llama
+from tiny_models import letters, llama
 
 import qlens
 from qlens import InputError
@@ -23,46 +23,48 @@ def models():
 
 
 @pytest.fixture(scope="module")
-def seen(models):
+def token_view(models):
     return qlens.view(text=PAIRS, **models)
 
 
-def test_it_is_what_the_summary_of_the_same_tokens_is(seen, models):
-    assert seen.methods == ("sft", "dft", "target_sft", "kd") and len(seen.texts) == 3
-    kept = [pair for number, pair in enumerate(PAIRS) if number != 2]
-    tokens = qlens.Tokens.from_text(models["model"], models["tokenizer"], kept, teacher=models["teacher"])
-    whole = summarise(tokens, [qlens.get(name) for name in seen.methods])
-    pd.testing.assert_frame_equal(seen.summary.models, whole.models, rtol=1e-3, atol=1e-5)
-    for name in seen.methods:
-        pd.testing.assert_frame_equal(seen.summary.methods[name], whole.methods[name], rtol=1e-3, atol=1e-4)
+def test_a_view_holds_the_summary_of_its_tokens(token_view, models):
+    assert token_view.methods == ("sft", "dft", "target_sft", "kd") and len(token_view.texts) == 3
+    pairs_shown = [pair for number, pair in enumerate(PAIRS) if number != 2]
+    tokens = qlens.Tokens.from_text(models["model"], models["tokenizer"], pairs_shown, teacher=models["teacher"])
+    whole = summarise(tokens, [qlens.get(name) for name in token_view.methods])
+    pd.testing.assert_frame_equal(token_view.summary.models, whole.models, rtol=1e-3, atol=1e-5)
+    for name in token_view.methods:
+        pd.testing.assert_frame_equal(token_view.summary.methods[name], whole.methods[name], rtol=1e-3, atol=1e-4)
 
 
-def test_rows_keep_their_numbers_and_what_is_left_out_is_said(seen):
-    assert seen.skipped == {3: "longer than the context of 32 tokens"}
-    assert [text.row for text in seen.texts] == [1, 2, 4]
-    assert seen.notes == ["left out, longer than the context of 32 tokens: row 3"]
-    assert seen.notes[0] in str(seen.rank())
-    assert [len(text.places) for text in seen.texts] == [4, 5, 5], "the answer and its end"
+def test_rows_keep_their_numbers_and_skipped_rows_are_noted(token_view):
+    assert token_view.skipped == {3: "longer than the context of 32 tokens"}
+    assert [text.row for text in token_view.texts] == [1, 2, 4]
+    assert token_view.notes == ["left out, longer than the context of 32 tokens: row 3"]
+    assert token_view.notes[0] in str(token_view.rank())
+    assert [len(text.places) for text in token_view.texts] == [4, 5, 5], "the answer and its end"
 
 
-def test_the_table_has_a_line_per_token_and_method(seen):
-    table = seen.table
-    assert len(table) == 4 * 14 and set(table["method"]) == set(seen.methods)
+def test_the_table_has_a_line_per_token_and_method(token_view):
+    table = token_view.table
+    assert len(table) == 4 * 14 and set(table["method"]) == set(token_view.methods)
     first = table.iloc[0]
     assert (first["row"], first["position"], first["label"]) == (1, 14, "n")
-    lines = [json.loads(line) for line in seen.to_jsonl().splitlines()]
+    lines = [json.loads(line) for line in token_view.to_jsonl().splitlines()]
     assert len(lines) == len(table) and lines[0]["label"] == "n" and lines[0]["method"] == "sft"
 
 
-def test_the_ranking_is_of_its_rows(seen):
-    ranking = seen.rank()
+def test_the_ranking_is_of_its_rows(token_view):
+    ranking = token_view.rank()
     dft = ranking.rows[ranking.rows["by"] == "dft"].set_index("row")
-    mine = seen.summary.methods["dft"]["label_gradient"][:4].sum() / seen.summary.models["p_other"][:4].sum()
-    assert dft.loc[1, "label_weight"] == pytest.approx(mine, abs=1e-5) and dft.loc[1, "text"] == "nab</s>"
+    label_weight = (
+        token_view.summary.methods["dft"]["label_gradient"][:4].sum() / token_view.summary.models["p_other"][:4].sum()
+    )
+    assert dft.loc[1, "label_weight"] == pytest.approx(label_weight, abs=1e-5) and dft.loc[1, "text"] == "nab</s>"
     assert dft["rank"].tolist() == [1, 2, 3] and dft["label_weight"].is_monotonic_increasing
     tokens = ranking.tokens[ranking.tokens["by"] == "dft"]
     assert tokens.loc[tokens["row"] == 1, "context"].str.startswith("<s>what is ban").all()
-    few = seen.top(1)
+    few = token_view.top(1)
     assert {text.row for text in few.texts} == ranking.first(1) and few.rank() is ranking
     assert len(few.summary) == sum(len(text.places) for text in few.texts)
     assert "<iframe" in few._repr_html_()
@@ -74,20 +76,20 @@ def test_many_forms_of_text_and_methods(models):
     assert len(qlens.view(model, tokenizer, {"prompt": "a", "completion": "b"}).summary) == 2
     assert qlens.view(model, tokenizer, ["ab", "cd", "ef"], max_rows=2).texts[-1].row == 2
     ids = [{"input_ids": [4, 5, 6], "labels": [4, -100, 6]}, {"input_ids": [4, 5], "labels": [4, -100]}]
-    seen = qlens.view(model, tokenizer, ids, [lambda logits, labels: 2 * F.cross_entropy(logits, labels)])
-    assert len(seen.summary) == 1 and seen.skipped == {2: "no supervised token"}
-    assert seen.summary.methods["<lambda>"]["label_weight"].item() == pytest.approx(2, abs=1e-4)
+    token_view = qlens.view(model, tokenizer, ids, [lambda logits, labels: 2 * F.cross_entropy(logits, labels)])
+    assert len(token_view.summary) == 1 and token_view.skipped == {2: "no supervised token"}
+    assert token_view.summary.methods["<lambda>"]["label_weight"].item() == pytest.approx(2, abs=1e-4)
     reference = llama(1)
     both = qlens.view(model, tokenizer, ["a word", "another"], ["iw_sft", "psft", "unlikelihood"], reference=reference)
     ratio = qlens.Tokens.from_text(model, tokenizer, ["another"], reference=reference)
-    wanted = qlens.get("iw_sft").target(ratio).label_weight
+    expected = qlens.get("iw_sft").target(ratio).label_weight
     torch.testing.assert_close(
-        torch.tensor(both.summary.methods["iw_sft"]["label_weight"][6:].to_numpy()), wanted, rtol=1e-3, atol=1e-4
+        torch.tensor(both.summary.methods["iw_sft"]["label_weight"][6:].to_numpy()), expected, rtol=1e-3, atol=1e-4
     )
 
 
 def test_mistakes_are_named(models):
-    for given, message in (
+    for arguments, message in (
         ({"text": []}, "text must be a text"),
         ({"text": ["a"], "variants": []}, "variants is empty"),
         ({"text": ["abc"], "variants": ["sft", "sft"]}, "sft is given twice"),
@@ -102,14 +104,14 @@ def test_mistakes_are_named(models):
         ({"text": ["abc"], "tokenizer": None}, "give tokenizer"),
         ({"text": ["abc"], "teacher": llama(1, vocab=40)}, "teacher has a vocabulary of 40"),
     ):
-        with pytest.raises(InputError) as caught:
-            qlens.view(**({"model": models["model"], "tokenizer": models["tokenizer"]} | given))
-        assert message in str(caught.value), given
+        with pytest.raises(InputError) as error_info:
+            qlens.view(**({"model": models["model"], "tokenizer": models["tokenizer"]} | arguments))
+        assert message in str(error_info.value), arguments
 
 
-def test_a_missing_folder_is_named(seen, tmp_path):
+def test_a_missing_folder_is_named(token_view, tmp_path):
     with pytest.raises(InputError, match="there is no folder"):
-        seen.save(tmp_path / "no" / "view.html")
+        token_view.save(tmp_path / "no" / "view.html")
     assert not list(tmp_path.iterdir())
 
 
@@ -125,13 +127,13 @@ def test_the_command_writes_a_page(run, own, tmp_path):
 
 
 def test_the_command_ranks(run, own, tmp_path):
-    given = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
-    code, out, err = run(*given)
+    command = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
+    code, out, err = run(*command)
     assert (
         code == 0 and "dft: smallest label weight first" in out and "rows (of 40):" in out and "1 rows left out" in err
     )
     assert "left out, longer than the context of 32 tokens: row 41" in out and not list(tmp_path.iterdir())
-    code, out, _ = run(*given, "--json", "--out", "least.html")
+    code, out, _ = run(*command, "--json", "--out", "least.html")
     lines = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(lines) == 12
     page = (tmp_path / "least.html").read_text()
@@ -155,10 +157,10 @@ def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path):
 
 def test_rounded_scores_do_not_depend_on_the_order_of_rows(models):
     rows = [("what is ban", "nab"), ("what is gell", "lleg"), ("what is fars", "sraf")]
-    there, back = (qlens.view(text=given, **models).rank().rows for given in (rows, rows[::-1]))
+    forward, back = (qlens.view(text=texts, **models).rank().rows for texts in (rows, rows[::-1]))
     back = back.assign(row=4 - back["row"])
-    both = there.merge(back, on=["by", "row"])
-    assert len(both) == len(there)
+    both = forward.merge(back, on=["by", "row"])
+    assert len(both) == len(forward)
     np.testing.assert_allclose(both["score_x"], both["score_y"], rtol=1e-4, atol=1e-5)
     assert (both["rank_x"] == both["rank_y"]).all()
 
@@ -166,19 +168,23 @@ def test_rounded_scores_do_not_depend_on_the_order_of_rows(models):
 def test_models_are_folders_or_modules(own):
     modules = {name: load_model(own[name]) for name in ("model", "teacher")}
     loaded = qlens.view(tokenizer=load_tokenizer(own["model"]), text=PAIRS, **modules)
-    read = qlens.view(own["model"], None, PAIRS, teacher=str(own["teacher"]))
-    pd.testing.assert_frame_equal(read.table, loaded.table)
+    from_folders = qlens.view(own["model"], None, PAIRS, teacher=str(own["teacher"]))
+    pd.testing.assert_frame_equal(from_folders.table, loaded.table)
     with pytest.warns(DeprecationWarning, match="max_rows="):
         assert len(qlens.view(own["model"], own["model"], PAIRS, rows=1).texts) == 1
 
 
-def test_every_export_is_of_the_table(seen):
-    assert seen.to_frame() is seen.table and repr(seen).startswith("<TokenView of 14 tokens in 3 rows")
-    record = json.loads(json.dumps(seen.to_dict()))
-    assert len(record["table"]) == len(seen.table) and record["notes"] == seen.notes
-    assert "1 & 14 & n & sft" in seen.to_latex(caption="Targets.") and "Targets." in seen.to_latex(caption="Targets.")
-    figure = seen.plot(row=4)
+def test_every_export_is_of_the_table(token_view):
+    assert token_view.to_frame() is token_view.table and repr(token_view).startswith(
+        "<TokenView of 14 tokens in 3 rows"
+    )
+    record = json.loads(json.dumps(token_view.to_dict()))
+    assert len(record["table"]) == len(token_view.table) and record["notes"] == token_view.notes
+    assert "1 & 14 & n & sft" in token_view.to_latex(caption="Targets.") and "Targets." in token_view.to_latex(
+        caption="Targets."
+    )
+    figure = token_view.plot(row=4)
     names = [tick.get_text() for ax in figure.axes for tick in ax.get_xticklabels()]
     assert "".join(names[-5:]) == "sraf</s>"
     with pytest.raises(InputError, match="row must be one of 1, 2, 4, got 3"):
-        seen.plot(row=3)
+        token_view.plot(row=3)

@@ -1,23 +1,12 @@
-"""The token view's file: in a notebook's frame, its policy, its size."""
+"""The token view's file: in a notebook's iframe, its content policy, its size."""
 
 import re
 
 import numpy as np
-import pytest
-from example_view import made
+from example_view import example_view
 
 
-@pytest.fixture(scope="module")
-def view():
-    return made()
-
-
-@pytest.fixture(scope="module")
-def file(view, tmp_path_factory):
-    return view.save(tmp_path_factory.mktemp("page") / "view.html")
-
-
-def test_a_notebook_shows_it_in_a_frame_of_its_own(open_page, view, tmp_path):
+def test_a_notebook_shows_a_view_in_an_iframe(open_page, view, tmp_path):
     notebook = tmp_path / "notebook.html"
     notebook.write_text(f"<!doctype html><meta charset=utf-8><p id=mine>cell</p>{view._repr_html_()}", encoding="utf-8")
     page = open_page(notebook)
@@ -31,7 +20,7 @@ def test_a_notebook_shows_it_in_a_frame_of_its_own(open_page, view, tmp_path):
     )
 
 
-def test_its_policy_lets_no_other_script_in_and_nothing_out(file):
+def test_the_content_policy_blocks_scripts_and_requests(file):
     source = file.read_text()
     (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', source)
     assert policy.startswith("default-src 'none'; style-src 'sha256-") and "unsafe" not in policy
@@ -43,6 +32,6 @@ def test_its_policy_lets_no_other_script_in_and_nothing_out(file):
 def test_four_thousand_tokens_with_twenty_candidates_stay_small(tmp_path):
     draw = np.random.default_rng(0)
     pieces = [f"p{k}" for k in range(600)]
-    view = made([draw.integers(0, 600, 402).tolist() for _ in range(10)], pieces, candidates=20)
+    view = example_view([draw.integers(0, 600, 402).tolist() for _ in range(10)], pieces, candidates=20)
     assert len(view.summary) == 4000 and view.summary.ids.shape[1] == 20
     assert view.save(tmp_path / "large.html").stat().st_size < 5e6

@@ -5,17 +5,7 @@ import re
 import numpy as np
 import pytest
 from browser import worst
-from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS, made
-
-
-@pytest.fixture(scope="module")
-def view():
-    return made()
-
-
-@pytest.fixture(scope="module")
-def file(view, tmp_path_factory):
-    return view.save(tmp_path_factory.mktemp("page") / "view.html")
+from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS
 
 
 @pytest.fixture
@@ -37,7 +27,7 @@ def cells(page, row):
     return page.locator(f"#detail .wide >> nth=0 >> tbody tr >> nth={row} >> td").all_inner_texts()
 
 
-def shown(number):
+def to_number(number):
     """A number as the page writes it."""
     return float(number.replace("−", "-").replace("+", ""))
 
@@ -58,8 +48,8 @@ def test_the_text_is_coloured_by_the_metric_chosen(page, view):
             values = view.summary.methods[spec][key] if own else models[key]
             for n in (0, 5, 12):
                 x = float(values[n])
-                wanted = 0 if np.isnan(x) else min(1, abs(x) / metric["high"])
-                assert strength(page, n, side) == pytest.approx(wanted, abs=2e-3), key
+                expected = 0 if np.isnan(x) else min(1, abs(x) / metric["high"])
+                assert strength(page, n, side) == pytest.approx(expected, abs=2e-3), key
                 classes = token(page, n, side).get_attribute("class").split()
                 assert ("none" in classes, "below" in classes) == (np.isnan(x), x < 0), key
         assert page.locator("#legend .says").inner_text().startswith(f"{metric['name']}: ")
@@ -92,15 +82,17 @@ def test_the_table_shows_p_and_q_and_what_the_target_adds(page, view):
     for row, k in [(0, at), (1, 0 if at else 1)]:
         p, t = view.summary.probs[n, k], view.summary.teacher[n, k]
         moves = view.summary.moves[sides, n, k]
-        wanted = [p, t, *(x for move in moves for x in (p + move, move))]
-        assert [shown(x) for x in rows[row][1:]] == pytest.approx(wanted, abs=6e-4)
-    assert rows[-2][0] == "all others" and rows[-1][0] == "sum" and shown(rows[-1][3]) == 1
-    assert shown(rows[-2][4]) == pytest.approx(-view.summary.moves[sides[0], n].sum(), abs=6e-4)
+        expected = [p, t, *(x for move in moves for x in (p + move, move))]
+        assert [to_number(x) for x in rows[row][1:]] == pytest.approx(expected, abs=6e-4)
+    assert rows[-2][0] == "all others" and rows[-1][0] == "sum" and to_number(rows[-1][3]) == 1
+    assert to_number(rows[-2][4]) == pytest.approx(-view.summary.moves[sides[0], n].sum(), abs=6e-4)
     biggest = int(np.abs(view.summary.moves[sides[0], n]).argmax())
-    assert any(shown(row[4]) == pytest.approx(view.summary.moves[sides[0], n, biggest], abs=6e-4) for row in rows[:-2])
+    assert any(
+        to_number(row[4]) == pytest.approx(view.summary.moves[sides[0], n, biggest], abs=6e-4) for row in rows[:-2]
+    )
 
 
-def test_a_token_is_pinned_by_click_and_by_key_and_let_go(page):
+def test_tokens_are_pinned_and_released_by_click_and_key(page):
     title = page.locator("#detail .where")
     token(page, 3).click()
     token(page, 8).hover()
@@ -130,9 +122,9 @@ def test_everything_works_from_the_keyboard_alone(page):
     assert sum(each.isdigit() for each in reached) == 1, "one stop for all tokens"
     token(page, 0).focus()
     steps = "ArrowRight 1 ArrowRight 2 ArrowLeft 1 End 10 ArrowRight 11 Home 11 PageUp 0 PageDown 11 PageDown 17 PageDown 17"
-    for key, wanted in zip(steps.split()[::2], steps.split()[1::2], strict=True):
+    for key, expected in zip(steps.split()[::2], steps.split()[1::2], strict=True):
         page.keyboard.press(key)
-        assert focused(page) == wanted, key
+        assert focused(page) == expected, key
     page.keyboard.press("ArrowUp")
     assert 11 <= int(focused(page)) < 17
     page.keyboard.press("ArrowDown")
@@ -156,7 +148,7 @@ def test_find_goes_through_the_text_across_tokens(page):
     assert page.locator("#hits").inner_text() == "2 of 2"
     assert page.locator(".hit").count() == 2 * 2 * 2, "two tokens, twice, in two panes"
     page.fill("#find", "😀")
-    assert page.locator("#hits").inner_text() == "1 of 2", "the one that is made of bytes, too"
+    assert page.locator("#hits").inner_text() == "1 of 2", "the one that is example_view of bytes, too"
     page.fill("#find", "nowhere")
     assert page.locator("#hits").inner_text() == "none" and page.locator(".hit").count() == 0
 
@@ -166,10 +158,10 @@ def test_rows_are_ordered_by_the_ranking(page, view):
     assert "smallest label weight: sft" not in page.locator("#order option").all_inner_texts(), "all labels of sft tie"
     for by, name in [("kd", "smallest label weight: kd"), ("negative_margin", "largest negative margin")]:
         page.select_option("#order", label=name)
-        wanted = ranking.rows[ranking.rows["by"] == by]["row"].tolist()
+        expected = ranking.rows[ranking.rows["by"] == by]["row"].tolist()
         assert [
             int(re.match(r"Row (\d+)", text)[1]) for text in page.locator("h2", has_text="Row").all_inner_texts()
-        ] == wanted
+        ] == expected
         assert "rank 1 of 3" in page.locator(".row h2").first.inner_text()
         first = ranking.tokens[ranking.tokens["by"] == by].iloc[0]
         page.locator("#least").evaluate("node => { node.open = true; }")
@@ -203,11 +195,11 @@ def test_all_text_is_readable(open_page, file, scheme):
     for metric in ("label weight", "KL(Q || p)", "negative margin"):
         page.select_option("#metric", label=metric)
         token(page, 2).hover()
-        found = worst(page)
-        assert found[0][0] >= 4.5, found
+        contrasts = worst(page)
+        assert contrasts[0][0] >= 4.5, contrasts
     page.emulate_media(media="print")
-    found = worst(page)
-    assert found[0][0] >= 4.5, found
+    contrasts = worst(page)
+    assert contrasts[0][0] >= 4.5, contrasts
 
 
 def test_the_colours_are_told_apart_in_grey(page):
@@ -224,7 +216,7 @@ def test_the_colours_are_told_apart_in_grey(page):
     assert "gradient" in page.locator(".t").first.evaluate("node => getComputedStyle(node).backgroundImage")
 
 
-def test_hostile_tokens_do_nothing_and_are_shown_as_they_are(page, view):
+def test_hostile_tokens_are_escaped(page, view):
     text = page.locator(".row .text").first
     for piece in HOSTILE[:3]:
         assert piece in text.inner_text()
@@ -234,8 +226,8 @@ def test_hostile_tokens_do_nothing_and_are_shown_as_they_are(page, view):
         token(page, n).hover()
     assert page.evaluate("window.hacked") is None
     assert page.locator("img, main b, iframe").count() == 0 and page.locator("script").count() == 2
-    said = page.evaluate("document.body.innerText")
-    assert "\u202e" not in said and "RLOevil" in said.replace("\n", "")
+    message = page.evaluate("document.body.innerText")
+    assert "\u202e" not in message and "RLOevil" in message.replace("\n", "")
     assert page.locator("footer li").all_inner_texts()[1] == "left out, no supervised token: row 9"
 
 
@@ -269,13 +261,13 @@ def test_it_fits_a_phone(open_page, file):
 def test_print_keeps_text_legend_and_the_pinned_token(page):
     token(page, 3).click()
     page.emulate_media(media="print", color_scheme="dark")
-    for selector, there in {
+    for selector, is_visible in {
         "#controls": False,
         "#theme": False,
         "#legend": True,
         "#detail": True,
         ".text >> nth=0": True,
     }.items():
-        assert page.locator(selector).is_visible() == there, selector
+        assert page.locator(selector).is_visible() == is_visible, selector
     assert page.evaluate("getComputedStyle(document.body).getPropertyValue('print-color-adjust')") == "exact"
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

@@ -1,23 +1,16 @@
 """Other models that share parameters with the student, and the reference of a model with adapters."""
 
 import copy
-import functools
 from contextlib import contextmanager
 
 import pytest
 import torch
-from tiny import llama, parameters, rows, trainer_in
+from tiny_models import llama, parameters, rows
 from torch import nn
 from torch.testing import assert_close
 
 from qlens.core.errors import InputError
 from qlens.data.base_models import WithoutAdapters
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 class Adapted(nn.Linear):
@@ -96,7 +89,7 @@ def test_the_reference_of_a_model_with_adapters_is_the_model_without_them(make):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft with newer transformers
-def test_lora_as_peft_makes_it_has_its_base_as_reference(make):
+def test_a_peft_lora_model_has_its_base_as_reference(make):
     peft = pytest.importorskip("peft")
 
     def lora(base):
@@ -117,15 +110,15 @@ def test_lora_as_peft_makes_it_has_its_base_as_reference(make):
         make("sft_kl", model=lora(base), reference=base)
 
 
-def test_what_the_reference_of_adapters_leaves_as_it_was():
+def test_the_adapter_reference_leaves_the_model_unchanged():
     model = adapted()
     frozen = copy.deepcopy(model).requires_grad_(False)
     features = {"input_ids": torch.tensor([[1, 2, 3]])}
     for each in (model, frozen):
-        wanted = [value.requires_grad for value in each.parameters()]
+        expected = [value.requires_grad for value in each.parameters()]
         logits = WithoutAdapters(each)(**features).logits
         assert_close(logits, llama()(**features).logits, rtol=0, atol=0)
-        assert [value.requires_grad for value in each.parameters()] == wanted and each.training
+        assert [value.requires_grad for value in each.parameters()] == expected and each.training
         assert not list(WithoutAdapters(each).parameters())
 
 

@@ -1,13 +1,12 @@
-"""Losses that run the model themselves, f(model, inputs), or see whole batches (B, T, V): QTrainer trains them as written."""
+"""QTrainer on losses that run the model themselves, f(model, inputs), or take whole batches (B, T, V)."""
 
-import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
@@ -15,13 +14,6 @@ import qlens
 from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
 
 TEACHER = llama(5).eval()
 
@@ -63,8 +55,8 @@ def two_passes(model, inputs):
     one, two = logits_of(model, inputs), logits_of(model, inputs)
     labels = inputs["labels"][:, 1:]
     mask = labels != -100
-    apart = F.kl_div(one.log_softmax(-1), two.softmax(-1), reduction="none").sum(-1)[mask].mean()
-    return F.cross_entropy(one[mask], labels[mask]) + 5 * apart
+    divergence = F.kl_div(one.log_softmax(-1), two.softmax(-1), reduction="none").sum(-1)[mask].mean()
+    return F.cross_entropy(one[mask], labels[mask]) + 5 * divergence
 
 
 def prompts_too(model, inputs, *, share=0.5):
@@ -119,18 +111,18 @@ def by_hand(fn, examples=EXAMPLES):
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def trained(make, fn, batch=8, **given):
+def trained(make, fn, batch=8, **options):
     """The first logged entry, the gradient that SGD took, and the trainer."""
     model = llama()
-    before, scope = parameters(model), given.pop("scope", "")
+    before, scope = parameters(model), options.pop("scope", "")
     variant = qlens.registry.registry._method(fn.__name__, fn, scope=scope).variant()
-    trainer = make(variant, model=model, examples=EXAMPLES, batch=batch, steps=1, **given)
+    trainer = make(variant, model=model, examples=EXAMPLES, batch=batch, steps=1, **options)
     trainer.train()
     return trainer.state.log_history[0], (before - parameters(model)) / 0.1, trainer
 
 
 @pytest.mark.parametrize("fn", [*RUN_THE_MODEL, *SEE_THE_BATCH])
-def test_a_loss_is_trained_on_the_model_and_the_batch_themselves(make, fn):
+def test_model_losses_get_the_trained_model_and_batch(make, fn):
     loss, grad = by_hand(fn)
     for scope in ("", "token"):
         logged, got, trainer = trained(make, fn, scope=scope)
@@ -165,14 +157,14 @@ def test_micro_batches_add_up_to_the_whole_step(make):
             assert_close(got, grad, rtol=1e-3, atol=1e-5 * float(grad.abs().max()) + 2e-6)
 
 
-def test_a_compute_loss_is_a_trainers_own(make, tmp_path):
+def test_compute_loss_functions_match_a_transformers_trainer(make, tmp_path):
     """The update is that of a transformers Trainer whose compute_loss it is."""
 
     class Own(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             return distilled(model, inputs, return_outputs, num_items_in_batch)
 
-    def run(kind, **given):
+    def run(kind, **overrides):
         model = llama()
         options = dict(
             per_device_train_batch_size=4, max_steps=2, optim="sgd", learning_rate=0.1, max_grad_norm=0.0, seed=7
@@ -180,13 +172,13 @@ def test_a_compute_loss_is_a_trainers_own(make, tmp_path):
         args = TrainingArguments(
             str(tmp_path), report_to=[], disable_tqdm=True, use_cpu=True, save_strategy="no", **options
         )
-        kind(model=model, args=args, train_dataset=EXAMPLES, data_collator=collate, **given).train()
+        kind(model=model, args=args, train_dataset=EXAMPLES, data_collator=collate, **overrides).train()
         return parameters(model)
 
     assert_close(run(qlens.QTrainer, variant=distilled), run(Own), rtol=0, atol=1e-6)
 
 
-def test_metrics_are_those_of_the_gradient_that_trained(make):
+def test_metrics_are_computed_from_the_trained_gradient(make):
     """For a plain cross-entropy all figures are sft's, in training and in evaluation; two passes have a loss alone."""
 
     def plain(model, inputs):
@@ -210,7 +202,7 @@ def mean_over(logits, labels):
     return (losses * mask).sum() / mask.sum()
 
 
-def test_a_mean_of_each_text_is_logged_as_it_is_trained(make, caplog):
+def test_a_mean_per_text_is_logged_as_trained(make, caplog):
     """The rows of its unreduced loss are the tokens' cross-entropy, which is said once."""
     with caplog.at_level(logging.WARNING, "qlens"):
         logged, got, _ = trained(make, mean_of_each_text, batch=4, accumulate=2)
@@ -223,7 +215,7 @@ def test_a_mean_of_each_text_is_logged_as_it_is_trained(make, caplog):
     assert "mean of each text, mean over texts" in line and "divided by the supervised tokens" in line
 
 
-def test_what_the_engine_cannot_see_is_refused(make):
+def test_engine_options_are_refused_for_model_losses(make):
     hidden, head, labels = torch.randn(6, 4).requires_grad_(), torch.randn(20, 4), torch.arange(6)
     for fn in RUN_THE_MODEL[:4]:
         with pytest.raises(InputError, match="runs a model on its inputs.*QTrainer"):
@@ -236,7 +228,7 @@ def test_what_the_engine_cannot_see_is_refused(make):
     assert qlens.fused_loss(mean_over, hidden, head, labels).isfinite()
 
 
-def test_what_has_no_source_is_refused(make):
+def test_inputs_without_a_source_are_refused(make):
     def of_ids(logits, input_ids, attention_mask):
         z, y, mask = logits[:, :-1], input_ids[:, 1:], attention_mask[:, 1:]
         return (F.cross_entropy(z.transpose(1, 2), y, reduction="none") * mask).sum() / mask.sum()
@@ -269,7 +261,7 @@ def test_what_has_no_source_is_refused(make):
         make(Distil, teacher=llama(1))
 
 
-def test_another_model_is_handed_to_a_loss_that_takes_it(make):
+def test_other_models_are_passed_to_losses_that_take_them(make):
     def with_teacher(model, teacher_model, inputs):
         mask = inputs["labels"][:, 1:] != -100
         with torch.no_grad():
@@ -284,9 +276,9 @@ def test_another_model_is_handed_to_a_loss_that_takes_it(make):
     assert_close((before - parameters(trainer.model)) / 0.1, grad, rtol=1e-3, atol=1e-4)
 
 
-def test_packed_texts_do_not_see_each_other(make):
+def test_packed_texts_are_independent(make):
     packed = [{"input_ids": [3, 4, 5, 6, 7, 8], "labels": [3, 4, 5, 6, 7, 8], "position_ids": [0, 1, 2, 0, 1, 2]}]
-    apart = [{"input_ids": ids, "labels": ids} for ids in ([3, 4, 5], [6, 7, 8])]
+    separate = [{"input_ids": ids, "labels": ids} for ids in ([3, 4, 5], [6, 7, 8])]
 
     def passing(model, inputs):
         z, y = model(input_ids=inputs["input_ids"], position_ids=inputs.get("position_ids")).logits, inputs["labels"]
@@ -294,7 +286,7 @@ def test_packed_texts_do_not_see_each_other(make):
         return (losses * mask).sum() / mask.sum()
 
     values = []
-    for examples in (packed, apart):
+    for examples in (packed, separate):
         trainer = make(passing, examples=examples, steps=1)
         trainer.train()
         values.append(trainer.state.log_history[0]["loss"])

@@ -1,26 +1,19 @@
-"""A resumed run is the uninterrupted one: old policy, start of a penalty, comparables, random draws."""
+"""A resumed run equals the uninterrupted one: old policy, start of a penalty, state of losses, random draws."""
 
 import copy
-import functools
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from tiny import llama, parameters, steps_of, trainer_in
+from tiny_models import llama, parameters, steps_of
 from torch.testing import assert_close
 
 import qlens
 from qlens.core.errors import InputError
 
 NAME = "qlens_state.safetensors"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def straight_and_resumed(make, folder, spec, model, steps=6, at=3, **options):
@@ -45,14 +38,14 @@ def straight_and_resumed(make, folder, spec, model, steps=6, at=3, **options):
         ("profit(keep='random', threshold=0.5)", False, dict(log_every=2)),
     ],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(make, tmp_path, spec, options, fused):
+def test_a_resumed_run_equals_the_uninterrupted_one(make, tmp_path, spec, options, fused):
     whole, resumed = straight_and_resumed(make, tmp_path, spec, llama(), fused=fused, **options)
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
     logs = [[sorted(map(repr, entry.items())) for entry in steps_of(trainer)] for trainer in (whole, resumed)]
     assert logs[0] == logs[1] and len(logs[0]) == 6
 
 
-def test_a_resumed_loss_that_draws_numbers_draws_what_it_would_have_drawn(make, tmp_path):
+def test_a_resumed_random_loss_continues_its_draws(make, tmp_path):
     def dropped(logits, labels):
         return F.cross_entropy(logits * (torch.rand_like(logits) < 0.9), labels, reduction="none")
 
@@ -84,17 +77,17 @@ def test_the_start_of_a_penalty_belongs_to_a_run(make):
     assert torch.equal(parameters(model), parameters(fresh.model))
 
 
-def test_a_start_can_be_taken_and_given_by_hand():
+def test_the_start_of_a_penalty_can_be_saved_and_restored():
     model, variant = llama(), qlens.get("rpsft", k=4)
     start = variant.start(model)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1
-    moved = variant.penalty(model).detach()
+    penalty = variant.penalty(model).detach()
     variant.start(model)
-    assert float(moved) > 1 and float(variant.penalty(model).detach()) < 1e-8
+    assert float(penalty) > 1 and float(variant.penalty(model).detach()) < 1e-8
     variant.start(model, start)
-    assert_close(variant.penalty(model).detach(), moved)
+    assert_close(variant.penalty(model).detach(), penalty)
     with pytest.raises(InputError, match=r"no start of model.embed_tokens.weight for rpsft\(k=8, half=False\)"):
         qlens.get("rpsft", k=8).start(model, start)
     assert qlens.get("dft").start(model) == {}
@@ -118,7 +111,7 @@ def test_tied_weights_are_saved_once(make, tmp_path):
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
 
 
-def test_a_checkpoint_holds_nothing_that_the_method_does_not_need(make, tmp_path):
+def test_checkpoints_hold_only_the_state_the_method_needs(make, tmp_path):
     make("psft", save_strategy="steps", save_steps=1, steps=3, save_only_model=True).train()
     assert (tmp_path / "checkpoint-3").is_dir() and not list(tmp_path.glob(f"checkpoint-*/{NAME}"))
     make("dft", save_strategy="steps", save_steps=1, steps=1).train()
@@ -149,14 +142,14 @@ def test_a_checkpoint_without_the_state_of_the_run_is_not_resumed_from(make, tmp
         narrow._run.on_train_begin(None, None, None, model=narrow.model)
 
 
-def test_a_new_run_of_a_resumed_trainer_begins_anew(make, tmp_path):
+def test_a_new_run_of_a_resumed_trainer_starts_fresh(make, tmp_path):
     whole, resumed = straight_and_resumed(make, tmp_path, "psft", llama(), old_every=100)
     for trainer in (whole, resumed):
         trainer.train()
     assert torch.equal(parameters(whole.model), parameters(resumed.model))
 
 
-def test_a_checkpoint_that_goes_on_as_another_method_says_so(make, tmp_path, caplog):
+def test_resuming_as_another_method_is_logged(make, tmp_path, caplog):
     make("sft", save_strategy="steps", save_steps=1, steps=2).train()
     for spec, says in (
         ("sft", ""),
@@ -165,8 +158,8 @@ def test_a_checkpoint_that_goes_on_as_another_method_says_so(make, tmp_path, cap
     ):
         caplog.clear()
         make(spec, steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-        told = [each.getMessage() for each in caplog.records if each.name == "qlens.training.checkpoints"]
-        assert (len(told) == 1 and says in told[0]) if says else not told
+        messages = [each.getMessage() for each in caplog.records if each.name == "qlens.training.checkpoints"]
+        assert (len(messages) == 1 and says in messages[0]) if says else not messages
 
 
 def running_mean():
@@ -193,21 +186,21 @@ def without_state():
     return lambda logits, labels: F.cross_entropy(logits, labels, reduction="none")
 
 
-def test_what_a_loss_keeps_itself_is_said_to_be_missing_from_checkpoints(make, tmp_path, caplog):
+def test_state_missing_from_checkpoints_is_logged(make, tmp_path, caplog):
     for write in (running_mean, own_generator, without_state):
         for fused in (None, False):
             caplog.clear()
             whole, _ = straight_and_resumed(make, tmp_path, write(), llama(), fused=fused)
-            said = [record.getMessage() for record in caplog.records if "keeps values" in record.getMessage()]
-            assert len(said) == (0 if write is without_state else 2), (write.__name__, said)
+            messages = [record.getMessage() for record in caplog.records if "keeps values" in record.getMessage()]
+            assert len(messages) == (0 if write is without_state else 2), (write.__name__, messages)
             resumed = make(write(), model=llama(), steps=6, optim="adamw_torch", learning_rate=0.01)
             resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))  # as another process would
             equal = torch.equal(parameters(whole.model), parameters(resumed.model))
             assert equal == (write is without_state)
-            said = [
+            messages = [
                 record.getMessage() for record in caplog.records if "is no uninterrupted one" in record.getMessage()
             ]
-            assert len(said) == (0 if write is without_state else 2)
+            assert len(messages) == (0 if write is without_state else 2)
 
 
 class OfModel(torch.nn.Module):

@@ -1,12 +1,11 @@
 """QTrainer from hidden states and from whole logits on small pretrained checkpoints: the same training, to rounding."""
 
 import copy
-import functools
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import parameters, trainer_in
+from tiny_models import parameters
 from torch.testing import assert_close
 
 from qlens.data.collator import collate
@@ -14,12 +13,6 @@ from qlens.data.examples import encode
 from qlens.data.models import load_model, load_tokenizer
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def real(texts: int, dtype: torch.dtype):
@@ -41,16 +34,16 @@ def real(texts: int, dtype: torch.dtype):
 @pytest.mark.parametrize("spec", ["target_sft", "iw_sft"])
 def test_five_steps_on_real_checkpoints_agree_to_rounding(make, spec):
     student, teacher, examples = real(8, torch.float64)
-    found = []
+    ends = []
     for fused in (True, False):
         trainer = make(
             spec, model=copy.deepcopy(student), teacher=teacher, reference=teacher, examples=examples, steps=5, fused=fused,
             batch=4, learning_rate=0.05,
         )  # fmt: skip
         trainer.train()
-        found.append(parameters(trainer.model))
-    assert float((found[0] - parameters(student)).norm()) > 1e-3
-    assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+        ends.append(parameters(trainer.model))
+    assert float((ends[0] - parameters(student)).norm()) > 1e-3
+    assert_close(ends[0], ends[1], rtol=1e-9, atol=1e-10)
 
 
 def test_forty_steps_drift_no_further_than_sums_reordered(make):

@@ -1,7 +1,6 @@
 """QTrainer from hidden states against QTrainer from whole logits: methods of every kind, real heads, and the choice of path."""
 
 import copy
-import functools
 import logging
 import threading
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, steps_of
 from torch import nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,12 +43,6 @@ SHAPE = dict(
 )
 
 
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
 def columns(examples: list[dict]) -> list[dict]:
     """Rows with every column a method may ask for, in whole pairs."""
     return [
@@ -66,9 +59,9 @@ def columns(examples: list[dict]) -> list[dict]:
     ]
 
 
-def step(make, variant, fused, model, examples=None, **others):
+def step(make, variant, fused, model, examples=None, **options):
     """Loss and gradients of one batch."""
-    trainer = make(variant, model=copy.deepcopy(model), examples=examples or columns(rows(8)), fused=fused, **others)
+    trainer = make(variant, model=copy.deepcopy(model), examples=examples or columns(rows(8)), fused=fused, **options)
     trainer.model.train()
     loss = trainer.compute_loss(trainer.model, collate(trainer.train_dataset))
     loss.backward()
@@ -86,13 +79,13 @@ def one_of_a_kind() -> list[str]:
     return list(kinds.values())
 
 
-def test_a_fused_step_is_a_step_by_whole_logits(make):
-    others = dict(teacher=llama(1).double(), reference=llama(2).double())
+def test_fused_steps_equal_steps_by_whole_logits(make):
+    other_models = dict(teacher=llama(1).double(), reference=llama(2).double())
     for name in one_of_a_kind():
         with case(name):
-            found = [step(make, name, fused, llama().double(), **others) for fused in (True, False)]
-            assert found[0][1].norm() > 1e-6 or name == "psft" or found[1][1].norm() <= 1e-6
-            assert_close(*found, rtol=1e-9, atol=1e-9)
+            results = [step(make, name, fused, llama().double(), **other_models) for fused in (True, False)]
+            assert results[0][1].norm() > 1e-6 or name == "psft" or results[1][1].norm() <= 1e-6
+            assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def gemma2():
@@ -129,8 +122,8 @@ def test_heads_in_use(make, build):
 
 def test_a_teacher_with_another_head_keeps_its_own(make):
     torch.manual_seed(0)
-    found = [step(make, "kd", fused, llama().double(), teacher=gemma2_of(1)) for fused in (True, False)]
-    assert_close(*found, rtol=1e-9, atol=1e-9)
+    results = [step(make, "kd", fused, llama().double(), teacher=gemma2_of(1)) for fused in (True, False)]
+    assert_close(*results, rtol=1e-9, atol=1e-9)
 
 
 def gemma2_of(seed: int):
@@ -168,7 +161,7 @@ class Headless(LlamaForCausalLM):
     ],
     ids=["batch statistic", "own loss", "bent logits", "no linear head"],
 )
-def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind, says):
+def test_whole_logits_are_logged_once_with_the_reason(make, caplog, variant, kind, says):
     model = kind(llama().config)
     with caplog.at_level(logging.WARNING, "qlens"):
         make(variant, model=model, steps=2).train()
@@ -181,7 +174,7 @@ def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind
     assert not [line for line in caplog.messages if line.startswith("qlens holds whole logits")]
 
 
-def test_the_head_makes_no_logits_of_a_batch(make):
+def test_the_head_computes_no_logits_of_a_whole_batch(make):
     widths = []
     trainer = make("target_sft", teacher=llama(1), steps=2, batch=8)
     for model in (trainer.model, trainer._method_inputs.other_models["teacher"]):
@@ -202,9 +195,13 @@ def test_a_frozen_head_gets_no_gradient(make):
     assert float((parameters(trainer.model) - parameters(llama())).norm()) > 1e-4
 
 
-def test_evaluation_keeps_logits_only_for_those_who_ask(make):
+def test_evaluation_keeps_logits_only_for_compute_metrics(make):
     losses = []
-    for fused, compute_metrics in ((True, None), (False, None), (None, lambda found: {"rows": len(found.predictions)})):
+    for fused, compute_metrics in (
+        (True, None),
+        (False, None),
+        (None, lambda output: {"rows": len(output.predictions)}),
+    ):
         trainer = make("dft", eval_dataset=rows(5), fused=fused, compute_metrics=compute_metrics)
         metrics = trainer.evaluate()
         losses.append(torch.tensor([metrics["eval_loss"], metrics["eval_nll"], metrics["eval_kl_target"]]))
@@ -238,28 +235,28 @@ def test_without_gradient_the_logits_are_the_only_product_with_the_head():
 def assert_one_product(spec):
     torch.manual_seed(0)
     hidden, head = torch.randn(6, 50, requires_grad=True), torch.randn(40, 50, requires_grad=True)
-    given = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
-    given |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
-    value = qlens.fused_loss(spec, hidden, head, **given).detach()
+    fields = {"labels": torch.arange(6), "sequence": torch.tensor([0, 0, 1, 1, 2, 2])}
+    fields |= {name: torch.randn(6, 40) for name in qlens.get(spec).needs if name != "sequence"}
+    value = qlens.fused_loss(spec, hidden, head, **fields).detach()
     with torch.no_grad(), Sizes(head) as sizes:
-        alone = qlens.fused_loss(spec, hidden, head, **given)
+        alone = qlens.fused_loss(spec, hidden, head, **fields)
     assert_close(alone, value, rtol=0, atol=0)
     assert sizes.products <= (2 if spec == "iw_sft" else 1)  # iw_sft weighs whole sequences: a first pass over them
     assert sizes.largest < head.numel()
 
 
-def test_threads_that_share_a_model_get_what_each_asked_for(make):
+def test_threads_may_share_a_model(make):
     teacher, batch = llama(1).eval(), collate(rows(4))
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     backbones = [Backbone(teacher, inputs) for _ in range(2)]
     logits, hidden = model_logits(teacher, inputs), backbones[0].hidden(inputs).detach()
     wrong = []
 
-    def differs(read, expected):
+    def differs(compute, expected):
         for _ in range(40):
             with torch.no_grad():
-                if not torch.equal(read(), expected):
-                    wrong.append(read)
+                if not torch.equal(compute(), expected):
+                    wrong.append(compute)
 
     jobs = [(lambda backbone=backbone: backbone.hidden(inputs), hidden) for backbone in backbones]
     jobs += [(lambda: model_logits(teacher, inputs), logits)]
@@ -271,15 +268,15 @@ def test_threads_that_share_a_model_get_what_each_asked_for(make):
     assert not wrong and "forward" not in teacher.lm_head.__dict__
 
 
-def test_metrics_come_out_of_the_same_pass_and_can_be_thinned(make):
+def test_fused_metrics_match_and_can_be_thinned(make):
     logs = {}
     for fused in (True, False):
         trainer = make("kd_hybrid", teacher=llama(1), steps=4, fused=fused, log_every=2)
         trainer.train()
         logs[fused] = steps_of(trainer)
     assert ["nll" in entry for entry in logs[True]] == [True, False, True, False]
-    for mine, theirs in zip(logs[True], logs[False], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    for fused_log, plain_log in zip(logs[True], logs[False], strict=True):
+        assert fused_log == pytest.approx(plain_log, rel=1e-4, abs=1e-5)
     trainer = make("sft", steps=2, log_every=0)
     trainer.train()
     assert not any("nll" in entry for entry in steps_of(trainer))

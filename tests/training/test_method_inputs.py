@@ -1,11 +1,10 @@
 """Inputs of a method that QTrainer provides: old policy, second pass, negatives, columns of the data, selected tokens."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from tiny import VOCAB, Recorder, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -17,13 +16,7 @@ from qlens.data.collator import COLUMNS, collate
 
 
 @pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-@pytest.fixture
-def seen():
+def spy_method():
     """A loss that remembers the tokens it was trained on, for the fields a test asks of it."""
 
     def spying(*needs):
@@ -39,12 +32,12 @@ def seen():
     return spying
 
 
-def test_the_old_policy_is_the_student_at_the_last_sync(make, seen):
-    variant, tokens = seen("old")
+def test_the_old_policy_is_the_student_at_the_last_sync(make, spy_method):
+    variant, tokens = spy_method("old")
     trainer = make(variant, old_every=2, steps=5, fused=False)
     trainer.train()
-    apart = [bool((each.logits - each.old).abs().max() > 1e-6) for each in tokens]
-    assert apart == [False, True, False, True, False]
+    differs = [bool((each.logits - each.old).abs().max() > 1e-6) for each in tokens]
+    assert differs == [False, True, False, True, False]
     assert not any(each.old.requires_grad for each in tokens)
 
 
@@ -58,17 +51,17 @@ def test_psft_is_sft_while_the_old_policy_is_the_student(make):
     assert float((parameters(stale.model) - parameters(trainers[0].model)).abs().max()) > 1e-5
 
 
-def test_the_second_pass_has_its_own_dropout_and_no_gradient(make, seen):
+def test_the_second_pass_has_its_own_dropout_and_no_gradient(make, spy_method):
     shape = dict(n_positions=32, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.3, embd_pdrop=0.3)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, **shape))
-    variant, tokens = seen("second")
+    variant, tokens = spy_method("second")
     make(variant, model=model, steps=1, fused=False).train()
     first = tokens[0]
     assert not first.second.requires_grad and float((first.logits - first.second).detach().abs().max()) > 1e-3
 
 
-def test_negatives_are_the_tokens_before_a_label_in_its_own_text(make, seen):
-    variant, tokens = seen("negatives")
+def test_negatives_are_the_tokens_before_a_label_in_its_own_text(make, spy_method):
+    variant, tokens = spy_method("negatives")
     recorder = Recorder()
     make(variant, steps=1, data_collator=recorder, fused=False).train()
     expected = []
@@ -85,19 +78,19 @@ def test_negatives_are_the_tokens_before_a_label_in_its_own_text(make, seen):
 def test_context_ends_where_a_packed_sequence_begins():
     ids = torch.tensor([[5, 6, 7, 3, 4, 5]])
     packed = Supervised(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2]]))
-    found = [set(row.nonzero()[:, 0].tolist()) for row in packed.context(ids, 8)]
-    assert found == [{5}, {5, 6}, {3}, {3, 4}]
+    contexts = [set(row.nonzero()[:, 0].tolist()) for row in packed.context(ids, 8)]
+    assert contexts == [{5}, {5, 6}, {3}, {3, 4}]
 
 
-def test_columns_of_the_data_stand_at_their_labels(make, seen):
-    variant, tokens = seen("critical", "advantage")
+def test_data_columns_are_aligned_with_labels(make, spy_method):
+    variant, tokens = spy_method("critical", "advantage")
     examples = [row | {"critical": [token % 2 for token in row["input_ids"]], "advantage": 0.5} for row in rows(4)]
     make(variant, examples=examples, steps=1, fused=False).train()
     assert torch.equal(tokens[0].critical, tokens[0].labels % 2 == 1)
     assert_close(tokens[0].advantage, torch.full_like(tokens[0].advantage, 0.5))
 
 
-def test_a_weight_column_weighs_any_method(make):
+def test_a_weight_column_applies_to_any_method(make):
     doubled = [row | {"weight": 2.0} for row in rows(8)]
     heavy, plain = make("dft", examples=doubled, steps=1), make("dft", steps=1)
     start = parameters(plain.model).clone()
@@ -126,14 +119,14 @@ def test_a_selected_mean_divides_by_the_selected_tokens(make):
     trainer.train()
     batch = recorder.batches[0]
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    kept = (batch["labels"][:, 1:] != -100) & batch["critical"][:, 1:]
-    loss = torch.nn.functional.cross_entropy(logits[kept], batch["labels"][:, 1:][kept])
+    selected = (batch["labels"][:, 1:] != -100) & batch["critical"][:, 1:]
+    loss = torch.nn.functional.cross_entropy(logits[selected], batch["labels"][:, 1:][selected])
     gradients = torch.autograd.grad(loss, list(model.parameters()))
-    moved = torch.cat([(p - 0.1 * g).detach().flatten() for p, g in zip(model.parameters(), gradients, strict=True)])
-    assert_close(parameters(trainer.model), moved, atol=1e-6, rtol=1e-5)
+    expected = torch.cat([(p - 0.1 * g).detach().flatten() for p, g in zip(model.parameters(), gradients, strict=True)])
+    assert_close(parameters(trainer.model), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_model_that_is_made_for_the_run_is_the_student(make):
+def test_a_model_built_by_model_init_is_the_student(make):
     ends = []
     for spec in ("sft", "r_drop"):  # without dropout the second pass is the first, if it is the same model's
         args = make(spec, steps=3).args

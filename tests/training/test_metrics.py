@@ -1,7 +1,6 @@
 """Metrics that QTrainer logs, in training and in evaluation, against sums written out."""
 
 import copy
-import functools
 import math
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of
 from torch import nn
 from transformers import TrainerCallback
 
@@ -20,12 +19,6 @@ from qlens.data.collator import collate
 from qlens.registry import resolve
 from qlens.training.metrics import MetricSums
 from qlens.training.update_norm import UpdateNorm
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def metrics_by_hand(model, batches) -> dict[str, float]:
@@ -64,12 +57,12 @@ def test_metrics_cover_the_whole_logged_step(make):
     log = steps_of(trainer)[0]
     expected = metrics_by_hand(model, recorder.batches)
     assert {name: log[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    moved = (parameters(trainer.model) - parameters(model)).norm().item()
-    assert log["update_norm"] == pytest.approx(moved, rel=1e-4)
-    assert expected["ess"] < 0.9 and moved > 1e-3
+    norm = (parameters(trainer.model) - parameters(model)).norm().item()
+    assert log["update_norm"] == pytest.approx(norm, rel=1e-4)
+    assert expected["ess"] < 0.9 and norm > 1e-3
 
 
-def test_every_log_is_of_its_own_step(make):
+def test_every_log_covers_its_own_step(make):
     recorder, model = Recorder(), llama()
     trainer = make("dft", model=copy.deepcopy(model), data_collator=recorder, learning_rate=0.0)
     trainer.train()
@@ -93,8 +86,8 @@ def test_sft_metrics_are_the_known_ones(make):
     trainer = make("sft", steps=1)
     trainer.train()
     log = steps_of(trainer)[0]
-    known = {"trust": 1, "ess": 1, "target_entropy": 0, "negative_mass": 0}
-    assert {name: log[name] for name in known} == pytest.approx(known, abs=1e-6)
+    expected = {"trust": 1, "ess": 1, "target_entropy": 0, "negative_mass": 0}
+    assert {name: log[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert log["kl_target"] == pytest.approx(log["nll"], rel=1e-5)  # Q is the label: KL is its negative log-likelihood
 
 
@@ -160,12 +153,12 @@ def test_evaluation_of_several_sets_and_of_none_supervised(make):
 
 
 def test_compute_metrics_gets_predictions(make):
-    seen = []
-    metric = lambda p: (seen.append((p.predictions.shape, p.label_ids.shape)), {"one": 1.0})[1]  # noqa: E731
+    shapes = []
+    metric = lambda p: (shapes.append((p.predictions.shape, p.label_ids.shape)), {"one": 1.0})[1]  # noqa: E731
     examples = rows(4, seed=3)
     metrics = make("kd", teacher=llama(1), eval_dataset=examples, compute_metrics=metric).evaluate()
     width = max(len(example["labels"]) for example in examples)
-    assert seen == [((4, width, VOCAB), (4, width))]
+    assert shapes == [((4, width, VOCAB), (4, width))]
     assert metrics["eval_one"] == 1.0 and metrics["eval_nll"] > 0
 
 
@@ -197,13 +190,11 @@ def assert_estimate(kind):
         parameter.grad = torch.randn(parameter.shape, generator=draw) * size
         if kind == "few rows" and len(parameter) == 3000:
             parameter.grad[100:] = 0
-        alike = torch.randn(parameter.shape, generator=draw)
-        changes.append(
-            {"as the gradient": -0.1 * parameter.grad, "all": alike, "few rows": parameter.grad.sign()}[kind]
-        )
+        even = torch.randn(parameter.shape, generator=draw)
+        changes.append({"as the gradient": -0.1 * parameter.grad, "all": even, "few rows": parameter.grad.sign()}[kind])
     norm = math.sqrt(sum(float(change.square().sum()) for change in changes))
     entries = 20_000
-    callback, found = UpdateNorm(lambda: model, lambda: True, entries), []
+    callback, ratios = UpdateNorm(lambda: model, lambda: True, entries), []
     for _ in range(40):
         for parameter in model:
             parameter.data.zero_()
@@ -212,13 +203,13 @@ def assert_estimate(kind):
         for parameter, change in zip(model, changes, strict=True):
             parameter.data += change
         callback.on_optimizer_step(None, None, None)
-        found.append(callback.take()["update_norm"] / norm)
+        ratios.append(callback.take()["update_norm"] / norm)
     error = 0.71 / math.sqrt(entries / 40)
-    assert abs(np.mean(found) - 1) < 4 * error / math.sqrt(40)
-    assert 0 < np.std(found) < 1.3 * error
+    assert abs(np.mean(ratios) - 1) < 4 * error / math.sqrt(40)
+    assert 0 < np.std(ratios) < 1.3 * error
 
 
-def test_the_update_norm_draws_none_of_torchs_numbers(make):
+def test_the_update_norm_does_not_use_torchs_generator(make):
     torch.manual_seed(5)
     expected = torch.rand(3)
     model = nn.Linear(30, 30)
@@ -230,25 +221,25 @@ def test_the_update_norm_draws_none_of_torchs_numbers(make):
     assert callback.take() == {}
 
 
-def test_what_is_not_logged_is_not_remembered(make):
+def test_unlogged_steps_copy_no_parameters(make):
     for options in [dict(log_every=0), dict(log_every=1, logging_strategy="no")]:
         with case(options):
             assert_nothing_remembered(make, options)
 
 
 def assert_nothing_remembered(make, options):
-    trainer, held = make("dft", steps=3, **options), []
-    trainer.add_callback(Before(lambda: held.append(len(trainer._update.before))))
+    trainer, rows_kept = make("dft", steps=3, **options), []
+    trainer.add_callback(Before(lambda: rows_kept.append(len(trainer._update.before))))
     trainer.train()
-    assert held == [0, 0, 0]
+    assert rows_kept == [0, 0, 0]
     assert not any("update_norm" in entry for entry in trainer.state.log_history)
 
 
-def test_thinned_logs_remember_for_those_they_show(make):
-    trainer, held = make("dft", steps=4, log_every=2), []
-    trainer.add_callback(Before(lambda: held.append(bool(trainer._update.before))))
+def test_thinned_logs_copy_parameters_at_logged_steps(make):
+    trainer, rows_kept = make("dft", steps=4, log_every=2), []
+    trainer.add_callback(Before(lambda: rows_kept.append(bool(trainer._update.before))))
     trainer.train()
-    assert held == [True, False, True, False] == ["update_norm" in entry for entry in steps_of(trainer)]
+    assert rows_kept == [True, False, True, False] == ["update_norm" in entry for entry in steps_of(trainer)]
 
 
 class Before(TrainerCallback):
@@ -276,5 +267,5 @@ def test_the_update_norm_is_exact_up_to_its_entries_and_estimated_beyond():
         for parameter, each in zip(parameters, change, strict=True):
             parameter.data += each
         callback.on_optimizer_step(None, None, None)
-        found = callback.take()["update_norm"]
-        assert (abs(found / norm - 1) < 1e-6) == exact and found == pytest.approx(norm, rel=0.5)
+        norm_logged = callback.take()["update_norm"]
+        assert (abs(norm_logged / norm - 1) < 1e-6) == exact and norm_logged == pytest.approx(norm, rel=0.5)

@@ -1,10 +1,8 @@
 """Packed rows: the texts of a row are trained as texts in rows of their own."""
 
-import functools
-
 import pytest
 import torch
-from tiny import VOCAB, llama, parameters, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows
 from torch.testing import assert_close
 from transformers import (
     DataCollatorWithFlattening,
@@ -22,12 +20,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE, Supervised, restarts
 from qlens.data.collator import collate
 from qlens.data.from_text import token_batches
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def texts(count: int) -> list[dict]:
@@ -86,10 +78,10 @@ def gradient(trainer, batch) -> tuple[torch.Tensor, torch.Tensor]:
         ("sft", mixtral, None),
     ],
 )
-def test_packed_texts_are_trained_as_rows_of_their_own(make, spec, build, fused):
+def test_packed_texts_are_trained_as_separate_rows(make, spec, build, fused):
     examples = texts(5)
-    others = dict(teacher=build(1), reference=build(2))  # whose configurations ask for a cache
-    trainer = make(spec, model=build(), fused=fused, examples=examples, **others)
+    other_models = dict(teacher=build(1), reference=build(2))  # whose configurations ask for a cache
+    trainer = make(spec, model=build(), fused=fused, examples=examples, **other_models)
     alone = gradient(trainer, trainer.data_collator(examples))
     packs = [pack(examples[:3]), pack(examples[3:], positions=False)]
     assert_close(gradient(trainer, trainer.data_collator(packs)), alone, rtol=1e-4, atol=1e-6)
@@ -101,7 +93,7 @@ def test_packed_texts_are_trained_as_rows_of_their_own(make, spec, build, fused)
         assert_close(gradient(trainer, batch), alone, rtol=1e-4, atol=1e-6)
 
 
-def test_a_packed_run_is_the_run_of_its_rows(make):
+def test_a_packed_run_equals_the_run_of_its_rows(make):
     examples = texts(8)
     plain = make("dft", examples=examples, batch=8)
     packs = make("dft", examples=[pack(examples[:3]), pack(examples[3:5]), examples[5], pack(examples[6:])], batch=4)
@@ -120,16 +112,16 @@ def test_transformers_flattened_batches_are_taken(make):
         gradient(trainer, DataCollatorWithFlattening(**options)(examples))
 
 
-def test_sft_of_packed_rows_is_transformers_own(make):
+def test_sft_of_packed_rows_matches_transformers(make):
     examples = [{**row, "labels": [IGNORE, *row["input_ids"][1:]]} for row in texts(4)]
     packs = [pack(examples[:2]), pack(examples[2:])]
-    ours, theirs = make("sft", examples=packs, batch=2), make(kind=Trainer, examples=packs, batch=2)
-    for trainer in (ours, theirs):
+    trainer_of_packs, reference = make("sft", examples=packs, batch=2), make(kind=Trainer, examples=packs, batch=2)
+    for trainer in (trainer_of_packs, reference):
         trainer.train()
-    assert_close(parameters(ours.model), parameters(theirs.model), rtol=1e-5, atol=1e-6)
+    assert_close(parameters(trainer_of_packs.model), parameters(reference.model), rtol=1e-5, atol=1e-6)
 
 
-def test_tokens_of_packed_rows_are_those_of_the_rows():
+def test_tokens_of_packed_rows_equal_those_of_the_rows():
     examples = texts(4)
     alone = next(token_batches(llama(), examples, 4, needs=("negatives",), teacher=llama(1)))
     packs = next(token_batches(llama(), [pack(examples)], 4, needs=("negatives",), teacher=llama(1)))
@@ -173,7 +165,7 @@ def test_positions_that_are_not_packed_change_nothing(make):
     assert_close(gradient(trainer, batch), gradient(trainer, collate(examples)), rtol=1e-5, atol=1e-7)
 
 
-def test_boundaries_are_found_wherever_positions_begin():
+def test_text_boundaries_are_found_from_position_ids():
     ids = torch.tensor([[2, 3, 4, 2, 3, 2, 2, 3]])  # some models count from 2
     assert restarts(ids).nonzero()[:, 1].tolist() == [0, 3, 5, 6]
     labels = torch.arange(10, 18)[None]
@@ -189,7 +181,7 @@ def test_collate_pads_packed_rows_so_that_padding_belongs_to_no_text():
     assert both.sequence.unique().numel() == 3 and len(both) == sum(len(row["input_ids"]) - 1 for row in texts(3))
 
 
-def test_an_input_of_the_model_is_kept_or_refused_and_never_dropped(make):
+def test_model_inputs_are_kept_or_refused(make):
     example = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "token_type_ids": [0, 1, 1], "id": 7, "text": "abc"}
     assert set(collate([example])) == {"input_ids", "labels", "attention_mask", "token_type_ids"}
     assert collate([example, {**example, "token_type_ids": [1, 0, 1]}])["token_type_ids"].tolist() == [

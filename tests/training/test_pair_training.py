@@ -1,13 +1,12 @@
-"""Losses of pairs have one denominator everywhere: the pairs."""
+"""Losses of pairs are divided by the number of pairs in the engine, in training and in evaluation."""
 
 import copy
-import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import llama, parameters, rows, steps_of, trainer_in
+from tiny_models import llama, parameters, rows, steps_of
 from torch.testing import assert_close
 
 import qlens
@@ -15,12 +14,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def in_pairs(count: int, first: int = 0) -> list[dict]:
@@ -48,7 +41,7 @@ def test_a_step_is_the_mean_over_its_pairs_however_it_is_cut(make, fused):
     model, reference, examples = llama(), llama(2), in_pairs(8)
     loss = dpo_by_hand(model, reference, examples).mean()
     grads = torch.autograd.grad(loss, list(model.parameters()))
-    moved = torch.cat([(p - 0.1 * g).detach().flatten() for p, g in zip(model.parameters(), grads, strict=True)])
+    expected = torch.cat([(p - 0.1 * g).detach().flatten() for p, g in zip(model.parameters(), grads, strict=True)])
     packs = [joined(examples[at : at + 2]) for at in range(0, 8, 2)]
     for data, batch, accumulate in ((examples, 8, 1), (packs, 2, 2), (packs, 1, 4)):
         trainer = make(
@@ -57,7 +50,7 @@ def test_a_step_is_the_mean_over_its_pairs_however_it_is_cut(make, fused):
         )  # fmt: skip
         trainer.train()
         assert steps_of(trainer)[0]["loss"] == pytest.approx(loss.item(), rel=1e-4)
-        assert_close(parameters(trainer.model), moved, rtol=1e-4, atol=1e-6)
+        assert_close(parameters(trainer.model), expected, rtol=1e-4, atol=1e-6)
 
 
 def joined(examples: list[dict]) -> dict:
@@ -71,7 +64,7 @@ def joined(examples: list[dict]) -> dict:
     return {"input_ids": ids, "labels": ids, "seq_lengths": sizes, **per_token}
 
 
-def test_engine_and_trainer_divide_alike(make):
+def test_engine_and_trainer_use_one_denominator(make):
     for spec in ("dpo", "simpo", "ipo", "orpo"):
         with case(spec):
             assert_one_denominator(make, spec)
@@ -81,15 +74,17 @@ def assert_one_denominator(make, spec):
     model, reference, examples = llama(), llama(2), in_pairs(6)
     batch = collate(examples)
     where = Supervised.of(batch)
-    logits, others = (where.take(m(input_ids=batch["input_ids"]).logits).detach() for m in (model, reference))
+    logits, reference_logits = (where.take(m(input_ids=batch["input_ids"]).logits).detach() for m in (model, reference))
     fields = {
         "pair": where.at_labels(batch["pair"]),
         "chosen": where.at_labels(batch["chosen"]),
         "sequence": where.sequence,
     }
-    tokens = Tokens(logits=logits, labels=where.labels, reference=others, **fields)
+    tokens = Tokens(logits=logits, labels=where.labels, reference=reference_logits, **fields)
     expected = float(qlens.get(spec).loss(tokens).sum() / 3)
-    engine = qlens.fused_loss(spec, logits, torch.eye(logits.shape[1]), where.labels, reference=others, **fields)
+    engine = qlens.fused_loss(
+        spec, logits, torch.eye(logits.shape[1]), where.labels, reference=reference_logits, **fields
+    )
     assert float(engine) == pytest.approx(expected, rel=1e-4)
     for fused in (None, False):
         trainer = make(spec, model=model, reference=reference, examples=examples, fused=fused)

@@ -1,11 +1,10 @@
 """The load balancing loss of mixture-of-experts models in training."""
 
 import copy
-import functools
 
 import pytest
 import torch
-from tiny import VOCAB, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, steps_of
 from torch.testing import assert_close
 from transformers import (
     JetMoeConfig,
@@ -24,16 +23,11 @@ from qlens.training.step.router_loss import router_loss
 SHAPE = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 
 
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
-
-
-def mixtral(**given):
+def mixtral(**overrides):
     torch.manual_seed(0)
     options = (
-        dict(num_local_experts=4, num_key_value_heads=2, output_router_logits=True, router_aux_loss_coef=0.5) | given
+        dict(num_local_experts=4, num_key_value_heads=2, output_router_logits=True, router_aux_loss_coef=0.5)
+        | overrides
     )
     return MixtralForCausalLM(MixtralConfig(**SHAPE, **options))
 
@@ -58,13 +52,13 @@ def test_sft_has_the_loss_and_gradient_of_transformers_own_training(make, build)
         trainer.train()
     for trainer in runs[1:]:
         assert_close(parameters(trainer.model), parameters(runs[0].model), rtol=1e-5, atol=1e-6)
-        for mine, theirs in zip(steps_of(trainer), steps_of(runs[0]), strict=True):
-            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
-            assert mine["loss"] > mine["nll"] + 0.1  # the router's part is there
+        for log, expected_log in zip(steps_of(trainer), steps_of(runs[0]), strict=True):
+            assert log["loss"] == pytest.approx(expected_log["loss"], rel=1e-5)
+            assert log["loss"] > log["nll"] + 0.1  # the router's part is there
 
 
 @pytest.mark.parametrize("fused", [None, False], ids=["fused", "whole logits"])
-def test_it_is_the_mean_over_the_micro_batches_of_a_step_and_is_logged(make, fused):
+def test_the_router_loss_is_a_mean_over_micro_batches(make, fused):
     model, examples = mixtral(), rows(4, seed=1)
     trainer = make("dft", model=copy.deepcopy(model), examples=examples, batch=2, accumulate=2, steps=1, fused=fused)
     batches = []
@@ -84,7 +78,7 @@ def test_it_is_the_mean_over_the_micro_batches_of_a_step_and_is_logged(make, fus
     assert float(flat.norm()) > 1e-4
 
 
-def test_evaluation_reports_it_beside_the_loss(make):
+def test_evaluation_reports_the_router_loss(make):
     metrics = {
         on: make("sft", model=mixtral(output_router_logits=on), eval_dataset=rows(4)).evaluate() for on in (True, False)
     }
@@ -109,8 +103,8 @@ def test_a_router_loss_without_a_weight_is_refused_and_one_of_zero_left_out(make
 
 
 def cross_entropy(logits, labels):
-    kept = labels[:, 1:] != -100
-    return torch.nn.functional.cross_entropy(logits[:, :-1][kept], labels[:, 1:][kept])
+    supervised = labels[:, 1:] != -100
+    return torch.nn.functional.cross_entropy(logits[:, :-1][supervised], labels[:, 1:][supervised])
 
 
 def run(model, inputs):
@@ -140,18 +134,18 @@ def from_the_backbone(model, inputs):
 
 
 @pytest.mark.parametrize("batch", [4, 2])
-def test_a_loss_that_runs_the_model_has_it_once(make, batch, caplog):
+def test_model_losses_count_the_router_loss_once(make, batch, caplog):
     """Whether the loss leaves it out, has it already (then weighed by a micro-batch's tokens), or runs the model twice."""
-    given = dict(examples=rows(4, seed=1), batch=batch, accumulate=4 // batch, steps=1)
-    sft = make("sft", model=mixtral(), **given)
+    options = dict(examples=rows(4, seed=1), batch=batch, accumulate=4 // batch, steps=1)
+    sft = make("sft", model=mixtral(), **options)
     sft.train()
     for loss in (without_it, in_two_passes, *([with_it, from_the_model] if batch == 4 else [])):
-        trainer = make(loss, model=mixtral(), **given)
+        trainer = make(loss, model=mixtral(), **options)
         trainer.train()
         assert_close(parameters(trainer.model), parameters(sft.model), rtol=1e-4, atol=1e-6)
         for name in ("loss", "aux_loss"):
             assert steps_of(trainer)[0][name] == pytest.approx(steps_of(sft)[0][name], rel=1e-5)
-    said = [line for line in caplog.messages if "router loss" in line]
-    assert len(said) == 2 and all("0.5 times the model's router loss (aux_loss) is added" in line for line in said)
-    make(from_the_backbone, model=mixtral(), **given).train()
+    lines = [line for line in caplog.messages if "router loss" in line]
+    assert len(lines) == 2 and all("0.5 times the model's router loss (aux_loss) is added" in line for line in lines)
+    make(from_the_backbone, model=mixtral(), **options).train()
     assert any("no router loss is trained" in line for line in caplog.messages)

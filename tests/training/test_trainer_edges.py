@@ -1,8 +1,8 @@
-"""QTrainer at the edges: models in another mode or with another signature, unsigned labels, a method that is exchanged."""
+"""Edge cases of QTrainer: models in evaluation mode, other signatures, unsigned labels, a method that is reassigned."""
 
 import pytest
 import torch
-from tiny import VOCAB, llama, rows, trainer_in
+from tiny_models import VOCAB, llama, parameters, rows, trainer_in, without_labels
 from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from user_methods import user_method
 
@@ -11,10 +11,6 @@ from qlens.core.errors import InputError
 from qlens.core.supervised import Supervised
 from qlens.data.collator import collate
 from qlens.engine.heads import TopK
-
-
-def weights(model):
-    return torch.cat([value.detach().flatten() for value in model.parameters()])
 
 
 def always_in_evaluation(kind):
@@ -35,26 +31,26 @@ def as_written(model, inputs, return_outputs=False, num_items_in_batch=None):
 def test_penalty_and_router_loss_are_trained_in_a_model_that_stays_in_evaluation_mode(tmp_path):
     start = llama()
     for fused in (None, False):
-        found = []
+        ends = []
         for kind in (LlamaForCausalLM, always_in_evaluation(LlamaForCausalLM)):
             model = kind(start.config)
             model.load_state_dict(start.state_dict())
             trainer_in(tmp_path, "rpsft(weight=10.0)", model=model, fused=fused, steps=4).train()
-            found.append(weights(model))
-        assert torch.equal(*found) and not torch.equal(found[0], weights(start))
+            ends.append(parameters(model))
+        assert torch.equal(*ends) and not torch.equal(ends[0], parameters(start))
     for variant in ("sft", as_written):
-        found = []
+        ends = []
         for kind in (MixtralForCausalLM, always_in_evaluation(MixtralForCausalLM)):
             model = mixtral(kind)
             trainer_in(tmp_path, variant, model=model).train()
-            found.append(weights(model))
-        torch.testing.assert_close(*found)
+            ends.append(parameters(model))
+        torch.testing.assert_close(*ends)
 
 
 def test_a_model_whose_signature_has_no_labels_is_evaluated(tmp_path):
     class Unnamed(LlamaForCausalLM):
-        def forward(self, input_ids=None, attention_mask=None, **given):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **given)
+        def forward(self, input_ids=None, attention_mask=None, **kwargs):
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
 
     model = Unnamed(llama().config)
     model.load_state_dict(llama().state_dict())
@@ -65,9 +61,6 @@ def test_a_model_whose_signature_has_no_labels_is_evaluated(tmp_path):
 
 
 def test_an_evaluation_without_labels_is_refused_and_a_prediction_is_not(tmp_path):
-    def without_labels(examples):
-        return {name: value for name, value in collate(examples).items() if name != "labels"}
-
     trainer = trainer_in(tmp_path, "sft", data_collator=without_labels)
     with pytest.raises(InputError, match="has no loss: its batches lack one of .'labels'."):
         trainer.evaluate(rows(4))
@@ -83,13 +76,13 @@ def test_labels_of_an_unsigned_type_are_refused_where_some_may_be_masked(tmp_pat
         with pytest.raises(InputError, match="in which -100 is some other id"):
             Supervised(labels[None])
         tokens = qlens.Tokens(logits=hidden @ head.T, labels=labels)
-        wanted = torch.nn.functional.cross_entropy(hidden @ head.T, torch.tensor([156, 3]), reduction="none")
-        torch.testing.assert_close(qlens.get("sft").loss(tokens), wanted)
+        expected = torch.nn.functional.cross_entropy(hidden @ head.T, torch.tensor([156, 3]), reduction="none")
+        torch.testing.assert_close(qlens.get("sft").loss(tokens), expected)
     signed = [qlens.fused_loss("sft", hidden, head, torch.tensor([-100, 3]).to(t)) for t in (torch.int8, torch.long)]
     assert torch.equal(*signed)
 
 
-def test_the_method_of_a_trainer_is_not_exchanged(tmp_path):
+def test_the_method_of_a_trainer_is_read_only(tmp_path):
     trainer = trainer_in(tmp_path, as_written)
     with pytest.raises(InputError, match="for as long as this Trainer lives: make another"):
         trainer.variant = "dft"
@@ -111,21 +104,21 @@ def test_values_that_a_column_cannot_hold_are_refused():
     assert collate([{**row, "critical": [1, 0, 1.0]}])["critical"].tolist() == [[True, False, True]]
 
 
-def test_targets_and_top_k_teachers_are_what_they_are_said_to_be():
+def test_invalid_targets_and_top_k_teachers_are_refused():
     logits, labels = torch.randn(6, 9), torch.arange(6)
     tokens = qlens.Tokens(logits=logits, labels=labels)
-    for made, what in (
+    for build, what in (
         (lambda: qlens.Target.mix(tokens, trust=float("nan"), residual="student"), "trust is NaN"),
         (lambda: qlens.Target.mix(tokens, trust=0.5, residual=logits), "residual must be probabilities"),
         (lambda: qlens.Target.dense(tokens, logits.softmax(-1), scale=-1.0), "scale must be finite and at least 0"),
     ):
         with pytest.raises(InputError, match=what):
-            made()
+            build()
     hidden, head = torch.randn(6, 4), torch.randn(9, 4)
     for ids, p, what in (([0, 0], 0.5, "an id twice"), ([0, 1], 0.9, "more than 1"), ([0, 1], float("nan"), "NaN")):
-        known = TopK(torch.tensor([ids] * 6), torch.full((6, 2), p).log(), "student")
+        teacher = TopK(torch.tensor([ids] * 6), torch.full((6, 2), p).log(), "student")
         with pytest.raises(InputError, match=what):
-            qlens.fused_loss("kd", hidden, head, labels, teacher=known)
+            qlens.fused_loss("kd", hidden, head, labels, teacher=teacher)
 
 
 def test_a_mixture_without_a_printed_loss_has_the_cross_entropy_of_its_target():
@@ -139,7 +132,7 @@ def test_a_mixture_without_a_printed_loss_has_the_cross_entropy_of_its_target():
     hidden.requires_grad_()
     labels, logits = torch.arange(8), hidden @ head.T
     q = variant.target(qlens.Tokens(logits=logits.detach(), labels=labels, teacher=teacher)).q
-    wanted = -(q * logits.log_softmax(-1)).sum(-1).mean()
+    expected = -(q * logits.log_softmax(-1)).sum(-1).mean()
     got = qlens.fused_loss(variant, hidden, head, labels, teacher=teacher)
-    torch.testing.assert_close(got, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (got, wanted)))
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden)[0] for loss in (got, expected)))

@@ -1,7 +1,6 @@
 """QTrainer against training loops written out."""
 
 import copy
-import functools
 import weakref
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import case
-from tiny import VOCAB, Recorder, llama, parameters, rows, steps_of, trainer_in
+from tiny_models import VOCAB, Recorder, llama, parameters, rows, steps_of
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 import qlens
@@ -23,12 +22,6 @@ from qlens.training.fitting import fit
 from qlens.training.trainer import QTrainer
 
 MODELS = Path(__file__).resolve().parents[3] / "shared/data/models"
-
-
-@pytest.fixture
-def make(tmp_path):
-    """Trainers that write to a folder of their own."""
-    return functools.partial(trainer_in, tmp_path)
 
 
 def sums_by_hand(model, batch, weigh) -> tuple[torch.Tensor, int]:
@@ -45,7 +38,7 @@ def sums_by_hand(model, batch, weigh) -> tuple[torch.Tensor, int]:
 
 
 @pytest.mark.parametrize(("variant", "weigh"), [("sft", lambda p: 1.0), ("dft", lambda p: p)], ids=["sft", "dft"])
-def test_training_is_the_plain_loop(make, variant, weigh):
+def test_training_matches_a_plain_loop(make, variant, weigh):
     recorder, model = Recorder(), llama()
     trainer = make(variant, model=copy.deepcopy(model), batch=2, accumulate=2, steps=4, data_collator=recorder)
     trainer.train()
@@ -63,19 +56,19 @@ def test_training_is_the_plain_loop(make, variant, weigh):
     assert [entry["loss"] for entry in steps_of(trainer)] == pytest.approx(losses, abs=1e-5)
 
 
-def test_sft_is_transformers_own_training(make):
-    ours, theirs = make("sft", accumulate=2, batch=2), make(kind=Trainer, accumulate=2, batch=2)
-    ours.train()
-    theirs.train()
-    torch.testing.assert_close(parameters(ours.model), parameters(theirs.model), atol=1e-6, rtol=1e-5)
+def test_sft_matches_transformers_training(make):
+    qtrainer, reference = make("sft", accumulate=2, batch=2), make(kind=Trainer, accumulate=2, batch=2)
+    qtrainer.train()
+    reference.train()
+    torch.testing.assert_close(parameters(qtrainer.model), parameters(reference.model), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["dft", "target_sft", "asft_anchored"])
 def test_accumulation_changes_nothing(make, variant):
     runs = []
     for batch, accumulate in ((8, 1), (4, 2), (1, 8)):
-        others = dict(teacher=llama(1), reference=llama(2))
-        trainer = make(variant, batch=batch, accumulate=accumulate, steps=3, **others)
+        other_models = dict(teacher=llama(1), reference=llama(2))
+        trainer = make(variant, batch=batch, accumulate=accumulate, steps=3, **other_models)
         trainer.train()
         runs.append((parameters(trainer.model), steps_of(trainer)))
     for values, logs in runs[1:]:
@@ -142,7 +135,7 @@ def test_the_count_is_of_the_labels_that_are_predicted(make):
     torch.testing.assert_close(runs[0], runs[1], atol=1e-5, rtol=1e-5)
 
 
-def test_packed_rows_are_rows(make):
+def test_packed_rows_are_trained_as_rows(make):
     examples = rows(3)[:2]
     trainer = make("dft", examples=examples)
     packed = {name: torch.tensor([examples[0][name] + examples[1][name]]) for name in ("input_ids", "labels")}
@@ -163,15 +156,15 @@ def test_a_batch_without_supervised_tokens_gives_zero_with_a_graph(make):
     assert [entry["loss"] for entry in steps_of(trainer)] == [0, 0] and "nll" not in steps_of(trainer)[0]
 
 
-def test_variants_see_the_same_batches_at_one_seed(make):
+def test_variants_get_the_same_batches_at_one_seed(make):
     noisy = lambda tokens: -tokens.label_log_probs * torch.rand(len(tokens))  # noqa: E731  draws numbers of its own
-    seen = []
+    batches = []
     for variant in ("sft", "target_sft", noisy):
         recorder = Recorder()
         make(variant, teacher=llama(1), steps=6, data_collator=recorder).train()
-        seen.append([batch["input_ids"].tolist() for batch in recorder.batches])
-    assert seen[0] == seen[1] == seen[2]
-    assert seen[0][:2] != seen[0][2:4]  # and every epoch is shuffled anew
+        batches.append([batch["input_ids"].tolist() for batch in recorder.batches])
+    assert batches[0] == batches[1] == batches[2]
+    assert batches[0][:2] != batches[0][2:4]  # and every epoch is shuffled anew
 
 
 def test_training_is_deterministic(make):
@@ -183,7 +176,7 @@ def test_training_is_deterministic(make):
     assert torch.equal(runs[0], runs[1])
 
 
-def test_the_teacher_is_frozen_and_left_alone(make):
+def test_the_teacher_is_frozen_and_unchanged(make):
     teacher = llama(1).train()
     trainer = make("kd", teacher=teacher)
     trainer.train()
@@ -230,7 +223,7 @@ def test_models_may_be_given_as_paths(make, tmp_path):
             make(**({"variant": "kd", "teacher": llama(1)} | {name: tmp_path / "no/such"}))
 
 
-def test_the_model_is_no_reference_of_its_own(make):
+def test_the_model_itself_is_refused_as_reference(make):
     model = llama()
     with pytest.raises(InputError, match="reference is the model being trained"):
         make("asft_anchored", model=model, reference=model)
@@ -264,7 +257,7 @@ def test_real_models_learn_from_real_text(make):
     assert qlens.QTrainer is QTrainer
 
 
-def test_a_fit_leaves_nothing_alive():
+def test_fit_releases_its_objects():
     texts, alive = [{"input_ids": [1, 2, 3, 4], "labels": [IGNORE, 2, 3, 4]}] * 4, []
     for _ in range(3):
         model = llama()

@@ -1,4 +1,4 @@
-"""Watch: the run goes on as if nobody looked, and the records are right, kept and continued."""
+"""Watch: it does not change the run, its records match the targets, and they are saved and resumed."""
 
 import random
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import case
 from pandas.testing import assert_frame_equal
-from tiny import letters, llama, parameters, rows, trainer_in
+from tiny_models import letters, llama, parameters, rows, trainer_in
 from transformers import Trainer
 
 import qlens
@@ -34,8 +34,8 @@ def dropping(seed=0):
     return model
 
 
-def run(folder, watch=None, kind=qlens.QTrainer, steps=6, model=None, resume=None, **given):
-    options = dict(variant="dft", kind=kind, model=model or dropping(), steps=steps, examples=rows(24)) | given
+def run(folder, watch=None, kind=qlens.QTrainer, steps=6, model=None, resume=None, **overrides):
+    options = dict(variant="dft", kind=kind, model=model or dropping(), steps=steps, examples=rows(24)) | overrides
     trainer = trainer_in(folder, **options)
     if watch is not None:
         trainer.add_callback(watch)
@@ -43,7 +43,7 @@ def run(folder, watch=None, kind=qlens.QTrainer, steps=6, model=None, resume=Non
     return trainer
 
 
-def test_a_watched_run_ends_at_the_same_weights_bit_by_bit(tmp_path):
+def test_watching_changes_no_bit_of_the_run(tmp_path):
     for kind in (qlens.QTrainer, Trainer):
         watch = Watch([drawing, "target_sft", "profit@random"], PROBES, teacher=llama(1), every=1)
         ends = [run(tmp_path / f"{kind.__name__}{i}", w, kind) for i, w in enumerate((None, watch))]
@@ -52,8 +52,8 @@ def test_a_watched_run_ends_at_the_same_weights_bit_by_bit(tmp_path):
         assert sorted(watch.frame["step"].unique()) == list(range(7))
 
 
-def test_every_part_keeps_its_mode(tmp_path):
-    seen = []
+def test_watching_keeps_training_modes(tmp_path):
+    runs = []
     for number, watch in enumerate((None, Watch("sft", PROBES, every=1))):
         model, modes = dropping(), []
 
@@ -63,37 +63,37 @@ def test_every_part_keeps_its_mode(tmp_path):
 
         model.register_forward_pre_hook(note)
         run(tmp_path / str(number), watch, model=model, steps=3)
-        seen.append(modes)
-    assert seen[0] == seen[1] and len(seen[0]) == 3
+        runs.append(modes)
+    assert runs[0] == runs[1] and len(runs[0]) == 3
     plain = llama().train()
     plain.model.norm.eval()
     Watch("sft", PROBES).record(plain, 0)
     assert plain.training and plain.lm_head.training and not plain.model.norm.training
 
 
-def test_the_records_are_those_of_the_targets(tmp_path):
+def test_watch_records_match_the_targets(tmp_path):
     model, teacher = llama(), llama(1)
     before = tokens_from_examples(model, PROBES, teacher=teacher)
     teacher.save_pretrained(tmp_path / "teacher")
     watch = Watch(["kd", "gem", "dft"], PROBES, tokenizer=letters(), teacher=tmp_path / "teacher", every=4, tokens=9)
     run(tmp_path, watch, model=model, steps=6)
     after = tokens_from_examples(model, PROBES, teacher=teacher)
-    kept = torch.linspace(0, len(before) - 1, 9).long()
+    rows_watched = torch.linspace(0, len(before) - 1, 9).long()
     frame = watch.frame
     assert frame.groupby("variant", sort=False)["step"].unique().map(list).to_dict() == {
         name: [0, 4, 6] for name in ("kd", "gem", "dft")
     }
     for name in ("kd", "gem", "dft"):
-        start, end = (qlens.get(name).target(tokens[kept]).at("unit") for tokens in (before, after))
-        for step, target, tokens in ((0, start, before[kept]), (6, end, after[kept])):
-            mine = frame[(frame["variant"] == name) & (frame["step"] == step)]
-            assert mine["label"].tolist() == tokens.labels.tolist()
-            wanted = {"label_weight": target.label_weight, "trust": target.label_weight}
-            wanted |= {"negative_mass": target.negative_mass, "p_y": tokens.label_probs}
-            wanted |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
-            for column, value in wanted.items():
+        start, end = (qlens.get(name).target(tokens[rows_watched]).at("unit") for tokens in (before, after))
+        for step, target, tokens in ((0, start, before[rows_watched]), (6, end, after[rows_watched])):
+            records = frame[(frame["variant"] == name) & (frame["step"] == step)]
+            assert records["label"].tolist() == tokens.labels.tolist()
+            expected = {"label_weight": target.label_weight, "trust": target.label_weight}
+            expected |= {"negative_mass": target.negative_mass, "p_y": tokens.label_probs}
+            expected |= {"drift": (target.q - start.q).abs().sum(1) / 2, "kl": target.kl, "reshape": target.reshape}
+            for column, value in expected.items():
                 np.testing.assert_allclose(
-                    mine[column], value.double(), atol=2e-6, rtol=1e-5, err_msg=f"{name} {column}"
+                    records[column], value.double(), atol=2e-6, rtol=1e-5, err_msg=f"{name} {column}"
                 )
     last = frame[frame["step"] == 6].groupby("variant")
     assert last["drift"].max()["kd"] < 1e-6 < 1e-3 < last["drift"].max()["dft"], "a fixed teacher stays where it is"
@@ -101,7 +101,7 @@ def test_the_records_are_those_of_the_targets(tmp_path):
     assert frame["text"].iloc[0] == letters().decode([frame["label"].iloc[0]])
 
 
-def test_a_resumed_run_goes_on_with_its_records(tmp_path):
+def test_a_resumed_run_continues_its_records(tmp_path):
     def watch():
         return Watch(["dft", "kd"], PROBES, tokenizer=letters(), teacher=llama(1), every=2)
 
@@ -113,8 +113,8 @@ def test_a_resumed_run_goes_on_with_its_records(tmp_path):
     run(tmp_path / "cut", second, resume=str(tmp_path / "cut" / "checkpoint-3"), model=dropping(5), **saved)
     assert not second.frame.duplicated(["step", "variant", "token"]).any()
     assert_frame_equal(second.frame, whole.frame, rtol=1e-4, atol=1e-5)
-    kept = [frame[frame["step"] <= 3] for frame in (second.frame, first.frame)]
-    assert_frame_equal(*kept, check_exact=True)
+    first_steps = [frame[frame["step"] <= 3] for frame in (second.frame, first.frame)]
+    assert_frame_equal(*first_steps, check_exact=True)
     other = Watch("dft", PROBES, every=2)
     with pytest.raises(InputError, match=r"watch.csv is of other variants or examples: give Watch\(name="):
         run(tmp_path / "cut", other, resume=str(tmp_path / "cut" / "checkpoint-3"), **saved)
@@ -137,7 +137,7 @@ def test_a_run_that_stops_early_is_recorded_to_its_end(tmp_path):
 
 
 def test_mistakes_are_named():
-    for given, said in [
+    for arguments, message in [
         (dict(variants="kd"), r"kd needs a teacher: give Watch\(teacher="),
         (dict(variants="cft"), "cft needs 'critical', which Watch has no source for"),
         (dict(variants=[]), "variants is empty"),
@@ -147,13 +147,13 @@ def test_mistakes_are_named():
         (dict(every=0), "every must be a whole number of at least 1, got 0"),
         (dict(tokens=2.5), "tokens must be a whole number of at least 1, got 2.5"),
     ]:
-        with case(given, said):
-            options = dict(variants="dft", examples=PROBES) | given
-            with pytest.raises(InputError, match=said):
+        with case(arguments, message):
+            options = dict(variants="dft", examples=PROBES) | arguments
+            with pytest.raises(InputError, match=message):
                 Watch(options.pop("variants"), options.pop("examples"), **options)
 
 
-def test_the_model_itself_is_no_teacher(tmp_path):
+def test_the_model_itself_is_refused_as_teacher(tmp_path):
     model = llama()
     with pytest.raises(InputError, match="teacher is the model being trained"):
         run(tmp_path, Watch("kd", PROBES, teacher=model), model=model)

@@ -31,7 +31,7 @@ def coupling(loss: "Specimen") -> str:
     for changed, rest in (
         (_moved(last, slice(row, row + 1)), slice(0, row)),
         (relabelled(last, labels), slice(first, None)),
-    ):  # the logits of the last row, then the first label: who learns a label stands before it
+    ):  # the logits of the last row, then the first label: the row that learns a label stands before it
         after = _by_text(loss, [*texts[:-1], changed], texts)
         if _far(loss, after[-1][rest], base[-1][rest], base):
             return "sequence"

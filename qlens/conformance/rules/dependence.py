@@ -29,7 +29,7 @@ def row_count(loss: Specimen) -> str:
         raise NotApplicable(f"scope {loss.scope}: a row's gradient depends on the others by design")
     most = ENTRIES // (SHOWN * loss.vocabulary)
     copies = [m for m in COPIES if m <= most] or [2]
-    alone = loss.scope in ("batch", "pair")  # such a loss wants several texts
+    alone = loss.scope in ("batch", "pair")  # such a loss needs several texts
     factors, off = _factors(loss, copies, one_text=not alone)
     if (
         off > TURNS and loss.laid_out and not alone
@@ -84,7 +84,7 @@ def _sample(factors: list[float], copies: list[int]) -> str | None:
 
 
 @rule(
-    "rows learn more or less by where they stand among the others, as where chunks of unequal size have means of their own"
+    "rows have a larger or smaller gradient by their position, as where chunks of unequal size have means of their own"
 )
 def row_order(loss: Specimen) -> str:
     """Rows, or texts, in another order have the same gradient."""
@@ -94,8 +94,8 @@ def row_order(loss: Specimen) -> str:
         texts = loss.unequal()
         order = [6, 1, 4, 7, 0, 5, 2, 3]
         base, moved = (
-            list(loss.read_batch(shown, count(texts)).grad.split([len(text.labels) for text in shown]))
-            for shown in (texts, [texts[i] for i in order])
+            list(loss.read_batch(batch, count(texts)).grad.split([len(text.labels) for text in batch]))
+            for batch in (texts, [texts[i] for i in order])
         )
         base = torch.cat([base[i] for i in order])
         moved = torch.cat(moved)
@@ -156,7 +156,7 @@ def label_ids(loss: Specimen) -> str:
     ids = _some_ids(loss.vocabulary)
     for row in range(1 + OTHER_ROWS):  # a clipped row may have no gradient
         forward = _by_id(loss, ids, row)
-        usual = forward[forward.norm(dim=-1).argsort()[len(ids) // 2]]
+        usual = _of_median_size(forward)
         if bool(usual.any()):
             break
     else:
@@ -182,6 +182,11 @@ def label_ids(loss: Specimen) -> str:
     )
 
 
+def _of_median_size(grads: Tensor) -> Tensor:
+    """The row of median norm."""
+    return grads[grads.norm(dim=-1).argsort()[len(grads) // 2]]
+
+
 def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
     """The ids whose gradient differs from the usual whatever the logits are.
 
@@ -190,7 +195,7 @@ def _odd_everywhere(loss: Specimen, ids: Tensor) -> Tensor:
     odd = torch.ones(len(ids), dtype=torch.bool)
     for row in range(1, 1 + OTHER_ROWS):
         grads = _by_id(loss, ids, row)
-        usual = grads[grads.norm(dim=-1).argsort()[len(ids) // 2]]
+        usual = _of_median_size(grads)
         if bool(usual.any()):
             odd &= _odd(loss, grads, usual)
             odd &= _odd(loss, _by_id(loss, ids, row, flipped=True), usual)
@@ -267,15 +272,15 @@ def _factors(loss: Specimen, copies: list[int], one_text: bool) -> tuple[list[fl
         raise NotApplicable(f"it takes texts in groups of {loss.group}, and is tried on {SHOWN} rows")
     some = loss.tokens(SHOWN)
 
-    def read(times: int) -> Tensor:
+    def gradient_of(times: int) -> Tensor:
         many = tiled(some, Layout(copies=times))
         repeated = loss.read(many, per_text=len(many) if one_text else SHOWN // 4)
         return repeated.grad.view(times, SHOWN, -1).sum(0)
 
-    base, factors, off = read(1), [], 0.0
+    base, factors, off = gradient_of(1), [], 0.0
     for times in copies:
         try:
-            grad = read(times)
+            grad = gradient_of(times)
         except InputError as error:  # a loss may refuse longer batches
             if factors:
                 break

@@ -20,14 +20,14 @@ def contiguous(loss: Specimen) -> str:
     """Non-contiguous input gives the same gradient."""
     texts = loss.texts((5, 5)) if loss.laid_out else []  # the strides of a single text hide from view()
 
-    def read(change: Callable[[Tensor], Tensor]) -> Reading:
+    def reading_of(change: Callable[[Tensor], Tensor]) -> Reading:
         if texts:
             return loss.read_batch(texts, count(texts), around=changing(change))
         return loss.read(loss.tokens(), changing(change))
 
-    expected = read(Tensor.contiguous)
+    expected = reading_of(Tensor.contiguous)
     try:
-        reading = read(_strided)
+        reading = reading_of(_strided)
     except InputError as error:
         raise Remark(f"non-contiguous logits and labels, as after a transpose or a slice: {error}") from error
     off = same(loss, reading, expected, "non-contiguous logits and labels")

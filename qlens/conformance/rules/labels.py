@@ -174,9 +174,9 @@ def _another_column(reaction: Reaction) -> bool:
     change = (reaction.after - reaction.before).abs()[rows]
     if not len(rows):
         return False
-    beside = _share(change, reaction.tokens.labels[rows], reaction.new_labels[rows]) < MINOR
+    outside = _share(change, reaction.tokens.labels[rows], reaction.new_labels[rows]) < MINOR
     sharp = change.topk(2).values.sum(-1) >= MAJOR * change.sum(-1)
-    return bool((beside & sharp).double().mean() >= MOST)
+    return bool((outside & sharp).double().mean() >= MOST)
 
 
 def _reacting(reaction: Reaction) -> Tensor:

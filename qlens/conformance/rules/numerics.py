@@ -12,6 +12,7 @@ from qlens.conformance.rules.rule import Failed, NotApplicable, Remark, relative
 from qlens.conformance.synthetic_batches import Text, cast, count, cut, everywhere
 from qlens.core.autograd import gradient, slopes
 from qlens.core.errors import InputError
+from qlens.core.numerics import dtype_name
 from qlens.core.probes import probes
 from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.scales import COARSE, PRECISION, carried
@@ -38,7 +39,7 @@ def float32(loss: Specimen) -> str:
             if off
             else "the same gradient in float32 and float64"
         )
-        raise Remark(f"it computes in {_named(loss.digits)}, whatever it is given: {near}{remark}")
+        raise Remark(f"it computes in {dtype_name(loss.digits)}, whatever it is given: {near}{remark}")
     return (f"within {off:.0e} of the largest gradient in float64" if off else "as in float64") + remark
 
 
@@ -46,7 +47,7 @@ def float32(loss: Specimen) -> str:
 def bfloat16(loss: Specimen) -> str:
     """The gradient in bfloat16 is finite and near that in float64."""
     off, tolerance, remark = _rounding(loss, torch.bfloat16, COARSE_TOLERANCE)
-    against = str(loss.dtype).removeprefix("torch.")
+    against = dtype_name(loss.dtype)
     if off > tolerance:
         raise Failed(f"off by {off:.2g} of the largest gradient in {against}, where {tolerance:g} is rounding")
     near = f"within {off:.0e} of the largest gradient in {against} (allowed: {tolerance:g})"
@@ -116,7 +117,7 @@ def extremes(loss: Specimen) -> str:
     for sign, case in ((-1, "p_y near 0"), (1, "p_y = 1")):
         for dtype in dict.fromkeys((loss.dtype, torch.float32)):
             try:
-                _finite(_with_gap(loss, sign * GAP, dtype), f"{case} in {_named(dtype)}")
+                _finite(_with_gap(loss, sign * GAP, dtype), f"{case} in {dtype_name(dtype)}")
             except Failed as failure:
                 if not (reason := _growth(loss, sign) or _sparsely(loss, sign, dtype)):
                     raise
@@ -125,7 +126,7 @@ def extremes(loss: Specimen) -> str:
         raise Remark("; ".join(notes))
     rows = len(RARE)
     for dtype in dict.fromkeys((loss.dtype, torch.float32)):  # few rows: a mean over many hides what overflows
-        _finite(_rare(loss, dtype), f"p_y from {RARE[0]:g} to {RARE[-1]:g} on {rows} tokens in {_named(dtype)}")
+        _finite(_rare(loss, dtype), f"p_y from {RARE[0]:g} to {RARE[-1]:g} on {rows} tokens in {dtype_name(dtype)}")
     return f"finite gradient at p_y near 0 and p_y = 1 (logits {GAP:g} apart)"
 
 
@@ -230,10 +231,6 @@ def _finite(grad: Tensor, case: str) -> None:
         raise Failed(f"{case}: the gradient is NaN or infinite on {int(broken.sum())} of {len(grad)} tokens")
 
 
-def _named(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _positions(texts: Sequence[Text]) -> Tokens:
     """The logits and labels of every position of texts, as tokens."""
     labels = torch.cat([text.labels for text in texts]).clamp(min=0)
@@ -243,7 +240,7 @@ def _positions(texts: Sequence[Text]) -> Tokens:
 def _stop_gradient(loss: Specimen) -> str:
     """Whether the gradient is the derivative of the printed value, along a few random directions."""
     if loss.tolerance == COARSE_TOLERANCE:
-        return f"it computes in {_named(loss.digits)}, too coarse for a numerical derivative"
+        return f"it computes in {dtype_name(loss.digits)}, too coarse for a numerical derivative"
     tokens = loss.tokens()
     if loss.laid_out:  # positions that predict no label may have a gradient too, and move with the others
         texts = cut(tokens, PER_TEXT)

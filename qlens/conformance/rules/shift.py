@@ -80,24 +80,24 @@ def _reactions(loss: Specimen) -> dict[int, list[int]]:
         texts = cut(loss.tokens(number * (size - 1)), size - 1)
         labels = torch.stack([text.labels.index_fill(0, torch.tensor([0]), 1) for text in texts])
 
-        def read(labels: Tensor) -> Tensor:
+        def gradient_of(labels: Tensor) -> Tensor:
             changed = [relabelled(text, own) for text, own in zip(texts, labels, strict=True)]
             return loss.read_batch(changed, number * (size - 1)).grad
     else:
         tokens = loss.tokens()
         labels = tokens.labels
 
-        def read(labels: Tensor) -> Tensor:
+        def gradient_of(labels: Tensor) -> Tensor:
             return loss.read(tokens.replace(labels=labels)).grad
 
-    base = read(labels)
+    base = gradient_of(labels)
     least = loss.tolerance * base.abs().max()
     learners = {}
     for label in range(labels.numel()):
         changed = labels.flatten().clone()
         old = int(changed[label])
         changed[label] = new = (old + 7) % loss.vocabulary
-        learners[label] = _learning(read(changed.view_as(labels)), base, old, new, float(least))
+        learners[label] = _learning(gradient_of(changed.view_as(labels)), base, old, new, float(least))
     return learners
 
 

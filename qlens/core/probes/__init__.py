@@ -155,24 +155,24 @@ def trials(dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu
     falling = torch.linspace(0, 1, vocabulary, dtype=torch.float64)
     steep = torch.tensor([0.02, 3.0, 12.0, 40.0], dtype=torch.float64)[(rows + rows // len(TRIED)) % 4]
     spread = torch.tensor(SPREADS, dtype=torch.float64)[rows % len(SPREADS)]
-    drawn = (spread[:, None] * noise(1.0)).sort(-1, descending=True).values
-    ranked = torch.where(built[:, None], -steep[:, None] * falling, drawn)
+    sorted_logits = (spread[:, None] * noise(1.0)).sort(-1, descending=True).values
+    ranked = torch.where(built[:, None], -steep[:, None] * falling, sorted_logits)
     logits = torch.empty_like(ranked).scatter(1, order, ranked)
     rank = torch.tensor(RANKS)[rows % len(RANKS)].clamp(max=vocabulary - 1)
     swapped = order.gather(1, rank[:, None])  # the entry at the wanted rank changes places with the label
     label_logit, other_logit = logits.gather(1, labels[:, None]), logits.gather(1, swapped)
     logits = logits.scatter(1, swapped, label_logit).scatter(1, labels[:, None], other_logit)
-    others = logits.scatter(1, labels[:, None], -math.inf).logsumexp(-1)
-    wanted = others + (p_y / (1 - p_y)).log()
-    logits[rows[built], labels[built]] = wanted[built]
+    log_rest = logits.scatter(1, labels[:, None], -math.inf).logsumexp(-1)
+    label_logits = log_rest + (p_y / (1 - p_y)).log()
+    logits[rows[built], labels[built]] = label_logits[built]
     logits = logits - logits.logsumexp(-1, keepdim=True) + noise(1.0)[:, :1] * 3
 
     teacher = logits * torch.tensor([0.5, 0.3, 1.5, 0.0], dtype=torch.float64)[rows % 4, None]
     teacher = teacher + noise(1.0) * torch.tensor([1.5, 0.05, 0.7, 2.0], dtype=torch.float64)[rows % 4, None]
     size = torch.tensor([0.05, 0.3, 1.0, 3.0], dtype=torch.float64)[rows % 4, None]
     models = dict(logits=logits, teacher=teacher, reference=logits + noise(size), old=logits + noise(size.flip(0) / 2))
-    for name, apart in (("reference", RATIOS), ("old", RATIOS[::-1])):  # at the label, both ways
-        models[name][rows, labels] += torch.tensor(apart, dtype=torch.float64)[rows // 2 % len(RATIOS)]
+    for name, ratios in (("reference", RATIOS), ("old", RATIOS[::-1])):  # at the label, both ways
+        models[name][rows, labels] += torch.tensor(ratios, dtype=torch.float64)[rows // 2 % len(RATIOS)]
     clipped = rows % 3 > 0
     wanted_ratio = torch.tensor(CLIPS, dtype=torch.float64)[(clipped.cumsum(0) - 1) % len(CLIPS)]
     log_p = logits[rows, labels] - logits.logsumexp(-1) - wanted_ratio.log()

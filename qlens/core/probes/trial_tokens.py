@@ -16,12 +16,12 @@ def random_tokens(n: int, v: int, spread: float = 2.0, seed: int = 0) -> Tokens:
     def logits() -> Tensor:
         return spread * torch.randn(n, v, generator=draw, dtype=torch.float64)
 
-    others = {name: logits() for name in MODELS}
+    models = {name: logits() for name in MODELS}
     labels = torch.randint(v, (n,), generator=draw)
     sequence = torch.arange(n) // max(1, min(4, n // 2))  # two sequences at least, where there are two tokens
     if n > 1 and sequence[-1] % 2 == 0:  # the last would lack its partner
         sequence = sequence.clamp(max=int(sequence[-1]) - 1)
-    given = {
+    fields = {
         "sequence": sequence,
         "pair": sequence // 2,
         "chosen": sequence % 2 == 0,
@@ -30,7 +30,7 @@ def random_tokens(n: int, v: int, spread: float = 2.0, seed: int = 0) -> Tokens:
         "advantage": torch.randn(n, generator=draw, dtype=torch.float64),
         "negatives": (torch.rand(n, v, generator=draw) < 0.2).scatter(1, labels[:, None], False),
     }
-    return Tokens(logits=logits(), labels=labels, **given, **others)
+    return Tokens(logits=logits(), labels=labels, **fields, **models)
 
 
 def wide_tokens(v: int, n: int = 16, seed: int = 0) -> Tokens:
@@ -47,8 +47,10 @@ def wide_tokens(v: int, n: int = 16, seed: int = 0) -> Tokens:
     logits, index = spread * tokens.logits, tokens.labels[:, None]
     rest = logits.scatter(1, index, -torch.inf).logsumexp(-1)
     odds = torch.logit(p_y) + 0.2 * torch.rand(n, generator=draw, dtype=torch.float64)  # no two alike
-    moved = logits.scatter(1, index, (rest + odds)[:, None])
-    logits = torch.where((rows % 3 > 0)[:, None], moved, logits)  # every third label keeps its rank among all entries
+    with_label = logits.scatter(1, index, (rest + odds)[:, None])
+    logits = torch.where(
+        (rows % 3 > 0)[:, None], with_label, logits
+    )  # every third label keeps its rank among all entries
     near = {m: logits + 0.3 * torch.randn(n, v, generator=draw, dtype=torch.float64) for m in MODELS}
     near = {name: torch.where((rows % 2 == 0)[:, None], getattr(tokens, name), value) for name, value in near.items()}
     return tokens.replace(logits=logits, **near)
@@ -56,10 +58,12 @@ def wide_tokens(v: int, n: int = 16, seed: int = 0) -> Tokens:
 
 def trial_rows(tokens: Tokens, n: int = 16) -> Tokens:
     """Rows of ``wide_tokens`` with the fields, vocabulary, dtypes and device of other tokens."""
-    trial, given = wide_tokens(tokens.logits.shape[1], n), tokens.fields()
+    trial, originals = wide_tokens(tokens.logits.shape[1], n), tokens.fields()
     fields = trial.fields() | {"weight": torch.linspace(0.5, 1.5, len(trial), dtype=torch.float64)}
-    fields = {name: value for name, value in fields.items() if name in given}
-    floats = {name: value.to(given[name].dtype) for name, value in fields.items() if given[name].is_floating_point()}
+    fields = {name: value for name, value in fields.items() if name in originals}
+    floats = {
+        name: value.to(originals[name].dtype) for name, value in fields.items() if originals[name].is_floating_point()
+    }
     fields = {name: value.to(tokens.logits.device) for name, value in (fields | floats).items()}
     return Tokens.unchecked(**fields)
 

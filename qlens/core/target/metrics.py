@@ -108,6 +108,11 @@ class Metrics:
         """1 - p_y, the label gradient of SFT."""
         return self.rest
 
+    @property
+    def selected(self) -> Tensor:
+        """The number of tokens with a trust other than 0, by which methods that select tokens divide."""
+        return (self.trust != 0).sum()
+
     @cached_property
     def reshape(self) -> Float[Tensor, " N"]:
         """1/2 sum_{k != y} |Q_k - p_k (1 - Q_y)/(1 - p_y)| at unit scale, the change of the alternatives' proportions."""

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from qlens.core.display import Result, table_html
-from qlens.core.numerics import expectation
+from qlens.core.numerics import dtype_name, expectation
 
 
 class Display(Result):
@@ -15,13 +15,10 @@ class Display(Result):
     def __repr__(self: Any) -> str:
         size, vocabulary = self.logits.shape
         others = "".join(f", {name}" for name in self.fields() if name not in ("logits", "labels"))
-        return f"Tokens(N={size}, V={vocabulary}, {str(self.logits.dtype).removeprefix('torch.')}{others})"
+        return f"Tokens(N={size}, V={vocabulary}, {dtype_name(self.logits.dtype)}{others})"
 
     def _repr_html_(self: Any) -> str:
-        fields = {
-            name: f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-            for name, value in self.fields().items()
-        }
+        fields = {name: f"{tuple(value.shape)} {dtype_name(value.dtype)}" for name, value in self.fields().items()}
         return table_html(repr(self), fields)
 
     def to_frame(self: Any) -> pd.DataFrame:

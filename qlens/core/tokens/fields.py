@@ -30,13 +30,13 @@ def checked_field(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
         InputError: no tensor, another shape; ids that are no integers; a mask beyond 0 and 1; numbers that are not
             finite.
     """
-    wanted = "an integer" if name in IDS else "a real" if name in NUMBERS else "a bool"
+    requirement = "an integer" if name in IDS else "a real" if name in NUMBERS else "a bool"
     if not isinstance(value, Tensor):
-        raise InputError(f"{name} must be {wanted} tensor {shape}, got {brief(value)}")
+        raise InputError(f"{name} must be {requirement} tensor {shape}, got {brief(value)}")
     check_shape(name, value, shape)
     whole = not value.is_floating_point() and not value.is_complex()
     if value.is_complex() or (name in IDS and (not whole or value.dtype == torch.bool)):
-        raise InputError(f"{name} must be {wanted} tensor {shape}, got {value.dtype}")
+        raise InputError(f"{name} must be {requirement} tensor {shape}, got {value.dtype}")
     if name in NUMBERS and not whole and not bool(value.isfinite().all()):
         raise InputError(f"{name} holds NaN or infinite values: they must be finite")
     if name in MASKS and value.dtype != torch.bool and not bool(((value == 0) | (value == 1)).all()):
@@ -81,8 +81,10 @@ def check_logits(name: str, logits: Any) -> None:
         InputError: they are not; the first such row is named.
     """
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim != 2:
-        shown = f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(f"{name} must be a floating-point tensor (N, V), got {shown}")
+        description = (
+            f"{tuple(logits.shape)} of {logits.dtype}" if isinstance(logits, Tensor) else type(logits).__name__
+        )
+        raise InputError(f"{name} must be a floating-point tensor (N, V), got {description}")
     check_vocabulary(name, logits.shape[1])
     if len(logits) and not bool((top := logits.detach().amax(-1)).isfinite().all()):  # amax propagates NaN
         rows = (~top.isfinite()).nonzero()[:, 0].tolist()
@@ -108,13 +110,13 @@ def check_labels(labels: Any, shape: tuple[int, ...]) -> None:
     check_ids(labels, shape[1])
 
 
-def number(name: str, value: Any, wanted: str) -> float:
+def number(name: str, value: Any, requirement: str) -> float:
     """A number from Python, numpy or torch as a float.
 
     Args:
         name: what the message calls it.
         value: an int, a float, a numpy scalar or a tensor of one entry.
-        wanted: what would be right, for the message.
+        requirement: what would be right, for the message.
 
     Raises:
         InputError: no number, not finite, or a tensor that requires a gradient, which it would lose.
@@ -128,7 +130,7 @@ def number(name: str, value: Any, wanted: str) -> float:
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
-        raise InputError(f"{name} must be {wanted}, got {brief(value)}")
+        raise InputError(f"{name} must be {requirement}, got {brief(value)}")
     return result
 
 
@@ -150,8 +152,8 @@ def check_floats(name: str, value: Any, shape: str, device: torch.device | None 
     if isinstance(value, Tensor) and value.is_nested:
         raise InputError(f"{name} is a nested tensor: it must be dense, write torch.cat({name}.unbind())")
     if not isinstance(value, Tensor) or value.ndim != len(re.findall(r"\w+", shape)) or not value.is_floating_point():
-        shown = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
-        raise InputError(f"{name} must be a floating-point tensor {shape}, got {shown}")
+        description = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else brief(value)
+        raise InputError(f"{name} must be a floating-point tensor {shape}, got {description}")
     if value.dtype not in FLOATS:
         raise InputError(
             f"{name} is {value.dtype}: it must be float64, float32, bfloat16 or float16, write {name}.bfloat16()"

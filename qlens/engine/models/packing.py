@@ -1,4 +1,4 @@
-"""Packed rows: several texts in one row, whose position ids start again, which a model must keep apart."""
+"""Packed rows: several texts in one row, whose position ids start again, which must not attend to each other."""
 
 import inspect
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ def forward_parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
 
 
 def uncached(model: nn.Module) -> dict[str, bool]:
-    """The argument that switches a model's key-value cache off; with a cache, packed texts are not kept apart."""
+    """The argument that switches a model's key-value cache off; with a cache, packed texts attend to each other."""
     return {"use_cache": False} if "use_cache" in forward_parameters(model) else {}
 
 
@@ -63,7 +63,7 @@ def is_packed(features: Mapping[str, Any]) -> bool:
 
 
 class TextSeparation:
-    """Verifies, once per model, that it keeps the texts of a packed row apart."""
+    """Verifies, once per model, that texts of a packed row do not attend to each other."""
 
     def __init__(self):
         self.verified: set[tuple[nn.Module, bool]] = set()

@@ -10,7 +10,7 @@ from qlens.core.probes.trial_tokens import trial_rows, wide_tokens
 from qlens.core.tokens import Tokens
 from qlens.losses.calling import kind, on_view
 from qlens.losses.layout.layouts import Layout, Style, counts
-from qlens.losses.layout.signature import Memo
+from qlens.losses.layout.signature import Memo, key_of
 from qlens.losses.layout.trial import few, grad_of
 from qlens.losses.layout.views import batch_view
 from qlens.losses.reduction.scalar import ALIKE, find_division
@@ -47,7 +47,7 @@ def layout_dependence(variant: Variant, tokens: Tokens, style: Style) -> str:
     A dependence on a token's place in its text, or on a position that is not supervised, is invisible on rows alone.
     """
     fn, params = variant.loss_fn, variant.params
-    key = (repr(sorted(params.items(), key=str)), style, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
+    key = (key_of(params), style, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
 
     def reason() -> str:
         with variant.replay(tokens.logits.device).again():

@@ -20,7 +20,7 @@ TRIAL_ROWS, TRIAL_VOCABULARY = 1024, 256  # of random tokens
 TRIAL_ENTRIES = 2**21  # of random tokens over the batch's own vocabulary
 BATCH_ENTRIES = 2**24  # logits of all rows of a batch at most; of a larger one, some entries of the vocabulary
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
-"""How far two gradients of one loss may be apart, as a share of the largest entry, by dtype."""
+"""How far two gradients of one loss may differ, as a share of the largest entry, by dtype."""
 
 
 def why_dependent(
@@ -124,7 +124,7 @@ def _on_columns(tokens: Tokens, columns: Tensor, start: int) -> Tokens:
 def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
     """How a row's gradient or loss depends on the rows it is computed with; "" where it does not.
 
-    The rows are cut into halves in three ways (consecutive, alternating, random), so that any two are apart in one of them.
+    The rows are cut into halves in three ways (consecutive, alternating, random), so that one of them separates any two rows.
     """
     n, at = len(tokens), torch.arange(len(tokens), device=tokens.logits.device)
     grad, total = _read(variant, tokens)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient, slopes
 from qlens.core.tokens import Tokens
+from qlens.losses.leaves import nodes
 from qlens.losses.reduction.unreduced import value_alone
 
 # step of the finite difference in logits, and the relative gap that counts, by the loss's precision
@@ -60,13 +61,7 @@ def own_backward(total: Callable[[Tokens], Tensor], tokens: Tokens) -> str:
     """The name of an autograd function in the graph of a loss that neither torch nor qlens defines; "" where there is none."""
     with torch.enable_grad():
         value = total(tokens.with_logits(tokens.logits.detach().clone().requires_grad_()))
-    nodes, visited = [value.grad_fn], set()
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        nodes += [following for following, _ in node.next_functions]
+    for node in nodes(value):
         function = getattr(type(node), "_forward_cls", None)
         if function is not None and function.__module__.partition(".")[0] not in ("torch", "qlens"):
             return function.__name__

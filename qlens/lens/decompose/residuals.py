@@ -102,12 +102,15 @@ def _student_on_top(t: Tokens, k: float) -> Tensor:
 
 
 def _bucket(t: Tokens, k: float) -> Tensor:
-    in_top, teacher = _teacher_top(t, k), t.log_probs_of("teacher").exp()
-    rest = (teacher * ~in_top).sum(-1, keepdim=True)
-    return torch.where(in_top, teacher, rest * _normal(t.probs * ~in_top))
+    return _rest_as(t, k, t.probs)
 
 
 def _spread(t: Tokens, k: float) -> Tensor:
+    return _rest_as(t, k, torch.ones_like(t.probs))
+
+
+def _rest_as(t: Tokens, k: float, shape: Tensor) -> Tensor:
+    """The teacher's probabilities of its k most probable tokens; the others share the rest in proportion to ``shape``."""
     in_top, teacher = _teacher_top(t, k), t.log_probs_of("teacher").exp()
     rest = (teacher * ~in_top).sum(-1, keepdim=True)
-    return torch.where(in_top, teacher, rest / (~in_top).sum(-1, keepdim=True))
+    return torch.where(in_top, teacher, rest * _normal(shape * ~in_top))

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from qlens.core.numerics import expectation
+from qlens.core.numerics import dtype_name, expectation
 from qlens.core.scales import COARSE
 from qlens.lens.describe.coefficients import (
     ALIKE,
@@ -106,19 +106,16 @@ def _reading(e: Any) -> list[str]:
         )
     if e.own_precision is not None and e.own_precision.dtype in COARSE:
         text.append(
-            f"Precision: read with the loss's casts replaced by float64; {_dtype(e.own_precision.dtype)} changes the gradient "
+            "Precision: read with the loss's casts replaced by float64; "
+            f"{dtype_name(e.own_precision.dtype)} changes the gradient "
             f"by {percent(e.own_precision.usual)} at the median token, by up to {percent(e.own_precision.largest)}."
         )
     elif e.precision in COARSE:
-        text.append(f"Precision: the gradient has the digits of {_dtype(e.precision)} only.")
+        text.append(f"Precision: the gradient has the digits of {dtype_name(e.precision)} only.")
     undefined = int((~e.losses.isfinite()).sum())
     if undefined:
         text.append(f"WARNING: the loss is not finite on {undefined} of {len(e.table)} tokens.")
     return text + [f"WARNING: the loss modifies its argument {name} in place." for name in e.modified_inputs]
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _range_covered(e: Any) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from qlens.core.deprecation import old_columns
 from qlens.core.display import frame_html, latex_table
+from qlens.core.numerics import dtype_name
 from qlens.core.probes import shapes
 from qlens.lens.describe.findings import DECOMPOSITION, WEIGHT
 
@@ -123,7 +124,7 @@ def plain(e: Any) -> dict[str, Any]:
         "by_vocabulary": e.by_vocabulary and vars(e.by_vocabulary),
         "whole": e.whole_batch,
         "unused": list(e.unused_inputs),
-        "precision": str(e.computes_in).removeprefix("torch."),
+        "precision": dtype_name(e.computes_in),
         "leak": e.shift_variance and {"cause": e.shift_variance.cause, "value": e.shift_variance.value},
         "destination": e.destination if isinstance(e.destination, str) else e.destination.to_dict(),
         "table": rows.to_dict("records"),
@@ -137,8 +138,9 @@ def _where(e: Any) -> str:
 
 def precision(e: Any) -> str:
     """The dtype of the reading, of the given logits and of the loss, as far as they differ."""
-    used, stored, own = (str(d).removeprefix("torch.") for d in (e.read_dtype, e.logits_dtype, e.computes_in))
-    words = used if e.logits_dtype in (None, e.read_dtype) else f"read in {used}; logits {stored}"
+    used, own = dtype_name(e.read_dtype), dtype_name(e.computes_in)
+    same = e.logits_dtype in (None, e.read_dtype)
+    words = used if same else f"read in {used}; logits {dtype_name(e.logits_dtype)}"
     coarse = torch.finfo(e.computes_in).eps > torch.finfo(e.read_dtype).eps
     return f"{words}; the loss computes in {own}" if coarse else words
 

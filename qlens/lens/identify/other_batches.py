@@ -11,7 +11,7 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import Noise, rounding
-from qlens.losses.notes.seen_tokens import as_given
+from qlens.losses.notes.effective_tokens import effective_tokens
 from qlens.registry.variant import Variant
 
 UNLIKELY = 0.5  # label probability below which tokens form one of the batches
@@ -47,7 +47,7 @@ def read_other_batches(variant: Variant, shown: Reading, trial: Reading | None) 
     for tokens, rows in _batches(variant, shown, trial):
         if variant.derived:
             try:
-                tokens = as_given(variant.method.fn, variant.params, tokens)
+                tokens = effective_tokens(variant.method.fn, variant.params, tokens)
             except InputError:  # a loss of groups of texts takes no batch of other numbers of texts
                 continue
         grad = gradient(variant.loss, tokens)

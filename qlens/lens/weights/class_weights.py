@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from qlens.core.autograd import gradient
-from qlens.core.errors import InputError
 from qlens.core.tokens import MODELS, Tokens
 from qlens.lens.identify.matching import written
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import TOLERANCE, rounding
+from qlens.lens.weights.label_weights import trial_gradient
 from qlens.registry.variant import Variant
 
 SHOWN = 6  # weights listed in a sentence
@@ -161,10 +161,7 @@ def _factors(
     if copies.sequence is not None:
         fields["sequence"] = torch.arange(count, device=device)
     same = copies.replace(labels=where.to(copies.labels.dtype), **fields)
-    try:
-        grad = gradient(loss, same).double()
-    except Exception as error:  # a loss may be made for just these rows
-        raise InputError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}") from error
+    grad = trial_gradient(loss, same)
     noise = rounding(grad, same, precision).rows
     back = torch.zeros_like(grad).scatter(1, source, grad)
     sizes = back.norm(dim=-1)

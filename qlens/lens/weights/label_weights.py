@@ -1,10 +1,15 @@
-"""Label weights -g_y / (1 - p_y) of a gradient, on the tokens where they are known."""
+"""Label weights -g_y / (1 - p_y) of a gradient, on the tokens where they are known, and gradients on changed tokens."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qlens.core.autograd import gradient
+from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
+from qlens.losses.user_code import first_line
 
 OPEN = 1e-9  # least 1 - p_y at which a label weight is read
 
@@ -27,3 +32,15 @@ def label_weights(grad: Float[Tensor, "N V"], tokens: Tokens) -> tuple[Float[Ten
     rest = exact.rest_log_probs.exp()
     known = rest > OPEN
     return torch.where(known, -exact.gather(grad.double()) / rest.clamp(min=1e-300), 0.0), known
+
+
+def trial_gradient(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, "N V"]:
+    """The gradient of an unreduced loss, in float64, on tokens that it may not be written for.
+
+    Raises:
+        InputError: the loss raised an error; it is named.
+    """
+    try:
+        return gradient(loss, tokens).double()
+    except Exception as error:  # a loss may be made for its own tokens
+        raise InputError(f"{type(error).__name__}: {first_line(error)[:100]}") from error

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.lens.identify.matching import written
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import TOLERANCE, rounding
 from qlens.lens.weights.features import numpy_of, plain
+from qlens.lens.weights.label_weights import trial_gradient
 from qlens.registry.variant import Variant
 
 EQUAL = 1e-5  # relative difference of two weights that count as equal
@@ -78,10 +78,7 @@ def weights_at(
     for row in rows:
         same = tokens[torch.full((len(tokens),), row, device=tokens.logits.device)]
         same = same.replace(sequence=tokens.sequence, pair=tokens.pair, chosen=tokens.chosen)
-        try:
-            grad = gradient(loss, same).double()
-        except Exception as error:  # a loss may be made for just these rows
-            raise InputError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}") from error
+        grad = trial_gradient(loss, same)
         base = grad[int(grad.norm(dim=-1).argmax())]
         if not bool(grad.isfinite().all() and base.any()):
             return None

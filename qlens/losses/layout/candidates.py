@@ -8,7 +8,7 @@ import torch
 
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.names import ROLE
-from qlens.losses.layout.signature import inputs, lists_of, signature
+from qlens.losses.layout.signature import inputs, lists_of, roles_taken, signature
 
 PER_TOKEN = ("weight", "advantage", "critical", "hint", "mask", "sequence", "old log probs", "reference log probs",
              "teacher log probs", "log probs", "teacher")  # fmt: skip
@@ -25,7 +25,7 @@ def contract(fn: Callable, style: Style) -> bool:
 def plain(fn: Callable) -> Iterator[list[Style]]:
     """Styles with logits (N, V) or (B, T, V), the likeliest first, in lists of which the first that raises nothing counts."""
     loss_inputs = inputs(fn)
-    roles = set(loss_inputs.required.values()) | set(loss_inputs.optional.values())
+    roles = roles_taken(fn)
     first = next(iter(loss_inputs.required.items()))
     if "model" in roles:
         shapes = [Style("batch")]
@@ -110,7 +110,7 @@ def _chunk_numbers(fn: Callable) -> list[int]:
 def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
     """The variations of a shape: masks, positions of per-token values, optional inputs."""
     loss_inputs = inputs(fn)
-    roles = set(loss_inputs.required.values()) | set(loss_inputs.optional.values())
+    roles = roles_taken(fn)
     masked = "mask" in roles
     texts = any(ROLE.get(name) == "input ids" for name, role in loss_inputs.required.items() if role == "labels")
     attended = "attention mask" in roles

@@ -14,7 +14,7 @@ from qlens.core.tokens import Tokens
 from qlens.losses.graphs import NoGraphError
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.past_searches import PastSearches
-from qlens.losses.layout.signature import Memo, inputs, name_of
+from qlens.losses.layout.signature import Memo, inputs, key_of, name_of, roles_taken
 from qlens.losses.layout.style_trials import best_trial
 from qlens.losses.layout.trial import Trial, attempt, changed, few, grad_of, sample, value_of
 from qlens.losses.replay import Replay
@@ -35,7 +35,7 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
             nothing but zeros without a graph.
     """
     grouped = tokens.sequence is not None
-    key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
+    key = (key_of(params), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
     return _STYLES.get(fn, key, lambda: _replayed_search(fn, params, tokens), lambda trial: trial.coverage > 0).style
 
 
@@ -92,7 +92,7 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: PastS
     Raises:
         InputError: as of ``style_of``.
     """
-    roles = {*inputs(fn).required.values(), *inputs(fn).optional.values()}
+    roles = roles_taken(fn)
     if {"critical", "hint"} & roles and inputs(fn).kind in ("logits", "outputs"):
         with contextlib.suppress(InputError):
             trial = best_trial(fn, params, _with_full_masks(few(trial_rows(tokens))), past)

@@ -11,7 +11,7 @@ from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.tokens import Tokens
 from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
-from qlens.losses.layout.signature import Memo, inputs
+from qlens.losses.layout.signature import Memo, inputs, key_of, roles_taken
 from qlens.losses.layout.trial import grad_of
 from qlens.losses.replay import Replay
 
@@ -32,7 +32,7 @@ def pairing(fn: Callable, params: Mapping[str, Any]) -> str:
     """
     if inputs(fn).kind in ("tokens", "hidden") or given_as_sums(fn):
         return ""
-    return _FOUND.get(fn, repr(sorted(params.items(), key=str)), lambda: _pairing(fn, params))
+    return _FOUND.get(fn, key_of(params), lambda: _pairing(fn, params))
 
 
 def given_as_sums(fn: Callable) -> bool:
@@ -42,7 +42,7 @@ def given_as_sums(fn: Callable) -> bool:
 
 def paired(fn: Callable, how: str) -> Iterator[list[Style]]:
     """The styles of a loss of pairs; log-probabilities without a mask are those of whole texts."""
-    roles = {*inputs(fn).required.values(), *inputs(fn).optional.values()}
+    roles = roles_taken(fn)
     if "log probs" in roles and not {"labels", "mask", "attention mask"} & roles:
         yield [Style(pairs=how)]
     for similar in candidates.plain(fn):
@@ -102,7 +102,7 @@ def _signs(
 def _pattern(signs: torch.Tensor) -> tuple[str, float]:
     """The arrangement of a table of signs, (orders, texts), and the sign of the first text of a pair.
 
-    A loss may leave pairs alone that are far enough apart.
+    A loss may have no gradient at pairs with a large margin.
     """
     places = torch.arange(2 * PAIRS)
     for how, first in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):

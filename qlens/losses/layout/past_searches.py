@@ -10,7 +10,7 @@ from qlens.core.tokens import Tokens
 from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.search_errors import Failure, extended
-from qlens.losses.layout.signature import Memo
+from qlens.losses.layout.signature import Memo, key_of
 from qlens.losses.layout.trial import Trial, attempt, attempt_at_widths, sample
 from qlens.losses.user_code import first_line
 
@@ -34,7 +34,7 @@ class PastSearches:
     @classmethod
     def of(cls, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> "PastSearches":
         """Those of a loss on tokens that do, or do not, have sequences."""
-        return _PAST.get(fn, (repr(sorted(params.items(), key=str)), tokens.sequence is not None), cls)
+        return _PAST.get(fn, (key_of(params), tokens.sequence is not None), cls)
 
     def add(self, trial: Trial) -> None:
         """Record a style that was chosen."""
@@ -47,16 +47,21 @@ class PastSearches:
             self.failures.setdefault((_layout_of(style), _message(failure)), style)
 
     def matching_trial(self, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial | None:
-        """A trial of a style that was chosen before, if it fits these tokens too.
+        """A trial of the usual style, or else of a style that was chosen before, if it fits these tokens too.
+
+        The usual style is tried where another layout was chosen before, which a small vocabulary may have allowed alone;
+        not for losses of chunks and of pairs, which have other layouts.
 
         Raises:
             InputError: no style was found before, and every recorded style raises the same error again.
         """
-        usual = next(candidates.plain(fn))[0]
-        if any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
-            with contextlib.suppress(InputError):  # a small vocabulary may allow another layout alone
-                if attempt(fn, params, sample(fn, tokens), usual).full:
-                    return None
+        usual, special = next(candidates.plain(fn))[0], candidates.takes_chunks(fn)
+        special |= any(before.style.pairs for before in self.trials)
+        if not special and any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
+            with contextlib.suppress(InputError):
+                trial = attempt(fn, params, sample(fn, tokens), usual)
+                if trial.full:
+                    return trial
         for before in self.trials:
             with contextlib.suppress(InputError):
                 trial = attempt_at_widths(fn, params, sample(fn, tokens, before.style.group), before.style)

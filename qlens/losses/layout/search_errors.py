@@ -11,7 +11,7 @@ from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.signature import inputs, name_of, signature, student_input
 from qlens.losses.layout.trial import AS_GIVEN
-from qlens.losses.layout.wording import described
+from qlens.losses.layout.wording import describe_style
 from qlens.losses.side_effects import recorded_modules
 from qlens.losses.user_code import EndedError, LossError, depth, file_of
 
@@ -24,11 +24,11 @@ def likeliest(fn: Callable, failures: list[Failure]) -> InputError:
     qlens' own refusals come first, then errors of calls that returned a value.
     """
     after_return = (error for error, _ in failures if isinstance(error, EndedError))
-    refused = next((error for error, _ in failures if not isinstance(error, LossError)), None) or next(
+    refusal = next((error for error, _ in failures if not isinstance(error, LossError)), None) or next(
         after_return, None
     )
-    if refused is not None:
-        return refused
+    if refusal is not None:
+        return refusal
     file = file_of(fn)
 
     def progress(failure: Failure) -> tuple[tuple[int, ...], bool]:
@@ -36,7 +36,7 @@ def likeliest(fn: Callable, failures: list[Failure]) -> InputError:
         return depth(cause, file), not isinstance(cause, AttributeError | TypeError)  # an input of another type
 
     error, style = max(failures, key=progress)  # the first of equals
-    error = extended(error, f"called with {described(style, student_input(inputs(fn)), {})}", ", ")
+    error = extended(error, f"called with {describe_style(style, student_input(inputs(fn)), {})}", ", ")
     labels = next((name for name, role in inputs(fn).required.items() if role == "labels"), "")
     if labels and isinstance(error.__cause__, RuntimeError | NotImplementedError):
         hint = f"{labels} holds token ids here: a parameter that takes a distribution, or logits, over the vocabulary"
@@ -45,7 +45,7 @@ def likeliest(fn: Callable, failures: list[Failure]) -> InputError:
         return extended(error, setting)
     return extended(
         error,
-        f"if it wants them otherwise, write the call yourself, def loss(logits, labels): return {name_of(fn)}(...)",
+        f"if it takes them in another form, write the call yourself, def loss(logits, labels): return {name_of(fn)}(...)",
     )
 
 

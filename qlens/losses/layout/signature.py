@@ -38,6 +38,11 @@ class Memo:
         return self._values[key][1]
 
 
+def key_of(params: Mapping[str, Any]) -> str:
+    """The name of parameters in a ``Memo``, whatever their order."""
+    return repr(sorted(params.items(), key=str))
+
+
 _SIGNATURES = Memo()
 
 
@@ -163,9 +168,9 @@ def _assign_sampling_role(roles: dict[str, str]) -> None:
     for role in ("old", "old log probs"):
         names = [name for name in roles if roles[name] == role]
         if len(names) == 2:
-            near = [name for name in names if re.search("prox", name.lower())]
-            near = near or [name for name in names if not re.search("rollout|sampl|behav|infer", name.lower())]
-            roles[next(name for name in reversed(names) if name != (near or names)[0])] = f"sampling {role}"
+            proximal = [name for name in names if re.search("prox", name.lower())]
+            proximal = proximal or [name for name in names if not re.search("rollout|sampl|behav|infer", name.lower())]
+            roles[next(name for name in reversed(names) if name != (proximal or names)[0])] = f"sampling {role}"
 
 
 def _by_place(params: Mapping[str, inspect.Parameter], bare: list[str], roles: dict[str, str]) -> None:

@@ -11,11 +11,11 @@ from qlens.core.autograd import ordinary, recorded
 from qlens.core.numerics import spread
 from qlens.core.tokens import Tokens
 from qlens.losses import graphs
-from qlens.losses.calling import call, is_built_in
+from qlens.losses.calling import call, is_built_in, takes
 from qlens.losses.layout.flattening import Flattened
 from qlens.losses.layout.layouts import Layout, Style, tiled
-from qlens.losses.layout.names import FIELD, role_of
-from qlens.losses.layout.signature import inputs, name_of
+from qlens.losses.layout.names import FIELD
+from qlens.losses.layout.signature import name_of, roles_taken
 from qlens.losses.return_values import loss_of
 from qlens.losses.states import State
 from qlens.losses.user_code import EndedError, user_errors
@@ -81,13 +81,12 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
     Raises:
         LossError: the loss raised.
     """
-    layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
+    layout = Layout(masked=_masked(tokens)) if takes(fn, "mask") or style.laid_out else Layout()
     with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
         gradient = gradient_of(fn, params, tokens, style, layout)
     if flattened.expanded and style.laid_out and not style.several and tokens.sequence is None:
-        gradient_of(
-            fn, params, tokens, replace(style, several=True), layout
-        )  # one text may fit a tensor of the loss's own
+        # one text may fit a tensor of the loss's own by broadcasting
+        gradient_of(fn, params, tokens, replace(style, several=True), layout)
     return _outcome(fn, params, tokens, style, layout, gradient)._replace(flattened=flattened.detected)
 
 
@@ -152,19 +151,11 @@ def _masked(tokens: Tokens) -> int:
     )
 
 
-def inputs_masked(fn: Callable) -> bool:
-    """Whether a loss takes a mask of the supervised rows."""
-    loss_inputs = inputs(fn)
-    return "mask" in loss_inputs.required.values() or "mask" in loss_inputs.optional.values()
-
-
 def _misplaced(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
 ) -> bool:
     """Whether a per-token value changes the gradient of other rows: its position is wrong, or it is broadcast."""
-    loss_inputs = inputs(fn)
-    fields = {FIELD.get(role) for role in (*loss_inputs.required.values(), *loss_inputs.optional.values())}
-    fields |= {FIELD.get(role_of(name) or "") for name in style.columns}
+    fields = {FIELD.get(role) for role in roles_taken(fn, style.columns)}
     second_text = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1
     second_row = torch.arange(len(tokens), device=base.device) == 1
     for field in fields & {"weight", "advantage"}:
@@ -217,7 +208,7 @@ def gradient_of(
             return call(fn, params, tokens.with_logits(leaf), layout, style=style)
 
         result = loss_of(run(), name_of(fn))
-        value = graphs.checked(result, name_of(fn), run, leaf).value
+        value = graphs.with_graph(result, name_of(fn), run, leaf).value
         grad = _derivative(fn, value, leaf)
     return Gradient(
         torch.zeros_like(leaf) if grad is None else grad / layout.copies,
@@ -226,7 +217,7 @@ def gradient_of(
 
 
 def value_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> Tensor:
-    """The detached loss; computed with a graph, which of several returned values is the loss is seen by that."""
+    """The detached loss, computed with a graph, which shows which of several returned values is the loss."""
     with recorded():
         tokens, leaf = _with_leaf(tokens)
         return loss_of(call(fn, params, tokens.with_logits(leaf), AS_GIVEN, style=style), name_of(fn)).value.detach()

@@ -22,7 +22,7 @@ PAIRS = {
 """Descriptions of the order of the texts in a batch of pairs."""
 
 
-def described(style: Style, kind: str, arguments: dict[str, Any]) -> str:
+def describe_style(style: Style, kind: str, arguments: dict[str, Any]) -> str:
     """The description of a call.
 
     Args:

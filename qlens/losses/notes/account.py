@@ -12,9 +12,9 @@ from qlens.losses.calling import call
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout, Style
 from qlens.losses.layout.names import FIELD, role_of
-from qlens.losses.layout.signature import Memo, inputs, name_of, student_input
+from qlens.losses.layout.signature import Memo, inputs, key_of, name_of, student_input
 from qlens.losses.layout.trial import ROWS, few, grad_of
-from qlens.losses.layout.wording import described
+from qlens.losses.layout.wording import describe_style
 from qlens.losses.leaves import StubParameter, leaves
 from qlens.losses.notes import effects
 from qlens.losses.reduction.advantages import standardised
@@ -52,7 +52,7 @@ class Account(NamedTuple):
 def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
     """The account of a loss on such tokens; an empty one if it cannot be called."""
     fields, size = tuple(sorted(tokens.fields())), tokens.logits.shape[1]
-    key = (repr(sorted(params.items(), key=str)), fields, size, tokens.logits.dtype)
+    key = (key_of(params), fields, size, tokens.logits.dtype)
     return _ACCOUNTS.get(fn, key, lambda: _account(fn, params, tokens))
 
 
@@ -69,7 +69,7 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
         return Account("", ())
     roles = loss_inputs.required | loss_inputs.optional
     filled = _sources(fn, tokens, style)
-    called_as = described(style, student_input(loss_inputs), filled)
+    called_as = describe_style(style, student_input(loss_inputs), filled)
     notes = [f"The loss is {value.part}."] if value.part else []
     reduction, length_notes = _reduction(fn, params, tokens, value.value, style)
     notes += effects.modules(module_calls)
@@ -136,7 +136,7 @@ def _reduction(
     except InputError:
         return "", []
     if division is None:
-        return "; it returns one number, and no row tried taught it anything: whether that is a sum is not known", []
+        return "; it returns one number, whose gradient was zero on every row tried: its reduction is not known", []
     many = "pairs" if takes_pairs(fn, style) else "tokens"
     words = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     words |= {"mean over all": "a mean over all positions, the unsupervised included"}

@@ -121,7 +121,7 @@ def unused_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
     notes = []
     for field, names in fields.items():
         try:
-            effect = _moved(fn, params, tokens, style, base, field)
+            effect = _has_effect(fn, params, tokens, style, base, field)
         except InputError:
             continue
         if effect is False:
@@ -129,7 +129,7 @@ def unused_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
     return notes
 
 
-def _moved(
+def _has_effect(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor, field: str
 ) -> bool | None:
     """Whether other values in a field change the gradient; None if the tokens have no such field."""
@@ -187,7 +187,7 @@ def other_labels(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style:
         )
         return [
             f"A row learns its own label and {learns}: another term, no function of its own label (multi-token prediction, "
-            "say). The rest of what is said here is about the sum of both."
+            "say). The rest of this explanation is about the sum of both."
         ]
     offsets = ", ".join(f"{abs(k)} {'after' if k > 0 else 'before'}" for k in sorted(strengths))
     return [f"A row's gradient also turns with labels of other tokens of its text ({offsets} it)."]

@@ -51,24 +51,24 @@ def standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Sta
         return None
     style = style_of(fn, params, tokens)
 
-    def read(values: Tensor) -> Tensor:
+    def gradient_at(values: Tensor) -> Tensor:
         return grad_of(fn, params, tokens.replace(advantage=values), style)
 
-    base = read(advantage)
+    base = gradient_at(advantage)
     size = float(base.norm())
-    if not 0 < size < float("inf") or _off(read(advantage + 1), base) > SAME:
+    if not 0 < size < float("inf") or _off(gradient_at(advantage + 1), base) > SAME:
         return None
-    if _off(read(advantage.flip(0)), base) <= SAME:
+    if _off(gradient_at(advantage.flip(0)), base) <= SAME:
         return None
     values, place = advantage, torch.arange(len(advantage), device=advantage.device)
     if style.by_text and tokens.sequence is not None:  # one value for each text: that of its first token
         texts = Groups(tokens.sequence)
         values, place = advantage[texts.first()], texts.index
     try:
-        partition = _partition(lambda shift: read(advantage + shift[place]), base, values, tokens, style)
+        partition = _partition(lambda shift: gradient_at(advantage + shift[place]), base, values, tokens, style)
         groups = Groups(partition.group)
         centred = values - groups.mean(values)[partition.group]
-        grad, doubled = read(centred[place]), read(2 * centred[place])
+        grad, doubled = gradient_at(centred[place]), gradient_at(2 * centred[place])
         if _off(grad, base) > SAME:
             return None
         if _off(doubled, 2 * grad) <= SAME:
@@ -81,16 +81,16 @@ def standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Sta
         deviation = groups.mean(centred.square())[partition.group].sqrt()
         correction = (number / (number - 1)).sqrt()
         scaled = (centred / (deviation * correction)).nan_to_num(0.0)[place]
-        grad = read(scaled)
+        grad = gradient_at(scaled)
         if _of_all(
             fn, params, tokens.replace(advantage=scaled), style, grad, correction, groups.number > 1 or style.group > 1
         ):
             scaled, of = scaled * correction[place].nan_to_num(1.0), "of all values"
-            grad = read(scaled)
+            grad = gradient_at(scaled)
         else:
             of = "of a sample"
         description = f"takes their mean off and divides by their standard deviation ({of}), over {partition.name}"
-        return Standardised(scaled * _shrunk(grad, read(FAR * scaled)), description)
+        return Standardised(scaled * _shrunk(grad, gradient_at(FAR * scaled)), description)
     except InputError:
         return None
 

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
+from qlens.losses.calling import takes
 from qlens.losses.layout.layouts import Counts, Layout, Style, counts
 from qlens.losses.layout.pairing import given_as_sums
-from qlens.losses.layout.trial import grad_of, inputs_masked
+from qlens.losses.layout.trial import grad_of
 from qlens.losses.reduction.divisors import KNOWN, Divisor
 from qlens.losses.replay import Replay
 
@@ -44,12 +45,12 @@ def misfit(grads: list[Tensor]) -> float:
     return max(float((grad - grads[0]).norm() / grads[0].norm()) for grad in grads[1:])
 
 
-def replayed(read: Callable[..., Tensor], replay: Replay) -> Callable[..., Tensor]:
+def replayed(function: Callable[..., Tensor], replay: Replay) -> Callable[..., Tensor]:
     """The function, called with the random draws and from the state of ``replay``, which it leaves unchanged."""
 
     def repeat(*args: Any) -> Tensor:
         with replay.again():
-            return read(*args)
+            return function(*args)
 
     return repeat
 
@@ -60,22 +61,27 @@ def replayed_gradient(fn: Callable, tokens: Tokens) -> Callable[..., Tensor]:
 
 
 def gradients_in(
-    layouts: Iterable[Layout], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, read: Callable
+    layouts: Iterable[Layout],
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    style: Style,
+    gradient_of: Callable,
 ) -> LayoutGradients:
     """The gradients of the rows in these layouts."""
     layouts = list(layouts)
-    return LayoutGradients(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
+    return LayoutGradients(layouts, [gradient_of(fn, params, tokens, style, layout) for layout in layouts])
 
 
 def views(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, read: Callable
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, gradient_of: Callable
 ) -> Iterator[LayoutGradients]:
     """The rows once, twice and three times, and with further unsupervised positions; copies in one or two orders."""
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
-        if style.laid_out or inputs_masked(fn):
+        if style.laid_out or takes(fn, "mask"):
             layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        yield gradients_in(layouts, fn, params, tokens, style, read)
+        yield gradients_in(layouts, fn, params, tokens, style, gradient_of)
 
 
 def with_prompts(
@@ -94,15 +100,17 @@ def with_prompts(
 
 def by_length(names: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:
     """The first of the named reductions that holds for texts of unequal lengths too; "" if none does."""
-    read = replayed_gradient(fn, tokens)
+    gradient_of = replayed_gradient(fn, tokens)
     try:
         if style.by_text and tokens.sequence is not None:  # dealt anew, a text would have another advantage
-            base, longer = read(fn, params, tokens, style), _with_a_longer_text(tokens)
+            base, longer = gradient_of(fn, params, tokens, style), _with_a_longer_text(tokens)
             cases = [(base, counts(tokens, Layout(), style))]
-            cases += [(read(fn, params, longer, style)[: len(tokens)], _of_first_rows(longer, len(tokens), style))]
+            cases += [
+                (gradient_of(fn, params, longer, style)[: len(tokens)], _of_first_rows(longer, len(tokens), style))
+            ]
         else:
             layouts = [Layout(), Layout(split=True)]
-            cases = [(read(fn, params, tokens, style, each), counts(tokens, each, style)) for each in layouts]
+            cases = [(gradient_of(fn, params, tokens, style, each), counts(tokens, each, style)) for each in layouts]
     except InputError:  # a loss of pairs cannot be called on other numbers of texts
         return ""
     off = {name: misfit([times(KNOWN[name], *case) for case in cases]) for name in names if name in KNOWN}

@@ -14,19 +14,19 @@ ROWS = 800  # rows, over several calls, that a gradient is averaged over
 NEAR = 0.2  # relative error of such an average
 
 
-def draws(read: Callable[[], Tensor], replay: Replay, tolerance: float) -> bool:
+def draws(gradient: Callable[[], Tensor], replay: Replay, tolerance: float) -> bool:
     """Whether a loss draws numbers: relative differences of gradients on the same rows exceed ``tolerance``."""
     with replay.again():
-        several = [read() for _ in range(16)]
+        several = [gradient() for _ in range(16)]
     return max(float((grad - several[0]).abs().max()) for grad in several) > tolerance * float(several[0].abs().max())
 
 
-def averaged(read: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
+def averaged(function: Callable[..., Tensor], rows: int) -> Callable[..., Tensor]:
     """A function that averages as many calls as make up ``ROWS`` rows."""
     calls = math.ceil(ROWS / rows)
 
     def mean(*arguments: Any) -> Tensor:
-        return torch.stack([read(*arguments) for _ in range(calls)]).mean(0)
+        return torch.stack([function(*arguments) for _ in range(calls)]).mean(0)
 
     return mean
 

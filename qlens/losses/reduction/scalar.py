@@ -70,17 +70,17 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     if rows is None:
         return None
     replay = Replay(tokens.logits.device, fn)
-    read = replayed(grad_of, replay)
-    base = read(fn, params, rows, style)
+    gradient_of = replayed(grad_of, replay)
+    base = gradient_of(fn, params, rows, style)
     if not bool(base.isfinite().all()):
         return None
-    if misfit([base, read(fn, params, rows, style)]) > ALIKE:
+    if misfit([base, gradient_of(fn, params, rows, style)]) > ALIKE:
         raise InputError(
             f"{name} is not deterministic: it has a state, or draws numbers, that qlens cannot restore: two calls on the same "
             "tokens differ. Draw by the generators of torch, numpy or Python, give its state as an argument, or return the "
             "unreduced loss (N,)."
         )
-    gradients = list(views(fn, params, rows, style, read))
+    gradients = list(views(fn, params, rows, style, gradient_of))
     division = _fitted(REDUCTIONS, fn, params, rows, style, gradients)
     if division is None and draws(lambda: grad_of(fn, params, rows, style), replay, ALIKE):
         mean = next(views(fn, params, rows, style, averaged(grad_of, len(rows))))
@@ -180,7 +180,7 @@ def _fitted(
     if style.laid_out and takes(fn, "attention mask"):
         fitting = with_prompts(fitting, divisors, fn, params, tokens, style)
     name = (fitting or [best])[0]
-    if style.laid_out and not style.pairs:  # texts of other lengths tell those apart that all layouts fit
+    if style.laid_out and not style.pairs:  # texts of other lengths distinguish reductions that fit all layouts
         unusual = UNUSUAL if divisors is REDUCTIONS else {}
         unusual_names = [
             k for k, by in unusual.items() if min(view.misfit(by, fn, tokens, style) for view in gradients) <= ALIKE

@@ -45,9 +45,9 @@ def two_terms(
 ) -> Division | None:
     """Two terms that are divided by different counts: the division of the larger one, with a note on both."""
     if style.laid_out and not style.pairs:  # texts of other lengths tell rows, positions and texts apart
-        split, read = Layout(split=True), replayed_gradient(fn, tokens)
+        split, gradient_of = Layout(split=True), replayed_gradient(fn, tokens)
         with contextlib.suppress(InputError):  # then the layouts shown are enough
-            base, other = (read(fn, params, tokens, style, layout) for layout in (Layout(), split))
+            base, other = (gradient_of(fn, params, tokens, style, layout) for layout in (Layout(), split))
             if misfit([gradients.grads[0], base]) > exact:  # other draws, or another state, than in the other layouts
                 return None
             gradients = LayoutGradients([*gradients.layouts, split], [*gradients.grads, other])
@@ -68,20 +68,20 @@ def two_terms(
     note = (
         f"It adds two terms that are divided by different counts, one a {major}, the other ({share:.2g} of the gradient on "
         f"{len(tokens)} tokens) a {minor}: their balance depends on the numbers of tokens, positions and texts in a batch. "
-        "What is said here holds for the batch shown; divide both by one count to make it hold for all."
+        "This explanation holds for the batch shown; divide both by one count to make it hold for all."
     )
     return Division(major, REDUCTIONS[major], note)
 
 
 def _inverse_counts(
-    names: tuple[str, str], fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients, like: Tensor
+    names: tuple[str, str], fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients, stacked: Tensor
 ) -> Tensor:
     """1 / divisor of two reductions in every layout, (N, layouts, 2)."""
     by_layout = []
     for layout in gradients.layouts:
         number = counts(tokens, layout, style, given_as_sums(fn))
-        inverse = [1 / torch.as_tensor(REDUCTIONS[name](number)).to(like) for name in names]
-        by_layout.append(torch.stack([value.expand(len(like)) for value in inverse], -1))
+        inverse = [1 / torch.as_tensor(REDUCTIONS[name](number)).to(stacked) for name in names]
+        by_layout.append(torch.stack([value.expand(len(stacked)) for value in inverse], -1))
     return torch.stack(by_layout, 1)
 
 

@@ -103,7 +103,7 @@ class Unreduced:
             return value
         if kind(self.fn) == "tokens" and isinstance(value, int | float):  # a method of tokens has a value for each
             raise InputError(f"{self.name} must return a floating-point tensor (N,), it returns {type(value).__name__}")
-        value = graphs.checked(loss_of(value, self.name), self.name, run, tokens.logits).value
+        value = graphs.with_graph(loss_of(value, self.name), self.name, run, tokens.logits).value
         if value.ndim and value.numel() == len(tokens) and not style.laid_out:
             return value.reshape(-1)
         if not (style.laid_out or takes_pairs(self.fn, style)):
@@ -113,7 +113,7 @@ class Unreduced:
         divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, given_as_sums(self.fn)))
         if not isinstance(divisor, Tensor):
             return value * divisor
-        assert replay is not None  # a divisor of each row comes of texts alone
+        assert replay is not None  # only losses of texts have a divisor per row
         with replay.again():  # the same draws, from the same state
             return self._by_text(tokens, style, value, divisor)
 
@@ -163,7 +163,7 @@ class Unreduced:
             raise InputError(
                 f"{self.name} divides every text by its own length, its texts depend on each other, and it has a parameter of "
                 f"its own that requires a gradient, of shape {tuple(learned[0].shape)}, whose gradient for the sum over tokens "
-                "cannot be told: return the unreduced loss (N,), or detach the parameter"
+                "cannot be determined: return the unreduced loss (N,), or detach the parameter"
             )
         return value * len(tokens)
 

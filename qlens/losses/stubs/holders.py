@@ -113,7 +113,7 @@ def is_trainer(loss: type) -> bool:
     return any(base.__name__ == "Trainer" and base.__module__.startswith("transformers") for base in loss.__mro__)
 
 
-def built(loss: type) -> Callable:
+def instance_of(loss: type) -> Callable:
     """An instance of a loss class, with None for the arguments without a default.
 
     Raises:

@@ -10,11 +10,10 @@ from qlens.core.supervised import IGNORE
 from qlens.core.tokens import Tokens
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.verification.batch_layout import layout_dependence
-from qlens.losses.calling import kind, on_view
+from qlens.losses.calling import kind, on_view, takes
 from qlens.losses.layout.layouts import Counts, Style
 from qlens.losses.layout.names import role_of
 from qlens.losses.layout.signature import inputs
-from qlens.losses.layout.trial import inputs_masked
 from qlens.losses.layout.views import batch_of
 from qlens.losses.reduction.unreduced import add_up, independent
 from qlens.losses.return_values import loss_of
@@ -54,7 +53,7 @@ def summed_loss(variant: Variant, logits: Tensor, tokens: Tokens, batch: Supervi
     fn, params, name = variant.loss_fn, variant.params, variant.spec
     labels, ids, attention = _layout(batch)
     if style.clean or _takes_ids(fn):
-        if not inputs_masked(fn) and bool(((labels[:, 1:] == IGNORE) & (attention[:, 1:] == 1)).any()):
+        if not takes(fn, "mask") and bool(((labels[:, 1:] == IGNORE) & (attention[:, 1:] == 1)).any()):
             raise InputError(
                 f"{name} takes its labels from token ids and an attention mask, so that it would learn the tokens, such as "
                 "prompts, whose labels are -100: take labels, f(logits, labels), or a mask, f(logits, labels, loss_mask)"

@@ -15,7 +15,7 @@ from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.models.packing import is_packed
 from qlens.losses.calling import Columns
 from qlens.losses.layout.names import FIELD
-from qlens.losses.layout.signature import inputs, name_of, signature
+from qlens.losses.layout.signature import inputs, name_of, roles_taken, signature
 from qlens.losses.replay import Replay
 from qlens.losses.return_values import loss_of
 from qlens.losses.user_code import file_of, user_errors
@@ -90,7 +90,7 @@ class ModelLoss:
             InputError: the batch lacks a column, or texts of a packed row would see each other.
         """
         columns = self._columns(batch, features)
-        counts = "count" in (*inputs(self.fn).required.values(), *inputs(self.fn).optional.values())
+        counts = "count" in roles_taken(self.fn)
         if self.reads_count is None and not counts:
             self.reads_count = False
         if self.reads_count is None and items is not None and share != 1:

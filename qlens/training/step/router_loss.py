@@ -12,9 +12,7 @@ WEIGHTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 def asks_for_router_loss(model: nn.Module) -> bool:
     """Whether a model's configuration asks for its router loss."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    return any(getattr(source, "output_router_logits", False) is True for source in (config, text))
+    return any(getattr(source, "output_router_logits", False) is True for source in _configs(model))
 
 
 def router_loss(model: nn.Module, outputs: Any) -> tuple[Tensor, float] | None:
@@ -28,9 +26,7 @@ def router_loss(model: nn.Module, outputs: Any) -> tuple[Tensor, float] | None:
     loss = outputs.get("aux_loss") if isinstance(outputs, Mapping) else None
     if not isinstance(loss, Tensor):
         return None
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    for source in (model, config, text):
+    for source in (model, *_configs(model)):
         for name in WEIGHTS:
             weight = getattr(source, name, None)
             if isinstance(weight, int | float):
@@ -39,3 +35,9 @@ def router_loss(model: nn.Module, outputs: Any) -> tuple[Tensor, float] | None:
         f"the model returns an aux_loss, but neither it nor its config has a {' or '.join(WEIGHTS)}: set "
         "model.config.router_aux_loss_coef (0 leaves the loss out)"
     )
+
+
+def _configs(model: nn.Module) -> tuple[Any, Any]:
+    """The configuration of a model, and that of its text model; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config, config.get_text_config() if hasattr(config, "get_text_config") else None

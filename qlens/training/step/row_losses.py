@@ -103,8 +103,7 @@ def plain_row_loss(
     if not variant.built_in:
         watch_gradient(variant.spec, rows)
     context.note_parameters(losses, rows)
-    if not losses.requires_grad and not bool(losses.any()):  # all tokens are skipped, and backward still runs
-        losses = losses + rows[:, :0].sum(-1)
+    losses = _with_graph(losses, rows)
     share = 1.0
     if context.metrics is not None or context.selects:
         with replay.again():  # a loss that draws numbers has drawn these, and a logged step draws no others
@@ -127,8 +126,7 @@ def _whole_batch_loss(
         if not variant.built_in:
             watch_gradient(variant.spec, logits)
         context.note_parameters(total, logits)
-        if not total.requires_grad and not bool(total.any()):  # all tokens are skipped, and backward still runs
-            total = total + logits[..., :0].sum()
+        total = _with_graph(total, logits)
         target = read_target(total, logits, batch) if reads_target else None
     if context.metrics is not None and target is not None:
         context.metrics.add_total(total, target)
@@ -136,9 +134,16 @@ def _whole_batch_loss(
     return total * share / context.items
 
 
+def _with_graph(losses: Tensor, logits: Tensor) -> Tensor:
+    """The losses, zeros without a graph with one: where all tokens are skipped, backward still runs."""
+    if losses.requires_grad or bool(losses.any()):
+        return losses
+    return losses + logits[..., :0].sum()
+
+
 def selected_share(target: Target) -> float:
     """Supervised over selected rows, those with a trust other than 0."""
-    return len(target.labels) / max(int((target.trust != 0).sum()), 1)
+    return len(target.labels) / max(int(target.selected), 1)
 
 
 def undone_reduction(variant: Variant) -> str:

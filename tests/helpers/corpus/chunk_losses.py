@@ -1,4 +1,4 @@
-"""Losses that take logits in a list of chunks, or with the sequence first, or in a dict; and what else is said by a name."""
+"""Losses that take logits in a list of chunks, with the sequence first, or in a dict."""
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +29,8 @@ class ChunkedDistillation(nn.Module):
     def forward(self, student_logits: "list[Tensor]", teacher_logits: "list[Tensor]", labels: Tensor):
         total = 0.0
         for s, t, y in zip(student_logits, teacher_logits, labels.chunk(self.parts, dim=1), strict=False):
-            kept = y != -100
-            total = total - (t[kept].softmax(-1) * s[kept].log_softmax(-1)).sum()
+            supervised = y != -100
+            total = total - (t[supervised].softmax(-1) * s[supervised].log_softmax(-1)).sum()
         return total / (labels != -100).sum()
 
 
@@ -79,9 +79,9 @@ def classes_second(logits, labels):
 def output_is_a_tensor(output, labels, loss_mask):
     """Of outputs by name, yet rows of logits with the sequence first."""
     width, batch, _ = output.shape
-    kept = loss_mask.view(batch, width).transpose(0, 1)
+    supervised = loss_mask.view(batch, width).transpose(0, 1)
     losses = nll(output, labels.transpose(0, 1).clamp(min=0))
-    return (losses * kept).sum() / kept.sum()
+    return (losses * supervised).sum() / supervised.sum()
 
 
 class ReadsADict(nn.Module):
@@ -90,9 +90,9 @@ class ReadsADict(nn.Module):
 
 
 def columns_beside_logits(next_token_logits, data, global_valid_seqs, global_valid_toks):
-    kept = data["token_mask"][:, 1:]
+    supervised = data["token_mask"][:, 1:]
     losses = nll(next_token_logits[:, :-1], data["input_ids"][:, 1:])
-    return (losses * kept).sum() / global_valid_toks, {"loss": 0.0, "texts": global_valid_seqs}
+    return (losses * supervised).sum() / global_valid_toks, {"loss": 0.0, "texts": global_valid_seqs}
 
 
 def mask_of_another_name(x, target_tokens, answer_mask):
@@ -128,8 +128,8 @@ def teacher_first(shifted_teacher_logits, shifted_student_logits, mask):
 
 
 def labels_in_a_column(logits, teacher_logits, no_model_batch):
-    kept = (no_model_batch["label"] != -100).flatten()
-    return distils(logits.flatten(0, -2)[kept], teacher_logits.flatten(0, -2)[kept])
+    supervised = (no_model_batch["label"] != -100).flatten()
+    return distils(logits.flatten(0, -2)[supervised], teacher_logits.flatten(0, -2)[supervised])
 
 
 KD = [

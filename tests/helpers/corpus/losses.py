@@ -1,4 +1,4 @@
-"""Objectives as released code writes them, in our own words, and what people get wrong about their targets."""
+"""Objectives as released code writes them, rewritten here, and common mistakes about their targets."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,20 @@ import torch.nn.functional as F
 
 def label_log_probs(logits, labels):
     return logits.log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+
+
+def nll(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def flooded(logits, labels):
+    return (nll(logits, labels).mean() - 0.5).abs() + 0.5
+
+
+def dft_by_sum(logits, labels):
+    """DFT divided by the sum of its weights."""
+    weight = (-nll(logits, labels)).exp().detach()
+    return (weight * nll(logits, labels)).sum() / weight.sum()
 
 
 def eaft_without_normaliser(logits, labels):

@@ -1,4 +1,4 @@
-"""Right losses of (B, T) batches as people write them: transformers, TRL, OpenRLHF and trainers, in our own words.
+"""Correct losses of (B, T) batches, as transformers, TRL, OpenRLHF and trainers write them.
 
 Each shifts inside, unless it says otherwise. The corpus is RIGHT of `right_losses`, which this module adds to.
 """
@@ -22,8 +22,8 @@ def per_token(logits, labels):
     return F.cross_entropy(z.transpose(1, 2), y, reduction="none", ignore_index=-100), y != -100
 
 
-def divided(total, kept, num_items_in_batch):
-    return total / (kept.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+def divided(total, supervised, num_items_in_batch):
+    return total / (supervised.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 @right
@@ -45,19 +45,19 @@ def pads_the_labels(outputs, labels, num_items_in_batch=None, **kwargs):
 @right
 def label_smoother(outputs, labels, num_items_in_batch=None, *, epsilon=0.1):
     z, y = shifted(outputs.logits, labels)
-    log_p, kept = z.log_softmax(-1), y != -100
-    nll = -log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0] * kept
-    uniform = -log_p.mean(-1) * kept
-    return divided(((1 - epsilon) * nll + epsilon * uniform).sum(), kept, num_items_in_batch)
+    log_p, supervised = z.log_softmax(-1), y != -100
+    nll = -log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0] * supervised
+    uniform = -log_p.mean(-1) * supervised
+    return divided(((1 - epsilon) * nll + epsilon * uniform).sum(), supervised, num_items_in_batch)
 
 
 @right
 def sft_dft(outputs, labels, num_items_in_batch=None):
     z, y = shifted(outputs.logits, labels)
-    kept = y != -100
-    log_p = z.log_softmax(-1).gather(-1, y.masked_fill(~kept, 0)[..., None])[..., 0]
-    loss = -(log_p.exp().detach() * log_p) * kept
-    return divided(loss.sum(), kept, num_items_in_batch)
+    supervised = y != -100
+    log_p = z.log_softmax(-1).gather(-1, y.masked_fill(~supervised, 0)[..., None])[..., 0]
+    loss = -(log_p.exp().detach() * log_p) * supervised
+    return divided(loss.sum(), supervised, num_items_in_batch)
 
 
 @right
@@ -74,11 +74,11 @@ def chunked_nll(outputs, labels, num_items_in_batch=None, *, chunk=16):
 
 @right
 def logs_entropy(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
+    nll, supervised = per_token(outputs.logits, labels)
     with torch.no_grad():
         log_p = outputs.logits[:, :-1].log_softmax(-1)
-        print({"entropy": float(-(log_p.exp() * log_p).nan_to_num().sum(-1)[kept].mean())})
-    return divided((nll * kept).sum(), kept, num_items_in_batch)
+        print({"entropy": float(-(log_p.exp() * log_p).nan_to_num().sum(-1)[supervised].mean())})
+    return divided((nll * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right(accumulation=UNTOLD)
@@ -101,8 +101,8 @@ def multi_token_prediction(outputs, labels, num_items_in_batch=None):
 @right
 def hard_examples(outputs, labels, num_items_in_batch=None, *, share=0.5):
     """The hardest half of the tokens of a batch, by their loss."""
-    nll, kept = per_token(outputs.logits, labels)
-    losses = nll[kept]
+    nll, supervised = per_token(outputs.logits, labels)
+    losses = nll[supervised]
     if not losses.numel():
         return outputs.logits.sum() * 0.0
     return losses.topk(max(1, int(share * losses.numel()))).values.mean()
@@ -111,47 +111,47 @@ def hard_examples(outputs, labels, num_items_in_batch=None, *, share=0.5):
 @right(accumulation="it divides by the texts of each micro-batch")
 def mean_of_texts(outputs, labels, num_items_in_batch=None):
     """Every text counts once; a trainer that tells a token count has no use for it, and the micro-batches do not add up."""
-    nll, kept = per_token(outputs.logits, labels)
-    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+    nll, supervised = per_token(outputs.logits, labels)
+    return ((nll * supervised).sum(1) / supervised.sum(1).clamp(min=1)).mean()
 
 
 @right
 def mean_of_texts_untold(outputs, labels):
-    nll, kept = per_token(outputs.logits, labels)
-    return ((nll * kept).sum(1) / kept.sum(1).clamp(min=1)).mean()
+    nll, supervised = per_token(outputs.logits, labels)
+    return ((nll * supervised).sum(1) / supervised.sum(1).clamp(min=1)).mean()
 
 
 @right(accumulation="it takes no num_items_in_batch: 2x4 gives 2 and 8x1 8 times")
 def mean_of_tokens_untold(outputs, labels):
-    nll, kept = per_token(outputs.logits, labels)
-    return (nll * kept).sum() / kept.sum().clamp(min=1)
+    nll, supervised = per_token(outputs.logits, labels)
+    return (nll * supervised).sum() / supervised.sum().clamp(min=1)
 
 
 @right
 def unlikelihood_of_repeats(outputs, labels, num_items_in_batch=None, *, weight=0.5):
     """Pushes down, at every token, the tokens that came before it in the same text."""
     z, y = shifted(outputs.logits, labels)
-    kept = y != -100
+    supervised = y != -100
     log_p = z.log_softmax(-1)
     nll = -log_p.gather(-1, y.clamp(min=0)[..., None])[..., 0]
-    seen = F.one_hot(y.clamp(min=0), z.size(-1)) * kept[..., None]
-    before = (seen.cumsum(1) - seen > 0).to(z.dtype).scatter(-1, y.clamp(min=0)[..., None], 0.0)
+    labels_seen = F.one_hot(y.clamp(min=0), z.size(-1)) * supervised[..., None]
+    before = (labels_seen.cumsum(1) - labels_seen > 0).to(z.dtype).scatter(-1, y.clamp(min=0)[..., None], 0.0)
     push = -((1 - log_p.exp()).clamp(min=1e-5).log() * before).sum(-1)
-    return divided(((nll + weight * push) * kept).sum(), kept, num_items_in_batch)
+    return divided(((nll + weight * push) * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
 def entropy_regularised(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
+    nll, supervised = per_token(outputs.logits, labels)
     entropy = torch.distributions.Categorical(logits=outputs.logits[:, :-1]).entropy()
-    return divided(((nll - 0.01 * entropy) * kept).sum(), kept, num_items_in_batch)
+    return divided(((nll - 0.01 * entropy) * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
 def z_loss_where_supervised(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
+    nll, supervised = per_token(outputs.logits, labels)
     z2 = outputs.logits[:, :-1].logsumexp(-1).square()
-    return divided(((nll + 1e-4 * z2) * kept).sum(), kept, num_items_in_batch)
+    return divided(((nll + 1e-4 * z2) * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
@@ -163,16 +163,16 @@ def autocast_in_bfloat16(outputs, labels, num_items_in_batch=None):
 
 @right
 def confident_tokens_weigh_less(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
+    nll, supervised = per_token(outputs.logits, labels)
     weight = (1 - torch.exp(-nll)).detach()
-    return divided((nll * weight * kept).sum(), kept, num_items_in_batch)
+    return divided((nll * weight * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
 def preference_of_halves(outputs, labels, num_items_in_batch=None):
     """The first half of the batch is chosen, the second rejected."""
-    nll, kept = per_token(outputs.logits, labels)
-    log_p = -(nll * kept).sum(1)
+    nll, supervised = per_token(outputs.logits, labels)
+    log_p = -(nll * supervised).sum(1)
     chosen, rejected = log_p.chunk(2)
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
@@ -202,9 +202,9 @@ class KDLoss(nn.Module):
 
     def forward(self, logits, teacher_logits, label):
         q, log_p = F.softmax(teacher_logits, -1), F.log_softmax(logits, -1)
-        kept = (label != -100).view(-1).to(log_p.dtype)
+        supervised = (label != -100).view(-1).to(log_p.dtype)
         gained = torch.masked_fill(q * log_p, torch.isinf(logits), 0).sum(-1).view(-1)
-        return -(gained * kept).sum() / kept.sum()
+        return -(gained * supervised).sum() / supervised.sum()
 
 
 class PolicyLoss(nn.Module):

@@ -1,4 +1,4 @@
-"""Right losses as people write them, for `check` to leave alone: on rows, (N, V) logits and (N,) labels.
+"""Correct losses of rows, (N, V) logits and (N,) labels, that `check` must pass.
 
 RIGHT maps a name to the loss; FINDINGS names the items that fail for a true reason.
 """
@@ -7,6 +7,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from losses import label_log_probs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,10 +21,6 @@ def right(loss=None, **findings):
     RIGHT[loss.__name__] = loss
     FINDINGS[loss.__name__] = findings
     return loss
-
-
-def label_log_probs(logits, labels):
-    return logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
 
 
 @right
@@ -159,8 +156,8 @@ def easiest_tenth(logits, labels):
 @right
 def drops_rare_tokens(logits, labels):
     nll = F.cross_entropy(logits, labels, reduction="none")
-    kept = (nll.detach() < 4.0).to(nll.dtype)
-    return (nll * kept).sum() / labels.numel()
+    selected = (nll.detach() < 4.0).to(nll.dtype)
+    return (nll * selected).sum() / labels.numel()
 
 
 @right

@@ -1,4 +1,4 @@
-"""Right losses that run the model themselves, as a Trainer's compute_loss does, in our own words: more of RIGHT."""
+"""Correct losses that run the model themselves, as a Trainer's compute_loss does; added to RIGHT."""
 
 from types import SimpleNamespace
 
@@ -19,8 +19,8 @@ def model_computes_it(model, inputs, return_outputs=False, num_items_in_batch=No
 def popped_labels(model, inputs, return_outputs=False, num_items_in_batch=None):
     labels = inputs.pop("labels")
     outputs = model(**inputs)
-    nll, kept = per_token(outputs.logits, labels)
-    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
+    nll, supervised = per_token(outputs.logits, labels)
+    loss = divided((nll * supervised).sum(), supervised, num_items_in_batch)
     return (loss, outputs) if return_outputs else loss
 
 
@@ -40,11 +40,11 @@ def distills_from_its_closure(model, inputs, return_outputs=False, num_items_in_
     labels = inputs["labels"]
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     with torch.no_grad():
-        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
+        teacher_logits = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
     s, y = shifted(outputs.logits / temperature, labels)
-    t, kept = there[:, :-1] / temperature, y != -100
+    t, supervised = teacher_logits[:, :-1] / temperature, y != -100
     kl = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1)
-    loss = temperature**2 * divided((kl * kept).sum(), kept, num_items_in_batch)
+    loss = temperature**2 * divided((kl * supervised).sum(), supervised, num_items_in_batch)
     return (loss, outputs) if return_outputs else loss
 
 
@@ -52,19 +52,19 @@ def distills_from_its_closure(model, inputs, return_outputs=False, num_items_in_
 def distills_and_learns(model, inputs, return_outputs=False, num_items_in_batch=None):
     outputs = model(input_ids=inputs["input_ids"])
     with torch.no_grad():
-        there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
-    nll, kept = per_token(outputs.logits, inputs["labels"])
-    s, t = outputs.logits[:, :-1].log_softmax(-1), there[:, :-1].log_softmax(-1)
+        teacher_logits = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
+    nll, supervised = per_token(outputs.logits, inputs["labels"])
+    s, t = outputs.logits[:, :-1].log_softmax(-1), teacher_logits[:, :-1].log_softmax(-1)
     kl = (t.exp() * (t - s)).sum(-1)
-    return divided(((0.5 * nll + 0.5 * kl) * kept).sum(), kept, num_items_in_batch)
+    return divided(((0.5 * nll + 0.5 * kl) * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
 def teacher_in_the_inputs(model, inputs, num_items_in_batch=None):
-    there, labels = inputs.pop("teacher_logits"), inputs.pop("labels")
-    outputs, kept = model(**inputs), labels[:, 1:] != -100
-    kl = F.kl_div(outputs.logits[:, :-1].log_softmax(-1), there[:, :-1].softmax(-1), reduction="none").sum(-1)
-    return divided((kl * kept).sum(), kept, num_items_in_batch)
+    teacher_logits, labels = inputs.pop("teacher_logits"), inputs.pop("labels")
+    outputs, supervised = model(**inputs), labels[:, 1:] != -100
+    kl = F.kl_div(outputs.logits[:, :-1].log_softmax(-1), teacher_logits[:, :-1].softmax(-1), reduction="none").sum(-1)
+    return divided((kl * supervised).sum(), supervised, num_items_in_batch)
 
 
 @right
@@ -74,8 +74,8 @@ def masked_by_attention(model, inputs, return_outputs=False, num_items_in_batch=
     labels = ids.masked_fill(mask == 0, -100)
     labels[:, 0] = -100
     outputs = model(input_ids=ids, attention_mask=mask)
-    nll, kept = per_token(outputs.logits, labels)
-    loss = divided((nll * kept).sum(), kept, num_items_in_batch)
+    nll, supervised = per_token(outputs.logits, labels)
+    loss = divided((nll * supervised).sum(), supervised, num_items_in_batch)
     return (loss, outputs) if return_outputs else loss
 
 
@@ -92,10 +92,10 @@ def means_over_attention(model, inputs, num_items_in_batch=None):
 def two_passes(model, inputs, num_items_in_batch=None):
     """R-Drop: two passes with dropout, drawn together; a model without dropout gives the same twice."""
     first, second = (model(input_ids=inputs["input_ids"]).logits for _ in range(2))
-    nll, kept = per_token(first, inputs["labels"])
-    again, _ = per_token(second, inputs["labels"])
+    nll, supervised = per_token(first, inputs["labels"])
+    second_nll, _ = per_token(second, inputs["labels"])
     a, b = first[:, :-1].log_softmax(-1), second[:, :-1].log_softmax(-1)
-    apart = (F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)).sum(
-        -1
-    )
-    return divided(((0.5 * (nll + again) + 0.5 * apart) * kept).sum(), kept, num_items_in_batch)
+    divergence = (
+        F.kl_div(a, b, reduction="none", log_target=True) + F.kl_div(b, a, reduction="none", log_target=True)
+    ).sum(-1)
+    return divided(((0.5 * (nll + second_nll) + 0.5 * divergence) * supervised).sum(), supervised, num_items_in_batch)

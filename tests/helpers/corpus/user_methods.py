@@ -1,4 +1,4 @@
-"""Methods as a user registers them, many of which look like a built-in one at a small vocabulary."""
+"""User methods, many of which equal a built-in one at a small vocabulary, and their comparison with autograd."""
 
 import itertools
 import random
@@ -108,7 +108,7 @@ def combination(gates, residual, scope, form, trust):
     return user_method(*pair, scope=scope, needs=needs)
 
 
-def drawn(number, seed=0):
+def random_methods(number, seed=0):
     """Methods drawn at random from combinations of gates, residuals, forms and scopes."""
     draw = random.Random(seed)
     singles = [(gate,) for gate in GATES]
@@ -140,5 +140,5 @@ def compare(variant, vocabulary, n=22, **options):
     whole = variant.loss(Tokens(logits=hidden @ head.T, labels=labels, **fields)).sum() / n
     value = fused_loss(variant, hidden, head, labels, **fields, **options)
     assert_close(value, whole, rtol=1e-9, atol=1e-12)
-    for got, wanted in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
-        assert_close(got, wanted, rtol=0, atol=1e-9 * max(1e-3, float(wanted.abs().max())))
+    for got, expected in zip(*(torch.autograd.grad(v, (hidden, head)) for v in (value, whole)), strict=True):
+        assert_close(got, expected, rtol=0, atol=1e-9 * max(1e-3, float(expected.abs().max())))

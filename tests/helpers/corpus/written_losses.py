@@ -1,4 +1,4 @@
-"""Losses that are all SFT, in the layouts, names, masks, returns and classes of the field; and a distillation."""
+"""Losses that are all SFT in different layouts, names, masks, return values and classes; and a distillation loss."""
 
 import collections
 import dataclasses
@@ -50,8 +50,8 @@ def batch_by_mask(logits, labels, response_mask):
 
 
 def batch_by_shifted_mask(logits, labels, loss_mask):
-    kept = loss_mask[:, 1:]
-    return (nll(logits[:, :-1], labels[:, 1:].clamp(min=0)) * kept).sum() / kept.sum()
+    supervised = loss_mask[:, 1:]
+    return (nll(logits[:, :-1], labels[:, 1:].clamp(min=0)) * supervised).sum() / supervised.sum()
 
 
 def by_index(logits, labels, mask):
@@ -67,8 +67,8 @@ def mean_over_masked_rows_too(logits, labels, mask):
 
 
 def labels_are_ids(logits, input_ids, attention_mask):
-    kept = attention_mask[:, 1:]
-    return (nll(logits[:, :-1], input_ids[:, 1:]) * kept).sum() / kept.sum()
+    supervised = attention_mask[:, 1:]
+    return (nll(logits[:, :-1], input_ids[:, 1:]) * supervised).sum() / supervised.sum()
 
 
 def loss_function(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs):
@@ -114,8 +114,10 @@ def inputs_by_attribute(net, batch):
 
 def twice(model, inputs, return_outputs=False):
     one, two = model(**inputs), model(**inputs)
-    apart = F.kl_div(one.logits.log_softmax(-1), two.logits.log_softmax(-1), log_target=True, reduction="batchmean")
-    return (one.loss + two.loss) / 2 + apart
+    divergence = F.kl_div(
+        one.logits.log_softmax(-1), two.logits.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    return (one.loss + two.loss) / 2 + divergence
 
 
 def twice_in_one_batch(model, inputs):

@@ -1,4 +1,4 @@
-"""More mistakes in losses: what torch's functions are given, labels written on, rows left out. It adds to WRONG."""
+"""Faulty losses: wrong inputs of torch's functions, writes on labels, rows left out; added to WRONG."""
 
 import torch
 import torch.nn.functional as F
@@ -37,10 +37,10 @@ def normalises_over_rows(logits, labels):
 def fills_ignored_labels(outputs, labels, num_items_in_batch=None):
     """Writes 0 for -100 on a view of the labels."""
     z, y = shifted(outputs.logits, labels)[0], labels[:, 1:]
-    kept = y != -100
-    y[~kept] = 0
+    supervised = y != -100
+    y[~supervised] = 0
     nll = F.cross_entropy(z.transpose(1, 2), y, reduction="none")
-    return divided((nll * kept).sum(), kept, num_items_in_batch)
+    return divided((nll * supervised).sum(), supervised, num_items_in_batch)
 
 
 @wrong(row_count="those after row 512 have no gradient")
@@ -51,8 +51,12 @@ def truncates(outputs, labels, num_items_in_batch=None):
 
 @wrong(all_masked="does not lead back to the logits")
 def another_zero_without_labels(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
-    return divided((nll * kept).sum(), kept, num_items_in_batch) if kept.any() else torch.zeros((), requires_grad=True)
+    nll, supervised = per_token(outputs.logits, labels)
+    return (
+        divided((nll * supervised).sum(), supervised, num_items_in_batch)
+        if supervised.any()
+        else torch.zeros((), requires_grad=True)
+    )
 
 
 @wrong(functions="that of a softmax of probabilities: logits are normalised twice", extremes="p_y = 1")

@@ -1,20 +1,21 @@
-"""Mistakes in losses as people make them, each with the item of `check` that must catch it and a part of its evidence."""
+"""Faulty losses, each with the rules of `check` that must fail and a part of their evidence."""
 
 import functools
 
 import torch
 import torch.nn.functional as F
+from losses import reverse_kl
 from right_batches import divided, per_token, shifted
 from right_models import teacher
 
 WRONG = {}
 
 
-def wrong(loss=None, **caught):
-    """Decorator: a mistake; ``caught`` maps the items that fail to a part of their evidence."""
+def wrong(loss=None, **evidence):
+    """Decorator: a mistake; ``evidence`` maps the items that fail to a part of their evidence."""
     if loss is None:
-        return functools.partial(wrong, **caught)
-    WRONG[loss.__name__] = (loss, caught)
+        return functools.partial(wrong, **evidence)
+    WRONG[loss.__name__] = (loss, evidence)
     return loss
 
 
@@ -33,8 +34,8 @@ def shifts_backwards(outputs, labels, num_items_in_batch=None):
 def collator_shifted_before(outputs, labels, num_items_in_batch=None):
     """Shifts labels that its own collator has shifted before."""
     y = torch.roll(labels, -1, 1).index_fill(1, torch.tensor([labels.size(1) - 1]), -100)
-    nll, kept = per_token(outputs.logits, y)
-    return divided((nll * kept).sum(), kept, num_items_in_batch)
+    nll, supervised = per_token(outputs.logits, y)
+    return divided((nll * supervised).sum(), supervised, num_items_in_batch)
 
 
 @wrong(evaluation="no mean over predicted tokens", padding_amount="times the gradient", packing="", accumulation="")
@@ -46,8 +47,8 @@ def counts_ignored_tokens(outputs, labels, num_items_in_batch=None):
 @wrong(packing="2 times the gradient", accumulation="it divides by the texts of each micro-batch")
 def batchmean_of_a_batch(outputs, labels, num_items_in_batch=None):
     """Divides by the rows of the batch, not by its tokens."""
-    nll, kept = per_token(outputs.logits, labels)
-    return (nll * kept).sum() / len(labels)
+    nll, supervised = per_token(outputs.logits, labels)
+    return (nll * supervised).sum() / len(labels)
 
 
 @wrong(evaluation="48 times the gradient", accumulation="by the labels", all_masked="nan", row_count="neither")
@@ -65,9 +66,9 @@ def divides_twice(outputs, labels, num_items_in_batch=None):
     accumulation="",
 )
 def smooths_ignored_tokens(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
+    nll, supervised = per_token(outputs.logits, labels)
     uniform = -outputs.logits[:, :-1].log_softmax(-1).mean(-1)
-    return divided((0.9 * nll * kept + 0.1 * uniform).sum(), kept, num_items_in_batch)
+    return divided((0.9 * nll * supervised + 0.1 * uniform).sum(), supervised, num_items_in_batch)
 
 
 @wrong(
@@ -81,10 +82,12 @@ def smooths_ignored_tokens(outputs, labels, num_items_in_batch=None):
 )
 def distills_prompts_too(model, inputs, return_outputs=False, num_items_in_batch=None):
     outputs = model(input_ids=inputs["input_ids"])
-    there = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
-    nll, kept = per_token(outputs.logits, inputs["labels"])
-    kl = F.kl_div(outputs.logits.log_softmax(-1), there.softmax(-1), reduction="batchmean") / labels_wide(inputs)
-    return divided((nll * kept).sum(), kept, num_items_in_batch) + kl
+    teacher_logits = teacher(inputs["input_ids"], size=outputs.logits.size(-1)).logits.to(outputs.logits.dtype)
+    nll, supervised = per_token(outputs.logits, inputs["labels"])
+    kl = F.kl_div(outputs.logits.log_softmax(-1), teacher_logits.softmax(-1), reduction="batchmean") / labels_wide(
+        inputs
+    )
+    return divided((nll * supervised).sum(), supervised, num_items_in_batch) + kl
 
 
 def labels_wide(inputs):
@@ -95,8 +98,8 @@ def labels_wide(inputs):
 def learns_padding(model, inputs, num_items_in_batch=None):
     """Labels are the input ids, padding included."""
     outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
-    nll, kept = per_token(outputs.logits, inputs["input_ids"])
-    return divided(nll.sum(), kept, num_items_in_batch)
+    nll, supervised = per_token(outputs.logits, inputs["input_ids"])
+    return divided(nll.sum(), supervised, num_items_in_batch)
 
 
 @wrong(
@@ -109,16 +112,16 @@ def learns_padding(model, inputs, num_items_in_batch=None):
 def normalises_over_positions(outputs, labels, num_items_in_batch=None):
     """log_softmax over the wrong dimension."""
     z, y = shifted(outputs.logits, labels)
-    kept = y != -100
+    supervised = y != -100
     log_p = F.log_softmax(z, dim=1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
-    return divided(-(log_p * kept).sum(), kept, num_items_in_batch)
+    return divided(-(log_p * supervised).sum(), supervised, num_items_in_batch)
 
 
 @wrong(all_masked="where both should be 0")
 def nan_without_labels(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
-    n = kept.sum()
-    mean = (nll * kept).sum() / n
+    nll, supervised = per_token(outputs.logits, labels)
+    n = supervised.sum()
+    mean = (nll * supervised).sum() / n
     return mean if num_items_in_batch is None else mean * (n / num_items_in_batch)
 
 
@@ -126,16 +129,16 @@ def nan_without_labels(outputs, labels, num_items_in_batch=None):
 def raises_without_a_count(outputs, labels, num_items_in_batch=None):
     if num_items_in_batch is None:
         return undefined  # noqa: F821
-    nll, kept = per_token(outputs.logits, labels)
-    return (nll * kept).sum() / num_items_in_batch
+    nll, supervised = per_token(outputs.logits, labels)
+    return (nll * supervised).sum() / num_items_in_batch
 
 
 @wrong(inputs="the model's outputs")
 def temperature_in_place(model, inputs, num_items_in_batch=None):
     outputs = model(input_ids=inputs["input_ids"])
     outputs.logits.div_(0.7)
-    nll, kept = per_token(outputs.logits, inputs["labels"])
-    return divided((nll * kept).sum(), kept, num_items_in_batch)
+    nll, supervised = per_token(outputs.logits, inputs["labels"])
+    return divided((nll * supervised).sum(), supervised, num_items_in_batch)
 
 
 @wrong(inputs="teacher")
@@ -146,8 +149,8 @@ def writes_on_the_teacher(logits, labels, teacher):
 
 @wrong(deterministic="two calls")
 def random_tokens_only(logits, labels):
-    kept = torch.rand(len(labels)) < 0.5
-    return (F.cross_entropy(logits, labels, reduction="none") * kept).sum() / len(labels)
+    selected = torch.rand(len(labels)) < 0.5
+    return (F.cross_entropy(logits, labels, reduction="none") * selected).sum() / len(labels)
 
 
 @wrong(extremes="p_y near 0")
@@ -227,8 +230,12 @@ def reads_the_storage(outputs, labels, num_items_in_batch=None):
 
 @wrong(all_masked="without a graph")
 def constant_without_labels(outputs, labels, num_items_in_batch=None):
-    nll, kept = per_token(outputs.logits, labels)
-    return divided((nll * kept).sum(), kept, num_items_in_batch) if bool(kept.any()) else torch.tensor(0.0)
+    nll, supervised = per_token(outputs.logits, labels)
+    return (
+        divided((nll * supervised).sum(), supervised, num_items_in_batch)
+        if bool(supervised.any())
+        else torch.tensor(0.0)
+    )
 
 
 @wrong(impossible="padded columns at -1e30 in float32")
@@ -255,8 +262,7 @@ def no_temperature_squared(logits, labels, teacher):
 
 @unseen
 def the_other_direction(logits, labels, teacher):
-    log_p = logits.log_softmax(-1)
-    return (log_p.exp() * (log_p - teacher.log_softmax(-1))).sum(-1).mean()
+    return reverse_kl(logits, labels, teacher)
 
 
 @unseen

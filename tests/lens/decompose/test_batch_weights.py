@@ -1,8 +1,9 @@
-"""Batch gates, extremes and spreads: losses in which what a token counts depends on how it compares with its batch."""
+"""Batch gates, extremes and spreads: losses in which a token's weight depends on its rank or deviation in the batch."""
 
 import torch
 import torch.nn.functional as F
 from cases import case
+from losses import flooded, nll
 
 import qlens
 from qlens.core.probes import probes, trials
@@ -12,10 +13,6 @@ from qlens.lens.reading import Reading, fed, whole_where_needed
 from qlens.lens.weights.batch_gates import batch_gate
 from qlens.lens.weights.batch_moments import batch_moments
 from qlens.registry import resolve
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def p_y(logits, labels):
@@ -50,20 +47,20 @@ def uncertain_half(logits, labels):
 
 def readings(loss):
     variant, _ = whole_where_needed(resolve(loss), None)
-    shown, trial = (Reading.of(variant, fed(tokens, variant)) for tokens in (probes(), trials()))
-    return shown, read_other_batches(variant, shown, trial)
+    reading, trial = (Reading.of(variant, fed(tokens, variant)) for tokens in (probes(), trials()))
+    return reading, read_other_batches(variant, reading, trial)
 
 
 def gate(loss):
-    shown, others = readings(loss)
-    return batch_gate(shown, others, matching.nearest(shown.grad, shown.tokens, noise=shown.noise))
+    reading, other_batches = readings(loss)
+    return batch_gate(reading, other_batches, matching.nearest(reading.grad, reading.tokens, noise=reading.noise))
 
 
 def over_texts(outputs, labels, num_items_in_batch=None):
     z, y = outputs.logits[:, :-1], labels[:, 1:]
     loss = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none", ignore_index=-100).view_as(y)
-    kept = (y != -100).to(loss)
-    return ((loss * kept).sum(1) / kept.sum(1).clamp(min=1)).max()
+    supervised = (y != -100).to(loss)
+    return ((loss * supervised).sum(1) / supervised.sum(1).clamp(min=1)).max()
 
 
 def over_tokens(logits, labels):
@@ -114,10 +111,7 @@ def test_a_spread_of_losses_is_named():
     assert f"that of {variance}" in qlens.explain(with_variance).summary
 
 
-def test_flooding_is_said_in_one_line():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
+def test_flooding_is_described_in_one_line():
     e = qlens.explain(flooded)
     assert e.summary.startswith("This is sft times 1 while the batch's mean loss is above 0.5, times -1 below it")
     assert "times -1 below it, flooding." in e.summary and "so far" not in e.summary

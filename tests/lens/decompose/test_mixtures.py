@@ -1,4 +1,4 @@
-"""Mixtures: what a gradient is made of, recovered from made-up ones, and not found where there is nothing to find."""
+"""Mixtures: the parts of a gradient, recovered from synthetic mixtures, and not found in other gradients."""
 
 import pytest
 import torch
@@ -36,24 +36,24 @@ def test_random_mixtures_are_recovered(names, seed, signed):
     parts = {name: 0.1 + torch.rand(60, generator=draw, dtype=torch.float64) for name in names}
     if signed:
         parts[names[0]] = -parts[names[0]]
-    found = decompose(pulled(TOKENS, parts), TOKENS)
-    assert found.explains and set(found.parts) == set(names) and found.signed == signed
+    mixture = decompose(pulled(TOKENS, parts), TOKENS)
+    assert mixture.explains and set(mixture.parts) == set(names) and mixture.signed == signed
     for name, pull in parts.items():
-        assert_close(found.parts[name][found.unique], pull[found.unique], rtol=1e-6, atol=1e-8)
-    assert int(found.unique.sum()) >= 30
+        assert_close(mixture.parts[name][mixture.unique], pull[mixture.unique], rtol=1e-6, atol=1e-8)
+    assert int(mixture.unique.sum()) >= 30
 
 
 def test_random_gradients_are_no_mixture():
-    held = []
+    held_out_misfits = []
     for seed in range(20):
         noise = torch.randn(60, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-        found = decompose(noise - noise.mean(-1, keepdim=True), TOKENS)
-        held.append(found.held)
-        assert not found.explains and found.closest is not None and found.closest > 0.5
-    assert min(held) > 0.5  # a false positive would need 1e-6
+        mixture = decompose(noise - noise.mean(-1, keepdim=True), TOKENS)
+        held_out_misfits.append(mixture.held)
+        assert not mixture.explains and mixture.closest is not None and mixture.closest > 0.5
+    assert min(held_out_misfits) > 0.5  # a false positive would need 1e-6
 
 
-def test_methods_are_made_of_what_they_say():
+def test_methods_decompose_into_their_declared_parts():
     for spec, parts, parameter in [
         ("sft", ["the label"], None),
         ("kd", ["the teacher"], None),
@@ -79,78 +79,78 @@ def test_methods_are_made_of_what_they_say():
     ]:
         with case(spec, parts):
             for tokens in (TOKENS, probes()):
-                found = decompose(get(spec).target(tokens).grad, tokens)
-                assert found.explains and sorted(found.parts) == sorted(parts), (
-                    found.parts.keys(),
-                    found.misfit,
-                    found.held,
+                mixture = decompose(get(spec).target(tokens).grad, tokens)
+                assert mixture.explains and sorted(mixture.parts) == sorted(parts), (
+                    mixture.parts.keys(),
+                    mixture.misfit,
+                    mixture.held,
                 )
                 if parameter is None:
-                    assert found.parameter is None
+                    assert mixture.parameter is None
                 else:
-                    assert found.parameter is not None and found.parameter[0] == parameter[0]
-                    assert_close(found.parameter[1], parameter[1], rtol=1e-5, atol=0)
+                    assert mixture.parameter is not None and mixture.parameter[0] == parameter[0]
+                    assert_close(mixture.parameter[1], parameter[1], rtol=1e-5, atol=0)
 
 
-def test_what_is_no_mixture_is_not_called_one():
+def test_methods_that_are_no_mixture_are_reported_as_none():
     for spec in ["reverse_kl", "tvd", "jsd", "skew_rkl", "confidence_penalty", "unlikelihood"]:
         with case(spec):
-            found = decompose(get(spec).target(probes()).grad, probes())
-            assert not found.explains and max(found.misfit, found.held) > 1e-5
+            mixture = decompose(get(spec).target(probes()).grad, probes())
+            assert not mixture.explains and max(mixture.misfit, mixture.held) > 1e-5
 
 
-def test_scale_and_trust_are_the_construction_s():
+def test_scale_and_trust_match_the_construction():
     target = get("asft_anchored", weight=0.3).target(TOKENS)
-    found = decompose(target.grad, TOKENS)
-    assert_close(found.pull, target.scale)
-    assert_close(found.trust / found.pull, target.trust)
+    mixture = decompose(target.grad, TOKENS)
+    assert_close(mixture.pull, target.scale)
+    assert_close(mixture.trust / mixture.pull, target.trust)
 
 
-def test_residuals_that_coincide_are_said_and_not_guessed():
+def test_coinciding_residuals_are_reported_as_ambiguous():
     tokens = TOKENS.replace(teacher=TOKENS.reference, old=TOKENS.logits)
-    found = decompose(get("kd").target(tokens).grad, tokens)
-    assert list(found.parts) == ["the teacher"]
-    assert set(found.alike) >= {("the teacher", "the reference"), ("the student", "the old policy")}
+    mixture = decompose(get("kd").target(tokens).grad, tokens)
+    assert list(mixture.parts) == ["the teacher"]
+    assert set(mixture.alike) >= {("the teacher", "the reference"), ("the student", "the old policy")}
     sure = TOKENS.replace(logits=TOKENS.logits + 60 * TOKENS.one_hot)  # p is one-hot: the label is the student
     unsure = torch.cat([sure.logits[:20], TOKENS.logits[20:]])
     mixed = TOKENS.replace(logits=unsure)
-    found = decompose(get("label_smoothing").target(mixed).grad, mixed)
-    assert found.explains and not bool(found.unique[:20].any()) and int(found.unique[20:].sum()) == 40
+    mixture = decompose(get("label_smoothing").target(mixed).grad, mixed)
+    assert mixture.explains and not bool(mixture.unique[:20].any()) and int(mixture.unique[20:].sum()) == 40
 
 
-def test_a_residual_of_one_s_own():
-    mine = torch.softmax(torch.randn(60, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), -1)
-    grad = TOKENS.probs - (0.7 * TOKENS.one_hot + 0.3 * mine)
-    found = decompose(grad, TOKENS, {"mine": mine})
-    assert list(found.parts) == ["the label", "mine"]
-    assert_close(found.parts["mine"], torch.full((60,), 0.3).double())
+def test_a_user_residual_is_found():
+    residual = torch.softmax(torch.randn(60, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(9)), -1)
+    grad = TOKENS.probs - (0.7 * TOKENS.one_hot + 0.3 * residual)
+    mixture = decompose(grad, TOKENS, {"mine": residual})
+    assert list(mixture.parts) == ["the label", "mine"]
+    assert_close(mixture.parts["mine"], torch.full((60,), 0.3).double())
     assert not decompose(grad, TOKENS).explains
     with pytest.raises(qlens.InputError, match="residuals\\['mine'\\] has shape"):
-        decompose(grad, TOKENS, {"mine": mine[:3]})
+        decompose(grad, TOKENS, {"mine": residual[:3]})
 
 
-def test_raw_logits_are_a_part_of_their_own():
+def test_raw_logits_are_a_separate_part():
     grad = get("dft").target(TOKENS).grad + 0.02 * TOKENS.probs
-    found = decompose(grad, TOKENS)
-    assert set(found.parts) == {RAW, "the label"}
-    assert_close(found.parts[RAW], torch.full((60,), 0.02).double())
+    mixture = decompose(grad, TOKENS)
+    assert set(mixture.parts) == {RAW, "the label"}
+    assert_close(mixture.parts[RAW], torch.full((60,), 0.02).double())
 
 
-def test_no_gradient_is_no_pull():
-    found = decompose(torch.zeros(60, 24).double(), TOKENS)
-    assert found.parts == {} and found.explains and float(found.pull.abs().max()) == 0
+def test_a_zero_gradient_has_no_parts():
+    mixture = decompose(torch.zeros(60, 24).double(), TOKENS)
+    assert mixture.parts == {} and mixture.explains and float(mixture.pull.abs().max()) == 0
 
 
-def test_a_pull_that_rounding_hides_is_not_said_to_be_absent_or_away():
+def test_weights_hidden_by_rounding_are_not_reported_as_zero():
     def anchored(logits, labels, ref_logits):
         log_p, log_r = logits.float().log_softmax(-1), ref_logits.float().log_softmax(-1)
         label = log_p.gather(-1, labels[:, None])[:, 0]
         return (-label.exp().detach() * label + 0.1 * (log_r.exp() * (log_r - log_p)).sum(-1)).mean()
 
-    said = qlens.explain(anchored).text(full=True)
-    assert "This is asft_anchored(weight=0.1)." in said and "Near match" not in said
-    assert "R = the label: w = p_y\n" in said and "R = the reference: w = 0.1\n" in said
-    assert "0 elsewhere" not in said and "pushes away" not in said
+    text = qlens.explain(anchored).text(full=True)
+    assert "This is asft_anchored(weight=0.1)." in text and "Near match" not in text
+    assert "R = the label: w = p_y\n" in text and "R = the reference: w = 0.1\n" in text
+    assert "0 elsewhere" not in text and "pushes away" not in text
 
 
 def test_half_precision_keeps_the_name_and_the_parts():
@@ -168,13 +168,13 @@ def test_half_precision_keeps_the_name_and_the_parts():
         return anchored(logits.bfloat16(), labels, ref_logits.bfloat16())
 
     for loss in (cast_only, whole):
-        said = qlens.explain(loss).text(full=True)
-        assert "This is asft_anchored(weight=0.1)." in said, loss
-        assert "R = the label: w = p_y\n" in said and "R = the reference: w = 0.1\n" in said, loss
-        assert "dft: parallel" not in said, loss
+        text = qlens.explain(loss).text(full=True)
+        assert "This is asft_anchored(weight=0.1)." in text, loss
+        assert "R = the label: w = p_y\n" in text and "R = the reference: w = 0.1\n" in text, loss
+        assert "dft: parallel" not in text, loss
 
 
-def test_a_loss_sends_nothing_to_a_model_that_it_does_not_take():
+def test_only_the_models_that_a_loss_takes_are_residuals():
     def alone(logits, labels):
         return torch.nn.functional.cross_entropy(logits, labels)
 
@@ -183,6 +183,6 @@ def test_a_loss_sends_nothing_to_a_model_that_it_does_not_take():
 
     tokens = probes()
     assert not {"teacher", "reference", "old", "second"} & set(models_taken(resolve(alone), tokens).fields())
-    kept = set(models_taken(resolve(taught), tokens).fields())
-    assert {"teacher", "reference"} <= kept and not {"old", "second"} & kept
+    fields = set(models_taken(resolve(taught), tokens).fields())
+    assert {"teacher", "reference"} <= fields and not {"old", "second"} & fields
     assert models_taken(get("r_drop"), tokens) is tokens

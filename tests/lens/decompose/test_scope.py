@@ -1,8 +1,8 @@
-"""Scope: how far a token's gradient reaches, and whether a weight is held constant, against what methods declare."""
+"""Scope: which other tokens a gradient depends on, and whether a weight is detached, against what methods declare."""
 
 import torch
 from cases import case
-from losses import forgot_detach, root_weighted
+from losses import flooded, forgot_detach, nll, root_weighted
 
 import qlens
 from qlens.core.probes import probes
@@ -32,39 +32,39 @@ WHOLE = {
 }
 
 
-def test_methods_reach_as_far_as_they_declare():
+def test_scopes_of_methods_are_as_declared():
     for name in qlens.names():
         with case(name):
             variant = qlens.get(name)
             assert scope(variant.loss, probes()).of == REACH.get(name, variant.scope)
 
 
-def test_weights_that_are_held_constant_are_told():
+def test_detached_weights_are_detected():
     for name in sorted(DETACHED | WHOLE):
         with case(name):
-            found = scope(qlens.get(name).loss, probes())
-            assert found.detached == (name in DETACHED)
-            assert found.gap > 1e-2 if name in DETACHED else found.gap < 1e-7
+            scope_found = scope(qlens.get(name).loss, probes())
+            assert scope_found.detached == (name in DETACHED)
+            assert scope_found.gap > 1e-2 if name in DETACHED else scope_found.gap < 1e-7
 
 
 def test_a_mean_over_the_batch_is_no_scope():
     for loss, detached in ((forgot_detach, False), (root_weighted, True)):
-        found = scope(resolve(loss).loss, probes())
-        assert (found.of, found.detached) == ("token", detached) and "no other token" in str(found)
+        scope_found = scope(resolve(loss).loss, probes())
+        assert (scope_found.of, scope_found.detached) == ("token", detached) and "no other token" in str(scope_found)
 
 
-def test_a_batch_statistic_is_seen_without_ids():
+def test_a_batch_statistic_is_found_without_sequence_ids():
     tokens = probes().replace(sequence=None, pair=None, chosen=None)
 
     def normalised(logits, labels):
         nll = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
         return nll / nll.detach().mean()
 
-    found = scope(resolve(normalised).loss, tokens)
-    assert found.of == "batch" and "98% of the others through logits and labels" in found.evidence
+    scope_found = scope(resolve(normalised).loss, tokens)
+    assert scope_found.of == "batch" and "98% of the others through logits and labels" in scope_found.evidence
 
 
-def test_detaching_is_told_in_float32_and_not_in_less():
+def test_detaching_is_detected_in_float32_but_not_below():
     for name, detached in (
         ("dft", True),
         ("sft", False),
@@ -77,11 +77,7 @@ def test_detaching_is_told_in_float32_and_not_in_less():
     assert scope(coarse.loss, probes(), precision=torch.bfloat16).detached is None
 
 
-def nll(logits, labels):
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-
-
-def test_other_tokens_count_through_labels_weights_and_fields():
+def test_dependence_through_labels_weights_and_fields_is_found():
     def softmax_of_rewards(logits, labels, advantage):
         return (advantage.softmax(0) * nll(logits, labels)).sum()
 
@@ -94,11 +90,11 @@ def test_other_tokens_count_through_labels_weights_and_fields():
 
     for loss, through in ((softmax_of_rewards, "advantage"), (averaged_weights, "weight"), (earlier_labels, "labels")):
         variant = resolve(loss)
-        found = scope(variant.loss, fed(probes(), variant), needs=requested_fields(variant))
-        assert (found.of, found.through) == ("batch", (through,)), found.evidence
+        scope_found = scope(variant.loss, fed(probes(), variant), needs=requested_fields(variant))
+        assert (scope_found.of, scope_found.through) == ("batch", (through,)), scope_found.evidence
 
 
-def test_the_number_of_tokens_counts():
+def test_dependence_on_the_number_of_tokens_is_found():
     def by_chunks(logits, labels):
         count = -(-len(logits) // 32)
         parts = zip(logits.chunk(count), labels.chunk(count), strict=True)
@@ -111,22 +107,15 @@ def test_the_number_of_tokens_counts():
         losses, ids = nll(logits, labels), sequence.unique()
         return sum(losses[sequence == i].mean() for i in ids) / len(ids)
 
-    found = scope(resolve(by_sequences).loss, probes(), needs=("sequence",))
-    assert (found.of, found.through) == ("sequence", ("number",)), found.evidence
+    scope_found = scope(resolve(by_sequences).loss, probes(), needs=("sequence",))
+    assert (scope_found.of, scope_found.through) == ("sequence", ("number",)), scope_found.evidence
     for loss, through in ((by_chunks, ("number", "position")), (squared, ("number",))):
-        found = scope(resolve(loss).loss, probes())
-        assert (found.of, found.through) == ("batch", through) and "how many tokens" in found.evidence
+        scope_found = scope(resolve(loss).loss, probes())
+        assert (scope_found.of, scope_found.through) == ("batch", through) and "how many tokens" in scope_found.evidence
     assert scope(resolve(lambda logits, labels: nll(logits, labels).sum() / 512).loss, probes()).of == "token"
 
 
-def label_log_probs(logits, labels):
-    return logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-
-
-def test_thresholds_on_a_statistic_of_the_batch_are_seen():
-    def flooded(logits, labels):
-        return (nll(logits, labels).mean() - 0.5).abs() + 0.5
-
+def test_thresholds_on_a_batch_statistic_are_found():
     def cooled(logits, labels):
         loss = nll(logits, labels).mean()
         return loss * 0.1 if loss.item() > 5 else loss
@@ -140,33 +129,38 @@ def test_thresholds_on_a_statistic_of_the_batch_are_seen():
         (cooled, "at p_y = 0.001 it is 0.1 times"),
         (where_accurate, "at p_y = 0.999999 it is 2 times"),
     ):
-        found = scope(resolve(loss).loss, probes())
-        assert (found.of, found.through[0]) == ("batch", "losses") and effect in found.effect, found.evidence
-        assert "labels" not in found.through
+        scope_found = scope(resolve(loss).loss, probes())
+        assert (scope_found.of, scope_found.through[0]) == ("batch", "losses") and effect in scope_found.effect, (
+            scope_found.evidence
+        )
+        assert "labels" not in scope_found.through
     assert scope(resolve(lambda logits, labels: nll(logits, labels).max()).loss, probes()).of == "batch"
 
 
-def test_positions_are_no_other_tokens():
+def test_position_dependence_is_not_token_dependence():
     def decayed(logits, labels):  # (B, T, V)
         losses = nll(logits[:, :-1].transpose(1, 2), labels[:, 1:])
-        there = labels[:, 1:] != -100
-        return (0.9 ** torch.arange(losses.shape[1]) * losses * there).sum() / there.sum()
+        supervised = labels[:, 1:] != -100
+        return (0.9 ** torch.arange(losses.shape[1]) * losses * supervised).sum() / supervised.sum()
 
-    found = scope(resolve(decayed).loss, probes())
-    assert (found.of, found.through) == ("token", ("position",)) and "on its position" in found.evidence
+    scope_found = scope(resolve(decayed).loss, probes())
+    assert (scope_found.of, scope_found.through) == (
+        "token",
+        ("position",),
+    ) and "on its position" in scope_found.evidence
 
 
-def test_a_label_that_repeats_the_one_before_is_seen():
+def test_dependence_on_a_repeated_label_is_found():
     def repeats_count_less(logits, labels):
         repeated = torch.zeros_like(logits[:, 0])
         repeated[1:] = (labels[1:] == labels[:-1]).to(logits.dtype)
         return (nll(logits, labels) * (1 - 0.9 * repeated)).mean()
 
-    found = scope(resolve(repeats_count_less).loss, probes())
-    assert (found.of, found.through) == ("batch", ("labels",)), found.evidence
+    scope_found = scope(resolve(repeats_count_less).loss, probes())
+    assert (scope_found.of, scope_found.through) == ("batch", ("labels",)), scope_found.evidence
 
 
-def test_no_more_is_claimed_than_was_tried():
+def test_the_evidence_names_the_tested_changes():
     evidence = scope(resolve(forgot_detach).loss, probes()).evidence
     assert (
         "in all that was tested (12 changed, one at a time; batches of mean loss 0.0024 to 20; repeated labels"
@@ -174,7 +168,7 @@ def test_no_more_is_claimed_than_was_tried():
     )
 
 
-def test_ties_and_thresholds_are_no_constants():
+def test_ties_and_thresholds_are_not_reported_as_detached():
     def half(logits, labels):
         return nll(logits, labels).topk(len(labels) // 2).values.mean()
 
@@ -187,16 +181,16 @@ def test_ties_and_thresholds_are_no_constants():
 
     def margin(logits, labels):
         label = labels[:, None]
-        others = logits.scatter(1, label, -torch.inf).amax(-1)
-        return (1 + others - logits.gather(1, label)[:, 0]).relu().mean()
+        runner_up = logits.scatter(1, label, -torch.inf).amax(-1)
+        return (1 + runner_up - logits.gather(1, label)[:, 0]).relu().mean()
 
     def means_of_texts(logits, labels):
         losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
         return (losses.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
 
     for loss in (half, gated, clamped, margin, means_of_texts):
-        found = scope(resolve(loss).loss, probes())
-        assert found.detached is False and found.gap < 1e-7, (loss.__name__, found.gap)
+        scope_found = scope(resolve(loss).loss, probes())
+        assert scope_found.detached is False and scope_found.gap < 1e-7, (loss.__name__, scope_found.gap)
 
 
 class _Squared(torch.autograd.Function):
@@ -212,20 +206,20 @@ class _Squared(torch.autograd.Function):
         return grads[0] * (logits.softmax(-1) ** 2 - one_hot) / len(labels), None
 
 
-def test_a_backward_of_its_own_is_named():
+def test_a_custom_backward_is_named():
     variant = resolve(lambda logits, labels: _Squared.apply(logits, labels))
-    found = scope(variant.loss, probes(), total=variant.total)
+    scope_found = scope(variant.loss, probes(), total=variant.total)
     assert (
-        found.backward == "_Squared"
-        and "its own autograd function _Squared" in str(found)
-        and "detached" not in str(found)
+        scope_found.backward == "_Squared"
+        and "its own autograd function _Squared" in str(scope_found)
+        and "detached" not in str(scope_found)
     )
     variant = resolve("dft")
-    found = scope(variant.loss, probes(), total=variant.total)
-    assert found.backward == "" and "a factor is detached" in str(found)
+    scope_found = scope(variant.loss, probes(), total=variant.total)
+    assert scope_found.backward == "" and "a factor is detached" in str(scope_found)
 
 
-def test_a_clamp_at_a_tokens_own_probability_holds_nothing_constant():
+def test_a_clamp_at_a_tokens_probability_is_not_a_detach():
     for level in (0.5, 0.9, 1 - 1e-6):
         for dtype in (torch.float64, torch.float32):
 

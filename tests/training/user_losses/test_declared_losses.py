@@ -1,4 +1,4 @@
-"""Printed losses beside a declared target, in training: on the true model and batch, with all of their gradients."""
+"""Printed losses of methods with a declared target, in training: on the trained model and batch, with all gradients."""
 
 import copy
 import functools
@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, parameters, rows, steps_of, trainer_in
+from tiny_models import llama, parameters, rows, steps_of, trainer_in
 from torch.testing import assert_close
 from user_methods import hidden_and_head, user_method
 
@@ -26,8 +26,8 @@ def label_target(tokens):
 
 
 def shifted(logits, labels):
-    kept = labels[:, 1:] != -100
-    return logits[:, :-1][kept], labels[:, 1:][kept]
+    supervised = labels[:, 1:] != -100
+    return logits[:, :-1][supervised], labels[:, 1:][supervised]
 
 
 def weight_decay(model, inputs):
@@ -38,11 +38,11 @@ def weight_decay(model, inputs):
 
 def repeats_the_input(model, inputs):
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    again = logits.softmax(-1).gather(-1, inputs["input_ids"][..., None])[:, :-1, 0]
-    return F.cross_entropy(*shifted(logits, inputs["labels"])) + again[inputs["labels"][:, 1:] != -100].mean()
+    p_input = logits.softmax(-1).gather(-1, inputs["input_ids"][..., None])[:, :-1, 0]
+    return F.cross_entropy(*shifted(logits, inputs["labels"])) + p_input[inputs["labels"][:, 1:] != -100].mean()
 
 
-def test_a_loss_that_runs_the_model_is_trained_on_the_true_one(make):
+def test_model_losses_train_the_given_model(make):
     batch = collate(rows(4))
     for loss in (weight_decay, repeats_the_input):
         variant = user_method(label_target, loss)
@@ -51,10 +51,10 @@ def test_a_loss_that_runs_the_model_is_trained_on_the_true_one(make):
             by_hand = copy.deepcopy(model)
             value = loss(by_hand, dict(batch))
             grads = torch.autograd.grad(value, list(by_hand.parameters()))
-            wanted = parameters(by_hand) - 0.1 * torch.cat([grad.flatten() for grad in grads])
+            expected = parameters(by_hand) - 0.1 * torch.cat([grad.flatten() for grad in grads])
             trainer = make(variant, model=model, fused=fused)
             trainer.train()
-            assert_close(parameters(trainer.model), wanted, rtol=1e-4, atol=1e-6)
+            assert_close(parameters(trainer.model), expected, rtol=1e-4, atol=1e-6)
             assert steps_of(trainer)[0]["loss"] == pytest.approx(value.item(), rel=1e-5)
         hidden, head, labels = hidden_and_head(50, 4)
         with pytest.raises(InputError, match=r"runs a model on its inputs, f\(model, inputs\)"):
@@ -93,7 +93,7 @@ def test_a_parameter_of_the_loss_has_its_gradient_or_is_refused(make):
         make(variants[0], model=llama(), fused=True).train()
 
 
-def test_a_parameter_that_begins_to_learn_after_verification_is_seen():
+def test_a_parameter_that_learns_later_is_detected():
     offset = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64), requires_grad=False)
     hidden, head, labels = hidden_and_head(50, 6)
     for structure in ("dense", "label"):
@@ -112,25 +112,27 @@ def test_a_parameter_in_the_optimizer_is_trained_by_the_gradient_of_its_step(mak
     def loss_of(temperature):
         return lambda logits, labels: F.cross_entropy(logits / temperature, labels)
 
-    by_hand, wanted = llama(), torch.nn.Parameter(torch.tensor(1.3))
+    by_hand, expected = llama(), torch.nn.Parameter(torch.tensor(1.3))
     batch = collate(examples)
     run = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    optimizer = torch.optim.SGD([*by_hand.parameters(), wanted], lr=0.1)
+    optimizer = torch.optim.SGD([*by_hand.parameters(), expected], lr=0.1)
     for _ in range(3):
         logits, labels = shifted(by_hand(**run).logits, batch["labels"])
         optimizer.zero_grad()
-        loss_of(wanted)(logits, labels).backward()
+        loss_of(expected)(logits, labels).backward()
         optimizer.step()
 
-    for held in (True, False):
+    for in_optimizer in (True, False):
         caplog.clear()
         temperature = torch.nn.Parameter(torch.tensor(1.3))
         trainer = make(loss_of(temperature), model=llama(), examples=examples, steps=3)
-        trainer.optimizer = torch.optim.SGD([*trainer.model.parameters(), *([temperature] if held else [])], lr=0.1)
+        trainer.optimizer = torch.optim.SGD(
+            [*trainer.model.parameters(), *([temperature] if in_optimizer else [])], lr=0.1
+        )
         trainer.train()
         (line,) = [line for line in caplog.messages if "a parameter of its own" in line]
-        if held:
-            assert temperature.item() == pytest.approx(wanted.item(), rel=1e-4)
+        if in_optimizer:
+            assert temperature.item() == pytest.approx(expected.item(), rel=1e-4)
             assert "is trained" in line
         else:
             assert temperature.item() == pytest.approx(1.3) and "is not in the optimizer" in line

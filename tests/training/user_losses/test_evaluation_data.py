@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from tiny import VOCAB, rows, trainer_in
+from tiny_models import VOCAB, rows, trainer_in, without_labels
 
 from qlens.core.errors import InputError
 from qlens.data.collator import collate
@@ -14,10 +14,6 @@ from qlens.data.collator import collate
 def make(tmp_path):
     """Trainers that evaluate after two of four steps."""
     return functools.partial(trainer_in, tmp_path, steps=4, eval_strategy="steps", eval_steps=2)
-
-
-def without_labels(examples):
-    return {name: value for name, value in collate(examples).items() if name != "labels"}
 
 
 def test_evaluation_sets_without_a_loss_are_refused_before_the_first_step(make):
@@ -35,8 +31,8 @@ def test_evaluation_sets_without_a_loss_are_refused_before_the_first_step(make):
         (dict(eval_dataset=weighted), r"\(eval\): weight holds NaN"),
         (dict(eval_dataset=good, variant="reinforce", examples=whole), r"\(eval\): reinforce needs 'advantage'"),
     ]
-    for given, message in cases:
-        trainer = make(**given)
+    for arguments, message in cases:
+        trainer = make(**arguments)
         with pytest.raises(InputError, match=message):
             trainer.train()
         assert trainer.state.global_step == 0
@@ -45,14 +41,14 @@ def test_evaluation_sets_without_a_loss_are_refused_before_the_first_step(make):
         trainer.train()
 
 
-def test_a_collator_that_leaves_labels_out_is_seen_too(make):
+def test_a_collator_without_labels_is_refused(make):
     trainer = make(eval_dataset=rows(4))
     trainer.data_collator = without_labels
     with pytest.raises(InputError, match=r"the evaluation set \(eval\): the batch has no labels"):
         trainer.train()
 
 
-def test_looking_at_the_evaluation_set_changes_no_draw(make):
+def test_checking_the_evaluation_set_changes_no_draw(make):
     def collator(examples):
         return {name: value + 0 * torch.rand(1).long() for name, value in collate(examples).items()}
 
@@ -65,7 +61,7 @@ def test_looking_at_the_evaluation_set_changes_no_draw(make):
     assert after[0] == after[1]
 
 
-def test_a_set_that_is_not_evaluated_in_training_is_not_looked_at(make):
+def test_an_unused_evaluation_set_is_not_checked(make):
     trainer = make(eval_dataset=[{"input_ids": [1, 2], "labels": [-100, -100]}], eval_strategy="no")
     trainer.train()
     assert trainer.state.global_step == 4

@@ -1,9 +1,9 @@
-"""Methods that are other ones on later batches than on the first: seen at the first, or when their state has changed."""
+"""Methods that change on later batches: detected at the first batch, or when their state has changed."""
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import llama, rows, trainer_in
+from tiny_models import llama, rows, trainer_in
 from transformers import TrainerCallback, TrainerState
 from user_methods import user_method
 
@@ -51,7 +51,7 @@ def set_all(step, owner):
     STATE["step"] = Schedule.step = owner.state.global_step = step
 
 
-def test_a_schedule_that_begins_to_compare_the_rows_is_verified_again():
+def test_a_schedule_that_starts_to_compare_rows_is_verified_again():
     owner = Owner()
     for number, step in enumerate((by_dict, by_class, by_trainer(owner))):
         set_all(0, owner)
@@ -67,25 +67,25 @@ def test_a_schedule_that_begins_to_compare_the_rows_is_verified_again():
         p = (-nll).exp().detach()
         for now, keep in ((0, torch.ones_like(p)), (1, (p >= p.median()).to(p)), (2, (p >= p.median()).to(p))):
             set_all(now, owner)
-            wanted = (keep * nll).mean()
+            expected_value = (keep * nll).mean()
             got = fused_loss(variant, hidden, head, labels, chunk=10)
-            expected = torch.autograd.grad(wanted, (hidden, head), retain_graph=True)
+            expected = torch.autograd.grad(expected_value, (hidden, head), retain_graph=True)
             for a, b in zip(torch.autograd.grad(got, (hidden, head)), expected, strict=True):
                 torch.testing.assert_close(a, b)
 
 
-def test_marks_follow_what_a_function_reads_and_nothing_else():
+def test_fingerprints_change_with_what_a_function_reads():
     owner, unused = Owner(), {"x": 0}
-    for read in (by_dict, by_class, by_trainer(owner)):
+    for function in (by_dict, by_class, by_trainer(owner)):
         set_all(0, owner)
-        before = fingerprint([read])
+        before = fingerprint([function])
         unused["x"] += 1
-        assert fingerprint([read]) == before
+        assert fingerprint([function]) == before
         set_all(1, owner)
-        assert fingerprint([read]) != before
+        assert fingerprint([function]) != before
 
 
-def test_a_declared_structure_that_a_first_batch_does_not_refute_is_refused():
+def test_a_wrong_structure_is_refused_in_a_later_batch():
     def gated(tokens):
         top = tokens.logits.argmax(-1) == tokens.labels
         return qlens.Target.push(tokens, torch.where(top, 0.2, 1.0).to(tokens.logits))
@@ -100,7 +100,7 @@ def test_a_declared_structure_that_a_first_batch_does_not_refute_is_refused():
         fused_loss(user_method(gated, gated_loss, structure="label", scope="token"), hidden, head, labels)
 
 
-def test_a_target_that_leaves_its_printed_loss_only_where_labels_are_likely_is_refused():
+def test_a_target_that_differs_only_at_likely_labels_is_refused():
     def clamped(tokens):
         return qlens.Target.push(tokens, (1 - tokens.label_probs).clamp(min=0.5))
 
@@ -111,7 +111,7 @@ def test_a_target_that_leaves_its_printed_loss_only_where_labels_are_likely_is_r
         fused_loss(user_method(clamped, clamped_loss, scope="token"), *weak())
 
 
-def test_a_schedule_of_a_trainers_callback_trains_as_the_plain_path(tmp_path):
+def test_callback_schedules_match_the_plain_path(tmp_path):
     def scheduled(tokens):
         p = tokens.label_probs.detach()
         return qlens.Target.push(tokens, p if STATE["step"] else torch.ones_like(p))
@@ -121,14 +121,14 @@ def test_a_schedule_of_a_trainers_callback_trains_as_the_plain_path(tmp_path):
         return -(p if STATE["step"] else torch.ones_like(p)) * tokens.label_log_probs
 
     class Steps(TrainerCallback):
-        def on_step_end(self, args, state, control, **given):
+        def on_step_end(self, args, state, control, **kwargs):
             STATE["step"] = state.global_step
 
-    variant, found = user_method(scheduled, printed, structure="label", scope="token"), []
+    variant, ends = user_method(scheduled, printed, structure="label", scope="token"), []
     for fused in (None, False):
         STATE["step"], model = 0, llama()
         trainer = trainer_in(tmp_path, variant, model=model, examples=rows(8), fused=fused, steps=3)
         trainer.add_callback(Steps())
         trainer.train()
-        found.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
-    torch.testing.assert_close(*found)
+        ends.append(torch.cat([value.detach().flatten() for value in model.parameters()]))
+    torch.testing.assert_close(*ends)

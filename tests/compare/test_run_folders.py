@@ -22,18 +22,18 @@ from qlens.training.fitting import fit
 def test_a_folder_of_another_configuration_is_refused_naming_the_key(compare, tmp_path):
     compare(seeds=2)
     before = (tmp_path / "run" / "config.json").read_bytes()
-    for change, named in (
+    for change, message in (
         ({"steps": 4}, r"settings.words.steps was 3, now 4"),
         ({"seeds": [0, 5]}, r"seeds was \[0, 1\], now \[0, 5\]"),
         ({"variants": ["dft"]}, r"methods.target_sft was .*now .missing"),
         ({"learning_rate": 0.5}, r"learning_rate was 0.001, now 0.5"),
     ):
-        with pytest.raises(InputError, match=named):
+        with pytest.raises(InputError, match=message):
             compare(**change)
         assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(compare, own, tmp_path, monkeypatch):
+def test_folders_of_another_version_or_of_changed_data_are_refused(compare, own, tmp_path, monkeypatch):
     data = tmp_path / "words.jsonl"
     data.write_bytes(own["data"].read_bytes())
     compare("dft", data=data, seeds=1)
@@ -54,7 +54,7 @@ def test_folders_of_another_version_of_strangers_or_of_changed_data_are_refused(
     assert [path.name for path in strange.iterdir()] == ["thesis.txt"]
 
 
-def test_any_edited_file_makes_other_code(tmp_path, monkeypatch):
+def test_the_code_digest_changes_with_any_edited_file(tmp_path, monkeypatch):
     before, package = code(), tmp_path / "variants"
     shutil.copytree(Path(qlens.variants.__path__[0]).resolve(), package)
     monkeypatch.setattr(qlens.variants, "__path__", [str(package)])
@@ -64,7 +64,7 @@ def test_any_edited_file_makes_other_code(tmp_path, monkeypatch):
     assert code() != before
 
 
-def test_the_code_of_a_file_is_its_text_whatever_the_hash_seed(tmp_path, monkeypatch):
+def test_the_code_digest_does_not_depend_on_the_hash_seed(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(
         "def f(logits, labels):\n    return -logits[:, 0] if labels in {'a', 'b'} else 0\n"
     )
@@ -79,13 +79,13 @@ def test_the_code_of_a_file_is_its_text_whatever_the_hash_seed(tmp_path, monkeyp
     assert other == here and "code " in here
 
 
-def test_jobs_train_with_what_was_chosen(tmp_path_factory, tmp_path, monkeypatch):
+def test_jobs_train_at_the_chosen_learning_rates(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
-    seen = {}
+    rates_used = {}
 
-    def spied(model, examples, **given):
-        seen[given["variant"].spec, given["steps"]] = given["learning_rate"]
-        return fit(model, examples, **given)
+    def spied(model, examples, **options):
+        rates_used[options["variant"].spec, options["steps"]] = options["learning_rate"]
+        return fit(model, examples, **options)
 
     monkeypatch.setattr("qlens.analysis.compare.jobs.fit", spied)
     monkeypatch.setattr("qlens.analysis.compare.comparison.settle_all", chosen_by_hand)
@@ -99,11 +99,11 @@ def test_jobs_train_with_what_was_chosen(tmp_path_factory, tmp_path, monkeypatch
         out=tmp_path / "run",
     )
     rates = study.rates[study.rates["chosen"]].set_index("method")["learning_rate"]
-    assert seen == {("sft", 3): 0.01, ("dft", 3): 0.02, ("sft", 4): 0.03}
+    assert rates_used == {("sft", 3): 0.01, ("dft", 3): 0.02, ("sft", 4): 0.03}
     assert rates[["sft", "dft", "sft_equal_compute"]].tolist() == [0.01, 0.02, 0.03]
     record = tmp_path / "run" / "jobs" / "mini--dft--0.json"
     assert json.loads(record.read_text())["made_with"] == {"recipe": "dft", "learning_rate": 0.02, "reads": True}
-    seen.clear()
+    rates_used.clear()
     record.write_text(record.read_text().replace("0.02", "0.5", 1))  # as if a search had chosen otherwise
     qlens.compare(
         ["sft", "dft", "sft_equal_compute"],
@@ -114,7 +114,7 @@ def test_jobs_train_with_what_was_chosen(tmp_path_factory, tmp_path, monkeypatch
         progress=False,
         out=tmp_path / "run",
     )
-    assert seen == {("dft", 3): 0.02}, "what was made at another rate is made again"
+    assert rates_used == {("dft", 3): 0.02}, "what was made at another rate is made again"
 
 
 def chosen_by_hand(rows, sources, learning_rate, lr_grid):
@@ -126,7 +126,7 @@ def chosen_by_hand(rows, sources, learning_rate, lr_grid):
     }
 
 
-def test_without_out_the_folder_goes_by_the_configuration(compare, tmp_path, monkeypatch):
+def test_the_default_folder_is_named_by_the_configuration(compare, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         compare("sft", seeds=1, out=None)
@@ -138,16 +138,16 @@ def test_a_refusal_names_the_file_that_has_changed(compare, own, tmp_path):
     shutil.copytree(own["model"], tmp_path / "model")
     loss = tmp_path / "own_loss.py"
     loss.write_text("def f(logits, labels):\n    return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()\n")
-    given = {"model": tmp_path / "model", "teacher": None, "seeds": 1}
-    compare(f"{loss}:f", **given)
+    arguments = {"model": tmp_path / "model", "teacher": None, "seeds": 1}
+    compare(f"{loss}:f", **arguments)
     weights = tmp_path / "model" / "model.safetensors"
     before, size = weights.read_bytes(), weights.stat().st_size
     middle = bytearray(before)
     middle[size // 2] ^= 1  # as a merged adapter changes layers, but neither the beginning nor the end
     weights.write_bytes(bytes(middle))
     with pytest.raises(InputError, match=r"the file \S+/model.safetensors has changed since"):
-        compare(f"{loss}:f", **given)
+        compare(f"{loss}:f", **arguments)
     weights.write_bytes(before)
     loss.write_text(loss.read_text() + "# another\n")
     with pytest.raises(InputError, match=r"the file \S+/own_loss.py has changed since"):
-        compare(f"{loss}:f", **given)
+        compare(f"{loss}:f", **arguments)

@@ -1,4 +1,4 @@
-"""Draws: parameters of any registered method, from its own annotations, for property tests."""
+"""Hypothesis strategies for the parameters of a registered method, from its annotations."""
 
 import inspect
 import typing
@@ -16,7 +16,7 @@ def variants(method: Method) -> st.SearchStrategy[Variant]:
     hints = typing.get_type_hints(method.fn, include_extras=True)
     defaults = {n: p.default for n, p in inspect.signature(method.fn).parameters.items() if p.default is not p.empty}
     each = {name: st.just(value) | values(hints[name], name) for name, value in defaults.items()}
-    return st.fixed_dictionaries(each).map(lambda given: method.variant(**given))
+    return st.fixed_dictionaries(each).map(lambda values_by_name: method.variant(**values_by_name))
 
 
 def values(hint: Any, name: str) -> st.SearchStrategy:

@@ -1,4 +1,4 @@
-"""Noise: rounding is no finding in any precision, and what is true is still found in it."""
+"""Rounding causes no finding in any precision, and true findings are still made."""
 
 import math
 
@@ -56,21 +56,21 @@ CAST = {
 }  # fmt: skip
 
 
-def test_rounding_is_no_leak_and_no_mismatch():
+def test_rounding_causes_no_finding():
     """In every precision, on the probes and on the wider trials, against the same loss in float64."""
     exact = {in_bfloat16: "sft", out_of_bfloat16: "sft", in_float32: "sft", weighted_in_float32: "dft"}
     for loss, precision in CAST.items():
         variant = resolve(loss)
-        shown = on_probes(variant)
-        for seen in (shown, on_trials(variant, shown)):
-            assert isinstance(seen, Reading) and seen.precision == precision, loss
-            assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, loss
+        first_reading = on_probes(variant)
+        for reading in (first_reading, on_trials(variant, first_reading)):
+            assert isinstance(reading, Reading) and reading.precision == precision, loss
+            assert shift_variance(reading.grad, reading.tokens, reading.noise) is None, loss
             if loss in exact:
-                off = (seen.grad - qlens.get(exact[loss]).target(seen.tokens).grad).norm(dim=-1)
-                assert bool((off <= 1e-6 * seen.grad.norm(dim=-1) + seen.noise.rows).all()), loss
+                off = (reading.grad - qlens.get(exact[loss]).target(reading.tokens).grad).norm(dim=-1)
+                assert bool((off <= 1e-6 * reading.grad.norm(dim=-1) + reading.noise.rows).all()), loss
 
 
-def test_what_is_true_is_found_in_float32():
+def test_raw_logit_terms_are_found_in_float32():
     def z_loss(logits, labels):
         z = logits.float()
         return F.cross_entropy(z, labels) + 1e-4 * z.logsumexp(-1).square().mean()
@@ -79,12 +79,12 @@ def test_what_is_true_is_found_in_float32():
         return F.cross_entropy(30 * torch.tanh(logits.float() / 30), labels)
 
     for loss, cause in ((z_loss, "a z-loss: 0.0001 log(Z)^2"), (capped, "a soft-cap: 30 tanh(z / 30)")):
-        seen = on_probes(resolve(loss))
-        found = shift_variance(seen.grad, seen.tokens, seen.noise)
-        assert found is not None and found.cause == cause
+        reading = on_probes(resolve(loss))
+        variance = shift_variance(reading.grad, reading.tokens, reading.noise)
+        assert variance is not None and variance.cause == cause
 
 
-def test_the_precision_is_seen_where_the_digits_do_not_show_it():
+def test_precision_is_detected_from_casts():
     def detached(logits, labels):
         weight = logits.bfloat16().softmax(-1).amax(-1).detach().double()
         return (weight * F.cross_entropy(logits, labels, reduction="none")).mean()
@@ -101,7 +101,7 @@ def test_the_precision_is_seen_where_the_digits_do_not_show_it():
     assert traced(resolve(masked).loss, tokens)[1] == torch.float64  # a mask is exact in any type
 
 
-def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does():
+def test_rounding_gradients_are_told_from_small_ones():
     for dtype in [torch.float64, torch.float32]:
         with case(dtype):
 
@@ -121,12 +121,12 @@ def test_a_gradient_of_rounding_teaches_nothing_and_a_small_one_does():
 def test_logits_of_a_model_are_read_in_float64():
     tokens = random_tokens(20, 5000, spread=3.0).with_precision(torch.bfloat16)
     for name in ("dft", "sft", "label_smoothing", "target_sft", "eaft"):
-        seen = on_own_tokens(qlens.get(name), tokens)
-        assert seen.precision == torch.float64 and seen.given.logits.dtype == torch.float64
-        assert shift_variance(seen.grad, seen.tokens, seen.noise) is None, name
+        reading = on_own_tokens(qlens.get(name), tokens)
+        assert reading.precision == torch.float64 and reading.given.logits.dtype == torch.float64
+        assert shift_variance(reading.grad, reading.tokens, reading.noise) is None, name
 
 
-def test_trials_reach_what_published_losses_have():
+def test_trials_cover_the_thresholds_of_published_losses():
     trials = wider()
     ratio = (trials.label_log_probs - trials.gather(trials.log_probs_of("reference"))).exp()
     entropy = -(trials.probs * trials.log_probs).sum(-1)

@@ -1,4 +1,4 @@
-"""Weights by position: losses that count a token by its place, and what is said of them."""
+"""Weights by position in the text: recovered, and described by explain."""
 
 import torch
 import torch.nn.functional as F
@@ -13,26 +13,26 @@ def per_token(outputs, labels):
 
 
 def decaying(outputs, labels, num_items_in_batch=None):
-    loss, kept = per_token(outputs, labels)
-    return (0.8 ** torch.arange(loss.shape[1]) * loss * kept).sum() / (num_items_in_batch or kept.sum())
+    loss, supervised = per_token(outputs, labels)
+    return (0.8 ** torch.arange(loss.shape[1]) * loss * supervised).sum() / (num_items_in_batch or supervised.sum())
 
 
 def by_length(outputs, labels, num_items_in_batch=None):
-    loss, kept = per_token(outputs, labels)
+    loss, supervised = per_token(outputs, labels)
     place = torch.arange(1, loss.shape[1] + 1) / loss.shape[1]
-    return (place * loss * kept).sum() / (num_items_in_batch or kept.sum())
+    return (place * loss * supervised).sum() / (num_items_in_batch or supervised.sum())
 
 
 def last_two(outputs, labels, num_items_in_batch=None):
-    loss, kept = per_token(outputs, labels)
-    left = kept.flip(1).cumsum(1).flip(1)
-    return ((left <= 2) * loss * kept).sum() / (num_items_in_batch or kept.sum())
+    loss, supervised = per_token(outputs, labels)
+    remaining = supervised.flip(1).cumsum(1).flip(1)
+    return ((remaining <= 2) * loss * supervised).sum() / (num_items_in_batch or supervised.sum())
 
 
 def warmed_up(outputs, labels, num_items_in_batch=None):
-    loss, kept = per_token(outputs, labels)
+    loss, supervised = per_token(outputs, labels)
     place = ((torch.arange(loss.shape[1]) + 1) / 4).clamp(max=1)
-    return (place * loss * kept).sum() / (num_items_in_batch or kept.sum())
+    return (place * loss * supervised).sum() / (num_items_in_batch or supervised.sum())
 
 
 def harmonic_dft(logits, labels):
@@ -45,7 +45,7 @@ def waving(logits, labels):
     return (loss * (1.5 + torch.sin(torch.arange(len(loss))))).mean()
 
 
-def test_the_weight_of_a_place_is_read_and_said():
+def test_position_weights_are_recovered_and_described():
     for loss, method, formula in (
         (decaying, "sft", "0.8^t (t the position in its sequence"),
         (by_length, "sft", "(t + 1) / T"),
@@ -66,7 +66,7 @@ def test_a_weight_without_a_formula_is_listed():
     assert "without a known formula, 1.5, 2.3415" in e.summary
 
 
-def test_places_that_change_more_than_a_factor_have_no_weight():
+def test_positions_with_other_gradients_have_no_weight():
     def mixed(logits, labels):
         loss = F.cross_entropy(logits, labels, reduction="none")
         power = torch.arange(len(loss)) / len(loss)

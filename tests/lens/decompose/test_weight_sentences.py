@@ -1,4 +1,4 @@
-"""Trust in words: the summary, the line and the table agree on which tokens a label is trusted, and which get nothing."""
+"""Label weights in words: summary, findings and table agree on which tokens have which weight, and which none."""
 
 import functools
 import re
@@ -6,12 +6,9 @@ import re
 import torch
 import torch.nn.functional as F
 from cases import case
+from losses import dft_by_sum, nll
 
 import qlens
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def capped(logits, labels):
@@ -32,11 +29,6 @@ def weighted_ids(logits, labels):
     return F.cross_entropy(logits, labels, weights)
 
 
-def dft_by_sum(logits, labels):
-    weight = (-nll(logits, labels)).exp().detach()
-    return (weight * nll(logits, labels)).sum() / weight.sum()
-
-
 @functools.cache
 def explained(loss):
     return qlens.explain(loss)
@@ -46,18 +38,18 @@ def trust_line(e):
     return next(line for line in e.findings if line.startswith(("Trust (", "Label weight (")))
 
 
-def test_tokens_that_get_nothing_are_counted_in_every_sentence():
+def test_tokens_without_a_gradient_are_counted_in_every_sentence():
     for loss in [capped, masked_where_sure, hardest_half]:
         with case(loss):
             e = explained(loss)
             silent = int((e.table["label_weight"].abs() < 1e-12).sum())
             assert 0 < silent < len(e.table)
-            for said in (e.summary, trust_line(e)):
+            for text in (e.summary, trust_line(e)):
                 assert (
-                    f"on {len(e.table) - silent} of 57 tokens" in said
-                    and f"the other {silent} have no gradient" in said
+                    f"on {len(e.table) - silent} of 57 tokens" in text
+                    and f"the other {silent} have no gradient" in text
                 )
-                assert "every" not in said.replace("every token's weight is divided", "")
+                assert "every" not in text.replace("every token's weight is divided", "")
 
 
 def test_the_method_on_the_other_tokens_is_named_with_its_rule():
@@ -68,21 +60,21 @@ def test_the_method_on_the_other_tokens_is_named_with_its_rule():
     assert "held at 2: a clamp" in explained(capped).summary
 
 
-def test_what_a_batch_divides_by_stands_beside_the_trust():
+def test_batch_normalisations_are_stated_with_the_trust():
     e = explained(dft_by_sum)
     assert e.summary.startswith("This is dft divided by the batch's mean weight.")
     assert e.law.formula == "p_y" and "(times 2 in this batch)" in trust_line(e)
     assert "mae: the same gradient" not in e.text(full=True) and e.to_dict()["normalised"]["spec"] == "dft"
 
 
-def test_weights_of_label_ids_stand_beside_the_trust():
+def test_label_id_weights_are_stated_with_the_trust():
     e = explained(weighted_ids)
     assert e.summary.startswith("This is sft (that apart).") and e.scope.through == ("labels",)
     assert "divided by the batch's mean weight: 10 for id 2, 1 for the others" in e.summary
     assert trust_line(e) == "Trust (the label's coefficient in Q): 1 on every token (times its class weight)."
 
 
-def test_numbers_read_well_and_no_method_stands_twice():
+def test_numbers_are_rounded_and_methods_listed_once():
     for loss in [capped, masked_where_sure, hardest_half, weighted_ids, dft_by_sum]:
         with case(loss):
             e = explained(loss)
@@ -91,7 +83,7 @@ def test_numbers_read_well_and_no_method_stands_twice():
             assert not re.search(r"(?<![\w.])-0(?![.\d])", " ".join([e.summary, *e.findings]))
 
 
-def test_pulls_that_rounding_blurs_are_not_called_alike():
+def test_weights_blurred_by_rounding_are_not_called_equal():
     def coarse(logits, labels):
         log_p = logits.to(torch.bfloat16).log_softmax(-1).gather(1, labels[:, None])[:, 0]
         return -(log_p.exp().detach() * log_p).mean()
@@ -102,12 +94,12 @@ def test_pulls_that_rounding_blurs_are_not_called_alike():
     assert low < 0.01 and high > 0.9
 
 
-def test_a_gate_beyond_the_tokens_shown_is_said():
+def test_a_gate_outside_the_tokens_shown_is_reported():
     def few_nats(logits, labels):
         log_p = logits.detach().log_softmax(-1)
         return nll(logits, labels) * (-(log_p.exp() * log_p).sum(-1) < 4)
 
     e = explained(few_nats)
     assert not bool((e.table["label_weight"].abs() < 1e-9).any())
-    for said in (e.summary, trust_line(e)):
-        assert "on every token shown; beyond these tokens it is 0 except where H <= 4" in said
+    for text in (e.summary, trust_line(e)):
+        assert "on every token shown; beyond these tokens it is 0 except where H <= 4" in text

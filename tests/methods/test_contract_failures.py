@@ -1,4 +1,4 @@
-"""Every check of the contract, broken once on purpose: a check that cannot fail proves nothing."""
+"""Every check of the contract fails on a method with the corresponding fault."""
 
 import pytest
 import torch
@@ -60,8 +60,10 @@ def teacher_with_gradient(tokens):
 
 
 def leaking_target(tokens):
-    made = one_hot(tokens)
-    return Target(made.log_probs, made.labels, made.q, made.grad, tokens.label_probs, made.trust, made.structural)
+    target = one_hot(tokens)
+    return Target(
+        target.log_probs, target.labels, target.q, target.grad, tokens.label_probs, target.trust, target.structural
+    )
 
 
 BROKEN = {
@@ -78,48 +80,50 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("check", BROKEN)
-def test_a_broken_method_is_caught(check):
+def test_a_broken_method_fails_its_check(check):
     with pytest.raises(AssertionError, match=f"\n{check}: "):
         check_variant(BROKEN[check])
 
 
-def test_declaring_too_little_is_caught_too():
+def test_declaring_too_little_fails():
     with pytest.raises(AssertionError, match="declared off the simplex"):
         CONTRACT["simplex_as_declared"](method(one_hot, nll, simplex=False))
     with pytest.raises(AssertionError, match="carries a gradient"):
         CONTRACT["constants_carry_no_gradient"](method(leaking_target))
 
 
-def test_a_broken_conversion_is_caught(monkeypatch):
+def test_a_broken_conversion_fails(monkeypatch):
     right = Target.at
 
     def wrong(self, scale):
-        made = right(self, scale)
-        return Target(made.log_probs, made.labels, made.q, made.grad, 2 * made.scale, made.trust, made.structural)
+        target = right(self, scale)
+        return Target(
+            target.log_probs, target.labels, target.q, target.grad, 2 * target.scale, target.trust, target.structural
+        )
 
     monkeypatch.setattr(Target, "at", wrong)
     with pytest.raises(AssertionError, match="at unit scale"):
         CONTRACT["scales_keep_the_gradient"](qlens.get("dft"))
 
 
-def test_weights_that_are_ignored_are_caught(monkeypatch):
+def test_ignored_weights_fail(monkeypatch):
     monkeypatch.setattr(Target, "weighted", lambda self, weight: self)
     with pytest.raises(AssertionError, match="under weights"):
         CONTRACT["weight_multiplies"](qlens.get("dft"))
 
 
-def test_a_spec_that_does_not_read_back_is_caught(monkeypatch):
+def test_a_spec_that_does_not_round_trip_fails(monkeypatch):
     monkeypatch.setattr(qlens.registry.registry.params, "show", lambda name, params, default: name)
     with pytest.raises(AssertionError):
         CONTRACT["spec_round_trips"](qlens.get("label_smoothing(epsilon=0.3)"))
 
 
-def test_none_is_left_out():
-    others = {"scales_keep_the_gradient", "weight_multiplies", "spec_round_trips"}
-    assert set(BROKEN) | others == set(CONTRACT)
+def test_every_check_of_the_contract_has_a_fault():
+    without_fault = {"scales_keep_the_gradient", "weight_multiplies", "spec_round_trips"}
+    assert set(BROKEN) | without_fault == set(CONTRACT)
 
 
-def test_a_loss_alone_is_said_to_have_no_target():
+def test_a_loss_without_a_target_gets_a_warning():
     def forgotten_detach(tokens):
         return -tokens.label_probs * tokens.label_log_probs
 
@@ -137,7 +141,7 @@ def test_a_loss_alone_is_said_to_have_no_target():
         assert "structure_as_declared" in check_variant(method(detached, structure="label"))
 
 
-def test_a_method_that_wants_many_entries_is_checked_where_it_runs():
+def test_a_method_for_large_vocabularies_is_checked_at_one():
     def top_fifty(tokens):
         mass = tokens.probs.detach().topk(50, -1).values.sum(-1)
         return Target.mix(tokens, trust=mass, residual="student")

@@ -1,4 +1,4 @@
-"""The lens on losses as people write them: every kind of callable, every reduction, and what must be flagged."""
+"""implied_target on losses of every kind and reduction, and on losses that it flags or refuses."""
 
 import itertools
 import math
@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from cases import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released_losses import shifted
+from released_losses import sound as outputs_items
 from torch import nn
 from torch.testing import assert_close
 
@@ -35,15 +37,6 @@ def tokens_none(tokens):
 
 def tokens_mean(tokens):
     return -tokens.label_log_probs.mean()
-
-
-def shifted(outputs, labels):
-    return outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-
-
-def outputs_items(outputs, labels, num_items_in_batch=None):
-    total = F.cross_entropy(*shifted(outputs, labels), reduction="sum")
-    return total / ((labels[:, 1:] != -100).sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 def outputs_needs_items(outputs, labels, num_items_in_batch):
@@ -97,7 +90,7 @@ def test_modules_and_torch_functions_are_read():
         assert_close(qlens.implied_target(loss, tokens).q, tokens.one_hot)
 
 
-def test_a_loss_may_ask_for_fields_of_tokens_by_name():
+def test_losses_may_take_fields_of_tokens_by_name():
     def distil(logits, labels, teacher, *, temperature=1.0):
         return F.kl_div(logits.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
 
@@ -112,14 +105,14 @@ def test_a_loss_may_ask_for_fields_of_tokens_by_name():
 def test_round_trip_on_random_soft_targets(seed, v, n):
     """Cross-entropy toward any distribution, however reduced, gives that distribution back."""
     tokens = random_tokens(n, v, seed=seed)
-    wanted = random_tokens(n, v, seed=seed + 1).probs
-    lookup = {tuple(row.tolist()): q for row, q in zip(tokens.logits, wanted, strict=True)}
+    target_probs = random_tokens(n, v, seed=seed + 1).probs
+    lookup = {tuple(row.tolist()): q for row, q in zip(tokens.logits, target_probs, strict=True)}
 
     def loss(logits, labels):
         q = torch.stack([lookup[tuple(row.tolist())] for row in logits.detach()])
         return -(q * logits.log_softmax(-1)).sum(-1).mean()
 
-    assert_close(qlens.implied_target(loss, tokens).q, wanted)
+    assert_close(qlens.implied_target(loss, tokens).q, target_probs)
 
 
 def test_a_loss_that_sees_raw_logits_is_flagged_not_projected():
@@ -152,14 +145,14 @@ def test_no_rows_give_no_loss_but_a_graph():
     assert tokens.logits.grad.shape == (0, 6)
 
 
-def test_the_input_is_left_alone():
+def test_the_input_is_not_modified():
     tokens = random_tokens(4, 6)
     before = tokens.logits.clone()
     qlens.implied_target(logits_mean, tokens)
     assert torch.equal(tokens.logits, before) and tokens.logits.grad is None
 
 
-def test_what_cannot_be_read_is_refused_with_the_reason():
+def test_unreadable_losses_are_refused_with_the_reason():
     tokens = random_tokens(8, 6)
     count = itertools.count(1)
     cases = {

@@ -1,4 +1,4 @@
-"""Detectors of a method's structure on trial tokens: what a card's declaration is compared with."""
+"""Detection of a method's structure on trial tokens, to compare with the structure that its card declares."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,7 @@ def collapse(tokens: Tokens) -> Tokens:
     return two_entry_tokens(log_p, log_rest, **fields)
 
 
-def detected(variant: Variant) -> Structure:
+def detect_structure(variant: Variant) -> Structure:
     """The simplest structure that explains a method's loss and gradient on trial tokens."""
     if _is_label(variant):
         return "label"
@@ -84,11 +84,11 @@ def _mixture_on(variant: Variant, model: str | None, tokens: Tokens) -> Geometri
     r = log_softmax(own * log_p + other * log_pi)
     t, s = small.trust, small.scale
     pulled = s * (t * -tokens.label_log_probs - (1 - t) * expectation(r.exp(), log_p))
-    known = s * (1 - t) * expectation(r.exp(), r)
+    entropy_term = s * (1 - t) * expectation(r.exp(), r)
     g = s[:, None] * (tokens.probs - t[:, None] * tokens.one_hot - (1 - t)[:, None] * r.exp())
     if not bool(((g - gradient(variant.loss, tokens)).abs().amax(-1) <= 1e-9 * s.abs().clamp(min=1)).all()):
         return None
-    for kind, expected in (("cross_entropy", pulled), ("kl", pulled + known)):
+    for kind, expected in (("cross_entropy", pulled), ("kl", pulled + entropy_term)):
         if bool(((value - expected).abs() <= 1e-9 * expected.abs().clamp(min=1)).all()):
             return GeometricMixture(model, own, other, kind)
     return None

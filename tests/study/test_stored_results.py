@@ -1,4 +1,4 @@
-"""The results that are kept: of the settings, rates and code as they are now, and of settings that can tell methods apart."""
+"""The stored results: their configuration is current, and their settings distinguish the methods."""
 
 import dataclasses
 import json
@@ -17,26 +17,26 @@ KEPT = {"compare-default": ("default", ("strong-prior", "weak-prior"), 3), "comp
 
 
 @pytest.fixture(params=KEPT, scope="module")
-def kept(request):
+def stored(request):
     folder = RESULTS / request.param
     return folder, Study.load(folder), KEPT[request.param]
 
 
-def test_they_are_what_the_same_command_would_give_now(kept):
-    folder, study, (variants, settings, seeds) = kept
+def test_the_stored_configuration_is_current(stored):
+    folder, study, (variants, settings, seeds) = stored
     rows = recipes([variants] if variants else ["default", "controls"])
     sources = lab_sources(settings, None)
-    wanted = configuration(rows, sources, settle_all(rows, sources, None, False), range(seeds))
-    found = {name: study.config.get(name) for name in wanted}
-    for told in ("code", "versions"):  # which code it was is recorded; comments may have changed since
-        assert found.pop(told) and wanted.pop(told)
-    assert found == wanted, f"{folder.name} is of another configuration: run its command in results/README.md again"
+    expected = configuration(rows, sources, settle_all(rows, sources, None, False), range(seeds))
+    actual = {name: study.config.get(name) for name in expected}
+    for key in ("code", "versions"):  # which code it was is recorded; comments may have changed since
+        assert actual.pop(key) and expected.pop(key)
+    assert actual == expected, f"{folder.name} is of another configuration: run its command in results/README.md again"
     assert study.config["noted"]["failed"] == []
     assert len(study.results) == len(rows) * len(sources) * seeds * 100
 
 
-def test_their_tables_are_those_of_their_scores(kept):
-    folder, study, _ = kept
+def test_the_stored_tables_match_the_scores(stored):
+    folder, study, _ = stored
     assert (folder / "table.md").read_text(encoding="utf-8") == study.to_markdown()
 
 
@@ -49,7 +49,7 @@ def test_no_setting_is_saturated():
     assert set(study.settings) == set(SETTINGS)
 
 
-def test_settings_differ_in_what_their_names_say():
+def test_settings_differ_as_their_names_say():
     strong, weak, wrong, poor, clean = SETTINGS.values()
     assert dataclasses.replace(poor, name=strong.name, tutor=strong.tutor) == strong
     assert wrong.corpus.false[2] == 1 and max(weak.corpus.false) < 0.1 < weak.corpus.slip[2]

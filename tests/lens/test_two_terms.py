@@ -1,4 +1,4 @@
-"""Losses that are two terms, registered methods or divergences, each times one number of either sign."""
+"""Losses of two terms, registered methods or divergences, each with a coefficient of either sign."""
 
 import torch
 from losses import label_log_probs
@@ -49,7 +49,7 @@ def terms_of(loss):
     return str(two_terms(readings[0][1::2], readings))
 
 
-def test_two_terms_are_found_with_their_numbers_and_signs():
+def test_two_term_losses_are_decomposed():
     assert terms_of(away_from_teacher) == "sft minus 0.1 times reverse_kl"
     assert terms_of(away_from_reference) == "sft minus 0.1 times KL(p || the reference)"
     assert terms_of(two_weights) == "0.3 times dft plus focal"
@@ -57,17 +57,17 @@ def test_two_terms_are_found_with_their_numbers_and_signs():
     assert terms_of(away_from_two) == "reverse_kl minus 0.5 times KL(the old policy || p)"
 
 
-def test_no_terms_are_named_where_none_add_up():
+def test_no_terms_are_named_without_a_fit():
     assert terms_of(another_weight_by_entropy) == "None"
 
 
-def test_explain_says_the_two_terms():
+def test_explain_describes_the_two_terms():
     e = qlens.explain(away_from_teacher)
     assert e.summary.startswith("No registered method alone has this gradient: it is sft minus 0.1 times reverse_kl.")
     assert e.to_dict()["two_terms"] == {"terms": ("sft", "reverse_kl"), "factors": (1.0, -0.1)}
 
 
-def test_two_plain_terms_are_said_before_one_method_at_an_odd_parameter():
+def test_two_plain_terms_are_preferred_to_an_odd_parameter():
     def loss(logits, labels):
         log_p = logits.log_softmax(-1)
         return (-label_log_probs(logits, labels) - 0.1 * (log_p.exp() * log_p).sum(-1)).mean()

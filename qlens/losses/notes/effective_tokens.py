@@ -1,4 +1,4 @@
-"""The tokens as a loss sees them: one value per text, standardised advantages, the logits of a model that it runs."""
+"""The values of tokens that a loss uses: one value per text, standardised advantages, the logits of a model that it runs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,13 +18,13 @@ from qlens.losses.reduction.advantages import standardised
 from qlens.losses.side_effects import recorded_modules
 
 
-def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+def effective_tokens(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """The tokens with the values that a loss uses.
 
     If it takes one advantage or weight per text, all tokens of a text have that of its first one; advantages that it
     standardises are standardised.
     """
-    if names := given_by_text(fn, params, tokens):
+    if names := fields_by_text(fn, params, tokens):
         texts = Groups(tokens.require("sequence"))
         first = texts.first()[texts.index]
         tokens = tokens.replace(**{name: getattr(tokens, name)[first] for name in names})
@@ -32,7 +32,7 @@ def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     return tokens if values is None else tokens.replace(advantage=values)
 
 
-def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tuple[str, ...]:
+def fields_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tuple[str, ...]:
     """The fields of which a loss takes one value per text, that of its first token."""
     if tokens.sequence is None:
         return ()
@@ -53,7 +53,7 @@ def _standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> to
     return None if result is None else result.values
 
 
-def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
+def runs_another_model(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
     """Whether a loss runs another model, on synthetic token ids that do not change with the tokens."""
     try:
         with recorded_modules(fn) as module_calls, torch.no_grad():
@@ -64,7 +64,7 @@ def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> b
     return bool(module_calls.models)
 
 
-def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
+def with_own_teacher(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     """The tokens with the logits of the one other model that a loss runs as their teacher, unless it takes a teacher.
 
     They make a distillation loss with its teacher in a closure recognisable.

@@ -45,7 +45,7 @@ def rows(count: int, seed: int = 0) -> list[dict]:
 
 
 def trainer_in(
-    folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **given
+    folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **overrides
 ):
     """A QTrainer (or another kind) on the CPU, quiet, by SGD at a constant rate unless told otherwise."""
     names = (
@@ -59,12 +59,12 @@ def trainer_in(
         "fused",
         "log_every",
     )
-    trainer_options = {name: given.pop(name) for name in names if name in given}
+    trainer_options = {name: overrides.pop(name) for name in names if name in overrides}
     options = dict(
         per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=steps, optim="sgd",
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=7,
-    ) | given  # fmt: skip
+    ) | overrides  # fmt: skip
     trainer_options |= {"variant": variant} if kind is QTrainer else {"data_collator": collate}
     args = TrainingArguments(str(folder), **options)
     examples = rows(8) if examples is None else examples
@@ -79,6 +79,11 @@ def parameters(model) -> torch.Tensor:
 def steps_of(trainer) -> list[dict]:
     """The logs of its training steps."""
     return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def without_labels(examples) -> dict:
+    """A batch that lacks labels."""
+    return {name: value for name, value in collate(examples).items() if name != "labels"}
 
 
 class Recorder:

@@ -1,4 +1,4 @@
-"""Results show themselves: a short repr, HTML, a table and its exports; old names keep working."""
+"""Results: a short repr, HTML, a table and its exports; deprecated names."""
 
 import json
 
@@ -6,10 +6,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
+from cached_explain import cached_explain
 from cases import case
 from example_study import example_study
-from example_view import made as example_view
-from explained import explained
+from example_view import example_view
 
 import qlens
 from qlens.testing import random_tokens
@@ -24,7 +24,7 @@ class Tokenizer:
 
 def results():
     """One result of every class that has a table, with two of the columns that its LaTeX may have."""
-    e, tokens = explained("dft"), random_tokens(12, 8)
+    e, tokens = cached_explain("dft"), random_tokens(12, 8)
     view = example_view()
     return {
         e: ("label", "p_y"),
@@ -57,8 +57,8 @@ def test_all_results_have_the_same_exports_a_plot_and_a_short_form():
             assert r"\begin{table}[t]" in result.to_latex(columns=columns, caption="A caption", position="t")
             with pytest.raises(qlens.InputError, match="no column 'nothing'"):
                 result.to_latex(["nothing"])
-            drawn = result.plot()
-            assert drawn.get_figure().axes
+            figures = result.plot()
+            assert figures.get_figure().axes
     plt.close("all")
 
 
@@ -77,7 +77,7 @@ def test_distances_print_the_nearest_of_every_method_or_the_pairs_of_some():
 
 
 def test_the_shares_of_a_mixture_sum_to_one():
-    frame = explained("kd_hybrid").mixture.to_frame()
+    frame = cached_explain("kd_hybrid").mixture.to_frame()
     assert list(frame) == ["token", "identifiable", "the label", "the teacher", "the student"]
     assert frame.iloc[:, 2:].sum(axis=1).to_list() == pytest.approx([1.0] * len(frame))
 
@@ -107,8 +107,8 @@ def test_tokens_are_printed_by_a_tokenizer_or_a_function():
         qlens.explain("sft", tokens, token_text=3)
 
 
-def test_old_names_of_an_explanation_warn_and_answer():
-    e = explained("dft")
+def test_old_names_of_an_explanation_warn_and_work():
+    e = cached_explain("dft")
     for old, new in (("leak", e.shift_variance), ("nearly", e.near_match), ("label_weights", e.class_weights)):
         with case(old), pytest.warns(DeprecationWarning, match="Explanation"):
             assert getattr(e, old) is new

@@ -1,7 +1,7 @@
-"""Batch statistics: methods whose gradient a loss has times a factor of the batch, and names that hold in one batch only."""
+"""Batch normalisations: methods times a statistic of the batch, and matches that hold in one batch only."""
 
-import torch.nn.functional as F
 from cases import case
+from losses import dft_by_sum, nll
 
 import qlens
 from qlens.core.probes import probes, trials
@@ -12,25 +12,16 @@ from qlens.lens.reading import Reading
 from qlens.registry import resolve
 
 
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
-
-
-def found(loss):
+def find_normalisation(loss):
     variant = resolve(loss)
-    shown, trial = (Reading.of(variant, tokens) for tokens in (probes(), trials()))
-    near = matching.nearest(shown.grad, shown.tokens, noise=shown.noise)
-    return on_other_batches(near, variant, shown, trial, read_other_batches(variant, shown, trial))
+    reading, trial = (Reading.of(variant, tokens) for tokens in (probes(), trials()))
+    near = matching.nearest(reading.grad, reading.tokens, noise=reading.noise)
+    return on_other_batches(near, variant, reading, trial, read_other_batches(variant, reading, trial))
 
 
 def by_mean_weight(logits, labels):
     weight = (-nll(logits, labels)).exp().detach()
     return weight / weight.mean() * nll(logits, labels)
-
-
-def by_sum_of_weights(logits, labels):
-    weight = (-nll(logits, labels)).exp().detach()
-    return (weight * nll(logits, labels)).sum() / weight.sum()
 
 
 def by_softmax(logits, labels):
@@ -50,48 +41,48 @@ def log_of_mean(logits, labels):
     return nll(logits, labels).mean().log1p()
 
 
-def test_what_a_batch_divides_by_is_named_and_no_factor_is_claimed():
-    for loss, named in [
+def test_batch_normalisations_are_named_without_a_factor():
+    for loss, method_name in [
         (by_mean_weight, "dft divided by the batch's mean weight"),
-        (by_sum_of_weights, "dft divided by the batch's mean weight"),
+        (dft_by_sum, "dft divided by the batch's mean weight"),
         (by_softmax, "dft divided by the batch's mean weight"),
         (by_largest_weight, "dft divided by the batch's largest weight"),
         (by_mean_loss, "sft divided by the batch's mean loss"),
         (log_of_mean, "sft divided by 1 + the batch's mean loss"),
     ]:
-        with case(loss, named):
-            near, normal = found(loss)
-            assert normal.named == named
+        with case(loss, method_name):
+            near, normal = find_normalisation(loss)
+            assert normal.named == method_name
             assert not any(match.same for match in near)
             assert len({round(factor, 6) for factor, _ in normal.factors}) > 1
 
 
 def test_methods_of_the_batch_keep_their_names():
-    near, normal = found(lambda tokens: qlens.get("mile").loss(tokens))
+    near, normal = find_normalisation(lambda tokens: qlens.get("mile").loss(tokens))
     assert near[0].spec == "mile" and near[0].relation == "identical" and normal is None
 
 
-def test_weights_of_no_method_are_said_to_be_divided_by_their_mean():
+def test_mean_normalised_weights_of_no_method_are_described():
     def by_entropy(logits, labels):
         log_p = logits.log_softmax(-1)
         weight = -(log_p.exp() * log_p).sum(-1).detach()
         return (weight / weight.mean() * nll(logits, labels)).mean()
 
     def kept_of_the_best(logits, labels):
-        kept = (logits > logits.gather(1, labels[:, None])).sum(-1) < 20
-        return (nll(logits, labels) * kept).sum() / kept.sum()
+        mask = (logits > logits.gather(1, labels[:, None])).sum(-1) < 20
+        return (nll(logits, labels) * mask).sum() / mask.sum()
 
     for loss in (by_entropy, kept_of_the_best):
-        near, normal = found(loss)
+        near, normal = find_normalisation(loss)
         assert not any(match.same for match in near)
         assert str(normal) == "every token's weight is divided by the batch's mean weight"
 
 
-def test_a_method_that_this_batch_alone_shows_is_not_named():
+def test_a_match_in_one_batch_only_is_not_named():
     def median(logits, labels):
         return nll(logits, labels).median()
 
-    near, _ = found(median)
+    near, _ = find_normalisation(median)
     assert not any(match.same for match in near)
 
 
@@ -103,7 +94,7 @@ def test_other_statistics_of_the_weights_are_named():
 
         return loss
 
-    for statistic, said in (
+    for statistic, message in (
         (lambda w: w.max(), "the batch's largest weight"),
         (lambda w: w.quantile(0.9), "the 0.9-quantile of the batch's weights"),
         (lambda w: w.std(), "the standard deviation of the batch's weights"),
@@ -111,13 +102,13 @@ def test_other_statistics_of_the_weights_are_named():
         (lambda w: w.norm(), "the norm of the batch's weights"),
     ):
         e = qlens.explain(by(statistic))
-        assert e.scope.of == "batch" and f"gce(q=0.5) divided by {said}" in e.summary, (said, e.summary)
+        assert e.scope.of == "batch" and f"gce(q=0.5) divided by {message}" in e.summary, (message, e.summary)
 
 
-def test_a_gate_of_each_token_alone_is_divided_by_how_many_pass():
+def test_a_token_gate_divided_by_its_count_is_described():
     def few_confident(logits, labels):
-        kept = (logits.softmax(-1).amax(-1) < 0.5).detach()
-        return (nll(logits, labels) * kept).sum() / kept.sum().clamp(min=1)
+        mask = (logits.softmax(-1).amax(-1) < 0.5).detach()
+        return (nll(logits, labels) * mask).sum() / mask.sum().clamp(min=1)
 
-    _, normal = found(few_confident)
+    _, normal = find_normalisation(few_confident)
     assert str(normal) == "every token's weight is divided by the batch's mean weight"

@@ -1,4 +1,4 @@
-"""Laws: the formula of a pull, recovered from pulls that were made by it, with its numbers."""
+"""Weight laws: the formula of a label weight with its parameters, recovered from weights computed by it."""
 
 import math
 
@@ -27,7 +27,7 @@ def top_entropy(k):
     return -(q * q.log()).sum(-1)
 
 
-def test_laws_are_recovered():
+def test_weight_laws_are_recovered():
     for pull, formula in [
         (torch.full_like(P, 0.9), "0.9"),
         (torch.full_like(P, -0.5), "-0.5"),
@@ -60,42 +60,42 @@ def test_laws_are_recovered():
         (1.0 + T.sequence, "one value per sequence, 1 to 8"),
     ]:
         with case(pull, formula):
-            found = law(pull.double(), T)
-            assert found is not None and found.formula == formula
-            assert "57 tokens, p_y 1e-06 to 1 - 1e-06" in found.domain
+            weight_law = law(pull.double(), T)
+            assert weight_law is not None and weight_law.formula == formula
+            assert "57 tokens, p_y 1e-06 to 1 - 1e-06" in weight_law.domain
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-1.5, 3.0).filter(lambda a: abs(a) > 0.05), st.floats(0.05, 5.0))
-def test_powers_come_out_to_their_digits(a, c):
-    found = law(c * P**a, T)
-    assert found is not None
-    assert_close(found.values["a"], a, rtol=1e-5, atol=1e-6)
-    assert_close(found.values["c"], c, rtol=1e-4, atol=1e-6)
+def test_powers_are_recovered_exactly(a, c):
+    weight_law = law(c * P**a, T)
+    assert weight_law is not None
+    assert_close(weight_law.values["a"], a, rtol=1e-5, atol=1e-6)
+    assert_close(weight_law.values["c"], c, rtol=1e-4, atol=1e-6)
 
 
-def test_noise_follows_no_law():
+def test_random_weights_follow_no_law():
     tokens = random_tokens(57, 32, spread=2.0)
     for seed in range(60):
         noise = torch.rand(57, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         assert law(noise, tokens) is None and law(P * (1 + 1e-3 * noise), T) is None
 
 
-def test_unknown_pulls_are_left_out_and_too_few_say_nothing():
+def test_nan_weights_are_ignored_and_too_few_give_no_law():
     pull = P.sqrt()
     pull[::2] = torch.nan
-    found = law(pull, T)
-    assert found is not None and found.formula == "p_y^0.5" and "28 tokens" in found.domain
+    weight_law = law(pull, T)
+    assert weight_law is not None and weight_law.formula == "p_y^0.5" and "28 tokens" in weight_law.domain
     pull[4:] = torch.nan
     assert law(pull, T) is None
 
 
-def test_float32_pulls_are_read_at_their_own_digits():
+def test_float32_weights_are_read_at_their_precision():
     pull = (P.sqrt() * (1 + 1e-5 * torch.sin(torch.arange(57)))).double()
     assert law(pull, T) is None
-    found = law(pull, T, tolerance=1e-3, noise=1e-6)
-    assert found is not None
-    assert_close(found.values["a"], 0.5, rtol=1e-3, atol=0)
+    weight_law = law(pull, T, tolerance=1e-3, noise=1e-6)
+    assert weight_law is not None
+    assert_close(weight_law.values["a"], 0.5, rtol=1e-3, atol=0)
 
 
 WIDE = trials()
@@ -118,7 +118,7 @@ def teacher_agrees(tokens):
     return tokens.teacher.argmax(-1) == tokens.labels
 
 
-def test_an_epsilon_beside_p_y_is_part_of_the_law():
+def test_an_epsilon_added_to_p_y_is_part_of_the_law():
     for pull, formula in (
         (lambda t: p_of(t) / (p_of(t) + 1e-8), "p_y / (p_y + 1e-08)"),
         (lambda t: p_of(t) ** 2 / (p_of(t) + 1e-10), "p_y^2 / (p_y + 1e-10)"),
@@ -133,7 +133,7 @@ def test_entropies_are_shares_of_the_largest_where_the_vocabulary_changes():
     assert law(0.9 - 0.1 * H, T).formula == "0.9 - 0.1 H"
 
 
-def test_a_pull_of_two_values_has_no_end_but_a_rule_or_two_values():
+def test_two_valued_weights_have_a_condition_or_two_values():
     for pull, formula in (
         (
             lambda t: torch.where(p_of(t) < 0.91, 1.0, -1.0),
@@ -151,36 +151,36 @@ def test_a_pull_of_two_values_has_no_end_but_a_rule_or_two_values():
         (lambda t: p_of(t).clamp(0.01, 0.5), "p_y, at most 0.5, at least 0.01"),
         (lambda t: torch.full_like(p_of(t), 1e-17), "0"),
     ):
-        found = on_both(lambda t, pull=pull: pull(t).double())
-        assert found.formula == formula
+        weight_law = on_both(lambda t, pull=pull: pull(t).double())
+        assert weight_law.formula == formula
 
 
-def test_one_value_for_each_vocabulary_is_no_law():
+def test_one_value_per_vocabulary_is_no_law():
     assert on_both(lambda t: torch.full_like(p_of(t), 1 / t.logits.shape[1])) is None
 
 
-def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
-    found = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
-    assert found.formula == "1 where p_y <= 1 - 0.0005 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
+def test_conditions_near_one_are_written_as_one_minus_a_rest():
+    weight_law = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
+    assert weight_law.formula == "1 where p_y <= 1 - 0.0005 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
     on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
     assert list(thresholds([WeightReading(torch.ones(57), T, 0.0)], on)) == []
 
 
-def test_values_of_one_reading_are_not_those_of_another():
-    made = [torch.where(t.labels % 3 == 0, 0.0, 2.0 + 1 / len(t)).double() for t in (T, WIDE)]
-    assert law(made[0], T, further=[WeightReading(made[1], WIDE, 1e-15)]) is None
+def test_values_must_agree_between_readings():
+    pulls = [torch.where(t.labels % 3 == 0, 0.0, 2.0 + 1 / len(t)).double() for t in (T, WIDE)]
+    assert law(pulls[0], T, further=[WeightReading(pulls[1], WIDE, 1e-15)]) is None
     assert on_both(lambda t: (t.labels % 3 / 2).double()).formula == "three values, 0, 0.5 and 1"
 
 
-def test_ends_at_which_rounding_decides_are_found():
-    found = on_both(lambda t: ((p_of(t) >= 1e-7) & (p_of(t) <= 1 - 1e-7)).double())
-    assert found.formula.startswith("1 where p_y >= ") and "p_y <= 1 - 1e-07" in found.formula
+def test_bounds_at_the_limit_of_precision_are_found():
+    weight_law = on_both(lambda t: ((p_of(t) >= 1e-7) & (p_of(t) <= 1 - 1e-7)).double())
+    assert weight_law.formula.startswith("1 where p_y >= ") and "p_y <= 1 - 1e-07" in weight_law.formula
 
 
-def test_the_entropy_of_a_teacher_may_weigh():
+def test_a_teacher_entropy_weight_is_recovered():
     log_t = T.log_probs_of("teacher")
-    found = law(1 + (log_t.exp() * log_t).sum(-1) / math.log(32), T)
-    assert found is not None and found.formula == "1 - H of the teacher / ln V"
+    weight_law = law(1 + (log_t.exp() * log_t).sum(-1) / math.log(32), T)
+    assert weight_law is not None and weight_law.formula == "1 - H of the teacher / ln V"
 
 
 def test_laws_of_the_largest_probabilities():
@@ -197,14 +197,14 @@ def test_laws_of_the_largest_probabilities():
         "1 - 0.5 max p": 1 - 0.5 * top[:, 0],
     }
     for formula, pull in of.items():
-        found = law(pull, tokens)
-        assert found is not None and found.formula == formula, (formula, found)
+        weight_law = law(pull, tokens)
+        assert weight_law is not None and weight_law.formula == formula, (formula, weight_law)
 
 
-def test_no_end_of_a_law_lies_where_rounding_hides_the_pull():
+def test_no_bound_is_placed_where_rounding_hides_the_weight():
     tokens = probes(torch.float64)
     p = tokens.label_probs
     noise = torch.full_like(p, 5e-7)  # a pull of 1 does not show at p_y = 1 - 1e-6
-    found = law((p >= 0.1).double(), tokens, noise=noise)
-    assert found is not None and "1 - " not in found.formula and "high" not in found.values, found
-    assert found.formula.startswith("1 where p_y >= "), found.formula
+    weight_law = law((p >= 0.1).double(), tokens, noise=noise)
+    assert weight_law is not None and "1 - " not in weight_law.formula and "high" not in weight_law.values, weight_law
+    assert weight_law.formula.startswith("1 where p_y >= "), weight_law.formula

@@ -1,4 +1,4 @@
-"""Losses as released code writes them, sound ones and mistakes, for the conformance report to tell apart."""
+"""Losses as released code writes them, correct and faulty ones, for the conformance report."""
 
 from types import SimpleNamespace
 
@@ -155,11 +155,11 @@ def detached_weight(logits, labels):
 class Distils(nn.Module):
     def forward(self, outputs, labels, teacher, num_items_in_batch=None):
         logits, labels = shifted(outputs, labels)
-        kept = labels != -100
-        total = F.kl_div(logits[kept].log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
-        return total / (kept.sum() if num_items_in_batch is None else num_items_in_batch)
+        supervised = labels != -100
+        total = F.kl_div(logits[supervised].log_softmax(-1), teacher.log_softmax(-1), reduction="sum", log_target=True)
+        return total / (supervised.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class Dft(QTrainer):
-    def __init__(self, **given):
-        super().__init__(variant="dft", **given)
+    def __init__(self, **options):
+        super().__init__(variant="dft", **options)

@@ -1,10 +1,10 @@
-"""Near identities and label ids: methods that a loss is on most tokens, and weights that depend on which token a label is."""
+"""Near matches and label ids: losses equal to a method on most tokens, and weights by label id."""
 
 import math
 
 import torch
 import torch.nn.functional as F
-from losses import label_log_probs
+from losses import label_log_probs, nll
 
 import qlens
 from qlens.core.probes import trials
@@ -18,13 +18,9 @@ T = trials()
 NAMES = ("sft", "dft", "focal", "topk_kd(k=4)", "kd")
 
 
-def found(loss):
+def find_near_match(loss):
     variant = resolve(loss)
     return near_match(Reading.of(variant, T), variant.loss, NAMES)
-
-
-def nll(logits, labels):
-    return F.cross_entropy(logits, labels, reduction="none")
 
 
 def entropy(logits):
@@ -32,18 +28,18 @@ def entropy(logits):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def test_a_truncated_divergence_that_is_clamped_is_said_to_be():
+def test_a_clamped_truncated_divergence_is_a_near_match():
     def clamped(logits, labels, teacher):
         log_t, ids = teacher.log_softmax(-1).topk(4, -1)
         return (log_t.exp() * (log_t - logits.log_softmax(-1).gather(-1, ids))).sum(-1).clamp_min(0).mean()
 
-    near = found(clamped)
+    near = find_near_match(clamped)
     assert near.spec == "topk_kd(k=4)" and near.factor == 1
     assert "its gradient is zero, where the loss is held at 0: a clamp" in str(near)
 
 
-def test_clamps_and_gates_are_found_where_they_act():
-    for loss, said in (
+def test_clamps_and_gates_are_near_matches():
+    for loss, message in (
         (lambda logits, labels: nll(logits, labels).clamp(max=10).mean(), "held at 10: a clamp"),
         (lambda logits, labels: -label_log_probs(logits, labels).exp().clamp(min=1e-8).log(), "p_y >= "),
         (lambda logits, labels: nll(logits, labels) * (entropy(logits.detach()) < 4), "where H <= 4 "),
@@ -52,8 +48,8 @@ def test_clamps_and_gates_are_found_where_they_act():
             "rank (0 first) <= 60",
         ),
     ):
-        near = found(loss)
-        assert near.spec == "sft" and said in str(near), str(near)
+        near = find_near_match(loss)
+        assert near.spec == "sft" and message in str(near), str(near)
 
 
 def test_an_epsilon_inside_a_logarithm_is_named():
@@ -61,13 +57,16 @@ def test_an_epsilon_inside_a_logarithm_is_named():
         p = label_log_probs(logits, labels).exp()
         return (-((1 - p) ** 2) * (p + 1e-8).log()).mean()
 
-    near = found(focal)
+    near = find_near_match(focal)
     assert near.spec == "focal" and "an epsilon of about 1e-08 beside p_y" in str(near)
 
 
-def test_what_is_near_nothing_is_not_called_nearly_anything():
+def test_losses_far_from_all_methods_have_no_near_match():
     assert (
-        found(lambda logits, labels: nll(logits, labels) * (1 + 0.3 * torch.sin(7 * logits.detach().amax(-1)))) is None
+        find_near_match(
+            lambda logits, labels: nll(logits, labels) * (1 + 0.3 * torch.sin(7 * logits.detach().amax(-1)))
+        )
+        is None
     )
 
 
@@ -87,7 +86,7 @@ def test_weights_by_label_id_are_found_with_their_ids():
     assert math.isclose(got.of(torch.tensor([4]))[0], 5.0)
 
 
-def test_a_column_that_is_treated_apart_is_no_weight():
+def test_a_special_vocabulary_column_is_no_label_weight():
     def suppressed(logits, labels):
         mask = torch.zeros_like(logits)
         mask[:, 7] = -5.0
@@ -117,11 +116,11 @@ def test_a_pull_toward_the_next_id_depends_on_ids():
     assert not ids_of(neighbour).equal
 
 
-def test_places_in_the_batch_are_no_label_ids():
+def test_position_weights_are_not_label_id_weights():
     assert ids_of(lambda logits, labels: nll(logits, labels) * torch.linspace(0.5, 1.5, len(labels))) is None
 
 
-def test_weights_that_are_divided_by_their_mean_are_told_from_others():
+def test_normalised_class_weights_are_told_from_plain_ones():
     weights = torch.ones(160, dtype=torch.float64)
     weights[2] = 10.0
 
@@ -137,7 +136,7 @@ def test_weights_that_are_divided_by_their_mean_are_told_from_others():
     assert divided_by_mean(class_weights(run, T, 26, range(160), torch.float64), run, T, torch.float64) is None
 
 
-def test_one_label_id_for_all_keeps_every_distribution():
+def test_relabelling_to_one_id_keeps_every_distribution():
     same = relabelled(T, 7)
     assert bool((same.labels == 7).all())
     assert torch.equal(same.gather(same.logits), T.gather(T.logits))
@@ -145,7 +144,7 @@ def test_one_label_id_for_all_keeps_every_distribution():
     assert torch.equal(same.gather(same.teacher), T.gather(T.teacher))
 
 
-def test_a_gate_is_the_method_it_is_where_it_is_on():
+def test_a_gated_method_is_a_near_match():
     def truncated(logits, labels):
         p = label_log_probs(logits, labels).exp()
         return torch.where(p <= 0.5, 0.0, (1 - p**0.7) / 0.7).mean()
@@ -155,15 +154,15 @@ def test_a_gate_is_the_method_it_is_where_it_is_on():
 
     for loss, spec, rule in ((truncated, "gce", "where p_y >= 0.5"), (backed, "sft", "where teacher_y >= 0.1")):
         variant = resolve(loss)
-        seen = Reading.of(variant, T)
-        rows = ~seen.zero_rows
-        pull = torch.where(rows, -seen.tokens.gather(seen.grad) / seen.tokens.rest_log_probs.exp(), 0.0)
-        known = law(pull, seen.tokens, noise=seen.noise.rows)
-        got = gate(seen, variant.loss, known)
+        reading = Reading.of(variant, T)
+        rows = ~reading.zero_rows
+        pull = torch.where(rows, -reading.tokens.gather(reading.grad) / reading.tokens.rest_log_probs.exp(), 0.0)
+        weight_law = law(pull, reading.tokens, noise=reading.noise.rows)
+        got = gate(reading, variant.loss, weight_law)
         assert got.spec == spec and got.why.startswith(f"it is that method {rule}"), str(got)
 
 
-def test_a_clamp_on_probabilities_leaves_a_method_nearly_that():
+def test_a_clamp_on_probabilities_is_a_near_match():
     def clamped(pred, labels):
         p = pred.softmax(-1).clamp(1e-7, 1.0)
         one_hot = torch.nn.functional.one_hot(labels, pred.shape[1]).to(p).clamp(1e-4, 1.0)

@@ -12,6 +12,7 @@ from oracle import (
     entropy,
     full,
     hot,
+    k3,
     kl,
     logp,
 )
@@ -73,8 +74,8 @@ def focal(gamma, detach=False):
 
 def truncated(q, k):
     def loss(t):
-        p, kept = logp(t).exp(), (logp(t, "old").exp() > k).double()
-        return ((1 - p**q) / q - (1 - k**q) / q) * kept
+        p, selected = logp(t).exp(), (logp(t, "old").exp() > k).double()
+        return ((1 - p**q) / q - (1 - k**q) / q) * selected
 
     return loss
 
@@ -129,9 +130,7 @@ def label_kl(estimator, weight=0.1, dft=False, ratio_clamp=20.0, value_clamp=Non
             return straight - straight.detach() + estimate(gap, "k3").detach()
         if name != "k3":
             return -gap if name == "k1" else 0.5 * gap**2
-        gap = gap if ratio_clamp is None else gap.clamp(-ratio_clamp, ratio_clamp)
-        value = gap.exp() - gap - 1
-        return value if value_clamp is None else value.clamp(-value_clamp, value_clamp)
+        return k3(gap, ratio_clamp, value_clamp)
 
     def loss(t):
         base = logp(t).exp().detach() if dft else 1.0

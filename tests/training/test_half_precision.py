@@ -1,9 +1,9 @@
-"""float16 under a loss scale, and other models that hold NaN: models of two precisions, batches without a gradient."""
+"""float16 under a loss scale, models of two precisions, other models that hold NaN, batches without a gradient."""
 
 import pytest
 import torch
 from cases import case
-from tiny import llama, parameters, trainer_in
+from tiny_models import llama, parameters, trainer_in
 from torch.testing import assert_close
 from user_methods import hidden_and_head, user_method
 
@@ -22,8 +22,8 @@ def test_a_loss_scale_keeps_the_small_gradients_of_float16():
                 logits = (leaves[0] @ leaves[1].T + bias).float()
                 whole = qlens.get(spec).loss(Tokens(logits=logits, labels=labels)).sum() / 20000
                 value = fused_loss(spec, *leaves, labels, bias=bias, denominator=20000, chunk=70)
-                wanted, got = (torch.autograd.grad(v * scale, (*leaves, bias)) for v in (whole, value))
-                for a, b in zip(got, wanted, strict=True):
+                expected, got = (torch.autograd.grad(v * scale, (*leaves, bias)) for v in (whole, value))
+                for a, b in zip(got, expected, strict=True):
                     assert a.dtype == torch.float16 and bool(a.isfinite().all())
                     assert float((a.double() - b.double()).norm()) < 5e-3 * float(b.double().norm())
 
@@ -60,8 +60,8 @@ def test_a_batch_whose_tokens_are_all_skipped_changes_nothing(tmp_path):
         with case(scope):
 
             def skipping(tokens):
-                kept = tokens.label_probs.detach() > 2
-                return -tokens.label_log_probs * kept if bool(kept.any()) else torch.zeros(len(tokens))
+                selected = tokens.label_probs.detach() > 2
+                return -tokens.label_log_probs * selected if bool(selected.any()) else torch.zeros(len(tokens))
 
             model = llama()
             before = parameters(model).clone()
@@ -76,7 +76,7 @@ def test_label_smoothing_at_an_impossible_label_is_infinite():
     assert fused_loss("label_smoothing", hidden, head, labels, bias=bias) == torch.inf
 
 
-def test_a_field_or_mask_that_a_later_batch_brings_is_verified_too():
+def test_fields_new_in_a_later_batch_are_verified():
     def masked(tokens):
         label = -tokens.label_log_probs
         return label if tokens.critical is None else torch.where(tokens.critical, label * tokens.probs.amax(-1), label)

@@ -1,4 +1,4 @@
-"""Leaks: what makes sum(Q) differ from 1, found with its number, and what is left when it is undone."""
+"""Raw logits: the terms that make sum(Q) differ from 1 are found with their coefficients and removed."""
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from qlens.registry import resolve
 T = probes()
 
 
-def read(loss):
+def read_variance(loss):
     return shift_variance(gradient(resolve(loss).loss, T), T)
 
 
-def test_penalties_are_found_and_undone():
+def test_logit_penalties_are_found_and_removed():
     for loss, cause, value in [
         (
             lambda logits, labels: F.cross_entropy(logits, labels) + 1e-4 * logits.logsumexp(-1).square().mean(),
@@ -39,52 +39,56 @@ def test_penalties_are_found_and_undone():
         ),
     ]:
         with case(loss, cause):
-            found = read(loss)
-            assert found is not None and found.cause.replace("0.32 mean", "0.01 sum") == cause
-            assert_close(found.value, value, rtol=1e-6, atol=0)
-            assert_close(found.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
+            variance = read_variance(loss)
+            assert variance is not None and variance.cause.replace("0.32 mean", "0.01 sum") == cause
+            assert_close(variance.value, value, rtol=1e-6, atol=0)
+            assert_close(variance.grad, qlens.get("sft").target(T).grad, rtol=1e-9, atol=1e-9)
 
 
 def soft_capped(cap):
     return lambda logits, labels: F.cross_entropy(cap * torch.tanh(logits / cap), labels)
 
 
-def test_a_soft_cap_is_found_and_undone():
+def test_a_soft_cap_is_found_and_removed():
     for cap in [5.0, 30.0, 50.0]:
         with case(cap):
-            found = read(soft_capped(cap))
-            assert found is not None and found.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
+            variance = read_variance(soft_capped(cap))
+            assert variance is not None and variance.cause == f"a soft-cap: {cap:g} tanh(z / {cap:g})"
             capped = T.replace(logits=cap * torch.tanh(T.logits / cap))
-            assert_close(found.tokens.logits, capped.logits)
-            assert_close(found.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
+            assert_close(variance.tokens.logits, capped.logits)
+            assert_close(variance.grad, qlens.get("sft").target(capped).grad, rtol=1e-6, atol=1e-9)
 
 
 def test_clamped_logits_are_found_where_the_label_is_not_clamped():
-    found = read(lambda logits, labels: F.cross_entropy(logits.clamp(min=-8.0), labels))
-    assert found is not None and "no gradient below about -8" in found.cause
-    kept = T[found.rows]
-    assert len(kept) == int((T.gather(T.logits) > -8).sum()) < len(T)
-    truth = qlens.get("sft").target(kept.replace(logits=kept.logits.clamp(min=-8.0))).grad
-    assert_close(found.grad, truth, rtol=1e-3, atol=1e-9)
+    variance = read_variance(lambda logits, labels: F.cross_entropy(logits.clamp(min=-8.0), labels))
+    assert variance is not None and "no gradient below about -8" in variance.cause
+    readable = T[variance.rows]
+    assert len(readable) == int((T.gather(T.logits) > -8).sum()) < len(T)
+    truth = qlens.get("sft").target(readable.replace(logits=readable.logits.clamp(min=-8.0))).grad
+    assert_close(variance.grad, truth, rtol=1e-3, atol=1e-9)
 
 
-def test_softmax_alone_leaks_nothing():
+def test_softmax_losses_have_no_raw_logit_term():
     assert all(
         shift_variance(qlens.get(name).target(T).grad, T) is None for name in qlens.names() if qlens.get(name).invariant
     )
 
 
-def test_an_unknown_leak_is_not_given_a_name():
-    found = read(lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.sin().sum(-1).mean())
-    assert found is not None and found.cause == ""
+def test_an_unknown_raw_logit_term_is_not_named():
+    variance = read_variance(
+        lambda logits, labels: F.cross_entropy(logits, labels) + 0.01 * logits.sin().sum(-1).mean()
+    )
+    assert variance is not None and variance.cause == ""
 
 
-def test_logits_clamped_at_both_ends_are_told_with_both():
+def test_logits_clamped_at_both_ends_are_found_with_both_bounds():
     for low, high, cause in ((-5, 5, "beyond about -5 and 5"), (-8, 4, "below about -8 or above about 4")):
-        found = read(lambda logits, labels, low=low, high=high: F.cross_entropy(logits.clamp(low, high), labels))
-        assert found is not None and found.cause == f"clamped logits: no gradient {cause}"
-        held = T[found.rows].replace(logits=T.logits[found.rows].clamp(low, high))
-        assert_close(found.grad, qlens.get("sft").target(held).grad, rtol=1e-9, atol=1e-9)
+        variance = read_variance(
+            lambda logits, labels, low=low, high=high: F.cross_entropy(logits.clamp(low, high), labels)
+        )
+        assert variance is not None and variance.cause == f"clamped logits: no gradient {cause}"
+        clamped = T[variance.rows].replace(logits=T.logits[variance.rows].clamp(low, high))
+        assert_close(variance.grad, qlens.get("sft").target(clamped).grad, rtol=1e-9, atol=1e-9)
 
 
 def one_hot(logits, labels):
@@ -100,13 +104,13 @@ def test_losses_without_a_softmax_are_found():
         (lambda logits, labels: (logits - one_hot(logits, labels)).square().sum(-1).mean(),
          "the squared error between logits and one-hot labels (z - d) times 2, without a softmax", "no softmax couples them"),
     ]  # fmt: skip
-    for loss, cause, said in cases:
-        found = read(loss)
-        assert found is not None and found.cause == cause and said in found.uncoupled
-        assert_close(found.grad, gradient(resolve(loss).loss, T))
+    for loss, cause, message in cases:
+        variance = read_variance(loss)
+        assert variance is not None and variance.cause == cause and message in variance.uncoupled
+        assert_close(variance.grad, gradient(resolve(loss).loss, T))
 
 
-def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
+def test_uncoupled_logits_are_told_from_a_penalty():
     def smoothed(logits, labels):  # sums like a penalty of -log Z
         return 0.9 * F.nll_loss(logits, labels) - 0.1 * logits.mean(-1).mean()
 
@@ -116,16 +120,16 @@ def test_logits_that_are_pulled_each_for_itself_are_told_from_a_penalty():
     for loss, alone in ((smoothed, True), (z_loss, False)):
         variant = resolve(loss)
         at = on_probes(variant)
-        found = uncoupled(variant, at, shift_variance(at.grad, at.tokens, at.noise))
-        assert found is not None and bool(found.uncoupled) == alone
-        assert (found.cause == "each logit is trained on its own, without a softmax") == alone
+        variance = uncoupled(variant, at, shift_variance(at.grad, at.tokens, at.noise))
+        assert variance is not None and bool(variance.uncoupled) == alone
+        assert (variance.cause == "each logit is trained on its own, without a softmax") == alone
 
 
 def quantised(logits, labels):
     return F.cross_entropy(logits + ((logits * 4).round() / 4 - logits).detach(), labels)
 
 
-def test_margins_of_raw_logits_are_told():
+def test_margins_of_raw_logits_are_described():
     for loss, linear in (
         (quantised, False),
         (F.multi_margin_loss, True),
@@ -137,7 +141,7 @@ def test_margins_of_raw_logits_are_told():
         assert piecewise_linear(variant, on_probes(variant)) == linear
 
 
-def test_a_mean_of_one_kind_and_a_z_loss_of_another_are_both_named():
+def test_differently_reduced_loss_and_z_loss_are_both_named():
     def loss(outputs, labels, num_items_in_batch=None):
         z, y = outputs.logits[:, :-1], labels[:, 1:]
         ce = F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="sum", ignore_index=-100)

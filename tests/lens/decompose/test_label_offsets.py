@@ -1,4 +1,4 @@
-"""Shifts: a loss that trains positions on other labels than their own is found, in whatever layout it wants."""
+"""Label offsets: losses that train positions on another label than the next one are found in every layout."""
 
 import torch.nn.functional as F
 
@@ -26,7 +26,7 @@ def offset(loss):
     return label_offset(resolve(loss).loss, tokens, grad, rounding(grad, tokens).rows)
 
 
-def test_labels_that_are_shifted_too_far_are_found():
+def test_label_offsets_are_found():
     assert [offset(by(places)) for places in (1, 2)] == [0, 1]
     assert offset("sft") == offset("mile") == 0  # a loss of the batch depends on more than one label
 
@@ -43,10 +43,10 @@ def test_a_maximum_over_each_text_is_given_unshifted_labels():
     assert style_of(shifted_already, {}, probes()).shape == "aligned"
 
 
-def test_what_a_shifted_loss_trains_is_said_first():
+def test_a_label_offset_is_the_first_finding():
     tokens = probes()
     target = implied_target("sft", tokens)
-    read = Explanation(resolve(by(2)), tokens, target, -tokens.label_log_probs, [], label_offset=1)
-    said = "each position is trained on the label 1 place after the one that it should predict"
-    assert read.summary.startswith(f"It trains the wrong token: {said}")
-    assert any(line.startswith(f"WARNING: {said}") for line in read.findings)
+    explanation = Explanation(resolve(by(2)), tokens, target, -tokens.label_log_probs, [], label_offset=1)
+    sentence = "each position is trained on the label 1 place after the one that it should predict"
+    assert explanation.summary.startswith(f"It trains the wrong token: {sentence}")
+    assert any(line.startswith(f"WARNING: {sentence}") for line in explanation.findings)

@@ -1,8 +1,9 @@
-"""Exact: what a loss teaches is read without the rounding of the type it computes in."""
+"""Losses that compute in a narrow type are read in float64, without the rounding of their casts."""
 
 import torch
 import torch.nn.functional as F
 from losses import label_log_probs
+from released_losses import float32_only
 from torch.testing import assert_close
 
 import qlens
@@ -13,10 +14,6 @@ from qlens.lens.implied import read
 from qlens.lens.reading import whole_where_needed
 from qlens.lens.rounding import traced
 from qlens.registry import resolve
-
-
-def in_matrix_of_float32(logits, labels):
-    return -(logits.log_softmax(-1) @ torch.eye(logits.shape[-1]))[torch.arange(len(labels)), labels].mean()
 
 
 def autocast(logits, labels):
@@ -45,8 +42,8 @@ class _Kernel(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         logits, labels = ctx.saved_tensors
-        made = (logits.float().softmax(-1) - F.one_hot(labels, logits.shape[-1])) * grads[0][:, None]
-        return made.bfloat16().to(logits.dtype), None
+        grad = (logits.float().softmax(-1) - F.one_hot(labels, logits.shape[-1])) * grads[0][:, None]
+        return grad.bfloat16().to(logits.dtype), None
 
 
 def kernel(logits, labels):
@@ -56,7 +53,7 @@ def kernel(logits, labels):
 def test_the_gradient_is_that_of_the_loss_in_float64():
     tokens, before = qlens.probes(), torch.get_default_dtype()
     cases = {
-        in_matrix_of_float32: ("sft", 1), autocast: ("sft", 1), kernel: ("sft", 1), weighted: ("dft", 0.3),
+        float32_only: ("sft", 1), autocast: ("sft", 1), kernel: ("sft", 1), weighted: ("dft", 0.3),
         smoothed_by_constants: ("label_smoothing(over='others')", 1),
     }  # fmt: skip
     for loss, (spec, factor) in cases.items():
@@ -71,18 +68,18 @@ def test_the_gradient_is_that_of_the_loss_in_float64():
     assert torch.get_default_dtype() == before
 
 
-def test_a_loss_is_read_as_it_is_where_it_rounds_nothing_or_would_be_another_without_its_type():
+def test_losses_without_rounding_are_not_rewritten():
     def smoothed_by_type(logits, labels):
         z = logits.half()
         return F.cross_entropy(z, labels, label_smoothing=100 * torch.finfo(z.dtype).eps)
 
     for loss in (F.cross_entropy, smoothed_by_type):
         variant = resolve(loss)
-        studied, seen, own = read_exactly(variant, None)
-        assert studied is variant and own is None and bool(seen.grad.any())
+        studied, reading, own = read_exactly(variant, None)
+        assert studied is variant and own is None and bool(reading.grad.any())
 
 
-def test_what_is_said_of_a_loss_does_not_depend_on_its_precision():
+def test_explanations_do_not_depend_on_precision():
     def in_type(dtype):
         def gce(logits, labels):
             return ((1 - label_log_probs(logits.to(dtype), labels).exp() ** 0.7) / 0.7).mean()
@@ -96,7 +93,7 @@ def test_what_is_said_of_a_loss_does_not_depend_on_its_precision():
         assert [line for line in other.findings if not line.startswith("Precision")] == exact.findings
 
 
-def test_a_gradient_of_zeros_and_ones_does_not_tell_its_precision():
+def test_precision_is_not_inferred_from_zeros_and_ones():
     def forgotten_softmax(logits, labels):
         return F.nll_loss(logits, labels)
 
@@ -117,12 +114,12 @@ def test_a_loss_that_needs_its_batch_is_read_whole_in_float64():
         return losses.topk(k).values.sum() / k
 
     variant, why = whole_where_needed(resolve(hardest), None)
-    exact, found, own = read_exactly(variant, None)
+    exact, reading, own = read_exactly(variant, None)
     assert "reduction could not be found" in why and isinstance(exact, Exact)
-    assert own is not None and own.dtype == torch.bfloat16 and found.precision == torch.float64
-    z = found.given.logits.clone().requires_grad_()
-    hardest(z, found.given.labels, torch.float64).mul(len(z)).backward()
-    assert_close(found.grad, z.grad, rtol=1e-9, atol=1e-12)
+    assert own is not None and own.dtype == torch.bfloat16 and reading.precision == torch.float64
+    z = reading.given.logits.clone().requires_grad_()
+    hardest(z, reading.given.labels, torch.float64).mul(len(z)).backward()
+    assert_close(reading.grad, z.grad, rtol=1e-9, atol=1e-12)
 
 
 class _Twice(torch.autograd.Function):
@@ -135,7 +132,11 @@ class _Twice(torch.autograd.Function):
         return 2 * grads[0]
 
 
-def test_a_backward_of_its_own_is_named_where_the_loss_casts_too():
-    read = qlens.explain(lambda logits, labels: F.cross_entropy(_Twice.apply(logits.float()), labels))
-    assert read.own_precision is not None and read.own_precision.dtype == torch.float32
-    assert read.scope.backward == "_Twice" and read.nearest[0].spec == "sft" and read.nearest[0].factor == 2
+def test_a_custom_backward_is_named_where_the_loss_casts_too():
+    explanation = qlens.explain(lambda logits, labels: F.cross_entropy(_Twice.apply(logits.float()), labels))
+    assert explanation.own_precision is not None and explanation.own_precision.dtype == torch.float32
+    assert (
+        explanation.scope.backward == "_Twice"
+        and explanation.nearest[0].spec == "sft"
+        and explanation.nearest[0].factor == 2
+    )
