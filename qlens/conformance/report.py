@@ -190,8 +190,8 @@ def check(loss: Variant | str | Callable) -> CheckReport:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
         called_as, notes = variant.account(tested.tokens())
-    found = tuple(items[name] for name in RULES)
-    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
+    in_order = tuple(items[name] for name in RULES)
+    return CheckReport(variant.spec, tested.kind, in_order, tested.vocabulary, refused, called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:
@@ -204,8 +204,8 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
-        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
-            return Item(name, "remark", f"{failure}; {spared}")
+        if tested.attends and name in BY_LENGTH and (without_prompts := _remark_without_prompts(rule, tested)):
+            return Item(name, "remark", f"{failure}; {without_prompts}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except IncompleteGroup as reason:
         return Item(name, "not applicable", str(reason))
@@ -215,7 +215,7 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
         return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
 
 
-def _spared(rule: Rule, tested: Specimen) -> str:
+def _remark_without_prompts(rule: Rule, tested: Specimen) -> str:
     """A remark if a loss that may use the attention mask keeps the rule on texts without prompts; else ""."""
     try:
         rule.run(tested.without_prompts())

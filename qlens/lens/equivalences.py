@@ -15,7 +15,7 @@ from qlens.core.display import Result, latex_table
 from qlens.core.errors import InputError, brief
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens
-from qlens.lens.identify.matching import points, taught
+from qlens.lens.identify.matching import method_gradient, points
 from qlens.lens.implied import implied_target
 from qlens.registry import Variant, methods, params
 
@@ -210,7 +210,7 @@ def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tenso
     """The gradient of every variant whose fields the tokens have, and of the yardsticks."""
     found = {}
     for variant in variants:
-        grad = taught(variant, tokens)
+        grad = method_gradient(variant, tokens)
         if grad is not None and float(grad.abs().max()) > NOTHING:
             found[variant.spec] = grad.double()
     return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}

@@ -194,17 +194,18 @@ class _Field:
         fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
         self.fixed, self.dtype = fixed, torch.float64
         self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
+        self.explicit = variant.built_in and not variant.derived  # then no graph is needed
 
     def tokens(self, z: np.ndarray) -> Tokens:
         """A row per label that occurs, at logits z, (size,)."""
         logits = torch.tensor(z).expand(len(self.seen), len(self.f))
-        return Tokens(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
+        return Tokens.unchecked(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
 
     def gradient(self, tokens: Tokens) -> np.ndarray:
         """g at every label, (labels, size)."""
         spec = self.variant.spec
         try:
-            g = gradient(self.variant.loss, tokens)
+            g = self.variant.target(tokens).grad if self.explicit else gradient(self.variant.loss, tokens)
         except InputError:
             if self.dtype == torch.float32:
                 raise

@@ -65,13 +65,13 @@ class Mixture(Result):
 
     def away(self, name: str) -> Bool[Tensor, " n"]:
         """The identifiable tokens on which a distribution has a negative weight."""
-        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
-        return known < -self.digits * known.abs().max().clamp(min=1) - rounding if len(known) else known < 0
+        weights, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return weights < -self.digits * weights.abs().max().clamp(min=1) - rounding if len(weights) else weights < 0
 
     def toward(self, name: str) -> Bool[Tensor, " n"]:
         """The identifiable tokens on which a distribution has a positive weight."""
-        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
-        return known > self.digits * known.abs().max().clamp(min=1e-300) + rounding if len(known) else known > 0
+        weights, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return weights > self.digits * weights.abs().max().clamp(min=1e-300) + rounding if len(weights) else weights > 0
 
     @property
     def pull(self) -> Float[Tensor, " N"]:
