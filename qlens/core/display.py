@@ -12,9 +12,7 @@ from qlens.core.errors import InputError, brief, one_line
 class Result:
     """A result with a table: it shows itself in notebooks, and gives the table as a frame, in LaTeX and as plain values."""
 
-    def to_frame(self) -> pd.DataFrame:
-        """The table of the result."""
-        raise NotImplementedError
+    to_frame: Callable[..., pd.DataFrame]  # the table, which every result defines
 
     def to_dict(self) -> dict[str, Any]:
         """The columns of ``to_frame`` as lists, for JSON."""

@@ -24,8 +24,7 @@ def contract(fn: Callable, style: Style) -> bool:
 
 def plain(fn: Callable) -> Iterator[list[Style]]:
     """Styles with logits (N, V) or (B, T, V), the likeliest first, in lists of which the first that raises nothing counts."""
-    loss_inputs = inputs(fn)
-    roles = roles_taken(fn)
+    loss_inputs, roles = inputs(fn), roles_taken(fn)
     first = next(iter(loss_inputs.required.items()))
     if "model" in roles:
         shapes = [Style("batch")]
@@ -109,8 +108,7 @@ def _chunk_numbers(fn: Callable) -> list[int]:
 
 def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
     """The variations of a shape: masks, positions of per-token values, optional inputs."""
-    loss_inputs = inputs(fn)
-    roles = roles_taken(fn)
+    loss_inputs, roles = inputs(fn), roles_taken(fn)
     masked = "mask" in roles
     texts = any(ROLE.get(name) == "input ids" for name, role in loss_inputs.required.items() if role == "labels")
     attended = "attention mask" in roles
