@@ -7,7 +7,7 @@ from losses import forgot_detach, root_weighted
 import qlens
 from qlens.core.probes import probes
 from qlens.lens.decompose.dependence import scope
-from qlens.lens.reading import fed, requested_fields
+from qlens.lens.reading import adapt_tokens, requested_fields
 from qlens.registry import resolve
 
 REACH = {
@@ -94,7 +94,7 @@ def test_other_tokens_count_through_labels_weights_and_fields():
 
     for loss, through in ((softmax_of_rewards, "advantage"), (averaged_weights, "weight"), (earlier_labels, "labels")):
         variant = resolve(loss)
-        found = scope(variant.loss, fed(probes(), variant), needs=requested_fields(variant))
+        found = scope(variant.loss, adapt_tokens(probes(), variant), needs=requested_fields(variant))
         assert (found.of, found.through) == ("batch", (through,)), found.evidence
 
 
