@@ -196,10 +196,10 @@ def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], se
     parallel = along @ along.T >= 1 - SAME**2
     same = parallel & ((size[:, None] / size).log().abs() <= SAME)
     rows = F.normalize(g, dim=2, eps=1e-300).transpose(0, 1)  # N, M, V
-    there = (g.norm(dim=2) > 1e-12 * g.norm(dim=2).amax(1, keepdim=True)).T  # N, M
-    together = there[:, :, None] & there[:, None]
-    aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~together
-    target = aligned.all(0) & together.any(0)
+    nonzero = (g.norm(dim=2) > 1e-12 * g.norm(dim=2).amax(1, keepdim=True)).T  # N, M
+    both_nonzero = nonzero[:, :, None] & nonzero[:, None]
+    aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~both_nonzero
+    target = aligned.all(0) & both_nonzero.any(0)
     relations, remaining, repeated = [], set(specs), set()
     for kind, related in zip(KINDS, (same, parallel, target), strict=True):
         for group in _classes(related):

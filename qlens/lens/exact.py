@@ -117,7 +117,7 @@ class _Float64(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        """Skip the wrapper for torch.compile, whose import takes seconds; nothing is compiled in this mode."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -165,13 +165,13 @@ def _in_float64(variant: Variant, reading: Reading) -> tuple[Variant, Reading, O
         return None
     if not exact_reading.finite:
         return None
-    off, size = (reading.grad - exact_reading.grad).norm(dim=-1), exact_reading.grad.norm(dim=-1)
-    agree = off <= SLACK * reading.noise.rows + TOLERANCE * size
+    error, size = (reading.grad - exact_reading.grad).norm(dim=-1), exact_reading.grad.norm(dim=-1)
+    agree = error <= SLACK * reading.noise.rows + TOLERANCE * size
     if float(agree.double().mean()) < SHARE:
         return None
     finite = reading.noise.rows.isfinite()  # at logits moved by rounding the loss may be NaN
-    distance = off / torch.where(finite, size.maximum(reading.noise.rows), size).clamp(min=1e-300)
-    return exact, exact_reading, OwnPrecision(reading.own, float(distance.median()), float(distance.max()))
+    relative_error = error / torch.where(finite, size.maximum(reading.noise.rows), size).clamp(min=1e-300)
+    return exact, exact_reading, OwnPrecision(reading.own, float(relative_error.median()), float(relative_error.max()))
 
 
 def without_casts(variant: Variant, tokens: Tokens) -> Variant:

@@ -234,7 +234,7 @@ class _Field:
         return -_centred(pull)
 
     def pace(self, z: np.ndarray) -> float:
-        """The largest |g| / |p - d| for p_y from the start's to nearly 1; 1 where it is of the usual size."""
+        """The largest |g| / |p - d| for p_y from its start to nearly 1; 1 where it is within ``USUAL``."""
         largest, one_hot = 0.0, np.eye(len(z))[self.label_ids]
         for push in (0.0, 2.0, 4.0, 8.0):
             for row, label in enumerate(one_hot):

@@ -79,10 +79,10 @@ class Reading:
             second_grad = read(variant, tokens, variant.loss)
             precision = coarser(arithmetic, carried(grad))
             finite = bool(grad.isfinite().all() and grad.any())
-            off = float((grad - second_grad).norm() / grad.norm()) if finite else 0.0
-            if off > max(SAME, 10 * torch.finfo(precision).eps):
+            difference = float((grad - second_grad).norm() / grad.norm()) if finite else 0.0
+            if difference > max(SAME, 10 * torch.finfo(precision).eps):
                 why = why_calls_differ(lambda: read(variant, tokens, variant.loss), tokens.logits.device)
-                raise InputError(f"{variant.spec} {why.format(f' by {off:.2g} of the gradient')}")
+                raise InputError(f"{variant.spec} {why.format(f' by {difference:.2g} of the gradient')}")
             number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
             moved_grads = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
@@ -129,7 +129,7 @@ class Reading:
 
 
 def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
-    """The loss, as a whole batch where its reduction cannot be found; and the reason, "" where it can.
+    """The loss, read as a whole batch where its reduction cannot be found, with the reason; else the loss itself and "".
 
     Args:
         variant: the loss.

@@ -19,7 +19,7 @@ TOLERANCE = 1e-6  # relative difference of two formulas of one gradient that cou
 MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding; the second for many logits
 SUSPECT = 1e4  # multiples of the unit roundoff below which a gradient may be rounding
 HALF = 1e-4  # unit roundoff above which a dtype is a half precision
-SWITCHED, CLOSE = 0.01, 1e-8  # a change in float64 that is a threshold or a tie, where 1 - p of the top entry is larger
+SWITCHED, CLOSE = 0.01, 1e-8  # relative change that is a threshold or a tie, not rounding; least 1 - p of the top entry
 MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
 
 
@@ -86,12 +86,12 @@ def rounding(
     rows = 3 * (entry.norm(dim=-1) + label + middle / 8) + formulas
     sums = 3 * (entry.sum(-1) + label + middle)
     for other in moved_grads:
-        off = other.detach().double() - g
-        switched = (off.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (rest.gather(-1, top)[:, 0] > CLOSE)
+        difference = other.detach().double() - g
+        switched = (difference.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (rest.gather(-1, top)[:, 0] > CLOSE)
         if unit > torch.finfo(torch.float64).eps:  # in coarser precisions rounding does as much
             switched = torch.zeros_like(switched)
-        off = torch.where(switched[:, None], 0.0, off)
-        rows, sums = rows.maximum(3 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
+        difference = torch.where(switched[:, None], 0.0, difference)
+        rows, sums = rows.maximum(3 * difference.norm(dim=-1)), sums.maximum(2 * difference.sum(-1).abs())
     return Noise(rows, sums)
 
 
@@ -120,7 +120,7 @@ class _Trace(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        """Skip the wrapper for torch.compile, whose import takes seconds; nothing is compiled in this mode."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
