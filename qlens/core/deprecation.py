@@ -1,4 +1,4 @@
-"""Deprecation: old names of modules, attributes and arguments, with a warning that names the new ones."""
+"""Deprecation: old names of modules, attributes, arguments, values and columns, with a warning that names the new ones."""
 
 import functools
 import importlib
@@ -27,10 +27,29 @@ MODULES = {
     "qlens.analysis.view": "qlens.analysis.token_view.token_view",
 }  # the modules that the README and the notebooks imported from
 
+OLD_COLUMNS = {
+    "trust": "label_weight",
+    "trust_low": "label_weight_low",
+    "trust_high": "label_weight_high",
+    "rival": "runner_up",
+    "p_rival": "p_runner_up",
+    "q_rest": "q_runner_up",
+    "other_grad": "runner_up_grad",
+    "suspicion": "negative_margin",
+    "worst": "negative_margin_max",
+    "doubt": "negative_margin_student",
+    "teacher_doubt": "negative_margin_teacher",
+    "room": "p_other",
+    "ignored": "q_other",
+    "pull": "label_gradient",
+}
+"""Old names of the columns of all frames, with the new ones; some are current names of frames that lack the new one."""
 
-def warn(old: str, new: str, level: int = 3) -> None:
-    """Warn that ``old`` is now called ``new``, at the line that uses it."""
-    warnings.warn(f"{old} is deprecated; write {new}", DeprecationWarning, stacklevel=level)
+
+def warn(old: str, new: str = "", level: int = 3) -> None:
+    """Warn at the line that uses it that ``old`` is now called ``new``, or without a new name that it has no effect."""
+    advice = f"is deprecated; write {new}" if new else "has no effect any more; leave it out"
+    warnings.warn(f"{old} {advice}", DeprecationWarning, stacklevel=level)
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
@@ -70,6 +89,50 @@ def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def without_effect(*names: str) -> Callable[[Callable], Callable]:
+    """Decorator: a function that also takes arguments of earlier versions, and ignores them with a warning.
+
+    Args:
+        names: of the arguments.
+
+    Example:
+        >>> @without_effect("colors")
+        ... def draw(variants): return variants
+        >>> draw(["sft"])
+        ['sft']
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in [name for name in names if name in kwargs]:
+                kwargs.pop(name)
+                warn(f"{fn.__name__}({name}=)")
+            return fn(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def renamed_value(argument: str, value: str, names: Mapping[str, str], level: int = 4) -> str:
+    """The value of an argument, the new one for an old one with a warning.
+
+    Args:
+        argument: its name.
+        value: what it was called with.
+        names: the new value of each old one.
+        level: 4 warns at the call of the function that asks, 5 at that of a decorated one.
+
+    Example:
+        >>> renamed_value("show", "kl", {"trust": "label_weight"})
+        'kl'
+    """
+    if value in names:
+        warn(f"{argument}={value!r}", f"{argument}={names[value]!r}", level)
+    return names.get(value, value)
+
+
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
     """A module's ``__getattr__`` that serves old names.
 
@@ -92,20 +155,37 @@ def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str],
     return get
 
 
-def renamed_columns(frame: pd.DataFrame, **names: str) -> pd.DataFrame:
-    """A frame whose columns can also be read by their old names, with a warning.
-
-    Args:
-        frame: a frame with the new names.
-        names: the new name of each old one.
+def old_columns(frame: pd.DataFrame) -> dict[str, str]:
+    """The old names of a frame's columns, as far as they are free, with the new ones.
 
     Example:
-        >>> renamed_columns(pd.DataFrame({"label_weight": [0.5]}), trust="label_weight")["label_weight"].sum()
+        >>> old_columns(pd.DataFrame({"label_weight": [0.5], "p_y": [0.1]}))
+        {'trust': 'label_weight'}
+    """
+    return {old: new for old, new in OLD_COLUMNS.items() if new in frame.columns and old not in frame.columns}
+
+
+def renamed_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose columns can also be read by their old names (``OLD_COLUMNS``), with a warning.
+
+    Example:
+        >>> renamed_columns(pd.DataFrame({"label_weight": [0.5]}))["label_weight"].sum()
         np.float64(0.5)
     """
     with_old = _WithOldColumns(frame)
-    with_old.attrs = {**frame.attrs, "old_columns": names}
+    with_old.attrs = {**frame.attrs, "old_columns": old_columns(frame)}
     return with_old
+
+
+def current_columns(frame: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose columns have the current names, read from a file of an earlier version, for example.
+
+    Example:
+        >>> list(current_columns(pd.DataFrame({"trust": [0.5]})))
+        ['label_weight']
+    """
+    old = {old: new for old, new in OLD_COLUMNS.items() if old in frame.columns and new not in frame.columns}
+    return frame.rename(columns=old) if old else frame
 
 
 class _WithOldColumns(pd.DataFrame):
@@ -138,7 +218,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """A module that hands every attribute of the new one on."""
-        warnings.warn(f"{spec.name} is deprecated; write {MODULES[spec.name]}", DeprecationWarning, stacklevel=2)
+        warn(spec.name, MODULES[spec.name])
         return _OldModule(spec.name, f"The old name of {MODULES[spec.name]}.")
 
     def exec_module(self, module: ModuleType) -> None:

@@ -123,12 +123,15 @@ class _Search:
         return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
 
     def column(self, entry: Residual, value: float | None) -> Tensor:
-        """p - R at every token, at unit length."""
+        """p - R at every token, at unit length; those of the grid are remembered."""
         key = (entry.name, value if entry.parameter else None)
-        if key not in self.column_cache:
-            column = self.p - entry.at(self.tokens, key[1])
-            self.column_cache[key] = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-        return self.column_cache[key]
+        if key in self.column_cache:
+            return self.column_cache[key]
+        column = self.p - entry.at(self.tokens, key[1])
+        column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        if key[1] is None or value in entry.grid:
+            self.column_cache[key] = column
+        return column
 
     def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None]) -> Tensor:
         """The columns of a set at some values of its parameter, (values, N, V, J)."""

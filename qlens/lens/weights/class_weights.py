@@ -71,8 +71,8 @@ class ClassWeights:
         many = f" ({len(ids)} of {len(self.weights)} ids)" if len(groups) > 1 else ""
         usual = f"{weight:.5g} for the others{many}" if len(ids) > 1 else f"{weight:.5g} for id {ids[0]}"
         mean = ", divided by the batch's mean weight" if self.divided else ""
-        tested = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
-        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tested}"
+        tested_ids = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
+        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tested_ids}"
 
 
 def _ids(ids: list[int], number_tested: int) -> str:

@@ -68,18 +68,13 @@ def law(
         >>> law(t.label_probs.sqrt(), t).formula
         'p_y^0.5'
     """
-    readings = [
-        one
-        for one in (WeightReading(pull, tokens, noise).where_known(), *(other.where_known() for other in further))
-        if len(one.pull)
-    ]
-    if sum(len(one.pull) for one in readings) < FEWEST:
+    readings = [reading.where_known() for reading in (WeightReading(pull, tokens, noise), *further)]
+    readings = [reading for reading in readings if len(reading.pull)]
+    if sum(len(reading.pull) for reading in readings) < FEWEST:
         return None
     features = _Laws(readings, tolerance)
     simplest = next(iter(features.laws()), None)
-    return simplest and Law(
-        simplest.formula, simplest.parameters, simplest.misfit, simplest.values, features.domain, simplest.where
-    )
+    return simplest and replace(simplest, domain=features.domain)
 
 
 def thresholds(readings: Sequence[WeightReading], on: np.ndarray) -> Iterator[str]:
