@@ -91,15 +91,15 @@ class Distances(Result):
 
     def neighbours(self, number: int = 3) -> dict[str, list[tuple[str, float, float]]]:
         """The nearest other methods of every method: name, angle, log-ratio of the norms."""
-        found = {}
+        neighbours = {}
         for name in dict.fromkeys([*self.table["left"], *self.table["right"]]):
             rows = self.table[(self.table["left"] == name) | (self.table["right"] == name)]
             rows = rows.nsmallest(number, "angle")
-            found[name] = [
+            neighbours[name] = [
                 (row.right, row.angle, row.log_ratio) if row.left == name else (row.left, row.angle, -row.log_ratio)
                 for row in rows.itertuples()
             ]
-        return found
+        return neighbours
 
     def plot(self) -> Any:
         """The figure: the methods as a tree of the angles between their gradients (matplotlib)."""
@@ -126,9 +126,9 @@ class Distances(Result):
         """
         if methods is None:
             return self.table
-        known = set(self.table["left"]) | set(self.table["right"])
-        if isinstance(methods, str) or not known.issuperset(methods):
-            raise InputError(f"methods must be a list of names among {', '.join(sorted(known))}, got {brief(methods)}")
+        names = set(self.table["left"]) | set(self.table["right"])
+        if isinstance(methods, str) or not names.issuperset(methods):
+            raise InputError(f"methods must be a list of names among {', '.join(sorted(names))}, got {brief(methods)}")
         return self.table[self.table["left"].isin(methods) & self.table["right"].isin(methods)]
 
     def to_latex(
@@ -162,10 +162,10 @@ class Distances(Result):
         lines = []
         for kind, head in zip(KINDS, HEADS, strict=True):
             for where in CIRCUMSTANCES:
-                found = [r for r in self.relations if (r.kind, r.where) == (kind, where)]
-                if found:
+                group = [r for r in self.relations if (r.kind, r.where) == (kind, where)]
+                if group:
                     lines += [head + ("" if where == "always" else f", {where}")]
-                    lines += [textwrap.fill(str(r), 118, **INDENT) for r in found] + [""]
+                    lines += [textwrap.fill(str(r), 118, **INDENT) for r in group] + [""]
         lines.append("Nearest other methods: angle between the gradients in degrees, log of the ratio of their norms")
         for name, near in self.neighbours().items():
             lines.append(f"  {name:<22}" + "".join(f"{n + f' {a:.1f} {s:+.2f}':<34}" for n, a, s in near).rstrip())
@@ -196,10 +196,10 @@ def distances(tokens: Tokens | None = None) -> Distances:
     for where, change in CIRCUMSTANCES.items():
         if where != "always" and any(getattr(tokens, name) is None for name in ("teacher", "reference", "old")):
             continue
-        found, same = _relations(_gradients(variants, change(tokens)), where)
-        relations += [r for r in found if not any(_covers(known, r) for known in relations)]
+        groups, repeated = _relations(_gradients(variants, change(tokens)), where)
+        relations += [r for r in groups if not any(_covers(earlier, r) for earlier in relations)]
         if where == "always":  # equivalent without the condition too
-            variants = [variant for variant in variants if variant.spec not in same]
+            variants = [variant for variant in variants if variant.spec not in repeated]
     defaults = _gradients([method.variant() for method in methods().values()], tokens)
     left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
     relations.sort(key=lambda r: (list(CIRCUMSTANCES).index(r.where), KINDS.index(r.kind)))
@@ -208,12 +208,12 @@ def distances(tokens: Tokens | None = None) -> Distances:
 
 def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tensor, "N V"]]:
     """The gradient of every variant whose fields the tokens have, and of the yardsticks."""
-    found = {}
+    grads = {}
     for variant in variants:
         grad = method_gradient(variant, tokens)
         if grad is not None and float(grad.abs().max()) > NOTHING:
-            found[variant.spec] = grad.double()
-    return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}
+            grads[variant.spec] = grad.double()
+    return grads | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}
 
 
 def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], set[str]]:
@@ -228,47 +228,49 @@ def _relations(grads: dict[str, Tensor], where: str) -> tuple[list[Relation], se
     parallel = along @ along.T >= 1 - SAME**2
     same = parallel & ((size[:, None] / size).log().abs() <= SAME)
     rows = F.normalize(g, dim=2, eps=1e-300).transpose(0, 1)  # N, M, V
-    there = (g.norm(dim=2) > 1e-12 * g.norm(dim=2).amax(1, keepdim=True)).T  # N, M
-    together = there[:, :, None] & there[:, None]
-    aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~together
-    target = aligned.all(0) & together.any(0)
-    found, left, repeated = [], set(specs), set()
+    nonzero = (g.norm(dim=2) > 1e-12 * g.norm(dim=2).amax(1, keepdim=True)).T  # N, M
+    both_nonzero = nonzero[:, :, None] & nonzero[:, None]
+    aligned = (rows @ rows.transpose(1, 2) >= 1 - 1e-10) | ~both_nonzero
+    target = aligned.all(0) & both_nonzero.any(0)
+    relations, remaining, repeated = [], set(specs), set()
     for kind, related in zip(KINDS, (same, parallel, target), strict=True):
         for group in _classes(related):
-            sizes = {specs[i]: float(size[i]) for i in group if specs[i] in left}
-            kept = _simplest(sizes, apart=kind == KINDS[1])
-            if len({params.parse(spec)[0] for spec in kept}) > 1 or (len(kept) > 1 and kind == KINDS[1]):
-                found.append(Relation(kind, kept, tuple(round(sizes[s] / sizes[kept[0]], 6) for s in kept), where))
-            if kind == KINDS[0] and kept:
-                repeated |= set(sizes) - {kept[0]}
-        left -= repeated  # listed once
+            sizes = {specs[i]: float(size[i]) for i in group if specs[i] in remaining}
+            simplest = _simplest(sizes, apart=kind == KINDS[1])
+            if len({params.parse(spec)[0] for spec in simplest}) > 1 or (len(simplest) > 1 and kind == KINDS[1]):
+                relations.append(
+                    Relation(kind, simplest, tuple(round(sizes[s] / sizes[simplest[0]], 6) for s in simplest), where)
+                )
+            if kind == KINDS[0] and simplest:
+                repeated |= set(sizes) - {simplest[0]}
+        remaining -= repeated  # listed once
         if kind == KINDS[1]:
-            left = {spec for spec in specs if "(" not in spec}  # parameters that change a scale add nothing
-    return found, repeated
+            remaining = {spec for spec in specs if "(" not in spec}  # parameters that change a scale add nothing
+    return relations, repeated
 
 
 def _classes(related: Bool[Tensor, "M M"]) -> list[list[int]]:
     """Groups of indices that are all related to the group's first."""
-    left, groups = list(range(len(related))), []
-    while left:
-        group = [i for i in left if i == left[0] or bool(related[left[0], i])]
+    remaining, groups = list(range(len(related))), []
+    while remaining:
+        group = [i for i in remaining if i == remaining[0] or bool(related[remaining[0], i])]
         groups.append(group)
-        left = [i for i in left if i not in group]
+        remaining = [i for i in remaining if i not in group]
     return groups
 
 
 def _simplest(sizes: dict[str, float], apart: bool) -> tuple[str, ...]:
     """One spec per method (and per norm, if ``apart``), the one with the fewest parameters; plain names first."""
-    found: dict[tuple[str, float], str] = {}
+    simplest: dict[tuple[str, float], str] = {}
     for spec in sorted(sizes, key=lambda s: (s.count("="), len(s))):
         size = float(f"{sizes[spec]:.6g}") if apart else 0.0
-        found.setdefault((params.parse(spec)[0], size), spec)
-    return tuple(sorted(found.values(), key=lambda s: ("(" in s, len(params.parse(s)[0]), s)))
+        simplest.setdefault((params.parse(spec)[0], size), spec)
+    return tuple(sorted(simplest.values(), key=lambda s: ("(" in s, len(params.parse(s)[0]), s)))
 
 
-def _covers(known: Relation, other: Relation) -> bool:
-    """Whether ``known`` implies ``other``: the same methods, at least as closely related."""
-    return KINDS.index(known.kind) <= KINDS.index(other.kind) and set(other.specs) <= set(known.specs)
+def _covers(relation: Relation, other: Relation) -> bool:
+    """Whether ``relation`` implies ``other``: it holds of the same methods and is at least as close."""
+    return KINDS.index(relation.kind) <= KINDS.index(other.kind) and set(other.specs) <= set(relation.specs)
 
 
 def _table(grads: dict[str, Tensor]) -> pd.DataFrame:

@@ -49,8 +49,8 @@ class Exact(Variant):
     @classmethod
     def of(cls, variant: Variant) -> "Exact":
         """The same variant in float64."""
-        made = cls(variant.method, variant.params)
-        return whole(made) if isinstance(variant.unreduced, Whole) else made
+        exact = cls(variant.method, variant.params)
+        return whole(exact) if isinstance(variant.unreduced, Whole) else exact
 
     def arithmetic(self) -> contextlib.AbstractContextManager:
         """A context in which everything is computed in float64."""
@@ -117,12 +117,12 @@ class _Float64(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        """Skip the wrapper for torch.compile, whose import takes seconds; nothing is compiled in this mode."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        aliases = any(given.alias_info is not None for given in (*func._schema.arguments, *func._schema.returns))
+        aliases = any(value.alias_info is not None for value in (*func._schema.arguments, *func._schema.returns))
         if aliases:  # views and in-place writes
             return func(*args, **kwargs)
         args = tree_map(_wide, args)
@@ -145,33 +145,33 @@ def read_exactly(variant: Variant, tokens: Tokens | None) -> tuple[Variant, Read
     Returns:
         The variant to analyse, its reading, and its own precision; None for the last where it is read as it is.
     """
-    found = before_casts(variant) if tokens is None else on_own_tokens(variant, tokens)
-    exact = _in_float64(variant, found)
+    reading = before_casts(variant) if tokens is None else on_own_tokens(variant, tokens)
+    exact = _in_float64(variant, reading)
     if exact is not None:
         return exact
-    return variant, rounded_to_precision(variant, found) if tokens is None else found, None
+    return variant, rounded_to_precision(variant, reading) if tokens is None else reading, None
 
 
-def _in_float64(variant: Variant, found: Reading) -> tuple[Variant, Reading, OwnPrecision] | None:
-    """The reading in float64; None where the loss has no rounding of its own, or another gradient in float64."""
-    if found.own == torch.float64 or not found.finite or not bool(found.grad.any()):
+def _in_float64(variant: Variant, reading: Reading) -> tuple[Variant, Reading, OwnPrecision] | None:
+    """The reading in float64; None where the loss computes in float64 itself, or has another gradient there."""
+    if reading.own == torch.float64 or not reading.finite or not bool(reading.grad.any()):
         return None
-    if found.given.logits.numel() > MOST:
+    if reading.given.logits.numel() > MOST:
         return None
     exact = Exact.of(variant)
     try:
-        read = Reading.of(exact, found.given.with_precision(torch.float64))
+        exact_reading = Reading.of(exact, reading.given.with_precision(torch.float64))
     except InputError:  # it requires its own dtype
         return None
-    if not read.finite:
+    if not exact_reading.finite:
         return None
-    off, size = (found.grad - read.grad).norm(dim=-1), read.grad.norm(dim=-1)
-    agree = off <= SLACK * found.noise.rows + TOLERANCE * size
+    error, size = (reading.grad - exact_reading.grad).norm(dim=-1), exact_reading.grad.norm(dim=-1)
+    agree = error <= SLACK * reading.noise.rows + TOLERANCE * size
     if float(agree.double().mean()) < SHARE:
         return None
-    known = found.noise.rows.isfinite()  # moved by rounding, the loss may be NaN
-    distance = off / torch.where(known, size.maximum(found.noise.rows), size).clamp(min=1e-300)
-    return exact, read, OwnPrecision(found.own, float(distance.median()), float(distance.max()))
+    finite = reading.noise.rows.isfinite()  # at logits moved by rounding the loss may be NaN
+    relative_error = error / torch.where(finite, size.maximum(reading.noise.rows), size).clamp(min=1e-300)
+    return exact, exact_reading, OwnPrecision(reading.own, float(relative_error.median()), float(relative_error.max()))
 
 
 def without_casts(variant: Variant, tokens: Tokens) -> Variant:

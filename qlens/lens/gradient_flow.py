@@ -62,12 +62,12 @@ class Destination(Result):
     @property
     def sentence(self) -> str:
         """The fixed point in one sentence."""
-        seen = self.frequencies > 0
-        labels, where = _listed(100 * self.frequencies[seen], ".3g"), _listed(self.end[seen], ".2f")
-        if len(seen) > SIZE:
-            labels += f" (V = {len(seen)})"
+        is_label = self.frequencies > 0
+        labels, where = _listed(100 * self.frequencies[is_label], ".3g"), _listed(self.end[is_label], ".2f")
+        if len(is_label) > SIZE:
+            labels += f" (V = {len(is_label)})"
         if self.by_id:
-            labels += f" at ids {_listed(seen.nonzero()[0], 'd')}"
+            labels += f" at ids {_listed(is_label.nonzero()[0], 'd')}"
         tail = "; with other label ids it converges elsewhere" if self.by_id else ""
         if not self.settled:
             time = f"t = {self.times[-1]:.2g}"
@@ -178,19 +178,23 @@ def destination(
     grid = np.append(GRID[GRID < times[-1]], times[-1])
     probs = np.stack([np.interp(np.log1p(grid), np.log1p(times), p_k) for p_k in softmax(logits, -1).T], -1)
     settled = bool(np.ptp(probs[grid >= grid[-1] / 4], 0).max() < STILL)
-    given = {name: others[name] for name in others if name in variant.needs}
-    return Destination(variant.spec, f, p, grid / pace, probs, settled, field.by_id(start_logits), **given)
+    models = {name: others[name] for name in others if name in variant.needs}
+    return Destination(variant.spec, f, p, grid / pace, probs, settled, field.by_id(start_logits), **models)
 
 
 class _Field:
     """The vector field of the flow: one row of Tokens per label that occurs."""
 
     def __init__(self, variant: Variant, f: np.ndarray, models: dict[str, np.ndarray]):
-        (self.seen,) = f.nonzero()
+        (self.label_ids,) = f.nonzero()
         self.variant, self.f = variant, f
-        shape, ones = (len(self.seen), len(f)), torch.ones(len(self.seen), dtype=torch.float64)
+        shape, ones = (len(self.label_ids), len(f)), torch.ones(len(self.label_ids), dtype=torch.float64)
         fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
-        fixed |= {"labels": torch.from_numpy(self.seen), "sequence": torch.arange(len(self.seen)), "advantage": ones}
+        fixed |= {
+            "labels": torch.from_numpy(self.label_ids),
+            "sequence": torch.arange(len(self.label_ids)),
+            "advantage": ones,
+        }
         fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
         self.fixed, self.dtype = fixed, torch.float64
         self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
@@ -198,7 +202,7 @@ class _Field:
 
     def tokens(self, z: np.ndarray) -> Tokens:
         """A row per label that occurs, at logits z, (size,)."""
-        logits = torch.tensor(z).expand(len(self.seen), len(self.f))
+        logits = torch.tensor(z).expand(len(self.label_ids), len(self.f))
         return Tokens.unchecked(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
 
     def gradient(self, tokens: Tokens) -> np.ndarray:
@@ -223,17 +227,17 @@ class _Field:
 
     def flow(self, z: np.ndarray) -> np.ndarray:
         """dz/dt at centred logits."""
-        pull = self.f[self.seen] @ self.gradient(self.tokens(z))
+        pull = self.f[self.label_ids] @ self.gradient(self.tokens(z))
         return -_centred(pull)
 
     def pace(self, z: np.ndarray) -> float:
-        """The largest |g| / |p - d| for p_y from the start's to nearly 1; 1 where it is of the usual size."""
-        largest, one_hot = 0.0, np.eye(len(z))[self.seen]
+        """The largest |g| / |p - d| for p_y from its start to nearly 1; 1 where it is within ``USUAL``."""
+        largest, one_hot = 0.0, np.eye(len(z))[self.label_ids]
         for push in (0.0, 2.0, 4.0, 8.0):
             for row, label in enumerate(one_hot):
-                moved = _centred(z + push * label)
-                away = np.linalg.norm(softmax(moved) - label)
-                largest = max(largest, float(np.linalg.norm(self.gradient(self.tokens(moved))[row]) / away))
+                moved_logits = _centred(z + push * label)
+                away = np.linalg.norm(softmax(moved_logits) - label)
+                largest = max(largest, float(np.linalg.norm(self.gradient(self.tokens(moved_logits))[row]) / away))
             if USUAL[0] <= largest <= USUAL[1]:
                 return 1.0
         return largest or 1.0
@@ -272,13 +276,13 @@ def _prefers_second(size: int) -> np.ndarray:
     return teacher / teacher.sum()
 
 
-def _probabilities(name: str, given: Sequence[float], size: int | None = None) -> np.ndarray:
+def _probabilities(name: str, values: Sequence[float], size: int | None = None) -> np.ndarray:
     try:
-        probs = np.asarray(given, dtype=np.float64)
+        probs = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        probs = np.array(np.nan)  # refused below, with the rest
+        probs = np.array(np.nan)  # the check below raises
     if probs.shape != (size or probs.size,) or not (probs >= 0).all() or abs(probs.sum() - 1) > 1e-6:
-        raise InputError(f"{name} must be {size or 'some'} probabilities that sum to 1, got {given!r}")
+        raise InputError(f"{name} must be {size or 'some'} probabilities that sum to 1, got {values!r}")
     return probs / probs.sum()
 
 

@@ -63,7 +63,7 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
     declared = variant.built_in or bool(variant.method.scope)
     if len(tokens) <= size or variant.scope != "token" or variant.derived or not declared:
         return gradient(value, tokens)
-    made = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
+    grads = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
     for start in range(0, len(tokens), size):
-        made[start : start + size] = gradient(value, tokens[start : start + size])
-    return made
+        grads[start : start + size] = gradient(value, tokens[start : start + size])
+    return grads

@@ -68,24 +68,24 @@ class Reading:
         try:
             tokens = prepared(variant, tokens)
             grad = read(variant, tokens, variant.loss)
-            losses, arithmetic, constants = traced(variant.loss, tokens)  # after the layout was found
-            if not variant.built_in:  # a state left by other tokens shows in the next call
+            losses, arithmetic, constants = traced(variant.loss, tokens)  # after ``read``, which finds the layout
+            if not variant.built_in:  # a state that other tokens leave behind changes the next call
                 with contextlib.suppress(InputError):  # it may fail on these logits
                     read(variant, tokens.with_logits(tokens.logits / 2), variant.loss)
-            again = read(variant, tokens, variant.loss)
+            second_grad = read(variant, tokens, variant.loss)
             precision = coarser(arithmetic, carried(grad))
             finite = bool(grad.isfinite().all() and grad.any())
-            off = float((grad - again).norm() / grad.norm()) if finite else 0.0
-            if off > max(SAME, 10 * torch.finfo(precision).eps):
+            difference = float((grad - second_grad).norm() / grad.norm()) if finite else 0.0
+            if difference > max(SAME, 10 * torch.finfo(precision).eps):
                 why = why_calls_differ(lambda: read(variant, tokens, variant.loss), tokens.logits.device)
-                raise InputError(f"{variant.spec} {why.format(f' by {off:.2g} of the gradient')}")
+                raise InputError(f"{variant.spec} {why.format(f' by {difference:.2g} of the gradient')}")
             number = (MOVES if grad.numel() <= LARGE else COARSEST_MOVES) if finite else 0
-            moved = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
+            moved_grads = [read(variant, other, variant.loss) for other in moves(tokens, arithmetic, number)]
         except InputError:
             raise
         except Exception as error:  # a user's loss may raise anything
             raise InputError(f"{variant.spec} raised {type(error).__name__}: {error}") from error
-        noise = rounding(grad, tokens, arithmetic, moved, constants)
+        noise = rounding(grad, tokens, arithmetic, moved_grads, constants)
         return cls(tokens, grad.double(), noise, precision, arithmetic, coarser(precision, constants), losses)
 
     @cached_property
@@ -134,7 +134,7 @@ def prepared(variant: Variant, tokens: Tokens) -> Tokens:
 
 
 def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
-    """The loss, as a whole batch where its reduction cannot be found; and the reason, "" where it can.
+    """The loss, read as a whole batch where its reduction cannot be found, with the reason; else the loss itself and "".
 
     Args:
         variant: the loss.
@@ -147,12 +147,12 @@ def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant
     if len(at) > FEW and not (variant.compares_pairs or holds_rows(variant.method.fn, at)):
         at = at[spread(len(at), FEW).to(at.logits.device)]
     try:
-        gradient(variant.loss, fed(at, variant))
+        gradient(variant.loss, adapt_tokens(at, variant))
     except UnknownReduction as error:
         if holds_rows(variant.method.fn, at):  # it cannot be called twice on these rows at once either
             raise
         return unreduced.whole(variant), str(error).partition(" Return the")[0]
-    except Exception:  # it raises the same again where it is read
+    except Exception:  # reading the loss raises it again
         return variant, ""
     return variant, ""
 
@@ -173,21 +173,22 @@ def before_casts(variant: Variant) -> Reading:
         InputError: the loss fails at every vocabulary tried.
     """
     failed: InputError | None = None
-    sizes, tried = [VOCABULARY, WIDE], []
+    sizes, tried_sizes = [VOCABULARY, WIDE], []
     while sizes:
         size = sizes.pop(0)
-        tried.append(size)
+        tried_sizes.append(size)
         for dtype in (torch.float64, torch.float32):
             try:
-                return Reading.of(variant, fed(probes(dtype, vocabulary=size), variant))
+                return Reading.of(variant, adapt_tokens(probes(dtype, vocabulary=size), variant))
             except InputError as error:
-                if error.__cause__ is None or isinstance(error.__cause__, SystemExit):  # refused, not tried
+                if error.__cause__ is None or isinstance(error.__cause__, SystemExit):  # refused before it ran
                     raise
                 failed = failed or error
                 if size in (VOCABULARY, WIDE):
-                    sizes += [n for n in _sizes(first_line(error.__cause__), tried + sizes)][: NAMED - len(tried) + 1]
+                    candidates = list(_sizes(first_line(error.__cause__), tried_sizes + sizes))
+                    sizes += candidates[: NAMED - len(tried_sizes) + 1]
     assert failed is not None
-    at = ", ".join(map(str, tried))
+    at = ", ".join(map(str, tried_sizes))
     raise InputError(
         f"{failed} (tried at vocabularies {at}; on tokens of your own: explain(loss, tokens))"
     ) from failed.__cause__
@@ -203,19 +204,19 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
     failed = ""
     for vocabulary in sizes or dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
         try:
-            found = rounded_to_precision(
-                variant, Reading.of(variant, fed(trials(dtype, vocabulary=vocabulary), variant))
+            reading = rounded_to_precision(
+                variant, Reading.of(variant, adapt_tokens(trials(dtype, vocabulary=vocabulary), variant))
             )
         except InputError as error:
             failed = failed or f"at V = {vocabulary} {first_line(error)[:140]}"
             continue
         if failed:
             failed = f"{failed}; the findings hold at V = {vocabulary}"
-        kept = found.grad.isfinite().all(-1) & found.tokens.logits.isfinite().all(-1)
-        if not bool(kept.any() and found.grad[kept].any()):
+        finite_rows = reading.grad.isfinite().all(-1) & reading.tokens.logits.isfinite().all(-1)
+        if not bool(finite_rows.any() and reading.grad[finite_rows].any()):
             failed = failed or f"at V = {vocabulary} the gradient is zero or not finite"
             continue
-        return found
+        return reading
     return failed
 
 
@@ -236,18 +237,17 @@ def fields_taken(variant: Variant) -> frozenset[str] | None:
 
 
 def models_taken(variant: Variant, tokens: Tokens) -> Tokens:
-    """The tokens without the other models that a loss of logits does not take: they cannot be part of its target."""
+    """The tokens without the models that a loss of logits does not take, which cannot be part of its target."""
     fn = variant.method.fn
     if calling.kind(fn) != "logits":
         return tokens
-    roles = roles_taken(fn)
-    taken = {name for name in MODELS for role in roles if name in role or FIELD.get(role) == name}
-    left = {name: None for name in MODELS if name not in taken and getattr(tokens, name) is not None}
-    return tokens.replace(**left) if left else tokens
+    used = {name for name in MODELS for role in roles_taken(fn) if name in role or FIELD.get(role) == name}
+    unused = {name: None for name in MODELS if name not in used and getattr(tokens, name) is not None}
+    return tokens.replace(**unused) if unused else tokens
 
 
-def fed(tokens: Tokens, variant: Variant) -> Tokens:
-    """Built-in tokens with weights, where the loss asks for them, in whole groups of texts."""
+def adapt_tokens(tokens: Tokens, variant: Variant) -> Tokens:
+    """Built-in tokens adapted to a loss: in whole groups of texts, and with weights where the loss asks for them."""
     if variant.derived:
         tokens = in_whole_groups(variant.method.fn, variant.params, tokens)
     if "weight" not in requested_fields(variant):
@@ -267,16 +267,16 @@ def on_own_tokens(variant: Variant, tokens: Tokens) -> Reading:
     return Reading.of(variant, tokens.upcast())
 
 
-def rounded_to_precision(variant: Variant, found: Reading) -> Reading:
+def rounded_to_precision(variant: Variant, reading: Reading) -> Reading:
     """A reading on tokens whose logits are exact in the loss's precision."""
-    if found.precision == torch.float64 or not found.finite:
-        return found
-    exact = found.given.with_precision(found.precision).with_precision(torch.float32)
+    if reading.precision == torch.float64 or not reading.finite:
+        return reading
+    exact = reading.given.with_precision(reading.precision).with_precision(torch.float32)
     return Reading.of(variant, exact)
 
 
-def _sizes(message: str, tried: list[int]) -> Iterator[int]:
+def _sizes(message: str, excluded: list[int]) -> Iterator[int]:
     """Numbers in an error message that may be the vocabulary of the loss."""
     for text in reversed(numbers_of(message)):
-        if text and len(text) < 7 and 3 <= int(text) <= 300_000 and int(text) not in tried:
+        if text and len(text) < 7 and 3 <= int(text) <= 300_000 and int(text) not in excluded:
             yield int(text)

@@ -19,7 +19,7 @@ TOLERANCE = 1e-6  # relative difference of two formulas of one gradient that cou
 MOVES, COARSEST_MOVES = 3, 1  # gradients at logits moved by rounding; the second for many logits
 SUSPECT = 1e4  # multiples of the unit roundoff below which a gradient may be rounding
 HALF = 1e-4  # unit roundoff above which a dtype is a half precision
-SWITCHED, CLOSE = 0.01, 1e-8  # a change in float64 that is a threshold or a tie, where 1 - p of the top entry is larger
+SWITCHED, CLOSE = 0.01, 1e-8  # relative change that is a threshold or a tie, not rounding; least 1 - p of the top entry
 MOVED = 0.5  # a gradient that changes by this share of its size under such a move is rounding
 
 
@@ -44,10 +44,10 @@ def rounding(
     grad: Float[Tensor, "N V"],
     tokens: Tokens,
     precision: torch.dtype | None = None,
-    moved: Sequence[Float[Tensor, "N V"]] = (),
+    moved_grads: Sequence[Float[Tensor, "N V"]] = (),
     constants: torch.dtype = torch.float64,
 ) -> Noise:
-    r"""The one model of rounding: a relative error of :math:`2 u (2 + |\log p_k| + |\log Z|)` per entry, and what is measured.
+    r"""The rounding error of a gradient, :math:`2 u (2 + |\log p_k| + |\log Z|)` relative to each entry, or more where measured.
 
     u is the unit roundoff of the precision, log Z the row's log-sum-exp. What is rounded is an entry before it cancels:
     :math:`|g_k| + s p_k`, where :math:`s = \max_k |g_k| / (1 - p_k)`, also over all entries but the top one together, is the
@@ -58,26 +58,26 @@ def rounding(
 
     Args:
         grad: logit gradients of the unreduced loss, (N, V).
-        tokens: where they were taken.
+        tokens: the tokens that they belong to.
         precision: of the loss's operations; by default the precision that the digits of the gradient show. Fewer digits of the
             gradient (after a cast of the logits, say) are a relative error of its entries.
-        moved: the same at logits moved by rounding (``moves``).
+        moved_grads: gradients of the same loss at logits moved by rounding (``moves``), (N, V) each.
         constants: precision of the constants that enter the loss (weights, smoothed targets).
     """
     digits = carried(grad)
-    unit, kept = (torch.finfo(dtype).eps / 2 for dtype in (precision or digits, digits))
+    unit, digit_unit = (torch.finfo(dtype).eps / 2 for dtype in (precision or digits, digits))
     if unit > HALF:
         unit /= 4  # half precision is summed in float32: an operation rounds once, at its end
     g, z = grad.detach().double(), tokens.logits.detach().double()
     log_z = z.logsumexp(-1, keepdim=True)
-    log_p = (z - log_z).clamp(min=-100.0)  # beyond, p is nothing
+    log_p = (z - log_z).clamp(min=-100.0)  # below, p is negligible
     p = log_p.exp()
     size = g.abs()
-    left = torch.where(p > 0.5, p.sum(-1, keepdim=True) - p, 1 - p).clamp(min=1e-16)
+    rest = torch.where(p > 0.5, p.sum(-1, keepdim=True) - p, 1 - p).clamp(min=1e-16)
     top = p.argmax(-1, keepdim=True)
-    others = size.scatter(-1, top, 0.0).sum(-1, keepdim=True) / left.gather(-1, top)
-    pulls = (size / left).amax(-1, keepdim=True).maximum(others).clamp(max=size.amax() * 2)
-    entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p) + kept * size
+    others = size.scatter(-1, top, 0.0).sum(-1, keepdim=True) / rest.gather(-1, top)
+    pulls = (size / rest).amax(-1, keepdim=True).maximum(others).clamp(max=size.amax() * 2)
+    entry = 2 * unit * (2 - log_p + log_z.abs()) * (size + pulls * p) + digit_unit * size
     entry = entry + torch.finfo(constants).eps * (size + pulls * p)
     label = 2 * unit * (2 - tokens.gather(log_p) + log_z[:, 0].abs()) * g.norm(dim=-1)
     # intermediate values like 1 - p_y and coefficients are rounded at the size of a large pull, in rows of a small one too
@@ -85,13 +85,13 @@ def rounding(
     formulas = 4 * torch.finfo(torch.float64).eps * pulls.amax()  # two formulas of one gradient differ by this
     rows = 3 * (entry.norm(dim=-1) + label + middle / 8) + formulas
     sums = 3 * (entry.sum(-1) + label + middle)
-    for other in moved:
-        off = other.detach().double() - g
-        switched = (off.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (left.gather(-1, top)[:, 0] > CLOSE)
+    for other in moved_grads:
+        difference = other.detach().double() - g
+        switched = (difference.norm(dim=-1) > SWITCHED * g.norm(dim=-1)) & (rest.gather(-1, top)[:, 0] > CLOSE)
         if unit > torch.finfo(torch.float64).eps:  # in coarser precisions rounding does as much
             switched = torch.zeros_like(switched)
-        off = torch.where(switched[:, None], 0.0, off)
-        rows, sums = rows.maximum(3 * off.norm(dim=-1)), sums.maximum(2 * off.sum(-1).abs())
+        difference = torch.where(switched[:, None], 0.0, difference)
+        rows, sums = rows.maximum(3 * difference.norm(dim=-1)), sums.maximum(2 * difference.sum(-1).abs())
     return Noise(rows, sums)
 
 
@@ -120,30 +120,30 @@ class _Trace(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled here: without a wrapper for the compiler, whose import takes seconds."""
+        """Skip the wrapper for torch.compile, whose import takes seconds; nothing is compiled in this mode."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        made = func(*args, **kwargs)
-        given = [value for value in tree_leaves((args, kwargs)) if _real(value)]
+        result = func(*args, **kwargs)
+        inputs = [value for value in tree_leaves((args, kwargs)) if _real(value)]
         others = torch.float64
-        for value in given:
+        for value in inputs:
             if value not in self.dependent:
                 others = coarser(others, self._digits(value))
-        if not any(value in self.dependent for value in given):
-            for value in tree_leaves(made) if others != torch.float64 else ():
+        if not any(value in self.dependent for value in inputs):
+            for value in tree_leaves(result) if others != torch.float64 else ():
                 if _real(value):
                     self.digits[value] = torch.float64 if _short(value) else others
-            return made
+            return result
         self.constants = coarser(self.constants, others)
-        # a cast that loses no digit rounds nothing
-        exact = func is torch.ops.aten._to_copy.default and _equal(made, args[0])
-        for value in tree_leaves(made):
+        # a cast that loses no digit does not round
+        exact = func is torch.ops.aten._to_copy.default and _equal(result, args[0])
+        for value in tree_leaves(result):
             if _real(value):
                 self.dependent[value] = True
                 self.coarsest = self.coarsest if exact else coarser(self.coarsest, value.dtype)
-        return made
+        return result
 
     def _digits(self, value: Tensor) -> torch.dtype:
         """The precision of a constant; constants that half precision holds (0, 1, a mask) count as exact."""
@@ -171,7 +171,7 @@ def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 
 def traced(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, torch.dtype, torch.dtype]:
-    """The values of an unreduced loss, (N,), the coarsest type that it computes in from the logits on, and its constants'."""
+    """The values of an unreduced loss, (N,), the coarsest dtype of its operations on the logits, and that of its constants."""
     roots = [value for name, value in tokens.fields().items() if name in ("logits", *MODELS)]
     with torch.no_grad(), _Trace(roots) as trace:
         values = loss(tokens)

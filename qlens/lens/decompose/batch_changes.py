@@ -93,14 +93,14 @@ class ChangedBatches:
         """By how much given gradients of some tokens differ from those before, in words; "" where they do not."""
         before, noise = self.before[where].double(), self.noise[where]
         size = before.norm(dim=-1)
-        off = (after.double() - before).norm(dim=-1)
-        changed = off > self.tolerance * (size + self.before.norm(dim=-1).amax() * 1e-6) + 4 * noise
+        distance = (after.double() - before).norm(dim=-1)
+        changed = distance > self.tolerance * (size + self.before.norm(dim=-1).amax() * 1e-6) + 4 * noise
         if not bool(changed.any()):
             return ""
-        there = changed & (size > 100 * noise)
-        if not bool(there.any()):
+        comparable = changed & (size > 100 * noise)
+        if not bool(comparable.any()):
             return "no longer zero on some"
-        ratio = ((after * before).sum(-1) / size.square())[there]
+        ratio = ((after * before).sum(-1) / size.square())[comparable]
         low, high = float(ratio.min()), float(ratio.max())
         return f"{low:.4g}" + (f" to {high:.4g}" if high - low > 1e-3 * abs(high) else "") + " times what it was"
 
@@ -126,13 +126,13 @@ class ChangedBatches:
             watching += [(LEVELS[0], ranked[:2]), (LEVELS[-1], ranked[-2:])]
         for level, watched in watching:
             level_logits = z.scatter(1, index, rest + torch.logit(torch.tensor(level, dtype=torch.float64)).to(z))
-            there = where.clone()
+            replaced = where.clone()
             if len(watched) < len(ranked):
-                there[:] = True
-                there[watched] = False
+                replaced[:] = True
+                replaced[watched] = False
             yield (
                 f"at p_y = {level:.6g}",
-                self.tokens.replace(logits=torch.where(there[:, None], level_logits, z)),
+                self.tokens.replace(logits=torch.where(replaced[:, None], level_logits, z)),
                 watched,
             )
         flat = torch.where(z.isfinite() & where[:, None], 0.0, z)

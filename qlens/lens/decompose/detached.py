@@ -44,10 +44,10 @@ def finite_difference_gap(
             grad = gradient(rows, moved_tokens)
             with torch.no_grad():
                 pairs = list(slopes(lambda at: rows(at).double().sum(), grad, moved_tokens, step, seed))
-            off = sorted(
+            differences = sorted(
                 abs(difference - slope) / max(abs(difference), abs(slope), 1e-300) for difference, slope in pairs
             )
-            gaps.append(off[1])  # one direction may cross a kink
+            gaps.append(differences[1])  # one direction may cross a kink
     gap = min(gaps)
     return gap > max(least, tolerance), gap
 

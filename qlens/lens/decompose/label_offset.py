@@ -28,8 +28,8 @@ def label_offset(loss: Callable[[Tokens], Tensor], tokens: Tokens, before: Tenso
         labels = tokens.labels.clone()
         labels[row] = (labels[row] + 1) % tokens.logits.shape[1]
         after = gradient(loss, tokens.replace(labels=labels))
-        off = (after - before).double().norm(dim=-1)
-        changed_rows = (off > TOLERANCE * before.double().norm(dim=-1) + 2 * noise).nonzero()[:, 0].tolist()
+        distance = (after - before).double().norm(dim=-1)
+        changed_rows = (distance > TOLERANCE * before.double().norm(dim=-1) + 2 * noise).nonzero()[:, 0].tolist()
         if len(changed_rows) > 1 or (changed_rows and tokens.sequence[changed_rows[0]] != tokens.sequence[row]):
             return 0
         text = (tokens.sequence == tokens.sequence[row]).nonzero()[:, 0].tolist()

@@ -80,7 +80,7 @@ class Mixture(Result):
 
     @property
     def trust(self) -> Float[Tensor, " N"]:
-        """The label's weight, the trust of the construction, (N,); 0 where it is rounding."""
+        """The weight of the label, which is the trust of the target's construction, (N,); 0 where it is only rounding."""
         pull = self.parts.get("the label", torch.zeros(len(self.index), dtype=torch.float64))
         return pull if self.noise is None else torch.where(pull.abs() <= self.noise, 0.0, pull)
 

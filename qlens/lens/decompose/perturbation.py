@@ -87,16 +87,16 @@ def change_with_number(
     "" where it does not change. Every copy has sequences of its own.
     """
     size, words, copies = before.double().norm(dim=-1), [], False
-    loud = size > 100 * noise
+    significant = size > 100 * noise
     least = 16 if tokens.pair is not None else 1  # so that no pair is halved
     batches = [tokens[:n] for n in SIZES if least <= n < len(tokens)]
     batches += [tiled(tokens, Layout(n)) for n in COPIES if n * tokens.logits.numel() <= MOST]
     for batch in batches:
         number = min(len(batch), len(tokens))
         after = gradient(rows, batch)[:number]
-        off, loud_rows = (after - before[:number]).double().norm(dim=-1), loud[:number]
-        if bool((off > tolerance * size[:number] + 4 * noise[:number])[loud_rows].any()):
-            ratio = ((after * before[:number]).double().sum(-1) / size[:number].square())[loud_rows]
+        distance, compared = (after - before[:number]).double().norm(dim=-1), significant[:number]
+        if bool((distance > tolerance * size[:number] + 4 * noise[:number])[compared].any()):
+            ratio = ((after * before[:number]).double().sum(-1) / size[:number].square())[compared]
             low, high = float(ratio.min()), float(ratio.max())
             copies |= len(batch) > len(tokens)
             span = f" to {high:.4g}" if high - low > 1e-3 * abs(high) else ""

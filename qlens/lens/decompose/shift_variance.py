@@ -134,8 +134,8 @@ def _penalties(
         sums = term.sum(-1)
         exact = float((total * sums).sum() / (sums * sums).sum())
         short = written(exact, digits)
-        off = [(total - weight * sums).abs() for weight in (exact, short)]
-        as_good = bool((off[1] <= 2 * off[0] + noise.sums).all())  # a rounded weight would hide small gradients
+        errors = [(total - weight * sums).abs() for weight in (exact, short)]
+        as_good = bool((errors[1] <= 2 * errors[0] + noise.sums).all())  # a rounded weight would hide small gradients
         weight = short if as_good else exact
         yield ShiftVariance(cause.format(f"{short:.5g}"), weight, g - weight * term, tokens, torch.arange(len(g)))
 
@@ -144,21 +144,21 @@ def _capped(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise, digits: float) -
     """A soft-cap, with the one height at which the sums vanish."""
     finite = z.masked_fill(z.isinf(), 0.0)
 
-    rounded = noise.sums / TOLERANCE + 1e-300  # sums that are rounding do not count
+    rounded = noise.sums / TOLERANCE + 1e-300  # sums within rounding hardly count
 
     def uncapped(log_c: float) -> Tensor:
         return g / (1 - torch.tanh(finite / math.exp(log_c)) ** 2).clamp(min=1e-12)
 
-    def off(log_c: float) -> float:
+    def imbalance(log_c: float) -> float:
         uncapped_grad = uncapped(log_c)
         return float((uncapped_grad.sum(-1).abs() / (uncapped_grad.norm(dim=-1) + rounded)).square().mean())
 
     grid = torch.linspace(*map(math.log, CAPS), 80).tolist()
-    best = min(range(len(grid)), key=lambda i: off(grid[i]))
+    best = min(range(len(grid)), key=lambda i: imbalance(grid[i]))
     if best in (0, len(grid) - 1):  # no cap in this range
         return
     bounds = grid[best - 1], grid[best + 1]
-    log_c = float(minimize_scalar(off, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
+    log_c = float(minimize_scalar(imbalance, bounds=bounds, method="bounded", options={"xatol": 1e-12}).x)
     cap = written(math.exp(log_c), 10 * digits)
     capped = tokens.replace(logits=cap * torch.tanh(z / cap))
     cause = f"a soft-cap: {cap:.5g} tanh(z / {cap:.5g})"

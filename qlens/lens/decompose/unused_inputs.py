@@ -23,8 +23,8 @@ def unused_inputs(variant: Variant, at: Reading) -> tuple[str, ...]:
             continue
         other = ~value if value.dtype == torch.bool else value.flip(0) * 1.3 + 0.2
         after = Reading.of(variant, at.given.replace(**{name: other}))
-        off = (after.grad - at.grad).norm(dim=-1)
-        same_grad = bool((off <= TOLERANCE * after.grad.norm(dim=-1) + 2 * at.noise.rows).all())
+        distance = (after.grad - at.grad).norm(dim=-1)
+        same_grad = bool((distance <= TOLERANCE * after.grad.norm(dim=-1) + 2 * at.noise.rows).all())
         if same_grad and bool(torch.allclose(after.losses, at.losses, rtol=1e-6, equal_nan=True)):
             names.append(name)
     return tuple(names)

@@ -29,7 +29,7 @@ class VocabularyFactor:
     Args:
         spec: the method.
         form: how the factor depends on V, like "1/V"; "" where no known form fits.
-        constant: the factor besides.
+        constant: the constant factor besides that.
         seen: vocabulary sizes, with the factor at each.
     """
 

@@ -24,8 +24,8 @@ def uncoupled(variant: Variant, at: Reading, cause: ShiftVariance | None) -> Shi
     if not bool((moved_entries.any(-1) & (at.grad * ~moved_entries).any(-1)).any()):
         return cause
     after = read(variant, at.given.replace(logits=z - moved_entries.to(z)), variant.loss)
-    off = ((after - at.grad) * ~moved_entries).norm(dim=-1)
-    if not bool((off <= TOLERANCE * at.grad.norm(dim=-1) + at.noise.rows).all()):
+    distance = ((after - at.grad) * ~moved_entries).norm(dim=-1)
+    if not bool((distance <= TOLERANCE * at.grad.norm(dim=-1) + at.noise.rows).all()):
         return cause
     return replace(
         cause,

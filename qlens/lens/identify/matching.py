@@ -17,7 +17,7 @@ from qlens.registry.method import Method
 from qlens.registry.variant import Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
-WORSE = 2.0  # of methods within rounding, those count that are at most this much further than the nearest
+WORSE = 2.0  # methods within rounding rank last where their distance is more than this many times the smallest
 SHORT = 3  # significant digits of a short factor
 
 
@@ -98,7 +98,7 @@ def nearest(
         matches = [
             match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, noise))
         ]
-        if method.name == params.parse(skip)[0]:  # with a parameter that changes nothing it is the same method
+        if method.name == params.parse(skip)[0]:  # the method itself, with a parameter that has no effect
             matches = [match for match in matches if match.relation != "identical"]
         all_matches += matches if every else simplest(matches)
     return ranked(all_matches)
@@ -176,8 +176,8 @@ def agreement(
             factor = written(factor, spread / int(near.sum()) ** 0.5)
             break
     allowed = tolerance * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
-    off = (g - factor * m).norm(dim=-1) / allowed.clamp(min=1e-300)
-    return factor, off <= 1, off
+    distance = (g - factor * m).norm(dim=-1) / allowed.clamp(min=1e-300)
+    return factor, distance <= 1, distance
 
 
 def angle_of(cosine: float) -> float:
@@ -199,8 +199,8 @@ def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
         return Match(spec, 0.0 if same else 90.0, 1.0, float(not same), "identical" if same else "near", float(same))
     dot = float((g * m).sum())
     angle = angle_of(dot / (size * other_size))
-    factor, agree, off = agreement(g, m, noise)
-    share, chi = float(agree.double().mean()), float(off.square().mean().sqrt())
+    factor, agree, distance = agreement(g, m, noise)
+    share, chi = float(agree.double().mean()), float(distance.square().mean().sqrt())
     if bool(agree.all()) and factor != 0:  # a negative factor is a sign error
         misfit = float((g - factor * m).norm()) / size
         return Match(spec, angle, factor, misfit, "identical" if factor == 1 else "up to a factor", share, chi)
@@ -213,10 +213,10 @@ def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
 def _parallel(g: Tensor, m: Tensor, noise: Noise) -> bool:
     """Whether the gradients are parallel on every token on which neither is zero."""
     sizes = g.norm(dim=-1), m.norm(dim=-1)
-    there = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
-    unit_g, unit_m = (x[there] / s[there, None] for x, s in zip((g, m), sizes, strict=True))
-    allowed = 10 * TOLERANCE + noise.rows[there] / sizes[0][there]
-    return bool(there.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= allowed).all())
+    nonzero = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
+    unit_g, unit_m = (x[nonzero] / s[nonzero, None] for x, s in zip((g, m), sizes, strict=True))
+    allowed = 10 * TOLERANCE + noise.rows[nonzero] / sizes[0][nonzero]
+    return bool(nonzero.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= allowed).all())
 
 
 def _changed(spec: str) -> list[tuple[str, Any]]:

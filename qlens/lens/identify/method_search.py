@@ -170,8 +170,8 @@ class MethodSearch:
     def reread(self, some: Reading, rows: Tensor) -> Reading:
         """Some rows read as a batch of their own; without extreme p_y where their gradient does not depend on the batch."""
         few = some.reread(self.variant, rows)
-        off = (few.grad - some.grad[rows]).norm(dim=-1)
-        if bool((off <= TOLERANCE * few.grad.norm(dim=-1) + 4 * few.noise.rows).all()):
+        distance = (few.grad - some.grad[rows]).norm(dim=-1)
+        if bool((distance <= TOLERANCE * few.grad.norm(dim=-1) + 4 * few.noise.rows).all()):
             middle = _moderate(few)
             return few[middle.nonzero()[:FITTED, 0]] if int(middle.sum()) >= FITTED // 2 else few
         return few
@@ -216,8 +216,8 @@ class MethodSearch:
             self._same_size = on_trials(self.variant, self.shown, (sizes[0],)) if small else ""
         if isinstance(self._same_size, Reading):
             at = self._same_size
-            there = matching.at(get(here.spec), at.grad, at.tokens, at.noise)
-            if there is None or not there.same or abs(there.factor - here.factor) > EQUAL * abs(here.factor):
+            match = matching.at(get(here.spec), at.grad, at.tokens, at.noise)
+            if match is None or not match.same or abs(match.factor - here.factor) > EQUAL * abs(here.factor):
                 return None
         return VocabularyFactor.of(here.spec, ((sizes[0], here.factor), (sizes[1], wide)))
 

@@ -14,13 +14,13 @@ from qlens.lens.weights.features import WeightReading, plain
 from qlens.lens.weights.weight_law import Law, thresholds
 from qlens.registry import get
 
-LOOSE, EXACT = 0.01, 2e-6  # relative distance that counts as the method's gradient, and that is rounding
+LOOSE, EXACT = 0.01, 2e-6  # relative distances up to which a gradient counts as the method's, and as equal to it
 CORE, SURE = 1e-4, 0.4  # relative distance up to which a share of 0.4 of the tokens must agree
 SIMPLE = 0.4  # share of tokens that a parameter must add
 SAMPLED = 8  # tokens whose loss is evaluated one at a time
 MOST_LIKE = 0.5  # share of tokens that must have the method's gradient
-LARGEST = 0.1  # number beside p_y that may be an epsilon
-FAR, NEARLY_ALL = 0.1, 0.95  # distance of another gradient; share of tokens beyond which the others are exceptions
+LARGEST = 0.1  # largest number added to p_y that counts as an epsilon
+FAR, NEARLY_ALL = 0.1, 0.95  # most distance on the other tokens, or least share of tokens, at which a match is reported
 EPSILONS = 1.6  # largest ratio of the epsilons read from single tokens
 
 
@@ -101,9 +101,9 @@ def near_match(
     _, spec, factor, other, agree = max(
         candidates, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
     )
-    there = agree & ~reading.zero_rows
-    off = (reading.grad - factor * other).norm(dim=-1) / reading.grad.norm(dim=-1).clamp(min=1e-300)
-    distance = float(off[there].max())
+    same = agree & ~reading.zero_rows
+    relative = (reading.grad - factor * other).norm(dim=-1) / reading.grad.norm(dim=-1).clamp(min=1e-300)
+    distance = float(relative[same].max())
     rule = _rule([(reading, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
     why, unexplained = ("", 0.0) if bool(agree.all()) else _difference(reading, loss, factor * other, agree, rule)
     return NearMatch(spec, factor, float(agree.double().mean()), len(agree), why, distance, unexplained)
@@ -117,15 +117,15 @@ def gate(reading: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> NearMa
         loss: the unreduced loss.
         law: the weight function of the label, the only part of the decomposition.
     """
-    there = ~reading.zero_rows
-    some = reading[there]
-    near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(there.any()) else []
+    nonzero = ~reading.zero_rows
+    some = reading[nonzero]
+    near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(nonzero.any()) else []
     if not near or not near[0].same:
         return None
-    others = int((~there).sum())
-    constant = _constant_value(reading, loss, ~there) if others else ""
+    others = int((~nonzero).sum())
+    constant = _constant_value(reading, loss, ~nonzero) if others else ""
     why = f"it is that method {law.where}; on the other {others} its gradient is zero{constant}"
-    return NearMatch(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
+    return NearMatch(near[0].spec, near[0].factor, float(nonzero.double().mean()), len(nonzero), why)
 
 
 def _simple(spec: str, factor: float) -> tuple:
@@ -137,10 +137,9 @@ def _agrees(reading: Reading, spec: str, factor: float) -> torch.Tensor:
     other = matching.method_gradient(get(spec), reading.tokens)
     if other is None:
         return torch.zeros(len(reading.grad), dtype=torch.bool, device=reading.grad.device)
-    off = (reading.grad - factor * other.double()).norm(dim=-1)
-    return (
-        off <= LOOSE * reading.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1)) + reading.noise.rows
-    )
+    distance = (reading.grad - factor * other.double()).norm(dim=-1)
+    size = reading.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1))
+    return distance <= LOOSE * size + reading.noise.rows
 
 
 def _difference(

@@ -42,8 +42,8 @@ def pushes_only(
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
     push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
-    off = (grad - push * along).norm(dim=-1)
-    return bool((off <= tolerance * grad.norm(dim=-1) + noise.rows).all())
+    distance = (grad - push * along).norm(dim=-1)
+    return bool((distance <= tolerance * grad.norm(dim=-1) + noise.rows).all())
 
 
 class Fit:
@@ -62,16 +62,16 @@ class Fit:
         self.starts = sorted(starts, key=lambda start: start[0])
         self.best, self.params = self.starts[0]
 
-    def off(self, parameters: dict[str, Any]) -> np.ndarray | None:
+    def residuals(self, parameters: dict[str, Any]) -> np.ndarray | None:
         """The residuals of the gradient at these parameters and the best factor, (N V,); None for invalid parameters."""
         try:
             variant = self.method.variant(**parameters)
         except InputError:  # out of its range
             return None
         method_grad = matching.method_gradient(variant, self.tokens)
-        return None if method_grad is None else self._residuals(method_grad)
+        return None if method_grad is None else self.residuals_of(method_grad)
 
-    def _residuals(self, method_grad: Tensor) -> np.ndarray:
+    def residuals_of(self, method_grad: Tensor) -> np.ndarray:
         """The residuals of the gradient after the best multiple of a method's gradient, (N V,)."""
         a, b = method_grad.double() * self.weight, self.g * self.weight
         factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
@@ -89,7 +89,7 @@ class Fit:
 
     def size(self, method_grad: Tensor | None) -> float:
         """The root mean square of the residuals of a method's gradient."""
-        return float("inf") if method_grad is None else float(np.sqrt((self._residuals(method_grad) ** 2).sum()))
+        return float("inf") if method_grad is None else float(np.sqrt((self.residuals_of(method_grad) ** 2).sum()))
 
     def glance(self) -> None:
         """Fit all numbers from the default and the nearest choice of the other parameters, whole numbers at every choice."""
@@ -162,15 +162,15 @@ class Fit:
 
     def descend(self, free: list[tuple[str, int | None]]) -> None:
         """Least squares over some numbers from the current parameters."""
-        start, nothing = dict(self.params), np.full(self.g.numel(), 1e3)
+        start, invalid = dict(self.params), np.full(self.g.numel(), 1e3)
         x0 = np.array([_part(start[name], i) for name, i in free])
 
-        def residuals(x: np.ndarray) -> np.ndarray:
-            off = self.off(_filled(start, free, x))
-            return nothing if off is None else off
+        def objective(x: np.ndarray) -> np.ndarray:
+            residuals = self.residuals(_filled(start, free, x))
+            return invalid if residuals is None else residuals
 
-        size, end = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-13, ftol=1e-13, gtol=1e-15, max_nfev=STEPS)
-        self.take(_filled(start, free, least_squares(residuals, x0, x_scale=size, **end).x))
+        size, options = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-13, ftol=1e-13, gtol=1e-15, max_nfev=STEPS)
+        self.take(_filled(start, free, least_squares(objective, x0, x_scale=size, **options).x))
 
     def simpler(self) -> dict[str, Any]:
         """Parameters with defaults and short numbers where these fit about as well."""
@@ -198,7 +198,7 @@ class Fit:
         return parameters
 
     def short(self, parameters: dict[str, Any], allowed: float) -> dict[str, Any]:
-        """Parameters with numbers as short as they fit about as well."""
+        """Parameters whose numbers have as few digits as fit about as well."""
         parameters, plain = dict(parameters), params.defaults(self.method.fn)
         for name, value in parameters.items():
             for other in _rounded(value) if value != plain[name] else ():
@@ -214,7 +214,7 @@ class Fit:
         return match
 
     def pinned(self, parameters: dict[str, Any]) -> bool:
-        """Whether these tokens determine every number that is no default; a threshold may lie between tokens."""
+        """Whether these tokens determine every number that is not a default; a threshold between tokens may be free."""
         plain = params.defaults(self.method.fn)
         for name, value in parameters.items():
             for i in _numbers(value) if value != plain[name] else ():
@@ -251,8 +251,8 @@ class ThresholdFit(Fit):
         method_grad = method_grad.double()
         factor, _, _ = matching.agreement(self.g, method_grad, self.noise)
         larger = self.g.norm(dim=-1).maximum(abs(factor) * method_grad.norm(dim=-1)) + self.noise.rows / TOLERANCE
-        off = (self.g - factor * method_grad).norm(dim=-1) / larger.clamp(min=1e-300)
-        return float(off.clamp(max=1.0).square().mean().sqrt())
+        relative = (self.g - factor * method_grad).norm(dim=-1) / larger.clamp(min=1e-300)
+        return float(relative.clamp(max=1.0).square().mean().sqrt())
 
 
 def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:

@@ -81,9 +81,9 @@ def search_with_near(
 def refined(
     spec: str, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise, numbers: Sequence[float] = ()
 ) -> Match | None:
-    """A method fitted to a gradient from given parameters, on all tokens; None where none of its settings has the gradient.
+    """A method fitted to a gradient on all tokens, starting from given parameters; None where it does not have the gradient.
 
-    Thresholds and clips show on a few tokens only.
+    All tokens are needed because thresholds and clips affect only a few.
 
     Args:
         spec: the method, at parameters that have the gradient on most tokens.

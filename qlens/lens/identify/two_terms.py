@@ -103,10 +103,10 @@ def _pairs(terms: Float[Tensor, "T E"], goal: Float[Tensor, " E"], rounding: flo
     """The pairs of terms that add up to the goal on a few tokens, all at once from their inner products."""
     unit = terms / terms.norm(dim=-1, keepdim=True).clamp(min=1e-300)
     cosine = unit @ unit.mT
-    twin = (cosine.abs() > 1 - PARALLEL).tril(-1).any(-1)  # of equal terms the first, which is the simplest
+    twin = (cosine.abs() > 1 - PARALLEL).tril(-1).any(-1)  # of equal terms only the simplest is kept
     along, size = unit @ goal, float(goal.square().sum())
     apart = 1 - cosine.square()
-    number = (along[:, None] - cosine * along) / apart.clamp(min=APART)  # of the row's term, beside the column's
+    number = (along[:, None] - cosine * along) / apart.clamp(min=APART)  # factor of the row's term
     misfit = size - number * along[:, None] - number.mT * along
     large = number.abs() > SMALLEST * size**0.5
     good = (misfit <= CLOSE * size + rounding) & (apart > APART) & large & large.mT & ~twin & ~twin[:, None]
@@ -172,8 +172,8 @@ def _divergences(tokens: Tokens) -> list[_Term]:
 
 def _reverse(t: Tokens, log_q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """The gradient of KL(p || q); entries without probability do not count."""
-    off = torch.where(t.probs > 0, t.log_probs.detach() - log_q, 0.0)
-    return t.probs * (off - (t.probs * off).sum(-1, keepdim=True))
+    log_ratio = torch.where(t.probs > 0, t.log_probs.detach() - log_q, 0.0)
+    return t.probs * (log_ratio - (t.probs * log_ratio).sum(-1, keepdim=True))
 
 
 def _columns(tokens: Tokens) -> Tensor:

@@ -105,8 +105,9 @@ def _two_factors(spec: str, batch: BatchReading) -> tuple[Tensor, Tensor, float,
     m, size = other.double(), other.double().norm(dim=-1)
     known = (batch.tokens.rest_log_probs.exp() > OPEN) & (size > 1e-12 * size.max())
     ratio = (batch.grad * m).sum(-1) / size.square().clamp(min=1e-300)
-    off = (batch.grad - ratio[:, None] * m).norm(dim=-1)
-    if bool((off > 10 * TOLERANCE * batch.grad.norm(dim=-1) + batch.noise.rows)[known].any()) or not bool(known.any()):
+    distance = (batch.grad - ratio[:, None] * m).norm(dim=-1)
+    mismatch = distance > 10 * TOLERANCE * batch.grad.norm(dim=-1) + batch.noise.rows
+    if bool(mismatch[known].any()) or not bool(known.any()):
         return None
     high = float(ratio[known][ratio[known].abs().argmax()])
     allowed = EQUAL * abs(high) + batch.noise.rows / size.clamp(min=1e-300)

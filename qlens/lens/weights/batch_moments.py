@@ -82,7 +82,7 @@ def _informative(tokens: Tokens) -> bool:
 
 
 def _line(tokens: Tokens, grad: Tensor) -> tuple[float, float, Tensor] | None:
-    """The label weight at the mean cross-entropy, its slope, and the cross-entropies; None where it is no line."""
+    """The label weight at the mean cross-entropy, its slope, and the cross-entropies; None where it is not linear in them."""
     exact = tokens.with_precision(torch.float64)
     if not bool(grad.isfinite().all()) or not pushes_only(grad, tokens, rounding(grad, tokens)):
         return None
@@ -90,5 +90,5 @@ def _line(tokens: Tokens, grad: Tensor) -> tuple[float, float, Tensor] | None:
     weight, x = weight[known], (loss - loss.mean())[known]
     columns = torch.stack([torch.ones_like(x), x], 1)
     level, slope = torch.linalg.lstsq(columns, weight[:, None]).solution[:, 0].tolist()
-    off = (weight - level - slope * x).abs()
-    return (level, slope, loss) if bool((off <= EQUAL * weight.abs().max()).all()) else None
+    error = (weight - level - slope * x).abs()
+    return (level, slope, loss) if bool((error <= EQUAL * weight.abs().max()).all()) else None

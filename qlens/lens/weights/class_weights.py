@@ -17,7 +17,8 @@ from qlens.registry.variant import Variant
 SHOWN = 6  # weights listed in a sentence
 SHARED = 4  # ids of one weight that are listed one by one
 PARTS = 3  # batches, of every third token each, on which a division by the mean weight is tested
-LOUD, USUAL_P = 1e3, 0.35  # least gradient of the token whose label is changed, relative to its rounding; its p_y
+SIGNIFICANT = 1e3  # least gradient of the token whose label is changed, as a multiple of its rounding error
+USUAL_P = 0.35  # p_y of that token
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class ClassWeights:
         many = f" ({len(ids)} of {len(self.weights)} ids)" if len(groups) > 1 else ""
         usual = f"{weight:.5g} for the others{many}" if len(ids) > 1 else f"{weight:.5g} for id {ids[0]}"
         mean = ", divided by the batch's mean weight" if self.divided else ""
-        tested = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
-        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tested}"
+        tested_ids = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
+        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tested_ids}"
 
 
 def _ids(ids: list[int], number_tested: int) -> str:
@@ -101,11 +102,11 @@ def find_class_weights(variant: Variant, at: Reading, ids: Sequence[int]) -> Cla
     Raises:
         InputError: the loss fails on a batch of copies of one token.
     """
-    loud = at.grad.norm(dim=-1) > LOUD * at.noise.rows
-    if len(ids) < 2 or not bool(loud.any()):
+    significant = at.grad.norm(dim=-1) > SIGNIFICANT * at.noise.rows
+    if len(ids) < 2 or not bool(significant.any()):
         return None
-    off = torch.where(loud, (at.tokens.label_probs - USUAL_P).abs(), torch.inf)
-    return class_weights(variant.loss, at.given, int(off.argmin()), ids, at.arithmetic)
+    distance = torch.where(significant, (at.tokens.label_probs - USUAL_P).abs(), torch.inf)
+    return class_weights(variant.loss, at.given, int(distance.argmin()), ids, at.arithmetic)
 
 
 def class_weights(
@@ -136,10 +137,10 @@ def class_weights(
     ):
         return None
     ratio = [written(r, 10 * digits) + 0.0 if abs(r) > 10 * digits else 0.0 for r in ratio]
-    there = [r for r in ratio if r]
-    usual = max(set(there), key=there.count)
-    if there.count(usual) * 2 <= len(there):
-        usual = min(there, key=abs)
+    nonzero = [r for r in ratio if r]
+    usual = max(set(nonzero), key=nonzero.count)
+    if nonzero.count(usual) * 2 <= len(nonzero):
+        usual = min(nonzero, key=abs)
     weights = {int(i): written(r / usual, 10 * digits) for i, r in zip(ids, ratio, strict=True)}
     return ClassWeights(weights, 1.0, equal)
 
@@ -165,15 +166,15 @@ def _factors(
     noise = rounding(grad, same, precision).rows
     back = torch.zeros_like(grad).scatter(1, source, grad)
     sizes = back.norm(dim=-1)
-    loud = sizes > 100 * noise
-    if not bool(loud.any()):
+    significant = sizes > 100 * noise
+    if not bool(significant.any()):
         return None
-    usual_row = int((sizes - sizes[loud].median()).abs().argmin())
+    usual_row = int((sizes - sizes[significant].median()).abs().argmin())
     base = back[usual_row]
     ratio = (back * base).sum(-1) / base.square().sum()
     digits = TOLERANCE + float(noise[usual_row] / sizes[usual_row])
-    off = (back - ratio[:, None] * base).norm(dim=-1)
-    equal = bool((off <= 10 * digits * sizes.maximum(sizes[usual_row])).all())
+    distance = (back - ratio[:, None] * base).norm(dim=-1)
+    equal = bool((distance <= 10 * digits * sizes.maximum(sizes[usual_row])).all())
     if equal and float((ratio - 1).abs().max()) <= 10 * digits:
         return None
     return ratio.tolist(), equal, digits
@@ -228,10 +229,10 @@ def divided_by_mean(
         expected = whole[start::PARTS] / _nonzero(scaled.factor(tokens.labels)[start::PARTS])[:, None]
         grad, few_noise = _with_noise(loss, few, precision)
         actual = grad / _nonzero(scaled.factor(few.labels))[:, None]
-        there = scaled.of(few.labels) != 0
-        off = (actual - expected).norm(dim=-1)
+        weighted = scaled.of(few.labels) != 0
+        distance = (actual - expected).norm(dim=-1)
         allowed = 100 * TOLERANCE * expected.norm(dim=-1) + 100 * (noise[start::PARTS] + few_noise)
-        if bool(there.any()) and bool((off > allowed)[there].any()):
+        if bool(weighted.any()) and bool((distance > allowed)[weighted].any()):
             return None
     return scaled
 

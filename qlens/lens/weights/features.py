@@ -125,8 +125,8 @@ class Features:
         """Relative root mean square error of a formula's values; an error of the size of rounding counts as the tolerance."""
         size = np.maximum(np.abs(self.b), np.abs(values)) + self.floor
         with np.errstate(invalid="ignore"):  # a form that overflows does not fit
-            off = np.abs(self.b - values) / size
-        return float(np.sqrt(np.mean(np.square(off if where is None else off[where]))))
+            error = np.abs(self.b - values) / size
+        return float(np.sqrt(np.mean(np.square(error if where is None else error[where]))))
 
     def fits(self, where: np.ndarray, values: np.ndarray) -> float | None:
         """The misfit on some tokens; None where it is more than rounding."""
@@ -136,7 +136,7 @@ class Features:
     def shortest(
         self, where: np.ndarray, form: Callable[..., np.ndarray], values: tuple[float, ...]
     ) -> tuple[float, tuple[float, ...]] | None:
-        """The misfit of a form, and its numbers rounded as far as they fit about as well; None where it does not fit."""
+        """The misfit of a form and its numbers, rounded to as few digits as fit about as well; None where it does not fit."""
         with np.errstate(over="ignore"):
             least = self.fits(where, form(*values))
             if least is None:

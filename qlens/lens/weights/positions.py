@@ -83,8 +83,8 @@ def weights_at(
         if not bool(grad.isfinite().all() and base.any()):
             return None
         ratio = (grad @ base) / base.square().sum()
-        off = (grad - ratio[:, None] * base).norm(dim=-1)
-        if bool((off > 10 * TOLERANCE * grad.norm(dim=-1) + rounding(grad, same, precision).rows).any()):
+        distance = (grad - ratio[:, None] * base).norm(dim=-1)
+        if bool((distance > 10 * TOLERANCE * grad.norm(dim=-1) + rounding(grad, same, precision).rows).any()):
             return None
         ratios.append(ratio)
         label = int(tokens.labels[row])
@@ -106,11 +106,11 @@ def unweighted(
     """
     weighed, without = [], []
     for at in readings:
-        loud = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
-        if not bool(loud.any()):
+        significant = at.grad.norm(dim=-1) > 1e3 * at.noise.rows
+        if not bool(significant.any()):
             return None, []
         p = at.tokens.label_probs
-        rows = [int(torch.where(loud, (p - target).abs(), torch.inf).argmin()) for target in PLACED]
+        rows = [int(torch.where(significant, (p - target).abs(), torch.inf).argmin()) for target in PLACED]
         try:
             weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
         except InputError:  # a loss may refuse such a batch
@@ -217,7 +217,7 @@ def _smooth(weights: np.ndarray, name: str, x: np.ndarray, where: np.ndarray) ->
 
 
 def _power(name: str, a: float) -> str:
-    """(1 + x) to a power, as it is written."""
+    """The formula (name + 1)^a as text."""
     short = _short(a)
     return f"1 / ({name} + 1)" if short == "-1" else f"({name} + 1)^{short}"
 

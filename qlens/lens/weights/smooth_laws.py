@@ -33,7 +33,7 @@ class Fit:
 
 
 class Smooth(Features):
-    """The formulas without steps, tried on one weight."""
+    """The formulas without steps, fitted to one weight."""
 
     @property
     def rounded(self) -> np.ndarray:
@@ -50,10 +50,10 @@ class Smooth(Features):
 
     def smooth(self, where: np.ndarray) -> Iterator[Fit]:
         """Formulas without steps that hold on the tokens ``where``."""
-        there = int((~self.rounded[where]).sum())
-        if where.any() and not there:
+        number = int((~self.rounded[where]).sum())
+        if where.any() and not number:
             yield Fit("0", 0, 0.0, {}, weights=np.zeros(len(self.b)))
-        if int(where.sum()) < FEWEST or there < FEWEST:
+        if int(where.sum()) < FEWEST or number < FEWEST:
             return
         yield from self.powers(where, self.b, "")
         yield from self.guarded(where)
@@ -128,8 +128,8 @@ class Smooth(Features):
 
     def guarded(self, where: np.ndarray) -> Iterator[Fit]:
         """Powers times p_y / (p_y + eps), the effect of an epsilon beside p_y inside a logarithm."""
-        b, there = self.b[where], ~self.rounded[where]
-        sign = np.sign(b[there])
+        b, nonzero = self.b[where], ~self.rounded[where]
+        sign = np.sign(b[nonzero])
         if not (sign == sign[0]).all():
             return
         size = np.maximum(np.abs(b), 1e-300)
@@ -153,8 +153,8 @@ class Smooth(Features):
 
             log_eps = best(lambda log_eps: fitted(log_eps)[0], *EPSILONS)
             _, c, a = fitted(log_eps)
-            off = 1 - np.exp(guard(log_eps)[where][there])
-            if (off > 1e-5).sum() < FEWEST or (name and abs(a) < 1e-3):
+            reduction = 1 - np.exp(guard(log_eps)[where][nonzero])
+            if (reduction > 1e-5).sum() < FEWEST or (name and abs(a) < 1e-3):
                 continue
             if fit := self.shortest(where, form, (math.exp(log_eps), a, math.exp(min(c, 700.0)))):
                 miss, (eps, a, c) = fit

@@ -68,18 +68,13 @@ def law(
         >>> law(t.label_probs.sqrt(), t).formula
         'p_y^0.5'
     """
-    readings = [
-        one
-        for one in (WeightReading(pull, tokens, noise).where_known(), *(other.where_known() for other in further))
-        if len(one.pull)
-    ]
-    if sum(len(one.pull) for one in readings) < FEWEST:
+    readings = [reading.where_known() for reading in (WeightReading(pull, tokens, noise), *further)]
+    readings = [reading for reading in readings if len(reading.pull)]
+    if sum(len(reading.pull) for reading in readings) < FEWEST:
         return None
     features = _Laws(readings, tolerance)
     simplest = next(iter(features.laws()), None)
-    return simplest and Law(
-        simplest.formula, simplest.parameters, simplest.misfit, simplest.values, features.domain, simplest.where
-    )
+    return simplest and replace(simplest, domain=features.domain)
 
 
 def thresholds(readings: Sequence[WeightReading], on: np.ndarray) -> Iterator[str]:
@@ -88,7 +83,7 @@ def thresholds(readings: Sequence[WeightReading], on: np.ndarray) -> Iterator[st
 
 
 class _Laws(Smooth):
-    """All known formulas, tried on one weight."""
+    """All known formulas, fitted to one weight."""
 
     def laws(self) -> Iterator[Law]:
         """The formulas that fit, simplest first."""
@@ -152,7 +147,7 @@ class _Laws(Smooth):
             ends, conditions = {}, []
             if below.any():
                 cut = x[under].max()
-                ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
+                ends["low"] = low if whole else between(cut, low)  # for whole numbers, the smallest on
                 conditions.append(f"{name} >= {plain(ends['low'])}{_interval(plain(cut), plain(low))}")
             if at_end:
                 ends["high"] = high
@@ -213,8 +208,8 @@ class _Laws(Smooth):
         """A formula clipped at a smallest or largest value, without such a factor."""
         ends = {"at most": self.b.max(), "at least": self.b.min()}
         at_bound = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
-        there = [word for word in ends if at_bound[word].sum() >= 2]
-        for words in ([word] for word in there) if len(there) < 2 else (*([word] for word in there), there):
+        reached = [word for word in ends if at_bound[word].sum() >= 2]
+        for words in ([word] for word in reached) if len(reached) < 2 else (*([word] for word in reached), reached):
             cut = np.any([at_bound[word] for word in words], axis=0)
             if (~cut).sum() < FEWEST:
                 continue

@@ -9,7 +9,7 @@ import qlens
 from qlens.core.probes import probes, trials
 from qlens.lens.identify import matching
 from qlens.lens.identify.other_batches import read_other_batches
-from qlens.lens.reading import Reading, fed, whole_where_needed
+from qlens.lens.reading import Reading, adapt_tokens, whole_where_needed
 from qlens.lens.weights.batch_gates import batch_gate
 from qlens.lens.weights.batch_moments import batch_moments
 from qlens.registry import resolve
@@ -47,7 +47,7 @@ def uncertain_half(logits, labels):
 
 def readings(loss):
     variant, _ = whole_where_needed(resolve(loss), None)
-    reading, trial = (Reading.of(variant, fed(tokens, variant)) for tokens in (probes(), trials()))
+    reading, trial = (Reading.of(variant, adapt_tokens(tokens, variant)) for tokens in (probes(), trials()))
     return reading, read_other_batches(variant, reading, trial)
 
 

@@ -7,7 +7,7 @@ from losses import flooded, forgot_detach, nll, root_weighted
 import qlens
 from qlens.core.probes import probes
 from qlens.lens.decompose.dependence import scope
-from qlens.lens.reading import fed, requested_fields
+from qlens.lens.reading import adapt_tokens, requested_fields
 from qlens.registry import resolve
 
 REACH = {
@@ -90,7 +90,7 @@ def test_dependence_through_labels_weights_and_fields_is_found():
 
     for loss, through in ((softmax_of_rewards, "advantage"), (averaged_weights, "weight"), (earlier_labels, "labels")):
         variant = resolve(loss)
-        scope_found = scope(variant.loss, fed(probes(), variant), needs=requested_fields(variant))
+        scope_found = scope(variant.loss, adapt_tokens(probes(), variant), needs=requested_fields(variant))
         assert (scope_found.of, scope_found.through) == ("batch", (through,)), scope_found.evidence
 
 
