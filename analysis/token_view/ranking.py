@@ -12,7 +12,8 @@ from jaxtyping import Float
 
 from qlens.analysis.table_formats import latex_table
 from qlens.analysis.token_view.summary import Summary
-from qlens.core.deprecation import renamed_columns, warn
+from qlens.core.deprecation import warn
+from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.errors import InputError
 
 NEGATIVE_MARGIN = "negative_margin"

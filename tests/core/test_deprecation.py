@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 
 import qlens
-from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes, renamed_columns
+from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes
+from qlens.core.deprecation.columns import renamed_columns
 
 
 @pytest.mark.parametrize("old", MODULES)

@@ -52,7 +52,8 @@ def test_examples_run(package):
 def test_examples_of_decorated_functions_are_found():
     for module, names in {
         "variants.likelihood.dft": {"dft"},
-        "core.deprecation": {"renamed_arguments", "renamed_attributes", "renamed_columns"},
+        "core.deprecation": {"renamed_arguments", "renamed_attributes"},
+        "core.deprecation.columns": {"renamed_columns"},
     }.items():
         tests = Finder().of(importlib.import_module(f"qlens.{module}"))
         assert {test.name.removeprefix(f"qlens.{module}.") for test in tests} == names

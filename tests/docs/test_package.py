@@ -134,7 +134,8 @@ def test_a_package_of_analysis_can_be_the_first_import(name):
 
 
 def test_importing_qlens_is_light():
-    code = "import sys, qlens; print([m for m in ('transformers', 'matplotlib', 'joblib') if m in sys.modules])"
+    heavy = ("transformers", "matplotlib", "joblib", "pandas", "scipy")
+    code = f"import sys, qlens, qlens.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

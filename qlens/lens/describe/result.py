@@ -1,8 +1,10 @@
 """Result: what the results of qlens share, a text in notebooks and a LaTeX table."""
 
 from html import escape
+from typing import TYPE_CHECKING
 
-import pandas as pd
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Result:
@@ -12,7 +14,7 @@ class Result:
         return f"<pre>{escape(str(self))}</pre>"
 
 
-def latex(table: pd.DataFrame, caption: str | None = None, label: str | None = None) -> str:
+def latex(table: "pd.DataFrame", caption: str | None = None, label: str | None = None) -> str:
     """A table in LaTeX (booktabs), numbers in four digits."""
     return table.to_latex(index=False, float_format="%.4g", escape=True, caption=caption, label=label)
 
