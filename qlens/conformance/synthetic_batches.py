@@ -72,9 +72,9 @@ def texts(lengths: Sequence[int], prompts: Sequence[int], dtype: torch.dtype, vo
 
 def cut(tokens: Tokens, length: int) -> list[Text]:
     """The rows as texts of so many labels each, without a prompt: only a first token, which nothing predicts."""
-    built = []
-    for start in range(0, len(tokens), length):
-        own = tokens[start : start + length]
+    built, fields = [], tokens.fields()
+    for rows in zip(*(value.split(length) for value in fields.values()), strict=True):
+        own = Tokens.unchecked(**dict(zip(fields, rows, strict=True)))
         first = (own.labels[:1] + 1) % own.logits.shape[1]
         labels = torch.cat([torch.full_like(first, IGNORE), own.labels])
         ids = torch.cat([first, own.labels])
