@@ -196,13 +196,14 @@ class _Field:
         fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
         fixed |= {"labels": torch.from_numpy(self.seen), "sequence": torch.arange(len(self.seen)), "advantage": ones}
         fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
-        self.fixed, self.dtype = fixed, torch.float64
+        uniform = torch.zeros(shape, dtype=torch.float64)
+        self.start, self.dtype = Tokens(logits=uniform, second=uniform, **fixed), torch.float64
         self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
 
     def tokens(self, z: np.ndarray) -> Tokens:
         """A row per label that occurs, at logits z, (size,)."""
         logits = torch.tensor(z).expand(len(self.seen), len(self.f))
-        return Tokens(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
+        return self.start.replace(logits=logits, second=logits).with_precision(self.dtype)
 
     def gradient(self, tokens: Tokens) -> np.ndarray:
         """g at every label, (labels, size)."""
