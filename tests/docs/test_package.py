@@ -1,6 +1,7 @@
 """The distribution: what pip installs outside the checkout, and how the house hangs together."""
 
 import ast
+import functools
 import runpy
 import subprocess
 import sys
@@ -32,9 +33,9 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def fresh():
-    """Runs code in an interpreter that has not imported qlens."""
-    with warm.interpreter() as run:
-        yield run
+    """Run code in a process that has not imported qlens."""
+    with warm.interpreter() as place:
+        yield functools.partial(warm.run, place)
 
 
 def installed_names(fresh, archive, folder):
