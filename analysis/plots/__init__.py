@@ -10,6 +10,7 @@ Every method has one colour and marker in all figures (``styles``). One call per
 from qlens.analysis.plots.comparison_axes import plot_calibration, plot_curves, plot_differences, plot_frontier
 from qlens.analysis.plots.flow_figure import figure_destination, plot_destination
 from qlens.analysis.plots.method_map import plot_atlas, plot_plane
+from qlens.analysis.plots.report_figures import figure_mixture, plot_label_probs, plot_mixture
 from qlens.analysis.plots.result_axes import plot_label_weight, plot_scores, plot_target
 from qlens.analysis.plots.save import save_figure
 from qlens.analysis.plots.study_figures import GLANCE, PANELS, figure_study, panel_data
@@ -42,6 +43,7 @@ __all__ = [
     "figure_destination",
     "figure_explain",
     "figure_forest",
+    "figure_mixture",
     "figure_plane",
     "figure_sequence",
     "figure_settings",
@@ -58,7 +60,9 @@ __all__ = [
     "plot_destination",
     "plot_differences",
     "plot_frontier",
+    "plot_label_probs",
     "plot_label_weight",
+    "plot_mixture",
     "plot_motion",
     "plot_plane",
     "plot_scores",

@@ -7,7 +7,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from qlens.analysis.plots.style import GREY, INK, Style, clean, current, look, need, note, short, without_effect
+from qlens.analysis.plots.style import GREY, INK, Style, clean, current, look, need, note, short
+from qlens.core.deprecation import without_effect
 from qlens.core.errors import InputError
 
 ALPHA = 0.05

@@ -16,15 +16,15 @@ from qlens.analysis.plots.style import (
     SOFT,
     clean,
     current,
-    current_names,
     look,
     need,
     note,
     short,
     sized,
     styles,
-    without_effect,
 )
+from qlens.core.deprecation import without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 FEW = 12  # methods, up to which quartiles over tokens are drawn
@@ -55,7 +55,7 @@ def plot_plane(
     Raises:
         InputError: columns are missing.
     """
-    data = current_names(data)
+    data = current_columns(data)
     quartiles = ["label_weight_low", "label_weight_high", "reshape_low", "reshape_high"]
     need(data, "method", "label_weight", "reshape", "negative_mass", "tokens", *quartiles)
     ax, chosen = current(ax), look(data)

@@ -13,16 +13,16 @@ from qlens.analysis.plots.style import (
     INK,
     clean,
     current,
-    current_names,
     look,
     name_ticks,
     need,
     note,
     short,
     shown,
-    without_effect,
 )
 from qlens.analysis.plots.target_axes import LABEL_WEIGHT
+from qlens.core.deprecation import without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 
@@ -93,7 +93,7 @@ def plot_label_weight(
     Raises:
         InputError: columns are missing.
     """
-    ax, data = current(ax), current_names(data)
+    ax, data = current(ax), current_columns(data)
     need(data, "method", "p_y", "label_weight")
     ax.plot([0, 1], [1, 1], color=GREY, lw=0.9, ls="-", zorder=1)
     ax.plot([0, 1], [0, 1], color=GREY, lw=0.9, ls="--", zorder=1)

@@ -14,7 +14,7 @@ from qlens.analysis.plots.comparison_axes import plot_calibration, plot_curves, 
 from qlens.analysis.plots.result_axes import plot_label_weight, plot_scores, plot_target
 from qlens.analysis.plots.study_overview import figure_forest, figure_settings, method_keys
 from qlens.analysis.plots.style import FAINT, head, legend_below, new_figure, of_figure
-from qlens.core.deprecation import warn
+from qlens.core.deprecation import renamed_value
 
 PANELS = {
     "settings": "results of all settings ({better} is better)",
@@ -45,7 +45,7 @@ def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
         study: of ``qlens.compare``.
         panels: names of ``PANELS``.
     """
-    panels = [_renamed(panel) for panel in panels]
+    panels = [renamed_value("panel", panel, OLD_PANELS) for panel in panels]
     if len(panels) == 1 and panels[0] in WHOLE:
         return WHOLE[panels[0]](study)
     data = {panel: panel_data(study, panel) for panel in panels}
@@ -75,7 +75,7 @@ def figure_study(study: Any, panels: Sequence[str] = GLANCE) -> Figure:
 
 def panel_data(study: Any, panel: str) -> pd.DataFrame:
     """The frame behind a panel, with a column ``setting``; empty without data."""
-    panel = _renamed(panel)
+    panel = renamed_value("panel", panel, OLD_PANELS)
     if panel in ("settings", "scores", "frontier"):
         return study.table()
     if panel == "differences":
@@ -88,13 +88,6 @@ def panel_data(study: Any, panel: str) -> pd.DataFrame:
         )
         return study.calibration.merge(noisy, on=["setting", "method"])
     return getattr(study, panel)
-
-
-def _renamed(panel: str) -> str:
-    """The panel, with the name of earlier versions replaced."""
-    if panel in OLD_PANELS:
-        warn(f"panel {panel!r}", repr(OLD_PANELS[panel]), level=4)
-    return OLD_PANELS.get(panel, panel)
 
 
 def _first(study: Any) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from qlens.analysis.plots.style import (
     short,
     sized,
     styles,
-    without_effect,
 )
+from qlens.core.deprecation import without_effect
 
 ACROSS = 3  # settings side by side in the forest
 MARKS = {"markersize": 5.0, "markeredgewidth": 0.9, "elinewidth": 1.1}

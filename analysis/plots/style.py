@@ -1,10 +1,8 @@
 """Style of all figures: one colour and marker per method, sizes for print, and token text that any font can show."""
 
-import functools
 import re
 import unicodedata
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from math import ceil
 from typing import Any, NamedTuple
@@ -187,42 +185,11 @@ def of_figure(data: pd.DataFrame, methods: Iterable[str]) -> pd.DataFrame:
     return data
 
 
-OLD_COLUMNS = {
-    "trust": "label_weight",
-    "trust_low": "label_weight_low",
-    "trust_high": "label_weight_high",
-    "other_grad": "runner_up_grad",
-    "q_rest": "q_runner_up",
-}
-
-
-def current_names(data: pd.DataFrame) -> pd.DataFrame:
-    """The data with the columns of earlier versions renamed."""
-    old = {old: new for old, new in OLD_COLUMNS.items() if old in data.columns and new not in data.columns}
-    return data.rename(columns=old) if old else data
-
-
 def need(data: pd.DataFrame, *columns: str) -> None:
     """Raise InputError if data lacks one of the columns."""
     missing = [name for name in columns if name not in data]
     if missing:
         raise InputError(f"data lacks {', '.join(missing)}; it has {', '.join(map(str, data.columns))}")
-
-
-def without_effect(*names: str) -> Callable[[Callable], Callable]:
-    """Decorator: accept arguments of earlier versions, warn, and ignore them."""
-
-    def decorate(fn: Callable) -> Callable:
-        @functools.wraps(fn)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            for name in [name for name in names if name in kwargs]:
-                kwargs.pop(name)
-                warnings.warn(f"{fn.__name__}({name}=) has no effect any more", DeprecationWarning, stacklevel=2)
-            return fn(*args, **kwargs)
-
-        return call
-
-    return decorate
 
 
 def new_figure(width: float, height: float) -> Figure:

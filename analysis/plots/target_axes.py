@@ -1,6 +1,5 @@
 """Plots of targets on one Axes each: along p_y, at one token, and along a text; from the frames of ``target_data``."""
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -19,15 +18,15 @@ from qlens.analysis.plots.style import (
     SMALL,
     clean,
     current,
-    current_names,
     look,
     name_ticks,
     need,
     short,
     shown,
     sized,
-    without_effect,
 )
+from qlens.core.deprecation import renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 MANY = 200  # tokens, above which markers are small and pale
@@ -67,6 +66,8 @@ METRICS = {
     "reshape": "reshape",
 }
 """Choices of ``plot_sequence``, with their units."""
+OLD_METRICS = {"trust": "label_weight"}
+"""Values of ``show`` in earlier versions, with the new ones."""
 COLORS = "Blues"  # from light to dark in grey too
 ROUNDING = 1e-6  # metrics that are zero up to this get no colour scale of their own
 SHORT_MOVE = 0.02  # of the axis: drawn as a dot instead of an arrow
@@ -92,10 +93,10 @@ def plot_sweep(
     Raises:
         InputError: columns are missing, or an unknown ``show``.
     """
-    metric = renamed_metric(show)
+    metric = renamed_value("show", show, OLD_METRICS, level=5)
     if metric not in SHOWN:
         raise InputError(f"show must be one of {', '.join(SHOWN)}, got {show!r}")
-    data, (columns, name) = current_names(data), SHOWN[metric]
+    data, (columns, name) = current_columns(data), SHOWN[metric]
     need(data, "p_y", *columns)
     need(data, "method" if "shape" not in data else "shape")
     ax = current(ax)
@@ -113,14 +114,6 @@ def plot_sweep(
     _p_y_axis(ax, data["p_y"])
     ax.set(xlabel=r"label probability $p_y$", ylabel=name)
     return clean(ax)
-
-
-def renamed_metric(show: str) -> str:
-    """``show``, with the name of earlier versions replaced."""
-    if show == "trust":
-        warnings.warn("show='trust' is deprecated; write 'label_weight'", DeprecationWarning, stacklevel=4)
-        return "label_weight"
-    return show
 
 
 def _lines(data: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any]]]:
@@ -227,10 +220,10 @@ def plot_sequence(
     Raises:
         InputError: columns are missing, or an unknown metric.
     """
-    show = renamed_metric(show)
+    show = renamed_value("show", show, OLD_METRICS)
     if show not in METRICS:
         raise InputError(f"show must be one of {', '.join(METRICS)}, got {show!r}")
-    data = current_names(data)
+    data = current_columns(data)
     need(data, "method", "position", "token", "negative_mass", show)
     ax, names = current(ax), list(dict.fromkeys(data["method"]))
     low, high = color_limits(data, show) if limits is None else limits

@@ -106,8 +106,7 @@ def sweep_frame(variants: Variants, tokens: Tokens | None = None) -> pd.DataFram
         }
         parts.append(_frame(columns, method=name))
     frame = pd.concat(parts, ignore_index=True)
-    old = {"trust": "label_weight", "p_rival": "p_runner_up", "other_grad": "runner_up_grad", "q_rest": "q_runner_up"}
-    return renamed_columns(frame, **old)
+    return renamed_columns(frame)
 
 
 @renamed_arguments(losses="variants", pieces="token_text", at="i")
@@ -193,7 +192,7 @@ def text_frame(variants: Variants, tokens: Tokens, *, token_text: Decode = str) 
         frame.insert(1, "position", range(len(tokens)))
         frame.insert(2, "token", [text(int(label)) for label in tokens.labels])
         parts.append(frame)
-    return renamed_columns(pd.concat(parts, ignore_index=True), trust="label_weight")
+    return renamed_columns(pd.concat(parts, ignore_index=True))
 
 
 @renamed_arguments(losses="variants")
@@ -225,8 +224,7 @@ def plane_frame(variants: Variants, tokens: Tokens) -> pd.DataFrame:
             low, high = np.quantile(finite, (0.25, 0.75)) if len(finite) else (np.nan, np.nan)
             row |= {f"{key}_low": float(low), f"{key}_high": float(high)}
         rows.append(row | {"tokens": len(tokens)})
-    old = {"trust": "label_weight", "trust_low": "label_weight_low", "trust_high": "label_weight_high"}
-    return renamed_columns(pd.DataFrame(rows), **old)
+    return renamed_columns(pd.DataFrame(rows))
 
 
 def _targets(variants: Variants, tokens: Tokens) -> dict[str, Target]:

@@ -21,7 +21,6 @@ from qlens.analysis.plots.style import (
     INK,
     SMALL,
     TEXT,
-    current_names,
     head,
     legend_below,
     look,
@@ -30,18 +29,19 @@ from qlens.analysis.plots.style import (
     of_figure,
     panels,
     short,
-    without_effect,
 )
 from qlens.analysis.plots.target_axes import (
     LINES,
     METRICS,
+    OLD_METRICS,
     SHAPES,
     color_limits,
     plot_sequence,
     plot_sweep,
     plot_update,
-    renamed_metric,
 )
+from qlens.core.deprecation import renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns
 
 LABEL: dict[str, Any] = {"color": INK, "lw": 1.2, "marker": "o", "markersize": 3.0}
 RUNNER_UP: dict[str, Any] = LABEL | {"ls": "--", "markerfacecolor": "white"}
@@ -161,7 +161,7 @@ def figure_sequence(
         show: names of ``METRICS``.
         width: inches.
     """
-    data, show = current_names(data), [renamed_metric(metric) for metric in show]
+    data, show = current_columns(data), [renamed_value("show", metric, OLD_METRICS, level=5) for metric in show]
     need(data, "method", "position", "token", "negative_mass", *show)
     methods, last = data["method"].nunique(), int(data["position"].max())
     per_line = round(width / TOKEN_WIDTH)

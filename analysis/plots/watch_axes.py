@@ -15,16 +15,16 @@ from qlens.analysis.plots.style import (
     INK,
     clean,
     current,
-    current_names,
     head,
     legend_below,
     look,
     need,
     note,
     panels,
-    without_effect,
 )
-from qlens.analysis.plots.target_axes import LABEL_WEIGHT, renamed_metric
+from qlens.analysis.plots.target_axes import LABEL_WEIGHT, OLD_METRICS
+from qlens.core.deprecation import renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 COURSES = {
@@ -106,7 +106,7 @@ def plot_course(
     Raises:
         InputError: columns are missing, there are no records, or an unknown metric.
     """
-    metric = renamed_metric(show)
+    metric = renamed_value("show", show, OLD_METRICS, level=5)
     if metric not in COURSES:
         raise InputError(f"show must be one of {', '.join(COURSES)}, got {show!r}")
     frame = _checked(frame, metric)
@@ -161,7 +161,7 @@ def figure_watch(frame: pd.DataFrame, width: float = DOUBLE) -> Figure:
 
 def _checked(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
     """The frame with current column names; InputError if it lacks one, or has no records."""
-    frame = current_names(frame)
+    frame = current_columns(frame)
     if not len(frame):
         raise InputError("frame has no records: train first, with the Watch among the trainer's callbacks")
     need(frame, "step", "variant", *columns)

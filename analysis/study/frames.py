@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError, brief, one_line
 
 TEXT_COLUMNS = ("setting", "method", "token", "recipe", "origin", "when", "belief", "labels")
@@ -93,7 +94,7 @@ def read_frame(name: str, path: Path) -> pd.DataFrame:
         raise InputError(f"{path} is damaged: {one_line(str(error), 200)}") from error
     wanted = {"results": RESULTS, "diagnostics": ("setting", "method", "seed", *DIAGNOSTICS)} | COLUMNS
     if "label_weight" in wanted[name]:
-        frame = frame.rename(columns={"trust": "label_weight"})
+        frame = current_columns(frame)
     if lacking := [column for column in wanted[name] if column not in frame]:
         raise InputError(f"{path} is damaged: it has no column {lacking[0]!r}, only {', '.join(map(str, frame))}")
     for column in (each for each in wanted[name] if each not in (*TEXT_COLUMNS, *BOOL_COLUMNS)):

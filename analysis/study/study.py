@@ -17,6 +17,7 @@ from qlens.analysis.study.frames import check_results, frames, ordered, read_fra
 from qlens.analysis.study.stats import crossed_interval, holm, paired_difference, pass_at_k, rank_sets
 from qlens.core.deprecation import warn
 from qlens.core.deprecation.columns import renamed_columns
+from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.files import user_path
 
@@ -36,7 +37,7 @@ MEANS = ("label_weight", "negative_mass", "kl_start", "nll")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Study:
+class Study(Result):
     """Methods trained side by side: ``print`` it, or use ``table()``, ``plot()``, ``save(dir)`` and its frames.
 
     Args:
@@ -114,7 +115,7 @@ class Study:
             that have all seeds); learning_rate, recipe, origin, at_edge; label_weight, negative_mass, kl_start, nll
             (means over seeds).
         """
-        return renamed_columns(self._table.copy(), trust="label_weight")
+        return renamed_columns(self._table.copy())
 
     to_frame = table
 
@@ -247,18 +248,22 @@ class Study:
         """The printed tables in Markdown."""
         return tables.markdown(self)
 
-    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+    def to_latex(
+        self, columns: Sequence[str] | None = None, caption: str | None = None, label: str | None = None, **options: Any
+    ) -> str:
         r"""The printed tables in LaTeX (booktabs).
 
         Args:
             columns: columns of the settings' tables as they are printed ("method", "avg@8", ...); by default all columns
                 of all tables.
-            caption: of the table environment; without one a plain tabular.
+            caption: of every table; without it and ``label`` plain tabulars.
+            label: of the first table; the others have label-2, label-3 and so on.
+            options: as of ``qlens.core.display.latex_table``.
 
         Raises:
             InputError: a column that the tables do not have.
         """
-        return tables.latex(self, columns, caption)
+        return tables.latex(self, columns, caption, label, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON: config, table (a dict per row), differences; NaN as None."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from qlens.analysis.table_formats import latex_table, markdown_table, text_table
+from qlens.analysis.table_formats import markdown_table, text_table
+from qlens.core.display import frame_html, latex_table
 from qlens.core.errors import one_line
 
 DIFFERENCES = ["setting", "method", "against", "mean", "low", "high", "seeds", "items", "n", "p", "p_holm"]
@@ -157,24 +158,34 @@ def markdown(study: Any) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def latex(study: Any, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+def latex(
+    study: Any,
+    columns: Sequence[str] | None = None,
+    caption: str | None = None,
+    label: str | None = None,
+    **options: Any,
+) -> str:
     """The tables in LaTeX (booktabs); ``columns`` of the settings' tables alone.
 
     Raises:
         InputError: a column that the tables do not have.
     """
     if columns is None:
-        return "\n".join(f"% {one_line(head)}\n{latex_table(cells, None, caption)}" for head, cells, _ in blocks(study))
-    results = {name: setting_cells(study, name) for name in study.settings if name in set(study.results["setting"])}
-    parts = (f"% {name}\n{latex_table(cells, columns, caption)}" for name, cells in results.items())
-    return "\n".join(parts)
+        printed = [(heading, cells) for heading, cells, _ in blocks(study)]
+    else:
+        present = set(study.results["setting"])
+        printed = [(name, setting_cells(study, name)) for name in study.settings if name in present]
+    labels = [label and (label if number == 1 else f"{label}-{number}") for number in range(1, len(printed) + 1)]
+    return "\n".join(
+        f"% {one_line(heading)}\n{latex_table(cells, columns, caption, own, **options)}"
+        for (heading, cells), own in zip(printed, labels, strict=True)
+    )
 
 
 def html(study: Any) -> str:
     """The settings' tables in HTML, for a notebook."""
     return "".join(
-        f"<p><b>{escape(heading)}</b></p>{cells.to_html(index=False, border=0)}"
-        f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
+        frame_html(cells, heading) + f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
         for heading, cells, lines in blocks(study)
     )
 

@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from qlens.analysis.table_formats import latex_table
 from qlens.analysis.token_view.summary import Summary
-from qlens.core.deprecation import warn
-from qlens.core.deprecation.columns import renamed_columns
+from qlens.core.deprecation import renamed_value, warn
+from qlens.core.deprecation.columns import old_columns, renamed_columns
+from qlens.core.display import Result, frame_html, latex_table
 from qlens.core.errors import InputError
 
 NEGATIVE_MARGIN = "negative_margin"
@@ -25,18 +25,6 @@ ROW_COLUMNS += ["negative_margin_max", "text"]
 TOKEN_COLUMNS = ["by", "rank", "row", "position", "score", "label", "runner_up", "p_y", "p_runner_up", "q_y"]
 TOKEN_COLUMNS += ["label_weight", NEGATIVE_MARGIN, "context"]
 OF_METHODS = ["q_y", "label_weight", "q_other", "label_gradient"]
-OLD_COLUMNS = {
-    "trust": "label_weight",
-    "suspicion": NEGATIVE_MARGIN,
-    "rival": "runner_up",
-    "p_rival": "p_runner_up",
-    "room": "p_other",
-    "ignored": "q_other",
-    "worst": "negative_margin_max",
-    "pull": "label_gradient",
-    "doubt": "negative_margin_student",
-    "teacher_doubt": "negative_margin_teacher",
-}
 LEGEND = {
     "label_weight": "gradient on the labels as a share of SFT's, sum(-g_y) / sum(1 - p_y), unit scale",
     "q_y": "the target's probability of the label; q_other: the mean of 1 - Q_y, p_other: the sum of 1 - p_y",
@@ -45,7 +33,7 @@ LEGEND = {
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ranking:
+class Ranking(Result):
     r"""Tokens and rows in order, for every method and by the models' margin: ``print`` it, or read ``rows`` and ``tokens``.
 
     For a method (``by`` is its spec), with the logit gradient g in unit scale, Q = p - g:
@@ -88,6 +76,7 @@ class Ranking:
 
     def alike(self, by: str) -> bool:
         """Whether all rows and all labels tie in an order."""
+        by = renamed_value("by", by, {"suspicion": NEGATIVE_MARGIN})
         rows, tokens = self._of(self.rows, by), self._of(self.tokens, by)
         return bool(len(tokens) > 1 and tokens["rank"].max() == 1 and not (rows["rank"] > 1).any())
 
@@ -126,19 +115,26 @@ class Ranking:
         lines = (jsonl(_head(frame, top).assign(kind=kind)) for kind, frame in frames.items())
         return "\n".join(filter(None, lines))
 
-    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None, top: int = 10) -> str:
+    def to_latex(
+        self,
+        columns: Sequence[str] | None = None,
+        caption: str | None = None,
+        label: str | None = None,
+        top: int = 10,
+        **options: Any,
+    ) -> str:
         """The first ``top`` rows of every order in LaTeX (booktabs).
 
         Args:
             columns: columns of ``rows``; by default by, rank, row, tokens, label_weight, q_other and negative_margin.
-            caption: of the table environment; without one a plain tabular.
+            caption, label, options: as of ``qlens.core.display.latex_table``.
             top: rows per order.
 
         Raises:
             InputError: an unknown column.
         """
         default = ["by", "rank", "row", "tokens", "label_weight", "q_other", NEGATIVE_MARGIN]
-        return latex_table(_head(self.rows, top), columns or default, caption)
+        return latex_table(_head(self.rows, top), columns or default, caption, label, **options)
 
     def plot(self, top: int = 15) -> Any:
         """A matplotlib figure: the scores of the first ``top`` rows, a panel per order."""
@@ -153,7 +149,7 @@ class Ranking:
         return f"<Ranking of {self.rows['row'].nunique()} rows by {', '.join(self.orders)}>"
 
     def _repr_html_(self) -> str:
-        return _head(self.rows, 5).to_html(index=False, border=0, float_format="{:.3f}".format)
+        return frame_html(_head(self.rows, 5), float_format="{:.3f}".format)
 
     def _of(self, frame: pd.DataFrame, by: str) -> pd.DataFrame:
         if by not in self.orders:
@@ -213,7 +209,7 @@ def rank(
     if single := int((first["tokens"] == 1).sum()):
         remarks.append(f"{single} rows have a single supervised token: their score is that token's")
     joined = (pd.concat(frames, ignore_index=True) for frames in (row_frames, token_frames))
-    return Ranking(*(renamed_columns(frame, **_old_columns(frame)) for frame in joined), tuple(remarks))
+    return Ranking(*map(renamed_columns, joined), tuple(remarks))
 
 
 def _row_table(tokens: pd.DataFrame, by: str) -> pd.DataFrame:
@@ -257,18 +253,13 @@ def _head(frame: pd.DataFrame, top: int | None) -> pd.DataFrame:
     return frame.groupby("by", sort=False).head(top or len(frame))
 
 
-def _old_columns(frame: pd.DataFrame) -> dict[str, str]:
-    """The old names of a frame's columns, with the new ones."""
-    return {old: new for old, new in OLD_COLUMNS.items() if new in frame}
-
-
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """A frame as JSON objects; NaN and infinity as None, and the columns' old names beside the new ones."""
     plain = [
         {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
         for row in frame.to_dict("records")
     ]
-    old = _old_columns(frame)
+    old = old_columns(frame)
     return [row | {name: row[new] for name, new in old.items()} for row in plain]
 
 

@@ -12,14 +12,14 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlens.analysis.table_formats import latex_table
 from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, tokenizer_of, variants_of
 from qlens.analysis.token_view.page import html
-from qlens.analysis.token_view.ranking import OLD_COLUMNS, Ranking, jsonl, rank, records
+from qlens.analysis.token_view.ranking import Ranking, jsonl, rank, records
 from qlens.analysis.token_view.summary import Summary, summary_of
 from qlens.analysis.token_view.token_text import TokenText, legible
 from qlens.core.deprecation import renamed_arguments, warn
 from qlens.core.deprecation.columns import renamed_columns
+from qlens.core.display import Result, latex_table
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text
 from qlens.core.supervised import IGNORE
@@ -41,7 +41,7 @@ class Text:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class TokenView:
+class TokenView(Result):
     """Targets of methods at every supervised token of texts; a notebook shows the page that ``save`` writes.
 
     Args:
@@ -82,7 +82,7 @@ class TokenView:
         base = pd.concat([places, models.assign(**words)], axis=1)
         frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in self.summary.methods.items()]
         table = pd.concat(frames, ignore_index=True)
-        return renamed_columns(table, **{old: new for old, new in OLD_COLUMNS.items() if new in table})
+        return renamed_columns(table)
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""
@@ -96,18 +96,20 @@ class TokenView:
         """As JSON: methods, notes, and the lines of ``table``."""
         return {"methods": list(self.methods), "notes": self.notes, "table": records(self.table)}
 
-    def to_latex(self, columns: Sequence[str] | None = None, caption: str | None = None) -> str:
+    def to_latex(
+        self, columns: Sequence[str] | None = None, caption: str | None = None, label: str | None = None, **options: Any
+    ) -> str:
         """``table`` in LaTeX (booktabs).
 
         Args:
             columns: columns of ``table``; by default row, position, label, method, p_y, q_y, label_weight and kl.
-            caption: of the table environment; without one a plain tabular.
+            caption, label, options: as of ``qlens.core.display.latex_table``.
 
         Raises:
             InputError: an unknown column.
         """
         default = ["row", "position", "label", "method", "p_y", "q_y", "label_weight", "kl"]
-        return latex_table(self.table, columns or default, caption)
+        return latex_table(self.table, columns or default, caption, label, **options)
 
     def plot(self, row: int | None = None) -> Any:
         """A matplotlib figure: one text as heat maps of label weight, entropy, KL(Q || p) and negative mass.

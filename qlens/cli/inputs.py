@@ -39,16 +39,17 @@ def own_tokens(
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if name in needs and folder is None:
             raise InputError(f"the method needs a {name}: give --{name} DIR")
-    loaded, read = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype)
+    loaded, data_rows = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype)
     tokenizer = loaded.pop("tokenizer")
-    encoded = examples.encode(read, tokenizer, compatibility.shortest_context(*loaded.values()))
-    used = encoded.examples[:rows]
+    encoded = examples.encode(data_rows, tokenizer, compatibility.shortest_context(*loaded.values()))
+    selected = encoded.examples[:rows]
     most = max(MOST // compatibility.vocabulary_size(loaded["model"]), 1) if thin else None
-    tokens = tokens_from_examples(examples=used, needs=needs, most=most, **loaded)
+    tokens = tokens_from_examples(examples=selected, needs=needs, most=most, **loaded)
     typer.echo(
-        f"{data}: {len(used)} of {len(read)} rows read (--rows {rows}); {encoded.dropped} exceed the context", err=True
+        f"{data}: {len(selected)} of {len(data_rows)} rows read (--rows {rows}); {encoded.dropped} exceed the context",
+        err=True,
     )
-    if ignored := ignored_keys(read):
+    if ignored := ignored_keys(data_rows):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if len(tokens) == most:
         typer.echo(f"{most} of these tokens are read, evenly spread: their logits alone are {MOST} numbers", err=True)
@@ -73,7 +74,7 @@ def own_models(
     from qlens.data.rows import read_rows
     from qlens.data.vocabularies import match_vocabulary
 
-    read = text if data is None else read_rows(data)
+    rows = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):
@@ -84,7 +85,7 @@ def own_models(
             width = compatibility.vocabulary_size(loaded["model"])
             if remark := match_vocabulary(width, loaded[name], name, tokenizer, other):
                 typer.echo(remark, err=True)
-    return loaded, read
+    return loaded, rows
 
 
 def figure_path(figure: str) -> Path:

@@ -24,7 +24,7 @@ from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import Inputs, inputs
 from qlens.losses.layout.trial import value_of
 from qlens.losses.return_values import check_shape, loss_of
-from qlens.losses.user_code import blamed, file_of
+from qlens.losses.user_code import file_of, user_errors
 from qlens.registry.variant import Variant
 
 ROWS = 24  # of an ordinary call
@@ -95,8 +95,8 @@ class Specimen:
     @property
     def labels_from_ids(self) -> bool:
         """Whether it reads its labels from ``input_ids``, and never looks at ``labels``."""
-        named = [name for name, role in self.takes.required.items() if role == "labels"]
-        return self.style.ids or (self.style.clean and any(ROLE.get(name) == "input ids" for name in named))
+        label_names = [name for name, role in self.takes.required.items() if role == "labels"]
+        return self.style.ids or (self.style.clean and any(ROLE.get(name) == "input ids" for name in label_names))
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -142,8 +142,8 @@ class Specimen:
         """Whether it takes the number of predicted labels of the whole batch."""
         if self.count:
             return True
-        given = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
-        return self.kind in ("outputs", "model") and any(p.kind is p.VAR_KEYWORD for p in given.values())
+        parameters = inspect.signature(self.fn.forward if isinstance(self.fn, nn.Module) else self.fn).parameters
+        return self.kind in ("outputs", "model") and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
     @cached_property
     def scope(self) -> str:
@@ -239,18 +239,18 @@ class Specimen:
             return self.read(tokens).value
         return value_of(self.fn, self.params, tokens, self.style).sum()
 
-    def _graded(self, returned: Any, again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
+    def _graded(self, returned: Any, call_again: Callable[[], Any], logits: Tensor) -> tuple[Tensor, bool]:
         """The loss in what a call on these logits returned, with a graph, and whether it had one itself."""
         result = loss_of(returned, self.variant.spec)
-        return graphs.checked(result, self.variant.spec, again, logits).value, result.value.requires_grad
+        return graphs.checked(result, self.variant.spec, call_again, logits).value, result.value.requires_grad
 
-    def reading(self, returned: Any, leaf: Tensor, again: Callable[[], Any] | None = None) -> Reading:
-        """The value that a call returned, and its gradient by the logits; ``again`` repeats the call.
+    def reading(self, returned: Any, leaf: Tensor, call_again: Callable[[], Any] | None = None) -> Reading:
+        """The value that a call returned, and its gradient by the logits; ``call_again`` repeats the call.
 
         Raises:
             InputError: it is no floating-point tensor, or one other than zero without a graph.
         """
-        losses, graph = self._graded(returned, again or (lambda: returned), leaf)
+        losses, graph = self._graded(returned, call_again or (lambda: returned), leaf)
         return Reading(*self._derived(losses, leaf), 0.0, tuple(losses.shape), graph)
 
     def _derived(self, losses: Tensor, leaf: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,7 +259,7 @@ class Specimen:
         Raises:
             InputError: the backward pass raises.
         """
-        with blamed(self.variant.spec, file_of(self.fn)):
+        with user_errors(self.variant.spec, file_of(self.fn)):
             (grad,) = torch.autograd.grad(losses.sum(), leaf, allow_unused=True)
         if grad is None:
             raise InputError("it returns a value whose graph does not lead back to the logits")
@@ -285,22 +285,24 @@ class Specimen:
             raise IncompleteGroup(f"it takes texts in groups of {self.group}, and is tried on {len(texts)}")
         padded = pad(texts, side, columns, self.vocabulary)
         name = self.count or COUNT
-        given = {}
+        count_argument = {}
         if self.counted and count is not None:
-            given[name] = torch.tensor(count)
+            count_argument[name] = torch.tensor(count)
         elif self.count:
-            given[name] = None
+            count_argument[name] = None
         real = padded.real
         with torch.enable_grad():
             leaf = padded.logits.requires_grad_()
             mask = real.long() * attended
-            shown = leaf.clone()
+            logits = leaf.clone()
 
             def run() -> Any:
                 fn, rows = around(self.fn), padded.rows
-                return on_batch(fn, shown, padded.labels, rows, self.params, self.style, mask, padded.ids, **given)
+                return on_batch(
+                    fn, logits, padded.labels, rows, self.params, self.style, mask, padded.ids, **count_argument
+                )
 
-            losses, graph = self._graded(run(), run, shown)
+            losses, graph = self._graded(run(), run, logits)
             value, grad = self._derived(losses, leaf)
         padding = ~real
         if self.labels_from_ids:  # the position before a text's first token learns it
@@ -311,5 +313,5 @@ class Specimen:
 
 def _copy(tokens: Tokens, logits: Tensor) -> Tokens:
     """The tokens with these logits, every other field a copy that a loss may modify."""
-    others = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
-    return Tokens(logits=logits, **others)
+    fields = {name: value.clone() for name, value in tokens.fields().items() if name != "logits"}
+    return Tokens(logits=logits, **fields)

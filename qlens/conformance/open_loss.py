@@ -88,10 +88,10 @@ def _may_be_size(error: InputError) -> bool:
     return isinstance(error.__cause__, SIZE_ERRORS) and not isinstance(error.__cause__, InputError)
 
 
-def _written(variant: Variant, seen: list[str]) -> list[str]:
+def _written(variant: Variant, modified: list[str]) -> list[str]:
     """The arguments that a failing loss writes on, as seen in a call or in one on plain rows."""
-    if seen:
-        return seen
+    if modified:
+        return modified
     try:
         return list(writes(variant.method.fn, variant.params, Specimen(variant).tokens(), Style()))
     except InputError:
@@ -105,16 +105,16 @@ def _widest(variant: Variant) -> int:
 
 def _vocabularies(messages: list[str], widest: int) -> Iterator[int]:
     """24, then sizes named by error messages (weights per class, an index out of range), then wider ones."""
-    tried = {VOCABULARY}
+    sizes = {VOCABULARY}
     yield VOCABULARY
     for wider in WIDER:
-        named = dict.fromkeys(int(number) for message in messages for number in numbers_of(message)[:20])
-        for size in [size for number in named for size in (number, number + 1)][:12]:
-            if VOCABULARY < size <= widest and size not in tried:
-                tried.add(size)
+        numbers = dict.fromkeys(int(number) for message in messages for number in numbers_of(message)[:20])
+        for size in [size for number in numbers for size in (number, number + 1)][:12]:
+            if VOCABULARY < size <= widest and size not in sizes:
+                sizes.add(size)
                 yield size
-        if wider not in tried and wider <= widest:
-            tried.add(wider)
+        if wider not in sizes and wider <= widest:
+            sizes.add(wider)
             yield wider
 
 
@@ -128,5 +128,5 @@ def _is_rounding(loss: Specimen, ordinary: Reading) -> bool:
     tokens = loss.tokens()
     draw = torch.Generator().manual_seed(11)
     noise = torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64) * NUDGE.get(loss.digits, 0.1)
-    moved = loss.read(cast(tokens.replace(logits=tokens.logits + noise.to(tokens.logits)), loss.dtype)).grad
-    return float((moved - ordinary.grad).norm() / size) > 0.5
+    perturbed = loss.read(cast(tokens.replace(logits=tokens.logits + noise.to(tokens.logits)), loss.dtype)).grad
+    return float((perturbed - ordinary.grad).norm() / size) > 0.5

@@ -19,8 +19,8 @@ from qlens.conformance import (
     specimen,
 )
 from qlens.conformance.synthetic_batches import VOCABULARY
+from qlens.core.display import Result, frame_html
 from qlens.core.errors import InputError
-from qlens.lens.describe.result import Result, heading, latex
 from qlens.losses import user_code
 from qlens.losses.user_code import first_line
 from qlens.registry import resolve
@@ -116,10 +116,6 @@ class CheckReport(Result):
 
         return pd.DataFrame([asdict(item) for item in self.items])
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
-
     def plot(self) -> Any:
         """The figure: a coloured row per rule (matplotlib)."""
         from qlens.analysis.plots.report_figures import figure_check
@@ -127,8 +123,8 @@ class CheckReport(Result):
         return figure_check(self)
 
     def _repr_html_(self) -> str:
-        table = self.to_frame().query("state != 'not applicable'").to_html(index=False, border=0)
-        return heading(f"{self.spec}: {self._counts()}") + table
+        frame = self.to_frame()
+        return frame_html(frame[frame["state"] != "not applicable"], f"{self.spec}: {self._counts()}")
 
     def _counts(self) -> str:
         counts = {state: sum(item.state == state for item in self.items) for state in STATES}
@@ -198,8 +194,8 @@ def check(loss: Variant | str | Callable) -> CheckReport:
                 reason = "two calls on the same input differ, so that calls cannot be compared"
                 items[name] = Item(name, "not applicable", reason) if random else _item(name, rule, tested)
         called_as, notes = variant.account(tested.tokens())
-    found = tuple(items[name] for name in RULES)
-    return CheckReport(variant.spec, tested.kind, found, tested.vocabulary, refused, called_as, notes)
+    in_order = tuple(items[name] for name in RULES)
+    return CheckReport(variant.spec, tested.kind, in_order, tested.vocabulary, refused, called_as, notes)
 
 
 def _item(name: str, rule: Rule, tested: Specimen) -> Item:
@@ -212,8 +208,8 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
     except Remark as remark:
         return Item(name, "remark", str(remark))
     except Failed as failure:
-        if tested.attends and name in BY_LENGTH and (spared := _spared(rule, tested)):
-            return Item(name, "remark", f"{failure}; {spared}")
+        if tested.attends and name in BY_LENGTH and (without_prompts := _remark_without_prompts(rule, tested)):
+            return Item(name, "remark", f"{failure}; {without_prompts}")
         return Item(name, "failed", str(failure), failure.consequence or rule.consequence)
     except IncompleteGroup as reason:
         return Item(name, "not applicable", str(reason))
@@ -223,7 +219,7 @@ def _item(name: str, rule: Rule, tested: Specimen) -> Item:
         return Item(name, "failed", f"raises {type(error).__name__}: {first_line(error)}", rule.raising)
 
 
-def _spared(rule: Rule, tested: Specimen) -> str:
+def _remark_without_prompts(rule: Rule, tested: Specimen) -> str:
     """A remark if a loss that may use the attention mask keeps the rule on texts without prompts; else ""."""
     try:
         rule.run(tested.without_prompts())

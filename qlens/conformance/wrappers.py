@@ -55,19 +55,19 @@ def watching(written: list[str]) -> Around:
     def wrap(fn: Callable) -> Callable:
         @functools.wraps(fn.forward if isinstance(fn, nn.Module) else fn)
         def run(*args: Any, **kwargs: Any) -> Any:
-            seen: list[tuple[str, Tensor, Tensor]] = []
+            copies: list[tuple[str, Tensor, Tensor]] = []
 
             def note(name: str, thing: Any) -> None:
-                each_tensor(thing, lambda tensor: seen.append((name, tensor, tensor.detach().clone())) or tensor)
+                each_tensor(thing, lambda tensor: copies.append((name, tensor, tensor.detach().clone())) or tensor)
                 if isinstance(thing, nn.Module):
-                    thing.register_forward_hook(lambda module, given, outputs: note("the model's outputs", outputs))
+                    thing.register_forward_hook(lambda module, args, outputs: note("the model's outputs", outputs))
 
             for name, thing in inspect.signature(run).bind(*args, **kwargs).arguments.items():
                 note(name, thing)
             try:
                 return fn(*args, **kwargs)
             finally:
-                written.extend(n for n, now, old in seen if not torch.equal(now.nan_to_num(), old.nan_to_num()))
+                written.extend(n for n, now, old in copies if not torch.equal(now.nan_to_num(), old.nan_to_num()))
 
         return run
 

@@ -148,9 +148,9 @@ def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> 
     for turn in turns:
         supervised = turn["role"] == "assistant"
         text = turn["content"] if supervised else turn["content"] + "\n"
-        known, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        earlier, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
         # Together where that leaves the earlier tokens alone (no spurious space before the text), else by itself.
-        ids = both[len(known) :] if both[: len(known)] == known else _ids(tokenizer, text)
+        ids = both[len(earlier) :] if both[: len(earlier)] == earlier else _ids(tokenizer, text)
         yield ids + (_optional(tokenizer.eos_token_id) if supervised else []), supervised
         before = text
 

@@ -89,15 +89,17 @@ def tokens_from_examples(
     """
     model = loaded(model, "model")
     check_model(model, "model")
-    named = {"teacher": teacher, "reference": reference}
-    others = {name: loaded(other, name, model.device) for name, other in named.items() if other is not None}
-    for name, other in others.items():
+    paths = {"teacher": teacher, "reference": reference}
+    other_models = {name: loaded(other, name, model.device) for name, other in paths.items() if other is not None}
+    for name, other in other_models.items():
         check_same_vocabulary(model, other, name)
-    check_fits(examples, {"model": model, **others})
+    check_fits(examples, {"model": model, **other_models})
     counts = [len(SupervisedBatch(collate([example]))) for example in examples] if most is not None else []
     chosen = set(spread(sum(counts), most).tolist()) if most is not None and sum(counts) > most else None
     parts, start = [], 0
-    for tokens in token_batches(model, examples, batch_size, needs, None if chosen is None else ENTRIES, **others):
+    for tokens in token_batches(
+        model, examples, batch_size, needs, None if chosen is None else ENTRIES, **other_models
+    ):
         rows = [row for row in range(len(tokens)) if chosen is None or start + row in chosen]
         start += len(tokens)
         parts.append((tokens if chosen is None else tokens[rows]).fields())
@@ -110,27 +112,27 @@ def token_batches(
     batch_size: int,
     needs: Collection[str] = (),
     entries: int | None = None,
-    **others: nn.Module,
+    **other_models: nn.Module,
 ) -> Iterator[Tokens]:
     """``tokens_from_examples`` batch by batch; ``sequence`` counts on from batch to batch.
 
     Args:
         model, examples, batch_size, needs: as there; models are loaded.
         entries: most logits of a model at a time, where it has a linear head; None: those of a batch.
-        others: teacher and reference.
+        other_models: teacher and reference.
     """
     backbones = Backbones(None)
     with ExitStack() as frozen:
-        for each in (model, *others.values()):
+        for each in (model, *other_models.values()):
             frozen.enter_context(evaluating(each))
         for start in range(0, len(examples), batch_size):
             batch = _on(model.device, collate(examples[start : start + batch_size]))
             supervised = SupervisedBatch(batch)
             batch = supervised.model_inputs()
-            for name, each in {"model": model, **others}.items():
+            for name, each in {"model": model, **other_models}.items():
                 check_causal(each, _on(each.device, batch), name)
             logits = {"logits": _logits(model, batch, supervised, entries and backbones, "model")}
-            for name, other in others.items():
+            for name, other in other_models.items():
                 logits[name] = _logits(other, _on(other.device, batch), supervised, entries and backbones, name)
             vocabulary = vocabulary_size(model)
             size = max(len(supervised) if entries is None else entries // vocabulary, 1)

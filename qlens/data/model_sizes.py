@@ -41,21 +41,21 @@ def check_sizes(folder: Path) -> int | None:
                     raise InputError(f"model folder {brief(str(folder))}: config.json has {name} = {brief(value)}")
                 if isinstance(value, int) and value > limit:
                     raise InputError(
-                        f"model folder {brief(str(folder))}: config.json asks for {name} = {brief(value)}, but its weights "
-                        f"have {limit} {unit}: the configuration is of another model, or damaged"
+                        f"model folder {brief(str(folder))}: config.json asks for {name} = {brief(value)}, but its "
+                        f"weights have {limit} {unit}: the configuration is of another model, or damaged"
                     )
     return numbers
 
 
-def check_parameters(folder: Path, wanted: int, stored: int) -> None:
+def check_parameters(folder: Path, configured: int, stored: int) -> None:
     """Check that a model has about as many parameters as are stored (tied ones count twice).
 
     Raises:
         InputError: it has more than twice as many.
     """
-    if wanted > 2 * stored:
+    if configured > 2 * stored:
         raise InputError(
-            f"model folder {brief(str(folder))}: config.json asks for {wanted} parameters, but its weights hold {stored}: "
+            f"model folder {brief(str(folder))}: config.json asks for {configured} parameters, but its weights hold {stored}: "
             "the configuration is of another model, or damaged"
         )
 

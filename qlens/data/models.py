@@ -54,8 +54,8 @@ def load_model(
     if mismatched := sorted(report["mismatched_keys"]):
         name, stored_shape, shape = mismatched[0]
         raise InputError(
-            f"model {brief(str(path))} does not fit its config.json: {name} is {tuple(stored_shape)}, but the configuration "
-            f"asks for {tuple(shape)}"
+            f"model {brief(str(path))} does not fit its config.json: {name} is {tuple(stored_shape)}, but the "
+            f"configuration asks for {tuple(shape)}"
         )
     if absent := sorted(report["missing_keys"]):
         raise InputError(f"model {brief(str(path))} lacks {len(absent)} weights, {absent[0]} among them")
@@ -108,13 +108,13 @@ PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.
 
 
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
-    folder, shown = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
+    folder, description = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
     local = folder.is_dir()
     if local and not any(file for pattern in PATTERNS[kind] for file in folder.glob(pattern)):
         problem = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(PATTERNS[kind])}"
-        raise InputError(f"{shown} {problem}: it needs a Hugging Face {kind}")
+        raise InputError(f"{description} {problem}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
-        raise InputError(f"{shown} is not there, or is no folder (a name on the hub is owner/name)")
+        raise InputError(f"{description} is not there, or is no folder (a name on the hub is owner/name)")
     with _readable(kind, path, local), quiet():
         place = str(folder) if local else str(path)
         return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
@@ -166,7 +166,7 @@ def _short(error: BaseException) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Context without the progress bars and warnings of transformers, which would garble those of qlens."""
-    shown, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    progress_bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     hub_level = hub_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -176,7 +176,7 @@ def quiet() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
-        if shown:
+        if progress_bar:
             transformers_logging.enable_progress_bar()
 
 

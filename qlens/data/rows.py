@@ -40,16 +40,16 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         >>> rows = read_rows("data.jsonl")  # doctest: +SKIP
     """
     path = user_path(path, "data file")
-    shown = shown_path(path)
+    name_of_file = shown_path(path)
     if not path.is_file():
-        raise InputError(f"data file {brief(str(shown))} is not there, or is no file")
+        raise InputError(f"data file {brief(str(name_of_file))} is not there, or is no file")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise refusal("data file", path, error, "read") from error
     rows, kind, columns = [], None, None
     for number, line in enumerate(lines, 1):
-        where = f"{shown}, line {number}"
+        where = f"{name_of_file}, line {number}"
         if not line.strip():
             continue
         try:
@@ -67,7 +67,7 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
         rows.append(row)
         kind, columns = row_kind, row_columns
     if not rows:
-        raise InputError(f"data file {str(shown)!r} is empty: it needs a JSON object per line")
+        raise InputError(f"data file {str(name_of_file)!r} is empty: it needs a JSON object per line")
     return rows
 
 
@@ -91,8 +91,12 @@ def check_row(row: Any, where: str) -> tuple[str, ...]:
         raise InputError(f"{where}: a row must be an object, got {type(row).__name__}")
     kinds = [kind for kind in KINDS if set(kind) <= set(row)]
     if len(kinds) != 1:
-        known = "; ".join(map(_joined_keys, KINDS))
-        problem = f"of two kinds, {' and '.join(map(_joined_keys, kinds))}" if kinds else f"of no known kind ({known})"
+        kinds_in_words = "; ".join(map(_joined_keys, KINDS))
+        problem = (
+            f"of two kinds, {' and '.join(map(_joined_keys, kinds))}"
+            if kinds
+            else f"of no known kind ({kinds_in_words})"
+        )
         raise InputError(f"{where}: keys {brief(sorted(map(str, row)))} are {problem}")
     (kind,) = kinds
     for key in kind:
@@ -112,8 +116,8 @@ def check_row(row: Any, where: str) -> tuple[str, ...]:
 
 def ignored_keys(rows: Sequence[Row]) -> list[str]:
     """The keys of rows that are not used: neither their kind's nor those of columns."""
-    known = {key for kind in KINDS for key in kind} | set(COLUMNS)
-    return sorted({str(key) for row in rows for key in row} - known)
+    used_keys = {key for kind in KINDS for key in kind} | set(COLUMNS)
+    return sorted({str(key) for row in rows for key in row} - used_keys)
 
 
 def _fits(value: Any, dtype: torch.dtype) -> bool:

@@ -60,9 +60,9 @@ class SupervisedBatch(Supervised):
         """The same batch with its positions, labels and columns on a device."""
         if self.labels.device == device:
             return self
-        moved = copy.copy(self)
+        copied = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, Tensor):
-                setattr(moved, name, value.to(device))
-        moved.columns = {name: value.to(device) for name, value in self.columns.items()}
-        return moved
+                setattr(copied, name, value.to(device))
+        copied.columns = {name: value.to(device) for name, value in self.columns.items()}
+        return copied

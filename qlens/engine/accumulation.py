@@ -11,7 +11,7 @@ from qlens.engine.heads import Head
 from qlens.engine.kernels import RowConstants
 
 
-class Wanted(NamedTuple):
+class NeedsGradient(NamedTuple):
     """Which gradients are to be computed."""
 
     hidden: bool
@@ -36,22 +36,22 @@ class GradientSums:
     Args:
         head: the student's hidden states and head.
         rows: N.
-        wanted: which gradients are computed.
+        needs_gradient: which gradients are computed.
         factor: what the gradient of every row is multiplied by.
         uniform: whether ``add`` is given numbers to subtract from all entries of a row.
     """
 
-    def __init__(self, head: Head, rows: int, wanted: Wanted, factor: float, uniform: bool):
+    def __init__(self, head: Head, rows: int, needs_gradient: NeedsGradient, factor: float, uniform: bool):
         wide, device = precision(head.hidden.dtype), head.weight.device
         half = head.hidden.dtype == torch.float16
         self.head, self.factor = head, 1.0 if half else factor
-        self.d_hidden = torch.empty_like(head.hidden, dtype=wide if half else None) if wanted.hidden else None
+        self.d_hidden = torch.empty_like(head.hidden, dtype=wide if half else None) if needs_gradient.hidden else None
         allocate = torch.empty if rows else torch.zeros  # the first chunk fills it
-        self.d_head = allocate(head.weight.shape, dtype=wide, device=device) if wanted.head else None
-        self.d_bias = torch.zeros(len(head.weight), dtype=wide, device=device) if wanted.bias else None
+        self.d_head = allocate(head.weight.shape, dtype=wide, device=device) if needs_gradient.head else None
+        self.d_bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needs_gradient.bias else None
         # Behind a cap, and where g is rounded to the inputs' dtype, the constants are subtracted entry by entry.
-        apart = uniform and head.softcap is None and wide == head.hidden.dtype
-        self.constants = RowConstants(head) if apart else None
+        separate_constants = uniform and head.softcap is None and wide == head.hidden.dtype
+        self.constants = RowConstants(head) if separate_constants else None
 
     def add(self, rows: slice, z: Tensor, scale: Tensor, uniform: Tensor | None, capped: Tensor | None) -> None:
         """Add a chunk.

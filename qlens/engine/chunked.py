@@ -10,10 +10,10 @@ from qlens.core.errors import InputError
 from qlens.core.numerics import precision
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
-from qlens.engine.accumulation import Gradients, GradientSums, Wanted
+from qlens.engine.accumulation import Gradients, GradientSums, NeedsGradient
 from qlens.engine.finite_values import refuse_rows
 from qlens.engine.heads import Head, TopK
-from qlens.engine.kernels import others_
+from qlens.engine.kernels import label_gradient_
 from qlens.engine.label_only import TwoEntryResult, collected_label_gradients, evaluate, label_log_probs
 from qlens.engine.row_inputs import RowInputs, slices
 from qlens.engine.structures import gradient_function
@@ -31,7 +31,12 @@ class ChunkedResult(NamedTuple):
 
 @torch.no_grad()
 def chunked_pass(
-    inputs: RowInputs, head: Head, chunk: int, factor: float, wanted: Wanted, observe: Observer | None = None
+    inputs: RowInputs,
+    head: Head,
+    chunk: int,
+    factor: float,
+    needs_gradient: NeedsGradient,
+    observe: Observer | None = None,
 ) -> ChunkedResult:
     """Loss and gradients of supervised rows, a chunk of logits at a time.
 
@@ -40,7 +45,7 @@ def chunked_pass(
         head: the student's hidden states at these rows, and its head; detached.
         chunk: rows of logits at a time.
         factor: what the sum of the losses is multiplied by.
-        wanted: which gradients are computed; those of float16 are float32 and without ``factor``.
+        needs_gradient: which gradients are computed; those of float16 are float32 and without ``factor``.
         observe: called with tokens, target and losses of a few rows at a time, all of them copies.
 
     Raises:
@@ -48,7 +53,7 @@ def chunked_pass(
     """
     rows_total, variant = len(inputs.labels), inputs.variant
     buffers = Buffers(chunk, head)
-    sums = GradientSums(head, rows_total, wanted, factor, inputs.mixes_uniform)
+    sums = GradientSums(head, rows_total, needs_gradient, factor, inputs.mixes_uniform)
     gradients = gradient_function(inputs.structure)
     if inputs.needs_all_rows and rows_total:
         gradients = collected_label_gradients(_collect(inputs, head, chunk, buffers))
@@ -58,11 +63,11 @@ def chunked_pass(
     not_finite = torch.zeros(rows_total, dtype=torch.bool, device=inputs.labels.device)
     for rows in slices(rows_total, chunk):
         z = head.logits(rows, buffers.take("logits", rows))
-        capped = buffers.take("capped", rows).copy_(z) if head.softcap is not None and any(wanted) else None
-        others = {} if inputs.needs_all_rows else _other_logits(inputs, rows, z, buffers)
-        copies = _copies(inputs, rows, z, others) if observe else None
+        capped = buffers.take("capped", rows).copy_(z) if head.softcap is not None and any(needs_gradient) else None
+        other_logits = {} if inputs.needs_all_rows else _other_logits(inputs, rows, z, buffers)
+        copies = _copies(inputs, rows, z, other_logits) if observe else None
         replay = variant.replay(z.device) if observe else None
-        result = gradients(inputs, rows, z, others)
+        result = gradients(inputs, rows, z, other_logits)
         total += result.losses.sum()
         selected += result.selected
         invalid += result.invalid
@@ -72,7 +77,7 @@ def chunked_pass(
         if observe is not None and copies is not None and replay is not None:
             with replay.again():  # a method that draws numbers shows those it was trained by, and draws no others
                 _show(observe, inputs, copies, result.losses, result.label_weight)
-        if any(wanted):
+        if any(needs_gradient):
             sums.add(rows, z, result.scale, result.uniform, capped)
     if not variant.built_in:
         not_finite |= sums.not_finite()
@@ -105,9 +110,9 @@ def _collect(inputs: RowInputs, head: Head, chunk: int, buffers: Buffers) -> Two
     chunks: list[list[Tensor]] = []
     for rows in slices(len(inputs.labels), chunk):
         z = head.logits(rows, buffers.take("logits", rows))
-        others = _other_logits(inputs, rows, z, buffers)
-        pairs = [label_log_probs(inputs, name, rows, logits) for name, logits in others.items()]
-        student = others_(z, inputs.labels[rows, None])  # last: it overwrites z
+        other_logits = _other_logits(inputs, rows, z, buffers)
+        pairs = [label_log_probs(inputs, name, rows, logits) for name, logits in other_logits.items()]
+        student = label_gradient_(z, inputs.labels[rows, None])  # last: it overwrites z
         chunks.append([value for pair in (student, *pairs) for value in pair])
     log_p, log_rest, *values = (torch.cat(parts) for parts in zip(*chunks, strict=True))
     by_model = {name: (values[2 * i], values[2 * i + 1]) for i, name in enumerate(inputs.models)}
@@ -128,10 +133,10 @@ def _logits_of(inputs: RowInputs, name: str, rows: slice, student: Tensor, buffe
     return model[rows].to(student.dtype)
 
 
-def _copies(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> Tokens:
+def _copies(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> Tokens:
     """A chunk's tokens on memory of their own, for the observer: the structure functions overwrite the buffers."""
-    shown = others if inputs.structure != "label" else {}
-    copies = {name: value.clone() for name, value in {"logits": z, **shown}.items()}
+    models = other_logits if inputs.structure != "label" else {}
+    copies = {name: value.clone() for name, value in {"logits": z, **models}.items()}
     return Tokens.unchecked(labels=inputs.labels[rows], **copies, **inputs.fields_at(rows))
 
 

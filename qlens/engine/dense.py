@@ -12,20 +12,20 @@ from qlens.losses.leaves import refuse_learned
 from qlens.losses.reduction.unreduced import value_alone
 
 
-def dense_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+def dense_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
     """Overwrite a chunk's logits with the gradient of a method's loss, or with s (p - Q) of its target.
 
     Args:
         inputs: the batch.
         rows: which of its rows the chunk holds.
         z: their logits, (n, V).
-        others: the other models' logits at these rows.
+        other_logits: the other models' logits at these rows.
     """
     invalid = (~z.amax(-1).isfinite()).sum()
     tiles = []
     for tile in slices(len(z), inputs.tile):
         at = slice(rows.start + tile.start, rows.start + tile.stop)
-        models = {name: logits[tile] for name, logits in others.items()}
+        models = {name: logits[tile] for name, logits in other_logits.items()}
         tokens = CachedTokens.unchecked(logits=z[tile], labels=inputs.labels[at], **models, **inputs.fields_at(at))
         by_loss = inputs.variant.is_loss_alone(tokens)
         tiles.append(_by_autograd(inputs, z[tile], tokens) if by_loss else _by_target(inputs, z[tile], tokens))

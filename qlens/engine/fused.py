@@ -13,7 +13,7 @@ from torch import Tensor
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
 from qlens.core.tokens.fields import check_ids
-from qlens.engine.accumulation import Gradients, Wanted
+from qlens.engine.accumulation import Gradients, NeedsGradient
 from qlens.engine.chunked import Observer, chunked_pass
 from qlens.engine.fused_inputs import (
     Model,
@@ -154,7 +154,7 @@ def fused_pass(
     rows = len(index)
     if denominator is None:
         denominator = max(fields["pair"].unique().numel() if variant.scope == "pair" else rows, 1)
-    wanted = Wanted(*(_wants_gradient(each) for each in (hidden, head, bias)))
+    needs_gradient = NeedsGradient(*(_wants_gradient(each) for each in (hidden, head, bias)))
     student = Head(hidden.detach(), head.detach(), None if bias is None else bias.detach(), **shape)
     inputs = RowInputs(
         variant=variant,
@@ -163,8 +163,8 @@ def fused_pass(
         models=supervised,
         fields=fields,
         tile=tile_rows(vocabulary),
-        gradients=any(wanted),
-        refuse_parameters=any(wanted),
+        gradients=any(needs_gradient),
+        refuse_parameters=any(needs_gradient),
     )
     chunk = min(int(chunk or 0) or _even_chunk(rows, max(1, CHUNK_ENTRIES // vocabulary)), max(rows, 1))
     tile, sample = min(chunk, inputs.tile), partial(sample_tokens, inputs, student)
@@ -173,7 +173,9 @@ def fused_pass(
     if rows and not variant.built_in:
         inputs = replace(inputs, structure=effective_structure(variant, sample(torch.zeros(1, dtype=torch.long))))
     with torch.autocast(hidden.device.type, enabled=False):
-        total, gradients, selected = chunked_pass(inputs, student, chunk, 1 / float(denominator), wanted, observe)
+        total, gradients, selected = chunked_pass(
+            inputs, student, chunk, 1 / float(denominator), needs_gradient, observe
+        )
     factor = 1 / float(denominator) if hidden.dtype == torch.float16 else None
     loss = _WithGradients.apply(hidden, head, bias, total, gradients, factor)
     if mean_over_selected and variant.denominator == "selected":
@@ -232,8 +234,8 @@ def why_whole_logits(variant: Variant) -> str:
     """Why a trainer has to hold the whole logits of a batch for a method, "" where it has not."""
     if not variant.method.scope and variant.derived:
         return (
-            f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, register it "
-            "with scope='token'"
+            f"for {variant.name}: a loss of your own may look at all tokens of a batch together; if it does not, "
+            "register it with scope='token'"
         )
     reason = why_declared_whole(variant)
     return reason and f"for {variant.spec}: {reason}"

@@ -40,8 +40,8 @@ def check_arguments(hidden: Any, head: Any, bias: Any, labels: Any, denominator:
         check_floats("bias", bias, "(V,)", hidden.device)
     integers = isinstance(labels, Tensor) and not labels.is_floating_point() and not labels.is_complex()
     if not integers or labels.ndim != 1 or labels.dtype == torch.bool or labels.layout != torch.strided:
-        shown = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
-        raise InputError(f"labels must be a dense integer tensor (N,), got {shown}")
+        description = f"{tuple(labels.shape)} of {labels.dtype}" if isinstance(labels, Tensor) else brief(labels)
+        raise InputError(f"labels must be a dense integer tensor (N,), got {description}")
     signed(labels)
     if labels.device != hidden.device:
         raise InputError(f"labels are on {labels.device}, but hidden on {hidden.device}: they must be on one device")
@@ -128,12 +128,12 @@ def supervised_field(name: str, value: Tensor, index: Tensor, rows: int, vocabul
             f"fused_loss: unknown field {name!r}; per token there are {', '.join(PER_TOKEN)} and negatives"
         )
     if not isinstance(value, Tensor) or value.ndim < 1 or len(value) != rows:
-        shown = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
-        raise InputError(f"{name} must be a tensor of {rows} rows, as labels have, got {shown}")
+        description = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else brief(value)
+        raise InputError(f"{name} must be a tensor of {rows} rows, as labels have, got {description}")
     if value.requires_grad:
         raise InputError(
-            f"{name} requires a gradient, and fused_loss makes none for it: give {name}.detach(), or take the plain path, "
-            "Variant.loss(tokens), whose gradient reaches it"
+            f"{name} requires a gradient, and fused_loss makes none for it: give {name}.detach(), or take the plain "
+            "path, Variant.loss(tokens), whose gradient reaches it"
         )
     shape = (len(index),) if name in PER_TOKEN else (len(index), vocabulary)
     return checked_field(name, value[index], shape)

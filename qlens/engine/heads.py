@@ -142,11 +142,11 @@ class TopK:
 
     def logits(self, rows: slice, student: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """Log-probabilities over the whole vocabulary for some rows, up to a constant."""
-        ids, known = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)
+        ids, top_log_probs = self.ids[rows].long(), self.log_probs[rows].to(student.dtype)
         if self.tail == "renorm":
             log_probs = torch.full_like(student, -torch.inf)
         else:
-            left = torch.log1p(-known.exp().sum(-1, keepdim=True).clamp(max=1))
+            log_rest = torch.log1p(-top_log_probs.exp().sum(-1, keepdim=True).clamp(max=1))
             tail = student if self.tail == "student" else torch.zeros_like(student)
-            log_probs = log_softmax(tail.scatter(-1, ids, -torch.inf)) + left
-        return log_probs.scatter_(-1, ids, known)
+            log_probs = log_softmax(tail.scatter(-1, ids, -torch.inf)) + log_rest
+        return log_probs.scatter_(-1, ids, top_log_probs)

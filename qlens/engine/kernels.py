@@ -31,7 +31,7 @@ def normalise_(z: Float[Tensor, "n V"], out: Float[Tensor, "n V"] | None = None)
     return top - out.amax(-1, keepdim=True).log()  # the top's p is at least 1 / V
 
 
-def others_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
+def label_gradient_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
     """p_{-y} - d in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends.
 
     p - d = (1 - p_y)(p_{-y} - d); the factor of a whole row is left to the caller, who folds it into smaller operands.
@@ -106,7 +106,7 @@ def uniform_terms_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> Unifo
     at_label, tiles = z.gather(1, labels)[:, 0], []
     for rows, label in blocks(z, labels):
         mean = rows.mean(-1)
-        log_p, log_rest = others_(rows, label)
+        log_p, log_rest = label_gradient_(rows, label)
         rows.mul_(log_rest.exp()[:, None])
         tiles.append(torch.stack([mean, log_p, log_rest]))
     return UniformTerms(at_label, *torch.cat(tiles, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head
-from qlens.engine.kernels import others_
+from qlens.engine.kernels import label_gradient_
 from qlens.engine.row_inputs import RowGradients, RowInputs
 
 SUREST = -700.0  # of log(1 - p_y) where a label weight is read: float64 holds its inverse
@@ -29,17 +29,17 @@ class TwoEntryResult(NamedTuple):
     not_finite: Bool[Tensor, " n"] | None
 
 
-def label_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+def label_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
     """Overwrite a chunk's logits with g' = p_{-y} - d, where p_{-y} is p without the label, renormalised.
 
     Args:
         inputs: the batch.
         rows: which of its rows the chunk holds.
         z: their logits, (n, V).
-        others: the other models' logits at these rows.
+        other_logits: the other models' logits at these rows.
     """
-    other_log_probs = {name: label_log_probs(inputs, name, rows, logits) for name, logits in others.items()}
-    log_p, log_rest = others_(z, inputs.labels[rows, None])
+    other_log_probs = {name: label_log_probs(inputs, name, rows, logits) for name, logits in other_logits.items()}
+    log_p, log_rest = label_gradient_(z, inputs.labels[rows, None])
     result = evaluate(inputs, rows, (log_p, log_rest), other_log_probs)
     return RowGradients(
         scale=_row_scale(result.label_weight, log_rest),
@@ -55,8 +55,8 @@ def collected_label_gradients(collected: TwoEntryResult) -> Callable[..., RowGra
     """``label_gradients`` for a method whose rows depend on each other, from the label weights of all rows."""
     none = torch.zeros_like(collected.selected)
 
-    def gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
-        _, log_rest = others_(z, inputs.labels[rows, None])
+    def gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
+        _, log_rest = label_gradient_(z, inputs.labels[rows, None])
         first = rows.start == 0  # the counts are of all rows
         return RowGradients(
             scale=_row_scale(collected.label_weight[rows], log_rest),
@@ -73,14 +73,14 @@ def collected_label_gradients(collected: TwoEntryResult) -> Callable[..., RowGra
 def label_log_probs(inputs: RowInputs, name: str, rows: slice, logits: Tensor) -> LogProbs:
     """log q_y and log(1 - q_y) of another model at some rows, (n,) each."""
     writable = isinstance(inputs.models[name], Head)  # computed into a buffer; logits that were passed in are not
-    return others_(logits if writable else logits.clone(), inputs.labels[rows, None])
+    return label_gradient_(logits if writable else logits.clone(), inputs.labels[rows, None])
 
 
-def evaluate(inputs: RowInputs, rows: slice, student: LogProbs, others: dict[str, LogProbs]) -> TwoEntryResult:
+def evaluate(inputs: RowInputs, rows: slice, student: LogProbs, other_log_probs: dict[str, LogProbs]) -> TwoEntryResult:
     """Label weight and loss of some rows, from the method itself on two entries."""
     replay = inputs.variant.replay(student[0].device)
     with torch.no_grad():
-        tokens, target = two_entry_target(inputs, rows, {"logits": student, **others})
+        tokens, target = two_entry_target(inputs, rows, {"logits": student, **other_log_probs})
         with replay.again():
             losses = inputs.losses(tokens)
         label_weight = target.label_weight  # NaN where the label is the only possible token

@@ -10,18 +10,18 @@ from qlens.engine.row_inputs import RowGradients, RowInputs, joined, slices
 from qlens.registry.structure import GeometricMixture
 
 
-def mixture_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+def mixture_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
     """Overwrite a chunk's logits with g' = p - t d - (1 - t) r, for r made of the student and one other model.
 
     Args:
         inputs: the batch.
         rows: which of its rows the chunk holds.
         z: their logits, (n, V).
-        others: the other models' logits at these rows.
+        other_logits: the other models' logits at these rows.
     """
     structure = inputs.structure
     assert isinstance(structure, GeometricMixture) and structure.model is not None
-    other = others[structure.model]
+    other = other_logits[structure.model]
     writable = isinstance(inputs.models[structure.model], Head)  # computed into a buffer; logits passed in are not
     tiles = []
     for tile in slices(len(z), inputs.tile):
@@ -35,14 +35,14 @@ def mixture_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[st
     return joined(tiles)
 
 
-def uniform_gradients(inputs: RowInputs, rows: slice, z: Tensor, others: dict[str, Tensor]) -> RowGradients:
+def uniform_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
     """Overwrite a chunk's logits with g' = p - t d; the uniform part (1 - t) / V is left to the caller, as ``uniform``.
 
     Args:
         inputs: the batch.
         rows: which of its rows the chunk holds.
         z: their logits, (n, V).
-        others: not used.
+        other_logits: not used.
     """
     structure = inputs.structure
     assert isinstance(structure, GeometricMixture)

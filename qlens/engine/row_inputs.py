@@ -74,8 +74,8 @@ class RowInputs:
 
     def not_finite(self, *values: Tensor | None) -> Bool[Tensor, " n"] | None:
         """The rows at which one of the values is NaN or infinite; None for a built-in method, which is not checked."""
-        known = [] if self.variant.built_in else [~value.isfinite() for value in values if value is not None]
-        return torch.stack(known).any(0) if known else None
+        masks = [] if self.variant.built_in else [~value.isfinite() for value in values if value is not None]
+        return torch.stack(masks).any(0) if masks else None
 
 
 class RowGradients(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from qlens.core.numerics import precision
 from qlens.core.tokens import MODELS, Tokens
 from qlens.engine.dense import dense_gradients
-from qlens.engine.kernels import others_
+from qlens.engine.kernels import label_gradient_
 from qlens.engine.label_only import (
     collected_label_gradients,
     evaluate,
@@ -53,21 +53,21 @@ def effective_structure(variant: Variant, tokens: Tokens) -> Structure:
 def gradients_by_structure(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
     """The logit gradient, (N, V), and the losses, (N,), of a method by its declared structure, on all rows together."""
     fields = {name: value for name, value in tokens.fields().items() if name not in ("logits", "labels")}
-    shown = shown_inputs(variant, fields)
+    visible = shown_inputs(variant, fields)
     z = tokens.logits.detach().clone().to(precision(tokens.logits.dtype))
-    models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in shown.items() if name in MODELS}
+    models: dict[str, Any] = {name: value.detach().to(z.dtype) for name, value in visible.items() if name in MODELS}
     inputs = RowInputs(
         variant=variant,
         structure=effective_structure(variant, tokens),
         labels=tokens.labels.long(),
         models=models,
-        fields={name: value for name, value in shown.items() if name not in MODELS},
+        fields={name: value for name, value in visible.items() if name not in MODELS},
         tile=len(z),
     )
     rows, gradients = slice(0, len(z)), gradient_function(inputs.structure)
     if inputs.needs_all_rows:
         other_log_probs = {name: label_log_probs(inputs, name, rows, logits) for name, logits in models.items()}
-        student = others_(z.clone(), inputs.labels[:, None])
+        student = label_gradient_(z.clone(), inputs.labels[:, None])
         gradients = collected_label_gradients(evaluate(inputs, slice(None), student, other_log_probs))
     result = gradients(inputs, rows, z, models)
     if result.uniform is not None:

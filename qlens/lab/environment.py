@@ -175,15 +175,15 @@ class World:
         return problems(split, self.setting.depth, self.setting.modulus, self._random(f"{split} problems"))
 
     def _distinct(self, split: str, count: int) -> list[Problem]:
-        drawn, distinct = self._problems(split), dict[Problem, None]()
+        problems, distinct = self._problems(split), dict[Problem, None]()
         while len(distinct) < count:
-            distinct.setdefault(next(drawn))
+            distinct.setdefault(next(problems))
         return list(distinct)
 
     def _rows(self, role: str) -> list[dict[str, str]]:
         writer = self._writer(role)
-        drawn = islice(self._problems(role), self.setting.corpus_rows)
-        return [{"prompt": problem.prompt, "completion": writer.write(problem)[0]} for problem in drawn]
+        problems = islice(self._problems(role), self.setting.corpus_rows)
+        return [{"prompt": problem.prompt, "completion": writer.write(problem)[0]} for problem in problems]
 
     def _demonstrations(self) -> list[Demonstration]:
         setting, rng = self.setting, self._random("noise")
@@ -247,9 +247,9 @@ def build(settings: Sequence[Setting], progress: bool = True) -> None:
             counts, done = [Path(folder, str(number)) for number in range(len(missing))], [0] * len(missing)
             pairs = zip(missing, counts, strict=True)
             running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
-            left = True
-            while left:
-                left = bool(wait(running, timeout=0.5).not_done)
+            unfinished = True
+            while unfinished:
+                unfinished = bool(wait(running, timeout=0.5).not_done)
                 for number, count in enumerate(counts):
                     size = count.stat().st_size if count.is_file() else 0
                     if size > done[number]:

@@ -27,8 +27,8 @@ class Lines:
         if self.done < self.total and now - self.printed < INTERVAL:
             return
         self.printed, elapsed = now, now - self.start
-        left = elapsed * (self.total - self.done) / max(self.done, 1)
-        rest = f", about {duration(left)} left" if self.done < self.total else ""
+        remaining = elapsed * (self.total - self.done) / max(self.done, 1)
+        rest = f", about {duration(remaining)} left" if self.done < self.total else ""
         self.console.print(f"{self.description}: {self.done} of {self.total} after {duration(elapsed)}{rest}")
 
 

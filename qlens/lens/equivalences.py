@@ -1,7 +1,7 @@
 """Equivalences: methods with the same gradient, up to a factor or with the same target, and angles between the others."""
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qlens.core.display import Result, latex_table
+from qlens.core.errors import InputError, brief
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens
-from qlens.lens.describe.result import Result, latex
-from qlens.lens.identify.matching import points, taught
+from qlens.lens.identify.matching import method_gradient, points
 from qlens.lens.implied import implied_target
 from qlens.registry import Variant, methods, params
 
@@ -114,13 +115,44 @@ class Distances(Result):
             "left_out": list(self.left_out),
         }
 
-    def to_frame(self) -> pd.DataFrame:
-        """``table``: a row per pair of methods."""
-        return self.table
+    def to_frame(self, methods: Sequence[str] | None = None) -> pd.DataFrame:
+        """``table``: a row per pair of methods.
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
+        Args:
+            methods: the pairs of these methods alone.
+
+        Raises:
+            InputError: a method that the table does not have.
+        """
+        if methods is None:
+            return self.table
+        known = set(self.table["left"]) | set(self.table["right"])
+        if isinstance(methods, str) or not known.issuperset(methods):
+            raise InputError(f"methods must be a list of names among {', '.join(sorted(known))}, got {brief(methods)}")
+        return self.table[self.table["left"].isin(methods) & self.table["right"].isin(methods)]
+
+    def to_latex(
+        self,
+        columns: Sequence[str] | None = None,
+        caption: str | None = None,
+        label: str | None = None,
+        methods: Sequence[str] | None = None,
+        **options: Any,
+    ) -> str:
+        """Every method with its nearest other one in LaTeX (booktabs), or the pairs of some methods.
+
+        Args:
+            columns: of left, right, angle (degrees) and log_ratio (of the norms); by default all.
+            caption, label, options: as of ``qlens.core.display.latex_table``.
+            methods: print all pairs of these methods instead.
+
+        Raises:
+            InputError: an unknown column or method.
+        """
+        if methods is None:
+            nearest = [(name, *near) for name, rows in self.neighbours(1).items() for near in rows]
+            return latex_table(pd.DataFrame(nearest, columns=self.table.columns), columns, caption, label, **options)
+        return latex_table(self.to_frame(methods), columns, caption, label, **options)
 
     def __repr__(self) -> str:
         methods = len({*self.table["left"], *self.table["right"]})
@@ -178,7 +210,7 @@ def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tenso
     """The gradient of every variant whose fields the tokens have, and of the yardsticks."""
     found = {}
     for variant in variants:
-        grad = taught(variant, tokens)
+        grad = method_gradient(variant, tokens)
         if grad is not None and float(grad.abs().max()) > NOTHING:
             found[variant.spec] = grad.double()
     return found | {name: implied_target(loss, tokens).grad.double() for name, loss in YARDSTICKS.items()}

@@ -1,6 +1,6 @@
 """Explanation: the implied target of a loss on some tokens, with everything that its gradient shows."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +10,7 @@ import torch
 
 from qlens.core.deprecation import warn
 from qlens.core.deprecation.columns import renamed_columns
+from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
@@ -18,7 +19,6 @@ from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.shift_variance import ShiftVariance
 from qlens.lens.decompose.vocabulary_factors import VocabularyFactor
 from qlens.lens.describe import findings, screen, summary
-from qlens.lens.describe.result import Result
 from qlens.lens.exact import OwnPrecision
 from qlens.lens.gradient_flow import Destination, destination
 from qlens.lens.identify import matching
@@ -153,7 +153,7 @@ class Explanation(Result):
     @cached_property
     def table(self) -> pd.DataFrame:
         """A row per token: p_y, loss, label_weight, reshape, Q of label and runner-up, negative mass, gradients."""
-        return renamed_columns(screen.frame(self), **screen.OLD_COLUMNS)
+        return renamed_columns(screen.frame(self))
 
     @cached_property
     def findings(self) -> list[str]:
@@ -246,9 +246,16 @@ class Explanation(Result):
         """``table``: a row per token."""
         return self.table
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The representative rows as LaTeX (booktabs)."""
-        return screen.latex(self, caption, label)
+    def to_latex(
+        self, columns: Sequence[str] | None = None, caption: str | None = None, label: str | None = None, **options: Any
+    ) -> str:
+        """The representative rows in LaTeX (booktabs).
+
+        Args:
+            columns: columns of ``table``; by default p_y, label weight, Q of label and runner-up, negative mass.
+            caption, label, options: as of ``qlens.core.display.latex_table``.
+        """
+        return screen.latex(self, columns, caption, label, **options)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything printable, for JSON."""

@@ -12,9 +12,9 @@ from scipy.integrate import LSODA
 from scipy.special import entr, softmax
 
 from qlens.core.autograd import gradient
+from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
-from qlens.lens.describe.result import Result, latex
 from qlens.lens.exact import without_casts
 from qlens.registry import Variant, resolve
 
@@ -114,10 +114,6 @@ class Destination(Result):
         """``table``: a row per time."""
         return self.table
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
-
     def __repr__(self) -> str:
         return f"Destination({self.spec}: {_listed(self.end, '.2f')}{'' if self.settled else ', still moving'})"
 
@@ -196,20 +192,20 @@ class _Field:
         fixed = {name: torch.from_numpy(probs).log().expand(shape) for name, probs in models.items()}
         fixed |= {"labels": torch.from_numpy(self.seen), "sequence": torch.arange(len(self.seen)), "advantage": ones}
         fixed |= {"critical": ones > 0, "hint": ones > 0, "negatives": torch.from_numpy(f == 0).expand(shape)}
-        uniform = torch.zeros(shape, dtype=torch.float64)
-        self.start, self.dtype = Tokens(logits=uniform, second=uniform, **fixed), torch.float64
+        self.fixed, self.dtype = fixed, torch.float64
         self.variant = without_casts(variant, self.tokens(np.zeros(len(f))))
+        self.explicit = variant.built_in and not variant.derived  # then no graph is needed
 
     def tokens(self, z: np.ndarray) -> Tokens:
         """A row per label that occurs, at logits z, (size,)."""
         logits = torch.tensor(z).expand(len(self.seen), len(self.f))
-        return self.start.replace(logits=logits, second=logits).with_precision(self.dtype)
+        return Tokens.unchecked(logits=logits, second=logits, **self.fixed).with_precision(self.dtype)
 
     def gradient(self, tokens: Tokens) -> np.ndarray:
         """g at every label, (labels, size)."""
         spec = self.variant.spec
         try:
-            g = gradient(self.variant.loss, tokens)
+            g = self.variant.target(tokens).grad if self.explicit else gradient(self.variant.loss, tokens)
         except InputError:
             if self.dtype == torch.float32:
                 raise

@@ -12,7 +12,7 @@ from qlens.core.errors import InputError
 from qlens.core.numerics import precision
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
-from qlens.losses.user_code import blamed
+from qlens.losses.user_code import user_errors
 from qlens.registry import Variant, resolve
 
 ENTRIES = 2**22  # logits per call of autograd
@@ -49,7 +49,7 @@ def implied_target(
     if scale not in ("unit", "natural"):
         raise InputError(f"scale must be 'unit' or 'natural', got {scale!r}: a gradient alone names no fixed targets")
     variant = resolve(loss)
-    with blamed(variant.spec), torch.inference_mode(False):
+    with user_errors(variant.spec), torch.inference_mode(False):
         grad = read(variant, tokens, variant.total)
     return Target.from_grad(tokens, grad).at(scale)
 

@@ -112,8 +112,8 @@ class Reading:
         some = {name: getattr(self, name)[rows] for name in ("given", "grad", "noise", "losses")}
         return replace(self, **some)
 
-    def anew(self, variant: Variant, rows: Any) -> "Reading":
-        """Some rows, read again as a batch of their own."""
+    def reread(self, variant: Variant, rows: Any) -> "Reading":
+        """The reading of some rows as a batch of their own."""
         few = self.given[rows]
         return replace(self[rows], grad=gradient(variant.loss, few).double())
 

@@ -20,14 +20,14 @@ WIDE = ("logits", "outputs", "probs", "teacher", "reference", "old", "sampling o
 
 def arguments(fn: Callable, view: View) -> dict[str, Any]:
     """The arguments of a loss by name: all that it requires, and the optional ones that the tokens hold."""
-    wanted = inputs(fn)
-    filled = {name: _value(role, view, wanted.required) for name, role in wanted.required.items()}
-    for name, role in wanted.optional.items():
+    loss_inputs = inputs(fn)
+    filled = {name: _value(role, view, loss_inputs.required) for name, role in loss_inputs.required.items()}
+    for name, role in loss_inputs.optional.items():
         field = FIELD.get(role)
         if view.style.counted if role == "count" else view.style.optional:
             if field is None or getattr(view.tokens, field) is not None:
-                filled[name] = _value(role, view, wanted.required | wanted.optional)
-    roles, lists = wanted.required | wanted.optional, lists_of(fn)
+                filled[name] = _value(role, view, loss_inputs.required | loss_inputs.optional)
+    roles, lists = loss_inputs.required | loss_inputs.optional, lists_of(fn)
     for name, value in filled.items():
         wide = roles[name] in WIDE or (roles[name].endswith("log probs") and "labels" in roles.values())
         filled[name] = arranged(value, view.style, wide, name in lists if lists else wide)
@@ -35,10 +35,10 @@ def arguments(fn: Callable, view: View) -> dict[str, Any]:
     return filled
 
 
-def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
-    """The value of an input, by its role; ``wanted`` holds the roles of all parameters of the loss."""
-    tokens, whole = view.tokens, "labels" in wanted.values()
-    if wanted and "head" in wanted.values():
+def _value(role: str, view: View, roles: Mapping[str, str]) -> Any:
+    """The value of an input, by its role; ``roles`` holds the roles of all parameters of the loss."""
+    tokens, whole = view.tokens, "labels" in roles.values()
+    if roles and "head" in roles.values():
         return _kernel_value(role, view)
     if role in ("logits", "outputs"):
         return boxed(view.logits) if view.style.boxed else view.logits
@@ -68,8 +68,8 @@ def _value(role: str, view: View, wanted: Mapping[str, str]) -> Any:
         return view.spread(tokens.require("teacher").softmax(-1))
     if role.endswith("outputs") and role != "return outputs":
         value = view.spread(tokens.require(FIELD[role]))
-        as_outputs = view.style.boxed or not {"outputs", "model"} & {*wanted.values()}
-        return boxed(value) if as_outputs == view.style.alike else value
+        as_outputs = view.style.boxed or not {"outputs", "model"} & {*roles.values()}
+        return boxed(value) if as_outputs == view.style.same_form else value
     if role == "weight":
         ones = torch.ones(len(tokens), dtype=view.logits.dtype, device=view.logits.device)
         return view.per_token(ones if tokens.weight is None else tokens.weight)

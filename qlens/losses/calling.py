@@ -15,7 +15,7 @@ from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import CALLERS, inputs, name_of, signature
 from qlens.losses.layout.views import View, batch_of, batch_view, rows_view, supervised, token_ids
 from qlens.losses.stubs.holders import built, entry_of, is_trainer, with_model
-from qlens.losses.user_code import blamed, file_of
+from qlens.losses.user_code import file_of, user_errors
 
 __all__ = ["CALLERS", "Columns", "Layout", "call", "extra_inputs", "kind", "name_of", "on_batch", "opened", "signature",
            "written"]  # fmt: skip
@@ -29,9 +29,9 @@ def opened(loss: Callable) -> Callable:
         InputError: the class cannot be built without arguments, or the function is asynchronous or a generator.
     """
     if inspect.isclass(loss) and is_trainer(loss):
-        from qlens.losses.stubs.trainers import trained_by
+        from qlens.losses.stubs.trainers import trainer_loss
 
-        return trained_by(loss)
+        return trainer_loss(loss)
     return with_model(entry_of(built(loss) if inspect.isclass(loss) else loss))
 
 
@@ -54,8 +54,8 @@ def extra_inputs(fn: Callable) -> tuple[str, ...]:
 
 def takes(fn: Callable, role: str) -> bool:
     """Whether a loss takes this input, with or without a default."""
-    wanted = inputs(fn)
-    return role in wanted.required.values() or role in wanted.optional.values()
+    loss_inputs = inputs(fn)
+    return role in loss_inputs.required.values() or role in loss_inputs.optional.values()
 
 
 def call(
@@ -141,7 +141,7 @@ def on_view(fn: Callable, params: Mapping[str, Any], view: View, **values: Any) 
     parameters = signature(fn)
     positional = inspect.Parameter.POSITIONAL_ONLY
     args = [filled.pop(name) for name in parameters if name in filled and parameters[name].kind is positional]
-    with blamed(name_of(fn), file_of(fn)):
+    with user_errors(name_of(fn), file_of(fn)):
         return fn(*args, **filled)
 
 

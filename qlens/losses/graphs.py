@@ -23,46 +23,46 @@ class NoGraphError(EndedError):
     """A loss returned a value without a gradient."""
 
 
-class Departures(TorchFunctionMode):
+class GraphCuts(TorchFunctionMode):
     """Records the operations on tensors with a graph whose results have none.
 
     Attributes:
-        left: (operation, place) in order; "inference mode" and "no_grad" stand for operations under these.
-        kept: whether any operation on a tensor with a graph kept it.
+        cuts: (operation, place) in order; "inference mode" and "no_grad" stand for operations under these.
+        graph_kept: whether any operation on a tensor with a graph kept it.
     """
 
     def __init__(self):
         super().__init__()
-        self.left: list[tuple[str, str]] = []
-        self.kept = False
+        self.cuts: list[tuple[str, str]] = []
+        self.graph_kept = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         if any(isinstance(x, Tensor) and x.requires_grad for x in _flat((args, kwargs or {}))):
-            self._note(func, made)
-        return made
+            self._note(func, result)
+        return result
 
-    def _note(self, func: Any, made: Any) -> None:
+    def _note(self, func: Any, result: Any) -> None:
         if func in TO_PYTHON or func in CUTS or func == DATA:
-            self.left.append((TO_PYTHON.get(func) or CUTS.get(func) or ".data", _here()))
+            self.cuts.append((TO_PYTHON.get(func) or CUTS.get(func) or ".data", _here()))
             return
-        tensors = [x for x in _flat(made) if isinstance(x, Tensor)]
+        tensors = [x for x in _flat(result) if isinstance(x, Tensor)]
         if any(x.requires_grad for x in tensors):
-            self.kept = True
+            self.graph_kept = True
         elif any(x.is_floating_point() for x in tensors) or getattr(func, "__name__", "") in ("argmax", "argsort"):
             name = f"{getattr(func, '__name__', func)}()"
             if not torch.is_grad_enabled():
                 name = "inference mode" if torch.is_inference_mode_enabled() else "no_grad"
-            self.left.append((name, _here()))
+            self.cuts.append((name, _here()))
 
 
-def checked(result: Result, name: str, again: Callable[[], Any], logits: Tensor) -> Result:
+def checked(result: Result, name: str, call_again: Callable[[], Any], logits: Tensor) -> Result:
     """The loss with a graph; zeros without one get a graph from the logits, with a gradient of zero.
 
     Args:
         result: the loss on ``logits``, which require a gradient.
         name: of the loss, in messages.
-        again: calls the loss once more, to find where the graph is lost.
+        call_again: calls the loss once more, to find where the graph is lost.
         logits: what the gradient is taken by.
 
     Raises:
@@ -72,17 +72,19 @@ def checked(result: Result, name: str, again: Callable[[], Any], logits: Tensor)
     if value.requires_grad or not logits.requires_grad:
         return result
     if bool(value.any()):
-        raise NoGraphError(f"{name} returns a value without a graph, so without a gradient: {_reason(again, name)}")
+        raise NoGraphError(
+            f"{name} returns a value without a graph, so without a gradient: {_reason(call_again, name)}"
+        )
     anchor = logits[:, :0].sum().to(value.dtype)
     return result._replace(value=value.to(logits.device) + anchor)
 
 
-def _reason(again: Callable[[], Any], name: str) -> str:
-    with Departures() as seen:
-        loss_of(again(), name)
-    blanket = [(what, where) for what, where in seen.left if what in ("inference mode", "no_grad")]
-    cuts = [(what, where) for what, where in seen.left if what not in ("inference mode", "no_grad")]
-    if blanket and (not seen.kept or not cuts):
+def _reason(call_again: Callable[[], Any], name: str) -> str:
+    with GraphCuts() as recorder:
+        loss_of(call_again(), name)
+    blanket = [(what, where) for what, where in recorder.cuts if what in ("inference mode", "no_grad")]
+    cuts = [(what, where) for what, where in recorder.cuts if what not in ("inference mode", "no_grad")]
+    if blanket and (not recorder.graph_kept or not cuts):
         what, where = blanket[-1]
         called = "torch.inference_mode()" if what == "inference mode" else "torch.no_grad()"
         return f"it computes under {called}{where}: take that off, for training needs the graph"

@@ -26,9 +26,11 @@ def leaves(value: Tensor, *inputs: Tensor) -> list[Tensor]:
         >>> len(leaves((a * b).sum())), len(leaves((a * b).sum(), a))
         (2, 1)
     """
-    found = [value] if value.grad_fn is None and value.requires_grad else []
-    found += [node.variable for node in _nodes(value, *inputs) if isinstance(getattr(node, "variable", None), Tensor)]
-    return [leaf for leaf in found if not any(leaf is each for each in inputs)]
+    leaf_tensors = [value] if value.grad_fn is None and value.requires_grad else []
+    leaf_tensors += [
+        node.variable for node in _nodes(value, *inputs) if isinstance(getattr(node, "variable", None), Tensor)
+    ]
+    return [leaf for leaf in leaf_tensors if not any(leaf is each for each in inputs)]
 
 
 def reaches(value: Tensor, part: Tensor) -> bool:
@@ -45,14 +47,14 @@ def reaches(value: Tensor, part: Tensor) -> bool:
 
 def _nodes(value: Tensor, *inputs: Tensor) -> Iterator[Any]:
     """The nodes of a value's graph, without those of the inputs and all behind them."""
-    seen, left = {each.grad_fn for each in inputs}, [value.grad_fn]
-    while left:
-        node = left.pop()
-        if node is None or node in seen:
+    visited, pending = {each.grad_fn for each in inputs}, [value.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         yield node
-        left += [following for following, _ in node.next_functions]
+        pending += [following for following, _ in node.next_functions]
 
 
 class LearnedParameter(InputError):

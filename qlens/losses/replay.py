@@ -67,11 +67,11 @@ def why_calls_differ(read: Callable[[], Tensor], device: torch.device) -> str:
         read: calls the loss.
         device: the device whose generator it may use.
     """
-    replay, found = Replay(device), []
+    replay, gradients = Replay(device), []
     for _ in range(2):
         with replay.again():
-            found.append(read())
-    if torch.allclose(found[0], found[1], rtol=1e-9, atol=0.0, equal_nan=True):
+            gradients.append(read())
+    if torch.allclose(gradients[0], gradients[1], rtol=1e-9, atol=0.0, equal_nan=True):
         return "is random: two calls on the same tokens differ{}. Seed it, or switch dropout off"
     return (
         "has a state, or draws numbers that torch does not seed: two calls on the same tokens differ{}. Give its state as an "

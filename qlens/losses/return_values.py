@@ -19,7 +19,7 @@ class Result(NamedTuple):
     part: str
 
 
-def loss_of(made: Any, name: str) -> Result:
+def loss_of(returned: Any, name: str) -> Result:
     """The loss in a returned value: a tensor, the "loss" of a dict or an object, or the first tensor with a graph.
 
     A Python number becomes a tensor without a graph: a loss may return 0.0 if it skips all of its rows.
@@ -27,27 +27,29 @@ def loss_of(made: Any, name: str) -> Result:
     Raises:
         InputError: there is no loss in it.
     """
-    if isinstance(made, Tensor) or _is_number(made):
-        return _floating(made, "", name)
-    if isinstance(made, Mapping):
-        found = _key(dict(made))
-        if found is not None:
-            others = ", ".join(str(key) for key in made if key != found)
-            return _floating(made[found], f"the entry {found!r} of what it returns{_beside(others)}", name)
-    named = _key({key: getattr(made, key, None) for key in NAMES})
-    if named is not None:
-        return _floating(getattr(made, named), f"the attribute {named!r} of what it returns", name)
-    if isinstance(made, tuple | list) and made:
-        at = _first(range(len(made)), lambda i: made[i])
+    if isinstance(returned, Tensor) or _is_number(returned):
+        return _floating(returned, "", name)
+    if isinstance(returned, Mapping):
+        loss_key = _key(dict(returned))
+        if loss_key is not None:
+            other_keys = ", ".join(str(key) for key in returned if key != loss_key)
+            return _floating(
+                returned[loss_key], f"the entry {loss_key!r} of what it returns{_beside(other_keys)}", name
+            )
+    attribute = _key({key: getattr(returned, key, None) for key in NAMES})
+    if attribute is not None:
+        return _floating(getattr(returned, attribute), f"the attribute {attribute!r} of what it returns", name)
+    if isinstance(returned, tuple | list) and returned:
+        at = _first(range(len(returned)), lambda i: returned[i])
         if at is not None:
-            which = f"number {at + 1} of the {len(made)} things it returns"
-            return _floating(made[at], which, name)
-        if isinstance(made[0], Mapping):
-            return loss_of(made[0], name)
-    line = ": write return loss" if made is None else ""
-    if isinstance(made, str):  # the outputs of a model, unpacked as a tuple, are their names
+            which = f"number {at + 1} of the {len(returned)} things it returns"
+            return _floating(returned[at], which, name)
+        if isinstance(returned[0], Mapping):
+            return loss_of(returned[0], name)
+    line = ": write return loss" if returned is None else ""
+    if isinstance(returned, str):  # the outputs of a model, unpacked as a tuple, are their names
         line = ", as where logits, loss = model(...) unpacks a model's outputs: write outputs = model(...) and outputs.loss"
-    raise InputError(f"{name} must return a floating-point tensor, it returns {type(made).__name__}{line}")
+    raise InputError(f"{name} must return a floating-point tensor, it returns {type(returned).__name__}{line}")
 
 
 def check_shape(value: Tensor, rows: int, name: str) -> None:
@@ -62,19 +64,19 @@ def check_shape(value: Tensor, rows: int, name: str) -> None:
 
 def _key(entries: Mapping[Any, Any]) -> Any:
     """The key of the loss: a known name, preferably of a tensor with a graph, else that of the first tensor with a graph."""
-    named = [key for key in NAMES if key in entries]
-    found = next((key for key in named if _trains(entries[key])), None)
-    found = found or next((key for key in named if isinstance(entries[key], Tensor)), None)
-    found = found or next((key for key, value in entries.items() if _trains(value)), None)
-    return found or next((key for key in named if _is_number(entries[key])), None)
+    known_keys = [key for key in NAMES if key in entries]
+    loss_key = next((key for key in known_keys if _trains(entries[key])), None)
+    loss_key = loss_key or next((key for key in known_keys if isinstance(entries[key], Tensor)), None)
+    loss_key = loss_key or next((key for key, value in entries.items() if _trains(value)), None)
+    return loss_key or next((key for key in known_keys if _is_number(entries[key])), None)
 
 
 def _first(places: Iterable[int], at: Callable[[int], Any]) -> int | None:
     """The first place of a tensor with a graph, else of a floating-point tensor, else of a number."""
     for fits in (_trains, lambda value: isinstance(value, Tensor) and value.is_floating_point(), _is_loss):
-        found = next((i for i in places if fits(at(i))), None)
-        if found is not None:
-            return found
+        place = next((i for i in places if fits(at(i))), None)
+        if place is not None:
+            return place
     return None
 
 
@@ -90,8 +92,8 @@ def _is_loss(value: Any) -> bool:
     return isinstance(value, Tensor) or _is_number(value)
 
 
-def _beside(others: str) -> str:
-    return f" (beside {others})" if others else ""
+def _beside(other_keys: str) -> str:
+    return f" (beside {other_keys})" if other_keys else ""
 
 
 def _floating(value: Tensor | float, part: str, name: str) -> Result:

@@ -11,7 +11,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 
 @dataclass
-class Seen:
+class ModuleCalls:
     """The modules that ran during a call.
 
     Args:
@@ -38,45 +38,45 @@ def _is_stub(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def watched(own: Any = None) -> Iterator[Seen]:
+def recorded_modules(own: Any = None) -> Iterator[ModuleCalls]:
     """A context that records the modules that run, but those of ``own``, the loss itself."""
-    seen = Seen()
-    spared = {id(part) for part in own.modules()} if isinstance(own, nn.Module) else set()
+    calls = ModuleCalls()
+    own_modules = {id(part) for part in own.modules()} if isinstance(own, nn.Module) else set()
     running: list[int] = []  # only outermost modules are recorded
 
-    def begin(module: nn.Module, given: Any) -> None:
-        if id(module) not in spared:
+    def begin(module: nn.Module, args: Any) -> None:
+        if id(module) not in own_modules:
             own_part = _is_stub(module) or type(module).__module__.startswith(("torch.nn.", "qlens."))
-            seen.started += [] if running or own_part else [type(module).__name__]
+            calls.started += [] if running or own_part else [type(module).__name__]
             running.append(id(module))
 
-    def note(module: nn.Module, given: Any, keywords: Any, made: Any) -> None:
-        if id(module) in spared:
+    def note(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+        if id(module) in own_modules:
             return
         running.pop()
         if _is_stub(module):
-            seen.passes += int(module.adapted)  # without its adapter it is the reference
-            seen.hidden |= bool(keywords.get("output_hidden_states"))
+            calls.passes += int(module.adapted)  # without its adapter it is the reference
+            calls.hidden |= bool(keywords.get("output_hidden_states"))
         elif not running and not type(module).__module__.startswith("qlens."):
-            _sort(seen, module, [x for x in (*given, *keywords.values()) if isinstance(x, Tensor)], made)
+            _sort(calls, module, [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)], output)
 
     before = register_module_forward_pre_hook(begin)
     after = register_module_forward_hook(note, with_kwargs=True)
     try:
-        yield seen
+        yield calls
     finally:
         before.remove()
         after.remove()
 
 
-def _sort(seen: Seen, module: nn.Module, tensors: list[Tensor], made: Any) -> None:
+def _sort(calls: ModuleCalls, module: nn.Module, tensors: list[Tensor], output: Any) -> None:
     """Record a module as another model or as a layer on the student; torch's losses and functions are neither."""
     weights = any(True for _ in module.parameters())
     name = type(module).__name__
     if any(x.requires_grad for x in tensors):
-        if weights and name not in seen.layers:
-            seen.layers.append(name)
+        if weights and name not in calls.layers:
+            calls.layers.append(name)
     elif tensors and (weights or not type(module).__module__.startswith("torch.nn.modules")):
-        seen.models += [name] if name not in seen.models else []
-        logits = getattr(made, "logits", made)
-        seen.logits += [logits.detach()] if isinstance(logits, Tensor) and logits.is_floating_point() else []
+        calls.models += [name] if name not in calls.models else []
+        logits = getattr(output, "logits", output)
+        calls.logits += [logits.detach()] if isinstance(logits, Tensor) and logits.is_floating_point() else []

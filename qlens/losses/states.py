@@ -122,8 +122,8 @@ class State:
                 self._cells.append(cell)
                 self._reach(_content(cell) if _content(cell) is not cell else None, replaced=True)
         names = tuple(name for name in names_in(function.__code__) if name in function.__globals__)
-        kept = tuple(name for name in names if not isinstance(function.__globals__[name], types.ModuleType | type))
-        self._dict(function.__globals__, kept)
+        variables = tuple(name for name in names if not isinstance(function.__globals__[name], types.ModuleType | type))
+        self._dict(function.__globals__, variables)
 
     def _dict(self, d: dict[str, Any], keys: Iterable[str] | None = None) -> None:
         self._dicts.append((d, None if keys is None else tuple(keys)))
@@ -158,13 +158,13 @@ def _copy(value: Tensor | np.ndarray) -> Any:
     return value.detach().clone() if not value.requires_grad and value.numel() <= COPIED else value
 
 
-def check_unchanged(seen: list[tuple[Tensor, int]]) -> None:
+def check_unchanged(versions: list[tuple[Tensor, int]]) -> None:
     """Check that tensors have their former versions.
 
     Raises:
         InputError: one was changed in place; its shape is named.
     """
-    for tensor, version in seen:
+    for tensor, version in versions:
         if tensor._version != version:
             raise InputError(
                 f"the loss changes a tensor of shape {tuple(tensor.shape)} in place that it keeps from call to call, and qlens "

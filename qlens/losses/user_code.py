@@ -90,7 +90,7 @@ def numbers_of(message: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def blamed(name: str, file: str = "", kind: type[LossError] = LossError) -> Iterator[None]:
+def user_errors(name: str, file: str = "", kind: type[LossError] = LossError) -> Iterator[None]:
     """A context that turns every exception of a user's code, SystemExit included, into one error.
 
     Not KeyboardInterrupt, nor the exception by which torch's checkpointing ends a second forward pass.
@@ -139,9 +139,9 @@ def quiet() -> Iterator[None]:
 
 def file_of(fn: Callable) -> str:
     """The file that defines a callable; "" if it is not known."""
-    found = inspect.unwrap(fn)
-    found = getattr(found, "func", found)
-    if not inspect.isroutine(found):
-        found = getattr(type(found), "forward", None) or vars(type(found)).get("__call__")
-    code = getattr(inspect.unwrap(found) if found else None, "__code__", None)
+    target = inspect.unwrap(fn)
+    target = getattr(target, "func", target)
+    if not inspect.isroutine(target):
+        target = getattr(type(target), "forward", None) or vars(type(target)).get("__call__")
+    code = getattr(inspect.unwrap(target) if target else None, "__code__", None)
     return code.co_filename if code else ""

@@ -19,15 +19,15 @@ def function(name: str) -> Callable:
         UnknownName: no such file, or no such function in it (near names are suggested).
         InputError: the file cannot be run; its exception is named.
     """
-    file, _, wanted = name.rpartition(":")
+    file, _, function_name = name.rpartition(":")
     path = user_path(file, "file")
     if not path.is_file():
         raise UnknownName(f"{brief(name)}: there is no file {brief(file)[1:-1]}")
     module = vars(_load(path.resolve()))
-    if not callable(module.get(wanted)):
+    if not callable(module.get(function_name)):
         own = [k for k, v in module.items() if callable(v) and getattr(v, "__module__", None) == module["__name__"]]
-        raise UnknownName.among(f"function in {file}", wanted, own)
-    return module[wanted]
+        raise UnknownName.among(f"function in {file}", function_name, own)
+    return module[function_name]
 
 
 def _load(path: Path) -> Any:
@@ -46,11 +46,11 @@ def _load(path: Path) -> Any:
         except BaseException as error:  # SystemExit too: a script that ends itself has not been checked
             sys.modules.pop(name, None)
             if isinstance(error, SystemExit):
-                said = (
+                reason = (
                     f"it ends the program (SystemExit: {error.code}); put what it runs under if __name__ == '__main__'"
                 )
             else:
-                said = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path.name} could not be run: {said}") from error
+                reason = f"{type(error).__name__}: {error}"
+            raise InputError(f"{path.name} could not be run: {reason}") from error
         module.__dict__["__version_read__"] = version
     return sys.modules[name]

@@ -1,6 +1,8 @@
 """Parameters of methods: their types and ranges from a function's annotations, and spec strings."""
 
 import ast
+import copy
+import functools
 import hashlib
 import inspect
 import math
@@ -15,6 +17,7 @@ from qlens.losses import calling
 from qlens.losses.layout.signature import Memo
 
 LONGEST = 10_000  # characters of one spec or of a list of them
+PARSED = 10_000  # specs that are remembered
 WHOLE = 2**63  # torch takes integers below this
 _HINTS = Memo()
 
@@ -102,6 +105,12 @@ def parse(spec: str) -> tuple[str, dict[str, Any]]:
     """
     if len(spec) > LONGEST:
         raise InputError(f"spec {brief(spec)} has {len(spec)} characters: at most {LONGEST} are read")
+    name, values = _parsed(spec)
+    return name, copy.deepcopy(values)
+
+
+@functools.lru_cache(maxsize=PARSED)
+def _parsed(spec: str) -> tuple[str, dict[str, Any]]:
     head, bracket, tail = spec.strip().partition("(")
     if not bracket:
         return head, {}

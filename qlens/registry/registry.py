@@ -11,7 +11,7 @@ from typing import Any, overload
 from qlens.core.deprecation import warn
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.losses import calling, user_files
-from qlens.losses.user_code import blamed
+from qlens.losses.user_code import user_errors
 from qlens.registry import params
 from qlens.registry.declarations import check_card, check_function
 from qlens.registry.method import Method
@@ -177,7 +177,7 @@ def resolve(loss: Variant | str | Callable) -> Variant:
     if isinstance(loss, Method):
         return loss.variant()
     if callable(loss):
-        with blamed(calling.name_of(loss)):
+        with user_errors(calling.name_of(loss)):
             return _method(calling.name_of(loss), loss).variant()
     raise InputError(f"a loss is a Variant, a spec string or a callable, got {type(loss).__name__}")
 

@@ -20,7 +20,7 @@ from qlens.losses.layout import layout_search, pairing, trial
 from qlens.losses.layout.signature import Memo
 from qlens.losses.reduction import unreduced
 from qlens.losses.replay import Replay
-from qlens.losses.user_code import blamed
+from qlens.losses.user_code import user_errors
 from qlens.registry import params
 from qlens.registry.declarations import OF_PARAMETERS, declared
 from qlens.registry.structure import Structure, check_structure
@@ -133,7 +133,7 @@ class Variant:
     def _returns_target(self, tokens: Tokens) -> bool:
         """Whether the function returns a ``Target`` on a copy of a few rows; random state is restored."""
         sample = trial.few(tokens)
-        with torch.no_grad(), self.replay(tokens.logits.device).again(), blamed(self.spec):
+        with torch.no_grad(), self.replay(tokens.logits.device).again(), user_errors(self.spec):
             return isinstance(self.method.fn(self.shown(sample).copied(), **self.params), Target)
 
     @cached_property
@@ -177,7 +177,7 @@ class Variant:
         """
         self._check(tokens)
         if calling.kind(self.method.fn) == "tokens" and not (self.may_return_target and self.is_loss_alone(tokens)):
-            with blamed(self.spec):
+            with user_errors(self.spec):
                 target = self.method.fn(calling.protected(self.method.fn, self.shown(tokens)), **self.params)
             if isinstance(target, Target):
                 weight = None if self.weighs(tokens) else tokens.weight

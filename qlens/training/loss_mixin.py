@@ -118,7 +118,9 @@ class QLossMixin(MetricsLogging):
         self._method_inputs.set_up(self.model, self.args.device)
         self._run = RunState(self.variant, self._method_inputs, old_every)
         self.add_callback(self._run)
-        self._model_loss = ModelLoss(self.variant, self._method_inputs.others) if is_model_loss(self.variant) else None
+        self._model_loss = (
+            ModelLoss(self.variant, self._method_inputs.other_models) if is_model_loss(self.variant) else None
+        )
         self._separation = TextSeparation()
         self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
         self.add_callback(self._learned)
@@ -281,7 +283,7 @@ class QLossMixin(MetricsLogging):
         features = features_of(batch.model_inputs(), self.model)
         if self.accelerator.distributed_type not in SHARDED:
             check_token_ids(self.model, features)
-            for name, model in {"model": self.model, **self._method_inputs.others}.items():
+            for name, model in {"model": self.model, **self._method_inputs.other_models}.items():
                 check_causal(model, features, name)
                 if is_packed(features):
                     self._separation.verify(model, features, name)

@@ -26,19 +26,19 @@ class UpdateNorm(TrainerCallback):
 
     Args:
         model: returns the model in training.
-        wanted: returns whether the current step is logged.
+        is_logged: returns whether the current step is logged.
         entries: most parameters that are copied.
     """
 
-    def __init__(self, model: Callable[[], nn.Module], wanted: Callable[[], bool], entries: int = ENTRIES):
-        self.model, self.wanted, self.entries = model, wanted, entries
+    def __init__(self, model: Callable[[], nn.Module], is_logged: Callable[[], bool], entries: int = ENTRIES):
+        self.model, self.is_logged, self.entries = model, is_logged, entries
         self.before: list[Rows] = []
         self.norm: dict[str, float] = {}
         self.generator = torch.Generator()
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Copy rows of the parameters."""
-        if not self.wanted():
+        if not self.is_logged():
             return
         trained = [p for p in self.model().parameters() if p.requires_grad and p.numel()]
         if sum(p.numel() for p in trained) <= self.entries:

@@ -89,9 +89,9 @@ class Watch(TrainerCallback):
         self.variants = {variant.spec: variant for variant in resolved}
         if len(self.variants) < len(resolved):
             raise InputError(f"variants has a name twice: {', '.join(variant.spec for variant in resolved)}")
-        others = {"teacher": teacher, "reference": reference}
-        self.others = {name: loaded(model, name) for name, model in others.items() if model is not None}
-        _check_needs(resolved, self.others)
+        other_models = {"teacher": teacher, "reference": reference}
+        self.other_models = {name: loaded(model, name) for name, model in other_models.items() if model is not None}
+        _check_needs(resolved, self.other_models)
         self.examples = _encoded(examples, tokenizer)
         if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):
             raise InputError(
@@ -117,7 +117,7 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         """Load the records of a resumed run, or make the first."""
-        for name, other in self.others.items():
+        for name, other in self.other_models.items():
             if other is model:
                 raise InputError(f"{name} is the model being trained: give a copy of it")
             check_same_vocabulary(model, other, name)
@@ -158,7 +158,7 @@ class Watch(TrainerCallback):
         total = sum(label != IGNORE for example in self.examples for label in example["labels"][1:])
         index, start = spread(total, self.tokens), 0
         parts: dict[str, list[Target]] = {name: [] for name in self.variants}
-        with closing(token_batches(model, self.examples, self.batch_size, needs, **self.others)) as batches:
+        with closing(token_batches(model, self.examples, self.batch_size, needs, **self.other_models)) as batches:
             for tokens in batches:
                 rows = index[(index >= start) & (index < start + len(tokens))] - start
                 start += len(tokens)
@@ -229,12 +229,12 @@ def _divergence(target: Target, first: Float[Tensor, "N V"], first_inside: Bool[
     return torch.where(target.in_simplex & first_inside, terms.sum(-1).clamp(min=0), torch.nan)
 
 
-def _check_needs(variants: Sequence[Variant], others: Mapping[str, nn.Module]) -> None:
+def _check_needs(variants: Sequence[Variant], other_models: Mapping[str, nn.Module]) -> None:
     if not variants:
         raise InputError("variants is empty: name at least one, like Watch('dft', ...)")
     for variant in variants:
         for need in variant.needs:
-            if need in ARGUMENTS and need not in others:
+            if need in ARGUMENTS and need not in other_models:
                 raise InputError(f"{variant.name} needs a {need}: give Watch({need}=...)")
             if need not in (*DERIVED, *ARGUMENTS):
                 raise InputError(f"{variant.name} needs {need!r}, which Watch has no source for")

@@ -5,10 +5,13 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
+from example_view import made as example_view
 
 import qlens
-from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes
-from qlens.core.deprecation.columns import renamed_columns
+from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes, renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns, renamed_columns
+from qlens.testing import random_tokens
 
 
 @pytest.mark.parametrize("old", MODULES)
@@ -37,6 +40,40 @@ def test_an_old_argument_warns_and_both_are_refused():
         draw(losses=["sft"], variants=["sft"])
 
 
+def test_old_arguments_of_a_target_and_the_old_order_of_a_ranking_warn():
+    tokens = random_tokens(3, 5)
+    with pytest.warns(DeprecationWarning, match="push.push=. is deprecated; write label_weight="):
+        old = qlens.Target.push(tokens, push=0.5)
+    assert torch.equal(old.q, qlens.Target.push(tokens, 0.5).q)
+    with pytest.warns(DeprecationWarning, match="slope.push=. is deprecated; write label_weight=") as caught:
+        old = qlens.Target.slope(tokens, tokens.probs, push=0.5)
+    assert torch.equal(old.q, qlens.Target.slope(tokens, tokens.probs, label_weight=0.5).q)
+    assert caught[0].filename == __file__
+    ranking = example_view().rank()
+    with pytest.warns(DeprecationWarning, match="by='suspicion' is deprecated; write by='negative_margin'") as caught:
+        assert ranking.alike("suspicion") == ranking.alike("negative_margin")
+    assert caught[0].filename == __file__
+
+
+def test_an_argument_without_effect_warns_and_is_left_out():
+    @without_effect("colors")
+    def draw(variants):
+        return variants
+
+    with pytest.warns(DeprecationWarning, match="draw.colors=. has no effect any more") as caught:
+        assert draw(["sft"], colors=3) == ["sft"]
+    assert caught[0].filename == __file__
+
+
+def test_an_old_value_warns_at_the_line_that_uses_it():
+    def draw(show):
+        return renamed_value("show", show, {"trust": "label_weight"})
+
+    with pytest.warns(DeprecationWarning, match="show='trust' is deprecated; write show='label_weight'") as caught:
+        assert draw("trust") == "label_weight"
+    assert caught[0].filename == __file__ and draw("kl") == "kl"
+
+
 def test_an_old_attribute_warns_and_unknown_ones_do_not_exist():
     get = renamed_attributes("qlens.lab", {"LOOK": "qlens.core.errors.InputError"})
     with pytest.warns(DeprecationWarning, match=r"qlens\.core\.errors\.InputError"):
@@ -46,10 +83,16 @@ def test_an_old_attribute_warns_and_unknown_ones_do_not_exist():
 
 
 def test_an_old_column_warns_and_slices_are_plain_frames():
-    frame = renamed_columns(pd.DataFrame({"label_weight": [0.5, 1.0], "p_y": [0.1, 0.2]}), trust="label_weight")
+    frame = renamed_columns(pd.DataFrame({"label_weight": [0.5, 1.0], "p_y": [0.1, 0.2]}))
     with pytest.warns(DeprecationWarning, match="label_weight"):
         assert frame["trust"].tolist() == [0.5, 1.0]
     assert list(frame.columns) == ["label_weight", "p_y"] and frame["p_y"].sum() == pytest.approx(0.3)
     assert type(frame[frame["p_y"] > 0.1]) is pd.DataFrame
     with pytest.raises(KeyError):
         frame["other"]
+
+
+def test_a_current_name_that_is_also_an_old_one_stays():
+    ranks = pd.DataFrame({"worst": [3], "negative_margin_max": [0.5]})
+    assert renamed_columns(ranks)["worst"].tolist() == [3] and current_columns(ranks) is ranks
+    assert list(current_columns(pd.DataFrame({"q_rest": [0.5], "p_y": [0.1]}))) == ["q_runner_up", "p_y"]

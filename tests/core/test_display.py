@@ -3,12 +3,13 @@
 import json
 
 import matplotlib.pyplot as plt
+import pandas as pd
 import pytest
 import torch
 from numpy.testing import assert_allclose
 
 import qlens
-from qlens.core.display import rows_html, table_html
+from qlens.core.display import frame_html, latex_table, table_html
 from qlens.testing import random_tokens
 
 
@@ -19,8 +20,8 @@ def test_tokens_and_targets_show_themselves_in_a_line():
     target = qlens.get("gem").target(tokens)
     inside = int(target.in_simplex.sum())
     assert repr(target).endswith(f", {inside} of 40 distributions)") and len(repr(target)) < 120
-    assert target._repr_html_().count("<tr>") == 1 + 10 and "first 10 rows" in target._repr_html_()
-    assert target[:3]._repr_html_().count("<tr>") == 1 + 3
+    assert target._repr_html_().count("<tr") == 1 + 10 and "first 10 rows" in target._repr_html_()
+    assert target[:3]._repr_html_().count("<tr") == 1 + 3
     for shown in (tokens, target):
         assert "tensor" not in repr(shown) + shown._repr_html_()
     assert repr(qlens.get("sft").target(tokens)) == "Target(N=40, V=9, label weight 1, 40 of 40 distributions)"
@@ -57,7 +58,19 @@ def test_a_target_plots_its_label_weights():
 
 
 def test_html_is_escaped():
-    assert "<b>" not in table_html("<b>", {"<b>": "<b>"}) + rows_html("<b>", ["<b>"], [["<b>", 0.5]])
+    assert "<i>" not in table_html("<i>", {"<i>": "<i>"}) + frame_html(pd.DataFrame({"<i>": ["<i>"]}), "<i>")
+
+
+def test_a_latex_table_takes_columns_caption_label_and_the_options_of_pandas():
+    frame = pd.DataFrame({"a_b": ["<50 %\n& more"], "c": [1 / 3], "d": [float("nan")]})
+    source = latex_table(frame, ["c", "a_b", "d"], "A caption", "tab:one", position="t")
+    assert r"c & a\_b & d" in source and r"0.3333 & \textless{}50 \% \& more & -" in source
+    assert r"\begin{table}[t]" in source and r"\caption{A caption}" in source and r"\label{tab:one}" in source
+    assert latex_table(frame).startswith(r"\begin{tabular}")
+    with pytest.raises(qlens.InputError, match="no column 'trust'; there are a_b, c, d"):
+        latex_table(frame, ["trust"])
+    with pytest.raises(qlens.InputError, match="columns=\\[...\\]"):
+        latex_table(frame, "A caption")
 
 
 def test_effective_trust_is_the_old_name_of_the_label_weight():

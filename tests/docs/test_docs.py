@@ -52,8 +52,13 @@ def test_examples_run(package):
 def test_examples_of_decorated_functions_are_found():
     for module, names in {
         "variants.likelihood.dft": {"dft"},
-        "core.deprecation": {"renamed_arguments", "renamed_attributes"},
-        "core.deprecation.columns": {"renamed_columns"},
+        "core.deprecation": {
+            "renamed_arguments",
+            "without_effect",
+            "renamed_value",
+            "renamed_attributes",
+        },
+        "core.deprecation.columns": {"old_columns", "renamed_columns", "current_columns"},
     }.items():
         tests = Finder().of(importlib.import_module(f"qlens.{module}"))
         assert {test.name.removeprefix(f"qlens.{module}.") for test in tests} == names

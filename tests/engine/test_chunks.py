@@ -126,7 +126,7 @@ def test_the_view_of_a_text_in_chunks_is_the_view(monkeypatch):
 
 def test_what_a_label_alone_leaves():
     z = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]], dtype=torch.float64)
-    log_p, rest = kernels.others_(z, torch.tensor([[0], [0]]))
+    log_p, rest = kernels.label_gradient_(z, torch.tensor([[0], [0]]))
     assert_close(log_p.exp(), torch.tensor([1.0, 0.5]).double())
     assert_close(rest.exp(), torch.tensor([0.0, 0.5]).double())
     assert_close(z, torch.tensor([[-1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]).double())

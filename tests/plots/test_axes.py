@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from numpy.testing import assert_allclose
 from test_comparison_axes import CURVES, GAPS, RELIABILITY, TABLE
-from test_result_axes import SCORES, TARGET, WEIGHTS
+from test_result_axes import LABEL_PROBS, SCORES, SHARES, TARGET, WEIGHTS
 from test_target_axes import ANGLES, PLANE, RECORDS, SETTINGS, SWEEP, TEXT, TOKEN
 
 from qlens import InputError
@@ -29,6 +29,8 @@ DRAWN = {
     plots.plot_motion: (RECORDS, ("step", "variant", "token", "p_y", "label_weight")),
     plots.plot_course: (RECORDS, ("step", "variant", "drift")),
     plots.plot_atlas: (ANGLES, ()),
+    plots.plot_label_probs: (LABEL_PROBS, ("p_y",)),
+    plots.plot_mixture: (SHARES, ("token", "identifiable")),
 }
 ONE_SETTING = (
     plots.plot_scores,

@@ -8,10 +8,11 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.patches import StepPatch
 
 import qlens
 from qlens.analysis import plots
-from qlens.analysis.plots.style import current_names
+from qlens.core.deprecation.columns import current_columns
 
 SCORES = pd.DataFrame(
     {"method": ["base", "sft", "mine"], "mean": [0.5, 0.6, 0.9], "low": [0.4, 0.5, np.nan], "high": [0.6, 0.8, np.nan]}
@@ -22,6 +23,11 @@ WEIGHTS = pd.DataFrame(
 TARGET = pd.DataFrame(
     {"token": ["a$", "b$"] * 2, "label": [True, False] * 2, "p": [0.2, 0.8] * 2, "q": [1.3, -0.3, 1.0, 0.0]}
 ).assign(method=["signed", "signed", "sft", "sft"])
+
+LABEL_PROBS = pd.DataFrame({"p_y": [0.1, 0.7], "p_y_teacher": [0.2, 0.9]})
+SHARES = pd.DataFrame({"token": [3, 8, 9], "identifiable": [True, True, False]}).assign(
+    **{"the label": [0.5, 1.5, 9.0], "the teacher": [0.2, -0.7, -9.0], "the student": [0.3, 0.2, 1.0]}
+)
 
 
 @pytest.fixture
@@ -38,6 +44,29 @@ def one_study(settings=("one", "two")):
     return SimpleNamespace(
         table=lambda: table, config=config, settings=list(settings), methods=list(SCORES["method"]), **many
     )
+
+
+def test_label_probabilities_of_every_model_are_dots_with_its_name(ax):
+    plots.plot_label_probs(LABEL_PROBS, ax=ax)
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in ax.lines}
+    assert drawn == {"student": [0.1, 0.7], "teacher": [0.2, 0.9]}
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["student", "teacher"]
+
+
+def test_shares_are_stacked_negative_ones_below_zero(ax):
+    plots.plot_mixture(SHARES, ax=ax)
+    by_name = {patch.get_label(): patch.get_data() for patch in ax.patches if isinstance(patch, StepPatch)}
+    assert list(by_name) == ["the label", "the teacher", "_", "the student"]
+    for name, bottom, top in (
+        ("the label", [0, 0, 0], [0.5, 1.5, 9]),
+        ("the teacher", [0.5, 1.5, 9], [0.7, 1.5, 9]),
+        ("_", [0, 0, 0], [0, -0.7, -9]),  # the teacher's negative shares
+        ("the student", [0.7, 1.5, 9], [1.0, 1.7, 10]),
+    ):
+        assert by_name[name].values.tolist() == pytest.approx(top) and by_name[name].baseline.tolist() == bottom
+    low, high = ax.get_ylim()
+    assert low == pytest.approx(1.04 * -0.7) and high == pytest.approx(1.04 * 1.7), "of identifiable tokens"
+    assert ax.xaxis.get_major_formatter()(1, None) == "8"
 
 
 def test_scores_stand_at_their_means_in_their_order_with_their_intervals(ax):
@@ -92,7 +121,7 @@ def test_explain_draws_gradient_target_and_label_weight_against_p_y():
     explanation = qlens.explain("target_sft")
     figure = plots.figure_explain(explanation)
     gradient, target, weight, ends = figure.axes
-    table = current_names(pd.DataFrame(explanation.table))
+    table = current_columns(pd.DataFrame(explanation.table))
     table = table[table["shape"] == "peaked"].sort_values("p_y")
     drawn = {
         "label_grad": gradient,

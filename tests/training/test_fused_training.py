@@ -184,7 +184,7 @@ def test_where_logits_are_whole_a_line_says_why_once(make, caplog, variant, kind
 def test_the_head_makes_no_logits_of_a_batch(make):
     widths = []
     trainer = make("target_sft", teacher=llama(1), steps=2, batch=8)
-    for model in (trainer.model, trainer._method_inputs.others["teacher"]):
+    for model in (trainer.model, trainer._method_inputs.other_models["teacher"]):
         model.lm_head.register_forward_hook(lambda module, args, out: widths.append(tuple(out.shape)))
     trainer.train()
     whole = [shape for shape in widths if shape[-1] == VOCAB]

@@ -161,8 +161,8 @@ def _value(log_p: Tensor, log_t: Tensor, k: int, tail: Tail, reverse: float) -> 
         return (1 - reverse) * kl(log_q, own) + (reverse * kl(own, log_q) if reverse else 0.0)
     value = kl(log_q, own)
     if tail == "bucket":
-        left = top.log_q_rest > -torch.inf
-        value = value + kl(top.log_q_rest[:, None], torch.where(left, top.log_p_rest, 0.0)[:, None])
+        has_rest = top.log_q_rest > -torch.inf
+        value = value + kl(top.log_q_rest[:, None], torch.where(has_rest, top.log_p_rest, 0.0)[:, None])
     if tail == "uniform" and top.ids.shape[1] < log_p.shape[1]:
         outside = log_p.shape[1] - top.ids.shape[1]
         log_share = (top.log_q_rest - math.log(outside))[:, None].expand_as(log_p)

@@ -48,17 +48,17 @@ def tvd(tokens: Tokens) -> Target:
         >>> tvd(Tokens(logits=z, labels=torch.tensor([0]), teacher=torch.tensor([[0.2, 0.8]]).log())).q
         tensor([[0.2500, 0.7500]])
     """
-    return Target.slope(tokens, _apart(tokens.probs.detach(), tokens.log_probs_of("teacher").exp()).sign() / 2)
+    return Target.slope(tokens, _difference(tokens.probs.detach(), tokens.log_probs_of("teacher").exp()).sign() / 2)
 
 
 @tvd.loss
 def tvd_loss(tokens: Tokens) -> Float[Tensor, " N"]:
     """sum_k |p_k - teacher_k| / 2."""
     teacher = F.softmax(tokens.require("teacher"), -1).detach()
-    return _apart(F.softmax(tokens.logits, -1), teacher).abs().sum(-1) / 2
+    return _difference(F.softmax(tokens.logits, -1), teacher).abs().sum(-1) / 2
 
 
-def _apart(p: Float[Tensor, "N V"], q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
+def _difference(p: Float[Tensor, "N V"], q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
     """p - q, with 0 where they differ by rounding, so that target and loss agree on the sign."""
     gap = p - q
     rounding = TIES * torch.finfo(p.dtype).eps * torch.maximum(p, q).detach()

@@ -63,9 +63,9 @@ def unlikelihood(tokens: Tokens, *, alpha: Weight = 1.0, nll: Weight = 1.0, floo
     log_others = log_p.scatter(1, first, -torch.inf)
     # p_c / (1 - p_c) is unbounded for the most probable token alone: its gradient is p without it minus p, in full
     bound = math.log(floor) if floor else -torch.inf
-    apart = (pushed.gather(1, first) & (log_others.logsumexp(-1, keepdim=True) >= bound)).to(p)
+    top_negative = (pushed.gather(1, first) & (log_others.logsumexp(-1, keepdim=True) >= bound)).to(p)
     odds = torch.where(pushed & (1 - p >= floor), p / (1 - p), 0.0).scatter(1, first, 0.0)
-    grad = odds - p * odds.sum(-1, keepdim=True) + apart * (p - log_softmax(log_others.clamp(min=-1e30)).exp())
+    grad = odds - p * odds.sum(-1, keepdim=True) + top_negative * (p - log_softmax(log_others.clamp(min=-1e30)).exp())
     label = Target.push(tokens, torch.full_like(p[:, 0], nll))
     return Target.from_grad(tokens, label.grad + alpha * grad)
 

@@ -135,8 +135,8 @@ class Anchor:
 
     def parts(self) -> dict[str, Tensor]:
         """The tensors of the anchor by name, for a checkpoint."""
-        named = {"left": self.left, "right": self.right, "block": self.block}
-        return {name: value.contiguous() for name, value in named.items() if value is not None}
+        tensors = {"left": self.left, "right": self.right, "block": self.block}
+        return {name: value.contiguous() for name, value in tensors.items() if value is not None}
 
     @classmethod
     def read(cls, saved: Mapping[str, Tensor], name: str, matrix: Tensor, k: int, half: bool) -> "Anchor":
@@ -154,8 +154,8 @@ class Anchor:
         left = parts["left"]
         if shapes != expected or (left is not None and half != (left.dtype == torch.float16)):
             raise InputError(
-                f"the checkpoint holds no start of {name} for rpsft(k={k}, half={half}): resume with the model, k and half "
-                "that it was saved with"
+                f"the checkpoint holds no start of {name} for rpsft(k={k}, half={half}): resume with the model, k and "
+                "half that it was saved with"
             )
         left, right, block = (None if value is None else value.to(matrix.device) for value in parts.values())
         assert block is not None
@@ -164,13 +164,13 @@ class Anchor:
     def distance(self, matrix: Tensor, normalize: bool) -> Tensor:
         """The squared Frobenius norm of the change of the block."""
         if self.left is None or self.right is None:
-            moved = matrix - self.block.to(matrix)
+            change = matrix - self.block.to(matrix)
         else:
-            moved = (self.left.T.to(matrix.device) @ matrix.to(self.left.dtype) @ self.right.to(matrix.device)).to(
+            change = (self.left.T.to(matrix.device) @ matrix.to(self.left.dtype) @ self.right.to(matrix.device)).to(
                 matrix.dtype
             )
-            moved = moved - self.block.to(matrix)
-        size = moved.square().sum()
+            change = change - self.block.to(matrix)
+        size = change.square().sum()
         return size / self.block.to(matrix).square().sum() if normalize else size
 
 

@@ -148,10 +148,10 @@ def uft(
     push = push + kl_weight * torch.where(inside, torch.expm1(gap.clamp(-bound, bound)), 0.0)
     bonus = Target.slope(tokens, entropy_weight * log_p.masked_fill(log_p == -torch.inf, 0.0)).grad
     response = Target.push(tokens, push).grad + bonus
-    z, seen = tokens.logits.detach().to(log_p), torch.ones_like(log_p, dtype=torch.bool)
+    z, unclamped = tokens.logits.detach().to(log_p), torch.ones_like(log_p, dtype=torch.bool)
     if logit_clamp is not None:
-        z, seen = z.clamp(-logit_clamp, logit_clamp), z.abs() <= logit_clamp
-    likelihood = weight * torch.where(seen, log_softmax(z).exp() - tokens.one_hot, 0.0)
+        z, unclamped = z.clamp(-logit_clamp, logit_clamp), z.abs() <= logit_clamp
+    likelihood = weight * torch.where(unclamped, log_softmax(z).exp() - tokens.one_hot, 0.0)
     grad = torch.where(hint[:, None], likelihood, response)
     if reduction == "mean":
         grad = grad / _counts(hint, grad)[:, None]

@@ -36,8 +36,8 @@ def accumulation(loss: Specimen) -> str:
         raise NotApplicable(f"scope {loss.declared}: a token's gradient depends on its micro-batch by design")
     if loss.scope == "batch":
         raise Remark(
-            "a token's gradient depends on the other texts of its micro-batch (seen by changing one text): micro-batches "
-            "are no parts of one batch, whatever they are divided by"
+            "a token's gradient depends on the other texts of its micro-batch (seen by changing one text): "
+            "micro-batches are no parts of one batch, whatever they are divided by"
         )
     uncounted = "" if loss.counted else f"it takes no {COUNT}: "
     designs = {"equal": loss.texts(EQUAL), "unequal": loss.unequal()}
@@ -59,8 +59,8 @@ def accumulation(loss: Specimen) -> str:
     why = f": it divides by the {divisors[0]} of each micro-batch" if divisors else ""
     if not loss.counted and equal == unequal == ["2", "8"]:
         raise Remark(
-            f"{uncounted}2x4 gives 2 and 8x1 8 times the gradient of 1x8{why}; right where the caller divides by the number of "
-            "micro-batches"
+            f"{uncounted}2x4 gives 2 and 8x1 8 times the gradient of 1x8{why}; right where the caller divides by the "
+            "number of micro-batches"
         )
     raise Failed(
         f"{uncounted}2x4 gives {equal[0]} and 8x1 {equal[1]} times the gradient of 1x8 "
@@ -97,9 +97,9 @@ def evaluation(loss: Specimen) -> str:
         lengths = ", ".join(str(count([texts[i]])) for i in (0, 4, 5))
         if max(abs(w - 1) for w in weights) <= PER_TEXT:
             raise Remark(f"the mean over texts of {_of_a_text(loss, texts[0])}, not the mean over tokens{counted}")
-        shown = " : ".join(f"{w:.3g}" for w in weights)
+        shares = " : ".join(f"{w:.3g}" for w in weights)
         raise Remark(
-            f"a weighted mean: texts of {lengths} labels count {shown}{counted}; averaging batches needs these"
+            f"a weighted mean: texts of {lengths} labels count {shares}{counted}; averaging batches needs these"
         )
     times = float(loss.read_batch([*texts, *texts], None).value / alone.value)
     kind = "a sum, no mean" if abs(times - 2) <= loss.tolerance else "no mean over predicted tokens"
@@ -120,8 +120,8 @@ def _weights(loss: Specimen, three: Sequence[Text]) -> tuple[float, float, float
         return (value(j) - value(i, j)) / gap if gap else float("nan")
 
     first, second, both = odds(0, 1), odds(1, 2), odds(0, 2)
-    found = min(first, second, both) > 0 and abs(first * second / both - 1) <= PER_TEXT
-    return (1.0, 1 / first, 1 / both) if found else None
+    consistent = min(first, second, both) > 0 and abs(first * second / both - 1) <= PER_TEXT
+    return (1.0, 1 / first, 1 / both) if consistent else None
 
 
 def _of_a_text(loss: Specimen, text: Text) -> str:
@@ -145,19 +145,19 @@ def _accumulated(loss: Specimen, texts: list[Text], size: int) -> list[Tensor]:
     return list(torch.cat(parts).split([len(text.labels) for text in texts]))
 
 
-def _factors(loss: Specimen, got: list[Tensor], wanted: list[Tensor]) -> dict[int, float | None]:
+def _factors(loss: Specimen, actual: list[Tensor], expected: list[Tensor]) -> dict[int, float | None]:
     """The factor of every text that has a gradient, by its number; None where the gradient is no multiple."""
-    pairs = enumerate(zip(got, wanted, strict=True))
+    pairs = enumerate(zip(actual, expected, strict=True))
     return {i: factor(loss, *pair) for i, pair in pairs if bool(pair[0].any()) or bool(pair[1].any())}
 
 
 def _divided(loss: Specimen, designs: dict, factors: dict, divisor: Callable[[list[Text]], int]) -> bool:
     """Whether every factor is the count of the whole batch over that of the text's own micro-batch."""
-    for (design, name), found in factors.items():
+    for (design, name), by_text in factors.items():
         texts, size = designs[design], SPLITS[name]
-        for i, got in found.items():
-            wanted = divisor(texts) / divisor(texts[i - i % size :][:size])
-            if abs(got / wanted - 1) > max(loss.tolerance, 1e-3):
+        for i, actual in by_text.items():
+            expected = divisor(texts) / divisor(texts[i - i % size :][:size])
+            if abs(actual / expected - 1) > max(loss.tolerance, 1e-3):
                 return False
     return True
 
@@ -172,11 +172,11 @@ def _remark(loss: Specimen) -> str:
     if loss.read(loss.tokens()).shape:
         return ""
     try:
-        found = find_reduction(loss.fn, loss.params, loss.tokens(), loss.variant.spec)
+        reduction = find_reduction(loss.fn, loss.params, loss.tokens(), loss.variant.spec)
     except InputError as error:
         return f" (remark: {error})"
     return (
         ""
-        if found == "sum"
+        if reduction == "sum"
         else " (remark: it returns the mean over its rows, which the caller must undo to accumulate)"
     )

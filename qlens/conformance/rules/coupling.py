@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 def coupling(loss: "Specimen") -> str:
     """ "batch" where a text's gradient depends on the other texts, "sequence" where a token's depends on its text, or "token"."""
-    shown = loss.unequal()
-    base = _by_text(loss, shown, shown)
-    for which in (0, len(shown) // 2, len(shown) - 1):
-        text = shown[which]
+    texts = loss.unequal()
+    base = _by_text(loss, texts, texts)
+    for which in (0, len(texts) // 2, len(texts) - 1):
+        text = texts[which]
         for changed in (_moved(text, slice(None)), _relabelled(text, loss.vocabulary), _other_inputs(text)):
-            after = _by_text(loss, [*shown[:which], changed, *shown[which + 1 :]], shown)
+            after = _by_text(loss, [*texts[:which], changed, *texts[which + 1 :]], texts)
             if _differ(loss, after, base, lambda other, which=which: other != which):
                 return "batch"
-    last = shown[-1]
+    last = texts[-1]
     first = int((last.labels != IGNORE).nonzero()[0])
     row, labels = len(last.labels) - 2, last.labels.clone()
     labels[first] = (labels[first] + 7) % loss.vocabulary
@@ -32,18 +32,18 @@ def coupling(loss: "Specimen") -> str:
         (_moved(last, slice(row, row + 1)), slice(0, row)),
         (relabelled(last, labels), slice(first, None)),
     ):  # the logits of the last row, then the first label: who learns a label stands before it
-        after = _by_text(loss, [*shown[:-1], changed], shown)
+        after = _by_text(loss, [*texts[:-1], changed], texts)
         if _far(loss, after[-1][rest], base[-1][rest], base):
             return "sequence"
-    return "sequence" if _divides_by_length(loss, shown, base) else "token"
+    return "sequence" if _divides_by_length(loss, texts, base) else "token"
 
 
-def _divides_by_length(loss: "Specimen", shown: list[Text], base: list[Tensor]) -> bool:
+def _divides_by_length(loss: "Specimen", texts: list[Text], base: list[Tensor]) -> bool:
     """Whether a label fewer makes the other tokens of its own text weigh more, and those of other texts not so."""
-    last = shown[-1]
+    last = texts[-1]
     labels = last.labels.index_fill(0, torch.tensor([len(last.labels) - 1]), IGNORE)
     fewer = last._replace(labels=labels, tokens=last.tokens[:-1])
-    after = _by_text(loss, [*shown[:-1], fewer], shown)
+    after = _by_text(loss, [*texts[:-1], fewer], texts)
     own, other = ((after[i] * base[i]).sum(-1) / base[i].square().sum(-1) for i in (-1, -2))
     own, other = (factors[factors.isfinite()].median() for factors in (own, other))
     return bool((own - other).abs() > max(loss.tolerance, 1e-3))
@@ -54,12 +54,12 @@ def _by_text(loss: "Specimen", texts: list[Text], like: list[Text]) -> list[Tens
     return list(grad.split([len(text.labels) for text in texts]))
 
 
-def _differ(loss: "Specimen", got: list[Tensor], base: list[Tensor], wanted: Callable[[int], bool]) -> bool:
-    return any(_far(loss, got[i], base[i], base) for i in range(len(base)) if wanted(i))
+def _differ(loss: "Specimen", actual: list[Tensor], base: list[Tensor], among: Callable[[int], bool]) -> bool:
+    return any(_far(loss, actual[i], base[i], base) for i in range(len(base)) if among(i))
 
 
-def _far(loss: "Specimen", got: Tensor, wanted: Tensor, base: list[Tensor]) -> bool:
-    off = float((got - wanted).abs().max())
+def _far(loss: "Specimen", actual: Tensor, expected: Tensor, base: list[Tensor]) -> bool:
+    off = float((actual - expected).abs().max())
     return not off <= loss.tolerance * max(float(each.abs().max()) for each in base)
 
 

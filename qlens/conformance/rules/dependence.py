@@ -39,13 +39,13 @@ def row_count(loss: Specimen) -> str:
     sizes = [SHOWN * m for m in copies]
     _all_learn(loss, sizes[-1])
     if all(abs(times - 1) <= NEAR + loss.tolerance for times in factors):
-        found = "a mean, whatever the number of rows"
+        reduction = "a mean, whatever the number of rows"
     elif all(abs(times / m - 1) <= NEAR + loss.tolerance for times, m in zip(factors, copies, strict=True)):
-        found = "a sum, whatever the number of rows"
+        reduction = "a sum, whatever the number of rows"
     elif loss.laid_out and all(
         abs(times / (m * (SHOWN + 1) / (m * SHOWN + 1)) - 1) <= NEAR for times, m in zip(factors, copies, strict=True)
     ):  # a text has one position more than it has predicted labels
-        found = "a mean over positions, whatever the number of rows"
+        reduction = "a mean over positions, whatever the number of rows"
     elif (statistic := _sample(factors, copies)) is not None:
         raise Remark(f"a mean, times what {statistic} makes of it: with {sizes[-1]} rows {factors[-1]:.4g}")
     elif (power := _power(factors, copies)) is not None:
@@ -59,15 +59,15 @@ def row_count(loss: Specimen) -> str:
     elif off > TURNS:
         raise NotApplicable("a row's gradient depends on the other rows: with more of them it turns")
     else:
-        shown = [(size, times) for size, times in zip(sizes, factors, strict=True) if abs(times - 1) > NEAR]
-        n, times = shown[0]
-        m, more = shown[-1]
+        deviations = [(size, times) for size, times in zip(sizes, factors, strict=True) if abs(times - 1) > NEAR]
+        n, times = deviations[0]
+        m, more = deviations[-1]
         last = f", with {m} {more:.4g} times" if m != n else ""
         raise Failed(
             f"neither a sum nor a mean: with {n} rows, {SHOWN} of them repeated, their gradient is {times:.4g} times "
             f"that of {SHOWN} rows{last}"
         )
-    return f"{found}: {SHOWN} to {sizes[-1]} rows tried"
+    return f"{reduction}: {SHOWN} to {sizes[-1]} rows tried"
 
 
 def _sample(factors: list[float], copies: list[int]) -> str | None:
@@ -77,8 +77,8 @@ def _sample(factors: list[float], copies: list[int]) -> str | None:
         (-1, "a comparison of {} with each other"),
     ):
         for values in range(2, SHOWN + 1):
-            wanted = [((m * values - 1) / (m * (values - 1))) ** root for m in copies]
-            if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, wanted, strict=True)):
+            expected = [((m * values - 1) / (m * (values - 1))) ** root for m in copies]
+            if all(abs(times / each - 1) <= NEAR for times, each in zip(factors, expected, strict=True)):
                 return words.format(values)
     return None
 
@@ -112,10 +112,10 @@ def row_order(loss: Specimen) -> str:
         return f"the same gradient {to(off)} in another order"
     size = base.square().sum(-1)
     times = (moved * base).sum(-1) / size
-    known = size > (loss.tolerance**2) * size.max()
-    if relative((times[:, None] * base)[known], moved[known]) > max(10 * loss.tolerance, NEAR):
+    learning = size > (loss.tolerance**2) * size.max()
+    if relative((times[:, None] * base)[learning], moved[learning]) > max(10 * loss.tolerance, NEAR):
         raise Remark("a row's gradient depends on the rows around it: in another order it turns")
-    low, high = float(times[known].min()), float(times[known].max())
+    low, high = float(times[learning].min()), float(times[learning].max())
     raise Failed(f"in another order rows weigh {low:.4g} to {high:.4g} times as much: they are weighed by their place")
 
 
@@ -143,8 +143,8 @@ def _rows_alone(loss: Specimen) -> None:
             "probabilities are compared between tokens of the batch, and no distribution over the vocabulary is learned",
         )
     raise Remark(
-        f"a row's gradient depends on the logits or labels of other rows (by {off:.2g} of the largest): in smaller batches it "
-        "is another"
+        f"a row's gradient depends on the logits or labels of other rows (by {off:.2g} of the largest): in smaller "
+        "batches it is another"
     )
 
 
@@ -172,9 +172,9 @@ def label_ids(loss: Specimen) -> str:
     times = (forward * usual).sum(-1) / size
     straight = relative(times[:, None] * usual, forward) <= max(10 * loss.tolerance, NEAR)
     if straight and int(odd.sum()) <= len(ids) // 2:
-        named = ", ".join(f"{int(ids[k])}: {float(times[k]):.4g}" for k in odd.nonzero()[:8, 0].tolist())
+        weights = ", ".join(f"{int(ids[k])}: {float(times[k]):.4g}" for k in odd.nonzero()[:8, 0].tolist())
         more = f" and {int(odd.sum()) - 8} more" if int(odd.sum()) > 8 else ""
-        raise Remark(f"it depends on which token the label is, by a weight (others 1): {named}{more}")
+        raise Remark(f"it depends on which token the label is, by a weight (others 1): {weights}{more}")
     if straight:
         raise Remark(f"it depends on which token the label is, by weights from {times.min():.4g} to {times.max():.4g}")
     raise Remark(
@@ -213,13 +213,13 @@ def _by_id(loss: Specimen, ids: Tensor, row: int, flipped: bool = False) -> Tens
     size = loss.vocabulary
     one = loss.tokens(1 + OTHER_ROWS)[row : row + 1] if row else loss.tokens(1)
     one = one.replace(labels=torch.tensor([0]))
-    turned = (torch.arange(size) - ids[:, None]) % size
+    rotated = (torch.arange(size) - ids[:, None]) % size
     fields = {}
     for name, value in one.fields().items():
         if value.ndim == 1:
             fields[name] = value.expand(len(ids))
         else:
-            fields[name] = value[0][turned]
+            fields[name] = value[0][rotated]
     tokens = Tokens(**fields | {"labels": ids, "sequence": torch.arange(len(ids))})
     order = torch.arange(len(ids)).flip(0) if flipped else torch.arange(len(ids))
     grad = loss.read(tokens[order], per_text=1).grad[order]
@@ -240,8 +240,8 @@ def _all_learn(loss: Specimen, rows: int) -> None:
         return
     tokens, last = loss.tokens(rows), 0
     for turn in range(4):  # a loss that selects rows by their logits selects others then
-        shown = tokens.replace(logits=tokens.logits.roll((7 * turn, turn), (0, 1)))
-        learning = loss.read(shown, per_text=SHOWN // 4).grad.any(-1).nonzero()
+        rolled = tokens.replace(logits=tokens.logits.roll((7 * turn, turn), (0, 1)))
+        learning = loss.read(rolled, per_text=SHOWN // 4).grad.any(-1).nonzero()
         last = max(last, int(learning.max()) + 1 if len(learning) else 0)
         if not last or rows - last < CUT_OFF:
             return

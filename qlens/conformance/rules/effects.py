@@ -45,19 +45,19 @@ def _of_fields(loss: Specimen) -> dict[str, str]:
     """The effect of every field of Tokens that a method needs."""
     tokens = loss.tokens()
     base = loss.read(tokens)
-    found = {}
+    effects = {}
     for name in loss.fields:
         readings = (lambda changed=changed: loss.read(changed) for changed in _with_other(tokens, name))
-        found[name] = _effect(readings, base)
-    return found
+        effects[name] = _effect(readings, base)
+    return effects
 
 
 def _at_other_settings(loss: Specimen, name: str) -> str:
     """The value of a numeric setting at which an input has an effect, in words; "" where it has none at any."""
     if loss.kind == "tokens":
         return ""
-    found = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
-    for setting, p in found.items():
+    parameters = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
+    for setting, p in parameters.items():
         value = loss.params.get(setting, p.default)
         if setting in loss.roles or isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -78,7 +78,7 @@ def _of_arguments(loss: Specimen, settings: Mapping[str, Any] | None = None) -> 
         loss: the loss.
         settings: values of parameters that are no inputs, by name; their defaults where there are none.
     """
-    given: dict[str, Any] = {}
+    passed: dict[str, Any] = {}
     settings = settings or {}
     columns = [name for name, role in loss.roles.items() if role == "batch"]
 
@@ -92,22 +92,22 @@ def _of_arguments(loss: Specimen, settings: Mapping[str, Any] | None = None) -> 
         batch = {
             name: dict(value) for name, value in arguments.items() if isinstance(value, Mapping) and name in columns
         }
-        given.update(arguments | batch)  # a loss may take entries out of its batch
+        passed.update(arguments | batch)  # a loss may take entries out of its batch
 
     base = read(altering(lambda arguments: (arguments.update(settings), note(arguments))))
-    batch = next((name for name in given if loss.roles.get(name) == "batch"), "")
-    names = {name: None for name in given if name in loss.roles and loss.roles[name] not in LEFT}
+    batch = next((name for name in passed if loss.roles.get(name) == "batch"), "")
+    names = {name: None for name in passed if name in loss.roles and loss.roles[name] not in LEFT}
     names |= {name: batch for name in loss.style.columns if batch}
-    found = {}
+    effects = {}
     for name, inside in names.items():
-        value = given[inside][name] if inside else given[name]
+        value = passed[inside][name] if inside else passed[name]
         readings = (
             lambda other=other, name=name, inside=inside: read(altering(_putting(name, other, inside, settings)))
-            for other in _others(value, loss.vocabulary)
+            for other in _other_values(value, loss.vocabulary)
         )
         if value is not None:
-            found[name] = _effect(readings, base)
-    return found
+            effects[name] = _effect(readings, base)
+    return effects
 
 
 def _putting(name: str, value: Any, inside: str | None, settings: Mapping[str, Any]) -> Any:
@@ -125,7 +125,7 @@ def _putting(name: str, value: Any, inside: str | None, settings: Mapping[str, A
 
 def _effect(readings: Iterator, base: Reading) -> str:
     """Whether any other values of an input change the "gradient", or only the "value", or nothing."""
-    found = ""
+    effect = ""
     for read in readings:
         try:
             reading = read()
@@ -133,19 +133,19 @@ def _effect(readings: Iterator, base: Reading) -> str:
             return "gradient"
         if not torch.equal(reading.grad.nan_to_num(7.0), base.grad):
             return "gradient"
-        found = "value" if not torch.equal(reading.value, base.value) else found
-    return found
+        effect = "value" if not torch.equal(reading.value, base.value) else effect
+    return effect
 
 
-def _others(value: Any, vocabulary: int) -> Iterator[Any]:
+def _other_values(value: Any, vocabulary: int) -> Iterator[Any]:
     """Other values of an argument: a tensor, a mapping of tensors, or another model."""
     if isinstance(value, Mapping | list | tuple):
-        yield each_tensor(value, lambda tensor: next(_others(tensor, vocabulary)))
+        yield each_tensor(value, lambda tensor: next(_other_values(tensor, vocabulary)))
     if isinstance(value, nn.Module):
         from qlens.losses.stubs.trainers import Companion
 
         if isinstance(value, Companion) and value.logits is not None:
-            yield from (Companion(value.field, other) for other in _others(value.logits, vocabulary))
+            yield from (Companion(value.field, other) for other in _other_values(value.logits, vocabulary))
     if not isinstance(value, Tensor):
         return
     draw = torch.Generator().manual_seed(17)
@@ -168,14 +168,14 @@ def _with_other(tokens: Tokens, name: str) -> Iterator[Tokens]:
     value = getattr(tokens, name)
     vocabulary = tokens.logits.shape[1]
     if name in ("sequence", "pair"):
-        others = iter((torch.zeros_like(value), torch.arange(len(value)), value // 2))
+        alternatives = iter((torch.zeros_like(value), torch.arange(len(value)), value // 2))
     elif name == "negatives":
-        others = (other.scatter(1, tokens.labels[:, None], False) for other in _others(value, vocabulary))
+        alternatives = (other.scatter(1, tokens.labels[:, None], False) for other in _other_values(value, vocabulary))
     elif name in MODELS:
-        others = iter((value.flip(0) + value.roll(1, 1),))
+        alternatives = iter((value.flip(0) + value.roll(1, 1),))
     else:
-        others = _others(value, vocabulary)
-    for other in others:
+        alternatives = _other_values(value, vocabulary)
+    for other in alternatives:
         try:
             yield tokens.replace(**{name: other})
         except Exception:  # no such tokens: half a pair, say

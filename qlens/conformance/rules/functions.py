@@ -20,22 +20,22 @@ LOG_PROBABILITIES = ("nll_loss", "kl_div")
 @rule("another loss than the functions' names say is silently trained", compares=False)
 def functions(loss: Specimen) -> str:
     """torch's functions get the inputs they expect, and a handwritten loss is a function of one softmax."""
-    with _Watched(loss.vocabulary) as seen:
+    with _CallRecorder(loss.vocabulary) as recorder:
         try:
             loss.read(loss.tokens())
         except InputError as error:
             raise NotApplicable(f"it cannot be watched: {error}") from error
-    if seen.wrong:
-        raise Failed("; ".join(dict.fromkeys(seen.wrong)))
-    if (found := normalised_otherwise(loss)) is not None:
-        evidence, state, consequence = found
+    if recorder.wrong:
+        raise Failed("; ".join(dict.fromkeys(recorder.wrong)))
+    if (finding := normalised_otherwise(loss)) is not None:
+        evidence, state, consequence = finding
         raise Failed(evidence, consequence) if state is Failed else Remark(evidence)
-    if not seen.called:
+    if not recorder.called:
         raise NotApplicable("it calls no softmax, cross-entropy or divergence of torch")
-    return f"logits and log-probabilities where they belong: {', '.join(dict.fromkeys(seen.called))}"
+    return f"logits and log-probabilities where they belong: {', '.join(dict.fromkeys(recorder.called))}"
 
 
-class _Watched(TorchFunctionMode):
+class _CallRecorder(TorchFunctionMode):
     """Records wrong arguments of torch's functions of distributions over the vocabulary.
 
     Attributes:
@@ -56,20 +56,20 @@ class _Watched(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _look(self, name: str, args: tuple, kwargs: dict) -> None:
-        given = kwargs.get("input", args[0] if args else None)
-        if not isinstance(given, Tensor) or not given.is_floating_point() or given.ndim < 2:
+        tensor = kwargs.get("input", args[0] if args else None)
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.ndim < 2:
             return
-        dim = _dimension(name, args, kwargs, given)
-        if dim is None or given.shape[dim] != self.vocabulary:
+        dim = _dimension(name, args, kwargs, tensor)
+        if dim is None or tensor.shape[dim] != self.vocabulary:
             return
         self.called.append(name)
-        given = given.detach()
-        if _are_probabilities(given, dim):
+        tensor = tensor.detach()
+        if _are_probabilities(tensor, dim):
             if name in LOGITS:
                 self.wrong.append(f"{name} is given probabilities, where it takes logits: a softmax of a softmax")
             else:
                 self.wrong.append(f"{name} is given probabilities, where it takes log-probabilities")
-        elif name in LOG_PROBABILITIES and bool((given > SUM).any(dim).all()):
+        elif name in LOG_PROBABILITIES and bool((tensor > SUM).any(dim).all()):
             self.wrong.append(f"{name} is given entries above 0, where it takes log-probabilities: are these logits?")
         if name == "kl_div" and _flag(args, kwargs):
             target = kwargs.get("target", args[1] if len(args) > 1 else None)
@@ -79,11 +79,11 @@ class _Watched(TorchFunctionMode):
                 )
 
 
-def _are_probabilities(given: Tensor, dim: int) -> bool:
-    return bool((given >= 0).all()) and bool(((given.sum(dim, dtype=torch.float64) - 1).abs() <= SUM).all())
+def _are_probabilities(tensor: Tensor, dim: int) -> bool:
+    return bool((tensor >= 0).all()) and bool(((tensor.sum(dim, dtype=torch.float64) - 1).abs() <= SUM).all())
 
 
-def _dimension(name: str, args: tuple, kwargs: dict, given: Tensor) -> int | None:
+def _dimension(name: str, args: tuple, kwargs: dict, tensor: Tensor) -> int | None:
     """The dimension of the distributions that a function takes."""
     if name in ("cross_entropy", "nll_loss"):
         return 1
@@ -91,7 +91,7 @@ def _dimension(name: str, args: tuple, kwargs: dict, given: Tensor) -> int | Non
         return -1
     dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
-    return dim if isinstance(dim, int) and -given.ndim <= dim < given.ndim else None
+    return dim if isinstance(dim, int) and -tensor.ndim <= dim < tensor.ndim else None
 
 
 def _flag(args: tuple, kwargs: dict) -> bool:

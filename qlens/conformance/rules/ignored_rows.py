@@ -40,20 +40,20 @@ def ignored_rows(loss: Specimen) -> str:
         reading, ignored = among(loss, IGNORE)
     except InputError as error:
         raise NotApplicable(f"{ROWS_ONLY}; {rows} are refused: {error}") from error
-    others, pulled = reading.grad[~ignored], reading.grad[ignored].abs().amax(-1)
-    many = int((~(pulled <= loss.nothing * alone.grad.abs().max())).sum())
+    other_rows, pulls = reading.grad[~ignored], reading.grad[ignored].abs().amax(-1)
+    many = int((~(pulls <= loss.nothing * alone.grad.abs().max())).sum())
     if many:
-        raise _pulled(loss, reading, ignored, rows, float(pulled.max() / alone.grad.abs().max()))
-    if relative(others, alone.grad) <= loss.tolerance:
-        return f"no gradient on {len(pulled)} {rows}, the others learn as without them"
+        raise _pulled(loss, reading, ignored, rows, float(pulls.max() / alone.grad.abs().max()))
+    if relative(other_rows, alone.grad) <= loss.tolerance:
+        return f"no gradient on {len(pulls)} {rows}, the others learn as without them"
     size = alone.grad.square().sum()
-    times = float((others * alone.grad).sum() / size)
-    if relative(others, times * alone.grad) > loss.tolerance:
+    times = float((other_rows * alone.grad).sum() / size)
+    if relative(other_rows, times * alone.grad) > loss.tolerance:
         raise Remark(
-            f"no gradient on {len(pulled)} {rows}, but with them among {len(ignored)} the others learn otherwise"
+            f"no gradient on {len(pulls)} {rows}, but with them among {len(ignored)} the others learn otherwise"
         )
     evidence = (
-        f"{rows} count in what it divides by: with {len(pulled)} of them among {len(ignored)} the others learn {times:.4g} "
+        f"{rows} count in what it divides by: with {len(pulls)} of them among {len(ignored)} the others learn {times:.4g} "
         "times as much"
     )
     if masked:
@@ -65,13 +65,13 @@ def ignored_rows(loss: Specimen) -> str:
 
 def _looks_for_ignored(loss: Specimen) -> bool:
     """Whether a loss of rows handles ignored labels itself: by a parameter for their id, or by a comparison of labels."""
-    given = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
-    held = vars(loss.fn) if isinstance(loss.fn, nn.Module) else {}
-    if any(ROLE.get(name.lower()) == "ignore" for name in (*given, *held)):
+    parameters = inspect.signature(loss.fn.forward if isinstance(loss.fn, nn.Module) else loss.fn).parameters
+    attributes = vars(loss.fn) if isinstance(loss.fn, nn.Module) else {}
+    if any(ROLE.get(name.lower()) == "ignore" for name in (*parameters, *attributes)):
         return True
-    with _Comparisons() as seen:
+    with _Comparisons() as comparisons:
         among(loss, IGNORE)
-    return seen.found
+    return comparisons.compares
 
 
 class _Comparisons(TorchFunctionMode):
@@ -79,7 +79,7 @@ class _Comparisons(TorchFunctionMode):
 
     def __init__(self):
         super().__init__()
-        self.found = False
+        self.compares = False
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -89,7 +89,7 @@ class _Comparisons(TorchFunctionMode):
             tensors = [v for v in values if isinstance(v, Tensor) and v.ndim and not v.is_floating_point()]
             numbers = [float(v) for v in values if isinstance(v, int | float) or (isinstance(v, Tensor) and not v.ndim)]
             most = 0 if name in ORDERS else -1
-            self.found |= bool(tensors) and any(number <= most for number in numbers)
+            self.compares |= bool(tensors) and any(number <= most for number in numbers)
         return func(*args, **kwargs)
 
 
@@ -124,12 +124,14 @@ def among(loss: Specimen, label: int, around: Around = as_it_is) -> tuple[Readin
     if loss.kind == "hidden":  # other models' hidden states stand at every row
         tokens = tokens[torch.zeros(rows, dtype=torch.long).index_copy(0, place, torch.arange(len(place)))]
         place = torch.arange(rows)
-    given = {loss.count: (~ignored).sum()} if loss.count and style.counted else {}
+    count_argument = {loss.count: (~ignored).sum()} if loss.count and style.counted else {}
     with torch.enable_grad():
         leaf = logits.requires_grad_()
-        shown = tokens.with_logits(leaf[place])
-        view = View(leaf.clone(), labels, shown, place, (~ignored).long(), token_ids(torch.arange(rows), size), style)
-        return loss.reading(on_view(around(loss.fn), loss.params, view, **given), leaf), ignored
+        ordinary_rows = tokens.with_logits(leaf[place])
+        view = View(
+            leaf.clone(), labels, ordinary_rows, place, (~ignored).long(), token_ids(torch.arange(rows), size), style
+        )
+        return loss.reading(on_view(around(loss.fn), loss.params, view, **count_argument), leaf), ignored
 
 
 def _pulled(loss: Specimen, reading: Reading, ignored: Tensor, rows: str, share: float) -> Exception:

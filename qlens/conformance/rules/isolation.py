@@ -25,12 +25,12 @@ def contiguous(loss: Specimen) -> str:
             return loss.read_batch(texts, count(texts), around=changing(change))
         return loss.read(loss.tokens(), changing(change))
 
-    wanted = read(Tensor.contiguous)
+    expected = read(Tensor.contiguous)
     try:
         reading = read(_strided)
     except InputError as error:
         raise Remark(f"non-contiguous logits and labels, as after a transpose or a slice: {error}") from error
-    off = same(loss, reading, wanted, "non-contiguous logits and labels")
+    off = same(loss, reading, expected, "non-contiguous logits and labels")
     return f"non-contiguous logits and labels give the same gradient {to(off)}"
 
 

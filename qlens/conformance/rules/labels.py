@@ -14,7 +14,7 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import MODELS, Tokens
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.trial import across
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 
 STEP = 7  # by which a label is changed
 MOST = 0.9  # of the rows that must agree
@@ -42,23 +42,23 @@ def labels(loss: Specimen) -> str:
     """The token that a label names is the one that its row learns."""
     if not _takes_labels(loss):
         raise NotApplicable("it takes no labels")
-    seen = _reaction(loss)
-    if not _any_row_turns(seen):
-        raise _without_labels(loss, seen)
-    if (offset := _offset(seen)) is not None:
+    reaction = _reaction(loss)
+    if not _any_row_turns(reaction):
+        raise _without_labels(loss, reaction)
+    if (offset := _offset(reaction)) is not None:
         raise Failed(
             f"where the label is y, a row learns token y{offset:+d} (counted around the vocabulary of {loss.vocabulary})",
             "the model is trained on another token than the label",
         )
-    if _another_column(seen):
+    if _another_column(reaction):
         raise Remark("the label decides which token is learned, but it is another token than the label")
-    return f"a row's gradient follows which token its label is: {int(seen.changed.sum())} labels changed"
+    return f"a row's gradient follows which token its label is: {int(reaction.changed.sum())} labels changed"
 
 
 def _takes_labels(loss: Specimen) -> bool:
     """Whether labels are among what it is given."""
-    given = {"labels", "batch", "dict"} & set(loss.roles.values())
-    return loss.kind == "tokens" or bool(given) or "log probs" in loss.roles.values()
+    label_inputs = {"labels", "batch", "dict"} & set(loss.roles.values())
+    return loss.kind == "tokens" or bool(label_inputs) or "log probs" in loss.roles.values()
 
 
 def _reaction(loss: Specimen) -> Reaction:
@@ -90,70 +90,74 @@ def _read(loss: Specimen, tokens: Tokens, labels: Tensor) -> Tensor:
     return grad[torch.cat([torch.arange(len(text.labels)) < len(text.labels) - 1 for text in texts])]
 
 
-def _any_row_turns(seen: Reaction) -> bool:
+def _any_row_turns(reaction: Reaction) -> bool:
     """Whether a label changes the direction of any gradient; one that only grows or shrinks has another weight."""
-    size = seen.after.norm(dim=-1)
-    known = (size > FOLLOWS * size.max()) & seen.before.any(-1)
-    turned = (across(seen.after, seen.before) > FOLLOWS * size) & known
-    return bool(turned.any()) or bool((seen.before.any(-1) != seen.after.any(-1)).any())
+    size = reaction.after.norm(dim=-1)
+    learning = (size > FOLLOWS * size.max()) & reaction.before.any(-1)
+    turned = (across(reaction.after, reaction.before) > FOLLOWS * size) & learning
+    return bool(turned.any()) or bool((reaction.before.any(-1) != reaction.after.any(-1)).any())
 
 
-def _without_labels(loss: Specimen, seen: Reaction) -> Exception:
+def _without_labels(loss: Specimen, reaction: Reaction) -> Exception:
     """The outcome for a loss whose rows follow no label."""
-    moved = float((seen.after - seen.before).abs().max()) > loss.tolerance * float(seen.before.abs().max())
+    reweighted = float((reaction.after - reaction.before).abs().max()) > loss.tolerance * float(
+        reaction.before.abs().max()
+    )
     effect = (
         "changing a label changes how much its row learns, not what"
-        if moved
+        if reweighted
         else "changing a label changes no gradient"
     )
-    others = _others(loss)
-    learned = _learned_token(seen)
+    models = _other_models(loss)
+    learned = _learned_token(reaction)
     if learned is not None:
-        best = seen.tokens.logits.argmax(-1)
-        for name, ids in (*_best_of(seen.tokens, others), ("student", best)):
+        best = reaction.tokens.logits.argmax(-1)
+        for name, ids in (*_best_of(reaction.tokens, models), ("student", best)):
             if bool((learned == ids).double().mean() >= MOST):
-                said = f"every row learns the {name}'s own most probable token (its argmax), not its label: {effect}"
-                return Failed(said) if name == "student" else Remark(said)
+                evidence = (
+                    f"every row learns the {name}'s own most probable token (its argmax), not its label: {effect}"
+                )
+                return Failed(evidence) if name == "student" else Remark(evidence)
         if len(learned.unique()) == 1:
             return Failed(f"every row learns token {int(learned[0])}, not its label: {effect}")
-    if others:
-        return NotApplicable(f"it learns from {' and '.join(others)} alone: {effect}")
+    if models:
+        return NotApplicable(f"it learns from {' and '.join(models)} alone: {effect}")
     return Failed(f"its labels are ignored: {effect}, and it learns from no other model either")
 
 
-def _best_of(tokens: Tokens, others: Iterable[str]) -> list[tuple[str, Tensor]]:
+def _best_of(tokens: Tokens, names: Iterable[str]) -> list[tuple[str, Tensor]]:
     """The most probable token of every row, by each of these models."""
-    logits = {name: getattr(tokens, name) for name in MODELS if name in others}
+    logits = {name: getattr(tokens, name) for name in MODELS if name in names}
     return [(name, value.argmax(-1)) for name, value in logits.items() if value is not None]
 
 
-def _learned_token(seen: Reaction) -> Tensor | None:
+def _learned_token(reaction: Reaction) -> Tensor | None:
     """The token k of every row whose gradient is a (p - one-hot(k)), of the rows that have one; None where most are not so."""
-    grad, probs = seen.before.double(), seen.tokens.logits.double().softmax(-1)
+    grad, probs = reaction.before.double(), reaction.tokens.logits.double().softmax(-1)
     token = grad.argmin(-1)
     pull = probs.scatter_add(1, token[:, None], torch.full_like(token, -1, dtype=probs.dtype)[:, None])
-    alike = across(grad, pull) <= FOLLOWS * grad.norm(dim=-1)
-    if not bool(alike.double().mean() >= MOST):
+    parallel = across(grad, pull) <= FOLLOWS * grad.norm(dim=-1)
+    if not bool(parallel.double().mean() >= MOST):
         return None
-    return token.masked_fill(~alike, -1)
+    return token.masked_fill(~parallel, -1)
 
 
-def _others(loss: Specimen) -> list[str]:
+def _other_models(loss: Specimen) -> list[str]:
     """The other models that a loss may learn from: among its inputs, or run by itself."""
     fields = {FIELD.get(role, role) for role in loss.roles.values()} | set(loss.fields) | set(loss.variant.needs)
     fields |= {role for name in loss.style.columns for role in MODELS if role in name}
-    found = [name for name in MODELS if name in fields]
-    with watched(loss.fn) as ran, contextlib.suppress(InputError):
+    names = [name for name in MODELS if name in fields]
+    with recorded_modules(loss.fn) as module_calls, contextlib.suppress(InputError):
         loss.read(loss.tokens())
-    return [*found, *(f"another model ({name})" for name in ran.models)]
+    return [*names, *(f"another model ({name})" for name in module_calls.models)]
 
 
-def _offset(seen: Reaction) -> int | None:
+def _offset(reaction: Reaction) -> int | None:
     """By how much the token that is learned is off its label, the same in all rows; None where it is the label, or nothing so."""
-    vocabulary = seen.before.shape[1]
-    rows = _reacting(seen)
-    change = (seen.after - seen.before).abs()[rows]
-    old, new = seen.tokens.labels[rows], seen.new_labels[rows]
+    vocabulary = reaction.before.shape[1]
+    rows = _reacting(reaction)
+    change = (reaction.after - reaction.before).abs()[rows]
+    old, new = reaction.tokens.labels[rows], reaction.new_labels[rows]
     if not len(rows) or bool((_share(change, old, new) > MINOR).any()):
         return None
     first = change[0].topk(2).indices
@@ -164,21 +168,21 @@ def _offset(seen: Reaction) -> int | None:
     return None
 
 
-def _another_column(seen: Reaction) -> bool:
+def _another_column(reaction: Reaction) -> bool:
     """Whether two other columns than the old and the new label's hold the change of most rows."""
-    rows = _reacting(seen)
-    change = (seen.after - seen.before).abs()[rows]
+    rows = _reacting(reaction)
+    change = (reaction.after - reaction.before).abs()[rows]
     if not len(rows):
         return False
-    beside = _share(change, seen.tokens.labels[rows], seen.new_labels[rows]) < MINOR
+    beside = _share(change, reaction.tokens.labels[rows], reaction.new_labels[rows]) < MINOR
     sharp = change.topk(2).values.sum(-1) >= MAJOR * change.sum(-1)
     return bool((beside & sharp).double().mean() >= MOST)
 
 
-def _reacting(seen: Reaction) -> Tensor:
+def _reacting(reaction: Reaction) -> Tensor:
     """The rows whose own label changed and whose gradient did."""
-    moved = (seen.after - seen.before).norm(dim=-1) > FOLLOWS * float(seen.before.norm(dim=-1).max())
-    return (moved & seen.changed).nonzero()[:, 0]
+    moved = (reaction.after - reaction.before).norm(dim=-1) > FOLLOWS * float(reaction.before.norm(dim=-1).max())
+    return (moved & reaction.changed).nonzero()[:, 0]
 
 
 def _share(change: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -43,17 +43,17 @@ def normalised_otherwise(loss: Specimen) -> tuple[str, type[Exception], str] | N
     if (factor := _second_softmax(grad, tokens, z.sigmoid(), _through_sigmoid, sigmoids)) is not None:
         return _twice(factor, "sigmoids of the logits", loss.vocabulary)
     if _is_binary_of_probabilities(grad, tokens.labels, z):
-        said = (
-            "binary cross-entropy of softmax probabilities over the whole vocabulary: beside cross-entropy, every other "
-            "token is pushed down once more, the likelier the harder"
+        evidence = (
+            "binary cross-entropy of softmax probabilities over the whole vocabulary: beside cross-entropy, every "
+            "other token is pushed down once more, the likelier the harder"
         )
-        return said, Remark, ""
+        return evidence, Remark, ""
     if not _uncoupled(loss, tokens, loss.read(tokens).grad):
         return None
     single = f"no softmax couples the {loss.vocabulary} tokens of the vocabulary: each logit is pulled for itself"
     if _is_binary(grad, tokens.labels, z):
-        said = f"binary cross-entropy over the whole vocabulary, a sigmoid for each token: {single}"
-        return said, Failed, "sampling takes a softmax of these logits, whose probabilities were never trained"
+        evidence = f"binary cross-entropy over the whole vocabulary, a sigmoid for each token: {single}"
+        return evidence, Failed, "sampling takes a softmax of these logits, whose probabilities were never trained"
     return (
         f"{single}, as where logits are fitted one by one; probabilities of a softmax are not what it trains",
         Remark,
@@ -64,12 +64,12 @@ def normalised_otherwise(loss: Specimen) -> tuple[str, type[Exception], str] | N
 def _twice(factor: float, of_what: str, vocabulary: int) -> tuple[str, type[Exception], str]:
     times = "" if abs(factor - 1) < 0.01 else f"{factor:.3g} times the "
     least = math.log1p((vocabulary - 1) * math.exp(-factor))
-    said = (
-        f"its gradient is that of a softmax of {times}{of_what}: logits are normalised twice, so that for a sure and right "
-        f"token -log p is still {least:.2f} (a vocabulary of {vocabulary})"
+    evidence = (
+        f"its gradient is that of a softmax of {times}{of_what}: logits are normalised twice, so that for a sure and "
+        f"right token -log p is still {least:.2f} (a vocabulary of {vocabulary})"
     )
     return (
-        said,
+        evidence,
         Failed,
         "gradients are small, and vanish where the model is sure and wrong: write log_softmax(logits) once",
     )
@@ -84,8 +84,8 @@ def _second_softmax(
     the other models' probabilities, with one b for all rows.
     """
     one_hot = torch.zeros_like(inner).scatter_(1, tokens.labels[:, None], 1.0)
-    others = [v.double().softmax(-1) for v in (tokens.teacher, tokens.reference) if v is not None]
-    targets = [through(inner, each) for each in ((one_hot, *others) if inner.shape[1] <= WIDE else (one_hot,))]
+    other_probs = [v.double().softmax(-1) for v in (tokens.teacher, tokens.reference) if v is not None]
+    targets = [through(inner, each) for each in ((one_hot, *other_probs) if inner.shape[1] <= WIDE else (one_hot,))]
     if float(_fit(grad, targets)[1]) < FITS:  # labels alone explain it: nothing of a second softmax is in it
         return None
 
@@ -102,9 +102,9 @@ def _second_softmax(
     weights, gap = off(best, slice(None))
     pull, of_targets = weights[:, 0], weights[:, 1:].sum(-1)
     size = weights.abs().amax(-1)
-    known = size > 1e-6 * size.max()
-    balanced = (pull + of_targets).abs()[known] <= BALANCED * size[known]
-    if gap > FITS or not bool(balanced.all()) or not bool((pull[known] > 0).all()):
+    learning = size > 1e-6 * size.max()
+    balanced = (pull + of_targets).abs()[learning] <= BALANCED * size[learning]
+    if gap > FITS or not bool(balanced.all()) or not bool((pull[learning] > 0).all()):
         return None
     q = through(inner, (math.exp(best) * inner).softmax(-1))
     return math.exp(best) if float((pull[:, None] * q).norm()) > PART * float(grad.norm()) else None
@@ -154,19 +154,19 @@ def _through_sigmoid(values: Rows, slope: Rows) -> Rows:
 def _is_binary_of_probabilities(grad: Rows, labels: Tensor, z: Rows) -> bool:
     """Whether it is a sum over tokens k of -log p_k for the label, -log(1 - p_k) for every other, times a factor by row."""
     probs = z.softmax(-1)
-    others = torch.ones_like(probs).scatter_(1, labels[:, None], 0.0)
-    wanted = _through_softmax(probs, others / (1 - probs)) + probs + others - 1
-    plain = probs + others - 1  # that of cross-entropy, which it nears where all other tokens are unlikely
-    return float(_fit(grad, [wanted])[1]) < FITS <= float(_fit(grad, [plain])[1])
+    not_label = torch.ones_like(probs).scatter_(1, labels[:, None], 0.0)
+    expected = _through_softmax(probs, not_label / (1 - probs)) + probs + not_label - 1
+    plain = probs + not_label - 1  # that of cross-entropy, which it nears where all other tokens are unlikely
+    return float(_fit(grad, [expected])[1]) < FITS <= float(_fit(grad, [plain])[1])
 
 
 def _is_binary(grad: Rows, labels: Tensor, z: Rows) -> bool:
     """Whether every other token than the label is pushed by its sigmoid, but for one constant."""
-    others = torch.ones_like(z, dtype=torch.bool).scatter_(1, labels[:, None], False)
-    values = torch.stack([z.sigmoid()[others], torch.ones_like(z)[others]], -1)
-    found = torch.linalg.lstsq(values, grad[others][:, None]).solution
-    gap = (values @ found)[:, 0] - grad[others]
-    return bool(found[0] > 0) and float(gap.norm()) < FITS * float(grad[others].norm())
+    not_label = torch.ones_like(z, dtype=torch.bool).scatter_(1, labels[:, None], False)
+    values = torch.stack([z.sigmoid()[not_label], torch.ones_like(z)[not_label]], -1)
+    solution = torch.linalg.lstsq(values, grad[not_label][:, None]).solution
+    gap = (values @ solution)[:, 0] - grad[not_label]
+    return bool(solution[0] > 0) and float(gap.norm()) < FITS * float(grad[not_label].norm())
 
 
 def _uncoupled(loss: Specimen, tokens: Tokens, grad: Rows) -> bool:
@@ -175,6 +175,6 @@ def _uncoupled(loss: Specimen, tokens: Tokens, grad: Rows) -> bool:
     moved = torch.rand(grad.shape, generator=draw) < 0.5
     if not bool(grad[~moved].any()):
         return False
-    shown = tokens.replace(logits=tokens.logits + MOVED * moved.to(tokens.logits))
-    after = loss.read(shown).grad
+    perturbed = tokens.replace(logits=tokens.logits + MOVED * moved.to(tokens.logits))
+    after = loss.read(perturbed).grad
     return relative(after[~moved], grad[~moved]) <= loss.tolerance

@@ -86,10 +86,10 @@ def impossible(loss: Specimen) -> str:
 
 
 def _impossible(loss: Specimen, tokens: Tokens, where: Tensor, value: float, case: str) -> Tensor:
-    shown = everywhere(tokens, where, value)
-    if shown.negatives is not None:
-        shown = shown.replace(negatives=shown.negatives & ~where)
-    reading = loss.read(shown)
+    masked = everywhere(tokens, where, value)
+    if masked.negatives is not None:
+        masked = masked.replace(negatives=masked.negatives & ~where)
+    reading = loss.read(masked)
     _finite(reading.grad, case)
     if not bool(reading.value.isfinite()):
         raise Failed(f"{case}: the loss is {float(reading.value)}, its gradient finite")
@@ -98,11 +98,11 @@ def _impossible(loss: Specimen, tokens: Tokens, where: Tensor, value: float, cas
 
 def _pull(loss: Specimen, grad: Tensor, where: Tensor, case: str) -> str:
     """A remark on a gradient at tokens that cannot occur, or nothing."""
-    there = grad[where]
-    share = float(there.abs().max() / grad.abs().max()) if bool(there.any()) else 0.0
+    pulls = grad[where]
+    share = float(pulls.abs().max() / grad.abs().max()) if bool(pulls.any()) else 0.0
     if share <= loss.nothing:
         return ""
-    way = "up" if bool((there <= 0).all()) else "down" if bool((there >= 0).all()) else "up and down"
+    way = "up" if bool((pulls <= 0).all()) else "down" if bool((pulls >= 0).all()) else "up and down"
     return (
         f"{case} are pulled {way} by up to {share:.2g} of the largest gradient: what the method asks for (smoothing, a "
         "teacher or a penalty gives every column a share), no fault of the code; cut padded columns off before the loss"
@@ -116,7 +116,7 @@ def extremes(loss: Specimen) -> str:
     for sign, case in ((-1, "p_y near 0"), (1, "p_y = 1")):
         for dtype in dict.fromkeys((loss.dtype, torch.float32)):
             try:
-                _finite(_apart(loss, sign * GAP, dtype), f"{case} in {_named(dtype)}")
+                _finite(_with_gap(loss, sign * GAP, dtype), f"{case} in {_named(dtype)}")
             except Failed as failure:
                 if not (reason := _growth(loss, sign) or _sparsely(loss, sign, dtype)):
                     raise
@@ -129,7 +129,7 @@ def extremes(loss: Specimen) -> str:
     return f"finite gradient at p_y near 0 and p_y = 1 (logits {GAP:g} apart)"
 
 
-def _apart(loss: Specimen, gap: float, dtype: torch.dtype, every: int = 1) -> Tensor:
+def _with_gap(loss: Specimen, gap: float, dtype: torch.dtype, every: int = 1) -> Tensor:
     """The gradient where every label's logit, or every third one's, say, is this far above the highest of the rest."""
     tokens = loss.tokens()
     label = tokens.labels[:, None]
@@ -152,23 +152,23 @@ def _rare(loss: Specimen, dtype: torch.dtype) -> Tensor:
 
 def _sparsely(loss: Specimen, sign: int, dtype: torch.dtype) -> str:
     """A remark if the gradient is finite where only some tokens are extreme; else ""."""
-    if not bool(_apart(loss, sign * GAP, dtype, every=3).isfinite().all()):
+    if not bool(_with_gap(loss, sign * GAP, dtype, every=3).isfinite().all()):
         return ""
     return "so only where all tokens of a batch are: finite where a third of them is, as in a division by their mean weight"
 
 
 def _growth(loss: Specimen, sign: int) -> str:
     """A remark if the gradient grows exponentially with the gap, so that it overflows in any code; else ""."""
-    sizes = [float(_apart(loss, sign * gap, loss.dtype).abs().max()) for gap in NARROW]
+    sizes = [float(_with_gap(loss, sign * gap, loss.dtype).abs().max()) for gap in NARROW]
     rates = [
         math.log(more / less) if 0 < less < math.inf and 0 < more < math.inf else 0.0 for less, more in pairwise(sizes)
     ]
     if min(rates) < EXPONENTIAL * (NARROW[1] - NARROW[0]):
         return ""
-    shown = ", ".join(f"{size:.2g} at {gap:g}" for size, gap in zip(sizes, NARROW, strict=True))
+    size_by_gap = ", ".join(f"{size:.2g} at {gap:g}" for size, gap in zip(sizes, NARROW, strict=True))
     return (
-        f"the gradient itself grows exponentially with the gap between the logits ({shown}), whatever the code: bound the "
-        "log-ratio or the weight that does so"
+        f"the gradient itself grows exponentially with the gap between the logits ({size_by_gap}), whatever the code: "
+        "bound the log-ratio or the weight that does so"
     )
 
 
@@ -212,12 +212,12 @@ def _rounding(loss: Specimen, dtype: torch.dtype, tolerance: float) -> tuple[flo
     if off <= tolerance:
         return off, tolerance, ""
     draw = torch.Generator().manual_seed(13)
-    moved = []
+    changes = []
     for _ in range(4):
         noise = torch.randn(wide.logits.shape, generator=draw, dtype=torch.float64).to(wide.logits)
         step = torch.finfo(dtype).eps * wide.logits.abs().amax(-1, keepdim=True)
-        moved.append(relative(loss.read(wide.replace(logits=wide.logits + noise * step)).grad, exact))
-    own = max(moved)
+        changes.append(relative(loss.read(wide.replace(logits=wide.logits + noise * step)).grad, exact))
+    own = max(changes)
     if own <= tolerance:
         return off, tolerance, ""
     remark = f"; one rounding of the logits moves it by {own:.2g} in any precision, as where tokens are selected"
@@ -251,12 +251,12 @@ def _stop_gradient(loss: Specimen) -> str:
 
         def value(tokens: Tokens) -> Tensor:
             parts = tokens.logits.split([len(text.logits) for text in texts])
-            shown = [text._replace(logits=part) for text, part in zip(texts, parts, strict=True)]
-            return loss.read_batch(shown, count(texts)).value
+            moved = [text._replace(logits=part) for text, part in zip(texts, parts, strict=True)]
+            return loss.read_batch(moved, count(texts)).value
     else:
         value, grad = loss.value, loss.read(tokens).grad
-    found = slopes(value, grad, tokens, STEP, seed=0)
-    worst = max(abs(slope - taken) for slope, taken in found) / float(grad.norm())
+    slope_pairs = slopes(value, grad, tokens, STEP, seed=0)
+    worst = max(abs(slope - numerical) for slope, numerical in slope_pairs) / float(grad.norm())
     if worst <= 0.01:
         return f"the gradient is the derivative of the printed value to {worst:.0e}: no factor is detached"
     return f"the gradient is not the derivative of the printed value (off by {worst:.2g}): a factor is detached"

@@ -68,9 +68,9 @@ def sees_no_batches(loss: Specimen) -> str:
     return "compares pairs of texts: these batches hold none" if loss.declared == "pair" else ""
 
 
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """max |got - wanted| as a share of max |wanted|; infinite where either is not finite."""
-    off, size = float((got.double() - wanted.double()).abs().max()), float(wanted.abs().max())
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """max |actual - expected| as a share of max |expected|; infinite where either is not finite."""
+    off, size = float((actual.double() - expected.double()).abs().max()), float(expected.abs().max())
     if not (off < float("inf") and size < float("inf")):
         return float("inf")
     return off / size if size else float(off > 0)
@@ -81,25 +81,25 @@ def to(off: float) -> str:
     return f"to {off:.0e}" if off else "exactly"
 
 
-def factor(loss: Specimen, got: Tensor, wanted: Tensor) -> float | None:
+def factor(loss: Specimen, actual: Tensor, expected: Tensor) -> float | None:
     """The factor between two proportional gradients; None if they are not."""
-    size = wanted.square().sum()
+    size = expected.square().sum()
     if not bool(size):
         return None
-    ratio = float((got * wanted).sum() / size)
-    return ratio if relative(got, ratio * wanted) <= loss.tolerance else None
+    ratio = float((actual * expected).sum() / size)
+    return ratio if relative(actual, ratio * expected) <= loss.tolerance else None
 
 
-def same(loss: Specimen, got: Reading, wanted: Reading, what: str) -> float:
+def same(loss: Specimen, actual: Reading, expected: Reading, what: str) -> float:
     """The difference of two readings that should be equal, as a share of the largest gradient.
 
     Raises:
         Failed: it is more than rounding; the message names the factor between them if there is one.
     """
-    off = relative(got.grad, wanted.grad)
+    off = relative(actual.grad, expected.grad)
     if off <= loss.tolerance:
         return off
-    times = factor(loss, got.grad, wanted.grad) if off < float("inf") else None
+    times = factor(loss, actual.grad, expected.grad) if off < float("inf") else None
     if times is not None:
         raise Failed(f"{what}: {times:.4g} times the gradient")
     size = "not finite" if off == float("inf") else f"off by {off:.2g} of the largest entry, by no common factor"

@@ -26,18 +26,18 @@ def shift(loss: Specimen) -> str:
     tokens = _reacting(loss)
     if loss.laid_out and any(label // tokens != row // tokens for label, row in strongest.items()):
         raise Failed("a text's last row learns the first label of the next text: it shifts across the batch")
-    wanted, offsets = int(loss.laid_out), sorted({label - row for label, row in strongest.items()})
-    if offsets != [wanted]:
+    expected, offsets = int(loss.laid_out), sorted({label - row for label, row in strongest.items()})
+    if offsets != [expected]:
         learned = " and ".join(f"row t learns {_label(offset)}" for offset in offsets)
         name = SHIFTS[loss.laid_out].get(offsets[0]) if len(offsets) == 1 else None
         raise Failed(learned + (f": {name}" if name else ""))
-    seen = loss.tokens()
-    pulls = loss.read(seen).grad.gather(1, seen.labels[:, None])
+    tokens_of_rows = loss.tokens()
+    pulls = loss.read(tokens_of_rows).grad.gather(1, tokens_of_rows.labels[:, None])
     if bool((pulls >= 0).all()):
         raise Remark(
-            f"row t makes {_label(wanted)} less probable, in every one of {len(pulls)} rows: a sign is wrong, or it unlearns"
+            f"row t makes {_label(expected)} less probable, in every one of {len(pulls)} rows: a sign is wrong, or it unlearns"
         )
-    return f"row t learns {_label(wanted)}: {len(strongest)} labels changed one at a time"
+    return f"row t learns {_label(expected)}: {len(strongest)} labels changed one at a time"
 
 
 @rule("prompts, or other tokens meant to be ignored, are trained on")
@@ -77,11 +77,11 @@ def _reactions(loss: Specimen) -> dict[int, list[int]]:
     if loss.laid_out:
         size = _reacting(loss)
         number = 2 if loss.group <= 2 else loss.group
-        shown = cut(loss.tokens(number * (size - 1)), size - 1)
-        labels = torch.stack([text.labels.index_fill(0, torch.tensor([0]), 1) for text in shown])
+        texts = cut(loss.tokens(number * (size - 1)), size - 1)
+        labels = torch.stack([text.labels.index_fill(0, torch.tensor([0]), 1) for text in texts])
 
         def read(labels: Tensor) -> Tensor:
-            changed = [relabelled(text, own) for text, own in zip(shown, labels, strict=True)]
+            changed = [relabelled(text, own) for text, own in zip(texts, labels, strict=True)]
             return loss.read_batch(changed, number * (size - 1)).grad
     else:
         tokens = loss.tokens()
@@ -92,23 +92,23 @@ def _reactions(loss: Specimen) -> dict[int, list[int]]:
 
     base = read(labels)
     least = loss.tolerance * base.abs().max()
-    found = {}
+    learners = {}
     for label in range(labels.numel()):
         changed = labels.flatten().clone()
         old = int(changed[label])
         changed[label] = new = (old + 7) % loss.vocabulary
-        found[label] = _learning(read(changed.view_as(labels)), base, old, new, float(least))
-    return found
+        learners[label] = _learning(read(changed.view_as(labels)), base, old, new, float(least))
+    return learners
 
 
 def _learning(grad: Tensor, base: Tensor, old: int, new: int, least: float) -> list[int]:
     """The rows that are drawn from one label to another, the strongest first; failing these, the one pushed from it."""
     along = (grad * base).sum(-1, keepdim=True) / base.square().sum(-1, keepdim=True)
-    turned = (grad - torch.where(along.isfinite(), along, 0.0) * base).norm(dim=-1) > least
+    turns = (grad - torch.where(along.isfinite(), along, 0.0) * base).norm(dim=-1) > least
     change = grad - base
-    turned &= base.any(-1) & grad.any(-1)  # a row that is taken up or left out learns no other label
+    turns &= base.any(-1) & grad.any(-1)  # a row that is taken up or left out learns no other label
     by_label = change[:, old].abs() + change[:, new].abs() >= 0.5 * change.abs().sum(-1)
-    pull = torch.where(turned & by_label, change[:, old] - change[:, new], 0.0)
+    pull = torch.where(turns & by_label, change[:, old] - change[:, new], 0.0)
     if not bool(pull.any()):
         return []
     if float(pull.max()) <= 0:

@@ -1,4 +1,4 @@
-"""Deprecation: old names of modules, attributes and arguments, with a warning that names the new ones.
+"""Deprecation: old names of modules, attributes, arguments and values, with a warning that names the new ones.
 
 ``columns`` serves the old names of a frame's columns; it imports pandas.
 """
@@ -29,9 +29,10 @@ MODULES = {
 }  # the modules that the README and the notebooks imported from
 
 
-def warn(old: str, new: str, level: int = 3) -> None:
-    """Warn that ``old`` is now called ``new``, at the line that uses it."""
-    warnings.warn(f"{old} is deprecated; write {new}", DeprecationWarning, stacklevel=level)
+def warn(old: str, new: str = "", level: int = 3) -> None:
+    """Warn at the line that uses it that ``old`` is now called ``new``, or without a new name that it has no effect."""
+    advice = f"is deprecated; write {new}" if new else "has no effect any more; leave it out"
+    warnings.warn(f"{old} {advice}", DeprecationWarning, stacklevel=level)
 
 
 def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
@@ -69,6 +70,50 @@ def renamed_arguments(**names: str) -> Callable[[Callable], Callable]:
         return call
 
     return decorate
+
+
+def without_effect(*names: str) -> Callable[[Callable], Callable]:
+    """Decorator: a function that also takes arguments of earlier versions, and ignores them with a warning.
+
+    Args:
+        names: of the arguments.
+
+    Example:
+        >>> @without_effect("colors")
+        ... def draw(variants): return variants
+        >>> draw(["sft"])
+        ['sft']
+    """
+
+    def decorate(fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for name in [name for name in names if name in kwargs]:
+                kwargs.pop(name)
+                warn(f"{fn.__name__}({name}=)")
+            return fn(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def renamed_value(argument: str, value: str, names: Mapping[str, str], level: int = 4) -> str:
+    """The value of an argument, the new one for an old one with a warning.
+
+    Args:
+        argument: its name.
+        value: what it was called with.
+        names: the new value of each old one.
+        level: 4 warns at the call of the function that asks, 5 at that of a decorated one.
+
+    Example:
+        >>> renamed_value("show", "kl", {"trust": "label_weight"})
+        'kl'
+    """
+    if value in names:
+        warn(f"{argument}={value!r}", f"{argument}={names[value]!r}", level)
+    return names.get(value, value)
 
 
 def renamed_attributes(module: str, names: Mapping[str, str]) -> Callable[[str], Any]:
@@ -109,7 +154,7 @@ class _OldModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         """A module that hands every attribute of the new one on."""
-        warnings.warn(f"{spec.name} is deprecated; write {MODULES[spec.name]}", DeprecationWarning, stacklevel=2)
+        warn(spec.name, MODULES[spec.name])
         return _OldModule(spec.name, f"The old name of {MODULES[spec.name]}.")
 
     def exec_module(self, module: ModuleType) -> None:

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from qlens.core.display import number, rows_html
+from qlens.core.display import Result, frame_html, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -12,7 +12,7 @@ SHOWN = 10  # rows of a target that HTML shows
 COLUMNS = ("label", "p_y", "q_y", "trust", "scale", "label_weight", "reshape", "negative_mass", "entropy", "kl")
 
 
-class Display:
+class Display(Result):
     """Tables and plots of a ``Target``."""
 
     def __repr__(self: Any) -> str:
@@ -21,9 +21,8 @@ class Display:
         return f"Target(N={size}, V={vocabulary}, label weight {_range(self.label_weight)}, {inside} of {size} distributions)"
 
     def _repr_html_(self: Any) -> str:
-        frame = self[:SHOWN].to_frame()
         more = f", first {SHOWN} rows" if len(self.labels) > SHOWN else ""
-        return rows_html(f"{self!r}{more}", list(frame), frame.to_numpy().tolist())
+        return frame_html(self[:SHOWN].to_frame(), f"{self!r}{more}")
 
     def to_frame(self: Any) -> "pd.DataFrame":
         """The figures of every token as a frame.
@@ -43,18 +42,6 @@ class Display:
         values = {"label": self.labels, "p_y": self.label_probs, "q_y": q_y}
         values |= {name: getattr(self, name) for name in COLUMNS[3:]}
         return pd.DataFrame({name: value.cpu().numpy() for name, value in values.items()})
-
-    def to_dict(self: Any) -> dict[str, list]:
-        """The columns of ``to_frame`` as lists, for JSON."""
-        return self.to_frame().to_dict(orient="list")
-
-    def to_latex(self: Any, **options: Any) -> str:
-        """The table of ``to_frame`` in LaTeX.
-
-        Args:
-            options: of ``pandas.DataFrame.to_latex``, for example columns=, caption=, label=.
-        """
-        return self.to_frame().to_latex(**({"index": False, "float_format": number, "escape": True} | options))
 
     def plot(self: Any, *, ax: Any = None, name: str = "target", **line: Any) -> Any:
         """Plot the label weight of every token against p_y.

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError
 from qlens.core.numerics import expectation, log_softmax, one_hot, precision
 from qlens.core.scales import with_sum_
@@ -126,6 +127,7 @@ class Target(Metrics, Display):
         return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=rounding)
 
     @classmethod
+    @renamed_arguments(push="label_weight")
     def push(cls, tokens: Tokens, label_weight: Tensor | float) -> "Target":
         """The target of a loss of p_y alone: Q = a d + (1 - a) p with label weight a = -dl / dlog p_y.
 
@@ -140,6 +142,7 @@ class Target(Metrics, Display):
         return cls(logits, tokens.labels, None, None, torch.ones_like(weight), weight, weight, pushed=weight)
 
     @classmethod
+    @renamed_arguments(push="label_weight")
     def slope(cls, tokens: Tokens, slope: Float[Tensor, "N V"], label_weight: Tensor | float = 0.0) -> "Target":
         """The target of a loss of all probabilities at unit scale: Q = p + a (d - p) - p (A - sum_j p_j A_j).
 

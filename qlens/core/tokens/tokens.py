@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qlens.core.display import table_html
 from qlens.core.errors import InputError
 from qlens.core.numerics import log_softmax, one_hot, precision
+from qlens.core.tokens.display import Display
 from qlens.core.tokens.fields import check_labels, check_logits, check_shape, checked_field
 
 MODELS = ("reference", "teacher", "old", "second")
@@ -17,7 +17,7 @@ PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "p
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Tokens:
+class Tokens(Display):
     r"""Logits and labels at N supervised positions, with the other inputs of a method.
 
     Args:
@@ -160,18 +160,6 @@ class Tokens:
         if value is None:
             raise InputError(f"{name} is missing: this method needs Tokens({name}=...)")
         return value
-
-    def __repr__(self) -> str:
-        size, vocabulary = self.logits.shape
-        others = "".join(f", {name}" for name in self.fields() if name not in ("logits", "labels"))
-        return f"Tokens(N={size}, V={vocabulary}, {str(self.logits.dtype).removeprefix('torch.')}{others})"
-
-    def _repr_html_(self) -> str:
-        fields = {
-            name: f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
-            for name, value in self.fields().items()
-        }
-        return table_html(repr(self), fields)
 
     def _check(self, fields: dict[str, Tensor]) -> None:
         """Check fields against the logits.

@@ -125,8 +125,8 @@ class Backbone:
         self._compare(logits.detach(), probe, rounding)
         names = {id(value): name for name, value in self.model.named_parameters()}
         if other_leaves := [leaf for leaf in leaves(logits) if leaf is not probe]:
-            shown = names.get(id(other_leaves[0]), f"a tensor of shape {tuple(other_leaves[0].shape)}")
-            raise NoBackbone(f"its logits depend on more than its head's output: on {shown}")
+            name_of_leaf = names.get(id(other_leaves[0]), f"a tensor of shape {tuple(other_leaves[0].shape)}")
+            raise NoBackbone(f"its logits depend on more than its head's output: on {name_of_leaf}")
 
     def _compare(self, logits: Tensor, probe: Tensor, rounding: float) -> None:
         """Compare logits with the head's outputs ``probe`` under the configured soft-cap and scale.
@@ -143,10 +143,10 @@ class Backbone:
         wrong = ~(off <= rounding * expected.abs())
         if bool(wrong.any()):
             at = int(wrong.flatten().int().argmax())
-            output, logit, wanted = (float(x.detach().flatten()[at]) for x in (probe, logits, expected))
+            output, logit, configured = (float(x.detach().flatten()[at]) for x in (probe, logits, expected))
             raise NoBackbone(
-                f"its logits are not its head's: they differ by {abs(logit - wanted):.3g} where the head's output is "
-                f"{output:g} (the configuration says {wanted:.4g}, the model makes {logit:.4g})"
+                f"its logits are not its head's: they differ by {abs(logit - configured):.3g} where the head's output "
+                f"is {output:g} (the configuration says {configured:.4g}, the model makes {logit:.4g})"
             )
 
 

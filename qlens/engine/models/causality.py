@@ -24,8 +24,8 @@ def check_decoder(model: Any, name: str) -> None:
     """
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True:
         raise InputError(
-            f"the {name} ({_kind(model)}) is an encoder-decoder: qlens takes causal language models, whose logits at a token "
-            "predict the next one; load one by AutoModelForCausalLM"
+            f"the {name} ({_kind(model)}) is an encoder-decoder: qlens takes causal language models, whose logits at a "
+            "token predict the next one; load one by AutoModelForCausalLM"
         )
 
 
@@ -56,16 +56,17 @@ def check_causal(model: nn.Module, features: Mapping[str, Any], name: str) -> No
     other = ids.clone()
     other[:, first:] = torch.where(other[:, first:] == 0, 1, 0)
     with evaluating(model):
-        logits, moved = (
-            model(**{**part, "input_ids": given}, **uncached(model))["logits"].detach() for given in (ids, other)
+        logits, changed = (
+            model(**{**part, "input_ids": input_ids}, **uncached(model))["logits"].detach()
+            for input_ids in (ids, other)
         )
-    if logits.ndim != 3 or logits.shape != moved.shape or logits.shape[1] != length:
+    if logits.ndim != 3 or logits.shape != changed.shape or logits.shape[1] != length:
         return  # such logits are refused where the labels are laid over them
-    moved_by = float((logits - moved)[:, :first].abs().nan_to_num().amax())
+    moved_by = float((logits - changed)[:, :first].abs().nan_to_num().amax())
     if moved_by > ROUNDING * torch.finfo(logits.dtype).eps * float(logits.abs().nan_to_num().amax()):
         raise InputError(
-            f"the {name} ({_kind(model)}) is no causal language model: its logits at a token change with the tokens after it, "
-            "among them the label; load one by AutoModelForCausalLM (of BERT's kind, with is_decoder=True)"
+            f"the {name} ({_kind(model)}) is no causal language model: its logits at a token change with the tokens "
+            "after it, among them the label; load one by AutoModelForCausalLM (of BERT's kind, with is_decoder=True)"
         )
     _CAUSAL.add(model)
 
@@ -78,8 +79,8 @@ def _kind(model: Any) -> str:
 def _part(features: Mapping[str, Any], ids: Tensor) -> tuple[dict[str, Any], Tensor]:
     """Inputs of a few real tokens of the fullest row, as one text; the whole batch where an input is not one value per token."""
     mask, places = features.get("attention_mask"), features.get("position_ids")
-    others = [value for name, value in features.items() if name != "input_ids" and isinstance(value, Tensor)]
-    if any(value.shape != ids.shape for value in others):
+    other_inputs = [value for name, value in features.items() if name != "input_ids" and isinstance(value, Tensor)]
+    if any(value.shape != ids.shape for value in other_inputs):
         return dict(features), ids
     row, start, end = 0, 0, ids.shape[1]
     if mask is not None:

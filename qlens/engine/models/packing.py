@@ -38,10 +38,10 @@ def features_of(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """
     features = dict(inputs)
     mask, places = features.get("attention_mask"), features.get("position_ids")
-    if places is None and (named := [name for name in BOUNDARIES if name in features]):
+    if places is None and (boundaries := [name for name in BOUNDARIES if name in features]):
         raise InputError(
-            f"the data are packed by {named[0]} alone: position_ids that start again where a text begins are needed too "
-            "(DataCollatorWithFlattening(return_position_ids=True) makes both)"
+            f"the data are packed by {boundaries[0]} alone: position_ids that start again where a text begins are "
+            "needed too (DataCollatorWithFlattening(return_position_ids=True) makes both)"
         )
     takes = "position_ids" in forward_parameters(model)
     if places is not None and places.ndim == 2 and (positions_of := packed(places, mask)) is not None:
@@ -85,8 +85,8 @@ class TextSeparation:
             return
         if "position_ids" not in forward_parameters(model):
             raise InputError(
-                f"the data are packed (position_ids start again within a row), but the {name} takes no position_ids, so that "
-                "its texts would see each other: give every text a row of its own"
+                f"the data are packed (position_ids start again within a row), but the {name} takes no position_ids, "
+                "so that its texts would see each other: give every text a row of its own"
             )
         row, at = (int(x) for x in restarts(positions)[:, 1:].nonzero()[0])
         begin, end = max(0, at + 1 - TRIAL_TOKENS // 2), min(at + 1 + TRIAL_TOKENS // 2, ids.shape[1])
@@ -107,8 +107,8 @@ class TextSeparation:
                 else "attn_implementation='sdpa'"
             )
             raise InputError(
-                f"the data are packed (position_ids start again within a row), but in the {name} (attention {kernel!r}) a text "
-                f"sees those before it in its row: give every text a row of its own, or try {advice}"
+                f"the data are packed (position_ids start again within a row), but in the {name} (attention {kernel!r}) "
+                f"a text sees those before it in its row: give every text a row of its own, or try {advice}"
             )
         self.verified.add((model, several))
 
@@ -120,5 +120,5 @@ def _per_token(value: Any, ids: Tensor) -> bool:
 def _moved(model: nn.Module, part: Mapping[str, Tensor], other: Tensor, first: int) -> tuple[float, Tensor]:
     """The largest change of the second text's logits with other tokens before it, and the largest logit."""
     logits = model_logits(model, part)[:, first:]
-    moved = model_logits(model, {**part, "input_ids": other})[:, first:]
-    return float((logits - moved).abs().amax()), logits.abs().amax()
+    changed = model_logits(model, {**part, "input_ids": other})[:, first:]
+    return float((logits - changed).abs().amax()), logits.abs().amax()

@@ -69,17 +69,17 @@ def why_whole(
         return ""
     cut = rows > block and variant.scope in ALONE
     verdicts, key = _verdicts_of(variant), (*_field_kinds(fields), *_card(variant), cut, trains)
-    known = verdicts.get(key)
+    verdict = verdicts.get(key)
     if variant.built_in:
-        if known is None:
+        if verdict is None:
             verdicts[key] = Verdict(declared, rows)
             _report(variant, declared)
         return declared
     functions = [fn for fn in (variant.method.fn, variant.method.printed) if fn is not None]
     state = hash(fingerprint(functions))
-    more_rows = known is not None and cut and not known.reason and rows > known.rows
-    if known is not None and not more_rows and state == known.state:
-        return known.reason
+    more_rows = verdict is not None and cut and not verdict.reason and rows > verdict.rows
+    if verdict is not None and not more_rows and state == verdict.state:
+        return verdict.reason
     with torch.inference_mode(False):
         samples = ordinary(sample(_some(variant, rows, fields)))
     with (
@@ -93,12 +93,12 @@ def why_whole(
         if trains:
             _verify_constants(variant, samples)
         _verify_gradient(variant, samples)
-        reason = (known.reason if known else "") or declared or _why_undeclared_whole(variant)
+        reason = (verdict.reason if verdict else "") or declared or _why_undeclared_whole(variant)
         if cut and not reason:
             reason = why_dependent(variant, samples, sample, rows, block, fields)
-    if (cut or declared) and reason not in [verdict.reason for verdict in verdicts.values()]:
+    if (cut or declared) and reason not in [earlier.reason for earlier in verdicts.values()]:
         _report(variant, reason)
-    verdicts[key] = Verdict(reason, max(rows, known.rows if known else 0), state)
+    verdicts[key] = Verdict(reason, max(rows, verdict.rows if verdict else 0), state)
     return reason
 
 
@@ -130,8 +130,8 @@ def why_declared_whole(variant: Variant) -> str:
     if variant.scope == "batch":
         return f"it weighs tokens by a statistic of whole distributions (scope {variant.scope!r})"
     return (
-        f"with scope {variant.scope!r} and structure 'dense' it may need whole distributions; if it is a function of the labels' "
-        "log-probabilities alone, register it with structure='label'"
+        f"with scope {variant.scope!r} and structure 'dense' it may need whole distributions; if it is a function of "
+        "the labels' log-probabilities alone, register it with structure='label'"
     )
 
 
@@ -164,14 +164,14 @@ def _verify_layout(variant: Variant, tokens: Tokens) -> None:
     """Check that a loss depends on a batch through its supervised rows alone."""
     if is_model_loss(variant):
         raise InputError(
-            f"{variant.spec} runs a model on its inputs, f(model, inputs), which hidden states and a head are not: train it "
-            "with QTrainer(variant=...), or write it as a loss of f(logits, labels)"
+            f"{variant.spec} runs a model on its inputs, f(model, inputs), which hidden states and a head are not: "
+            "train it with QTrainer(variant=...), or write it as a loss of f(logits, labels)"
         )
     style = variant.unreduced.style(variant.shown(tokens).upcast()) if variant.is_loss_alone(tokens) else None
     if style is not None and style.laid_out and (reason := layout_dependence(variant, tokens, style)):
         raise InputError(
-            f"{variant.spec} sees whole batches (B, T, V), and {reason}: hidden states of single tokens do not say that. Train "
-            "it with QTrainer(variant=...)"
+            f"{variant.spec} sees whole batches (B, T, V), and {reason}: hidden states of single tokens do not say "
+            "that. Train it with QTrainer(variant=...)"
         )
 
 
@@ -210,27 +210,27 @@ def _compare(variant: Variant, tokens: Tokens, own: bool = False) -> None:
         own: whether they are rows of the batch, where the chunk loop refuses values that are not finite.
     """
     replay = variant.replay(tokens.logits.device)
-    wanted = gradient(variant.loss, tokens)
+    expected = gradient(variant.loss, tokens)
     with replay.again():
-        got, values = gradients_by_structure(variant, tokens)
-    finite, known = wanted.isfinite().all(-1), got.isfinite().all(-1) & ~values.isnan()
-    finite = finite & known if own else finite  # elsewhere NaN beside a number is wrong too
-    off = (wanted - got).abs().amax(-1)
-    wrong = ~(off <= tolerance(wanted) + _cancelled(variant, tokens)) & finite
+        actual, values = gradients_by_structure(variant, tokens)
+    finite, comparable = expected.isfinite().all(-1), actual.isfinite().all(-1) & ~values.isnan()
+    finite = finite & comparable if own else finite  # elsewhere NaN beside a number is wrong too
+    off = (expected - actual).abs().amax(-1)
+    wrong = ~(off <= tolerance(expected) + _cancelled(variant, tokens)) & finite
     if variant.structure != "dense":
         with torch.no_grad(), replay.again():
             losses = variant.loss(tokens).to(values.dtype)
         wrong |= (losses - values).abs() > tolerance(losses)
-        wrong = wrong & known if own else wrong
+        wrong = wrong & comparable if own else wrong
     rows = wrong.nonzero()[:, 0].tolist()
     if not rows:
         return
     where = f"at a token with p_y = {float(tokens.label_probs[rows[0]]):.2g} ({len(rows)} of {len(tokens)} tokens)"
     alone = variant.method.printed is None and not variant.is_loss_alone(tokens)
-    if variant.structure == "label" and alone and bool((off <= tolerance(wanted))[finite].all()):
+    if variant.structure == "label" and alone and bool((off <= tolerance(expected))[finite].all()):
         raise InputError(
-            f"{variant.spec} declares structure='label', and its gradient is one of label probabilities, but its loss is not: "
-            "the value s CE(Q, p) of a target alone sees the whole of p; write its printed loss, "
+            f"{variant.spec} declares structure='label', and its gradient is one of label probabilities, but its loss "
+            "is not: the value s CE(Q, p) of a target alone sees the whole of p; write its printed loss, "
             f"@{variant.name}.loss, or leave structure out"
         )
     if variant.structure != "dense":
@@ -238,7 +238,7 @@ def _compare(variant: Variant, tokens: Tokens, own: bool = False) -> None:
             f"{variant.spec} declares structure={variant.structure!r}, but has another loss or gradient {where}: "
             "declare structure='dense', or leave it out"
         )
-    if not bool(known[rows[0]]):
+    if not bool(comparable[rows[0]]):
         raise InputError(
             f"{variant.spec}: its target is NaN or infinite {where}, and the gradient of its printed loss is not: {ADVICE}"
         )

@@ -128,21 +128,21 @@ def _dependence(variant: Variant, tokens: Tokens, twice: bool = True) -> str:
     """
     n, at = len(tokens), torch.arange(len(tokens), device=tokens.logits.device)
     grad, total = _read(variant, tokens)
-    if twice and apart(grad, _read(variant, tokens)[0]):
+    if twice and differ(grad, _read(variant, tokens)[0]):
         return "two calls on the same rows give two gradients"
-    drawn = (torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5).to(at.device)
-    halves = [(at[: n // 2], at[n // 2 :]), (at[::2], at[1::2]), (at[drawn], at[~drawn])]
+    random_half = (torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5).to(at.device)
+    halves = [(at[: n // 2], at[n // 2 :]), (at[::2], at[1::2]), (at[random_half], at[~random_half])]
     parts = [*(half for cut in halves for half in cut), at[:1], at[n // 3 : n // 3 + 2]]
     try:
-        read = [_read(variant, tokens[part]) for part in parts]
+        readings = [_read(variant, tokens[part]) for part in parts]
     except LossError as error:
         return f"it takes {n} rows together, but not a few of them: {error}"
-    for part, (alone, _) in zip(parts, read, strict=True):
-        if len(part) and apart(alone, grad[part]):
+    for part, (alone, _) in zip(parts, readings, strict=True):
+        if len(part) and differ(alone, grad[part]):
             return _sentence(variant, "gradient", n, len(part))
     # values are compared as sums: a loss that reduces itself has none of its own for a row
     for first in range(0, 2 * len(halves), 2):
-        sums = torch.stack([read[first][1], read[first + 1][1]])
+        sums = torch.stack([readings[first][1], readings[first + 1][1]])
         if bool((sums.sum() - total).abs() > tolerance(torch.cat([sums, total[None]]))):
             return _sentence(variant, "loss", n, n // 2)
     return ""
@@ -165,7 +165,7 @@ def _read(variant: Variant, tokens: Tokens) -> tuple[Tensor, Tensor]:
     return grad, total.to(grad.dtype)
 
 
-def apart(one: Tensor, other: Tensor) -> bool:
+def differ(one: Tensor, other: Tensor) -> bool:
     """Whether two gradients differ by more than rounding."""
     equal = ((one - other).abs() <= tolerance(other)) | (one == other) | (one.isnan() & other.isnan())
     return not bool(equal.all())

@@ -21,9 +21,9 @@ class BatchChanges:
 
     Args:
         losses: how it changed as the other tokens became likely or unlikely, in words; "" where it did not.
-        outside: whether tokens of other sequences or pairs alone changed it; None where there are none.
-        inside: whether tokens of its own sequence or pair alone changed it.
-        labels: whether it changed as other tokens were given its label.
+        outside: whether changing only tokens of other sequences or pairs changed it; None where there are none.
+        inside: whether changing only tokens of its own sequence or pair changed it.
+        labels: whether it changed as other tokens got the same label.
         position: how it changed with the order of the tokens, in words; "" where it did not.
         lowest, highest: mean cross-entropy of the batches tried, in nats.
     """
@@ -62,27 +62,27 @@ class ChangedBatches:
         self.rows, self.tokens, self.before, self.tolerance, self.noise = rows, tokens, before, tolerance, noise
         p = tokens.label_probs
         own = torch.ones_like(p, dtype=torch.bool) if group is None else group == group.mode().values
-        places = [torch.where(own, (p - wanted).abs(), torch.inf).argmin() for wanted in WATCHED]
+        places = [torch.where(own, (p - target).abs(), torch.inf).argmin() for target in WATCHED]
         self.watched = torch.stack(places).unique()
         self.others = torch.ones_like(own)
         self.others[self.watched] = False
         self.outside = None if group is None or bool(own.all()) else ~own
 
-    def changes(self, moved: bool = True) -> BatchChanges:
-        """How the gradient of the watched tokens changes; ``moved`` also relabels and reorders the others."""
-        found = BatchChanges()
+    def changes(self, rearrange: bool = True) -> BatchChanges:
+        """How the gradient of the watched tokens changes; ``rearrange`` also relabels and reorders the others."""
+        changes = BatchChanges()
         if len(self.tokens) < FEWEST:
-            return found
-        found.losses = self.by_level(self.others, found)
+            return changes
+        changes.losses = self.by_level(self.others, changes)
         if self.outside is not None:
-            found.outside = bool(self.by_level(self.outside, found))
-            found.inside = bool(self.by_level(self.others & ~self.outside, found)) if found.losses else None
-        if moved:
-            found.labels = any(self.change(batch) for batch in self.relabelled())
-            found.position = self.by_position()
-        means = [*found._means, float(-self.tokens.label_log_probs.mean())]
-        found.lowest, found.highest = min(means), max(means)
-        return found
+            changes.outside = bool(self.by_level(self.outside, changes))
+            changes.inside = bool(self.by_level(self.others & ~self.outside, changes)) if changes.losses else None
+        if rearrange:
+            changes.labels = any(self.change(batch) for batch in self.relabelled())
+            changes.position = self.by_position()
+        means = [*changes._means, float(-self.tokens.label_log_probs.mean())]
+        changes.lowest, changes.highest = min(means), max(means)
+        return changes
 
     def change(self, batch: Tokens, watched: Int[Tensor, " W"] | None = None) -> str:
         """By how much the gradient of the watched tokens changes in a batch, in words; "" where it does not."""
@@ -90,25 +90,25 @@ class ChangedBatches:
         return self.compared(gradient(self.rows, batch)[watched], watched)
 
     def compared(self, after: Float[Tensor, "M V"], where: Int[Tensor, " M"]) -> str:
-        """The same of given gradients, of some tokens."""
+        """By how much given gradients of some tokens differ from those before, in words; "" where they do not."""
         before, noise = self.before[where].double(), self.noise[where]
         size = before.norm(dim=-1)
         off = (after.double() - before).norm(dim=-1)
-        moved = off > self.tolerance * (size + self.before.norm(dim=-1).amax() * 1e-6) + 4 * noise
-        if not bool(moved.any()):
+        changed = off > self.tolerance * (size + self.before.norm(dim=-1).amax() * 1e-6) + 4 * noise
+        if not bool(changed.any()):
             return ""
-        there = moved & (size > 100 * noise)
+        there = changed & (size > 100 * noise)
         if not bool(there.any()):
             return "no longer zero on some"
         ratio = ((after * before).sum(-1) / size.square())[there]
         low, high = float(ratio.min()), float(ratio.max())
         return f"{low:.4g}" + (f" to {high:.4g}" if high - low > 1e-3 * abs(high) else "") + " times what it was"
 
-    def by_level(self, where: Bool[Tensor, " N"], found: BatchChanges) -> str:
+    def by_level(self, where: Bool[Tensor, " N"], changes: BatchChanges) -> str:
         """How the gradient of the watched tokens changes as these others are made likely or unlikely, in words."""
         words = ""
         for name, batch, watched in self.levels(where):
-            found._means.append(float(-batch.label_log_probs.mean()))
+            changes._means.append(float(-batch.label_log_probs.mean()))
             if (change := self.change(batch, watched)) and not words:
                 words = f"with other tokens {name} it is {change}"
         return words
@@ -125,12 +125,16 @@ class ChangedBatches:
         if bool(where[self.others].all()):
             watching += [(LEVELS[0], ranked[:2]), (LEVELS[-1], ranked[-2:])]
         for level, watched in watching:
-            moved = z.scatter(1, index, rest + torch.logit(torch.tensor(level, dtype=torch.float64)).to(z))
+            level_logits = z.scatter(1, index, rest + torch.logit(torch.tensor(level, dtype=torch.float64)).to(z))
             there = where.clone()
             if len(watched) < len(ranked):
                 there[:] = True
                 there[watched] = False
-            yield f"at p_y = {level:.6g}", self.tokens.replace(logits=torch.where(there[:, None], moved, z)), watched
+            yield (
+                f"at p_y = {level:.6g}",
+                self.tokens.replace(logits=torch.where(there[:, None], level_logits, z)),
+                watched,
+            )
         flat = torch.where(z.isfinite() & where[:, None], 0.0, z)
         yield "flat", self.tokens.replace(logits=flat), self.watched
 

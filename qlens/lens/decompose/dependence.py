@@ -30,7 +30,7 @@ class Scope:
         detached: whether a factor is detached, so that the gradient is not the derivative of the value; None if unknown.
         gap: relative difference of gradient and derivative.
         through: what of other tokens it depends on: "logits", "labels", "weight", ...; "losses" is how likely all of them
-            are, "number" how many there are; "position" is its own.
+            are, "number" how many there are; "position" is the token's own.
         backward: the name of the loss's own autograd function, "" where it has none.
         effect: how a gradient changes as all other tokens become likely or unlikely, where no single one changes it.
     """
@@ -77,11 +77,13 @@ def scope(
         tokens: where to try it; without sequence or pair ids, any dependence on other tokens counts as "batch".
         tolerance: relative change of a gradient that counts as rounding.
         needs: fields that the loss asks for.
-        precision: what the loss computes in; by default estimated from the digits of the gradient.
+        precision: dtype that the loss computes in; by default estimated from the digits of the gradient.
         ids: class weights: some labels are changed to an id of another weight, the others to the next id.
-        total: the sum of the unreduced loss with the graph of the loss itself, where its own autograd function is looked for.
+        total: the sum of the unreduced loss, whose graph is searched for autograd functions of the loss's own; by default
+            that of ``rows``.
         by_text: fields with one value per text, which are not changed.
-        in_place: whether another model's made-up inputs stay in place as tokens move, so that nothing is moved.
+        in_place: whether the loss runs another model on made-up inputs, which cannot follow the tokens: then neither other
+            labels nor other orders and numbers of tokens are tested.
 
     Example:
         >>> import qlens
@@ -89,8 +91,8 @@ def scope(
         'batch'
     """
     before = gradient(rows, tokens)
-    moved = [gradient(rows, other) for other in moves(tokens, precision or carried(before), 1)]
-    noise = rounding(before, tokens, precision, moved).rows
+    moved_grads = [gradient(rows, other) for other in moves(tokens, precision or carried(before), 1)]
+    noise = rounding(before, tokens, precision, moved_grads).rows
     changes = Perturbation(tokens, needs, ids or {}, by_text)
     affected = affected_tokens(rows, changes, changes.fields, before, tolerance, noise)
     detached, gap = finite_difference_gap(rows, tokens, tolerance, precision)
@@ -98,11 +100,11 @@ def scope(
     if not bool(affected.any()):
         number = ("", False) if in_place else change_with_number(rows, tokens, before, tolerance, noise)
         group = tokens.pair if tokens.pair is not None else tokens.sequence
-        seen = ChangedBatches(rows, tokens, before, tolerance, noise, group).changes(not in_place)
-        of, evidence, through = _of_batches(seen, tokens, *number, len(affected))
+        batch_changes = ChangedBatches(rows, tokens, before, tolerance, noise, group).changes(not in_place)
+        of, evidence, through = _of_batches(batch_changes, tokens, *number, len(affected))
         if in_place:
             evidence = evidence.replace("; repeated labels; other orders", "") + IN_PLACE
-        return Scope(of, evidence, detached, gap, through, backward, seen.losses)
+        return Scope(of, evidence, detached, gap, through, backward, batch_changes.losses)
     through = tuple(
         name for name in changes.fields
         if bool(affected_tokens(rows, changes, (name,), before, tolerance, noise, most=4).any())
@@ -122,16 +124,16 @@ def scope(
 
 
 def _of_batches(
-    seen: BatchChanges, tokens: Tokens, number: str, copies: bool, changed: int
+    changes: BatchChanges, tokens: Tokens, number: str, copies: bool, changed: int
 ) -> tuple[str, str, tuple[str, ...]]:
     """The scope where no single other token changes a gradient, with its evidence, and what it depends on."""
     reasons, through, of = [], [], "token"
-    if seen.losses:
-        grouped = seen.inside and not seen.outside
+    if changes.losses:
+        grouped = changes.inside and not changes.outside
         of = "batch" if not grouped else "pair" if tokens.pair is not None else "sequence"
-        reasons.append(f"on how likely the other labels of its {of} are: {seen.losses}")
+        reasons.append(f"on how likely the other labels of its {of} are: {changes.losses}")
         through.append("losses")
-    if seen.labels:
+    if changes.labels:
         of = "batch"
         reasons.append("on whether other tokens have its label")
         through.append("labels")
@@ -140,14 +142,15 @@ def _of_batches(
         where = "its sequence has" if of == "sequence" else "there are"
         reasons.append(f"on how many tokens {where}: {number}")
         through.append("number")
-    if seen.position and not seen.labels:
-        reasons.append(f"on its position: {seen.position}")
+    if changes.position and not changes.labels:
+        reasons.append(f"on its position: {changes.position}")
         through.append("position")
     evidence = f"a token's gradient depends {', and '.join(reasons)}"
     if of == "token":
         independent = " and on no other token" if reasons else "a token's gradient depends on no other token"
+        losses = f"batches of mean loss {changes.lowest:.2g} to {changes.highest:.2g}"
         evidence = (evidence if reasons else "") + (
-            f"{independent} in all that was tested ({changed} changed, one at a time; batches of mean loss {seen.lowest:.2g} to "
-            f"{seen.highest:.2g}; repeated labels{'' if reasons else '; other orders'})"
+            f"{independent} in all that was tested ({changed} changed, one at a time; {losses}; repeated labels"
+            f"{'' if reasons else '; other orders'})"
         )
     return of, evidence, tuple(through)

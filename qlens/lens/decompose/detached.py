@@ -39,11 +39,13 @@ def finite_difference_gap(
         for seed, scale in enumerate(OFFSETS):
             draw = torch.Generator().manual_seed(seed)
             offset = scale * torch.randn(tokens.logits.shape, generator=draw, dtype=torch.float64).to(tokens.logits)
-            moved = tokens.replace(logits=tokens.logits + offset)
-            grad = gradient(rows, moved)
+            moved_tokens = tokens.replace(logits=tokens.logits + offset)
+            grad = gradient(rows, moved_tokens)
             with torch.no_grad():
-                pairs = list(slopes(lambda at: rows(at).double().sum(), grad, moved, step, seed))
-            off = sorted(abs(slope - taken) / max(abs(slope), abs(taken), 1e-300) for slope, taken in pairs)
+                pairs = list(slopes(lambda at: rows(at).double().sum(), grad, moved_tokens, step, seed))
+            off = sorted(
+                abs(difference - slope) / max(abs(difference), abs(slope), 1e-300) for difference, slope in pairs
+            )
             gaps.append(off[1])  # one direction may cross a kink
     gap = min(gaps)
     return gap > max(least, tolerance), gap

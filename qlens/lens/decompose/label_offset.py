@@ -29,9 +29,9 @@ def label_offset(loss: Callable[[Tokens], Tensor], tokens: Tokens, before: Tenso
         labels[row] = (labels[row] + 1) % tokens.logits.shape[1]
         after = gradient(loss, tokens.replace(labels=labels))
         off = (after - before).double().norm(dim=-1)
-        moved = (off > TOLERANCE * before.double().norm(dim=-1) + 2 * noise).nonzero()[:, 0].tolist()
-        if len(moved) > 1 or (moved and tokens.sequence[moved[0]] != tokens.sequence[row]):
+        changed_rows = (off > TOLERANCE * before.double().norm(dim=-1) + 2 * noise).nonzero()[:, 0].tolist()
+        if len(changed_rows) > 1 or (changed_rows and tokens.sequence[changed_rows[0]] != tokens.sequence[row]):
             return 0
         text = (tokens.sequence == tokens.sequence[row]).nonzero()[:, 0].tolist()
-        offsets |= {text.index(row) - text.index(other) for other in moved}
+        offsets |= {text.index(row) - text.index(other) for other in changed_rows}
     return offsets.pop() if len(offsets) == 1 else 0

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qlens.lens.describe.result import Result, latex
+from qlens.core.display import Result
 from qlens.lens.rounding import TOLERANCE
 
 RAW = "nothing (raw logits)"
@@ -65,13 +65,13 @@ class Mixture(Result):
 
     def away(self, name: str) -> Bool[Tensor, " n"]:
         """The identifiable tokens on which a distribution has a negative weight."""
-        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
-        return known < -self.digits * known.abs().max().clamp(min=1) - rounding if len(known) else known < 0
+        weights, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return weights < -self.digits * weights.abs().max().clamp(min=1) - rounding if len(weights) else weights < 0
 
     def toward(self, name: str) -> Bool[Tensor, " n"]:
         """The identifiable tokens on which a distribution has a positive weight."""
-        known, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
-        return known > self.digits * known.abs().max().clamp(min=1e-300) + rounding if len(known) else known > 0
+        weights, rounding = self.parts[name][self.unique], 0.0 if self.noise is None else self.noise[self.unique]
+        return weights > self.digits * weights.abs().max().clamp(min=1e-300) + rounding if len(weights) else weights > 0
 
     @property
     def pull(self) -> Float[Tensor, " N"]:
@@ -84,15 +84,21 @@ class Mixture(Result):
         pull = self.parts.get("the label", torch.zeros(len(self.index), dtype=torch.float64))
         return pull if self.noise is None else torch.where(pull.abs() <= self.noise, 0.0, pull)
 
-    def to_frame(self) -> pd.DataFrame:
-        """A row per token: its index, whether its weights are identifiable, and the weight of every distribution."""
-        return pd.DataFrame({"token": self.index.numpy(), "identifiable": self.unique.numpy()} | {
-            name: weight.numpy() for name, weight in self.parts.items()
-        })  # fmt: skip
+    @property
+    def shares(self) -> dict[str, Float[Tensor, " N"]]:
+        """The coefficients in Q = sum_j w_j R_j + (1 - sum_j w_j) p, (N,) by name: the weights, and "the student"."""
+        return {**self.parts, "the student": 1 - self.pull}
 
-    def to_latex(self, caption: str | None = None, label: str | None = None) -> str:
-        """The table in LaTeX (booktabs)."""
-        return latex(self.to_frame(), caption, label)
+    def to_frame(self) -> pd.DataFrame:
+        """A row per token: its index, whether its weights are identifiable, and the columns of ``shares``."""
+        shares = {name: share.numpy() for name, share in self.shares.items()}
+        return pd.DataFrame({"token": self.index.numpy(), "identifiable": self.unique.numpy(), **shares})
+
+    def plot(self) -> Any:
+        """The figure: the shares of Q, stacked for every token (matplotlib)."""
+        from qlens.analysis.plots import figure_mixture
+
+        return figure_mixture(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain values, for JSON."""

@@ -54,8 +54,8 @@ def decompose(
     """
     for name, probs in (residuals or {}).items():
         if tuple(probs.shape) != tuple(tokens.logits.shape):
-            wanted = tuple(tokens.logits.shape)
-            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {wanted}")
+            shape = tuple(tokens.logits.shape)
+            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {shape}")
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
     number = min(MOST_TOKENS, max(FEWEST_TOKENS, ENTRIES // tokens.logits.shape[1]))
     picked = spread(len(tokens), number).to(tokens.logits.device)
@@ -67,19 +67,28 @@ def decompose_again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens
     """The decomposition on other tokens into the same parts, else into those that fit."""
     search = _Search(grad.detach().double(), tokens.with_precision(torch.float64), {}, noise)
     value = mixture.parameter and mixture.parameter[1]
-    by_name = {entry.named(value): entry for entry in search.entries}
+    by_name = {entry.name_at(value): entry for entry in search.entries}
     if mixture.explains and set(mixture.parts) <= set(by_name):
-        made = search.mixture(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
-        if made.explains:
-            return made
+        decomposition = search.mixture(tuple(by_name[name] for name in mixture.parts), value, torch.arange(len(tokens)))
+        if decomposition.explains:
+            return decomposition
     few = spread(len(tokens), FEWEST_TOKENS).to(tokens.logits.device)
-    made = None if mixture.explains else decompose(grad[few], tokens[few], None, noise[few])
-    if made is None or made.explains:  # no decomposition of a few tokens, none of all
+    decomposition = None if mixture.explains else decompose(grad[few], tokens[few], None, noise[few])
+    if decomposition is None or decomposition.explains:  # no decomposition of a few tokens, none of all
         return decompose(grad, tokens, None, noise)
-    return replace(made, index=few.cpu()[made.index])
+    return replace(decomposition, index=few.cpu()[decomposition.index])
 
 
 class _Search:
+    """The search for the decomposition of one gradient.
+
+    Args:
+        g: logit gradients of the unreduced loss, (N, V), in float64.
+        tokens: the tokens that they belong to, in float64.
+        own: further distributions, (N, V) by name.
+        noise: rounding error of the gradient.
+    """
+
     def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], noise: Noise):
         self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
         self.p = tokens.probs.detach().double()
@@ -89,24 +98,24 @@ class _Search:
         self.digits = float(share.median()) if len(share) else 1.0
         self.size = sizes + noise.rows / TOLERANCE  # rounding counts as the tolerance
         self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
-        self.known: dict[tuple[str, float | None], Tensor] = {}
+        self.column_cache: dict[tuple[str, float | None], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))
         if not bool((g.sum(-1).abs() <= TOLERANCE * g.norm(dim=-1) + noise.sums).all()):
             self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
 
     def _distinct(self, entries: list[Residual]) -> tuple[list[Residual], tuple[tuple[str, str], ...]]:
         """Residuals that differ somewhere, and the pairs that coincide."""
-        kept, alike = [], []
+        distinct, alike = [], []
         for entry in entries:
-            twin = None if entry.parameter else next((k for k in kept if self._same(k, entry)), None)
+            twin = None if entry.parameter else next((k for k in distinct if self._same(k, entry)), None)
             itself = twin is None and not entry.parameter
             if itself and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12:
                 alike.append(("the student", entry.name))
             elif twin is not None:
                 alike.append((twin.name, entry.name))
             else:
-                kept.append(entry)
-        return kept, tuple(alike)
+                distinct.append(entry)
+        return distinct, tuple(alike)
 
     def _same(self, a: Residual, b: Residual) -> bool:
         if a.parameter:
@@ -114,19 +123,22 @@ class _Search:
         return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
 
     def column(self, entry: Residual, value: float | None) -> Tensor:
-        """p - R at every token, at unit length."""
+        """p - R at every token, at unit length; those of the grid are remembered."""
         key = (entry.name, value if entry.parameter else None)
-        if key not in self.known:
-            column = self.p - entry.at(self.tokens, key[1])
-            self.known[key] = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-        return self.known[key]
+        if key in self.column_cache:
+            return self.column_cache[key]
+        column = self.p - entry.at(self.tokens, key[1])
+        column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        if key[1] is None or value in entry.grid:
+            self.column_cache[key] = column
+        return column
 
     def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None]) -> Tensor:
         """The columns of a set at some values of its parameter, (values, N, V, J)."""
         return torch.stack([torch.stack([self.column(entry, value) for value in values]) for entry in chosen], -1)
 
     def projected(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """R of the columns' QR, the gradient on its Q, and the relative misfit of every token, (..., N)."""
+        """The R of a QR decomposition of the columns, Q^T g, and the relative misfit of every token, (..., N)."""
         q, r = torch.linalg.qr(columns)
         on = q.mT @ self.g[..., None]
         return r, on, (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
@@ -141,11 +153,11 @@ class _Search:
 
     def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
         """The root mean square misfit over some tokens, at every value."""
-        found, few = [], max(1, TOGETHER // (self.g.numel() * len(chosen)))
+        misfits, few = [], max(1, TOGETHER // (self.g.numel() * len(chosen)))
         for at in range(0, len(values), few):
-            left = self.projected(self.columns(chosen, values[at : at + few]))[2]
-            found += left[:, where].square().mean(-1).sqrt().tolist()
-        return found
+            misfit = self.projected(self.columns(chosen, values[at : at + few]))[2]
+            misfits += misfit[:, where].square().mean(-1).sqrt().tolist()
+        return misfits
 
     def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
         """The root mean square misfit over some tokens."""
@@ -157,15 +169,15 @@ class _Search:
             return self.mixture((), None, picked)
         best = None
         for size in range(1, min(MOST_PARTS, self.g.shape[1] - 2) + 1):
-            found = self._of_size(size)
-            good = [one for one in found if self._explains(*one)]
+            candidates = self._of_size(size)
+            good = [one for one in candidates if self._explains(*one)]
             if good:
                 return self.mixture(*min(good, key=self._order), picked)
-            best = min([*found, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
+            best = min([*candidates, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
         return self.mixture(*best, picked) if best else self.mixture((), None, picked)
 
     def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
-        """Sets of residuals of a size with at most one parameter between them, the most promising ones fitted."""
+        """Sets of ``size`` residuals with at most one parameter among them, fitted in the most promising sets."""
         plain, free = [], []
         for chosen in combinations(self.entries, size):
             parameters = {entry.parameter for entry in chosen if entry.parameter}
@@ -180,7 +192,7 @@ class _Search:
         return plain + [self._refined(*one[1:]) for one in free[:REFINED]]
 
     def _refined(self, chosen: tuple[Residual, ...], value: float) -> tuple[tuple[Residual, ...], float | None]:
-        """The parameter to its last digit, between its neighbours on the grid; a k is whole."""
+        """The set with its parameter fitted between its neighbours on the grid; a k is a whole number."""
         entry = next(entry for entry in chosen if entry.parameter)
         grid = sorted(entry.grid)
         at = grid.index(value)
@@ -193,19 +205,19 @@ class _Search:
             low = max(low, 1.05)
         elif entry.parameter == "temperature":
             high = min(high, 0.95)
-        found = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
-        near = float(f"{found.x:.6g}")  # a short number, if it fits as well
-        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(found.fun))
-        return chosen, near if as_well else found.x
+        optimum = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
+        near = float(f"{optimum.x:.6g}")  # a short number, if it fits as well
+        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(optimum.fun))
+        return chosen, near if as_well else optimum.x
 
     def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
         halves = [where for where in (self.fitted, ~self.fitted) if where.any()]
         return all(self.miss(chosen, value, where) <= self.tolerance for where in halves)
 
     def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
-        made = self.mixture(*one, torch.arange(len(self.g)))
-        varied = sum(float(c[made.unique].std() / c[made.unique].abs().mean()) for c in made.parts.values())
-        return one[1] is not None, made.signed, -int(made.unique.sum()), round(varied, 6), made.misfit
+        mixture = self.mixture(*one, torch.arange(len(self.g)))
+        varied = sum(float(c[mixture.unique].std() / c[mixture.unique].abs().mean()) for c in mixture.parts.values())
+        return one[1] is not None, mixture.signed, -int(mixture.unique.sum()), round(varied, 6), mixture.misfit
 
     def mixture(self, chosen: tuple[Residual, ...], value: float | None, picked: Tensor) -> Mixture:
         """The decomposition into a set of residuals."""
@@ -218,13 +230,13 @@ class _Search:
         unique = (apart > 1e-4) & (lengths > 1e-13).all(-1)
         c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
         explains = self._explains(chosen, value)
-        held = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
+        held_out_misfit = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
         entry = next((entry for entry in chosen if entry.parameter), None)
         return Mixture(
-            {e.named(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
+            {e.name_at(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
             picked,
             self.miss(chosen, value, self.fitted),
-            held,
+            held_out_misfit,
             explains,
             unique.cpu(),
             (entry.parameter, float(value)) if entry is not None and value is not None else None,
@@ -237,8 +249,8 @@ class _Search:
     def _closest(self) -> float:
         """The misfit of the best non-negative mixture of all fixed residuals, token by token (scipy's nnls)."""
         a = torch.stack([self.column(e, None) for e in self.entries if not e.parameter], -1).cpu().numpy()
-        left = torch.tensor([nnls(rows, g)[1] for rows, g in zip(a, self.g.cpu().numpy(), strict=True)])
-        return float((left / self.size.cpu()).square().mean().sqrt())
+        residual_norms = torch.tensor([nnls(rows, g)[1] for rows, g in zip(a, self.g.cpu().numpy(), strict=True)])
+        return float((residual_norms / self.size.cpu()).square().mean().sqrt())
 
 
 def _cost(search: _Search, chosen: tuple[Residual, ...]) -> Callable[[float], float]:

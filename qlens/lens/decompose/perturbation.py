@@ -73,9 +73,9 @@ def affected_tokens(
     places = range(len(changes.rows)) if most >= len(changes.rows) else spread(len(changes.rows), most).tolist()
     for place in places:
         after = gradient(rows, changes.at(place, fields))
-        moved = (after - before).double().norm(dim=-1) > tolerance * (size + size.max() * 1e-6) + 2 * noise
-        moved[changes.rows[place]] = False
-        affected.append(moved)
+        changed = (after - before).double().norm(dim=-1) > tolerance * (size + size.max() * 1e-6) + 2 * noise
+        changed[changes.rows[place]] = False
+        affected.append(changed)
     return torch.stack(affected)
 
 
@@ -94,9 +94,9 @@ def change_with_number(
     for batch in batches:
         number = min(len(batch), len(tokens))
         after = gradient(rows, batch)[:number]
-        off, known = (after - before[:number]).double().norm(dim=-1), loud[:number]
-        if bool((off > tolerance * size[:number] + 4 * noise[:number])[known].any()):
-            ratio = ((after * before[:number]).double().sum(-1) / size[:number].square())[known]
+        off, loud_rows = (after - before[:number]).double().norm(dim=-1), loud[:number]
+        if bool((off > tolerance * size[:number] + 4 * noise[:number])[loud_rows].any()):
+            ratio = ((after * before[:number]).double().sum(-1) / size[:number].square())[loud_rows]
             low, high = float(ratio.min()), float(ratio.max())
             copies |= len(batch) > len(tokens)
             span = f" to {high:.4g}" if high - low > 1e-3 * abs(high) else ""

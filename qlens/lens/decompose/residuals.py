@@ -29,34 +29,34 @@ class Residual:
         probs = self.of(tokens) if value is None or not self.parameter else self.of(tokens, value)
         return probs.detach().double()
 
-    def named(self, value: float | None) -> str:
-        """Its name with the value of the parameter."""
+    def name_at(self, value: float | None) -> str:
+        """The name with the value of the parameter filled in."""
         return self.name.format(value) if self.parameter and value is not None else self.name
 
 
 def dictionary(tokens: Tokens, own: Mapping[str, Tensor] | None = None) -> list[Residual]:
     """All residuals whose fields the tokens have, the label first; ``own`` adds probabilities (N, V) by name."""
-    made = [
+    residuals = [
         Residual("the label", lambda t: t.one_hot),
         Residual("uniform", lambda t: torch.full_like(t.probs, 1 / t.logits.shape[1])),
     ]
     for name in ("teacher", "reference", "old"):
         if getattr(tokens, name) is not None:
-            made.append(Residual(_CALLED[name], lambda t, name=name: t.log_probs_of(name).exp()))
-    made.append(Residual("the student's most probable token", _argmax))
+            residuals.append(Residual(_CALLED[name], lambda t, name=name: t.log_probs_of(name).exp()))
+    residuals.append(Residual("the student's most probable token", _argmax))
     if tokens.second is not None:
-        made.append(Residual("a second pass of the student", lambda t: t.log_probs_of("second").exp()))
+        residuals.append(Residual("a second pass of the student", lambda t: t.log_probs_of("second").exp()))
     for name, probs in (own or {}).items():
-        made.append(Residual(name, lambda t, probs=probs: probs))
-    made.append(
+        residuals.append(Residual(name, lambda t, probs=probs: probs))
+    residuals.append(
         Residual("the student at temperature {:.4g}", lambda t, tau: log_softmax(t.logits / tau).exp(), *TEMPERATURE)
     )
     if tokens.reference is not None:
-        made.append(Residual("the student-reference mix (eta = {:.4g})", _mix("reference"), *ETA))
+        residuals.append(Residual("the student-reference mix (eta = {:.4g})", _mix("reference"), *ETA))
     if tokens.teacher is not None:
         size = tokens.logits.shape[1]
         k = ("k", tuple(k for k in K[1] if k < size))
-        made += [
+        residuals += [
             Residual("the student-teacher mix (eta = {:.4g})", _mix("teacher"), *ETA),
             Residual("the teacher at temperature {:.4g}", _tempered_teacher, *TEMPERATURE),
             Residual("the teacher's top {:.0f}", _top, *k),
@@ -64,7 +64,7 @@ def dictionary(tokens: Tokens, own: Mapping[str, Tensor] | None = None) -> list[
             Residual("the teacher's top {:.0f}, the tail spread evenly", _spread, *k),
             Residual("the student on the teacher's top {:.0f}", _student_on_top, *k),
         ]
-    return made
+    return residuals
 
 
 _CALLED = {"teacher": "the teacher", "reference": "the reference", "old": "the old policy"}

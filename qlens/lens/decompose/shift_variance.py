@@ -67,22 +67,22 @@ def shift_variance(grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | No
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
     g, z = grad.detach().double(), tokens.logits.detach()
     total, size = g.sum(-1), g.norm(dim=-1)
-    seen = total.abs() > TOLERANCE * size + noise.sums
-    if not bool(seen.any()):
+    nonzero = total.abs() > TOLERANCE * size + noise.sums
+    if not bool(nonzero.any()):
         return None
-    if (found := _uncoupled(g, z, tokens, noise)) is not None:
-        return found
-    digits = TOLERANCE + float((noise.sums / total.abs())[seen].min())  # resolution of the sums
-    for found in (
+    if (uncoupled := _uncoupled(g, z, tokens, noise)) is not None:
+        return uncoupled
+    digits = TOLERANCE + float((noise.sums / total.abs())[nonzero].min())  # resolution of the sums
+    for candidate in (
         *_penalties(g, z, total, tokens, noise, digits),
         *_capped(g, z, tokens, noise, digits),
         *_clamped(g, z, tokens),
     ):
-        balanced, rows = found.grad, found.rows.to(g.device)
+        balanced, rows = candidate.grad, candidate.rows.to(g.device)
         grown = (balanced.norm(dim=-1) / size[rows].clamp(min=1e-300)).clamp(min=1)
         allowed = 10 * TOLERANCE * (balanced.norm(dim=-1) + size[rows]) + 4 * noise.sums[rows] * grown
         if bool((balanced.sum(-1).abs() <= allowed).all()):
-            return found
+            return candidate
     return ShiftVariance("", math.nan, g, tokens, torch.arange(len(tokens)))
 
 
@@ -122,7 +122,7 @@ def _uncoupled(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise) -> ShiftVaria
 def _penalties(
     g: Tensor, z: Tensor, total: Tensor, tokens: Tokens, noise: Noise, digits: float
 ) -> Iterator[ShiftVariance]:
-    """Penalties, each with the one weight that explains all the sums."""
+    """Penalties on the logits, each with the weight that fits the sums of all rows best."""
     p, log_z, finite = z.softmax(-1), z.logsumexp(-1, keepdim=True), z.masked_fill(z.isinf(), 0.0)
     terms = {
         "a z-loss: {} log(Z)^2": 2 * log_z * p,
@@ -150,8 +150,8 @@ def _capped(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise, digits: float) -
         return g / (1 - torch.tanh(finite / math.exp(log_c)) ** 2).clamp(min=1e-12)
 
     def off(log_c: float) -> float:
-        made = uncapped(log_c)
-        return float((made.sum(-1).abs() / (made.norm(dim=-1) + rounded)).square().mean())
+        uncapped_grad = uncapped(log_c)
+        return float((uncapped_grad.sum(-1).abs() / (uncapped_grad.norm(dim=-1) + rounded)).square().mean())
 
     grid = torch.linspace(*map(math.log, CAPS), 80).tolist()
     best = min(range(len(grid)), key=lambda i: off(grid[i]))
@@ -167,7 +167,7 @@ def _capped(g: Tensor, z: Tensor, tokens: Tokens, noise: Noise, digits: float) -
 
 def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[ShiftVariance]:
     """Clamped logits: no gradient beyond a level."""
-    still = (g == 0) & z.isfinite()
+    still = (g == 0) & z.isfinite()  # without a gradient
     if not bool(still.any()) or bool(still.all()):
         return
     low, high = float(z[~still].min()), float(z[~still].max())  # what has a gradient lies between
@@ -190,13 +190,13 @@ def _clamped(g: Tensor, z: Tensor, tokens: Tokens) -> Iterator[ShiftVariance]:
     p = clamped.softmax(-1) * still  # the clamped entries' share of the missing gradient
     share = -g.sum(-1, keepdim=True) / p.sum(-1, keepdim=True).clamp(min=1e-300)
     rows = (~tokens.gather(still)).nonzero()[:, 0]  # a clamped label's own gradient is lost
-    grad, kept = (g + share * p)[rows], tokens[rows].replace(logits=clamped[rows])
+    grad, clamped_tokens = (g + share * p)[rows], tokens[rows].replace(logits=clamped[rows])
     value = ends.get("max", ends.get("min", 0.0))
-    yield ShiftVariance(f"{CLAMPED}: no gradient {' or '.join(words)}", value, grad, kept, rows.cpu())
+    yield ShiftVariance(f"{CLAMPED}: no gradient {' or '.join(words)}", value, grad, clamped_tokens, rows.cpu())
 
 
 def _shortest(low: float, high: float) -> float:
     """The number with the fewest digits between low and high."""
     middle = (low + high) / 2
-    tried = (float(f"{value:.{digits}g}") for digits in range(1, 17) for value in (middle, low, high))
-    return next((n for n in tried if low <= n <= high), middle)
+    candidates = (float(f"{value:.{digits}g}") for digits in range(1, 17) for value in (middle, low, high))
+    return next((n for n in candidates if low <= n <= high), middle)

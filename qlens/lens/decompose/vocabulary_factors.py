@@ -39,14 +39,14 @@ class VocabularyFactor:
     seen: tuple[tuple[int, float], ...]
 
     @classmethod
-    def of(cls, spec: str, seen: Sequence[tuple[int, float]]) -> "VocabularyFactor":
+    def of(cls, spec: str, factors: Sequence[tuple[int, float]]) -> "VocabularyFactor":
         """The simplest form that fits the factors of a method at several vocabularies."""
         fits = []
         for form, of_size in FORMS.items():
-            constants = [factor / of_size(size) for size, factor in seen]
+            constants = [factor / of_size(size) for size, factor in factors]
             if max(constants) - min(constants) <= EQUAL * max(map(abs, constants)):
-                fits.append(cls(spec, form, written(constants[0], EQUAL), tuple(seen)))
-        return min(fits, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(seen)))
+                fits.append(cls(spec, form, written(constants[0], EQUAL), tuple(factors)))
+        return min(fits, key=lambda one: len(plain(one.constant)), default=cls(spec, "", 1.0, tuple(factors)))
 
     def order(self) -> tuple:
         """Sort key: known forms first, then simple factors."""
@@ -59,9 +59,9 @@ class VocabularyFactor:
         return f"{self.spec} times {_multiplied(plain(self.constant), self.form)} ({listed(self.seen)})"
 
 
-def listed(seen: Sequence[tuple[int, float]]) -> str:
+def listed(factors: Sequence[tuple[int, float]]) -> str:
     """A factor at several vocabularies, in words."""
-    return ", ".join(f"{factor:.5g} at V = {size}" for size, factor in seen)
+    return ", ".join(f"{factor:.5g} at V = {size}" for size, factor in factors)
 
 
 def scaled(law: Law, form: str) -> Law:

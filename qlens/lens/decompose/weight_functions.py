@@ -10,7 +10,7 @@ from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.vocabulary_factors import FORMS, listed, scaled
 from qlens.lens.reading import Reading
 from qlens.lens.rounding import TOLERANCE
-from qlens.lens.weights.features import Seen
+from qlens.lens.weights.features import WeightReading
 from qlens.lens.weights.weight_law import Law, law
 
 Laws = dict[str, Law | None]
@@ -39,12 +39,12 @@ class _Decomposed:
         return next((law.values["c"] for law in self.laws.values() if law and law.values.get("c")), 0.0)
 
 
-def compare_laws(mixture: Mixture, seen: Reading, wide: Mixture, trial: Reading, scope: str) -> tuple[Laws, str]:
-    """The weight functions on the tokens shown, fitted on the trial tokens too where the parts are the same; and a remark.
+def compare_laws(mixture: Mixture, shown: Reading, wide: Mixture, trial: Reading, scope: str) -> tuple[Laws, str]:
+    """The weight functions on the tokens shown, also fitted on the trial tokens where the parts are the same; and a remark.
 
     Args:
         mixture: the decomposition on the tokens shown.
-        seen: the gradient on these.
+        shown: the gradient on these.
         wide: the decomposition on the trial tokens.
         trial: the gradient on these.
         scope: what a token's gradient depends on: "token", "sequence", "pair" or "batch".
@@ -52,9 +52,9 @@ def compare_laws(mixture: Mixture, seen: Reading, wide: Mixture, trial: Reading,
     where = f"V = {trial.tokens.logits.shape[1]}, on {len(trial.tokens)} further tokens"
     if not mixture.explains and not wide.explains:
         return {}, f"as here at {where}: no decomposition fits."
-    here, there = (_Decomposed(m, at) for m, at in ((mixture, seen), (wide, trial)))
+    here, there = (_Decomposed(m, at) for m, at in ((mixture, shown), (wide, trial)))
     if set(wide.parts) == set(mixture.parts) and wide.explains and mixture.explains:
-        both = laws_of(mixture, seen, wide, trial)
+        both = laws_of(mixture, shown, wide, trial)
         if all(both[name] is not None or here.laws[name] is None for name in both):
             if any(law is None for law in both.values()):
                 return both, f"the same parts at {where}; not all of their weights have a known formula."
@@ -68,7 +68,7 @@ def compare_laws(mixture: Mixture, seen: Reading, wide: Mixture, trial: Reading,
 
 def laws_of(
     mixture: Mixture,
-    seen: Reading,
+    shown: Reading,
     wide: Mixture | None = None,
     trial: Reading | None = None,
     factors: tuple[float, float] = (1.0, 1.0),
@@ -77,22 +77,24 @@ def laws_of(
 
     Args:
         mixture: the decomposition on the tokens shown.
-        seen: the gradient on these.
+        shown: the gradient on these.
         wide: the decomposition on the trial tokens, of the same parts.
         trial: the gradient on these.
         factors: what the weights on the tokens shown and on the trial tokens are divided by.
     """
     if not mixture.explains:
         return {}
-    found = {}
+    laws = {}
     for name in mixture.parts:
         first, *further = [
-            Seen(torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by))
-            for (m, at), by in zip(((mixture, seen), (wide, trial)), factors, strict=True)
+            WeightReading(
+                torch.where(m.unique, m.parts[name] / by, torch.nan), at.tokens[m.index], _noise(m, at) / abs(by)
+            )
+            for (m, at), by in zip(((mixture, shown), (wide, trial)), factors, strict=True)
             if m is not None and at is not None
         ]
-        found[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
-    return found
+        laws[name] = law(first.pull, first.tokens, TOLERANCE, first.noise, further)
+    return laws
 
 
 def has_threshold(law: Law | None) -> bool:
@@ -125,8 +127,8 @@ def _without_own_thresholds(here: _Decomposed, there: _Decomposed) -> Laws:
     """The weight functions of one batch, without those whose thresholds other tokens do not share, up to a factor."""
     if not any(map(has_threshold, here.laws.values())):
         return dict(here.laws)
-    shared = _up_to_factors(here, there)
-    if shared is not None and any(map(has_threshold, shared.values())):
+    common_laws = _up_to_factors(here, there)
+    if common_laws is not None and any(map(has_threshold, common_laws.values())):
         return dict(here.laws)
     return {name: None if has_threshold(law) else law for name, law in here.laws.items()}
 
@@ -157,9 +159,9 @@ def _formula(mixture: Mixture, law: Law | None, name: str) -> str:
     """A weight function, or the range of the weights where none is known."""
     if law is not None:
         return law.formula
-    known = mixture.parts[name][mixture.sure]
+    weights = mixture.parts[name][mixture.sure]
     return (
-        f"{float(known.min()):.4g} to {float(known.max()):.4g} (no known formula)"
-        if len(known)
+        f"{float(weights.min()):.4g} to {float(weights.max()):.4g} (no known formula)"
+        if len(weights)
         else "an unknown weight"
     )

@@ -13,22 +13,22 @@ from qlens.registry.variant import Variant
 STILL = 0.9  # share of tokens whose gradient must not change when the logits move a little
 
 
-def uncoupled(variant: Variant, at: Reading, found: ShiftVariance | None) -> ShiftVariance | None:
-    """``found``, marked as uncoupled where moving half of the other logits leaves a logit's gradient as it is."""
-    if found is None or found.uncoupled:
-        return found
+def uncoupled(variant: Variant, at: Reading, cause: ShiftVariance | None) -> ShiftVariance | None:
+    """``cause``, marked as uncoupled where moving half of the other logits leaves a logit's gradient as it is."""
+    if cause is None or cause.uncoupled:
+        return cause
     z, labels = at.given.logits, at.given.labels
     draw = torch.Generator().manual_seed(0)
-    moved = (torch.rand(z.shape, generator=draw) < 0.5).to(z.device).scatter_(1, labels[:, None].long(), False)
-    moved &= at.grad != 0  # moving a clamped logit has no effect
-    if not bool((moved.any(-1) & (at.grad * ~moved).any(-1)).any()):
-        return found
-    after = read(variant, at.given.replace(logits=z - moved.to(z)), variant.loss)
-    off = ((after - at.grad) * ~moved).norm(dim=-1)
+    moved_entries = (torch.rand(z.shape, generator=draw) < 0.5).to(z.device).scatter_(1, labels[:, None].long(), False)
+    moved_entries &= at.grad != 0  # moving a clamped logit has no effect
+    if not bool((moved_entries.any(-1) & (at.grad * ~moved_entries).any(-1)).any()):
+        return cause
+    after = read(variant, at.given.replace(logits=z - moved_entries.to(z)), variant.loss)
+    off = ((after - at.grad) * ~moved_entries).norm(dim=-1)
     if not bool((off <= TOLERANCE * at.grad.norm(dim=-1) + at.noise.rows).all()):
-        return found
+        return cause
     return replace(
-        found,
+        cause,
         cause="each logit is trained on its own, without a softmax",
         grad=at.grad,
         tokens=at.tokens,

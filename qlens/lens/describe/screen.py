@@ -1,12 +1,15 @@
 """Screen: an explanation as text, HTML, LaTeX and plain values."""
 
 import textwrap
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 import pandas as pd
 import torch
 
+from qlens.core.deprecation.columns import old_columns
+from qlens.core.display import frame_html, latex_table
 from qlens.core.probes import shapes
 from qlens.lens.describe.findings import DECOMPOSITION, WEIGHT
 
@@ -23,8 +26,14 @@ COLUMNS = {
     "negative_mass": "negative mass",
 }
 LEGEND = "label weight: -g_y / (1 - p_y), 1 for cross-entropy; runner-up: the most probable token besides the label"
-LATEX = ("p_y", "label_weight", "q_label", "p_runner_up", "q_runner_up", "negative_mass")
-LATEX_NAMES = ("$p_y$", "label weight", "$Q_y$", "$p$ (runner-up)", "$Q$ (runner-up)", "negative mass")
+LATEX = {
+    "p_y": "$p_y$",
+    "label_weight": "label weight",
+    "q_label": "$Q_y$",
+    "p_runner_up": "$p$ (runner-up)",
+    "q_runner_up": "$Q$ (runner-up)",
+    "negative_mass": "negative mass",
+}
 
 
 def frame(e: Any) -> pd.DataFrame:
@@ -72,7 +81,7 @@ def text(e: Any, full: bool) -> str:
 
 def html(e: Any) -> str:
     """The explanation for a notebook: summary, table and nearest methods."""
-    table = _shown(e).to_html(index=False, float_format=lambda x: f"{x:.4f}", border=0)
+    table = frame_html(_shown(e), float_format="{:.4f}".format)
     nearest = "".join(f"<li>{escape(str(match))}</li>" for match in e.nearest[:3])
     warnings = "".join(f"<p><b>{escape(line)}</b></p>" for line in e.findings if line.startswith("WARNING"))
     head = f"<p><b>{escape(e.spec)}</b>: the target it trains toward, Q = p - g ({escape(_where(e))})</p>"
@@ -80,17 +89,22 @@ def html(e: Any) -> str:
     return f"{head}{summary}{table}{legend}{warnings}<p>Nearest methods:</p><ul>{nearest}</ul>"
 
 
-def latex(e: Any, caption: str | None = None, label: str | None = None) -> str:
-    """The rows shown, as a LaTeX table."""
-    table = e.representative[list(LATEX)].set_axis(list(LATEX_NAMES), axis=1)
-    return table.to_latex(index=False, float_format="%.4f", caption=caption, label=label)
+def latex(
+    e: Any, columns: Sequence[str] | None = None, caption: str | None = None, label: str | None = None, **options: Any
+) -> str:
+    """The representative rows as a LaTeX table, by default of the columns ``LATEX``, whose headings are formulas."""
+    options = {"float_format": "%.4f"} | options
+    if columns is not None:
+        return latex_table(e.representative, columns, caption, label, **options)
+    table = e.representative[list(LATEX)].set_axis(list(LATEX.values()), axis=1)
+    return latex_table(table, None, caption, label, **{"escape": False} | options)
 
 
 def plain(e: Any) -> dict[str, Any]:
     """The explanation as plain values, for JSON."""
     mixture, classes = e.mixture, e.class_weights
     weights = classes and {"weights": classes.weights, "equal": classes.equal, "divided": classes.divided}
-    rows = e.table.assign(**{old: e.table[new] for old, new in OLD_COLUMNS.items()})
+    rows = e.table.assign(**{old: e.table[new] for old, new in old_columns(e.table).items()})
     return {
         "loss": e.spec,
         "tokens": len(e.tokens),
@@ -119,15 +133,6 @@ def plain(e: Any) -> dict[str, Any]:
         "destination": e.destination if isinstance(e.destination, str) else e.destination.to_dict(),
         "table": rows.to_dict("records"),
     }
-
-
-OLD_COLUMNS = {
-    "trust": "label_weight",
-    "rival": "runner_up",
-    "p_rival": "p_runner_up",
-    "q_rest": "q_runner_up",
-    "other_grad": "runner_up_grad",
-}
 
 
 def _where(e: Any) -> str:

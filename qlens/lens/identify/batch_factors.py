@@ -35,7 +35,7 @@ class BatchFactor:
     Args:
         spec: the method; "" for weights of no method.
         by: the statistic of the batch that it is divided by; "" if unknown.
-        constant: the factor besides.
+        constant: the constant factor besides that.
         factors: c in g = c g_m on each batch tried, with the batch's number of tokens; none without a method.
         here: c on the tokens shown.
         wide: c on the trial tokens, or None.
@@ -78,7 +78,7 @@ def on_other_batches(
     trial: Reading | None,
     readings: Sequence[BatchReading],
 ) -> tuple[list[matching.Match], BatchFactor | None]:
-    """Matches of a loss that depends on its batch, as they hold on other batches; a method up to a factor apart.
+    """The matches of a loss that depends on its batch, compared on other batches; and a method times a factor of the batch.
 
     Args:
         near: matches on the tokens shown and the trial tokens, nearest first.
@@ -89,9 +89,9 @@ def on_other_batches(
     """
     batches = [one for i, one in enumerate(readings) if bool(one.grad.any()) or (i == 0 and trial is not None)]
     confirmed, scaled = [], []
-    tried = {match.spec for match in [match for match in near if match.same][:TRIED]}
+    compared = {match.spec for match in [match for match in near if match.same][:TRIED]}
     for match in near:
-        if not match.same or match.spec not in tried:
+        if not match.same or match.spec not in compared:
             confirmed += [] if match.same else [match]
             continue
         others = [matching.at(get(match.spec), one.grad, one.tokens, one.noise) for one in batches]
@@ -103,8 +103,8 @@ def on_other_batches(
             confirmed.append(match)
         else:
             confirmed.append(replace(match, relation=matching.RELATIONS[2]))
-            given = [shown.given, *(one.tokens for one in batches)]
-            scaled.append(_batch_factor(variant, match.spec, factors, given, trial is not None))
+            batch_tokens = [shown.given, *(one.tokens for one in batches)]
+            scaled.append(_batch_factor(variant, match.spec, factors, batch_tokens, trial is not None))
     ranked = matching.ranked(confirmed)
     if any(match.same for match in confirmed):
         return ranked, None
@@ -159,7 +159,7 @@ def _statistics(variant: Variant) -> dict[str, Callable[[Tokens], float]]:
 
 
 def _weights(batches: Sequence[BatchReading]) -> BatchFactor | None:
-    """Weights of no method that have the same mean, or the same largest, in every batch; None where they have not.
+    """Weights of no registered method whose mean, or largest value, is the same in every batch; None where it is not.
 
     In batches that share tokens the weights must be the same up to one factor.
     """
@@ -210,9 +210,9 @@ def _batch_factor(
         if usable and float(constants.max() - constants.min()) <= EQUAL * float(constants.abs().max()):
             by, constant = name, matching.written(float(constants.mean()), EQUAL)
             break
-    seen = tuple((factor, len(tokens)) for factor, tokens in zip(factors, batches, strict=True))
+    factors_by_batch = tuple((factor, len(tokens)) for factor, tokens in zip(factors, batches, strict=True))
     switch = "" if by else _switch(loss, get(spec), factors, batches)
-    return BatchFactor(spec, by, constant, seen, factors[0], factors[1] if wide else None, switch)
+    return BatchFactor(spec, by, constant, factors_by_batch, factors[0], factors[1] if wide else None, switch)
 
 
 def _switch(loss: Variant, variant: Variant, factors: Sequence[float], batches: Sequence[Tokens]) -> str:
@@ -251,20 +251,20 @@ def _level(loss: Variant, variant: Variant, tokens: Tokens, above: float, below:
 
     def at(offset: float) -> tuple[float, bool | None]:
         """The mean loss of the batch with its labels' logits moved, and whether the factor is that above the level."""
-        moved = tokens.replace(logits=tokens.logits.detach() + offset * tokens.one_hot)
-        other = matching.taught(variant, moved)
+        moved_tokens = tokens.replace(logits=tokens.logits.detach() + offset * tokens.one_hot)
+        other = matching.method_gradient(variant, moved_tokens)
         if other is None:
             return math.nan, None
-        grad, other = gradient(loss.loss, moved).double(), other.double()
+        grad, other = gradient(loss.loss, moved_tokens).double(), other.double()
         factor = float((grad * other).sum() / other.square().sum().clamp(min=1e-300))
         side = next(
             (i == 0 for i, value in enumerate((above, below)) if abs(factor - value) <= EQUAL * abs(value)), None
         )
         with torch.no_grad():
-            return float(variant.loss(moved).double().mean()), side
+            return float(variant.loss(moved_tokens).double().mean()), side
 
-    tried = [(offset, *at(offset)) for offset in OFFSETS]
-    steps = [(one, other) for one, other in pairwise(tried) if (one[2], other[2]) == (True, False)]
+    scan = [(offset, *at(offset)) for offset in OFFSETS]
+    steps = [(one, other) for one, other in pairwise(scan) if (one[2], other[2]) == (True, False)]
     if len(steps) != 1:
         return None
     (low, high_loss, _), (high, low_loss, _) = steps[0]

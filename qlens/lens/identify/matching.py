@@ -67,7 +67,7 @@ class Match:
 
 def points(method: Method) -> list[Variant]:
     """A method at its defaults, its presets, and the ends and choices of each parameter."""
-    variants = [method.variant(**given) for given in ({}, *method.modes.values(), *params.ends(method.fn))]
+    variants = [method.variant(**parameters) for parameters in ({}, *method.modes.values(), *params.ends(method.fn))]
     return list({variant.spec: variant for variant in variants}.values())
 
 
@@ -93,27 +93,29 @@ def nearest(
     """
     tokens = tokens.with_precision(torch.float64)
     noise = noise or rounding(grad, tokens)
-    found = []
+    all_matches = []
     for method in methods().values():
         matches = [
             match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, noise))
         ]
         if method.name == params.parse(skip)[0]:  # with a parameter that changes nothing it is the same method
             matches = [match for match in matches if match.relation != "identical"]
-        found += matches if every else simplest(matches)
-    return ranked(found)
+        all_matches += matches if every else simplest(matches)
+    return ranked(all_matches)
 
 
 def simplest(matches: list[Match]) -> list[Match]:
     """The simplest match of every method, and its default too where that is the same up to a factor, ranked."""
-    found = []
-    for name in dict.fromkeys(params.parse(match.spec)[0] for match in matches):
-        own = [match for match in matches if params.parse(match.spec)[0] == name]
+    by_method: dict[str, list[Match]] = {}
+    for match in matches:
+        by_method.setdefault(params.parse(match.spec)[0], []).append(match)
+    selection = []
+    for name, own in by_method.items():
         best = min(own, key=order)
         # "eaft(normalizer=1.0)" names the released preset, "eaft x 2.9957" the factor
         default = [m for m in own if m.spec == name and m is not best and m.relation == RELATIONS[1]]
-        found += [best, *default]
-    return ranked(found)
+        selection += [best, *default]
+    return ranked(selection)
 
 
 def ranked(matches: list[Match]) -> list[Match]:
@@ -125,11 +127,11 @@ def ranked(matches: list[Match]) -> list[Match]:
 
 def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Match | None:
     """The match of a gradient with one variant; None where the tokens lack a field that it needs."""
-    other = taught(variant, tokens)
+    other = method_gradient(variant, tokens)
     return None if other is None else _compare(variant.spec, grad, other, noise or rounding(grad, tokens))
 
 
-def taught(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
+def method_gradient(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
     """The gradient of a variant; None where the tokens lack a field that it needs, or it is not finite."""
     if any(getattr(tokens, field) is None for field in variant.needs):
         return None
@@ -146,8 +148,10 @@ def order(match: Match) -> tuple:
     Simple are few parameters beside the defaults, short numbers, a factor of 1 or a short one, few needs, a short name.
     """
     variant = get(match.spec)
-    given = [value for _, value in _changed(match.spec)]
-    simple = sum(1 + 0.1 * (max(map(digits, _parts(value)), default=1) - 1) for value in given) + clumsy(match.factor)
+    values = [value for _, value in _changed(match.spec)]
+    simple = sum(1 + 0.1 * (max(map(digits, _parts(value)), default=1) - 1) for value in values) + factor_penalty(
+        match.factor
+    )
     ties = len(variant.needs), variant.method.on_model is not None, len(match.spec)
     relation, angle = max(RELATIONS.index(match.relation), 1), round(match.angle, 3)
     return (relation, round(simple, 6), *ties) if relation == 1 else (relation, angle, round(simple, 6), *ties)
@@ -160,11 +164,11 @@ def agreement(
     g, m = grad.double(), other.double()
     sizes = g.norm(dim=-1), m.norm(dim=-1)
     ratio = (g * m).sum(-1) / sizes[1].square().clamp(min=1e-300)
-    telling = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
-    factor = float(ratio[telling].median()) if bool(telling.any()) else 1.0
+    usable = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
+    factor = float(ratio[usable].median()) if bool(usable.any()) else 1.0
     for within in dict.fromkeys((TOLERANCE, tolerance)):  # to the last digit, from the tokens that agree best
         allowed = within * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
-        near = telling & ((g - factor * m).norm(dim=-1) <= allowed * 3)
+        near = usable & ((g - factor * m).norm(dim=-1) <= allowed * 3)
         if int(near.sum()) >= max(1, len(g) // 10):
             weight = 1 / allowed[near, None]
             factor = float((g[near] * m[near] * weight**2).sum() / (m[near] * weight).square().sum())
@@ -178,8 +182,8 @@ def agreement(
 
 def written(value: float, spread: float) -> float:
     """The shortest number within a relative distance."""
-    tried = (float(f"{value:.{count}g}") for count in range(1, 12))
-    return next((near for near in tried if abs(near - value) <= spread * abs(value)), value)
+    candidates = (float(f"{value:.{count}g}") for count in range(1, 12))
+    return next((near for near in candidates if abs(near - value) <= spread * abs(value)), value)
 
 
 def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
@@ -225,7 +229,7 @@ def digits(value: float) -> int:
     return len(f"{abs(value):.12g}".partition("e")[0].replace(".", "").strip("0")) or 1
 
 
-def clumsy(factor: float) -> float:
+def factor_penalty(factor: float) -> float:
     """The penalty of a factor in the order by simplicity: 0 for 1, less than a parameter for a short number."""
     number = digits(factor)
     short = 0.3 + 0.05 * number if number <= SHORT else 1.2 + 0.01 * number

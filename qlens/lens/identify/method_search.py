@@ -69,61 +69,62 @@ class MethodSearch:
         return read_other_batches(self.variant, self.shown, self.trial)
 
     def identify(
-        self, seen: Reading, trial: Reading | None, changed: bool, per_token: bool, unknown: bool
+        self, reading: Reading, trial: Reading | None, changed: bool, per_token: bool, unknown: bool
     ) -> Identification:
         """The registered methods, nearest first.
 
         Args:
-            seen: the gradient on the tokens shown, raw logits and weights removed.
+            reading: the gradient on the tokens shown, raw logits and weights removed.
             trial: the same on the trial tokens.
-            changed: whether something was removed.
+            changed: whether raw logits or weights were removed.
             per_token: whether a token's gradient depends on that token alone.
             unknown: whether raw logits or label ids count in an unknown way, so that no parameters are searched.
         """
-        base = seen if trial is None else trial
+        base = reading if trial is None else trial
         some = self.thinned(base, COMPARED, changed)
         few = self.few(some, changed)
         matches = matching.nearest(few.grad, few.tokens, self.own_spec, few.noise, every=True)
-        near, partly = self.on_all(matches, some), None
-        further = None if trial is None else self.thinned(seen, COMPARED, changed)
+        near, partial = self.on_all(matches, some), None
+        further = None if trial is None else self.thinned(reading, COMPARED, changed)
         settled = bool(self.own_spec) or _same(near)
         if per_token and not settled:
             likely = [match.spec for match in near[:LIKELY]] + list(methods())
-            partly = near_match(some, self.variant.loss, list(dict.fromkeys(likely)), further)
-            likely = ([partly.spec] if partly is not None else []) + [m.spec for m in near if m.share > HALF]
-            if not unknown and (found := self.refined(likely, some)):
-                return Identification(self.settled([found, *near], seen, trial, changed, per_token))
-        if not (unknown or settled or (partly is not None and partly.exact)):
-            fits, close = parameter_search.searched(
+            partial = near_match(some, self.variant.loss, list(dict.fromkeys(likely)), further)
+            likely = ([partial.spec] if partial is not None else []) + [m.spec for m in near if m.share > HALF]
+            if not unknown and (exact_match := self.refined(likely, some)):
+                return Identification(self.settled([exact_match, *near], reading, trial, changed, per_token))
+        if not (unknown or settled or (partial is not None and partial.exact)):
+            fits, close = parameter_search.search_with_near(
                 few.grad, few.tokens, params.parse(self.own_spec)[0], noise=few.noise, fields=self.fields
             )
-            near = self.on_all([*fits, *near], some)
-            # a few tokens leave a threshold open: it is fitted on all of them, the other numbers being right
-            if per_token and fits and not _same(near) and (found := self.refined([fit.spec for fit in fits], some)):
-                near = [found, *near]
-            close = [fit.spec for fit in fits] + close
+            near = matching.simplest([*self.on_all(fits, some), *near])
+            # a few tokens determine a threshold only roughly: it is fitted again on all of them
+            specs = [fit.spec for fit in fits]
+            if per_token and fits and not _same(near) and (exact_match := self.refined(specs, some)):
+                near = [exact_match, *near]
+            close = specs + close
             if per_token and close and not _same(near):
-                partly = near_match(some, self.variant.loss, close, further) or partly
-        near = self.settled(near, seen, trial, changed, per_token)
+                partial = near_match(some, self.variant.loss, close, further) or partial
+        near = self.settled(near, reading, trial, changed, per_token)
         factor = None
         if not (per_token or self.own_spec or changed):
-            near, factor = on_other_batches(near, self.variant, seen, trial, self.other_batches)
-        named = _same(near)
-        searched = unknown or self.own_spec or factor or (named and not near[0].odd)
-        if not searched and (per_token or further is not None):
+            near, factor = on_other_batches(near, self.variant, reading, trial, self.other_batches)
+        matched = _same(near)
+        skip_sums = unknown or self.own_spec or factor or (matched and not near[0].odd)
+        if not skip_sums and (per_token or further is not None):
             self.two_terms = two_terms(few, [some] if further is None else [some, further])
-            if named and self.two_terms is not None and self.two_terms.odd:
+            if matched and self.two_terms is not None and self.two_terms.odd:
                 self.two_terms = None
-        if named or self.two_terms is not None or (partly is not None and not partly.telling):
-            partly = None
-        return Identification(near, partly, factor)
+        if matched or self.two_terms is not None or (partial is not None and not partial.conclusive):
+            partial = None
+        return Identification(near, partial, factor)
 
     def possible(self, spec: str) -> bool:
         """Whether a method needs only fields that the loss takes."""
         return self.fields is None or set(get(spec).needs) <= self.fields
 
     def refined(self, specs: Sequence[str], some: Reading) -> matching.Match | None:
-        """The first of some methods that has the gradient on all tokens once its parameters are fitted there, or None."""
+        """The first of some methods that has the gradient on all tokens once its parameters are fitted on them, or None."""
         matches = (
             parameter_search.refined(spec, some.grad, some.tokens, some.noise, self.numbers)
             for spec in list(dict.fromkeys(filter(self.possible, specs)))[:REFINED]
@@ -131,28 +132,30 @@ class MethodSearch:
         return next((match for match in matches if match is not None), None)
 
     def settled(
-        self, near: list[matching.Match], seen: Reading, trial: Reading | None, changed: bool, per_token: bool
+        self, near: list[matching.Match], reading: Reading, trial: Reading | None, changed: bool, per_token: bool
     ) -> list[matching.Match]:
-        """The matches on the trial tokens as they compare on the tokens shown."""
-        return matching.ranked(near) if trial is None else self.confirmed(near, seen, changed, per_token)
+        """The matches found on the trial tokens, compared again on the tokens shown."""
+        return matching.ranked(near) if trial is None else self.confirmed(near, reading, changed, per_token)
 
     def gated(
         self,
-        seen: Reading,
+        reading: Reading,
         trial: Reading | None,
         mixture: Mixture,
         laws: Mapping[str, Law | None],
-        partly: NearMatch | None,
+        partial: NearMatch | None,
     ) -> NearMatch | None:
-        """The method that a loss is where its only weight function holds, with no gradient elsewhere; else ``partly``."""
-        base, law = seen if trial is None else trial, laws.get("the label")
+        """The method that equals the loss where its only weight function holds, with no gradient elsewhere; else ``partial``."""
+        base, law = reading if trial is None else trial, laws.get("the label")
         if self.own_spec or set(mixture.parts) != {"the label"} or law is None or not law.where:
-            return partly
+            return partial
         return gate(base, self.variant.loss, law)
 
     def on_all(self, near: list[matching.Match], some: Reading) -> list[matching.Match]:
-        """Matches found on a few tokens, compared on all."""
-        again = [matching.at(get(match.spec), some.grad, some.tokens, some.noise) for match in near]
+        """Matches on a few tokens, compared on all tokens: the simplest of every method, and those that agree on some."""
+        simplest = {match.spec for match in matching.simplest(near)}
+        likely = [match.spec for match in near if match.share > HALF / 2 or match.spec in simplest]
+        again = [matching.at(get(spec), some.grad, some.tokens, some.noise) for spec in likely]
         return matching.simplest([match for match in again if match is not None])
 
     def few(self, some: Reading, changed: bool) -> Reading:
@@ -162,11 +165,11 @@ class MethodSearch:
         if changed and int(middle.sum()) >= FITTED:
             return some[order[middle[order]][:FITTED].sort().values]
         rows = order[: 2 * FITTED].sort().values
-        return some[rows] if changed else self.read_anew(some, rows)
+        return some[rows] if changed else self.reread(some, rows)
 
-    def read_anew(self, some: Reading, rows: Tensor) -> Reading:
-        """Some rows as a batch of their own, without the extremes where that leaves their gradient as it is."""
-        few = some.anew(self.variant, rows)
+    def reread(self, some: Reading, rows: Tensor) -> Reading:
+        """Some rows read as a batch of their own; without extreme p_y where their gradient does not depend on the batch."""
+        few = some.reread(self.variant, rows)
         off = (few.grad - some.grad[rows]).norm(dim=-1)
         if bool((off <= TOLERANCE * few.grad.norm(dim=-1) + 4 * few.noise.rows).all()):
             middle = _moderate(few)
@@ -174,21 +177,21 @@ class MethodSearch:
         return few
 
     def thinned(self, at: Reading, most: int, changed: bool) -> Reading:
-        """Fewer tokens, if their logits have more than ``most`` entries: read anew, unless something was removed."""
+        """Fewer tokens where their logits have more than ``most`` entries; read again unless logits or weights were removed."""
         if at.grad.numel() <= most:
             return at
         rows = spread(len(at.given), max(8, most // at.grad.shape[1])).to(at.given.logits.device)
-        return at[rows] if changed else at.anew(self.variant, rows)
+        return at[rows] if changed else at.reread(self.variant, rows)
 
     def confirmed(
-        self, near: list[matching.Match], seen: Reading, changed: bool, per_token: bool
+        self, near: list[matching.Match], reading: Reading, changed: bool, per_token: bool
     ) -> list[matching.Match]:
-        """Methods that have the gradient on the trial tokens, as they compare on those shown.
+        """Methods that have the gradient on the trial tokens, compared on the tokens shown.
 
         The factor is that of the tokens shown; where tokens are independent it must be the same on both.
         """
-        some = self.thinned(seen, COMPARED, changed)
-        equal = FACTOR + 2 * torch.finfo(seen.precision).eps  # factors read in half precision have three digits
+        some = self.thinned(reading, COMPARED, changed)
+        equal = FACTOR + 2 * torch.finfo(reading.precision).eps  # factors read in half precision have three digits
         confirmed = []
         for match in near:
             here = matching.at(get(match.spec), some.grad, some.tokens, some.noise) if match.same else match
@@ -203,7 +206,7 @@ class MethodSearch:
         return matching.ranked(confirmed)
 
     def vocabulary_factor(self, here: matching.Match, wide: float) -> VocabularyFactor | None:
-        """A method's factors here and on the trial tokens as those of two vocabularies; None if these are not the reason."""
+        """A method's factors on the tokens shown and on the trial tokens, where their vocabularies explain them; else None."""
         assert self.trial is not None
         sizes = [at.given.logits.shape[1] for at in (self.shown, self.trial)]
         if sizes[0] == sizes[1]:

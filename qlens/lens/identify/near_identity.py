@@ -10,7 +10,7 @@ from torch import Tensor
 from qlens.core.tokens import Tokens
 from qlens.lens.identify import matching
 from qlens.lens.reading import Reading
-from qlens.lens.weights.features import Seen, plain
+from qlens.lens.weights.features import WeightReading, plain
 from qlens.lens.weights.weight_law import Law, thresholds
 from qlens.registry import get
 
@@ -35,7 +35,7 @@ class NearMatch:
         tokens: their number.
         why: the difference on the others, in words; "" where there are none.
         distance: the largest relative distance on the tokens where it holds.
-        left: the largest relative distance on the others, where no rule separates them and the difference is unknown; else 0.
+        left: the largest relative distance on the others, where no rule separates them and the reason is unknown; else 0.
     """
 
     spec: str
@@ -47,7 +47,7 @@ class NearMatch:
     left: float = 0.0
 
     @property
-    def named(self) -> str:
+    def method_with_factor(self) -> str:
         """The method with its factor."""
         return self.spec if abs(self.factor - 1) < CORE else f"{self.spec} times {self.factor:.5g}"
 
@@ -57,67 +57,73 @@ class NearMatch:
         return self.distance <= EXACT and "(" not in self.spec and not self.left
 
     @property
-    def telling(self) -> bool:
+    def conclusive(self) -> bool:
         """Whether it describes the loss: on nearly all tokens, or on tokens that a rule separates from the others."""
         return self.left <= FAR or (self.share >= NEARLY_ALL and "(" not in self.spec)
 
     def __str__(self) -> str:
         count = round(self.share * self.tokens)
-        near = f"{self.named}, up to {self.distance:.0e}," if self.distance > EXACT else self.named
+        near = (
+            f"{self.method_with_factor}, up to {self.distance:.0e},"
+            if self.distance > EXACT
+            else self.method_with_factor
+        )
         return f"{near} on {count} of the {self.tokens} tokens tried" + (f"; {self.why}" if self.why else "")
 
 
 def near_match(
-    seen: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str], further: Reading | None = None
+    reading: Reading, loss: Callable[[Tokens], Tensor], specs: Sequence[str], further: Reading | None = None
 ) -> NearMatch | None:
     """The simplest of some methods that has the gradient on most tokens up to 1 %, or None.
 
     Args:
-        seen: the gradient.
+        reading: the gradient.
         loss: the unreduced loss, evaluated on single tokens where only the mean is known.
         specs: the methods.
         further: the gradient on other tokens, on which the same rule must separate the exceptions.
     """
-    found = []
+    candidates = []
     for spec in specs:
-        other = matching.taught(get(spec), seen.tokens)
+        other = matching.method_gradient(get(spec), reading.tokens)
         if other is None or not bool(other.any()):
             continue
-        factor, agree, _ = matching.agreement(seen.grad, other, seen.noise, LOOSE)
-        counted = ~seen.zero_rows | (other.norm(dim=-1) > seen.noise.rows)
-        share = float((agree & counted).sum() / counted.sum().clamp(min=1))
-        close = (seen.grad - factor * other.double()).norm(dim=-1) <= CORE * seen.grad.norm(dim=-1) + seen.noise.rows
-        if share >= MOST_LIKE and factor != 0 and float((close & counted).sum() / counted.sum().clamp(min=1)) >= SURE:
-            found.append((share, spec, factor, other.double(), agree))
-    if not found:
+        factor, agree, _ = matching.agreement(reading.grad, other, reading.noise, LOOSE)
+        nonzero = ~reading.zero_rows | (other.norm(dim=-1) > reading.noise.rows)
+        share = float((agree & nonzero).sum() / nonzero.sum().clamp(min=1))
+        close = (reading.grad - factor * other.double()).norm(dim=-1) <= CORE * reading.grad.norm(
+            dim=-1
+        ) + reading.noise.rows
+        if share >= MOST_LIKE and factor != 0 and float((close & nonzero).sum() / nonzero.sum().clamp(min=1)) >= SURE:
+            candidates.append((share, spec, factor, other.double(), agree))
+    if not candidates:
         return None
     # a simpler method counts for more than some tokens
     _, spec, factor, other, agree = max(
-        found, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
+        candidates, key=lambda one: (one[0] - SIMPLE * _simple(one[1], one[2])[1], -len(one[1]))
     )
-    there = agree & ~seen.zero_rows
-    off = (seen.grad - factor * other).norm(dim=-1) / seen.grad.norm(dim=-1).clamp(min=1e-300)
+    there = agree & ~reading.zero_rows
+    off = (reading.grad - factor * other).norm(dim=-1) / reading.grad.norm(dim=-1).clamp(min=1e-300)
     distance = float(off[there].max())
-    rule = _rule([(seen, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
-    why, left = ("", 0.0) if bool(agree.all()) else _difference(seen, loss, factor * other, agree, rule)
-    return NearMatch(spec, factor, float(agree.double().mean()), len(agree), why, distance, left)
+    rule = _rule([(reading, agree), *([(further, _agrees(further, spec, factor))] if further is not None else [])])
+    why, unexplained = ("", 0.0) if bool(agree.all()) else _difference(reading, loss, factor * other, agree, rule)
+    return NearMatch(spec, factor, float(agree.double().mean()), len(agree), why, distance, unexplained)
 
 
-def gate(seen: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> NearMatch | None:
-    """The method that a loss is where its only weight function holds, with no gradient elsewhere; None if there is none.
+def gate(reading: Reading, loss: Callable[[Tokens], Tensor], law: Law) -> NearMatch | None:
+    """The method that equals the loss where its only weight function holds, with no gradient elsewhere; or None.
 
     Args:
-        seen: the gradient.
+        reading: the gradient.
         loss: the unreduced loss.
         law: the weight function of the label, the only part of the decomposition.
     """
-    there = ~seen.zero_rows
-    some = seen[there]
+    there = ~reading.zero_rows
+    some = reading[there]
     near = matching.nearest(some.grad, some.tokens, noise=some.noise) if bool(there.any()) else []
     if not near or not near[0].same:
         return None
     others = int((~there).sum())
-    constant = _constant_value(seen, loss, ~there) if others else ""
+    constant = _constant_value(reading, loss, ~there) if others else ""
     why = f"it is that method {law.where}; on the other {others} its gradient is zero{constant}"
     return NearMatch(near[0].spec, near[0].factor, float(there.double().mean()), len(there), why)
 
@@ -126,37 +132,39 @@ def _simple(spec: str, factor: float) -> tuple:
     return matching.order(matching.Match(spec, 0.0, factor, 0.0, "up to a factor"))
 
 
-def _agrees(seen: Reading, spec: str, factor: float) -> torch.Tensor:
+def _agrees(reading: Reading, spec: str, factor: float) -> torch.Tensor:
     """Where a gradient is that of a method times a factor, (N,)."""
-    other = matching.taught(get(spec), seen.tokens)
+    other = matching.method_gradient(get(spec), reading.tokens)
     if other is None:
-        return torch.zeros(len(seen.grad), dtype=torch.bool, device=seen.grad.device)
-    off = (seen.grad - factor * other.double()).norm(dim=-1)
-    return off <= LOOSE * seen.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1)) + seen.noise.rows
+        return torch.zeros(len(reading.grad), dtype=torch.bool, device=reading.grad.device)
+    off = (reading.grad - factor * other.double()).norm(dim=-1)
+    return (
+        off <= LOOSE * reading.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1)) + reading.noise.rows
+    )
 
 
 def _difference(
-    seen: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
+    reading: Reading, loss: Callable[[Tokens], Tensor], other: torch.Tensor, agree: torch.Tensor, rule: str
 ) -> tuple[str, float]:
     """The difference where a gradient is not the method's, in words; and its size where the reason is unknown, else 0."""
-    g, apart = seen.grad, ~agree
+    g, apart = reading.grad, ~agree
     sizes, others = g.norm(dim=-1), other.norm(dim=-1)
-    if bool(seen.zero_rows[apart].all()):
+    if bool(reading.zero_rows[apart].all()):
         return (
-            f"on the other {int(apart.sum())} its gradient is zero{_constant_value(seen, loss, apart)}{_by_rule(rule)}",
+            f"on the other {int(apart.sum())} its gradient is zero{_constant_value(reading, loss, apart)}{_by_rule(rule)}",
             0.0,
         )
     ratio = (g * other).sum(-1) / others.square().clamp(min=1e-300)
-    along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + seen.noise.rows
+    along = (g - ratio[:, None] * other).norm(dim=-1) <= 0.02 * sizes + reading.noise.rows
     far = (g - other).norm(dim=-1) / sizes.maximum(others).clamp(min=1e-300)
     most, at = float(far[apart].max()), int(torch.where(apart, far, -1.0).argmax())
-    p = seen.tokens.label_probs
+    p = reading.tokens.label_probs
     low, high = float(ratio[apart].min()), float(ratio[apart].max())
     if bool(along[apart].all()) and high - low <= CORE * max(abs(low), abs(high)):
         factor = float((other * g)[apart].sum() / other[apart].square().sum())
         return f"on the others its gradient is {plain(matching.written(factor, CORE))} times that{_by_rule(rule)}", 0.0
     size = f"up to {most:.0%} away (at p_y = {float(p[at]):.2g})"
-    shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * seen.noise.rows)
+    shrunk = apart & (ratio > 0.01) & (ratio < 0.999) & (sizes > 100 * reading.noise.rows)
     if bool(along[apart].all()) and int(shrunk.sum()) >= 2:
         epsilon = (p * (1 / ratio - 1))[shrunk]
         small = bool((epsilon > 0).all()) and float(epsilon.max()) < LARGEST
@@ -166,13 +174,13 @@ def _difference(
     return f"on the others {size}{_by_rule(rule)}", 0.0 if rule else most
 
 
-def _constant_value(seen: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
+def _constant_value(reading: Reading, loss: Callable[[Tokens], Tensor], apart: torch.Tensor) -> str:
     """Why the tokens have no gradient: one constant value of the loss, or a threshold or mask, in words."""
-    values = seen.losses.double()
+    values = reading.losses.double()
     if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known
         rows = apart.nonzero()[:SAMPLED, 0].tolist()
         with torch.no_grad():
-            values = torch.stack([loss(seen.given[[row]]).sum().double() for row in rows])
+            values = torch.stack([loss(reading.given[[row]]).sum().double() for row in rows])
     else:
         values = values[apart]
     if float(values.max() - values.min()) > 1e-6 * max(1.0, float(values.abs().max())):
@@ -189,5 +197,5 @@ def _rule(readings: Sequence[tuple[Reading, torch.Tensor]]) -> str:
     on = np.concatenate([agree.cpu().numpy() for _, agree in readings])
     if on.all() or not on.any():
         return ""
-    features = [Seen(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
+    features = [WeightReading(agree.double().cpu(), at.tokens, at.noise.rows.cpu()) for at, agree in readings]
     return next(thresholds(features, on), "")

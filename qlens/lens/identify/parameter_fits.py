@@ -22,22 +22,22 @@ CHOICES = 2  # settings of the non-numeric parameters from which the numbers are
 STARTS = 4  # points of a method from which the search starts
 STEPS = 12  # evaluations of least squares
 PROMISING = 0.05  # relative misfit below which numbers are also fitted one by one
-PINNED = 0.05  # relative precision to which a threshold must be known to be named
-NOTHING = 1e-6  # numbers below it may be 0
+PINNED = 0.05  # relative precision to which a threshold must be determined before it is reported
+NOTHING = 1e-6  # numbers below it may be rounded to 0
 ROUNDS = 2  # scans over all parameters of a method
 NUMBERS = (
     -2.0, -1.0, -0.5, -0.1, 0.005, 0.02, 0.06, *(n / 20 for n in range(2, 20)), 0.98, 0.995, 0.28, 1.1, 1.2, 1.28, 1.3,
     1.4, 1.6, 2.0, 3.0, 5.0, 10.0,
 )  # fmt: skip
 SIMPLER, NARROWED = 2, 2  # rounds of setting parameters to their defaults; of closing in on a threshold
-FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted where they are as good as nothing
+FLOORS, TINY = ("floor", "log_zero"), 1e-3  # guards against log 0 are not fitted below this value
 WHOLE = (*range(1, 33), 40, 50, 64, 100, 128)
 
 
 def pushes_only(
     grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
 ) -> bool:
-    """Whether every token's gradient is a multiple of p - d, as for methods that leave the other tokens' ratios alone."""
+    """Whether every token's gradient is a multiple of p - d, so that the ratios of the other entries stay as they are."""
     tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
@@ -56,66 +56,67 @@ class Fit:
         self._costs: dict[tuple, float] = {}
         rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
         self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
-        taught = [(matching.taught(variant, tokens), variant.params) for variant in matching.points(method)]
-        self.kinds = {pushes_only(made, tokens) for made, _ in taught if made is not None}
-        self.starts = sorted(((self.size(made), given) for made, given in taught), key=lambda start: start[0])
+        grads = [(matching.method_gradient(variant, tokens), variant.params) for variant in matching.points(method)]
+        self.kinds = {pushes_only(method_grad, tokens) for method_grad, _ in grads if method_grad is not None}
+        starts = [(self.size(method_grad), parameters) for method_grad, parameters in grads]
+        self.starts = sorted(starts, key=lambda start: start[0])
         self.best, self.params = self.starts[0]
 
-    def off(self, given: dict[str, Any]) -> np.ndarray | None:
+    def off(self, parameters: dict[str, Any]) -> np.ndarray | None:
         """The residuals of the gradient at these parameters and the best factor, (N V,); None for invalid parameters."""
         try:
-            variant = self.method.variant(**given)
+            variant = self.method.variant(**parameters)
         except InputError:  # out of its range
             return None
-        made = matching.taught(variant, self.tokens)
-        return None if made is None else self.left(made)
+        method_grad = matching.method_gradient(variant, self.tokens)
+        return None if method_grad is None else self._residuals(method_grad)
 
-    def left(self, made: Tensor) -> np.ndarray:
-        """The residuals of the gradient beside another at the best factor, (N V,)."""
-        a, b = made.double() * self.weight, self.g * self.weight
+    def _residuals(self, method_grad: Tensor) -> np.ndarray:
+        """The residuals of the gradient after the best multiple of a method's gradient, (N V,)."""
+        a, b = method_grad.double() * self.weight, self.g * self.weight
         factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
         return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
 
-    def cost(self, given: dict[str, Any]) -> float:
+    def cost(self, parameters: dict[str, Any]) -> float:
         """The root mean square of the residuals, relative to the gradient."""
-        key = tuple(given.values())
+        key = tuple(parameters.values())
         if key not in self._costs:
             try:
-                self._costs[key] = self.size(matching.taught(self.method.variant(**given), self.tokens))
+                self._costs[key] = self.size(matching.method_gradient(self.method.variant(**parameters), self.tokens))
             except InputError:  # out of its range
                 self._costs[key] = float("inf")
         return self._costs[key]
 
-    def size(self, made: Tensor | None) -> float:
-        """The same for a given gradient."""
-        return float("inf") if made is None else float(np.sqrt((self.left(made) ** 2).sum()))
+    def size(self, method_grad: Tensor | None) -> float:
+        """The root mean square of the residuals of a method's gradient."""
+        return float("inf") if method_grad is None else float(np.sqrt((self._residuals(method_grad) ** 2).sum()))
 
     def glance(self) -> None:
         """Fit all numbers from the default and the nearest choice of the other parameters, whole numbers at every choice."""
-        found = []
+        optima = []
         for start in self.choices()[:CHOICES]:
             self.best, self.params = start
             self.polish()
-            found.append((self.best, self.params))
+            optima.append((self.best, self.params))
             if self.best <= TOLERANCE:
                 return
         whole = [name for name, value in self.params.items() if type(value) is int]
         for start in self.choices() if whole else ():
             self.best, self.params = start
             self.scan(whole)
-            found.append((self.best, self.params))
+            optima.append((self.best, self.params))
             if self.best <= TOLERANCE:
                 return
-        self.best, self.params = min(found, key=lambda one: one[0], default=(self.best, self.params))
+        self.best, self.params = min(optima, key=lambda one: one[0], default=(self.best, self.params))
 
     def choices(self) -> list[tuple[float, dict[str, Any]]]:
         """The best start for the default and for every choice of the non-numeric parameters, the nearest first."""
-        plain, made = params.defaults(self.method.fn), {}
-        for best, given in self.starts:
-            others = tuple((n, v) for n, v in given.items() if not isinstance(v, float | tuple) and v != plain[n])
-            made.setdefault(others, (best, given))
-        rank = sorted(made, key=lambda others: (len(others) > 0, made[others][0]))
-        return [made[others] for others in rank if np.isfinite(made[others][0])]
+        plain, best_starts = params.defaults(self.method.fn), {}
+        for best, parameters in self.starts:
+            others = tuple((n, v) for n, v in parameters.items() if not isinstance(v, float | tuple) and v != plain[n])
+            best_starts.setdefault(others, (best, parameters))
+        rank = sorted(best_starts, key=lambda others: (len(others) > 0, best_starts[others][0]))
+        return [best_starts[others] for others in rank if np.isfinite(best_starts[others][0])]
 
     def search(self) -> bool:
         """Scan every parameter over its grid from several starts; whether the method has the gradient anywhere."""
@@ -143,11 +144,11 @@ class Fit:
         """The annotations of the method's parameters."""
         return params.hints(self.method.fn)
 
-    def take(self, given: dict[str, Any]) -> None:
-        """Move to these parameters if they are better."""
-        cost = self.cost(given)
+    def take(self, parameters: dict[str, Any]) -> None:
+        """Replace the parameters by these if they are better."""
+        cost = self.cost(parameters)
         if cost < self.best * (1 - 1e-9):
-            self.best, self.params = cost, given
+            self.best, self.params = cost, parameters
 
     def polish(self) -> None:
         """Fit all numbers by least squares, then one by one where that is not enough."""
@@ -173,52 +174,53 @@ class Fit:
 
     def simpler(self) -> dict[str, Any]:
         """Parameters with defaults and short numbers where these fit about as well."""
-        made, plain = dict(self.params), params.defaults(self.method.fn)
-        allowed = max(matching.WORSE * self.cost(made), self.goal)
+        parameters, plain = dict(self.params), params.defaults(self.method.fn)
+        allowed = max(matching.WORSE * self.cost(parameters), self.goal)
         for name, value in plain.items():  # parameters without effect
-            if made[name] != value and self.cost(made | {name: value}) <= allowed:
-                made[name] = value
+            if parameters[name] != value and self.cost(parameters | {name: value}) <= allowed:
+                parameters[name] = value
         for _ in range(SIMPLER):
-            changed = [name for name, value in made.items() if value != plain[name]]
-            found = [made]
+            changed = [name for name, value in parameters.items() if value != plain[name]]
+            candidates = [parameters]
             for names in (*combinations(changed, 1), *combinations(changed, 2)):
-                other = made | {name: plain[name] for name in names}
+                other = parameters | {name: plain[name] for name in names}
                 self.best, self.params = self.cost(other), other
                 free = [(name, i) for name in changed if name not in names for i in _numbers(other[name])]
                 if allowed < self.best < 1 and free:
                     self.descend(free)
                 if self.best <= allowed:
-                    found.append(self.params)
-            found = [self.short(other, allowed) for other in found]
-            simplest = min(found, key=lambda other: matching.order(self.match(other)))
-            if simplest == made:
+                    candidates.append(self.params)
+            candidates = [self.short(other, allowed) for other in candidates]
+            simplest = min(candidates, key=lambda other: matching.order(self.match(other)))
+            if simplest == parameters:
                 break
-            made = simplest
-        return made
+            parameters = simplest
+        return parameters
 
-    def short(self, made: dict[str, Any], allowed: float) -> dict[str, Any]:
+    def short(self, parameters: dict[str, Any], allowed: float) -> dict[str, Any]:
         """Parameters with numbers as short as they fit about as well."""
-        made, plain = dict(made), params.defaults(self.method.fn)
-        for name, value in made.items():
+        parameters, plain = dict(parameters), params.defaults(self.method.fn)
+        for name, value in parameters.items():
             for other in _rounded(value) if value != plain[name] else ():
-                if other != value and self.cost(made | {name: other}) <= allowed:
-                    made[name] = other
+                if other != value and self.cost(parameters | {name: other}) <= allowed:
+                    parameters[name] = other
                     break
-        return made
+        return parameters
 
-    def match(self, given: dict[str, Any]) -> Match:
+    def match(self, parameters: dict[str, Any]) -> Match:
         """The match of the method at these parameters."""
-        found = matching.at(self.method.variant(**given), self.grad, self.tokens, self.noise)
-        assert found is not None
-        return found
+        match = matching.at(self.method.variant(**parameters), self.grad, self.tokens, self.noise)
+        assert match is not None
+        return match
 
-    def pinned(self, given: dict[str, Any]) -> bool:
+    def pinned(self, parameters: dict[str, Any]) -> bool:
         """Whether these tokens determine every number that is no default; a threshold may lie between tokens."""
         plain = params.defaults(self.method.fn)
-        for name, value in given.items():
+        for name, value in parameters.items():
             for i in _numbers(value) if value != plain[name] else ():
                 near = [
-                    _filled(given, [(name, i)], np.array([_part(value, i) * by])) for by in (1 - PINNED, 1 + PINNED)
+                    _filled(parameters, [(name, i)], np.array([_part(value, i) * by]))
+                    for by in (1 - PINNED, 1 + PINNED)
                 ]
                 if any(self.cost(other) <= self.goal for other in near if _part(value, i)):
                     return False
@@ -242,22 +244,24 @@ class ThresholdFit(Fit):
     A token on the wrong side of a clip may be off by a thousand times its gradient, which would dominate least squares.
     """
 
-    def size(self, made: Tensor | None) -> float:
-        """The root mean square over tokens of the relative distance at the factor of most tokens, capped at 1."""
-        if made is None:
+    def size(self, method_grad: Tensor | None) -> float:
+        """The root mean square over tokens of the relative distance at the factor of most tokens, each at most 1."""
+        if method_grad is None:
             return float("inf")
-        made = made.double()
-        factor, _, _ = matching.agreement(self.g, made, self.noise)
-        larger = self.g.norm(dim=-1).maximum(abs(factor) * made.norm(dim=-1)) + self.noise.rows / TOLERANCE
-        off = (self.g - factor * made).norm(dim=-1) / larger.clamp(min=1e-300)
+        method_grad = method_grad.double()
+        factor, _, _ = matching.agreement(self.g, method_grad, self.noise)
+        larger = self.g.norm(dim=-1).maximum(abs(factor) * method_grad.norm(dim=-1)) + self.noise.rows / TOLERANCE
+        off = (self.g - factor * method_grad).norm(dim=-1) / larger.clamp(min=1e-300)
         return float(off.clamp(max=1.0).square().mean().sqrt())
 
 
 def _filled(start: dict[str, Any], free: list[tuple[str, int | None]], x: np.ndarray) -> dict[str, Any]:
-    made = dict(start)
+    parameters = dict(start)
     for (name, i), value in zip(free, x.tolist(), strict=True):
-        made[name] = value if i is None else tuple(value if j == i else old for j, old in enumerate(made[name]))
-    return made
+        parameters[name] = (
+            value if i is None else tuple(value if j == i else old for j, old in enumerate(parameters[name]))
+        )
+    return parameters
 
 
 def _part(value: Any, i: int | None) -> float:

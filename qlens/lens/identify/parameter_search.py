@@ -36,10 +36,10 @@ def search(
         >>> search(qlens.get("gce(q=0.35)").target(t).grad, t, skip="gce")[0].spec
         'beyond_log(alpha=0.35)'
     """
-    return searched(grad, tokens, skip, most, noise)[0]
+    return search_with_near(grad, tokens, skip, most, noise)[0]
 
 
-def searched(
+def search_with_near(
     grad: Float[Tensor, "N V"],
     tokens: Tokens,
     skip: str = "",
@@ -47,7 +47,7 @@ def searched(
     noise: Noise | None = None,
     fields: Collection[str] | None = None,
 ) -> tuple[list[Match], list[str]]:
-    """The same; and, where no method has the gradient, the specs of those that have it up to ``NEAR``, the nearest first.
+    """The matches of ``search``; and, where there are none, the specs that have the gradient up to ``NEAR``, nearest first.
 
     A clamp on probabilities, for example, changes the gradient only of entries that have hardly any.
 
@@ -68,14 +68,14 @@ def searched(
     fits = [fit for fit in fits if np.isfinite(fit.best) and kinds & fit.kinds]
     for fit in fits:
         fit.glance()
-    found = [match for fit in fits if fit.best <= TOLERANCE and (match := _found(fit))]
+    matches = [match for fit in fits if fit.best <= TOLERANCE and (match := _match_of(fit))]
     ranked = sorted(fits, key=lambda fit: fit.best)
-    for fit in ranked[: 0 if found else most]:
-        if fit.search() and (match := _found(fit)):
-            found.append(match)
+    for fit in ranked[: 0 if matches else most]:
+        if fit.search() and (match := _match_of(fit)):
+            matches.append(match)
             break
-    near = [] if found else [fit for fit in ranked if fit.best <= NEAR]
-    return matching.ranked(found), [fit.method.variant(**fit.simpler()).spec for fit in near]
+    near = [] if matches else [fit for fit in ranked if fit.best <= NEAR]
+    return matching.ranked(matches), [fit.method.variant(**fit.simpler()).spec for fit in near]
 
 
 def refined(
@@ -106,10 +106,11 @@ def refined(
         if fit.best <= TOLERANCE or fit.best >= before:
             break
     fit.polish()
-    found = _found(fit) if fit.best <= TOLERANCE else None
-    return found if found is not None and fit.pinned(dict(get(found.spec).params)) else None
+    match = _match_of(fit) if fit.best <= TOLERANCE else None
+    return match if match is not None and fit.pinned(dict(get(match.spec).params)) else None
 
 
-def _found(fit: "Fit") -> Match | None:
+def _match_of(fit: "Fit") -> Match | None:
+    """The match at the fitted parameters, simplified; None where that is not the gradient up to a factor."""
     match = matching.at(fit.method.variant(**fit.simpler()), fit.grad, fit.tokens, fit.noise)
     return match if match and match.same else None

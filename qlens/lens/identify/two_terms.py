@@ -45,8 +45,8 @@ class TwoTerms:
 
     def __str__(self) -> str:
         (first, second), (a, b) = self.terms, self.factors
-        begun = _times(first, a) if a > 0 else f"minus {_times(first, -a)}"
-        return f"{begun} {'plus' if b > 0 else 'minus'} {_times(second, abs(b))}"
+        head = _times(first, a) if a > 0 else f"minus {_times(first, -a)}"
+        return f"{head} {'plus' if b > 0 else 'minus'} {_times(second, abs(b))}"
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Term:
     Args:
         name: a spec, or a divergence in words.
         of: its gradient on tokens, (N, V); None where these lack a field.
-        order: number of parameters that are no defaults, whether it is a sum itself, models needed, length of the name.
+        order: number of parameters not at their defaults, whether it is a sum itself, fields needed, length of the name.
     """
 
     name: str
@@ -83,17 +83,17 @@ def two_terms(few: Reading, readings: Sequence[Reading], skip: str = "") -> TwoT
         return None
     terms, rows = [], []
     for term in _terms(tokens, skip):
-        made = term.of(tokens)
-        if made is not None and bool(made.any()):
+        grad = term.of(tokens)
+        if grad is not None and bool(grad.any()):
             terms.append(term)
-            rows.append((made.double() * weight).gather(1, columns).flatten())
+            rows.append((grad.double() * weight).gather(1, columns).flatten())
     rounding = float((weight[:, 0] * few.noise.rows).square().sum())
     pairs = [(terms[i], terms[j]) for i, j in _pairs(torch.stack(rows), goal, rounding)] if rows else []
     pairs = sorted(pairs, key=lambda pair: _sum_of(pair[0].order, pair[1].order))[:VERIFIED]
-    found = [(pair, factors) for pair in pairs if (factors := _same_everywhere(pair, readings)) is not None]
-    if not found:
+    sums = [(pair, factors) for pair in pairs if (factors := _same_everywhere(pair, readings)) is not None]
+    if not sums:
         return None
-    pair, factors = min(found, key=lambda one: _clumsiness(*one))
+    pair, factors = min(sums, key=lambda one: _complexity(*one))
     ordered = sorted(zip(pair, factors, strict=True), key=lambda one: (one[1] < 0, one[0].order))
     (first, a), (second, b) = ordered
     return TwoTerms((first.name, second.name), (a, b))
@@ -107,20 +107,20 @@ def _pairs(terms: Float[Tensor, "T E"], goal: Float[Tensor, " E"], rounding: flo
     along, size = unit @ goal, float(goal.square().sum())
     apart = 1 - cosine.square()
     number = (along[:, None] - cosine * along) / apart.clamp(min=APART)  # of the row's term, beside the column's
-    left = size - number * along[:, None] - number.mT * along
-    telling = number.abs() > SMALLEST * size**0.5
-    good = (left <= CLOSE * size + rounding) & (apart > APART) & telling & telling.mT & ~twin & ~twin[:, None]
+    misfit = size - number * along[:, None] - number.mT * along
+    large = number.abs() > SMALLEST * size**0.5
+    good = (misfit <= CLOSE * size + rounding) & (apart > APART) & large & large.mT & ~twin & ~twin[:, None]
     return [(i, j) for i, j in good.triu(1).nonzero().tolist()]
 
 
 def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> tuple[float, float] | None:
     """The factors of two terms that add up to the gradient on every token of all readings, rounded if possible; or None."""
-    found = []
+    solutions = []
     for at in readings:
-        made = [term.of(at.tokens) for term in pair]
-        if made[0] is None or made[1] is None:
+        grads = [term.of(at.tokens) for term in pair]
+        if grads[0] is None or grads[1] is None:
             return None
-        terms = torch.stack([made[0].double(), made[1].double()], -1)
+        terms = torch.stack([grads[0].double(), grads[1].double()], -1)
         size = terms.norm(dim=-2).amax(-1).maximum(at.grad.norm(dim=-1))
         allowed = TOLERANCE * size + at.noise.rows
         weight = 1 / allowed.clamp(min=1e-300)[:, None]
@@ -131,9 +131,9 @@ def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> 
         good = [one for one in (short, exact) if bool(((at.grad - terms @ one).norm(dim=-1) <= 4 * allowed).all())]
         if not good or bool((good[0] == 0).any()):
             return None
-        found.append(good[0].cpu())
-    first = found[0]
-    same = all(bool(((other - first).abs() <= EQUAL * first.abs()).all()) for other in found)
+        solutions.append(good[0].cpu())
+    first = solutions[0]
+    same = all(bool(((other - first).abs() <= EQUAL * first.abs()).all()) for other in solutions)
     return (float(first[0]), float(first[1])) if same else None
 
 
@@ -146,7 +146,7 @@ def _terms(tokens: Tokens, skip: str) -> list[_Term]:
 def _method(point: Variant) -> _Term:
     changed, of_two = len(params.parse(point.spec)[1]), bool({"weight", "nll"} & set(point.params))
     order = (changed, int(of_two), len(point.needs), len(point.spec))
-    return _Term(point.spec, lambda t: matching.taught(point, t), order)
+    return _Term(point.spec, lambda t: matching.method_gradient(point, t), order)
 
 
 def _divergences(tokens: Tokens) -> list[_Term]:
@@ -158,15 +158,15 @@ def _divergences(tokens: Tokens) -> list[_Term]:
     def term(name: str, of: Callable[[Tokens], Tensor], models: int) -> _Term:
         return _Term(name, of, (0, 0, models, len(name)))
 
-    found = [
+    divergences = [
         term("the entropy of p", lambda t: -_reverse(t, torch.zeros_like(t.logits)), 0),
         term("KL(uniform || p)", lambda t: t.probs - 1 / t.logits.shape[1], 0),
     ]
     for name in (name for name in CALLED if getattr(tokens, name) is not None):
         log_q, called = model(name), CALLED[name]
-        found.append(term(f"KL(p || {called})", lambda t, log_q=log_q: _reverse(t, log_q(t)), 1))
-        found.append(term(f"KL({called} || p)", lambda t, log_q=log_q: t.probs - log_q(t).exp(), 1))
-    return found
+        divergences.append(term(f"KL(p || {called})", lambda t, log_q=log_q: _reverse(t, log_q(t)), 1))
+        divergences.append(term(f"KL({called} || p)", lambda t, log_q=log_q: t.probs - log_q(t).exp(), 1))
+    return divergences
 
 
 def _reverse(t: Tokens, log_q: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
@@ -190,10 +190,10 @@ def _sum_of(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(a + b for a, b in zip(one, other, strict=True))
 
 
-def _clumsiness(pair: tuple[_Term, _Term], factors: tuple[float, float]) -> tuple[float, ...]:
+def _complexity(pair: tuple[_Term, _Term], factors: tuple[float, float]) -> tuple[float, ...]:
     """Sort key of two terms and their factors, the simplest first."""
     changed, *rest = _sum_of(pair[0].order, pair[1].order)
-    return (round(changed + sum(map(matching.clumsy, factors)), 6), *rest)
+    return (round(changed + sum(map(matching.factor_penalty, factors)), 6), *rest)
 
 
 def _times(name: str, factor: float) -> str:

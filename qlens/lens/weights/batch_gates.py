@@ -79,10 +79,10 @@ def _gate_of(spec: str, batches: Sequence[BatchReading]) -> BatchGate | None:
     """The gate in front of one method: two weights in every batch, one rule that separates them; or None."""
     split, factors, others = [], [], []
     for batch in batches:
-        found = _two_values(spec, batch)
-        if found is None:
+        two_factors = _two_factors(spec, batch)
+        if two_factors is None:
             return None
-        on, known, high, low = found
+        on, known, high, low = two_factors
         split.append((batch.tokens, on, known))
         factors.append(high)
         others.append(low / high)
@@ -90,16 +90,16 @@ def _gate_of(spec: str, batches: Sequence[BatchReading]) -> BatchGate | None:
     if len(mixed) < FEWEST or max(others[i] for i in mixed) - min(others[i] for i in mixed) > EQUAL:
         return None
     rule = _rule(split)
-    count = _counted([split[place] for place in mixed])
+    count = _passing_counts([split[place] for place in mixed])
     low = matching.written(others[mixed[0]], EQUAL) if abs(others[mixed[0]]) > EQUAL else 0.0
-    if rule and low > 1:  # say it of those that weigh more
+    if rule and low > 1:  # the rule must describe the tokens of larger weight
         return None
     return BatchGate(spec, rule, count, low, tuple(factors[place] for place in mixed), tuple(split[0][1].tolist()))
 
 
-def _two_values(spec: str, batch: BatchReading) -> tuple[Tensor, Tensor, float, float] | None:
-    """Rows with the larger of a method's two factors, rows on which that is known, and both factors; or None."""
-    other = matching.taught(get(spec), batch.tokens)
+def _two_factors(spec: str, batch: BatchReading) -> tuple[Tensor, Tensor, float, float] | None:
+    """The rows with the larger of a method's two factors, the rows whose factor is known, and both factors; or None."""
+    other = matching.method_gradient(get(spec), batch.tokens)
     if other is None:
         return None
     m, size = other.double(), other.double().norm(dim=-1)
@@ -185,6 +185,6 @@ def _level(values: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], sign: in
     return f"{side} its {share if sign > 0 else round(1 - share, 6):.4g}-quantile in the batch"
 
 
-def _counted(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> str:
+def _passing_counts(split: Sequence[tuple[Tokens, Tensor, Tensor]]) -> str:
     """The numbers of tokens that pass in the first batches, in words."""
     return "in the batches tried " + ", ".join(f"{int(on.sum())} of {len(on)}" for _, on, _ in split[:3])

@@ -43,9 +43,9 @@ class BatchMoments:
     def __str__(self) -> str:
         mean = "the mean cross-entropy" if self.level == 1 else f"{plain(self.level)} times the mean cross-entropy"
         sign, less = ("minus", "less") if self.share < 0 else ("plus", "more")
-        added = f"{mean} {sign} {plain(abs(self.share))} times {self.spread} of the tokens' cross-entropies"
-        added = added if self.level else added.partition(f" {sign} ")[2]
-        return f"{added}: tokens above the batch's mean count {less} than those below it"
+        sentence = f"{mean} {sign} {plain(abs(self.share))} times {self.spread} of the tokens' cross-entropies"
+        sentence = sentence if self.level else sentence.partition(f" {sign} ")[2]
+        return f"{sentence}: tokens above the batch's mean count {less} than those below it"
 
 
 def batch_moments(shown: Reading, others: Sequence[BatchReading]) -> BatchMoments | None:
@@ -59,9 +59,9 @@ def batch_moments(shown: Reading, others: Sequence[BatchReading]) -> BatchMoment
     """
     batches: list[tuple[Tokens, Tensor]] = [(shown.given, shown.grad)]
     batches += [(batch.tokens, batch.grad.double()) for batch in others]
-    found = [_line(*batch) for batch in batches if _informative(batch[0])]
-    lines = [line for line in found if line is not None]
-    if len(lines) < 3 or len(lines) < len(found):
+    fits = [_line(*batch) for batch in batches if _informative(batch[0])]
+    lines = [line for line in fits if line is not None]
+    if len(lines) < 3 or len(lines) < len(fits):
         return None
     levels = [line[0] for line in lines]
     if max(levels) - min(levels) > EQUAL * max(1.0, *map(abs, levels)):

@@ -17,7 +17,7 @@ from qlens.registry.variant import Variant
 SHOWN = 6  # weights listed in a sentence
 SHARED = 4  # ids of one weight that are listed one by one
 PARTS = 3  # batches, of every third token each, on which a division by the mean weight is tested
-LOUD, USUAL_P = 1e3, 0.35  # a gradient this many times its rounding; p_y of the token whose label is changed
+LOUD, USUAL_P = 1e3, 0.35  # least gradient of the token whose label is changed, relative to its rounding; its p_y
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class ClassWeights:
         return {i: w for i, w in self.weights.items() if abs(w - self.usual) > 1e-4 * abs(self.usual)}
 
     @property
-    def untried(self) -> float:
+    def untested_weight(self) -> float:
         """The weight assumed for ids that were not tested: 0 where that of most ids is 0."""
         return 0.0 if list(self.weights.values()).count(0.0) * 2 > len(self.weights) else self.usual
 
     def of(self, labels: Tensor) -> Tensor:
         """The weight of every label, (N,)."""
-        found = [self.weights.get(int(label), self.untried) for label in labels]
-        return torch.tensor(found, dtype=torch.float64, device=labels.device)
+        weights = [self.weights.get(int(label), self.untested_weight) for label in labels]
+        return torch.tensor(weights, dtype=torch.float64, device=labels.device)
 
     def factor(self, labels: Tensor) -> Tensor:
         """The factor of every token's gradient in a batch of these labels, (N,)."""
@@ -70,11 +70,11 @@ class ClassWeights:
         many = f" ({len(ids)} of {len(self.weights)} ids)" if len(groups) > 1 else ""
         usual = f"{weight:.5g} for the others{many}" if len(ids) > 1 else f"{weight:.5g} for id {ids[0]}"
         mean = ", divided by the batch's mean weight" if self.divided else ""
-        tried = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
-        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tried}"
+        tested = f"(ids {min(self.weights)} to {max(self.weights)} tested)"
+        return f"weights by label id{mean}: {', '.join(listed)}{more}, {usual} {tested}"
 
 
-def _ids(ids: list[int], tried: int) -> str:
+def _ids(ids: list[int], number_tested: int) -> str:
     """Ids in words: one by one where they are few, as ranges where these are."""
     if len(ids) == 1:
         return f"id {ids[0]}"
@@ -85,11 +85,13 @@ def _ids(ids: list[int], tried: int) -> str:
         else:
             starts.append([i, i])
     ranges = [str(low) if low == high else f"{low} to {high}" for low, high in starts]
-    return f"ids {', '.join(ranges)}" if len(ranges) <= SHARED else f"{len(ids)} of {tried} ids ({ranges[0]}, ...)"
+    return (
+        f"ids {', '.join(ranges)}" if len(ranges) <= SHARED else f"{len(ids)} of {number_tested} ids ({ranges[0]}, ...)"
+    )
 
 
 def find_class_weights(variant: Variant, at: Reading, ids: Sequence[int]) -> ClassWeights | None:
-    """The class weights of a loss, tested on the loud token whose p_y is nearest to 0.35; None if it has none.
+    """The class weights of a loss, tested on one token with a gradient far above rounding and p_y near 0.35; or None.
 
     Args:
         variant: the loss.
@@ -124,12 +126,14 @@ def class_weights(
     Raises:
         InputError: the loss fails on such a batch; what it raised is named.
     """
-    found = _factors(loss, tokens, row, ids, precision)
-    again = found and _factors(loss, tokens, row, list(reversed(ids)), precision)
-    if found is None or again is None:
+    factors = _factors(loss, tokens, row, ids, precision)
+    reversed_factors = factors and _factors(loss, tokens, row, list(reversed(ids)), precision)
+    if factors is None or reversed_factors is None:
         return None
-    ratio, equal, digits = found
-    if equal and any(abs(a - b) > 10 * digits * max(abs(a), 1) for a, b in zip(ratio, reversed(again[0]), strict=True)):
+    ratio, equal, digits = factors
+    if equal and any(
+        abs(a - b) > 10 * digits * max(abs(a), 1) for a, b in zip(ratio, reversed(reversed_factors[0]), strict=True)
+    ):
         return None
     ratio = [written(r, 10 * digits) + 0.0 if abs(r) > 10 * digits else 0.0 for r in ratio]
     there = [r for r in ratio if r]
@@ -178,25 +182,25 @@ def _factors(
     return ratio.tolist(), equal, digits
 
 
-def with_usual_class(variant: Variant, at: Reading, found: ClassWeights | None) -> Reading:
+def with_usual_class(variant: Variant, at: Reading, classes: ClassWeights | None) -> Reading:
     """The gradient on the same tokens as if all label ids had the usual weight.
 
     Args:
         variant: the loss.
         at: its gradient.
-        found: its class weights.
+        classes: its class weights, or None.
     """
-    if found is None or not found.equal:
+    if classes is None or not classes.equal:
         return at
     size = at.given.logits.shape[1]
-    weights = {i: weight for i, weight in found.weights.items() if i < size and weight}
+    weights = {i: weight for i, weight in classes.weights.items() if i < size and weight}
     if not weights:
         return at
-    label = min(weights, key=lambda i: (weights[i] != found.usual, i))
+    label = min(weights, key=lambda i: (weights[i] != classes.usual, i))
     same = Reading.of(variant, relabelled(at.given, label))
-    if weights[label] == found.usual:
+    if weights[label] == classes.usual:
         return same
-    factor = found.usual / weights[label]
+    factor = classes.usual / weights[label]
     return same.weighted(torch.full((len(same.given),), factor, dtype=torch.float64, device=same.grad.device))
 
 
@@ -205,31 +209,31 @@ def relabelled(tokens: Tokens, label: int) -> Tokens:
     ids = torch.arange(tokens.logits.shape[1], device=tokens.logits.device).repeat(len(tokens), 1)
     ids[:, label] = tokens.labels.long()
     ids = ids.scatter(1, tokens.labels[:, None].long(), label)
-    given = tokens.fields()
-    fields = {name: given[name].gather(1, ids) for name in (*MODELS, "logits", "negatives") if name in given}
+    values = tokens.fields()
+    fields = {name: values[name].gather(1, ids) for name in (*MODELS, "logits", "negatives") if name in values}
     return tokens.replace(labels=torch.full_like(tokens.labels, label), **fields)
 
 
 def divided_by_mean(
-    found: ClassWeights, loss: Callable[[Tokens], Tensor], tokens: Tokens, precision: torch.dtype
+    classes: ClassWeights, loss: Callable[[Tokens], Tensor], tokens: Tokens, precision: torch.dtype
 ) -> ClassWeights | None:
     """The class weights as divided by the batch's mean weight, if batches of other labels differ by that; else None.
 
     Args:
-        found: the class weights.
+        classes: the class weights.
         loss: an unreduced loss, tokens -> (N,).
         tokens: where to test it; without pairs.
         precision: what the loss computes in.
     """
-    scaled, (whole, noise) = replace(found, divided=True), _with_noise(loss, tokens, precision)
+    scaled, (whole, noise) = replace(classes, divided=True), _with_noise(loss, tokens, precision)
     for start in range(PARTS):
         few = tokens[start::PARTS]
-        wanted = whole[start::PARTS] / _nonzero(scaled.factor(tokens.labels)[start::PARTS])[:, None]
+        expected = whole[start::PARTS] / _nonzero(scaled.factor(tokens.labels)[start::PARTS])[:, None]
         grad, few_noise = _with_noise(loss, few, precision)
-        got = grad / _nonzero(scaled.factor(few.labels))[:, None]
+        actual = grad / _nonzero(scaled.factor(few.labels))[:, None]
         there = scaled.of(few.labels) != 0
-        off = (got - wanted).norm(dim=-1)
-        allowed = 100 * TOLERANCE * wanted.norm(dim=-1) + 100 * (noise[start::PARTS] + few_noise)
+        off = (actual - expected).norm(dim=-1)
+        allowed = 100 * TOLERANCE * expected.norm(dim=-1) + 100 * (noise[start::PARTS] + few_noise)
         if bool(there.any()) and bool((off > allowed)[there].any()):
             return None
     return scaled

@@ -15,31 +15,31 @@ TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
-    """A weight at tokens, (N,), with the rounding of the gradient that it was read from, (N,) or one number."""
+class WeightReading:
+    """The weight of every token, (N,), and the rounding error of the gradient it was read from, (N,) or one number."""
 
     pull: Tensor
     tokens: Tokens
     noise: Tensor | float
 
-    def __getitem__(self, rows: Tensor) -> "Seen":
-        """At some of the tokens."""
+    def __getitem__(self, rows: Tensor) -> "WeightReading":
+        """The reading of some rows."""
         noise = self.noise[rows] if isinstance(self.noise, Tensor) else self.noise
-        return Seen(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
+        return WeightReading(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
 
-    def known(self) -> "Seen":
-        """The tokens on which the weight is known."""
+    def where_known(self) -> "WeightReading":
+        """The reading of the tokens whose weight is known."""
         return self[~self.pull.isnan()]
 
 
 class Features:
     """The features of the tokens of one or more readings, as numpy arrays."""
 
-    def __init__(self, seen: Sequence[Seen], tolerance: float):
-        self.seen = seen
-        self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in seen})
+    def __init__(self, readings: Sequence[WeightReading], tolerance: float):
+        self.readings = readings
+        self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in readings})
         with torch.no_grad():
-            parts = [_arrays(one, place) for place, one in enumerate(seen)]
+            parts = [_arrays(one, place) for place, one in enumerate(readings)]
         joined = {
             name: np.concatenate([part[name] for part in parts])
             for name in parts[0]
@@ -58,7 +58,7 @@ class Features:
         self.mass = {k: joined[f"mass {k}"] for k in TOP_K if f"mass {k}" in joined}
         self.models = {name: joined[name] for name in ("reference", "old", "teacher") if name in joined}
         self.factors = {
-            said: joined[name] for name, said in (("advantage", "A"), ("weight", "weight")) if name in joined
+            symbol: joined[name] for name, symbol in (("advantage", "A"), ("weight", "weight")) if name in joined
         }
         self.advantage = joined.get("advantage")
         self.masks = {name: joined[name] for name in ("critical", "hint") if name in joined}
@@ -73,16 +73,16 @@ class Features:
         high = f"1 - {rest:.1g}" if rest < 1e-3 else high
         return f"on {len(self.b)} tokens, p_y {low} to {high}, entropy {self.entropy.min():.2g} to {self.entropy.max():.2g} nats"
 
-    def misfit(self, made: np.ndarray, where: np.ndarray | None = None) -> float:
-        """Relative root mean square error, in which rounding counts as the tolerance."""
-        size = np.maximum(np.abs(self.b), np.abs(made)) + self.floor
+    def misfit(self, values: np.ndarray, where: np.ndarray | None = None) -> float:
+        """Relative root mean square error of a formula's values; an error of the size of rounding counts as the tolerance."""
+        size = np.maximum(np.abs(self.b), np.abs(values)) + self.floor
         with np.errstate(invalid="ignore"):  # a form that overflows does not fit
-            off = np.abs(self.b - made) / size
+            off = np.abs(self.b - values) / size
         return float(np.sqrt(np.mean(np.square(off if where is None else off[where]))))
 
-    def fits(self, where: np.ndarray, made: np.ndarray) -> float | None:
-        """The misfit on some tokens, if it is rounding."""
-        miss = self.misfit(made, where)
+    def fits(self, where: np.ndarray, values: np.ndarray) -> float | None:
+        """The misfit on some tokens; None where it is more than rounding."""
+        miss = self.misfit(values, where)
         return miss if miss <= self.tolerance else None
 
     def shortest(
@@ -93,37 +93,37 @@ class Features:
             least = self.fits(where, form(*values))
             if least is None:
                 return None
-            allowed, found = max(2 * least, 0.1 * self.tolerance), list(values)
+            allowed, short_values = max(2 * least, 0.1 * self.tolerance), list(values)
             for place, value in enumerate(values):  # one after the other
                 for digits in (1, 2, 3, 4):
-                    near = [*found[:place], float(f"{value:.{digits}g}"), *found[place + 1 :]]
+                    near = [*short_values[:place], float(f"{value:.{digits}g}"), *short_values[place + 1 :]]
                     if self.misfit(form(*near), where) <= allowed:
-                        found = near
+                        short_values = near
                         break
-        return self.misfit(form(*found), where), tuple(found)
+        return self.misfit(form(*short_values), where), tuple(short_values)
 
 
-def _arrays(seen: Seen, place: int) -> dict[str, np.ndarray]:
+def _arrays(reading: WeightReading, place: int) -> dict[str, np.ndarray]:
     """The features of one reading, by name; ids of groups differ between readings."""
-    tokens = seen.tokens.with_precision(torch.float64)
+    tokens = reading.tokens.with_precision(torch.float64)
     p, size = tokens.probs, tokens.logits.shape[1]
     top = p.topk(2, -1)
     below_largest = tokens.log_probs.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(-1)
-    noise = seen.noise if isinstance(seen.noise, Tensor) else torch.full((len(tokens),), seen.noise)
-    made = {
-        "b": seen.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
+    noise = reading.noise if isinstance(reading.noise, Tensor) else torch.full((len(tokens),), reading.noise)
+    tensors = {
+        "b": reading.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
         "entropy": -expectation(p, tokens.log_probs), "reading": torch.full_like(p[:, 0], place),
         "rank": _rank(tokens, tokens.logits), "largest": top.values[:, 0], "log_size": torch.full_like(p[:, 0], math.log(size)),
         "second": top.values[:, 1], "log_below_largest": below_largest, "squares": p.square().sum(-1),
     }  # fmt: skip
-    made |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
-    made |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
+    tensors |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
+    tensors |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
     for name in ("reference", "old", "teacher"):
         if getattr(tokens, name) is not None:
             log_q = tokens.log_probs_of(name)
-            made[name], made[f"{name} rank"] = tokens.gather(log_q), _rank(tokens, log_q)
-            made[f"{name} entropy"] = -expectation(log_q.exp(), log_q)
-    arrays = {name: numpy_of(value) for name, value in made.items()}
+            tensors[name], tensors[f"{name} rank"] = tokens.gather(log_q), _rank(tokens, log_q)
+            tensors[f"{name} entropy"] = -expectation(log_q.exp(), log_q)
+    arrays = {name: numpy_of(value) for name, value in tensors.items()}
     for name in ("advantage", "weight", "critical", "hint", "sequence", "pair"):
         value = getattr(tokens, name)
         if value is not None:
@@ -154,7 +154,7 @@ def _top_entropy(tokens: Tokens, k: int) -> Tensor:
 
 
 def numpy_of(values: Tensor) -> np.ndarray:
-    """The same in numpy, float64."""
+    """A tensor as a numpy array in float64."""
     return values.detach().double().cpu().numpy()
 
 

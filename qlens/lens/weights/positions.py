@@ -56,8 +56,8 @@ class PositionWeights:
     def __str__(self) -> str:
         low, high = plain(min(self.weights)), plain(max(self.weights))
         first = ", ".join(plain(weight) for weight in self.weights[:LISTED])
-        said = self.formula or f"from {low} to {high} without a known formula, {first}, ... on the tokens shown"
-        return said + (f", times {self.besides}" if self.besides else "")
+        text = self.formula or f"from {low} to {high} without a known formula, {first}, ... on the tokens shown"
+        return text + (f", times {self.besides}" if self.besides else "")
 
 
 def weights_at(
@@ -74,7 +74,7 @@ def weights_at(
         rows: two or more tokens that are put there, of different label probabilities.
         precision: what the loss computes in.
     """
-    found, absolute = [], []
+    ratios, absolute = [], []
     for row in rows:
         same = tokens[torch.full((len(tokens),), row, device=tokens.logits.device)]
         same = same.replace(sequence=tokens.sequence, pair=tokens.pair, chosen=tokens.chosen)
@@ -89,19 +89,19 @@ def weights_at(
         off = (grad - ratio[:, None] * base).norm(dim=-1)
         if bool((off > 10 * TOLERANCE * grad.norm(dim=-1) + rounding(grad, same, precision).rows).any()):
             return None
-        found.append(ratio)
+        ratios.append(ratio)
         label = int(tokens.labels[row])
         absolute.append(float(-base[label] / (1 - tokens.label_probs[row].double())))
-    if any(bool(((other - found[0]).abs() > 100 * EQUAL * found[0].abs() + EQUAL**2).any()) for other in found[1:]):
+    if any(bool(((other - ratios[0]).abs() > 100 * EQUAL * ratios[0].abs() + EQUAL**2).any()) for other in ratios[1:]):
         return None
     same_size = max(absolute) - min(absolute) <= EQUAL * max(map(abs, absolute))
-    return found[0] * (written(absolute[0], EXACT) if same_size else 1.0)
+    return ratios[0] * (written(absolute[0], EXACT) if same_size else 1.0)
 
 
 def unweighted(
     variant: Variant, readings: Sequence[Reading]
 ) -> tuple[PositionWeights | None, list[tuple[Reading, Tensor]]]:
-    """The position weights of a loss, None where other tokens count too; and its readings divided by them, with their rows.
+    """The position weights of a loss, None where other tokens count too; its readings divided by them, and the rows of each.
 
     Args:
         variant: the loss.
@@ -113,32 +113,32 @@ def unweighted(
         if not bool(loud.any()):
             return None, []
         p = at.tokens.label_probs
-        rows = [int(torch.where(loud, (p - wanted).abs(), torch.inf).argmin()) for wanted in PLACED]
+        rows = [int(torch.where(loud, (p - target).abs(), torch.inf).argmin()) for target in PLACED]
         try:
             weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
         except InputError:  # a loss may refuse such a batch
             return None, []
         if weights is None:
             return None, []
-        kept = weights.nonzero()[:, 0]
+        nonzero = weights.nonzero()[:, 0]
         weighed.append((weights, at.given))
-        without.append((at[kept].weighted(1 / weights[kept]), kept.cpu()))
-    return described(weighed), without
+        without.append((at[nonzero].weighted(1 / weights[nonzero]), nonzero.cpu()))
+    return describe_weights(weighed), without
 
 
-def described(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:
+def describe_weights(parts: Sequence[tuple[Tensor, Tokens]]) -> PositionWeights:
     """Position weights of one or more batches, the first that of the tokens shown, by the simplest formula that fits all."""
-    weights = np.concatenate([numpy_of(made) for made, _ in parts])
+    weights = np.concatenate([numpy_of(weight) for weight, _ in parts])
     places = [_places(tokens, batch) for batch, (_, tokens) in enumerate(parts)]
     joined = {name: np.concatenate([one[name] for one in places]) for name in places[0]}
     groups = {"": np.zeros(len(weights)), "a factor of its batch": joined.pop("batch")}
     groups["a factor of its sequence"] = joined.pop("sequence")
-    shown = tuple(parts[0][0].tolist())
+    shown_weights = tuple(parts[0][0].tolist())
     for besides, ids in groups.items():
         scaled = weights / _largest(weights, ids) if besides else weights
         if formula := next(_formulas(scaled, joined), ""):
-            return PositionWeights(formula, shown, besides)
-    return PositionWeights("", shown)
+            return PositionWeights(formula, shown_weights, besides)
+    return PositionWeights("", shown_weights)
 
 
 def _places(tokens: Tokens, batch: int) -> dict[str, np.ndarray]:
@@ -146,15 +146,15 @@ def _places(tokens: Tokens, batch: int) -> dict[str, np.ndarray]:
     number = len(tokens)
     ids = np.arange(number) if tokens.sequence is None else tokens.sequence.cpu().numpy()
     row = np.arange(number, dtype=float)
-    made = {"i": row, "j": number - 1 - row, "i / N": row / number, "(i + 1) / N": (row + 1) / number}
-    made["i / (N - 1)"] = row / max(number - 1, 1)
+    places = {"i": row, "j": number - 1 - row, "i / N": row / number, "(i + 1) / N": (row + 1) / number}
+    places["i / (N - 1)"] = row / max(number - 1, 1)
     if tokens.sequence is not None:
         t = np.array([(ids[:place] == ids[place]).sum() for place in range(number)], dtype=float)
         n = np.array([(ids == one).sum() for one in ids], dtype=float)
         longest = n.max()
         by_length = {"t / n": t / n, "(t + 1) / n": (t + 1) / n, "t / T": t / longest, "(t + 1) / T": (t + 1) / longest}
-        made = {"t": t, "e": n - 1 - t, **by_length, "t / (T - 1)": t / max(longest - 1, 1), **made}
-    return made | {"sequence": ids + batch * 10**6, "batch": np.full(number, batch)}
+        places = {"t": t, "e": n - 1 - t, **by_length, "t / (T - 1)": t / max(longest - 1, 1), **places}
+    return places | {"sequence": ids + batch * 10**6, "batch": np.full(number, batch)}
 
 
 def _largest(weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
@@ -164,22 +164,24 @@ def _largest(weights: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def _formulas(weights: np.ndarray, places: dict[str, np.ndarray]) -> Iterator[str]:
-    """The formulas that fit, simplest first."""
+    """The formulas of the weights that fit, simplest first."""
     everywhere = np.ones(len(weights), bool)
     for name, x in places.items():
-        for said, _ in (*_step(weights, name, x), *_smooth(weights, name, x, everywhere)):
-            yield f"{said} ({WORDS[name]})"
+        for formula, _ in (*_step(weights, name, x), *_smooth(weights, name, x, everywhere)):
+            yield f"{formula} ({WORDS[name]})"
     for name, x in places.items():
         for end, word in ((weights.max(), "at most"), (weights.min(), "at least")):
-            held = np.abs(weights - end) <= EQUAL * abs(end) + 1e-12
-            if len(set(x[~held])) < FEWEST - 1 or len(set(x[held])) < 2:
+            clipped = np.abs(weights - end) <= EQUAL * abs(end) + 1e-12
+            if len(set(x[~clipped])) < FEWEST - 1 or len(set(x[clipped])) < 2:
                 continue
-            for said, made in _smooth(weights, name, x, ~held):
+            for formula, values in _smooth(weights, name, x, ~clipped):
                 beyond = (
-                    made[held] >= end * (1 - EQUAL) if word == "at most" else made[held] <= end * (1 + EQUAL) + 1e-12
+                    values[clipped] >= end * (1 - EQUAL)
+                    if word == "at most"
+                    else values[clipped] <= end * (1 + EQUAL) + 1e-12
                 )
                 if bool(beyond.all()):
-                    yield f"{said}, {word} {_short(end)} ({WORDS[name]})"
+                    yield f"{formula}, {word} {_short(end)} ({WORDS[name]})"
 
 
 def _step(weights: np.ndarray, name: str, x: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -195,7 +197,7 @@ def _step(weights: np.ndarray, name: str, x: np.ndarray) -> Iterator[tuple[str, 
 
 
 def _smooth(weights: np.ndarray, name: str, x: np.ndarray, where: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Lines, powers and geometric weights, fitted where asked, with the weights that they make at all places."""
+    """Lines, powers and geometric weights fitted on the tokens ``where``, with their values on all tokens."""
     w, at = weights[where], x[where]
     if len(set(at)) < FEWEST - 1:
         return
@@ -204,15 +206,17 @@ def _smooth(weights: np.ndarray, name: str, x: np.ndarray, where: np.ndarray) ->
         forms.append((np.log(w), at, lambda c, a: (_times(c, f"{plain(np.exp(a))}^{name}"), np.exp(c + a * x))))
     forms.append((w, at, lambda c, a: (_line(c, a, name), c + a * x)))
     if name in ("t", "e", "i", "j") and bool((w > 0).all()):
-        grown = np.log1p(x)
-        forms.append((np.log(w), grown[where], lambda c, a: (_times(c, _power(name, a)), np.exp(c + a * grown))))
-    for y, along, said in forms:
+        log_place = np.log1p(x)
+        forms.append(
+            (np.log(w), log_place[where], lambda c, a: (_times(c, _power(name, a)), np.exp(c + a * log_place)))
+        )
+    for y, along, form in forms:
         columns = np.stack([np.ones_like(along), along], 1)
         (c, a), *_ = np.linalg.lstsq(columns, y, rcond=None)
         c, a = (float(f"{value:.8g}") if abs(value) > NONE * np.abs(y).max() else 0.0 for value in (c, a))
-        formula, made = said(c, a)
-        if a and bool((np.abs(made[where] - w) <= EQUAL * np.abs(w) + 1e-9 * np.abs(weights).max()).all()):
-            yield formula, made
+        formula, values = form(c, a)
+        if a and bool((np.abs(values[where] - w) <= EQUAL * np.abs(w) + 1e-9 * np.abs(weights).max()).all()):
+            yield formula, values
 
 
 def _power(name: str, a: float) -> str:
@@ -221,8 +225,8 @@ def _power(name: str, a: float) -> str:
     return f"1 / ({name} + 1)" if short == "-1" else f"({name} + 1)^{short}"
 
 
-def _times(log_c: float, said: str) -> str:
-    return said if abs(log_c) < EQUAL else f"{plain(np.exp(log_c))} {said}"
+def _times(log_c: float, formula: str) -> str:
+    return formula if abs(log_c) < EQUAL else f"{plain(np.exp(log_c))} {formula}"
 
 
 def _line(c: float, a: float, name: str) -> str:

@@ -22,14 +22,14 @@ class Fit:
         parameters: how many numbers were fitted.
         misfit: relative, root mean square over the tokens on which it was fitted.
         values: the numbers, by name.
-        made: its value at every token, also where it was not fitted, (N,).
+        weights: its value at every token, also where it was not fitted, (N,).
     """
 
     formula: str
     parameters: int
     misfit: float
     values: dict[str, float]
-    made: np.ndarray
+    weights: np.ndarray
 
 
 class Smooth(Features):
@@ -52,16 +52,16 @@ class Smooth(Features):
         """Formulas without steps that hold on the tokens ``where``."""
         there = int((~self.rounded[where]).sum())
         if where.any() and not there:
-            yield Fit("0", 0, 0.0, {}, made=np.zeros(len(self.b)))
+            yield Fit("0", 0, 0.0, {}, weights=np.zeros(len(self.b)))
         if int(where.sum()) < FEWEST or there < FEWEST:
             return
         yield from self.powers(where, self.b, "")
         yield from self.guarded(where)
         yield from self.affine(where)
         yield from self.undetached(where)
-        for said, factor in self.factors.items():
+        for symbol, factor in self.factors.items():
             if np.abs(factor[where]).min() > 0:
-                yield from self.powers(where, self.b / factor, f"{said} ")
+                yield from self.powers(where, self.b / factor, f"{symbol} ")
 
     def powers(self, where: np.ndarray, values: np.ndarray, times: str) -> Iterator[Fit]:
         """c times a power of one feature, by a line through the logarithms."""
@@ -71,7 +71,7 @@ class Smooth(Features):
             return
         factor = self.factors[times.strip()] if times else 1.0
         size = np.maximum(np.abs(b), 1e-300)
-        logs, named = np.log(size), "-" if sign[0] < 0 else ""
+        logs, minus = np.log(size), "-" if sign[0] < 0 else ""
         weight = 1 / (1 + self.floor[where] / size)  # rounding gets little weight
         for name, feature in self.powered():
             x = feature[where]
@@ -89,13 +89,13 @@ class Smooth(Features):
                 def form(power: float, size: float, base: np.ndarray = base) -> np.ndarray:
                     return sign[0] * size * np.exp(power * base) * factor
 
-                if found := self.shortest(where, form, (a, math.exp(min(c, 700.0)))):
-                    miss, (power, size) = found
-                    said = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
+                if fit := self.shortest(where, form, (a, math.exp(min(c, 700.0)))):
+                    miss, (power, size) = fit
+                    numbers = {"c": float(sign[0]) * size} | ({"a": power} if name else {})
                     if name == "(H / ln V)" and len(self.vocabularies) < 2 and len(plain(size)) > 4:
                         continue  # a factor of H itself
-                    formula = product(named, size, name, power, times)
-                    yield Fit(formula, int(free) + int(bool(name)), miss, said, made=form(power, size))
+                    formula = product(minus, size, name, power, times)
+                    yield Fit(formula, int(free) + int(bool(name)), miss, numbers, weights=form(power, size))
 
     def powered(self) -> Iterator[tuple[str, np.ndarray]]:
         """Logarithms of the features that may be raised to a power, by name."""
@@ -156,17 +156,17 @@ class Smooth(Features):
             off = 1 - np.exp(guard(log_eps)[where][there])
             if (off > 1e-5).sum() < FEWEST or (name and abs(a) < 1e-3):
                 continue
-            if found := self.shortest(where, form, (math.exp(log_eps), a, math.exp(min(c, 700.0)))):
-                miss, (eps, a, c) = found
+            if fit := self.shortest(where, form, (math.exp(log_eps), a, math.exp(min(c, 700.0)))):
+                miss, (eps, a, c) = fit
                 power = f"p_y^{plain(a + 1)}" if name == "p_y" else "p_y"
                 outer = product("", c, name if name != "p_y" else "", a) if name == "(1 - p_y)" else multiple(c).strip()
                 words = " ".join(filter(None, [outer, f"{power} / (p_y + {plain(eps)})"]))
                 formula = f"{'-' if sign[0] < 0 else ''}{words}"
                 numbers = {"c": float(sign[0]) * c, "epsilon": eps} | ({"a": a} if name else {})
-                yield Fit(formula, 2 + int(bool(name)), miss, numbers, made=form(eps, a, c))
+                yield Fit(formula, 2 + int(bool(name)), miss, numbers, weights=form(eps, a, c))
 
     def affine(self, where: np.ndarray) -> Iterator[Fit]:
-        """a + b p_y, the same of entropies, and p_y's own ratio to other models: a + b r_y / p_y."""
+        """Lines a + b x in p_y, in entropies and other features, and in the ratio r_y / p_y to another model."""
         features = {"p_y": np.exp(self.log_p), "H / ln V": self.entropy / self.log_size, "H": self.entropy}
         features |= {"max p": self.largest, "(second p)": self.second, "(max p - second p)": self.largest - self.second}
         features |= {"sum(p^2)": self.squares}
@@ -176,22 +176,22 @@ class Smooth(Features):
             features[f"{name}_y / p_y"] = np.exp(log_q - self.log_p)
             features[f"log({name}_y / p_y)"] = log_q - self.log_p
         for name, x in features.items():
-            whole = "H" not in name  # that of entropies is a power
+            whole = "H" not in name  # a multiple of an entropy is fitted by ``powers``
             alone = self.shortest(where, lambda c, x=x: c * x, (self._scaled(x, where)[1],)) if whole else None
             if alone is not None:
                 miss, (c,) = alone
-                yield Fit(f"{'-' if c < 0 else ''}{multiple(abs(c))}{name}", 1, miss, {"c": c}, made=c * x)
+                yield Fit(f"{'-' if c < 0 else ''}{multiple(abs(c))}{name}", 1, miss, {"c": c}, weights=c * x)
             a = np.stack([np.ones_like(x), x], 1)
             weight = 1 / (np.abs(self.b[where]) + self.floor[where])
             (low, slope), *_ = np.linalg.lstsq(a[where] * weight[:, None], self.b[where] * weight, rcond=None)
-            found = self.shortest(where, lambda low, slope, x=x: low + slope * x, (float(low), float(slope)))
-            if found is not None and abs(slope) > 1e-6:
-                miss, (low, slope) = found
+            fit = self.shortest(where, lambda low, slope, x=x: low + slope * x, (float(low), float(slope)))
+            if fit is not None and abs(slope) > 1e-6:
+                miss, (low, slope) = fit
                 if name == "H / ln V" and len(self.vocabularies) < 2 and len(plain(abs(slope))) > 4:
                     continue  # a factor of H itself
-                between, made = "-" if slope < 0 else "+", low + slope * x
-                formula = f"{plain(low)} {between} {multiple(abs(slope))}{name}"
-                yield Fit(formula, 2, miss, {"a": low, "b": slope}, made=made)
+                operator, weights = "-" if slope < 0 else "+", low + slope * x
+                formula = f"{plain(low)} {operator} {multiple(abs(slope))}{name}"
+                yield Fit(formula, 2, miss, {"a": low, "b": slope}, weights=weights)
 
     def undetached(self, where: np.ndarray) -> Iterator[Fit]:
         """An undetached weight w(p_y) on -log p_y: w + p_y w' log p_y."""
@@ -207,18 +207,19 @@ class Smooth(Features):
         }
         for name, (form, (low, high)) in forms.items():
             a = best(lambda a, form=form: self.misfit(self._scaled(form(a), where)[0], where), low, high)
-            found = self.shortest(where, lambda a, c, form=form: c * form(a), (a, self._scaled(form(a), where)[1]))
-            if found is not None and abs(a) > 1e-3:
-                miss, (a, c) = found
+            fit = self.shortest(where, lambda a, c, form=form: c * form(a), (a, self._scaled(form(a), where)[1]))
+            if fit is not None and abs(a) > 1e-3:
+                miss, (a, c) = fit
                 text = name.format(plain(a)) if a != 1 else name.replace("^{0}", "").replace("{0} ", "")
                 formula = f"{multiple(c)}{text}"
-                yield Fit(formula, 2, miss, {"c": c, "a": a}, made=c * form(a))
+                yield Fit(formula, 2, miss, {"c": c, "a": a}, weights=c * form(a))
 
-    def _scaled(self, made: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
-        x, weight = made[where], 1 / (np.abs(self.b[where]) + self.floor[where])
+    def _scaled(self, values: np.ndarray, where: np.ndarray) -> tuple[np.ndarray, float]:
+        """Values times the factor that fits best on the tokens ``where``, by weighted least squares; and that factor."""
+        x, weight = values[where], 1 / (np.abs(self.b[where]) + self.floor[where])
         c = float((x * self.b[where] * weight**2).sum() / max((x * x * weight**2).sum(), 1e-300))
         c = float(f"{c:.9g}")  # an exact 1 comes out as 1
-        return c * made, c
+        return c * values, c
 
 
 def best(cost: Callable[[float], float], low: float, high: float) -> float:
@@ -230,12 +231,12 @@ def best(cost: Callable[[float], float], low: float, high: float) -> float:
 
 
 def multiple(c: float) -> str:
-    """A factor as written before a formula, "" where it is 1."""
+    """A factor as printed before a formula, "" where it is 1."""
     return "" if c == 1 else f"{plain(c)} "
 
 
 def product(sign: str, size: float, name: str, a: float, times: str = "") -> str:
-    """sign size times name^a, as it would be written by hand."""
+    """The formula sign * size * times * name^a, without factors and powers of 1."""
     power = "" if a == 1 or not name else f"^{plain(a)}"
     if name.startswith("H_top-"):
         k = int(name.removeprefix("H_top-"))

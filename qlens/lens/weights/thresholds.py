@@ -46,42 +46,42 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
         loss: an unreduced loss, tokens -> (N,), in which no token needs another.
         tokens: the tokens of which some are moved, in float64.
     """
-    rows = _chosen(tokens)
+    rows = _spread_rows(tokens)
     index = tokens.labels[rows, None].long()
     z = tokens.logits.detach()[rows]
     rest = z.scatter(1, index, -torch.inf).logsumexp(-1)
 
-    def pulls(places: Tensor, at: Tensor) -> Tensor:
+    def weights_at(places: Tensor, at: Tensor) -> Tensor:
         """Label weights of some rows at these values of log p_y / (1 - p_y)."""
-        moved = _with(z[places], index[places], rest[places] + at)
-        grad = gradient(loss, tokens[rows[places]].replace(logits=moved)).double()
+        changed_logits = _with_label_logit(z[places], index[places], rest[places] + at)
+        grad = gradient(loss, tokens[rows[places]].replace(logits=changed_logits)).double()
         return -grad.gather(1, index[places])[:, 0] * (1 + at.exp())
 
     odds = torch.linspace(-REACH, REACH, POINTS, dtype=z.dtype, device=z.device)
     places = torch.arange(len(rows), device=z.device).repeat_interleave(POINTS)
-    found = pulls(places, odds.repeat(len(rows))).reshape(len(rows), POINTS)
-    if not bool(found.isfinite().all()):
+    weights = weights_at(places, odds.repeat(len(rows))).reshape(len(rows), POINTS)
+    if not bool(weights.isfinite().all()):
         return None
-    change = _change(found[:, :-1], found[:, 1:])
+    change = _change(weights[:, :-1], weights[:, 1:])
     at = change.topk(STEPS, -1).indices
     places = torch.arange(len(rows), device=z.device).repeat_interleave(STEPS)
     low, high = odds[at.flatten()], odds[at.flatten() + 1]
-    ends = found[places, at.flatten()], found[places, at.flatten() + 1]
+    ends = weights[places, at.flatten()], weights[places, at.flatten() + 1]
     size = (
         ends[0].abs().maximum(ends[1].abs()).clamp(min=TINY)
     )  # of the whole interval, in which a weight may pass through 0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        made = pulls(places, middle)
-        left = (ends[0] - made).abs() >= (made - ends[1]).abs()
-        low, high = torch.where(left, low, middle), torch.where(left, middle, high)
-        ends = torch.where(left, ends[0], made), torch.where(left, made, ends[1])
+        middle_weights = weights_at(places, middle)
+        lower = (ends[0] - middle_weights).abs() >= (middle_weights - ends[1]).abs()
+        low, high = torch.where(lower, low, middle), torch.where(lower, middle, high)
+        ends = torch.where(lower, ends[0], middle_weights), torch.where(lower, middle_weights, ends[1])
     step = ((ends[0] - ends[1]).abs() > STEP * size) & ends[0].isfinite() & ends[1].isfinite()
     if not bool(step.any()):
         return None
     places, low, high = places[step], low[step], high[step]
     both = torch.cat([places, places])
-    logits = _with(z[both], index[both], rest[both] + torch.cat([low, high]))
+    logits = _with_label_logit(z[both], index[both], rest[both] + torch.cat([low, high]))
     return Edges(rows[both], logits, _numbers(tokens[rows[places]].replace(logits=logits[: len(places)])))
 
 
@@ -90,23 +90,23 @@ def with_edges(variant: Variant, at: Reading) -> tuple[Reading, tuple[float, ...
     if {at.arithmetic, at.given.logits.dtype} != {torch.float64}:
         return at, ()
     try:
-        found = edges(variant.loss, at.given)
-        if found is None:
+        steps = edges(variant.loss, at.given)
+        if steps is None:
             return at, ()
-        index = torch.cat([torch.arange(len(at.given), device=found.rows.device), found.rows])
-        logits = torch.cat([at.given.logits, found.logits])
+        index = torch.cat([torch.arange(len(at.given), device=steps.rows.device), steps.rows])
+        logits = torch.cat([at.given.logits, steps.logits])
         wider = Reading.of(variant, at.given[index].replace(logits=logits))
     except InputError:  # the loss refuses such tokens
         return at, ()
-    return (wider, found.numbers) if wider.finite else (at, ())
+    return (wider, steps.numbers) if wider.finite else (at, ())
 
 
-def _chosen(tokens: Tokens) -> Tensor:
+def _spread_rows(tokens: Tokens) -> Tensor:
     """Rows spread over all, at a distance that shares no factor with the periods of masks and advantages."""
     return (torch.arange(min(ROWS, len(tokens)), device=tokens.logits.device) * APART % len(tokens)).unique()
 
 
-def _with(logits: Tensor, index: Tensor, label: Tensor) -> Tensor:
+def _with_label_logit(logits: Tensor, index: Tensor, label: Tensor) -> Tensor:
     return logits.scatter(1, index, label[:, None].to(logits))
 
 
@@ -118,10 +118,10 @@ def _change(one: Tensor, other: Tensor) -> Tensor:
 def _numbers(tokens: Tokens) -> tuple[float, ...]:
     """Short numbers that a threshold at these tokens may have."""
     log_p = tokens.label_log_probs.detach()
-    found = [log_p.exp(), -log_p]
+    candidates = [log_p.exp(), -log_p]
     for name in ("reference", "old", "teacher"):
         if getattr(tokens, name) is not None:
             ratio = (log_p - tokens.gather(tokens.log_probs_of(name))).exp()
-            found += [ratio, ratio - 1, 1 - ratio]
-    values = {written(value, EXACT) for part in found for value in part.tolist()}
+            candidates += [ratio, ratio - 1, 1 - ratio]
+    values = {written(value, EXACT) for part in candidates for value in part.tolist()}
     return tuple(sorted(value for value in values if len(f"{abs(value):.8g}".replace(".", "").lstrip("0")) <= 4))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qlens.core.tokens import Tokens
-from qlens.lens.weights.features import Seen, plain
+from qlens.lens.weights.features import WeightReading, plain
 from qlens.lens.weights.smooth_laws import FEWEST, Smooth
 
 FEWEST_CUT = 2  # tokens on either side of a threshold on anything but p_y
@@ -42,7 +42,11 @@ class Law:
 
 
 def law(
-    pull: Tensor, tokens: Tokens, tolerance: float = 1e-6, noise: Tensor | float = 1e-15, further: Sequence[Seen] = ()
+    pull: Tensor,
+    tokens: Tokens,
+    tolerance: float = 1e-6,
+    noise: Tensor | float = 1e-15,
+    further: Sequence[WeightReading] = (),
 ) -> Law | None:
     """The simplest known formula of a weight (N,) on some tokens, or None.
 
@@ -64,17 +68,23 @@ def law(
         >>> law(t.label_probs.sqrt(), t).formula
         'p_y^0.5'
     """
-    seen = [one for one in (Seen(pull, tokens, noise).known(), *(other.known() for other in further)) if len(one.pull)]
-    if sum(len(one.pull) for one in seen) < FEWEST:
+    readings = [
+        one
+        for one in (WeightReading(pull, tokens, noise).where_known(), *(other.where_known() for other in further))
+        if len(one.pull)
+    ]
+    if sum(len(one.pull) for one in readings) < FEWEST:
         return None
-    features = _Laws(seen, tolerance)
-    found = next(iter(features.laws()), None)
-    return found and Law(found.formula, found.parameters, found.misfit, found.values, features.domain, found.where)
+    features = _Laws(readings, tolerance)
+    simplest = next(iter(features.laws()), None)
+    return simplest and Law(
+        simplest.formula, simplest.parameters, simplest.misfit, simplest.values, features.domain, simplest.where
+    )
 
 
-def thresholds(seen: Sequence[Seen], on: np.ndarray) -> Iterator[str]:
-    """Rules that separate some tokens of one or more readings from the others: masks, or thresholds of a signal."""
-    yield from (rule for rule, _, _ in _Laws(seen, 1e-6).rules(on))
+def thresholds(readings: Sequence[WeightReading], on: np.ndarray) -> Iterator[str]:
+    """Rules that hold on the tokens ``on`` of one or more readings and on no others: masks, or thresholds of a signal."""
+    yield from (rule for rule, _, _ in _Laws(readings, 1e-6).rules(on))
 
 
 class _Laws(Smooth):
@@ -106,17 +116,17 @@ class _Laws(Smooth):
                 formula = f"{inner.formula} {rule}, 0 elsewhere"
                 yield Law(formula, inner.parameters + count, inner.misfit, inner.values | values, where=rule)
 
-    def without(self, hidden: np.ndarray) -> list[Seen]:
-        """The weight without some of the tokens."""
-        ends = np.cumsum([len(one.pull) for one in self.seen])[:-1]
-        kept = [
+    def without(self, hidden: np.ndarray) -> list[WeightReading]:
+        """The readings without the tokens ``hidden``."""
+        ends = np.cumsum([len(one.pull) for one in self.readings])[:-1]
+        visible = [
             torch.from_numpy(~part).to(one.pull.device)
-            for part, one in zip(np.split(hidden, ends), self.seen, strict=True)
+            for part, one in zip(np.split(hidden, ends), self.readings, strict=True)
         ]
-        return [one[rows] for one, rows in zip(self.seen, kept, strict=True) if bool(rows.any())]
+        return [one[rows] for one, rows in zip(self.readings, visible, strict=True) if bool(rows.any())]
 
     def rules(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
-        """Rules that separate the tokens that are on, with their numbers."""
+        """Rules that hold on the tokens ``on`` and on no others, with their thresholds and how many these are."""
         for name, mask in self.masks.items():
             if (mask == on).all():
                 yield f"where {name}", {}, 0
@@ -139,37 +149,37 @@ class _Laws(Smooth):
             at_end = near_one and above.any() and not over.any()
             if (below.any() and not under.any()) or (above.any() and not over.any() and not at_end):
                 continue
-            ends, said = {}, []
+            ends, conditions = {}, []
             if below.any():
                 cut = x[under].max()
                 ends["low"] = low if whole else between(cut, low)  # of whole numbers the last that is on
-                said.append(f"{name} >= {plain(ends['low'])}{_seen(plain(cut), plain(low))}")
+                conditions.append(f"{name} >= {plain(ends['low'])}{_interval(plain(cut), plain(low))}")
             if at_end:
                 ends["high"] = high
-                said.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
+                conditions.append(f"{name} <= 1 - {plain(np.exp(self.log_rest)[on].min())} (where rounding decides)")
             elif above.any():
                 cut = x[over].min()
                 ends["high"] = high if whole else between(high, cut)
-                text = f"{plain(ends['high'])}{_seen(plain(high), plain(cut))}"
+                text = f"{plain(ends['high'])}{_interval(plain(high), plain(cut))}"
                 if near_one:
                     rest = np.exp(self.log_rest)
                     least, most = rest[over].max(), rest[on].min()
                     ends["high"] = 1 - between(least, most)
-                    text = f"1 - {plain(between(least, most))}{_seen(f'1 - {plain(most)}', f'1 - {plain(least)}')}"
-                said.append(f"{name} <= {text}")
-            yield "where " + " and ".join(said), ends, len(said)
+                    text = f"1 - {plain(between(least, most))}{_interval(f'1 - {plain(most)}', f'1 - {plain(least)}')}"
+                conditions.append(f"{name} <= {text}")
+            yield "where " + " and ".join(conditions), ends, len(conditions)
 
     def signals(self) -> dict[str, np.ndarray]:
         """The signals that a threshold may be on, by name."""
-        found = {"p_y": np.exp(self.log_p)}
-        found |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
-        found |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
-        found |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
-        found |= {"the largest p - the second": self.largest - self.second, "the second largest p": self.second}
-        found |= {"the label's rank (0 first)": self.rank}
-        found |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
-        found |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}
-        return found | {f"H_top-{k}": entropy for k, entropy in self.top.items()}
+        signals = {"p_y": np.exp(self.log_p)}
+        signals |= {f"p_y / {n}_y": np.exp(self.log_p - q) for n, q in self.models.items()}
+        signals |= {f"{n}_y": np.exp(q) for n, q in self.models.items()}
+        signals |= {"H": self.entropy, "H / ln V": self.entropy / self.log_size, "the largest p": self.largest}
+        signals |= {"the largest p - the second": self.largest - self.second, "the second largest p": self.second}
+        signals |= {"the label's rank (0 first)": self.rank}
+        signals |= {f"the label's rank for the {n} (0 first)": rank for n, rank in self.ranks.items()}
+        signals |= {f"H of the {n}": entropy for n, entropy in self.entropies.items()}
+        return signals | {f"H_top-{k}": entropy for k, entropy in self.top.items()}
 
     def sided(self, on: np.ndarray) -> Iterator[tuple[str, dict[str, float], int]]:
         """The clip of a policy objective: on while the ratio is within its bound for the sign of the advantage."""
@@ -178,9 +188,12 @@ class _Laws(Smooth):
         for name, log_q in self.models.items():
             ratio, up = np.exp(self.log_p - log_q), self.advantage > 0
             ends = [(ratio[on & up], ratio[~on & up], 1), (ratio[on & ~up], ratio[~on & ~up], -1)]
-            if any(len(kept) and len(cut) and (kept * side).max() >= (cut * side).min() for kept, cut, side in ends):
+            if any(
+                len(inside) and len(outside) and (inside * side).max() >= (outside * side).min()
+                for inside, outside, side in ends
+            ):
                 continue
-            if not all(len(kept) and len(cut) for kept, cut, _ in ends):
+            if not all(len(inside) and len(outside) for inside, outside, _ in ends):
                 continue
             high, low = between(ends[0][0].max(), ends[0][1].min()), between(ends[1][1].max(), ends[1][0].min())
             rule = f"while p_y / {name}_y <= {plain(high)} (A > 0) or >= {plain(low)} (A < 0)"
@@ -188,40 +201,40 @@ class _Laws(Smooth):
 
     def clipped(self) -> Iterator[Law]:
         """A formula clipped at a smallest or largest value, also times the advantage or the weight."""
-        for said, factor in self.factors.items():
+        for symbol, factor in self.factors.items():
             if np.abs(factor).min() > 0:
                 one = copy(self)
                 one.b, one.floor, one.factors = self.b / factor, self.floor / np.abs(factor), {}
                 for law in one.clipped_alone():
-                    yield replace(law, formula=f"{said} ({law.formula})")
+                    yield replace(law, formula=f"{symbol} ({law.formula})")
         yield from self.clipped_alone()
 
     def clipped_alone(self) -> Iterator[Law]:
-        """A clipped formula without such a factor."""
+        """A formula clipped at a smallest or largest value, without such a factor."""
         ends = {"at most": self.b.max(), "at least": self.b.min()}
-        held = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
-        there = [word for word in ends if held[word].sum() >= 2]
+        at_bound = {word: np.abs(self.b - end) <= self.tolerance * abs(end) for word, end in ends.items()}
+        there = [word for word in ends if at_bound[word].sum() >= 2]
         for words in ([word] for word in there) if len(there) < 2 else (*([word] for word in there), there):
-            cut = np.any([held[word] for word in words], axis=0)
+            cut = np.any([at_bound[word] for word in words], axis=0)
             if (~cut).sum() < FEWEST:
                 continue
             for inner in self.smooth(~cut):
-                if not self._varies(inner.made, ~cut):
-                    continue  # that is a switch
-                if not all(self._beyond(inner.made, ends[word], word, held[word]) for word in words):
+                if not self._varies(inner.weights, ~cut):
+                    continue  # a step, not a clip
+                if not all(self._beyond(inner.weights, ends[word], word, at_bound[word]) for word in words):
                     continue
-                said = ", ".join(f"{word} {plain(ends[word])}" for word in words)
+                bounds = ", ".join(f"{word} {plain(ends[word])}" for word in words)
                 numbers = inner.values | {word: float(ends[word]) for word in words}
-                yield Law(f"{inner.formula}, {said}", inner.parameters + len(words), inner.misfit, numbers)
+                yield Law(f"{inner.formula}, {bounds}", inner.parameters + len(words), inner.misfit, numbers)
 
-    def _varies(self, made: np.ndarray, where: np.ndarray) -> bool:
+    def _varies(self, values: np.ndarray, where: np.ndarray) -> bool:
         """Whether a formula takes more than one value on some tokens."""
-        return bool(np.ptp(made[where]) > 10 * self.tolerance * np.abs(made[where]).max())
+        return bool(np.ptp(values[where]) > 10 * self.tolerance * np.abs(values[where]).max())
 
-    def _beyond(self, made: np.ndarray, end: float, word: str, held: np.ndarray) -> bool:
+    def _beyond(self, values: np.ndarray, end: float, word: str, clipped: np.ndarray) -> bool:
         """Whether a formula would be beyond its clip wherever the weight is clipped."""
-        slack = 10 * self.tolerance * (abs(end) + self.floor[held])
-        return bool((made[held] >= end - slack if word == "at most" else made[held] <= end + slack).all())
+        slack = 10 * self.tolerance * (abs(end) + self.floor[clipped])
+        return bool((values[clipped] >= end - slack if word == "at most" else values[clipped] <= end + slack).all())
 
     def in_pieces(self) -> Iterator[Law]:
         """A formula on some tokens and one other value on the rest, separated by a threshold or a mask."""
@@ -247,9 +260,9 @@ class _Laws(Smooth):
         apart = within & (within.sum(0) == 1) if len(within) > 1 else within & False
         if near.any(0).all() and apart.any(1).sum() < 2:  # one value per reading is a factor of the reading
             *first, last = map(plain, values)
-            made = np.select(list(near), values)
+            nearest = np.select(list(near), values)
             formula = f"{COUNTS[len(values)]} values, {', '.join(first)} and {last}"
-            yield Law(formula, len(values), self.misfit(made, ~self.rounded), {"low": values[0], "high": values[-1]})
+            yield Law(formula, len(values), self.misfit(nearest, ~self.rounded), {"low": values[0], "high": values[-1]})
 
     def _near(self, value: float) -> np.ndarray:
         """Where the weight has this value, (N,)."""
@@ -257,18 +270,18 @@ class _Laws(Smooth):
 
     def repeated(self, least: int = 3) -> list[float]:
         """Values that the weight takes at several tokens, at most three, the rarest first."""
-        found: list[tuple[int, float]] = []
-        left = np.ones(len(self.b), bool)
-        while left.any() and len(found) < 3:
-            values = np.where(self.rounded, 0.0, self.b)[left]
+        counts: list[tuple[int, float]] = []
+        remaining = np.ones(len(self.b), bool)
+        while remaining.any() and len(counts) < 3:
+            values = np.where(self.rounded, 0.0, self.b)[remaining]
             value = float(values[np.argmax([(np.abs(values - v) <= 1e-9 * abs(v)).sum() for v in values])])
             value = float(f"{value:.9g}")  # an exact 1 comes out as 1
-            near = left & self._near(value)
+            near = remaining & self._near(value)
             if int(near.sum()) < least:
                 break
-            found.append((int(near.sum()), value))
-            left &= ~near
-        return [value for _, value in sorted(found)]
+            counts.append((int(near.sum()), value))
+            remaining &= ~near
+        return [value for _, value in sorted(counts)]
 
     def grouped(self) -> Iterator[Law]:
         """One value per sequence, or per side of a pair up to its length."""
@@ -284,12 +297,12 @@ class _Laws(Smooth):
                 yield Law(f"one value per {name}, {low} to {high}", len(set(ids)), miss, {})
 
 
-def _seen(first: str, last: str) -> str:
-    """The numbers between which a threshold lies, in words; "" where they print alike."""
+def _interval(first: str, last: str) -> str:
+    """The values of a signal between which a threshold lies, in words; "" where they print alike."""
     return "" if first == last else f" (seen between {first} and {last})"
 
 
 def between(low: float, high: float) -> float:
     """The shortest number in (low, high], high above 0, the nearest to the middle."""
-    tried = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
-    return next((n for n in tried if low < n <= high), high)
+    candidates = (float(f"{value:.{d}g}") for d in range(1, 17) for value in ((low + high) / 2, high))
+    return next((n for n in candidates if low < n <= high), high)

@@ -24,9 +24,9 @@ def contract(fn: Callable, style: Style) -> bool:
 
 def plain(fn: Callable) -> Iterator[list[Style]]:
     """Styles with logits (N, V) or (B, T, V), the likeliest first, in lists of which the first that raises nothing counts."""
-    wanted = inputs(fn)
-    roles = set(wanted.required.values()) | set(wanted.optional.values())
-    first = next(iter(wanted.required.items()))
+    loss_inputs = inputs(fn)
+    roles = set(loss_inputs.required.values()) | set(loss_inputs.optional.values())
+    first = next(iter(loss_inputs.required.items()))
     if "model" in roles:
         shapes = [Style("batch")]
     elif any(role.endswith("chosen log probs") for role in roles):
@@ -39,17 +39,17 @@ def plain(fn: Callable) -> Iterator[list[Style]]:
         shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True)]
     else:
         shapes = [Style(), Style("batch"), Style("aligned"), Style("batch", boxed=True), Style("aligned", boxed=True)]
-    others = any(role.endswith(" outputs") and role != "return outputs" for role in roles)
+    other_models = any(role.endswith(" outputs") and role != "return outputs" for role in roles)
     for shape in shapes:
         yield from _filled(fn, shape)
-        if others:  # of other models: as outputs, where the student's are none, and the other way round
-            yield from _filled(fn, dataclasses.replace(shape, alike=not shape.alike))
+        if other_models:  # of other models: as outputs, where the student's are none, and the other way round
+            yield from _filled(fn, dataclasses.replace(shape, same_form=not shape.same_form))
 
 
 def with_columns_by_text(fn: Callable) -> Iterator[list[Style]]:
     """The usual styles with one advantage and one weight for each text, for columns of a batch that the loss reads."""
-    for alike in plain(fn):
-        laid_out = [dataclasses.replace(style, fields="texts") for style in alike if style.laid_out]
+    for similar in plain(fn):
+        laid_out = [dataclasses.replace(style, fields="texts") for style in similar if style.laid_out]
         yield list(dict.fromkeys(laid_out))
 
 
@@ -98,26 +98,26 @@ def takes_chunks(fn: Callable) -> bool:
 def _chunk_numbers(fn: Callable) -> list[int]:
     """Numbers of chunks: attributes and parameters named so, other small numbers of the loss, usual ones."""
     owner = getattr(fn, "__self__", fn)
-    named = {**getattr(owner, "__dict__", {}), **{name: p.default for name, p in signature(fn).items()}}
-    first = [value for name, value in named.items() if "chunk" in name]
+    by_name = {**getattr(owner, "__dict__", {}), **{name: p.default for name, p in signature(fn).items()}}
+    first = [value for name, value in by_name.items() if "chunk" in name]
     run = inspect.unwrap(getattr(owner, "forward", fn))
-    written = getattr(getattr(run, "__code__", None), "co_consts", ())
-    numbers = [*first, *named.values(), *written, *CHUNKS]
+    code_constants = getattr(getattr(run, "__code__", None), "co_consts", ())
+    numbers = [*first, *by_name.values(), *code_constants, *CHUNKS]
     whole = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 1 < n <= MOST_CHUNKS]
     return list(dict.fromkeys(whole))[: 2 * len(CHUNKS)]
 
 
 def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
     """The variations of a shape: masks, positions of per-token values, optional inputs."""
-    wanted = inputs(fn)
-    roles = set(wanted.required.values()) | set(wanted.optional.values())
+    loss_inputs = inputs(fn)
+    roles = set(loss_inputs.required.values()) | set(loss_inputs.optional.values())
     masked = "mask" in roles
-    texts = any(ROLE.get(name) == "input ids" for name, role in wanted.required.items() if role == "labels")
+    texts = any(ROLE.get(name) == "input ids" for name, role in loss_inputs.required.items() if role == "labels")
     attended = "attention mask" in roles
     flags = [torch.float32, torch.bool, torch.long] if masked or attended else [torch.float32]
-    others = set(wanted.optional.values())
-    optional = [True, False] if others - {"count"} else [True]
-    counted = [False, True] if "count" in others else [False]
+    optional_roles = set(loss_inputs.optional.values())
+    optional = [True, False] if optional_roles - {"count"} else [True]
+    counted = [False, True] if "count" in optional_roles else [False]
     places = ["labels"]
     if shape.laid_out and roles & set(PER_TOKEN):
         places = ["labels", "logits", "shifted"] if shape.shape == "batch" else ["logits"]
@@ -129,9 +129,9 @@ def _filled(fn: Callable, shape: Style) -> Iterator[list[Style]]:
     for inverted in (False, True) if masked else (False,):
         yield [
             dataclasses.replace(
-                shape, optional=given, fields=place, clean=clean, flag=flag, inverted=inverted, counted=count
+                shape, optional=passed, fields=place, clean=clean, flag=flag, inverted=inverted, counted=count
             )
-            for given in optional
+            for passed in optional
             for count in counted
             for clean in cleans
             for flag in flags

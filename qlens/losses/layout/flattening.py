@@ -20,30 +20,30 @@ class Flattened(TorchFunctionMode):
     def __init__(self, rows: int | None):
         super().__init__()
         self.rows = rows
-        self.seen = False
+        self.detected = False
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        operands = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         name = getattr(func, "__name__", "")
         if (
             isinstance(result, Tensor)
-            and len(given) > 1
+            and len(operands) > 1
             and "matmul" not in name
             and name not in ("mm", "bmm", "einsum")
         ):
-            self.seen |= _crossed(result, given)
-        if name in REDUCTIONS and given and self.rows is not None and given[0].shape == (self.rows,):
-            self.seen |= kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, (-1,), [-1])
+            self.detected |= _crossed(result, operands)
+        if name in REDUCTIONS and operands and self.rows is not None and operands[0].shape == (self.rows,):
+            self.detected |= kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, (-1,), [-1])
         return result
 
 
-def _crossed(result: Tensor, given: Sequence[Tensor]) -> bool:
+def _crossed(result: Tensor, operands: Sequence[Tensor]) -> bool:
     """Whether a result is larger than its operands and has one size twice, which none of them has."""
-    if result.numel() <= max(x.numel() for x in given):
+    if result.numel() <= max(x.numel() for x in operands):
         return False
     twice = {size for size in result.shape if size > 1 and result.shape.count(size) > 1}
-    return any(all(x.shape.count(size) < 2 for x in given) for size in twice)
+    return any(all(x.shape.count(size) < 2 for x in operands) for size in twice)

@@ -18,7 +18,7 @@ from qlens.losses.layout.signature import Memo, inputs, name_of
 from qlens.losses.layout.style_trials import best_trial
 from qlens.losses.layout.trial import Trial, attempt, changed, few, grad_of, value_of
 from qlens.losses.replay import Replay
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 from qlens.losses.user_code import LossError
 
 PROBES = 57  # number of their rows
@@ -36,7 +36,7 @@ def style_of(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Style:
     """
     grouped = tokens.sequence is not None
     key = (repr(sorted(params.items(), key=str)), grouped, tuple(sorted(tokens.fields())), tokens.logits.shape[1])
-    return _STYLES.get(fn, key, lambda: _replayed_search(fn, params, tokens), lambda trial: trial.lit > 0).style
+    return _STYLES.get(fn, key, lambda: _replayed_search(fn, params, tokens), lambda trial: trial.coverage > 0).style
 
 
 def in_whole_groups(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
@@ -79,7 +79,7 @@ def _replayed_search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) ->
         if kind in ("tokens", "hidden"):
             return Trial(Style(), 1.0, 1.0)
         past = PastSearches.of(fn, params, tokens)
-        trial = past.again(fn, params, tokens)
+        trial = past.matching_trial(fn, params, tokens)
         if trial is None:
             trial = _search(fn, params, tokens, past)
             past.add(trial)
@@ -99,10 +99,10 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: PastS
             if trial.full:
                 return trial
     best = best_trial(fn, params, few(tokens), past)
-    if not best.lit and (probes := probes_like(tokens)) is not None:
+    if not best.coverage and (probes := probes_like(tokens)) is not None:
         with contextlib.suppress(InputError):  # the loss may be written for these very tokens
             on_probes = best_trial(fn, params, probes, past)
-            best = on_probes if on_probes.lit or not best.graph else best
+            best = on_probes if on_probes.coverage or not best.graph else best
     some = few(tokens, best.style.group)
     if not best.graph and bool(value_of(fn, params, some, best.style).any()):
         raise NoGraphError(
@@ -155,15 +155,15 @@ def _with_labels_in_ids(fn: Callable, params: Mapping[str, Any], tokens: Tokens,
     """The style with labels as input_ids, for a loss that reads no labels but reacts to the ids."""
     every = torch.ones(len(tokens), dtype=torch.bool)
     other_labels = changed(tokens, every)
-    base, other = (grad_of(fn, params, shown, style) for shown in (tokens, other_labels))
+    base, other = (grad_of(fn, params, some_tokens, style) for some_tokens in (tokens, other_labels))
     if not torch.allclose(base, other):
         return style
     in_ids = replace(style, ids=True)
-    with watched() as seen:
+    with recorded_modules() as module_calls:
         try:
             trial = attempt(fn, params, tokens, in_ids)
-            base, other = (grad_of(fn, params, shown, in_ids) for shown in (tokens, other_labels))
+            base, other = (grad_of(fn, params, some_tokens, in_ids) for some_tokens in (tokens, other_labels))
         except LossError:
             return style
-    reacts = not torch.allclose(base, other) and trial.lit > 0
-    return in_ids if reacts and not seen.models else style
+    reacts = not torch.allclose(base, other) and trial.coverage > 0
+    return in_ids if reacts and not module_calls.models else style

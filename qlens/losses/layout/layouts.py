@@ -48,7 +48,7 @@ class Style:
         ids: whether a model's input_ids are the labels, for a loss that reads its labels from there.
         head: diagonal of a model's head, or the factor between hidden states and their rescaled copy; logits do not change.
         columns: names of further columns of a model's inputs that the loss reads.
-        alike: whether other models' outputs are passed as the student's are, as outputs or as logits.
+        same_form: whether other models' outputs are passed as the student's are, as outputs or as logits.
         order: "texts": (B, T, ...); "positions": sequence first, (T, B, ...); "mixed": logits (T, B, V), other inputs (B, T);
             "classes": logits (B, V, T), other inputs (B, T).
         chunks: number of chunks of a list of logits, along the tokens; 0: logits are a tensor.
@@ -72,7 +72,7 @@ class Style:
     ids: bool = False
     head: float = 1.0
     columns: tuple[str, ...] = ()
-    alike: bool = True
+    same_form: bool = True
     order: str = "texts"
     chunks: int = 0
     cut: str = "chunk"

@@ -133,32 +133,36 @@ LOGIT_WORDS = {"logits", "logit", "scores", "preds", "pred", "y", "z"}
 LOG_PROB_WORDS = {"logps", "logp", "logprobs", "logprob", "lprobs"}
 
 
-def role_by_words(name: str, others: Collection[str]) -> str | None:
+def role_by_words(name: str, parameters: Collection[str]) -> str | None:
     """The input that a name of several words stands for: shifted_teacher_logits, answer_mask, y_t, ...
 
     Args:
         name: of the parameter.
-        others: names of all parameters: a ``t`` beside an ``s`` is the teacher's logits.
+        parameters: names of all parameters: a ``t`` beside an ``s`` is the teacher's logits.
     """
-    if name in ("s", "t") and {"s", "t"} <= set(others):
+    if name in ("s", "t") and {"s", "t"} <= set(parameters):
         return "logits" if name == "s" else "teacher"
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower().split("_")
-    known = set(words)
+    word_set = set(words)
     if len(words) < 2:
         return None
-    model = next((model for model, said in MODEL_WORDS.items() if said & known), "")
-    if known & LOG_PROB_WORDS or ("log" in known and known & {"probs", "prob"}):
+    model = next((model for model, model_words in MODEL_WORDS.items() if model_words & word_set), "")
+    if word_set & LOG_PROB_WORDS or ("log" in word_set and word_set & {"probs", "prob"}):
         return "log probs" if model in ("", "student") else f"{model} log probs"
-    if known & {"outputs", "output", "out"} and model in ("student", "teacher", "reference"):
+    if word_set & {"outputs", "output", "out"} and model in ("student", "teacher", "reference"):
         return "outputs" if model == "student" else f"{model} outputs"
-    if known & LOGIT_WORDS and (model or "logits" in known):
+    if word_set & LOGIT_WORDS and (model or "logits" in word_set):
         return "logits" if model in ("", "student") else model
-    if known & {"probs", "prob"} and model in ("student", "teacher"):
+    if word_set & {"probs", "prob"} and model in ("student", "teacher"):
         return "probs" if model == "student" else "teacher probs"
-    if "mask" in known and not model:
+    if "mask" in word_set and not model:
         return (
-            None if known & {"causal", "vocab", "special", "inf"} else "attention mask" if "attn" in known else "mask"
+            None
+            if word_set & {"causal", "vocab", "special", "inf"}
+            else "attention mask"
+            if "attn" in word_set
+            else "mask"
         )
-    if known & {"weights", "weight"} and known & {"token", "tokens", "sample", "label", "labels", "loss", "seq"}:
+    if word_set & {"weights", "weight"} and word_set & {"token", "tokens", "sample", "label", "labels", "loss", "seq"}:
         return "weight"
-    return "labels" if known & {"labels", "label", "targets"} and not model else None
+    return "labels" if word_set & {"labels", "label", "targets"} and not model else None

@@ -45,8 +45,8 @@ def paired(fn: Callable, how: str) -> Iterator[list[Style]]:
     roles = {*inputs(fn).required.values(), *inputs(fn).optional.values()}
     if "log probs" in roles and not {"labels", "mask", "attention mask"} & roles:
         yield [Style(pairs=how)]
-    for alike in candidates.plain(fn):
-        if laid_out := [replace(style, pairs=how) for style in alike if style.laid_out]:
+    for similar in candidates.plain(fn):
+        if laid_out := [replace(style, pairs=how) for style in similar if style.laid_out]:
             yield laid_out
 
 
@@ -55,25 +55,29 @@ def _pairing(fn: Callable, params: Mapping[str, Any]) -> str:
     places = {"sequence": texts, "pair": texts % PAIRS, "chosen": texts < PAIRS}  # in halves each text is at its place
     tokens = random_tokens(len(texts), VOCABULARY).replace(**places)
     with Replay(tokens.logits.device, fn).again():
-        for number, style in enumerate(style for alike in paired(fn, HALVES) for style in alike):
+        for number, style in enumerate(style for similar in paired(fn, HALVES) for style in similar):
             if number == TRIED:
                 break
             try:
-                signs = [_signs(fn, params, tokens, places, style, moved) for moved in ORDERS]
+                signs = [_signs(fn, params, tokens, places, style, shift) for shift in ORDERS]
             except InputError:
                 continue
             if bool(torch.stack(signs).any()):
                 how, raised = _pattern(torch.stack(signs))
-                return f"rejected {how}" if raised < 0 and _relents(fn, params, tokens, style) else how
+                return f"rejected {how}" if raised < 0 and _saturates(fn, params, tokens, style) else how
     return ""
 
 
-def _relents(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> bool:
+def _saturates(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> bool:
     """Whether the gradient does not grow as the texts of the second half become likelier."""
     pushed = tokens.replace(logits=tokens.logits + PUSH * tokens.one_hot * ~tokens.require("chosen")[:, None])
     before, after = (
-        float((grad_of(fn, params, shown, style).nan_to_num(0.0).norm(dim=-1) / shown.rest_log_probs.exp()).sum())
-        for shown in (tokens, pushed)
+        float(
+            (
+                grad_of(fn, params, some_tokens, style).nan_to_num(0.0).norm(dim=-1) / some_tokens.rest_log_probs.exp()
+            ).sum()
+        )
+        for some_tokens in (tokens, pushed)
     )
     return after <= before * (1 + 1e-9)
 
@@ -84,13 +88,13 @@ def _signs(
     tokens: Tokens,
     places: Mapping[str, torch.Tensor],
     style: Style,
-    moved: int,
+    shift: int,
 ) -> torch.Tensor:
     """1 for places whose text's labels are raised, -1 for lowered ones, with the texts moved on by some places."""
-    order = torch.arange(len(tokens)).roll(moved * LENGTH)
-    shown = tokens[order].replace(**places)
-    grad = grad_of(fn, params, shown, style).nan_to_num(0.0)
-    at_labels = -grad.gather(1, shown.labels[:, None])[:, 0].view(2 * PAIRS, LENGTH)
+    order = torch.arange(len(tokens)).roll(shift * LENGTH)
+    reordered = tokens[order].replace(**places)
+    grad = grad_of(fn, params, reordered, style).nan_to_num(0.0)
+    at_labels = -grad.gather(1, reordered.labels[:, None])[:, 0].view(2 * PAIRS, LENGTH)
     signs = at_labels.sign()
     return torch.where((signs == signs[:, :1]).all(1), signs[:, 0], 2.0)
 
@@ -103,8 +107,8 @@ def _pattern(signs: torch.Tensor) -> tuple[str, float]:
     places = torch.arange(2 * PAIRS)
     for how, first in ((HALVES, places < PAIRS), (ALTERNATE, places % 2 == 0)):
         sides = torch.where(first, signs, -signs)
-        seen = sides[sides != 0]
+        nonzero = sides[sides != 0]
         both = bool(signs[:, first].any() and signs[:, ~first].any())
-        if both and bool((seen == seen[0]).all()) and abs(float(seen[0])) == 1:
-            return how, float(seen[0])
+        if both and bool((nonzero == nonzero[0]).all()) and abs(float(nonzero[0])) == 1:
+            return how, float(nonzero[0])
     return "", 0.0

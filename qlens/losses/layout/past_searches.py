@@ -38,7 +38,7 @@ class PastSearches:
 
     def add(self, trial: Trial) -> None:
         """Record a style that was chosen."""
-        self.trials += [trial] if trial.lit > 0 else []
+        self.trials += [trial] if trial.coverage > 0 else []
 
     def fail(self, error: InputError, failures: list[Failure]) -> None:
         """Record a search that found no style."""
@@ -46,7 +46,7 @@ class PastSearches:
         for failure, style in failures:
             self.failures.setdefault((_layout_of(style), _message(failure)), style)
 
-    def again(self, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial | None:
+    def matching_trial(self, fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Trial | None:
         """A trial of a style that was chosen before, if it fits these tokens too.
 
         Raises:
@@ -60,8 +60,8 @@ class PastSearches:
         for before in self.trials:
             with contextlib.suppress(InputError):
                 trial = attempt_at_widths(fn, params, few(tokens, before.style.group), before.style)
-                steady = trial.reacts == 1 and not trial.flattened and trial.mislaid == before.mislaid
-                if trial.full or (trial.lit > 0 and steady):
+                steady = trial.reacts == 1 and not trial.flattened and trial.misplaced == before.misplaced
+                if trial.full or (trial.coverage > 0 and steady):
                     return trial
         if self.error is None:
             return None
@@ -76,7 +76,7 @@ class PastSearches:
 
 
 def _layout_of(style: Style) -> tuple:
-    return style.shape, style.boxed, style.order, style.container, style.chunks > 0, style.pairs, style.alike
+    return style.shape, style.boxed, style.order, style.container, style.chunks > 0, style.pairs, style.same_form
 
 
 def _message(error: InputError) -> str:

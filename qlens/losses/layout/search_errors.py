@@ -9,10 +9,10 @@ from qlens.core.tokens import Tokens
 from qlens.losses.calling import call
 from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
-from qlens.losses.layout.signature import inputs, name_of, seen_as, signature
+from qlens.losses.layout.signature import inputs, name_of, signature, student_input
 from qlens.losses.layout.trial import AS_GIVEN
 from qlens.losses.layout.wording import described
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 from qlens.losses.user_code import EndedError, LossError, depth, file_of
 
 Failure = tuple[InputError, Style]
@@ -23,8 +23,10 @@ def likeliest(fn: Callable, failures: list[Failure]) -> InputError:
 
     qlens' own refusals come first, then errors of calls that returned a value.
     """
-    ended = (error for error, _ in failures if isinstance(error, EndedError))
-    refused = next((error for error, _ in failures if not isinstance(error, LossError)), None) or next(ended, None)
+    after_return = (error for error, _ in failures if isinstance(error, EndedError))
+    refused = next((error for error, _ in failures if not isinstance(error, LossError)), None) or next(
+        after_return, None
+    )
     if refused is not None:
         return refused
     file = file_of(fn)
@@ -34,7 +36,7 @@ def likeliest(fn: Callable, failures: list[Failure]) -> InputError:
         return depth(cause, file), not isinstance(cause, AttributeError | TypeError)  # an input of another type
 
     error, style = max(failures, key=progress)  # the first of equals
-    error = extended(error, f"called with {described(style, seen_as(inputs(fn)), {})}", ", ")
+    error = extended(error, f"called with {described(style, student_input(inputs(fn)), {})}", ", ")
     labels = next((name for name, role in inputs(fn).required.items() if role == "labels"), "")
     if labels and isinstance(error.__cause__, RuntimeError | NotImplementedError):
         hint = f"{labels} holds token ids here: a parameter that takes a distribution, or logits, over the vocabulary"
@@ -52,9 +54,11 @@ def _unset(fn: Callable, error: InputError) -> str | None:
     cause = error.__cause__
     if not isinstance(cause, AttributeError) or cause.obj is not None:
         return None
-    wanted = inputs(fn)
+    loss_inputs = inputs(fn)
     params = signature(fn).items()
-    unset = [name for name, p in params if p.default is None and name not in (*wanted.required, *wanted.optional)]
+    unset = [
+        name for name, p in params if p.default is None and name not in (*loss_inputs.required, *loss_inputs.optional)
+    ]
     if not unset:
         return None
     return f"{' or '.join(unset)} is None by default: give it a value, functools.partial({name_of(fn)}, {unset[0]}=...)"
@@ -62,14 +66,14 @@ def _unset(fn: Callable, error: InputError) -> str | None:
 
 def with_hint_on_models(fn: Callable, params: Mapping[str, Any], tokens: Tokens, error: InputError) -> InputError:
     """The error, with a hint on the vocabulary if the loss runs a model of its own."""
-    with watched(fn) as seen, contextlib.suppress(InputError):
+    with recorded_modules(fn) as module_calls, contextlib.suppress(InputError):
         call(fn, params, tokens, AS_GIVEN, style=next(candidates.plain(fn))[0])
-    if not seen.started:
+    if not module_calls.started:
         return error
     return extended(
         error,
-        f"it runs another model ({seen.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: if "
-        "that model has another, give tokens with logits as wide as its own, explain(loss, tokens)",
+        f"it runs another model ({module_calls.started[0]}), and is tried with a vocabulary of {tokens.logits.shape[1]}: "
+        "if that model has another, give tokens with logits as wide as its own, explain(loss, tokens)",
     )
 
 

@@ -19,7 +19,7 @@ class Memo:
     """Values by callable, kept as long as the callable lives, through weak references."""
 
     def __init__(self):
-        self._held: dict[tuple, tuple[weakref.ref, Any]] = {}
+        self._values: dict[tuple, tuple[weakref.ref, Any]] = {}
 
     def get(
         self, fn: Callable, name: Any, make: Callable[[], Any], lasting: Callable[[Any], bool] = lambda value: True
@@ -27,15 +27,15 @@ class Memo:
         """The value under ``name``, made at the first call, and kept if ``lasting`` is true of it."""
         owner, part = _owner(fn)
         key = (id(owner), part, name)
-        if key not in self._held:
+        if key not in self._values:
             value = make()
             if not lasting(value):
                 return value
             try:
-                self._held[key] = (weakref.ref(owner, lambda _: self._held.pop(key, None)), value)
-            except TypeError:  # a callable that takes no weak reference: nothing is held
+                self._values[key] = (weakref.ref(owner, lambda _: self._values.pop(key, None)), value)
+            except TypeError:  # a callable that takes no weak reference: nothing is remembered
                 return value
-        return self._held[key][1]
+        return self._values[key][1]
 
 
 _SIGNATURES = Memo()
@@ -49,15 +49,17 @@ def signature(fn: Callable) -> Mapping[str, inspect.Parameter]:
 def _signature(fn: Callable) -> dict[str, inspect.Parameter]:
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     try:
-        given = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters
+        parameters = inspect.signature(fn.forward if isinstance(fn, nn.Module) else fn).parameters
     except (ValueError, TypeError) as error:
         raise InputError(f"{name_of(fn)}: its parameters cannot be read ({error}): wrap it in a function") from error
-    found = {name: p for name, p in given.items() if p.kind not in variadic}
-    if not found and given:  # f(*args): logits and labels, in this order
-        named = all(p.kind is inspect.Parameter.VAR_KEYWORD for p in given.values())  # f(**kwargs): by these names
-        kind = inspect.Parameter.KEYWORD_ONLY if named else inspect.Parameter.POSITIONAL_ONLY
+    named_parameters = {name: p for name, p in parameters.items() if p.kind not in variadic}
+    if not named_parameters and parameters:  # f(*args): logits and labels, in this order
+        keywords_only = all(
+            p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+        )  # f(**kwargs): by these names
+        kind = inspect.Parameter.KEYWORD_ONLY if keywords_only else inspect.Parameter.POSITIONAL_ONLY
         return {name: inspect.Parameter(name, kind) for name in ("logits", "labels")}
-    return found
+    return named_parameters
 
 
 class Inputs(NamedTuple):
@@ -87,8 +89,8 @@ def inputs(fn: Callable) -> Inputs:
 
 def roles_taken(fn: Callable, columns: Collection[str] = ()) -> set[str]:
     """The inputs that a loss takes, as parameters or as columns of its batch."""
-    wanted = inputs(fn)
-    roles = (*wanted.required.values(), *wanted.optional.values(), *map(role_of, columns))
+    loss_inputs = inputs(fn)
+    roles = (*loss_inputs.required.values(), *loss_inputs.optional.values(), *map(role_of, columns))
     return {role for role in roles if role is not None}
 
 
@@ -112,11 +114,11 @@ def _inputs(fn: Callable) -> Inputs:
     roles = {name: ROLE[name.lower().lstrip("_")] for name in params if name.lower().lstrip("_") in ROLE}
     for name in bare:
         role = None if name in roles else role_by_words(name, params)
-        if role and not (role in STUDENT and any(given in STUDENT for given in roles.values())):
+        if role and not (role in STUDENT and any(other in STUDENT for other in roles.values())):
             roles[name] = role
     if "reduction" in params:  # as in torch's own losses: a weight for each class, no weights of tokens
         roles = {name: role for name, role in roles.items() if role != "weight" or params[name].default is not None}
-    _apart(roles)
+    _assign_sampling_role(roles)
     _by_place(params, bare, roles)
     if "labels" not in roles.values():  # f(logits, input_ids): a text is its own labels
         roles |= {name: "labels" for name, role in roles.items() if role == "input ids"}
@@ -132,10 +134,10 @@ def _inputs(fn: Callable) -> Inputs:
     if kind == "tokens":
         roles = {name: "tokens" if roles.get(name) == "tokens" else FIELD.get(roles.get(name, "")) for name in bare}
         roles = {name: role for name, role in roles.items() if role}
-    needed = (*STUDENT, "labels", "batch")  # a default of None is no way to call a loss without these
+    essential = (*STUDENT, "labels", "batch")  # a default of None is no way to call a loss without these
     required = {name: roles[name] for name in bare if name in roles}
     for name, role in roles.items():
-        if role in needed and params[name].default is None and role not in required.values():
+        if role in essential and params[name].default is None and role not in required.values():
             required[name] = role
     optional = {}
     for name, p in params.items():
@@ -153,7 +155,7 @@ _LEFT = (
 """Inputs that keep their default if they have one."""
 
 
-def _apart(roles: dict[str, str]) -> None:
+def _assign_sampling_role(roles: dict[str, str]) -> None:
     """Give the role of a sampling policy to one of two inputs of an old policy: the one that ratios are not taken to.
 
     Ratios are taken to the one named proximal, or else to the one that is not named after the sampler.
@@ -203,36 +205,36 @@ def settings_of(fn: Any) -> tuple:
     They are taken from a function's closure, defaults and global names, or from an object's attributes; lists and dicts are
     searched one level deep.
     """
-    held: list[Any] = []
+    values: list[Any] = []
     if isinstance(fn, functools.partial):
-        held += [*fn.args, fn.keywords, *settings_of(fn.func)]
+        values += [*fn.args, fn.keywords, *settings_of(fn.func)]
     owner = fn.__self__ if inspect.ismethod(fn) else fn
     if not inspect.isfunction(owner):
-        held.append(dict(getattr(owner, "__dict__", {})))
+        values.append(dict(getattr(owner, "__dict__", {})))
     code = inspect.unwrap(fn.__func__ if inspect.ismethod(fn) else fn)
     if inspect.isfunction(code):
-        held += [*(code.__defaults__ or ()), code.__kwdefaults__ or {}]
-        held += [code.__globals__[name] for name in code.__code__.co_names if name in code.__globals__]
+        values += [*(code.__defaults__ or ()), code.__kwdefaults__ or {}]
+        values += [code.__globals__[name] for name in code.__code__.co_names if name in code.__globals__]
         for cell in code.__closure__ or ():
             try:
-                held.append(cell.cell_contents)
+                values.append(cell.cell_contents)
             except ValueError:  # an empty cell
                 continue
-    found: list[Any] = []
-    for value in held:
+    settings: list[Any] = []
+    for value in values:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-        found += [each for each in list(inner) if isinstance(each, str | bool) or each is None]
-    return tuple(found)
+        settings += [each for each in list(inner) if isinstance(each, str | bool) or each is None]
+    return tuple(settings)
 
 
-def seen_as(wanted: Inputs) -> str:
+def student_input(loss_inputs: Inputs) -> str:
     """The form of the student's input: its kind, or "sums", "dict" or "log probs"."""
-    roles = set(wanted.required.values())
+    roles = set(loss_inputs.required.values())
     if any(role.endswith("chosen log probs") for role in roles):
         return "sums"
     if "dict" in roles:
         return "dict"
-    return "log probs" if "log probs" in roles and "labels" not in roles else wanted.kind
+    return "log probs" if "log probs" in roles and "labels" not in roles else loss_inputs.kind
 
 
 def name_of(fn: Any) -> str:

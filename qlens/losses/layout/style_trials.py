@@ -37,9 +37,9 @@ class StyleTrials:
         self.failures: list[Failure] = []
 
     @property
-    def lit(self) -> bool:
+    def coverage(self) -> bool:
         """Whether any trial showed a gradient."""
-        return any(trial.lit for trial in self.trials)
+        return any(trial.coverage for trial in self.trials)
 
     def best(self) -> Trial | None:
         """The best trial, the first of equals; None without any."""
@@ -47,9 +47,9 @@ class StyleTrials:
 
     def run(self, styles: Iterable[list[Style]]) -> "StyleTrials":
         """Try lists of similar styles until one trial is full."""
-        for alike in styles:
+        for similar in styles:
             works: Style | None = None  # of styles that differ in dtypes only, the first that raises nothing
-            for style in alike:
+            for style in similar:
                 if works is not None and replace(style, fields=works.fields) != works:
                     continue
                 try:
@@ -74,12 +74,12 @@ class StyleTrials:
         failures = [failure for failure in failures if not isinstance(failure[0], EndedError)]
         if self.tokens.sequence is None or not failures:
             return None
-        named = [int(n) for error, _ in failures[:NAMED] for n in numbers_of(str(error.__cause__))]
-        named = [n for n in dict.fromkeys(named) if 2 < n <= MOST_TEXTS and all(texts % n for texts in TEXTS)]
-        for number in (*TEXTS, *(2 * n for n in named[:NAMED])):
+        numbers = [int(n) for error, _ in failures[:NAMED] for n in numbers_of(str(error.__cause__))]
+        numbers = [n for n in dict.fromkeys(numbers) if 2 < n <= MOST_TEXTS and all(texts % n for texts in TEXTS)]
+        for number in (*TEXTS, *(2 * n for n in numbers[:NAMED])):
             many = StyleTrials(self.fn, self.params, texts_of(self.tokens, number))
             best = many.run([[style for _, style in failures]]).best()
-            if best is not None and best.lit:
+            if best is not None and best.coverage:
                 return best._replace(style=replace(best.style, group=self._group(best.style, number)))
         return None
 
@@ -100,7 +100,7 @@ def best_trial(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: Pa
     """
     if tokens.pair is not None and tokens.chosen is not None and (order := pairing(fn, params)):
         pairs = StyleTrials(fn, params, tokens).run(paired(fn, order))
-        if pairs.lit and (best := pairs.best()) is not None:
+        if pairs.coverage and (best := pairs.best()) is not None:
             return best
     usual = StyleTrials(fn, params, tokens)
     listed = candidates.takes_chunks(fn)
@@ -115,14 +115,14 @@ def best_trial(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: Pa
     unusual = StyleTrials(fn, params, tokens)
     if not any(_settles(fn, trial) for trial in usual.trials):
         unusual.run(candidates.reordered(fn))
-    if not usual.trials and not unusual.lit:
+    if not usual.trials and not unusual.coverage:
         unusual.run(candidates.contained(fn))
-    if not (usual.lit or unusual.lit or listed):
+    if not (usual.coverage or unusual.coverage or listed):
         unusual.run(candidates.chunked(fn))
     failures = usual.failures + unusual.failures
     # an unusual layout of a loss that runs in a usual one, and skips these rows, may only seem to fit
     usual.trials += [trial for trial in unusual.trials if trial.full or not usual.trials]
-    if not usual.lit and tokens.sequence is None:
+    if not usual.coverage and tokens.sequence is None:
         several = [replace(trial.style, several=True) for trial in usual.trials if trial.style.laid_out]
         usual.trials += [attempt(fn, params, tokens, style) for style in several]
     if (best := usual.best()) is not None:
@@ -145,13 +145,13 @@ def _rank(trial: Trial) -> tuple:
     usual = trial.full or trial.style.order == "texts"
     not_column = trial.style.fields != "column"
     return (
-        trial.lit > 0,
-        not trial.mislaid,
+        trial.coverage > 0,
+        not trial.misplaced,
         trial.reacts,
         not trial.flattened,
         not_column,
         usual,
-        trial.lit,
+        trial.coverage,
         trial.graph,
     )
 

@@ -16,7 +16,7 @@ from qlens.losses.layout.layouts import Layout, Style, tiled
 from qlens.losses.layout.names import FIELD, role_of
 from qlens.losses.layout.signature import inputs, name_of
 from qlens.losses.return_values import loss_of
-from qlens.losses.user_code import EndedError, blamed
+from qlens.losses.user_code import EndedError, user_errors
 
 ROWS = 8  # rows of a trial
 MASKED = (
@@ -36,34 +36,34 @@ class Trial(NamedTuple):
 
     Args:
         style: how the loss was called.
-        lit: share of the supervised rows that have a gradient.
+        coverage: share of the supervised rows that have a gradient.
         reacts: share of these whose gradient changes with their own label, and with no other.
-        mislaid: whether a per-token value changes the gradient of other rows.
+        misplaced: whether a per-token value changes the gradient of other rows.
         graph: whether the value had a graph.
         flattened: whether the loss reduced rows as if they were texts, or broadcast (N, 1) against (N,).
     """
 
     style: Style
-    lit: float
+    coverage: float
     reacts: float
-    mislaid: bool = False
+    misplaced: bool = False
     graph: bool = True
     flattened: bool = False
 
     @property
     def full(self) -> bool:
         """Whether every row fits; never for (B, 1) advantages, which fit losses of tokens as well."""
-        return self.lit == 1 and self.fits and self.style.fields != "column"
+        return self.coverage == 1 and self.fits and self.style.fields != "column"
 
     @property
     def fits(self) -> bool:
         """Whether the rows that have a gradient react to their own labels and values alone."""
-        return self.lit > 0 and self.reacts == 1 and not self.mislaid and not self.flattened
+        return self.coverage > 0 and self.reacts == 1 and not self.misplaced and not self.flattened
 
     @property
     def plain_rows(self) -> bool:
         """Whether the loss takes rows (N, V) and has a gradient at some of them, as a loss that selects rows."""
-        return self.style.shape == "rows" and self.lit > 0 and self.reacts == 1 and not self.mislaid
+        return self.style.shape == "rows" and self.coverage > 0 and self.reacts == 1 and not self.misplaced
 
 
 class Gradient(NamedTuple):
@@ -82,7 +82,7 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
     layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
     with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
         gradient = gradient_of(fn, params, tokens, style, layout)
-    return _outcome(fn, params, tokens, style, layout, gradient)._replace(flattened=flattened.seen)
+    return _outcome(fn, params, tokens, style, layout, gradient)._replace(flattened=flattened.detected)
 
 
 def _outcome(
@@ -93,10 +93,10 @@ def _outcome(
     size = base.norm(dim=-1)
     if not bool(base.isfinite().all()) or not bool(size.any()):
         return Trial(style, 0.0, 0.0, graph=graph)
-    lit = float((size > 0).double().mean())
-    mislaid = _mislaid(fn, params, tokens, style, layout, base)
-    if lit < 0.5:  # as of a maximum over a text: the rows that have a gradient are tried one by one
-        return Trial(style, lit, _reacting_alone(fn, params, tokens, style, layout, base), mislaid)
+    coverage = float((size > 0).double().mean())
+    misplaced = _misplaced(fn, params, tokens, style, layout, base)
+    if coverage < 0.5:  # as of a maximum over a text: the rows that have a gradient are tried one by one
+        return Trial(style, coverage, _reacting_alone(fn, params, tokens, style, layout, base), misplaced)
     third = torch.arange(len(tokens)) % 3 == 1
     other = grad_of(fn, params, changed(tokens, third), style, layout)
     least = (TURNED * size).clamp(min=ROUNDING * torch.finfo(size.dtype).eps * float(size.max()))
@@ -104,8 +104,8 @@ def _outcome(
     reacted = (across(other, base) > least) | vanished
     expected = third.to(reacted.device) & (size > 0)
     if not bool(reacted.any()) or not bool(expected.any()):
-        return Trial(style, lit, float(not bool(reacted.any())), mislaid)
-    return Trial(style, lit, float(reacted[expected].double().mean()), mislaid)
+        return Trial(style, coverage, float(not bool(reacted.any())), misplaced)
+    return Trial(style, coverage, float(reacted[expected].double().mean()), misplaced)
 
 
 def _reacting_alone(
@@ -132,7 +132,7 @@ def attempt_at_widths(fn: Callable, params: Mapping[str, Any], tokens: Tokens, s
     for more in WIDTHS:
         other = grad_of(fn, params, tokens, style, Layout(masked=more))
         if bool(((other.norm(dim=-1) == 0) | (across(other, base) > TURNED * other.norm(dim=-1))).any()):
-            return trial._replace(lit=0.5, reacts=0.0)
+            return trial._replace(coverage=0.5, reacts=0.0)
     return trial
 
 
@@ -148,16 +148,16 @@ def _masked(tokens: Tokens) -> int:
 
 def inputs_masked(fn: Callable) -> bool:
     """Whether a loss takes a mask of the supervised rows."""
-    wanted = inputs(fn)
-    return "mask" in wanted.required.values() or "mask" in wanted.optional.values()
+    loss_inputs = inputs(fn)
+    return "mask" in loss_inputs.required.values() or "mask" in loss_inputs.optional.values()
 
 
-def _mislaid(
+def _misplaced(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, layout: Layout, base: Tensor
 ) -> bool:
     """Whether a per-token value changes the gradient of other rows: its position is wrong, or it is broadcast."""
-    wanted = inputs(fn)
-    fields = {FIELD.get(role) for role in (*wanted.required.values(), *wanted.optional.values())}
+    loss_inputs = inputs(fn)
+    fields = {FIELD.get(role) for role in (*loss_inputs.required.values(), *loss_inputs.optional.values())}
     fields |= {FIELD.get(role_of(name) or "") for name in style.columns}
     second_text = torch.arange(len(tokens), device=base.device) >= len(tokens) // 2 - 1
     second_row = torch.arange(len(tokens), device=base.device) == 1
@@ -169,8 +169,8 @@ def _mislaid(
             continue
         for rows in (second_text,) if style.by_text else (second_text, second_row):
             other = tokens.replace(**{str(field): torch.where(rows, 3 * value + 1, value)})
-            moved = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
-            reacted = moved > TURNED * float(base.norm(dim=-1).max())
+            change = (grad_of(fn, params, other, style, layout) - base).norm(dim=-1)
+            reacted = change > TURNED * float(base.norm(dim=-1).max())
             if bool(reacted[~rows].any()):
                 return True
     return False
@@ -247,7 +247,7 @@ def _with_leaf(tokens: Tokens) -> tuple[Tokens, Tensor]:
 
 def _derivative(fn: Callable, value: Tensor, leaf: Tensor) -> Tensor | None:
     """The gradient of the sum of a value, None if it does not depend on the leaf."""
-    with blamed(name_of(fn), kind=EndedError):
+    with user_errors(name_of(fn), kind=EndedError):
         return torch.autograd.grad(value.sum(), leaf, allow_unused=True)[0]
 
 

@@ -22,13 +22,13 @@ PAIRS = {
 """Descriptions of the order of the texts in a batch of pairs."""
 
 
-def described(style: Style, kind: str, given: dict[str, Any]) -> str:
+def described(style: Style, kind: str, arguments: dict[str, Any]) -> str:
     """The description of a call.
 
     Args:
         style: how the loss was called.
-        kind: the form of the student's input, as of ``seen_as``.
-        given: descriptions of the other arguments, by name.
+        kind: the form of the student's input, as of ``student_input``.
+        arguments: descriptions of the other arguments, by name.
     """
     shapes = {
         "rows": "logits (N, V) and labels (N,), each row with its own label",
@@ -69,5 +69,5 @@ def described(style: Style, kind: str, given: dict[str, Any]) -> str:
         first += f", {PAIRS[style.pairs]}"
     if style.ids:
         first += ", which it takes from input_ids"
-    more = "; ".join(f"{name}: {what}" for name, what in given.items())
+    more = "; ".join(f"{name}: {what}" for name, what in arguments.items())
     return first + (f"; {more}" if more else "")

@@ -12,7 +12,7 @@ from qlens.losses.calling import call
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout, Style
 from qlens.losses.layout.names import FIELD, role_of
-from qlens.losses.layout.signature import Memo, inputs, name_of, seen_as
+from qlens.losses.layout.signature import Memo, inputs, name_of, student_input
 from qlens.losses.layout.trial import ROWS, few, grad_of
 from qlens.losses.layout.wording import described
 from qlens.losses.leaves import StubParameter, leaves
@@ -21,7 +21,7 @@ from qlens.losses.reduction.advantages import standardised
 from qlens.losses.reduction.divisors import REDUCTIONS
 from qlens.losses.reduction.scalar import ROUNDING, by_length, find_division, takes_pairs
 from qlens.losses.return_values import loss_of
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 
 _ACCOUNTS = Memo()
 SOURCES = {
@@ -57,22 +57,22 @@ def account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
 
 
 def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account:
-    wanted = inputs(fn)
+    loss_inputs = inputs(fn)
     try:
         style = style_of(fn, params, tokens)
         tokens = _some(tokens, style.group)
-        with watched(fn) as seen:
+        with recorded_modules(fn) as module_calls:
             leaf = tokens.logits.detach().clone().requires_grad_()
             value = loss_of(call(fn, params, tokens.with_logits(leaf), style=style, layout=Layout()), name_of(fn))
         base = grad_of(fn, params, tokens, style)
     except InputError:
         return Account("", ())
-    roles = wanted.required | wanted.optional
+    roles = loss_inputs.required | loss_inputs.optional
     filled = _sources(fn, tokens, style)
-    called_as = described(style, seen_as(wanted), filled)
+    called_as = described(style, student_input(loss_inputs), filled)
     notes = [f"The loss is {value.part}."] if value.part else []
     reduction, length_notes = _reduction(fn, params, tokens, value.value, style)
-    notes += effects.modules(seen)
+    notes += effects.modules(module_calls)
     if any(isinstance(leaf, StubParameter) for leaf in leaves(value.value, leaf)):
         notes += [
             "It has a term of the model's own weights (a penalty on model.parameters(), say), which is no function of the "
@@ -85,12 +85,12 @@ def _account(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Account
     notes += effects.sampling_ratio(fn, params, tokens, style, base)
     if float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return Account(called_as, tuple(notes))  # all else would compare rounding with rounding
-    if wanted.kind == "model":
+    if loss_inputs.kind == "model":
         notes += effects.hidden_states(fn, params, tokens, style, base)
-    if wanted.kind != "tokens":
+    if loss_inputs.kind != "tokens":
         notes += effects.unused_inputs(fn, params, tokens, style, base)
     other_labels = effects.other_labels(fn, params, tokens, style) if style.laid_out else []
-    notes += other_labels or ([] if seen.models else length_notes)
+    notes += other_labels or ([] if module_calls.models else length_notes)
     return Account(called_as + reduction, tuple(notes))
 
 
@@ -104,19 +104,22 @@ def _some(tokens: Tokens, group: int) -> Tokens:
 
 def _sources(fn: Callable, tokens: Tokens, style: Style) -> dict[str, str]:
     """The descriptions of the values of all arguments beside logits and labels, by name."""
-    wanted = inputs(fn)
+    loss_inputs = inputs(fn)
     sources = {}
-    for roles, passed, counted in ((wanted.required, True, True), (wanted.optional, style.optional, style.counted)):
+    for roles, passed, counted in (
+        (loss_inputs.required, True, True),
+        (loss_inputs.optional, style.optional, style.counted),
+    ):
         for name, role in roles.items():
             field = FIELD.get(role)
-            there = field in (None, "weight") or getattr(tokens, field) is not None
-            if role not in UNDESCRIBED and there and (counted if role == "count" else passed):
+            available = field in (None, "weight") or getattr(tokens, field) is not None
+            if role not in UNDESCRIBED and available and (counted if role == "count" else passed):
                 sources[name] = SOURCES.get(role) or f"the tokens' {role}"
     for name in style.columns:
         if (role := role_of(name)) not in (None, "labels", "logits"):
             sources[name] = SOURCES.get(role, f"the tokens' {FIELD.get(role, role)}")
     if style.by_text:
-        roles = wanted.required | wanted.optional
+        roles = loss_inputs.required | loss_inputs.optional
         by_text = [name for name in sources if (roles.get(name) or role_of(name)) in ("advantage", "weight")]
         sources |= dict.fromkeys(by_text, "one for each text, its first token's")
     return sources
@@ -138,12 +141,12 @@ def _reduction(
     words = {"sum": f"a sum over {many}", "mean over unmasked": f"a mean over supervised {many}"}
     words |= {"mean over all": "a mean over all positions, the unsupervised included"}
     words |= {name: f"a {name}" for name in REDUCTIONS if name not in words}
-    said = f"; it returns {words.get(division.name, f'a {division.name}')}, which is undone"
+    description = f"; it returns {words.get(division.name, f'a {division.name}')}, which is undone"
     if division.note:
-        return said, [division.note]
+        return description, [division.note]
     if not style.laid_out or style.pairs or by_length([division.name], fn, params, tokens, style):
-        return said, []
-    return said, [
+        return description, []
+    return description, [
         "A row's gradient changes as the same rows are cut into texts of other lengths: it depends on its position or the "
         "rest of its text, or terms of the loss are divided by different counts."
     ]

@@ -14,30 +14,33 @@ from qlens.losses.layout.names import FIELD, role_of
 from qlens.losses.layout.signature import inputs
 from qlens.losses.layout.trial import TURNED, across, changed, grad_of
 from qlens.losses.layout.views import label_log_probs
-from qlens.losses.side_effects import Seen
+from qlens.losses.side_effects import ModuleCalls
 
 TEXT = 12  # rows of the one text on which the labels that a row reacts to are found
 SCALES = (0.5, 20.0, -20.0)  # of other models' logits, moved to the next entry: a hinge reacts to large changes alone
 CHANGED = 1e-6  # relative change of a gradient that is an effect
 
 
-def modules(seen: Seen) -> list[str]:
+def modules(module_calls: ModuleCalls) -> list[str]:
     """Notes on other models, layers and forward passes that ran."""
     notes = []
-    if seen.models:
-        named = " and ".join(seen.models)
-        notes.append(f"It runs another model ({named}), whose inputs here are made-up token ids that no label changes.")
-    if seen.layers:
-        named = " and ".join(seen.layers)
+    if module_calls.models:
+        class_names = " and ".join(module_calls.models)
         notes.append(
-            f"It runs layers of its own ({named}) on what the model gives; their weights are trained too, unseen here."
+            f"It runs another model ({class_names}), whose inputs here are made-up token ids that no label changes."
         )
-    if seen.passes > 1:
+    if module_calls.layers:
+        class_names = " and ".join(module_calls.layers)
         notes.append(
-            f"It runs the model {seen.passes} times. In training, dropout makes the passes differ; here they are equal, so "
-            "that terms which compare them vanish."
+            f"It runs layers of its own ({class_names}) on what the model gives; their weights are trained "
+            "too, unseen here."
         )
-    if seen.hidden:
+    if module_calls.passes > 1:
+        notes.append(
+            f"It runs the model {module_calls.passes} times. In training, dropout makes the passes differ; here they are equal, "
+            "so that terms which compare them vanish."
+        )
+    if module_calls.hidden:
         notes.append("It asks for hidden states; here they are the logits themselves.")
     return notes
 
@@ -58,8 +61,8 @@ def equal_inputs(roles: Mapping[str, str], filled: Mapping[str, str], tokens: To
                 f"{first} is the old policy that ratios are taken to; {name} another one, that texts were sampled from"
             )
             same = "with the same values, so that a ratio of the two is 1 here: give tokens with second=..., near old"
-            apart = "halfway between the tokens' old and second, so that a ratio of the two is a factor of its own"
-            notes.append(f"{text}, {same if tokens.second is None else apart}.")
+            different = "halfway between the tokens' old and second, so that a ratio of the two is a factor of its own"
+            notes.append(f"{text}, {same if tokens.second is None else different}.")
     for field in MODELS:
         names = [name for name in filled if FIELD.get(roles.get(name, "")) == field and roles[name] != f"{field} model"]
         if len({roles[name] for name in names}) < len(names):
@@ -72,8 +75,8 @@ def equal_inputs(roles: Mapping[str, str], filled: Mapping[str, str], tokens: To
 
 def sampling_ratio(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
     """A note if the ratio of the label's probabilities under two old policies is a factor of the gradient, with its cap."""
-    wanted = inputs(fn)
-    sampled = any(role.startswith("sampling") for role in (wanted.required | wanted.optional).values())
+    loss_inputs = inputs(fn)
+    sampled = any(role.startswith("sampling") for role in (loss_inputs.required | loss_inputs.optional).values())
     if not sampled or tokens.second is None:
         return []
     without = grad_of(fn, params, tokens.replace(second=None), style)
@@ -107,8 +110,8 @@ def hidden_states(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
 
 def unused_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor) -> list[str]:
     """Notes on inputs whose values do not change the gradient."""
-    wanted = inputs(fn)
-    roles = wanted.required | (wanted.optional if style.optional else {})
+    loss_inputs = inputs(fn)
+    roles = loss_inputs.required | (loss_inputs.optional if style.optional else {})
     roles |= {name: role_of(name) or "" for name in style.columns}
     fields: dict[str, list[str]] = {}
     for name, role in roles.items():
@@ -118,10 +121,10 @@ def unused_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style
     notes = []
     for field, names in fields.items():
         try:
-            moved = _moved(fn, params, tokens, style, base, field)
+            effect = _moved(fn, params, tokens, style, base, field)
         except InputError:
             continue
-        if moved is False:
+        if effect is False:
             notes.append(f"{' and '.join(names)} has no effect on its gradient.")
     return notes
 
@@ -130,15 +133,15 @@ def _moved(
     fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, base: Tensor, field: str
 ) -> bool | None:
     """Whether other values in a field change the gradient; None if the tokens have no such field."""
-    moved = None
+    effect = None
     for scale in SCALES if field in MODELS else SCALES[:1]:
         other = _with_other_values(tokens, field, scale)
         if other is None:
-            return moved
-        moved = bool((grad_of(fn, params, other, style) - base).norm() > CHANGED * base.norm())
-        if moved:
+            return effect
+        effect = bool((grad_of(fn, params, other, style) - base).norm() > CHANGED * base.norm())
+        if effect:
             return True
-    return moved
+    return effect
 
 
 def _with_other_values(tokens: Tokens, field: str, scale: float) -> Tokens | None:
@@ -173,16 +176,18 @@ def other_labels(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style:
         grad = grad_of(fn, params, changed(text, torch.arange(TEXT) == label), style)
     except InputError:
         return []
-    turned, moved = across(grad, base), (grad - base).norm(dim=-1)
-    rows = (turned > TURNED * float(base.norm(dim=-1).max())).nonzero()[:, 0].tolist()
-    others = {label - row: float(moved[row] / moved[label]) for row in rows if row != label}
-    if label not in rows or not others or len(others) > 4:
+    turn, change = across(grad, base), (grad - base).norm(dim=-1)
+    rows = (turn > TURNED * float(base.norm(dim=-1).max())).nonzero()[:, 0].tolist()
+    strengths = {label - row: float(change[row] / change[label]) for row in rows if row != label}
+    if label not in rows or not strengths or len(strengths) > 4:
         return []
-    if min(others) > 0:
-        learns = " and ".join(f"the one {k} further on ({share:.2g} times as strongly)" for k, share in others.items())
+    if min(strengths) > 0:
+        learns = " and ".join(
+            f"the one {k} further on ({share:.2g} times as strongly)" for k, share in strengths.items()
+        )
         return [
             f"A row learns its own label and {learns}: another term, no function of its own label (multi-token prediction, "
             "say). The rest of what is said here is about the sum of both."
         ]
-    named = ", ".join(f"{abs(k)} {'after' if k > 0 else 'before'}" for k in sorted(others))
-    return [f"A row's gradient also turns with labels of other tokens of its text ({named} it)."]
+    offsets = ", ".join(f"{abs(k)} {'after' if k > 0 else 'before'}" for k in sorted(strengths))
+    return [f"A row's gradient also turns with labels of other tokens of its text ({offsets} it)."]

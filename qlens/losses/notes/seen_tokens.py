@@ -15,7 +15,7 @@ from qlens.losses.layout.signature import inputs, roles_taken
 from qlens.losses.layout.trial import few
 from qlens.losses.layout.views import batch_view
 from qlens.losses.reduction.advantages import standardised
-from qlens.losses.side_effects import watched
+from qlens.losses.side_effects import recorded_modules
 
 
 def as_given(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
@@ -37,8 +37,8 @@ def given_by_text(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> tu
     if tokens.sequence is None:
         return ()
     style = style_of(fn, params, tokens)
-    taken = roles_taken(fn, style.columns) if style.by_text else set()
-    return tuple(name for name in ("advantage", "weight") if name in taken and getattr(tokens, name) is not None)
+    roles = roles_taken(fn, style.columns) if style.by_text else set()
+    return tuple(name for name in ("advantage", "weight") if name in roles and getattr(tokens, name) is not None)
 
 
 def standardises(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
@@ -56,12 +56,12 @@ def _standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> to
 def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> bool:
     """Whether a loss runs another model, on synthetic token ids that do not change with the tokens."""
     try:
-        with watched(fn) as seen, torch.no_grad():
+        with recorded_modules(fn) as module_calls, torch.no_grad():
             style = style_of(fn, params, tokens)
             call(fn, params, few(tokens, style.group), style=style, layout=Layout())
     except InputError:
         return False
-    return bool(seen.models)
+    return bool(module_calls.models)
 
 
 def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
@@ -73,10 +73,10 @@ def supplied(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Tokens:
     if inputs(fn).kind != "model" or "teacher" in roles_taken(fn, style.columns):
         return tokens
     view = batch_view(tokens, Layout(), style)
-    with watched(fn) as seen, torch.no_grad():
+    with recorded_modules(fn) as module_calls, torch.no_grad():
         on_view(fn, params, view)
-    logits = [output for output in seen.logits if output.shape[-1] == tokens.logits.shape[1]]
-    if len(seen.models) != 1 or not logits or logits[0].shape != view.logits.shape:
+    logits = [output for output in module_calls.logits if output.shape[-1] == tokens.logits.shape[1]]
+    if len(module_calls.models) != 1 or not logits or logits[0].shape != view.logits.shape:
         return tokens
     rows = logits[0].reshape(-1, logits[0].shape[-1])[view.place]
     return tokens.replace(teacher=rows.to(tokens.logits.dtype))

@@ -73,24 +73,24 @@ def standardised(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> Sta
             return None
         if _off(doubled, 2 * grad) <= SAME:
             pull = _pull(fn, params, tokens.replace(advantage=centred[place]), style, grad)
-            said = f"takes their mean off, over {partition.name}"
-            return Standardised(centred[place], said + _baseline(pull, groups.size(values)))
+            description = f"takes their mean off, over {partition.name}"
+            return Standardised(centred[place], description + _baseline(pull, groups.size(values)))
         if _off(doubled, grad) > SAME:
             return None
         number = groups.size(values)
         deviation = groups.mean(centred.square())[partition.group].sqrt()
         correction = (number / (number - 1)).sqrt()
-        found = (centred / (deviation * correction)).nan_to_num(0.0)[place]
-        grad = read(found)
+        scaled = (centred / (deviation * correction)).nan_to_num(0.0)[place]
+        grad = read(scaled)
         if _of_all(
-            fn, params, tokens.replace(advantage=found), style, grad, correction, groups.number > 1 or style.group > 1
+            fn, params, tokens.replace(advantage=scaled), style, grad, correction, groups.number > 1 or style.group > 1
         ):
-            found, of = found * correction[place].nan_to_num(1.0), "of all values"
-            grad = read(found)
+            scaled, of = scaled * correction[place].nan_to_num(1.0), "of all values"
+            grad = read(scaled)
         else:
             of = "of a sample"
-        said = f"takes their mean off and divides by their standard deviation ({of}), over {partition.name}"
-        return Standardised(found * _shrunk(grad, read(FAR * found)), said)
+        description = f"takes their mean off and divides by their standard deviation ({of}), over {partition.name}"
+        return Standardised(scaled * _shrunk(grad, read(FAR * scaled)), description)
     except InputError:
         return None
 
@@ -112,15 +112,15 @@ def _partitions(values: Tensor, tokens: Tokens, style: Style) -> list[Partition]
     number, place = len(values), torch.arange(len(values), device=values.device)
     sizes = sorted({size for size in (*GROUPS, style.group) if 1 < size < number and not number % size})
     many = "texts" if style.by_text else "tokens"
-    found = []
+    partitions = []
     if not style.by_text and tokens.sequence is not None and style.laid_out:
-        found = [Partition(Groups(tokens.sequence).index, "the tokens of each text")]
-    found += [Partition(place // size, f"groups of {size} {many}") for size in sizes]
-    found += [
+        partitions = [Partition(Groups(tokens.sequence).index, "the tokens of each text")]
+    partitions += [Partition(place // size, f"groups of {size} {many}") for size in sizes]
+    partitions += [
         Partition(place % (number // size), f"groups of {size} {many} at distances of {number // size}")
         for size in sizes
     ]
-    return [*found, Partition(torch.zeros_like(place), f"all {many} of its batch")]
+    return [*partitions, Partition(torch.zeros_like(place), f"all {many} of its batch")]
 
 
 def _of_all(
@@ -153,9 +153,9 @@ def _pull(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style,
     if division is None:
         return None
     divisor = torch.as_tensor(division.divisor(counts(tokens, Layout(), style))).to(grad)
-    left, advantage = tokens.rest_log_probs.exp(), tokens.require("advantage")
-    pulls = -grad.gather(-1, tokens.labels[:, None])[:, 0] * divisor / left / advantage
-    pulls = pulls[(left > CERTAIN) & (advantage != 0)]
+    p_other, advantage = tokens.rest_log_probs.exp(), tokens.require("advantage")
+    pulls = -grad.gather(-1, tokens.labels[:, None])[:, 0] * divisor / p_other / advantage
+    pulls = pulls[(p_other > CERTAIN) & (advantage != 0)]
     return float(pulls.median()) if len(pulls) else None
 
 

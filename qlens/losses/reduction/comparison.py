@@ -17,7 +17,7 @@ from qlens.losses.replay import Replay
 ALIKE = 0.01  # relative difference of equal gradients: losses may compute in bfloat16, and counts differ by far more
 
 
-class Shown(NamedTuple):
+class LayoutGradients(NamedTuple):
     """The gradients of the same rows in several layouts."""
 
     layouts: list[Layout]
@@ -47,11 +47,11 @@ def misfit(grads: list[Tensor]) -> float:
 def replayed(read: Callable[..., Tensor], replay: Replay) -> Callable[..., Tensor]:
     """The function, called with the random draws and from the state of ``replay``, which it leaves unchanged."""
 
-    def again(*args: Any) -> Tensor:
+    def repeat(*args: Any) -> Tensor:
         with replay.again():
             return read(*args)
 
-    return again
+    return repeat
 
 
 def replayed_gradient(fn: Callable, tokens: Tokens) -> Callable[..., Tensor]:
@@ -59,26 +59,28 @@ def replayed_gradient(fn: Callable, tokens: Tokens) -> Callable[..., Tensor]:
     return replayed(grad_of, Replay(tokens.logits.device, fn))
 
 
-def shown_in(
+def gradients_in(
     layouts: Iterable[Layout], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, read: Callable
-) -> Shown:
+) -> LayoutGradients:
     """The gradients of the rows in these layouts."""
     layouts = list(layouts)
-    return Shown(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
+    return LayoutGradients(layouts, [read(fn, params, tokens, style, layout) for layout in layouts])
 
 
-def views(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, read: Callable) -> Iterator[Shown]:
+def views(
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, read: Callable
+) -> Iterator[LayoutGradients]:
     """The rows once, twice and three times, and with further unsupervised positions; copies in one or two orders."""
     for interleave in (False, True) if style.laid_out else (False,):
         layouts = [Layout(), Layout(2, 0, False, interleave), Layout(3, 0, False, interleave)]
         if style.laid_out or inputs_masked(fn):
             layouts += [Layout(1, 7), Layout(2, 12, False, interleave)]
-        yield shown_in(layouts, fn, params, tokens, style, read)
+        yield gradients_in(layouts, fn, params, tokens, style, read)
 
 
 def with_prompts(
     names: list[str],
-    known: Mapping[str, Divisor],
+    divisors: Mapping[str, Divisor],
     fn: Callable,
     params: Mapping[str, Any],
     tokens: Tokens,
@@ -86,8 +88,8 @@ def with_prompts(
 ) -> list[str]:
     """Those of the named reductions that hold for texts with a prompt too; all of them if none does."""
     layouts = [Layout(), Layout(before=3)]
-    shown = shown_in(layouts, fn, params, tokens, style, replayed_gradient(fn, tokens))
-    return [name for name in names if shown.misfit(known[name], fn, tokens, style) <= ALIKE] or names
+    gradients = gradients_in(layouts, fn, params, tokens, style, replayed_gradient(fn, tokens))
+    return [name for name in names if gradients.misfit(divisors[name], fn, tokens, style) <= ALIKE] or names
 
 
 def by_length(names: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:

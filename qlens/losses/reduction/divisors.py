@@ -42,10 +42,10 @@ def _corrected(divisor: Divisor, name: str, root: float) -> Divisor:
 
 
 OF_BATCH: dict[str, Divisor] = {
-    f"{known}; {said} of the batch's {what}": _corrected(divisor, name, root)
-    for known, divisor in REDUCTIONS.items()
+    f"{reduction}; {statistic} of the batch's {what}": _corrected(divisor, name, root)
+    for reduction, divisor in REDUCTIONS.items()
     for name, what in (("texts", "texts"), ("rows", "tokens"))
-    for said, root in (
+    for statistic, root in (
         ("values are divided by the standard deviation (of a sample)", 0.5),
         ("each value is compared with the mean of the others", -1.0),
     )

@@ -15,7 +15,7 @@ from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import roles_taken
 from qlens.losses.layout.trial import few, first_copy, grad_of
-from qlens.losses.reduction.comparison import ALIKE, Shown, by_length, misfit, replayed, views, with_prompts
+from qlens.losses.reduction.comparison import ALIKE, LayoutGradients, by_length, misfit, replayed, views, with_prompts
 from qlens.losses.reduction.divisors import KNOWN, OF_BATCH, REDUCTIONS, UNUSUAL, Division, Divisor
 from qlens.losses.reduction.random_losses import averaged, draws, nearest_count
 from qlens.losses.reduction.two_terms import EXACT, refusal, shifted_mean, two_terms
@@ -72,8 +72,8 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
             "tokens differ. Draw by the generators of torch, numpy or Python, give its state as an argument, or return the "
             "unreduced loss (N,)."
         )
-    shown = list(views(fn, params, rows, style, read))
-    division = _fitted(REDUCTIONS, fn, params, rows, style, shown)
+    gradients = list(views(fn, params, rows, style, read))
+    division = _fitted(REDUCTIONS, fn, params, rows, style, gradients)
     if division is None and draws(lambda: grad_of(fn, params, rows, style), replay, ALIKE):
         mean = next(views(fn, params, rows, style, averaged(grad_of, len(rows))))
         nearest = nearest_count({k: mean.multiplied(by, fn, rows, style) for k, by in REDUCTIONS.items()}, name)
@@ -81,15 +81,17 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     if division is None and float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return None
     if division is not None and division.off > EXACT:  # the difference may be a small second term, not rounding
-        return two_terms(fn, params, rows, style, shown[0], EXACT**2) or division
-    division = division or _fitted(UNUSUAL, fn, params, rows, style, shown)
-    division = division or _of_batch(fn, params, rows, style, shown)
-    division = division or shifted_mean(fn, rows, style, shown[0])
+        return two_terms(fn, params, rows, style, gradients[0], EXACT**2) or division
+    division = division or _fitted(UNUSUAL, fn, params, rows, style, gradients)
+    division = division or _of_batch(fn, params, rows, style, gradients)
+    division = division or shifted_mean(fn, rows, style, gradients[0])
     if division is None:  # copies may depend on each other: the first copy alone
-        shown = list(views(fn, params, rows, style, replayed(first_copy, replay)))
-        division = _fitted(REDUCTIONS, fn, params, rows, style, shown) or two_terms(fn, params, rows, style, shown[0])
+        gradients = list(views(fn, params, rows, style, replayed(first_copy, replay)))
+        division = _fitted(REDUCTIONS, fn, params, rows, style, gradients) or two_terms(
+            fn, params, rows, style, gradients[0]
+        )
     if division is None:
-        raise UnknownReduction(refusal(name, shown[0]))
+        raise UnknownReduction(refusal(name, gradients[0]))
     return division
 
 
@@ -152,37 +154,39 @@ def _if_any(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
 
 
 def _fitted(
-    known: Mapping[str, Divisor],
+    divisors: Mapping[str, Divisor],
     fn: Callable,
     params: Mapping[str, Any],
     tokens: Tokens,
     style: Style,
-    shown: list[Shown],
+    gradients: list[LayoutGradients],
 ) -> Division | None:
     """The one of these divisors by which the gradients are the same in all layouts; None if none is."""
-    misfits = {name: min(view.misfit(by, fn, tokens, style) for view in shown) for name, by in known.items()}
+    misfits = {name: min(view.misfit(by, fn, tokens, style) for view in gradients) for name, by in divisors.items()}
     best = min(misfits, key=misfits.__getitem__)
     if not misfits[best] <= ALIKE:
         return None
-    alike = [name for name, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
+    fitting = [name for name, off in misfits.items() if off <= max(ALIKE / 100, 2 * misfits[best])]
     if style.laid_out and takes(fn, "attention mask"):
-        alike = with_prompts(alike, known, fn, params, tokens, style)
-    name = (alike or [best])[0]
+        fitting = with_prompts(fitting, divisors, fn, params, tokens, style)
+    name = (fitting or [best])[0]
     if style.laid_out and not style.pairs:  # texts of other lengths tell those apart that all layouts fit
-        unusual = UNUSUAL if known is REDUCTIONS else {}
-        others = [k for k, by in unusual.items() if min(view.misfit(by, fn, tokens, style) for view in shown) <= ALIKE]
-        if len(alike) + len(others) > 1:
-            name = by_length([*alike, *others], fn, params, tokens, style) or name
+        unusual = UNUSUAL if divisors is REDUCTIONS else {}
+        unusual_names = [
+            k for k, by in unusual.items() if min(view.misfit(by, fn, tokens, style) for view in gradients) <= ALIKE
+        ]
+        if len(fitting) + len(unusual_names) > 1:
+            name = by_length([*fitting, *unusual_names], fn, params, tokens, style) or name
     return Division(name, KNOWN[name], off=misfits[best])
 
 
 def _of_batch(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, shown: list[Shown]
+    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, gradients: list[LayoutGradients]
 ) -> Division | None:
     """The division of a loss whose gradient holds a statistic of its batch too, such as the deviation of rewards."""
     if "advantage" not in roles_taken(fn, style.columns):
         return None
-    division = _fitted(OF_BATCH, fn, params, tokens, style, shown)
+    division = _fitted(OF_BATCH, fn, params, tokens, style, gradients)
     if division is None:
         return None
     name, _, statistic = division.name.partition("; ")

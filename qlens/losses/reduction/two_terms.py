@@ -12,15 +12,15 @@ from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.losses.layout.layouts import Counts, Layout, Style, counts
 from qlens.losses.layout.pairing import given_as_sums
-from qlens.losses.reduction.comparison import Shown, misfit, replayed_gradient
+from qlens.losses.reduction.comparison import LayoutGradients, misfit, replayed_gradient
 from qlens.losses.reduction.divisors import REDUCTIONS, Division
 
 EXACT = 1e-4  # relative error of a fit with more than one unknown
 
 
-def shifted_mean(fn: Callable, tokens: Tokens, style: Style, shown: Shown) -> Division | None:
+def shifted_mean(fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients) -> Division | None:
     """A mean over the rows and some more, sum / (N + c), with c from the rows shown twice."""
-    ratio = float(shown.grads[1].norm() / shown.grads[0].norm())
+    ratio = float(gradients.grads[1].norm() / gradients.grads[0].norm())
     if not 0.5 < ratio < 1:
         return None
     number = counts(tokens, Layout(), style, given_as_sums(fn)).rows
@@ -30,26 +30,31 @@ def shifted_mean(fn: Callable, tokens: Tokens, style: Style, shown: Shown) -> Di
     def divisor(c: Counts) -> float:
         return c.rows + added
 
-    if shown.misfit(divisor, fn, tokens, style) > EXACT:
+    if gradients.misfit(divisor, fn, tokens, style) > EXACT:
         return None
     return Division(f"sum divided by the number of supervised tokens + {added:g}", divisor)
 
 
 def two_terms(
-    fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style, shown: Shown, exact: float = EXACT
+    fn: Callable,
+    params: Mapping[str, Any],
+    tokens: Tokens,
+    style: Style,
+    gradients: LayoutGradients,
+    exact: float = EXACT,
 ) -> Division | None:
     """Two terms that are divided by different counts: the division of the larger one, with a note on both."""
     if style.laid_out and not style.pairs:  # texts of other lengths tell rows, positions and texts apart
         split, read = Layout(split=True), replayed_gradient(fn, tokens)
         with contextlib.suppress(InputError):  # then the layouts shown are enough
             base, other = (read(fn, params, tokens, style, layout) for layout in (Layout(), split))
-            if misfit([shown.grads[0], base]) > exact:  # other draws, or another state, than in the other layouts
+            if misfit([gradients.grads[0], base]) > exact:  # other draws, or another state, than in the other layouts
                 return None
-            shown = Shown([*shown.layouts, split], [*shown.grads, other])
-    stacked = torch.stack(shown.grads, 1)  # (N, layouts, V)
+            gradients = LayoutGradients([*gradients.layouts, split], [*gradients.grads, other])
+    stacked = torch.stack(gradients.grads, 1)  # (N, layouts, V)
     fits: list[tuple[float, str, str, Tensor]] = []
     for first, second in combinations(REDUCTIONS, 2):
-        matrix = _inverse_counts((first, second), fn, tokens, style, shown, stacked)
+        matrix = _inverse_counts((first, second), fn, tokens, style, gradients, stacked)
         parts = torch.linalg.pinv(matrix) @ stacked
         off = float((matrix @ parts - stacked).norm() / stacked.norm())
         fits.append((off, first, second, matrix[:, 0, :, None] * parts))
@@ -69,21 +74,21 @@ def two_terms(
 
 
 def _inverse_counts(
-    names: tuple[str, str], fn: Callable, tokens: Tokens, style: Style, shown: Shown, like: Tensor
+    names: tuple[str, str], fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients, like: Tensor
 ) -> Tensor:
     """1 / divisor of two reductions in every layout, (N, layouts, 2)."""
     by_layout = []
-    for layout in shown.layouts:
+    for layout in gradients.layouts:
         number = counts(tokens, layout, style, given_as_sums(fn))
         inverse = [1 / torch.as_tensor(REDUCTIONS[name](number)).to(like) for name in names]
         by_layout.append(torch.stack([value.expand(len(like)) for value in inverse], -1))
     return torch.stack(by_layout, 1)
 
 
-def refusal(name: str, shown: Shown) -> str:
+def refusal(name: str, gradients: LayoutGradients) -> str:
     """The error message for a loss with an unknown reduction: how its gradient changes with the layout."""
-    size = float(shown.grads[0].norm())
-    factors = [f"{float(grad.norm()) / size:.4g}" for grad in shown.grads[1:]]
+    size = float(gradients.grads[0].norm())
+    factors = [f"{float(grad.norm()) / size:.4g}" for grad in gradients.grads[1:]]
     more = f", and by {factors[2]} with 7 unsupervised positions beside them" if len(factors) > 2 else ""
     return (
         f"{name}: its reduction could not be found: with every row shown twice, a row's gradient changes by a factor "

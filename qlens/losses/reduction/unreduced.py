@@ -73,15 +73,15 @@ class Unreduced:
             InputError: rows of a loss that reduces itself weigh differently, and depend on each other, or have more than
                 ``MOST_WEIGHTS`` different weights.
         """
-        made = self(tokens)
-        if not isinstance(made, Tensor):
-            return made
-        if made.ndim:
-            return made if weight is None else made * weight
+        value = self(tokens)
+        if not isinstance(value, Tensor):
+            return value
+        if value.ndim:
+            return value if weight is None else value * weight
         if weight is None or not len(tokens):
-            return _shared(made, tokens.logits)
-        weighted = _shared(made, tokens.logits) * weight
-        return weighted + (self._by_weight(tokens, weight, made.detach()) - weighted.detach())
+            return _shared(value, tokens.logits)
+        weighted = _shared(value, tokens.logits) * weight
+        return weighted + (self._by_weight(tokens, weight, value.detach()) - weighted.detach())
 
     def __call__(self, tokens: Tokens) -> Any:
         """Rows (N,), or a scalar that is their sum."""
@@ -93,27 +93,29 @@ class Unreduced:
             return call(self.fn, self.params, tokens, Layout(), style=style)
 
         replay = Replay(tokens.logits.device, self.fn) if self._may_call_again(tokens, style) else None
-        made = run()
-        if replay is not None and not isinstance(made, Tensor | Target) and not tokens.logits.requires_grad:
+        value = run()
+        if replay is not None and not isinstance(value, Tensor | Target) and not tokens.logits.requires_grad:
             with replay.again():
-                made = value_of(self.fn, self.params, tokens, style)  # which part is the loss shows in the graphs alone
-        if kind(self.fn) == "tokens" and isinstance(made, Target):
-            return made
-        if kind(self.fn) == "tokens" and isinstance(made, int | float):  # a method of tokens has a value for each
-            raise InputError(f"{self.name} must return a floating-point tensor (N,), it returns {type(made).__name__}")
-        made = graphs.checked(loss_of(made, self.name), self.name, run, tokens.logits).value
-        if made.ndim and made.numel() == len(tokens) and not style.laid_out:
-            return made.reshape(-1)
+                value = value_of(
+                    self.fn, self.params, tokens, style
+                )  # which part is the loss shows in the graphs alone
+        if kind(self.fn) == "tokens" and isinstance(value, Target):
+            return value
+        if kind(self.fn) == "tokens" and isinstance(value, int | float):  # a method of tokens has a value for each
+            raise InputError(f"{self.name} must return a floating-point tensor (N,), it returns {type(value).__name__}")
+        value = graphs.checked(loss_of(value, self.name), self.name, run, tokens.logits).value
+        if value.ndim and value.numel() == len(tokens) and not style.laid_out:
+            return value.reshape(-1)
         if not (style.laid_out or takes_pairs(self.fn, style)):
-            check_shape(made, len(tokens), self.name)
-        if made.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
-            return made.sum()
+            check_shape(value, len(tokens), self.name)
+        if value.ndim:  # what is unreduced over texts, pairs or positions leaves nothing to undo
+            return value.sum()
         divisor = self.reduction(tokens).divisor(counts(tokens, Layout(), style, given_as_sums(self.fn)))
         if not isinstance(divisor, Tensor):
-            return made * divisor
+            return value * divisor
         assert replay is not None  # a divisor of each row comes of texts alone
         with replay.again():  # the same draws, from the same state
-            return self._by_text(tokens, style, made, divisor)
+            return self._by_text(tokens, style, value, divisor)
 
     def _may_call_again(self, tokens: Tokens, style: Style) -> bool:
         """Whether one call may not be enough, so that the state before it has to be kept."""
@@ -135,19 +137,19 @@ class Unreduced:
             self.division = find_division(self.fn, self.params, tokens, self.name)
         return self.division or SUM
 
-    def _by_text(self, tokens: Tokens, style: Style, made: Tensor, divisors: Tensor) -> Tensor:
+    def _by_text(self, tokens: Tokens, style: Style, total: Tensor, divisors: Tensor) -> Tensor:
         """The sum over tokens of a loss that divides by each text's length: every text alone, times its divisor."""
         if style.group > 1:  # it takes no text alone
             return self._times(tokens, style, divisors)
         sequence, division = sequences(tokens, style, Layout()), self.reduction(tokens)
         parts, alone, together = [], [], []
         for each in sequence.unique():
-            mine = sequence == each
-            text = tokens[mine]
+            in_text = sequence == each
+            text = tokens[in_text]
             parts.append(loss_of(call(self.fn, self.params, text, Layout(), style=style), self.name).value)
             alone.append(float(division.divisor(counts(text, Layout(), style))[0]))
-            together.append(float(divisors[mine.to(divisors.device)][0]))
-        if not apart(parts, alone, together, made):
+            together.append(float(divisors[in_text.to(divisors.device)][0]))
+        if not independent(parts, alone, together, total):
             return self._times(tokens, style, divisors)
         return add_up(parts, alone)
 
@@ -156,14 +158,14 @@ class Unreduced:
         through = tokens.logits * 1
         if through.requires_grad and _SCALED.get():
             through.register_hook(lambda grad: grad * (divisors / len(tokens)).to(grad)[:, None])
-        made = loss_of(call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style), self.name).value
-        if made.requires_grad and (learned := leaves(made, through)):
+        value = loss_of(call(self.fn, self.params, tokens.with_logits(through), Layout(), style=style), self.name).value
+        if value.requires_grad and (learned := leaves(value, through)):
             raise InputError(
                 f"{self.name} divides every text by its own length, its texts depend on each other, and it has a parameter of "
                 f"its own that requires a gradient, of shape {tuple(learned[0].shape)}, whose gradient for the sum over tokens "
                 "cannot be told: return the unreduced loss (N,), or detach the parameter"
             )
-        return made * len(tokens)
+        return value * len(tokens)
 
     def _by_weight(self, tokens: Tokens, weight: Tensor, total: Tensor) -> Tensor:
         """Rows' values times their weights, (N,); rows of the same weight are called together, and share their sum equally."""
@@ -177,9 +179,9 @@ class Unreduced:
         values, summed = torch.zeros_like(weight, dtype=total.dtype), torch.zeros_like(total)
         with torch.no_grad(), Replay(tokens.logits.device, self.fn).again():
             for each in weight.unique():
-                mine = weight == each
-                part = self(tokens[mine]).sum()
-                values[mine] = part * each.to(part) / mine.sum()
+                same_weight = weight == each
+                part = self(tokens[same_weight]).sum()
+                values[same_weight] = part * each.to(part) / same_weight.sum()
                 summed += part
         if not (summed - total).abs() <= ALIKE / 10 * total.abs().clamp(min=1e-6 * len(tokens)):
             raise InputError(
@@ -195,11 +197,11 @@ def add_up(parts: list[Tensor], alone: list[float]) -> Tensor:
     return torch.stack([part * divisor for part, divisor in zip(parts, alone, strict=True)]).sum()
 
 
-def apart(parts: list[Tensor], alone: list[float], together: list[float], made: Tensor) -> bool:
+def independent(parts: list[Tensor], alone: list[float], together: list[float], total: Tensor) -> bool:
     """Whether texts are independent: their losses alone, with the divisors of the batch, add up to that of the batch."""
     ratios = [divisor / whole for divisor, whole in zip(alone, together, strict=True)]
-    gap = abs(float((add_up(parts, ratios) - made).detach()))
-    return gap <= ALIKE / 10 * max(abs(float(made.detach())), 1e-6)
+    gap = abs(float((add_up(parts, ratios) - total).detach()))
+    return gap <= ALIKE / 10 * max(abs(float(total.detach())), 1e-6)
 
 
 def _shared(total: Tensor, logits: Tensor) -> Tensor:
@@ -213,13 +215,13 @@ def _shared(total: Tensor, logits: Tensor) -> Tensor:
     if not logits.requires_grad:  # a parameter of the loss's own is all that it depends on
         return (total / len(logits)).expand(len(logits))
     learned = leaves(total, logits)
-    asked = (logits, *learned) if logits.requires_grad else tuple(learned)
-    grads = torch.autograd.grad(total, asked, allow_unused=True) if asked else ()
+    wrt = (logits, *learned) if logits.requires_grad else tuple(learned)
+    grads = torch.autograd.grad(total, wrt, allow_unused=True) if wrt else ()
     grads = grads if logits.requires_grad else (None, *grads)
     if all(grad is None for grad in grads):
         return value
-    found = zip(grads, (logits, *learned), strict=True)
-    grads = tuple(torch.zeros_like(of) if grad is None else grad for grad, of in found)
+    pairs = zip(grads, (logits, *learned), strict=True)
+    grads = tuple(torch.zeros_like(of) if grad is None else grad for grad, of in pairs)
     return _Shares.apply(value, grads, logits, *learned)
 
 
@@ -261,8 +263,8 @@ class Whole(Unreduced):
         if self.ratio is None:
             with Replay(tokens.logits.device, self.fn).again():
                 self.ratio = self._kept_twice(tokens, style)
-        made = loss_of(call(self.fn, self.params, tokens, Layout(), style=style), self.name).value.sum()
-        return made * (len(tokens) if self.ratio < SUM_LIKE else 1)
+        value = loss_of(call(self.fn, self.params, tokens, Layout(), style=style), self.name).value.sum()
+        return value * (len(tokens) if self.ratio < SUM_LIKE else 1)
 
     def _kept_twice(self, tokens: Tokens, style: Style) -> float:
         some = rows_to_read(self.fn, tokens, style)
@@ -276,6 +278,6 @@ def whole(variant: V) -> V:
     Its division is not undone, so that its gradient is that of the batch. A loss whose gradient changes little when all rows
     are passed twice is a sum already, and is not multiplied.
     """
-    made = replace(variant)
-    made.__dict__["unreduced"] = Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
-    return made
+    batch_variant = replace(variant)
+    batch_variant.__dict__["unreduced"] = Whole(variant.unreduced.fn, variant.params, variant.unreduced.name)
+    return batch_variant

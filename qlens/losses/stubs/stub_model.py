@@ -39,15 +39,16 @@ class StubDecoder(nn.Module):
         Raises:
             InputError: its input holds unknown texts.
         """
-        return BaseModelOutputWithPast(last_hidden_state=self._shown(input_ids))  # pyright: ignore[reportArgumentType]
+        hidden: Any = self._hidden_states(input_ids)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
 
-    def _shown(self, ids: Tensor | None) -> Tensor:
+    def _hidden_states(self, ids: Tensor | None) -> Tensor:
         if ids is None or ids.shape == self.table.shape[:2]:
             return self.table
         if self.ids is not None and ids.ndim == 2 and ids.shape[1] <= self.ids.shape[1]:
-            known = (ids[:, None] == self.ids[None, :, : ids.shape[1]]).all(-1)
-            if bool(known.any(1).all()):
-                return self.table[known.long().argmax(1), : ids.shape[1]]
+            is_prefix = (ids[:, None] == self.ids[None, :, : ids.shape[1]]).all(-1)
+            if bool(is_prefix.any(1).all()):
+                return self.table[is_prefix.long().argmax(1), : ids.shape[1]]
         raise InputError(
             f"the loss runs the model on {tuple(ids.shape)} tokens, but it was given {tuple(self.table.shape[:2])}: "
             "a loss that rearranges its batch cannot be read"
@@ -150,9 +151,9 @@ class StubModel(PreTrainedModel):
         logits = self.lm_head(hidden)
         loss = None
         if labels is not None:
-            given = {name: kwargs[name] for name in ("ignore_index", "shift_labels") if name in kwargs}
+            options = {name: kwargs[name] for name in ("ignore_index", "shift_labels") if name in kwargs}
             size = self.config.vocab_size
-            loss = self.loss_function(logits, labels, size, num_items_in_batch=num_items_in_batch, **given)
+            loss = self.loss_function(logits, labels, size, num_items_in_batch=num_items_in_batch, **options)
         return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=(hidden,))
 
 

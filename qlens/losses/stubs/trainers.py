@@ -45,7 +45,7 @@ class Companion(nn.Module):
         return CausalLMOutput(logits=self.student.other(self.field))  # pyright: ignore[reportArgumentType]
 
 
-def trained_by(trainer: type) -> Callable:
+def trainer_loss(trainer: type) -> Callable:
     """compute_loss of a Trainer's class, built around a stub model.
 
     Raises:
@@ -54,9 +54,9 @@ def trained_by(trainer: type) -> Callable:
     companions: dict[str, Companion] = {}
     with tempfile.TemporaryDirectory() as folder, quiet():
         built = _built(trainer, folder, companions)
-    shown = ("PrinterCallback", "ProgressCallback")
+    printing = ("PrinterCallback", "ProgressCallback")
     handler = built.callback_handler
-    handler.callbacks = [callback for callback in handler.callbacks if type(callback).__name__ not in shown]
+    handler.callbacks = [callback for callback in handler.callbacks if type(callback).__name__ not in printing]
 
     @functools.wraps(built.compute_loss)
     def compute_loss(model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -87,9 +87,9 @@ def _built(trainer: type, folder: str, companions: dict[str, Companion]) -> Any:
             args = arguments(folder, report_to=[], use_cpu=True, disable_tqdm=True)
             return trainer(model=StubModel(torch.zeros(1, 2, 4)), args=args, **companions)
         except Exception as error:  # a user's class may raise anything
-            asked = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
-            if asked in TEACHERS and asked not in names:  # taken out of **kwargs
-                names.append(asked)
+            missing = str(error.args[0]) if isinstance(error, KeyError) and error.args else ""
+            if missing in TEACHERS and missing not in names:  # taken out of **kwargs
+                names.append(missing)
                 continue
             if isinstance(error, AttributeError) and isinstance(error.obj, TrainingArguments):
                 raise InputError(_lacks(trainer, error.name)) from error
@@ -103,12 +103,12 @@ def _built(trainer: type, folder: str, companions: dict[str, Companion]) -> Any:
 def _arguments(trainer: type) -> type:
     """The class of a Trainer's arguments: as annotated, or the one of its own file, or TrainingArguments."""
     annotated = inspect.signature(trainer).parameters.get("args")
-    wanted = [annotated.annotation] if annotated is not None else []
-    wanted += [
-        found for found in vars(sys.modules.get(trainer.__module__)).values()
-        if inspect.isclass(found) and found.__module__ == trainer.__module__
+    classes = [annotated.annotation] if annotated is not None else []
+    classes += [
+        value for value in vars(sys.modules.get(trainer.__module__)).values()
+        if inspect.isclass(value) and value.__module__ == trainer.__module__
     ] if trainer.__module__ in sys.modules else []  # fmt: skip
-    return next((c for c in wanted if inspect.isclass(c) and issubclass(c, TrainingArguments)), TrainingArguments)
+    return next((c for c in classes if inspect.isclass(c) and issubclass(c, TrainingArguments)), TrainingArguments)
 
 
 def _lacks(trainer: type, name: str) -> str:

@@ -16,7 +16,7 @@ from qlens.losses.layout.names import role_of
 from qlens.losses.layout.signature import inputs
 from qlens.losses.layout.trial import inputs_masked
 from qlens.losses.layout.views import batch_of
-from qlens.losses.reduction.unreduced import add_up, apart
+from qlens.losses.reduction.unreduced import add_up, independent
 from qlens.losses.return_values import loss_of
 from qlens.registry import Variant
 
@@ -89,7 +89,7 @@ def summed_loss(variant: Variant, logits: Tensor, tokens: Tokens, batch: Supervi
             own_size = size._replace(own=torch.tensor([float(number)]))
             divisors_together.append(float(divisor(own_size)))
             divisors_alone.append(float(divisor(own_size._replace(rows=number, texts=1))))
-    if not apart(values, divisors_alone, divisors_together, value):
+    if not independent(values, divisors_alone, divisors_together, value):
         raise InputError(
             f"{name} divides by the length of each text, but its texts depend on each other, so that its reduction cannot be "
             "undone: return the unreduced loss, (B, T)"

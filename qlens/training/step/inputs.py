@@ -43,7 +43,7 @@ class MethodInputs:
             if need not in (*ARGUMENTS, *DERIVED, *COLUMNS):
                 raise InputError(f"{variant.name} needs {need!r}, which QTrainer has no source for")
         self.variant = variant
-        self.others: dict[str, Any] = {name: models[name] for name in variant.needs if name in ARGUMENTS}
+        self.other_models: dict[str, Any] = {name: models[name] for name in variant.needs if name in ARGUMENTS}
 
     def set_up(self, model: Any, device: torch.device) -> None:
         """Check, freeze and move the other models, and copy the student as the first old policy.
@@ -53,44 +53,44 @@ class MethodInputs:
         Raises:
             InputError: another model is missing, has another vocabulary, or shares parameters that are trained.
         """
-        for name, other in self.others.items():
+        for name, other in self.other_models.items():
             if other is None and has_adapters(model):
-                self.others[name] = WithoutAdapters(model)
+                self.other_models[name] = WithoutAdapters(model)
                 continue
             if other is None:
                 raise InputError(f"{self.variant.name} needs a {name}: give QTrainer({name}=...)")
             other = loaded(other, name)
             check_same_vocabulary(model, other, name)
             _check_apart(model, other, name)
-            self.others[name] = freeze(other).to(device)
+            self.other_models[name] = freeze(other).to(device)
         self.student = model
         if self.variant.may_return_target:
             dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
             self.variant.is_loss_alone(widened(vocabulary_size(model), precision(dtype), device))
         if "old" in self.variant.needs:
-            self.others["old"] = freeze(copy.deepcopy(model)).to(device)
+            self.other_models["old"] = freeze(copy.deepcopy(model)).to(device)
 
     def begin(self, model: Any) -> None:
         """Begin a run with ``model`` as the student, and its weights in the old policy."""
         self.student = model
-        for name, other in self.others.items():
+        for name, other in self.other_models.items():
             if isinstance(other, WithoutAdapters):
-                self.others[name] = WithoutAdapters(model)
+                self.other_models[name] = WithoutAdapters(model)
         self.sync()
 
     def sync(self) -> None:
         """Copy the student's weights into the old policy."""
-        if "old" in self.others:
-            self.others["old"].load_state_dict(self.student.state_dict())
+        if "old" in self.other_models:
+            self.other_models["old"].load_state_dict(self.student.state_dict())
 
     def state(self) -> dict[str, Tensor]:
         """The old policy's weights that training changes, by name; a weight shared by several layers once."""
-        if "old" not in self.others:
+        if "old" not in self.other_models:
             return {}
         trained = {id(p) for p in self.student.parameters() if p.requires_grad}
         buffers = {id(b) for b in self.student.buffers()}
         names = {id(value): name for name, value in self.student.state_dict(keep_vars=True).items()}
-        old = self.others["old"].state_dict()
+        old = self.other_models["old"].state_dict()
         return {name: old[name].contiguous() for at, name in names.items() if at in trained or at in buffers}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ class MethodInputs:
         Raises:
             InputError: they are of another model.
         """
-        if "old" not in self.others:
+        if "old" not in self.other_models:
             return
         own = {name: tuple(value.shape) for name, value in self.state().items()}
         stored = {name: tuple(value.shape) for name, value in saved.items()}
@@ -109,7 +109,7 @@ class MethodInputs:
                 f"the checkpoint's old policy does not fit the model: {name} has shape {stored.get(name)} there and "
                 f"{own.get(name)} here; resume with the model that it was saved with"
             )
-        self.others["old"].load_state_dict(dict(saved), strict=False)
+        self.other_models["old"].load_state_dict(dict(saved), strict=False)
 
     def gather(
         self, batch: SupervisedBatch, features: Mapping[str, Any], vocabulary: int, backbones: Backbones | None
@@ -125,7 +125,9 @@ class MethodInputs:
         Raises:
             InputError: the data lack a column that the method needs.
         """
-        fields = {name: _predictions(name, model, batch, features, backbones) for name, model in self.others.items()}
+        fields = {
+            name: _predictions(name, model, batch, features, backbones) for name, model in self.other_models.items()
+        }
         fields["sequence"] = batch.sequence
         if "second" in self.variant.needs:
             fields["second"] = _predictions("second", self.student, batch, features, backbones)
@@ -171,8 +173,8 @@ def _check_apart(model: nn.Module, other: nn.Module, name: str) -> None:
         way = "leave reference out (it is then the model without its adapters)" if name == "reference" else way
         way += "; the base model beneath adapters holds them too"
     raise InputError(
-        f"{name} shares {len(shared)} parameters with the model being trained, {shared[0]} among them: {name} is frozen, and a "
-        f"shared parameter would be frozen or move with the model: {way}"
+        f"{name} shares {len(shared)} parameters with the model being trained, {shared[0]} among them: {name} is frozen, "
+        f"and a shared parameter would be frozen or move with the model: {way}"
     )
 
 

@@ -29,9 +29,9 @@ class LearnedParameters(TrainerCallback):
     def note(self, loss: Tensor, *logits: Tensor, model: nn.Module) -> None:
         """Note the leaves of a loss other than its logits and the model's parameters, and log once what happens to each."""
         self.searched = True
-        known = {id(value) for value in (*model.parameters(), *self.parameters)}
+        known_ids = {id(value) for value in (*model.parameters(), *self.parameters)}
         for leaf in leaves(loss, *logits):
-            if id(leaf) in known:
+            if id(leaf) in known_ids:
                 continue
             self.parameters.append(leaf)
             groups = getattr(self.optimizer(), "param_groups", [])
@@ -41,8 +41,8 @@ class LearnedParameters(TrainerCallback):
                 )
             else:
                 sentence = (
-                    "is not in the optimizer, so that it never changes: give QTrainer(optimizers=(optimizer, scheduler)) "
-                    "with an optimizer that holds it beside the model's, or set requires_grad_(False)"
+                    "is not in the optimizer, so that it never changes: give QTrainer(optimizers=(optimizer, "
+                    "scheduler)) with an optimizer that holds it beside the model's, or set requires_grad_(False)"
                 )
             logger.warning(
                 "qlens: %s has a parameter of its own, of shape %s, which %s", self.name, tuple(leaf.shape), sentence

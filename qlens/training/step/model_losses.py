@@ -18,7 +18,7 @@ from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs, name_of, signature
 from qlens.losses.replay import Replay
 from qlens.losses.return_values import loss_of
-from qlens.losses.user_code import blamed, file_of
+from qlens.losses.user_code import file_of, user_errors
 from qlens.registry import Variant
 from qlens.training.metrics import MetricSums, read_target
 
@@ -129,7 +129,7 @@ class ModelLoss:
         parameters = signature(self.fn)
         positional = [n for n in parameters if n in kwargs and parameters[n].kind is inspect.Parameter.POSITIONAL_ONLY]
         args = [kwargs.pop(name) for name in positional]
-        with blamed(name_of(self.fn), file_of(self.fn)):
+        with user_errors(name_of(self.fn), file_of(self.fn)):
             returned = self.fn(*args, **kwargs)
         value = loss_of(returned, self.variant.name).value
         if value.ndim:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from qlens.core.probes import probes, trials
-from qlens.lens.weights.features import Seen
+from qlens.lens.weights.features import WeightReading
 from qlens.lens.weights.weight_law import law, thresholds
 from qlens.testing import random_tokens
 
@@ -103,7 +103,7 @@ WIDE = trials()
 
 def on_both(pull):
     """The law of a pull, a function of tokens, on the probes and the trial tokens."""
-    return law(pull(T), T, further=[Seen(pull(WIDE), WIDE, 1e-15)])
+    return law(pull(T), T, further=[WeightReading(pull(WIDE), WIDE, 1e-15)])
 
 
 def p_of(tokens):
@@ -163,12 +163,12 @@ def test_a_condition_excludes_something_and_is_written_near_one_as_the_rest():
     found = on_both(lambda t: (p_of(t) < 1 - 2e-4).double())
     assert found.formula == "1 where p_y <= 1 - 0.0005 (seen between 1 - 0.001 and 1 - 0.0001), 0 elsewhere"
     on = np.arange(len(T)) != 40  # one token that no threshold tells from those of the same rank
-    assert list(thresholds([Seen(torch.ones(57), T, 0.0)], on)) == []
+    assert list(thresholds([WeightReading(torch.ones(57), T, 0.0)], on)) == []
 
 
 def test_values_of_one_reading_are_not_those_of_another():
     made = [torch.where(t.labels % 3 == 0, 0.0, 2.0 + 1 / len(t)).double() for t in (T, WIDE)]
-    assert law(made[0], T, further=[Seen(made[1], WIDE, 1e-15)]) is None
+    assert law(made[0], T, further=[WeightReading(made[1], WIDE, 1e-15)]) is None
     assert on_both(lambda t: (t.labels % 3 / 2).double()).formula == "three values, 0, 0.5 and 1"
 
 
