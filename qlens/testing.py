@@ -13,9 +13,9 @@ from qlens.core.autograd import gradient, slopes
 from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError
 from qlens.core.probes import probes
+from qlens.core.probes.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
 from qlens.core.scales import PRECISION
 from qlens.core.tokens import MODELS, Tokens
-from qlens.core.trial_tokens import edge_tokens, extreme_tokens, random_tokens, wide_tokens
 from qlens.engine.structures import gradients_by_structure
 from qlens.registry import Variant, get, names, resolve
 from qlens.registry.params import parse

@@ -27,8 +27,8 @@ from qlens.analysis.compare.run_folder import claimed, default_folder
 from qlens.core.errors import InputError, brief
 from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
+from qlens.core.progress import stderr
 from qlens.lab import Setting, build, cache
-from qlens.lab.progress import stderr
 
 if TYPE_CHECKING:
     from qlens.analysis.study.study import Study  # which imports the recipes and run folders of this package

@@ -23,7 +23,7 @@ from qlens.analysis.compare.stored_models import save
 from qlens.analysis.study.frames import record_fault
 from qlens.core.errors import InputError
 from qlens.core.files import make_folder, read_json, write_text
-from qlens.lab.progress import track
+from qlens.core.progress import track
 from qlens.training.fitting import fit, isolated
 
 MARKS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps at which the learning curve is measured

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from qlens.conformance.synthetic_batches import PROMPTS, UNEQUAL, VOCABULARY, WIDE, Text, cast, cut, pad, texts
 from qlens.conformance.wrappers import Around, as_it_is
 from qlens.core.errors import InputError
+from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import random_tokens
 from qlens.losses import graphs
 from qlens.losses.calling import Layout, call, on_batch
 from qlens.losses.layout.layout_search import style_of

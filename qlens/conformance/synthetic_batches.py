@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.supervised import IGNORE
 from qlens.core.tokens import MODELS, Tokens
-from qlens.core.trial_tokens import random_tokens
 
 VOCABULARY = 24
 WIDE = 4096  # vocabularies beyond this are tested on a third of the labels

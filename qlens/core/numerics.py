@@ -1,6 +1,7 @@
 """Numerics: softmax, expectations, divergences and mixtures of distributions, with their digits kept."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,6 +97,18 @@ def log_mix(log_a: Float[Tensor, "N V"], log_b: Float[Tensor, "N V"], share: flo
     neither = (first == -torch.inf) & (second == -torch.inf)
     mixed = torch.logaddexp(first.masked_fill(neither, 0.0), second.masked_fill(neither, 0.0))
     return mixed.masked_fill(neither, -torch.inf)
+
+
+def row_blocks(rows: int, vocabulary: int, entries: int = 2**20) -> Iterator[slice]:
+    """Slices of rows with about ``entries`` entries of the vocabulary each.
+
+    Example:
+        >>> list(row_blocks(5, vocabulary=10, entries=20))
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 5, None)]
+    """
+    size = max(1, entries // vocabulary)
+    for start in range(0, rows, size):
+        yield slice(start, min(start + size, rows))
 
 
 def spread(number: int, most: int) -> Int[Tensor, " n"]:

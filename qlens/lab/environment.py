@@ -18,13 +18,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlens.core.errors import UnknownName
 from qlens.core.numerics import expectation
+from qlens.core.progress import Lines, interactive, stderr
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_text
 from qlens.data.models import load_model, quiet
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
 from qlens.lab.models import longest, new_model, sample
-from qlens.lab.progress import Lines, interactive, stderr
 from qlens.lab.setting import SETTINGS, Setting
 from qlens.training.fitting import fit, isolated
 

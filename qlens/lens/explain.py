@@ -12,18 +12,20 @@ from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError, brief
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
+from qlens.lens.decompose.mixture_search import check_residuals
 from qlens.lens.exact import read_exactly
 from qlens.lens.explanation import Explanation
 from qlens.lens.gradient_analysis import GradientAnalysis, own_spec
 from qlens.lens.identify import matching
 from qlens.lens.reading import Reading, on_trials, whole_where_needed
 from qlens.lens.rounding import nothing_but_rounding
+from qlens.lens.text.explained import WHOLE, explain_text
 from qlens.losses import calling, user_code
+from qlens.losses.layout.trial import holds_rows
 from qlens.registry import Variant, resolve
 
 
 @renamed_arguments(pieces="token_text")
-@user_code.quiet()
 @torch.inference_mode(False)
 def explain(
     loss: Variant | str | Callable,
@@ -31,11 +33,13 @@ def explain(
     *,
     token_text: Callable[[int], str] | Any | None = None,
     residuals: Mapping[str, Tensor] | None = None,
+    progress: bool = True,
 ) -> Explanation:
     r"""Read the implied target Q = p - g of a loss: its label weight, its residual and the nearest registered method.
 
     The loss is read in float64 where it allows that, on the tokens given and on wider trial tokens
-    (``qlens.core.probes.trials``): a method is named only where it has the gradient on both.
+    (``qlens.core.probes.trials``): a method is named only where it has the gradient on both. A long text is analysed on some
+    of its tokens, spread over p_y, and the findings are then compared on all of them (``coverage``).
 
     Args:
         loss: a Variant, a spec, FILE.py:FUNCTION, or a callable (see ``implied_target``).
@@ -43,6 +47,7 @@ def explain(
         token_text: a tokenizer, or a function from a token id to its text such as ``lambda i: tokenizer.decode([i])``;
             names labels and runner-ups in printed tables.
         residuals: further distributions that may be part of the target, probabilities (N, V) by name; with ``tokens`` only.
+        progress: show a bar on stderr while a long text is read.
 
     Returns:
         An Explanation: printable, with ``summary``, ``table``, ``nearest``, ``residual``, ``law``, ``plot()`` and exports.
@@ -60,12 +65,34 @@ def explain(
     """
     if tokens is not None and not isinstance(tokens, Tokens):
         raise InputError(f"tokens must be qlens.Tokens(logits=..., labels=...) or None, got {brief(tokens)}")
-    token_text = _text_of(token_text)
-    original, whole_batch = whole_where_needed(resolve(loss), tokens)
     if residuals and tokens is None:
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
+    variant, token_text, residuals = resolve(loss), _text_of(token_text), residuals or {}
+
+    def analyse(
+        some: Tokens | None, distributions: Mapping[str, Tensor]
+    ) -> tuple[Explanation, GradientAnalysis | None]:
+        return _analysed(variant, some, token_text, distributions)
+
+    long = tokens is not None and tokens.logits.numel() > WHOLE
+    if tokens is not None and long and not (variant.compares_pairs or holds_rows(variant.method.fn, tokens)):
+        check_residuals(residuals, tokens)
+        if (e := explain_text(tokens, residuals, analyse, progress)) is not None:
+            return e
+    with user_code.quiet():
+        return analyse(tokens, residuals)[0]
+
+
+def _analysed(
+    variant: Variant,
+    tokens: Tokens | None,
+    token_text: Callable[[int], str] | None,
+    residuals: Mapping[str, Tensor],
+) -> tuple[Explanation, GradientAnalysis | None]:
+    """The explanation of a loss on tokens, analysed as a whole, and the analysis; None where there is no gradient."""
+    original, whole_batch = whole_where_needed(variant, tokens)
     variant, shown, own_precision = read_exactly(original, None if tokens is None else ordinary(tokens))
     e = Explanation(
         variant,
@@ -83,12 +110,13 @@ def explain(
         whole_batch=whole_batch,
     )
     if not shown.finite:
-        return e
+        return e, None
     if nothing_but_rounding(variant.loss, shown.given, shown.grad, shown.precision):
         near = matching.nearest(shown.grad, shown.tokens, own_spec(variant), shown.noise)
         zero = replace(e, nearest=[match for match in near if match.relation == "identical"], zero_gradient=True)
-        return zero if tokens is not None else _on_trial_tokens(zero, original)
-    return GradientAnalysis(e, shown, residuals or {}, original).run()
+        return zero if tokens is not None else _on_trial_tokens(zero, original), None
+    analysis = GradientAnalysis(e, shown, residuals, original)
+    return analysis.run(), analysis
 
 
 def _text_of(token_text: Any) -> Callable[[int], str] | None:

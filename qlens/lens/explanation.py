@@ -25,6 +25,8 @@ from qlens.lens.identify import matching
 from qlens.lens.identify.batch_factors import BatchFactor
 from qlens.lens.identify.near_identity import NearMatch
 from qlens.lens.identify.two_terms import TwoTerms
+from qlens.lens.text.coverage import TextCoverage
+from qlens.lens.text.figures import Figures, token_figures
 from qlens.lens.weights.batch_gates import BatchGate
 from qlens.lens.weights.batch_moments import BatchMoments
 from qlens.lens.weights.class_weights import ClassWeights
@@ -98,6 +100,7 @@ class Explanation(Result):
         batch_moments: the mean and spread of cross-entropies that it is.
         batch_gate: the gate that compares a token with its batch.
         two_terms: the two terms that add up to it.
+        coverage: what of a long text was analysed and confirmed.
 
     Example:
         >>> from qlens.lens.explain import explain
@@ -138,6 +141,7 @@ class Explanation(Result):
     batch_gate: BatchGate | None = None
     batch_moments: BatchMoments | None = None
     two_terms: TwoTerms | None = None
+    coverage: TextCoverage | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name not in OLD_NAMES:
@@ -149,6 +153,16 @@ class Explanation(Result):
     def spec(self) -> str:
         """The loss, as it was named."""
         return self.variant.spec
+
+    @property
+    def read_dtype(self) -> torch.dtype:
+        """The dtype of the logits on which the loss was read."""
+        return self.tokens.logits.dtype if self.coverage is None else self.coverage.dtype
+
+    @cached_property
+    def figures(self) -> Figures:
+        """The figures of every token by name, (N,)."""
+        return token_figures(self.target, self.tokens, self.losses) if self.coverage is None else self.coverage.figures
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -175,7 +189,7 @@ class Explanation(Result):
         if not self.variant.derived:
             return Account("", ())
         with quiet():
-            return self.variant.account(self.tokens)
+            return self.variant.account(self.tokens if self.coverage is None else self.tokens[self.coverage.rows])
 
     @cached_property
     def summary(self) -> str:
@@ -198,7 +212,8 @@ class Explanation(Result):
     @cached_property
     def destination(self) -> Destination | str:
         """The fixed point of training on this loss, or why it is not known."""
-        if self.zero_gradient or not bool(self.target.grad.isfinite().all() and self.target.grad.any()):
+        size = self.figures["grad_norm"]
+        if self.zero_gradient or not bool(size.isfinite().all() and size.any()):
             return "the gradient is zero or not finite"
         if self.position_weights is not None:
             return "a token's position changes its gradient, and with it the fixed point"

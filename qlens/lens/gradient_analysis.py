@@ -28,6 +28,7 @@ from qlens.lens.weights.batch_moments import batch_moments
 from qlens.lens.weights.class_weights import ClassWeights, divided_by_mean, find_class_weights, with_usual_class
 from qlens.lens.weights.positions import PositionWeights, unweighted
 from qlens.lens.weights.thresholds import with_edges
+from qlens.losses.layout.trial import holds_rows
 from qlens.losses.notes.seen_tokens import given_by_text, made_up_inputs, standardises
 from qlens.registry import Variant, methods
 
@@ -56,6 +57,7 @@ class GradientAnalysis(MethodSearch):
         self.e, self.residuals, self.original = e, residuals, original
         self.non_finite, self.class_weights_error = 0, ""
         self.fields = fields_taken(e.variant) if e.on_probes else None  # a closure may hold a user's own tokens
+        self.further: Reading | None = None  # the trial tokens as weight functions are fitted on them
         self.unweighted: list[tuple[Reading, Tensor]] = []  # readings without position weights, and their rows
         trial = on_trials(self.variant, shown)
         self.trial, self.untried = (None, trial) if isinstance(trial, str) else (trial, "")
@@ -89,6 +91,7 @@ class GradientAnalysis(MethodSearch):
         trial_cause = None if trial is None else self.cause(trial)
         seen, trial = _without_cause(shown, cause), trial and _without_cause(trial, trial_cause)
         changed = not (cause is None and trial_cause is None and classes is None and positions is None)
+        changed = changed or holds_rows(self.variant.method.fn, self.shown.given)  # then no rows can be read anew
         unknown = cause is not None and (bool(cause.uncoupled) or not cause.cause)
         unknown = unknown or (classes is not None and not classes.equal)
         common = dict(
@@ -111,6 +114,7 @@ class GradientAnalysis(MethodSearch):
             seen = self.without_batch_factor(seen, factor, factor.here)
             trial = trial and self.without_batch_factor(trial, factor, factor.wide or factor.here)
         here, there = self.with_models_taken(seen), trial and self.with_models_taken(trial)
+        self.further = there
         mixture = decompose(here.grad, here.tokens, self.residuals, here.noise)
         laws, elsewhere = self.laws(mixture, here, there, reach)
         if reach.of == "batch" and not per_token and found.batch_factor is None:
@@ -147,9 +151,12 @@ class GradientAnalysis(MethodSearch):
         )
 
     @cached_property
-    def in_place(self) -> bool:
-        """Whether it runs another model, whose made-up inputs stay in place as tokens move."""
-        return self.variant.derived and made_up_inputs(self.variant.method.fn, self.variant.params, self.shown.given)
+    def in_place(self) -> str:
+        """Why the loss has inputs of its own that stay in place as tokens move; "" where it has none."""
+        fn, params, tokens = self.variant.method.fn, self.variant.params, self.shown.given
+        if self.variant.derived and made_up_inputs(fn, params, tokens):
+            return "runs another model, whose inputs are made up"
+        return "holds values of its own for these tokens" if holds_rows(fn, tokens) else ""
 
     @property
     def base(self) -> Reading:

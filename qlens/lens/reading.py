@@ -22,6 +22,7 @@ from qlens.losses import calling
 from qlens.losses.layout.layout_search import in_whole_groups
 from qlens.losses.layout.names import FIELD
 from qlens.losses.layout.signature import inputs
+from qlens.losses.layout.trial import holds_rows
 from qlens.losses.notes.seen_tokens import as_given, supplied
 from qlens.losses.reduction import unreduced
 from qlens.losses.replay import why_calls_differ
@@ -65,12 +66,7 @@ class Reading:
             InputError: it fails, or two calls on the same tokens differ.
         """
         try:
-            if variant.derived:
-                with getattr(
-                    variant, "arithmetic", contextlib.nullcontext
-                )():  # a teacher in a closure, in the precision of the loss
-                    tokens = supplied(variant.method.fn, variant.params, tokens)
-                tokens = as_given(variant.method.fn, variant.params, tokens)
+            tokens = prepared(variant, tokens)
             grad = read(variant, tokens, variant.loss)
             losses, arithmetic, constants = traced(variant.loss, tokens)  # after the layout was found
             if not variant.built_in:  # a state left by other tokens shows in the next call
@@ -128,19 +124,33 @@ class Reading:
         return replace(self, grad=grad, given=self.given if tokens is None else tokens)
 
 
+def prepared(variant: Variant, tokens: Tokens) -> Tokens:
+    """The tokens as the loss sees them: with the outputs of a teacher of its own, in the positions of its batches."""
+    if not variant.derived:
+        return tokens
+    with getattr(variant, "arithmetic", contextlib.nullcontext)():  # a teacher in the precision of the loss
+        tokens = supplied(variant.method.fn, variant.params, tokens)
+    return as_given(variant.method.fn, variant.params, tokens)
+
+
 def whole_where_needed(variant: Variant, tokens: Tokens | None) -> tuple[Variant, str]:
     """The loss, as a whole batch where its reduction cannot be found; and the reason, "" where it can.
 
     Args:
         variant: the loss.
         tokens: the tokens it will be read on; None for the probes.
+
+    Raises:
+        InputError: its reduction cannot be found, and it holds values of its own for these tokens.
     """
     at = probes() if tokens is None else tokens
-    if len(at) > FEW and not variant.compares_pairs:
+    if len(at) > FEW and not (variant.compares_pairs or holds_rows(variant.method.fn, at)):
         at = at[spread(len(at), FEW).to(at.logits.device)]
     try:
         gradient(variant.loss, fed(at, variant))
     except UnknownReduction as error:
+        if holds_rows(variant.method.fn, at):  # it cannot be called twice on these rows at once either
+            raise
         return unreduced.whole(variant), str(error).partition(" Return the")[0]
     except Exception:  # it raises the same again where it is read
         return variant, ""

@@ -132,7 +132,7 @@ class Variant:
 
     def _returns_target(self, tokens: Tokens) -> bool:
         """Whether the function returns a ``Target`` on a copy of a few rows; random state is restored."""
-        sample = trial.few(tokens)
+        sample = trial.sample(self.method.fn, tokens)
         with torch.no_grad(), self.replay(tokens.logits.device).again(), user_errors(self.spec):
             return isinstance(self.method.fn(self.shown(sample).copied(), **self.params), Target)
 

@@ -247,7 +247,7 @@ def test_the_cache_follows_qlens_cache_then_xdg_then_home(monkeypatch, tmp_path)
 
 def test_progress_is_lines_where_there_is_no_terminal(capsys, monkeypatch):
     clock = iter(range(0, 10_000, 20))
-    monkeypatch.setattr("qlens.lab.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("qlens.core.progress.time.monotonic", lambda: next(clock))
     assert list(progress.track(range(5), 5, "training")) == [0, 1, 2, 3, 4]
     assert capsys.readouterr().err.splitlines() == [
         "training: 2 of 5 after 0:40, about 1:00 left",

@@ -13,9 +13,9 @@ from qlens.conformance.synthetic_batches import Text, cast, count, cut, everywhe
 from qlens.core.autograd import gradient, slopes
 from qlens.core.errors import InputError
 from qlens.core.probes import probes
+from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.scales import COARSE, PRECISION, carried
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import random_tokens
 
 RARE = (0.5, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)  # p_y of a few rows
 GAP = 1e4  # between the label's logit and the rest: p_y is 0 or 1 in every precision

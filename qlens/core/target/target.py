@@ -20,7 +20,6 @@ from qlens.core.target.scaling import Scale, rescaled
 from qlens.core.tokens import Tokens
 
 NO_PULLS = "its pulls toward fixed targets are not known"
-BLOCK = 64  # rows per block, which stay in the cache
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +33,7 @@ class Target(Metrics, Display):
         logits: the student's logits (N, V), or log p: their softmax is p.
         labels: the observed tokens, ids (N,).
         dense_q: Q (N, V), possibly signed, never clipped; None where it follows from the other fields.
-        dense_grad: g (N, V); kept beside Q because p - Q cancels where p is tiny.
+        dense_grad: g (N, V); kept beside Q because p - Q cancels where p is tiny. Without ``dense_q`` Q is p - g.
         scale: s (N,).
         constructed: the label's coefficient in the construction (N,); None where Q is no mixture of known parts.
         pulls: total weight of the pulls toward fixed targets (N,), or the reason why it is undefined.
@@ -121,10 +120,7 @@ class Target(Metrics, Display):
         """The target of a logit gradient (N, V) at unit scale, Q = p - g."""
         logits, rounding = tokens.logits.detach(), grad.detach()
         grad = rounding.to(precision(logits.dtype))
-        q = torch.empty_like(grad)
-        for z, g, q_rows in zip(*(x.split(BLOCK) for x in (logits, grad, q)), strict=True):
-            torch.exp(log_softmax(z).to(g.dtype), out=q_rows).sub_(g)
-        return cls(logits, tokens.labels, q, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=rounding)
+        return cls(logits, tokens.labels, None, grad, torch.ones_like(grad[:, 0]), None, NO_PULLS, rounding=rounding)
 
     @classmethod
     @renamed_arguments(push="label_weight")
@@ -195,6 +191,8 @@ class Target(Metrics, Display):
         """The target Q of some rows."""
         if self.dense_q is not None:
             return self.dense_q[rows]
+        if self.dense_grad is not None:
+            return log_softmax(self.logits[rows]).to(self.dense_grad).exp_().sub_(self.dense_grad[rows])
         t, index = self.trust[rows, None], self.labels[rows, None].long()
         if self.label_only:
             return ((1 - t) * self.log_probs[rows].exp()).scatter_(1, index, self._label_mass[rows, None])
@@ -250,7 +248,9 @@ class Target(Metrics, Display):
         target = replace(self, scale=self.scale * weight, pulls=pulls)
         if self.pushed is not None:
             return replace(target, pushed=self.pushed * weight)
-        return target if self.dense_grad is None else replace(target, dense_grad=self.dense_grad * weight[:, None])
+        if self.dense_grad is None:
+            return target
+        return replace(target, dense_q=self.q, dense_grad=self.dense_grad * weight[:, None])
 
     def __getitem__(self, rows: Any) -> "Target":
         """A selection of rows: ``target[mask]``, ``target[2:5]``."""

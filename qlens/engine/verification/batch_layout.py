@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.probes.trial_tokens import trial_rows, wide_tokens
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import trial_rows, wide_tokens
 from qlens.losses.calling import kind, on_view
 from qlens.losses.layout.layouts import Layout, Style, counts
 from qlens.losses.layout.signature import Memo

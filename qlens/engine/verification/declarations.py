@@ -12,8 +12,8 @@ from torch import Tensor
 from qlens.core.autograd import gradient, ordinary
 from qlens.core.errors import InputError
 from qlens.core.numerics import spread
+from qlens.core.probes.trial_tokens import trial_rows
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import trial_rows
 from qlens.engine.finite_values import ADVICE
 from qlens.engine.structures import gradients_by_structure
 from qlens.engine.verification.batch_layout import is_model_loss, layout_dependence

@@ -9,9 +9,9 @@ from torch import Tensor
 from qlens.core.autograd import ordinary
 from qlens.core.errors import InputError
 from qlens.core.numerics import spread
+from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.scales import carried
 from qlens.core.tokens import MODELS, Tokens
-from qlens.core.trial_tokens import random_tokens
 from qlens.losses.user_code import LossError
 from qlens.registry import Variant
 

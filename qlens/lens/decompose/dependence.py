@@ -14,10 +14,7 @@ from qlens.lens.decompose.detached import finite_difference_gap, own_backward
 from qlens.lens.decompose.perturbation import Perturbation, affected_tokens, change_with_number
 from qlens.lens.rounding import moves, rounding
 
-IN_PLACE = (
-    " (label ids, other orders and other numbers of tokens are not tested: the loss runs another model, whose inputs are made "
-    "up)"
-)
+IN_PLACE = " (label ids, other orders and other numbers of tokens are not tested: the loss {})"
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def scope(
     ids: Mapping[int, float] | None = None,
     total: Callable[[Tokens], Tensor] | None = None,
     by_text: Sequence[str] = (),
-    in_place: bool = False,
+    in_place: str = "",
 ) -> Scope:
     """What a token's gradient depends on, found by perturbing other tokens, their number and their order.
 
@@ -82,7 +79,7 @@ def scope(
         total: the sum of the unreduced loss, whose graph is searched for autograd functions of the loss's own; by default
             that of ``rows``.
         by_text: fields with one value per text, which are not changed.
-        in_place: whether the loss runs another model on made-up inputs, which cannot follow the tokens: then neither other
+        in_place: why the loss has inputs that cannot follow the tokens, "runs another model, ..."; then neither other
             labels nor other orders and numbers of tokens are tested.
 
     Example:
@@ -103,7 +100,7 @@ def scope(
         batch_changes = ChangedBatches(rows, tokens, before, tolerance, noise, group).changes(not in_place)
         of, evidence, through = _of_batches(batch_changes, tokens, *number, len(affected))
         if in_place:
-            evidence = evidence.replace("; repeated labels; other orders", "") + IN_PLACE
+            evidence = evidence.replace("; repeated labels; other orders", "") + IN_PLACE.format(in_place)
         return Scope(of, evidence, detached, gap, through, backward, batch_changes.losses)
     through = tuple(
         name for name in changes.fields

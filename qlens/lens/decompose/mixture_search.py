@@ -13,6 +13,7 @@ from qlens.core.errors import InputError
 from qlens.core.numerics import spread
 from qlens.core.tokens import Tokens
 from qlens.lens.decompose.mixture import RAW, Mixture
+from qlens.lens.decompose.part_weights import distance_apart, identifiable, solved, weight_noise
 from qlens.lens.decompose.residuals import Residual, dictionary
 from qlens.lens.rounding import TOLERANCE, Noise, rounding
 
@@ -52,15 +53,24 @@ def decompose(
         >>> list(decompose(qlens.get("kd_hybrid").target(t).grad, t).parts)
         ['the label', 'the teacher']
     """
-    for name, probs in (residuals or {}).items():
-        if tuple(probs.shape) != tuple(tokens.logits.shape):
-            shape = tuple(tokens.logits.shape)
-            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {shape}")
+    check_residuals(residuals or {}, tokens)
     tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
     number = min(MOST_TOKENS, max(FEWEST_TOKENS, ENTRIES // tokens.logits.shape[1]))
     picked = spread(len(tokens), number).to(tokens.logits.device)
     own = {name: probs[picked] for name, probs in (residuals or {}).items()}
     return _Search(grad[picked].detach().double(), tokens[picked], own, noise[picked]).run(picked.cpu())
+
+
+def check_residuals(residuals: Mapping[str, Tensor], tokens: Tokens) -> None:
+    """Check that distributions have the shape of the logits.
+
+    Raises:
+        InputError: one of another shape.
+    """
+    for name, probs in residuals.items():
+        if tuple(probs.shape) != tuple(tokens.logits.shape):
+            shape = tuple(tokens.logits.shape)
+            raise InputError(f"residuals[{name!r}] has shape {tuple(probs.shape)}, but the logits have {shape}")
 
 
 def decompose_again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise) -> Mixture:
@@ -146,10 +156,7 @@ class _Search:
     def solve(self, chosen: tuple[Residual, ...], value: float | None) -> Tensor:
         """Coefficients of the unit columns, (N, J)."""
         r, on = (part[0] for part in self.projected(self.columns(chosen, [value]))[:2])
-        r = r + torch.diag_embed(
-            torch.where(r.diagonal(dim1=-2, dim2=-1).abs() < 1e-12, 1e-12, 0.0)
-        )  # not unique there
-        return torch.linalg.solve_triangular(r, on, upper=True)[..., 0]
+        return solved(r, on)
 
     def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
         """The root mean square misfit over some tokens, at every value."""
@@ -226,8 +233,8 @@ class _Search:
         unit = self.solve(chosen, value)
         lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
         a = torch.stack([self.column(entry, value) for entry in chosen], -1)
-        apart = torch.linalg.eigvalsh(a.mT @ a)[:, 0].clamp(min=0).sqrt()
-        unique = (apart > 1e-4) & (lengths > 1e-13).all(-1)
+        apart = distance_apart(a)
+        unique = identifiable(apart, lengths)
         c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
         explains = self._explains(chosen, value)
         held_out_misfit = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
@@ -243,7 +250,7 @@ class _Search:
             None if explains else self._closest(),
             self.alike,
             TOLERANCE + self.digits,
-            (self.rounding / (lengths.amin(-1) * apart).clamp(min=1e-300)).cpu(),
+            weight_noise(self.rounding, apart, lengths).cpu(),
         )
 
     def _closest(self) -> float:

@@ -52,19 +52,19 @@ def coefficient(e: Any) -> tuple[str, pd.Series]:
 
 def without_gradient(e: Any) -> pd.Index:
     """The tokens without any gradient, other than those of p_y = 1 and those whose class or position weight is 0."""
-    size, rest = e.target.grad.double().norm(dim=-1), e.tokens.with_precision(torch.float64).rest_log_probs.exp()
+    size, rest = e.figures["grad_norm"], e.figures["rest"]
     open_tokens = rest > CLOSE
     relative = torch.where(open_tokens, size / rest, 0.0)
     zero = open_tokens & (relative <= NOTHING * relative.max())
     if is_constant(e) and e.mixture is not None and len(e.mixture.parts) > 1:  # parts may cancel where they coincide
         identifiable = torch.ones(len(e.table), dtype=torch.bool)
         identifiable[e.mixture.index[~e.mixture.unique]] = False
-        zero &= identifiable.to(zero.device)
+        zero &= identifiable
     if e.position_weights is not None:
-        zero &= torch.tensor(e.position_weights.weights, device=zero.device) != 0
+        zero &= torch.tensor(e.position_weights.weights) != 0
     if e.class_weights is not None and e.class_weights.equal:
-        zero &= e.class_weights.of(e.tokens.labels) != 0
-    return e.table.index[zero.cpu().numpy()]
+        zero &= e.class_weights.of(e.tokens.labels).cpu() != 0
+    return e.table.index[zero.numpy()]
 
 
 def coverage(e: Any, values: pd.Series) -> str:

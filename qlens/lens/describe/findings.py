@@ -30,11 +30,11 @@ WEIGHT = "  R = "  # how the parts of the decomposition begin
 
 def lines(e: Any) -> list[str]:
     """The findings of an explanation, a line each, warnings first."""
-    non_finite = int((~e.target.grad.isfinite().all(-1)).sum())
+    non_finite = int((~e.figures["grad_norm"].isfinite()).sum())
     if non_finite:
         return [f"WARNING: the gradient is not finite on {non_finite} of {len(e.table)} tokens."]
     if e.zero_gradient:
-        up_to = "" if not bool(e.target.grad.any()) else " up to rounding"
+        up_to = "" if not bool(e.figures["grad_norm"].any()) else " up to rounding"
         return [f"WARNING: the gradient is zero on every token{up_to}: Q = p, nothing is learned."]
     text = [*_reading(e)]
     if e.label_offset:
@@ -67,9 +67,33 @@ def lines(e: Any) -> list[str]:
     text += [*([] if uncoupled(e) else _decomposition(e)), *_simplex(e)]
     if e.scope is not None:
         text.append(f"Scope: {e.scope}")
+    text += _coverage(e)
     if e.non_finite_trials:
         text.append(f"WARNING: the gradient is not finite on {e.non_finite_trials} further trial tokens.")
     return text + ([f"Other vocabularies: {e.other_vocabularies}"] if e.other_vocabularies else []) + _range_covered(e)
+
+
+def _coverage(e: Any) -> list[str]:
+    """What of a long text was analysed, and where its thresholds act."""
+    coverage = e.coverage
+    if coverage is None:
+        return []
+    text, off = [str(coverage)], len(coverage.exceptions)
+    if off:
+        where = p_y_range(e.table["p_y"][coverage.exceptions.numpy()], ".3g")
+        text.append(f"WARNING: on {off} of these {coverage.tokens} tokens ({where}) the gradient is another one.")
+    for name, number in coverage.excluded.items():
+        law = e.laws[name]
+        acts = (
+            f"excludes {number} of {coverage.tokens} tokens"
+            if law.where
+            else f"acts on {number} of {coverage.tokens} tokens"
+        )
+        never = "excludes no token" if law.where else "acts on no token"
+        text.append(
+            f"On your text the {'threshold' if law.where else 'clip'} of {law.formula} {acts if number else never}."
+        )
+    return text
 
 
 def _reading(e: Any) -> list[str]:

@@ -13,7 +13,13 @@ from qlens.core.display import frame_html, latex_table
 from qlens.core.probes import shapes
 from qlens.lens.describe.findings import DECOMPOSITION, WEIGHT
 
-SHORT = ("WARNING", DECOMPOSITION, WEIGHT)  # beginnings of the findings that are printed without ``full``
+SHORT = (
+    "WARNING",
+    "On your text",
+    "Your text",
+    DECOMPOSITION,
+    WEIGHT,
+)  # beginnings of the findings that are printed without ``full``
 WIDTH = 100
 COLUMNS = {
     "label": "label",
@@ -34,30 +40,19 @@ LATEX = {
     "q_runner_up": "$Q$ (runner-up)",
     "negative_mass": "negative mass",
 }
+FIGURES = (
+    "p_y", "p_runner_up", "loss", "label_weight", "reshape", "q_label", "q_runner_up", "negative_mass", "total",
+    "label_grad", "runner_up_grad",
+)  # fmt: skip
 
 
 def frame(e: Any) -> pd.DataFrame:
     """A row per token: the label, its runner-up, their probabilities in p and Q, the label weight and so on."""
-    target, y = e.target, e.tokens.labels[:, None].long()
-    p = target.probs
-    runner_up = p.scatter(1, y, -1).argmax(-1, keepdim=True)
-    columns = {
-        "p_y": p.gather(1, y)[:, 0],
-        "p_runner_up": p.gather(1, runner_up)[:, 0],
-        "loss": e.losses,
-        "label_weight": target.label_weight,
-        "reshape": target.reshape,
-        "q_label": target.q.gather(1, y)[:, 0],
-        "q_runner_up": target.q.gather(1, runner_up)[:, 0],
-        "negative_mass": target.negative_mass,
-        "total": target.total,
-        "label_grad": target.grad.gather(1, y)[:, 0],
-        "runner_up_grad": target.grad.gather(1, runner_up)[:, 0],
-    }
-    table = pd.DataFrame({name: value.detach().double().cpu().numpy() for name, value in columns.items()})
+    columns = {name: e.figures[name].double().numpy() for name in FIGURES}
+    table = pd.DataFrame(columns)
     text = e.token_text or str
-    table.insert(0, "label", [text(int(i)) for i in y[:, 0]])
-    table.insert(1, "runner_up", [text(int(i)) for i in runner_up[:, 0]])
+    table.insert(0, "label", [text(i) for i in e.tokens.labels.tolist()])
+    table.insert(1, "runner_up", [text(i) for i in e.figures["runner_up"].tolist()])
     table.insert(2, "shape", shapes() if e.on_probes and len(table) == len(shapes()) else "text")
     return table
 
@@ -142,9 +137,9 @@ def _where(e: Any) -> str:
 
 def precision(e: Any) -> str:
     """The dtype of the reading, of the given logits and of the loss, as far as they differ."""
-    used, stored, own = (str(d).removeprefix("torch.") for d in (e.tokens.logits.dtype, e.logits_dtype, e.computes_in))
-    words = used if e.logits_dtype in (None, e.tokens.logits.dtype) else f"read in {used}; logits {stored}"
-    coarse = torch.finfo(e.computes_in).eps > torch.finfo(e.tokens.logits.dtype).eps
+    used, stored, own = (str(d).removeprefix("torch.") for d in (e.read_dtype, e.logits_dtype, e.computes_in))
+    words = used if e.logits_dtype in (None, e.read_dtype) else f"read in {used}; logits {stored}"
+    coarse = torch.finfo(e.computes_in).eps > torch.finfo(e.read_dtype).eps
     return f"{words}; the loss computes in {own}" if coarse else words
 
 

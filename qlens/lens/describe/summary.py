@@ -25,10 +25,10 @@ NEGLIGIBLE = 1e-3  # share of the student's own distribution in Q
 
 def paragraph(e: Any) -> str:
     """The summary of an explanation."""
-    if not bool(e.target.grad.isfinite().all()):
+    if not bool(e.figures["grad_norm"].isfinite().all()):
         return "This loss cannot be trained on as it is: its gradient is not a number."
     if e.zero_gradient:
-        up_to = "everywhere" if not bool(e.target.grad.any()) else "up to rounding"
+        up_to = "everywhere" if not bool(e.figures["grad_norm"].any()) else "up to rounding"
         return f"This loss teaches nothing: its gradient is zero {up_to}."
     if uncoupled(e):
         return f"{e.shift_variance.uncoupled}; its target does not add up to one."

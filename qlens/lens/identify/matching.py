@@ -180,6 +180,11 @@ def agreement(
     return factor, off <= 1, off
 
 
+def angle_of(cosine: float) -> float:
+    """The angle of a cosine, in degrees."""
+    return math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+
+
 def written(value: float, spread: float) -> float:
     """The shortest number within a relative distance."""
     candidates = (float(f"{value:.{count}g}") for count in range(1, 12))
@@ -193,7 +198,7 @@ def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
         same = size == other_size
         return Match(spec, 0.0 if same else 90.0, 1.0, float(not same), "identical" if same else "near", float(same))
     dot = float((g * m).sum())
-    angle = math.degrees(math.acos(max(-1.0, min(1.0, dot / (size * other_size)))))
+    angle = angle_of(dot / (size * other_size))
     factor, agree, off = agreement(g, m, noise)
     share, chi = float(agree.double().mean()), float(off.square().mean().sqrt())
     if bool(agree.all()) and factor != 0:  # a negative factor is a sign error

@@ -1,17 +1,53 @@
 """Features: the quantities that a weight function may depend on, at every token, and the misfit of a formula."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from qlens.core.numerics import expectation
+from qlens.core.numerics import expectation, row_blocks
 from qlens.core.tokens import Tokens
 
 TOP_K = (2, 3, 5, 10, 20, 30, 50, 100)
+GROUPS = 10**6  # distance between the ids of sequences and pairs of two readings
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """The quantities that a weight function may depend on, at N tokens.
+
+    Args:
+        vocabulary: V.
+        arrays: the quantities by name, (N,) each.
+    """
+
+    vocabulary: int
+    arrays: Mapping[str, np.ndarray]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, tokens: Tokens) -> "TokenFeatures":
+        """The features of tokens, from some rows at a time."""
+        size = tokens.logits.shape[1]
+        blocks = [_arrays(tokens[rows]) for rows in row_blocks(len(tokens), size)]
+        return cls(size, {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]})
+
+    @property
+    def rest_log_probs(self) -> Tensor:
+        """log(1 - p_y), (N,)."""
+        return torch.from_numpy(self.arrays["log_rest"])
+
+    def __len__(self) -> int:
+        return len(self.arrays["log_p"])
+
+    def __getitem__(self, rows: Tensor) -> "TokenFeatures":
+        """The features of some rows."""
+        index = rows.cpu().numpy()
+        return TokenFeatures(self.vocabulary, {name: values[index] for name, values in self.arrays.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,17 +55,30 @@ class WeightReading:
     """The weight of every token, (N,), and the rounding error of the gradient it was read from, (N,) or one number."""
 
     pull: Tensor
-    tokens: Tokens
+    tokens: Tokens | TokenFeatures
     noise: Tensor | float
 
     def __getitem__(self, rows: Tensor) -> "WeightReading":
         """The reading of some rows."""
         noise = self.noise[rows] if isinstance(self.noise, Tensor) else self.noise
-        return WeightReading(self.pull[rows], self.tokens[rows.to(self.tokens.logits.device)], noise)
+        at = rows if isinstance(self.tokens, TokenFeatures) else rows.to(self.tokens.logits.device)
+        return WeightReading(self.pull[rows], self.tokens[at], noise)
 
     def where_known(self) -> "WeightReading":
         """The reading of the tokens whose weight is known."""
         return self[~self.pull.isnan()]
+
+    @cached_property
+    def features(self) -> TokenFeatures:
+        """The features of the tokens."""
+        return self.tokens if isinstance(self.tokens, TokenFeatures) else TokenFeatures.of(self.tokens)
+
+    def arrays(self, place: int) -> dict[str, np.ndarray]:
+        """The features, the weight as "b" and its rounding error; ids of groups differ between places."""
+        noise = self.noise if isinstance(self.noise, Tensor) else torch.full((len(self.pull),), self.noise)
+        arrays = dict(self.features.arrays) | {"b": numpy_of(self.pull), "noise": numpy_of(noise)}
+        arrays |= {"reading": np.full(len(self.pull), float(place))}
+        return arrays | {name: arrays[name] + place * GROUPS for name in ("sequence", "pair") if name in arrays}
 
 
 class Features:
@@ -37,9 +86,8 @@ class Features:
 
     def __init__(self, readings: Sequence[WeightReading], tolerance: float):
         self.readings = readings
-        self.tolerance, self.vocabularies = tolerance, sorted({one.tokens.logits.shape[1] for one in readings})
-        with torch.no_grad():
-            parts = [_arrays(one, place) for place, one in enumerate(readings)]
+        self.tolerance, self.vocabularies = tolerance, sorted({one.features.vocabulary for one in readings})
+        parts = [one.arrays(place) for place, one in enumerate(readings)]
         joined = {
             name: np.concatenate([part[name] for part in parts])
             for name in parts[0]
@@ -103,21 +151,22 @@ class Features:
         return self.misfit(form(*short_values), where), tuple(short_values)
 
 
-def _arrays(reading: WeightReading, place: int) -> dict[str, np.ndarray]:
-    """The features of one reading, by name; ids of groups differ between readings."""
-    tokens = reading.tokens.with_precision(torch.float64)
+def _arrays(tokens: Tokens) -> dict[str, np.ndarray]:
+    """The features of tokens, by name."""
+    tokens = tokens.with_precision(torch.float64)
     p, size = tokens.probs, tokens.logits.shape[1]
     top = p.topk(2, -1)
     below_largest = tokens.log_probs.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(-1)
-    noise = reading.noise if isinstance(reading.noise, Tensor) else torch.full((len(tokens),), reading.noise)
     tensors = {
-        "b": reading.pull, "noise": noise, "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
-        "entropy": -expectation(p, tokens.log_probs), "reading": torch.full_like(p[:, 0], place),
+        "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
+        "entropy": -expectation(p, tokens.log_probs),
         "rank": _rank(tokens, tokens.logits), "largest": top.values[:, 0], "log_size": torch.full_like(p[:, 0], math.log(size)),
         "second": top.values[:, 1], "log_below_largest": below_largest, "squares": p.square().sum(-1),
     }  # fmt: skip
-    tensors |= {f"top {k}": _top_entropy(tokens, k) for k in TOP_K if k < size}
-    tensors |= {f"mass {k}": p.topk(k, -1).values.sum(-1) for k in TOP_K if k < size}
+    sizes = [k for k in TOP_K if k < size]
+    likely = tokens.log_probs.topk(max(sizes, default=0), -1).values
+    tensors |= {f"top {k}": _entropy(likely[:, :k].log_softmax(-1)) for k in sizes}
+    tensors |= {f"mass {k}": likely[:, :k].exp().sum(-1) for k in sizes}
     for name in ("reference", "old", "teacher"):
         if getattr(tokens, name) is not None:
             log_q = tokens.log_probs_of(name)
@@ -127,7 +176,7 @@ def _arrays(reading: WeightReading, place: int) -> dict[str, np.ndarray]:
     for name in ("advantage", "weight", "critical", "hint", "sequence", "pair"):
         value = getattr(tokens, name)
         if value is not None:
-            arrays[name] = value.detach().cpu().numpy() + (place * 10**6 if name in ("sequence", "pair") else 0)
+            arrays[name] = value.detach().cpu().numpy()
     return arrays
 
 
@@ -148,9 +197,8 @@ def percent(share: float | None) -> str:
     return f"{share:.0%}" if share >= 0.01 or share <= 0 else f"{100 * share:.2g}%"
 
 
-def _top_entropy(tokens: Tokens, k: int) -> Tensor:
-    top = tokens.logits.double().topk(k, -1).values.log_softmax(-1)
-    return -(top.exp() * top).sum(-1)
+def _entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).nan_to_num(0.0).sum(-1)
 
 
 def numpy_of(values: Tensor) -> np.ndarray:

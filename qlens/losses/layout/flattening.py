@@ -12,6 +12,10 @@ REDUCTIONS = ("sum", "mean", "amax", "amin", "nansum", "nanmean", "cumsum", "log
 class Flattened(TorchFunctionMode):
     """Records whether values are broadcast, (N, 1) by (N,) to (N, N), or reduced over the rows as over a text.
 
+    Attributes:
+        detected: whether values were broadcast or reduced so.
+        expanded: whether any result was larger than both operands, as of one text and a tensor of the loss's own.
+
     Args:
         rows: number of rows N if the loss takes rows, else None. A reduction over the last dimension of (N,) is written for
             (B, T), with one value per text.
@@ -20,7 +24,7 @@ class Flattened(TorchFunctionMode):
     def __init__(self, rows: int | None):
         super().__init__()
         self.rows = rows
-        self.detected = False
+        self.detected = self.expanded = False
 
     def __torch_function__(
         self, func: Callable, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -36,6 +40,7 @@ class Flattened(TorchFunctionMode):
             and name not in ("mm", "bmm", "einsum")
         ):
             self.detected |= _crossed(result, operands)
+            self.expanded |= result.numel() > max(x.numel() for x in operands)
         if name in REDUCTIONS and operands and self.rows is not None and operands[0].shape == (self.rows,):
             self.detected |= kwargs.get("dim", args[1] if len(args) > 1 else None) in (-1, (-1,), [-1])
         return result

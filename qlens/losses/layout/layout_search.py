@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
+from qlens.core.probes.trial_tokens import trial_rows
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import trial_rows
 from qlens.losses.graphs import NoGraphError
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.past_searches import PastSearches
 from qlens.losses.layout.signature import Memo, inputs, name_of
 from qlens.losses.layout.style_trials import best_trial
-from qlens.losses.layout.trial import Trial, attempt, changed, few, grad_of, value_of
+from qlens.losses.layout.trial import Trial, attempt, changed, few, grad_of, sample, value_of
 from qlens.losses.replay import Replay
 from qlens.losses.side_effects import recorded_modules
 from qlens.losses.user_code import LossError
@@ -75,7 +75,7 @@ def _replayed_search(fn: Callable, params: Mapping[str, Any], tokens: Tokens) ->
     with Replay(tokens.logits.device, fn).again():
         kind = inputs(fn).kind
         if kind == "hidden":
-            _check_hidden(fn, params, few(tokens))
+            _check_hidden(fn, params, sample(fn, tokens))
         if kind in ("tokens", "hidden"):
             return Trial(Style(), 1.0, 1.0)
         past = PastSearches.of(fn, params, tokens)
@@ -98,12 +98,12 @@ def _search(fn: Callable, params: Mapping[str, Any], tokens: Tokens, past: PastS
             trial = best_trial(fn, params, _with_full_masks(few(trial_rows(tokens))), past)
             if trial.full:
                 return trial
-    best = best_trial(fn, params, few(tokens), past)
+    best = best_trial(fn, params, sample(fn, tokens), past)
     if not best.coverage and (probes := probes_like(tokens)) is not None:
         with contextlib.suppress(InputError):  # the loss may be written for these very tokens
             on_probes = best_trial(fn, params, probes, past)
             best = on_probes if on_probes.coverage or not best.graph else best
-    some = few(tokens, best.style.group)
+    some = sample(fn, tokens, best.style.group)
     if not best.graph and bool(value_of(fn, params, some, best.style).any()):
         raise NoGraphError(
             f"{name_of(fn)} returns a value whose graph does not lead back to the logits, so without a gradient by them: a new "

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from qlens.core.errors import InputError
+from qlens.core.probes.trial_tokens import random_tokens
 from qlens.core.tokens import Tokens
-from qlens.core.trial_tokens import random_tokens
 from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.signature import Memo, inputs

@@ -11,7 +11,7 @@ from qlens.losses.layout import candidates
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.search_errors import Failure, extended
 from qlens.losses.layout.signature import Memo
-from qlens.losses.layout.trial import Trial, attempt, attempt_at_widths, few
+from qlens.losses.layout.trial import Trial, attempt, attempt_at_widths, sample
 from qlens.losses.user_code import first_line
 
 _PAST = Memo()
@@ -55,11 +55,11 @@ class PastSearches:
         usual = next(candidates.plain(fn))[0]
         if any(_layout_of(before.style) != _layout_of(usual) for before in self.trials):
             with contextlib.suppress(InputError):  # a small vocabulary may allow another layout alone
-                if attempt(fn, params, few(tokens), usual).full:
+                if attempt(fn, params, sample(fn, tokens), usual).full:
                     return None
         for before in self.trials:
             with contextlib.suppress(InputError):
-                trial = attempt_at_widths(fn, params, few(tokens, before.style.group), before.style)
+                trial = attempt_at_widths(fn, params, sample(fn, tokens, before.style.group), before.style)
                 steady = trial.reacts == 1 and not trial.flattened and trial.misplaced == before.misplaced
                 if trial.full or (trial.coverage > 0 and steady):
                     return trial
@@ -67,7 +67,7 @@ class PastSearches:
             return None
         for (_, message), style in self.failures.items():
             try:
-                attempt(fn, params, few(tokens), style)
+                attempt(fn, params, sample(fn, tokens), style)
             except InputError as error:
                 if _message(error) == message:
                     continue

@@ -1,6 +1,7 @@
 """Trials: whether one style fits a loss, by its gradient on a few rows and by what changed labels and values do to it."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +11,13 @@ from qlens.core.autograd import ordinary, recorded
 from qlens.core.numerics import spread
 from qlens.core.tokens import Tokens
 from qlens.losses import graphs
-from qlens.losses.calling import call
+from qlens.losses.calling import call, is_built_in
 from qlens.losses.layout.flattening import Flattened
 from qlens.losses.layout.layouts import Layout, Style, tiled
 from qlens.losses.layout.names import FIELD, role_of
 from qlens.losses.layout.signature import inputs, name_of
 from qlens.losses.return_values import loss_of
+from qlens.losses.states import State
 from qlens.losses.user_code import EndedError, user_errors
 
 ROWS = 8  # rows of a trial
@@ -82,6 +84,10 @@ def attempt(fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Styl
     layout = Layout(masked=_masked(tokens)) if inputs_masked(fn) or style.laid_out else Layout()
     with Flattened(None if style.laid_out else len(tokens) + layout.masked) as flattened:
         gradient = gradient_of(fn, params, tokens, style, layout)
+    if flattened.expanded and style.laid_out and not style.several and tokens.sequence is None:
+        gradient_of(
+            fn, params, tokens, replace(style, several=True), layout
+        )  # one text may fit a tensor of the loss's own
     return _outcome(fn, params, tokens, style, layout, gradient)._replace(flattened=flattened.detected)
 
 
@@ -267,6 +273,23 @@ def few(tokens: Tokens, group: int = 1) -> Tokens:
     some = tokens[index]
     second = torch.arange(rows, device=index.device) >= rows // 2 - 1
     return _with_fields(some, sequence=second.long(), pair=torch.zeros_like(index), chosen=~second)
+
+
+def holds_rows(fn: Callable, tokens: Tokens) -> bool:
+    """Whether a loss holds tensors, arrays or lists of its own with an entry per token, or with a distribution per row.
+
+    A teacher's probabilities in a closure, for example: such a loss can be called on all of these tokens only.
+    """
+    rows, vocabulary = tokens.logits.shape
+    shapes = [] if is_built_in(fn) else State([fn]).shapes()
+    return any(
+        shape[0] == rows != vocabulary or (len(shape) == 3 and shape[-1] == vocabulary) for shape in shapes if shape
+    )
+
+
+def sample(fn: Callable, tokens: Tokens, group: int = 1) -> Tokens:
+    """The rows on which a loss is tried: ``few`` of them, or all where it holds values of its own for every row."""
+    return tokens if holds_rows(fn, tokens) else few(tokens, group)
 
 
 def texts_of(tokens: Tokens, number: int, length: int = 2) -> Tokens:

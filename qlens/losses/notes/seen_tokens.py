@@ -12,7 +12,7 @@ from qlens.losses.calling import call, on_view
 from qlens.losses.layout.layout_search import style_of
 from qlens.losses.layout.layouts import Layout
 from qlens.losses.layout.signature import inputs, roles_taken
-from qlens.losses.layout.trial import few
+from qlens.losses.layout.trial import sample
 from qlens.losses.layout.views import batch_view
 from qlens.losses.reduction.advantages import standardised
 from qlens.losses.side_effects import recorded_modules
@@ -58,7 +58,7 @@ def made_up_inputs(fn: Callable, params: Mapping[str, Any], tokens: Tokens) -> b
     try:
         with recorded_modules(fn) as module_calls, torch.no_grad():
             style = style_of(fn, params, tokens)
-            call(fn, params, few(tokens, style.group), style=style, layout=Layout())
+            call(fn, params, sample(fn, tokens, style.group), style=style, layout=Layout())
     except InputError:
         return False
     return bool(module_calls.models)

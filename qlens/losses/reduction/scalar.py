@@ -14,7 +14,7 @@ from qlens.losses.layout.layout_search import probes_like, style_of
 from qlens.losses.layout.layouts import Style
 from qlens.losses.layout.pairing import given_as_sums
 from qlens.losses.layout.signature import roles_taken
-from qlens.losses.layout.trial import few, first_copy, grad_of
+from qlens.losses.layout.trial import few, first_copy, grad_of, holds_rows
 from qlens.losses.reduction.comparison import ALIKE, LayoutGradients, by_length, misfit, replayed, views, with_prompts
 from qlens.losses.reduction.divisors import KNOWN, OF_BATCH, REDUCTIONS, UNUSUAL, Division, Divisor
 from qlens.losses.reduction.random_losses import averaged, draws, nearest_count
@@ -51,7 +51,15 @@ def find_division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name:
         InputError: no division explains the gradients, or two calls on the same rows differ.
     """
     with Replay(tokens.logits.device, fn).again():  # random generators and states are left unchanged
-        return _division(fn, params, tokens, name)
+        try:
+            return _division(fn, params, tokens, name)
+        except LossError as error:
+            if not holds_rows(fn, tokens):
+                raise
+            raise UnknownReduction(
+                f"{name} holds values of its own for these {len(tokens)} tokens, so that it cannot be called on fewer or on "
+                "copies, by which its reduction would be found. Return the unreduced loss (N,)."
+            ) from error
 
 
 def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str) -> Division | None:
@@ -102,6 +110,8 @@ def takes_pairs(fn: Callable, style: Style) -> bool:
 
 def rows_to_read(fn: Callable, tokens: Tokens, style: Style) -> Tokens:
     """Some rows at equal distances, on which a division is found; whole pairs or groups of texts if the loss takes these."""
+    if holds_rows(fn, tokens):
+        return tokens
     if takes_pairs(fn, style) or style.group > 1:
         return few(tokens, style.group)
     return tokens[spread(len(tokens), ROWS).to(tokens.logits.device)]

@@ -1,0 +1,53 @@
+"""Token figures: what a target shows at every token, p_y, the label weight, Q of the label and of the runner-up and so on."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qlens.core.target import Target
+from qlens.core.tokens import Tokens
+
+Figures = Mapping[str, Float[Tensor, " N"]]
+
+
+def token_figures(target: Target, tokens: Tokens, losses: Float[Tensor, " N"]) -> Figures:
+    """The figures of every token by name, (N,) on the CPU; ``runner_up`` is a token id.
+
+    Args:
+        target: the implied target, N rows.
+        tokens: the tokens that it belongs to.
+        losses: unreduced losses in nats.
+
+    Example:
+        >>> import qlens
+        >>> t = qlens.probes()
+        >>> figures = token_figures(qlens.get("dft").target(t), t, qlens.get("dft").loss(t))
+        >>> bool((figures["label_weight"] - figures["p_y"]).abs().max() < 1e-6)
+        True
+    """
+    y, p, q = tokens.labels[:, None].long(), target.probs, target.q
+    runner_up = p.scatter(1, y, -1).argmax(-1, keepdim=True)
+    figures = {
+        "p_y": p.gather(1, y)[:, 0],
+        "runner_up": runner_up[:, 0],
+        "p_runner_up": p.gather(1, runner_up)[:, 0],
+        "loss": losses,
+        "label_weight": target.label_weight,
+        "reshape": target.reshape,
+        "q_label": q.gather(1, y)[:, 0],
+        "q_runner_up": q.gather(1, runner_up)[:, 0],
+        "negative_mass": target.negative_mass,
+        "total": target.total,
+        "label_grad": target.grad.gather(1, y)[:, 0],
+        "runner_up_grad": target.grad.gather(1, runner_up)[:, 0],
+        "grad_norm": target.grad.double().norm(dim=-1),
+        "rest": tokens.with_precision(torch.float64).rest_log_probs.exp(),
+    }
+    return {name: value.detach().cpu() for name, value in figures.items()}
+
+
+def joined(parts: Sequence[Figures]) -> Figures:
+    """The figures of several blocks of tokens in one."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,65 @@
+"""Losses that hold values of their own for every token, like a teacher's probabilities in a closure."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+import qlens
+from qlens.core.probes.trial_tokens import random_tokens
+
+N, V = 21, 30
+TEACHER = random_tokens(N, V, seed=3).logits.softmax(-1)
+
+
+def distillation(logits, labels):
+    return -(TEACHER * F.log_softmax(logits, -1)).sum(-1)
+
+
+def hybrid(logits, labels):
+    return F.cross_entropy(logits, labels, reduction="none") + distillation(logits, labels)
+
+
+class Weighted(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.per_token = TEACHER[:, 0] + 0.5
+
+    def forward(self, logits, labels):
+        return self.per_token * F.cross_entropy(logits, labels, reduction="none")
+
+
+TARGETS = {
+    distillation: lambda t: t.probs - TEACHER,
+    hybrid: lambda t: 2 * t.probs - TEACHER - t.one_hot,
+    Weighted(): lambda t: (TEACHER[:, :1] + 0.5) * (t.probs - t.one_hot),
+}
+
+
+@pytest.mark.parametrize("sequences", [False, True])
+def test_their_gradient_is_that_of_their_own_rows(sequences):
+    given = random_tokens(N, V)
+    tokens = qlens.Tokens(logits=given.logits, labels=given.labels, sequence=given.sequence if sequences else None)
+    for loss, gradient in TARGETS.items():
+        assert_close(qlens.implied_target(loss, tokens).grad, gradient(tokens), rtol=1e-9, atol=1e-12)
+        e = qlens.explain(loss, tokens, residuals={"my teacher": TEACHER})
+        assert_close(e.target.grad, gradient(tokens), rtol=1e-9, atol=1e-12)
+        assert e.residual == ("the student" if isinstance(loss, Weighted) else "my teacher")
+        assert e.scope.of == "token" and "holds values of its own for these tokens" in e.scope.evidence
+
+
+def test_a_mean_of_them_is_refused_with_what_to_return():
+    given = random_tokens(N, V)
+    tokens = qlens.Tokens(logits=given.logits, labels=given.labels)
+    for read in (qlens.implied_target, qlens.explain):
+        with pytest.raises(
+            qlens.InputError, match=rf"holds values of its own for these {N} tokens.* unreduced loss \(N,\)"
+        ):
+            read(lambda logits, labels: distillation(logits, labels).mean(), tokens)
+
+
+def test_they_are_refused_on_other_rows():
+    for tokens in (None, random_tokens(N + 3, V), qlens.Tokens(logits=torch.randn(12, V), labels=torch.arange(12))):
+        for loss in (distillation, hybrid):
+            with pytest.raises(qlens.InputError, match="The size of tensor a"):
+                qlens.explain(loss, tokens)
