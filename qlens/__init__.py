@@ -1,10 +1,9 @@
 """qlens: see and design the target distribution behind any supervised fine-tuning loss."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from qlens.conformance.report import CheckReport, check
 from qlens.core.deprecation import serve_old_modules
 from qlens.core.errors import InputError, ParameterError, UnknownName
 from qlens.core.probes import probes
@@ -12,12 +11,24 @@ from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.engine.fused import fused_loss
 from qlens.engine.heads import Head, TopK
-from qlens.lens.explain import explain
-from qlens.lens.explanation import Explanation
-from qlens.lens.gradient_flow import Destination, destination
 from qlens.lens.implied import implied_target
 from qlens.registry import Variant, get, names, register
 from qlens.registry.structure import GeometricMixture
+
+if TYPE_CHECKING:
+    from qlens.analysis.compare import compare
+    from qlens.analysis.plots.variant_figures import plot_plane, plot_text, plot_token
+    from qlens.analysis.study import Study
+    from qlens.analysis.token_view.token_view import view
+    from qlens.conformance.report import CheckReport, check
+    from qlens.data import encode
+    from qlens.lens.equivalences import distances
+    from qlens.lens.explain import explain
+    from qlens.lens.explanation import Explanation
+    from qlens.lens.gradient_flow import Destination, destination
+    from qlens.testing import check_variant
+    from qlens.training import QLossMixin, QTrainer
+    from qlens.training.watch import Watch
 
 __all__ = [
     "CheckReport",
@@ -56,16 +67,22 @@ __all__ = [
     "view",
 ]
 
-# these import transformers and matplotlib
+# imported on first use: with them pandas, scipy, transformers and matplotlib
 _LAZY = {
+    "CheckReport": "qlens.conformance.report",
+    "Destination": "qlens.lens.gradient_flow",
+    "Explanation": "qlens.lens.explanation",
     "QLossMixin": "qlens.training",
     "QTrainer": "qlens.training",
     "Study": "qlens.analysis.study",
     "Watch": "qlens.training.watch",
+    "check": "qlens.conformance.report",
     "check_variant": "qlens.testing",
     "compare": "qlens.analysis.compare",
+    "destination": "qlens.lens.gradient_flow",
     "distances": "qlens.lens.equivalences",
     "encode": "qlens.data",
+    "explain": "qlens.lens.explain",
     "plot_plane": "qlens.analysis.plots.variant_figures",
     "plot_text": "qlens.analysis.plots.variant_figures",
     "plot_token": "qlens.analysis.plots.variant_figures",

@@ -1,7 +1,9 @@
 """Contract of a method in float64: ``check_variant`` runs it on any method or loss."""
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +80,7 @@ def _remarks(variant: Variant, vacuous: tuple[str, ...]) -> Iterator[str]:
 
 def _slope_remark(variant: Variant) -> str:
     """Whether the gradient is the derivative of the value, in a sentence."""
-    tokens = random_tokens(16, vocabulary_of(variant))
+    tokens = _drawn(random_tokens, 16, vocabulary_of(variant))
     with torch.no_grad():
         pairs = list(slopes(lambda t: variant.loss(t).sum(), gradient(variant.loss, tokens), tokens, 1e-6, seed=0))
     gaps = sorted(abs(slope - numerical) / max(abs(slope), abs(numerical), 1e-9) for slope, numerical in pairs)
@@ -95,6 +97,16 @@ def _contract(check: Callable[[Variant], None]) -> Callable[[Variant], None]:
     return check
 
 
+def _drawn(draw: Callable[..., Tokens], *args: Any, **kwargs: Any) -> Tokens:
+    """A copy of trial tokens that are drawn once: a method may write on its inputs."""
+    return Tokens(**_cached_draw(draw, *args, **kwargs).copied().fields())  # checked, as the drawn ones are
+
+
+@functools.lru_cache(maxsize=32)
+def _cached_draw(draw: Callable[..., Tokens], *args: Any, **kwargs: Any) -> Tokens:
+    return draw(*args, **kwargs)
+
+
 def least_vocabulary(variant: Variant) -> int:
     """The smallest of ``VOCABULARIES`` that a method runs on; a top-k loss needs k entries.
 
@@ -104,7 +116,7 @@ def least_vocabulary(variant: Variant) -> int:
     error: Exception | None = None
     for v in VOCABULARIES:
         try:
-            variant.target(wide_tokens(v))
+            variant.target(_drawn(wide_tokens, v))
         except (RuntimeError, IndexError, InputError) as raised:
             error = raised
         else:
@@ -122,14 +134,14 @@ def vocabulary_of(variant: Variant) -> int:
 def cases(variant: Variant) -> Iterator[tuple[str, Tokens]]:
     """Ordinary, extreme, tiny and empty tokens, by name; the smallest pair has 2 tokens."""
     least, v = 2 if variant.scope == "pair" else 1, vocabulary_of(variant)
-    yield "random", random_tokens(64, v)
-    yield "sharp", random_tokens(64, v, spread=10.0)
+    yield "random", _drawn(random_tokens, 64, v)
+    yield "sharp", _drawn(random_tokens, 64, v, spread=10.0)
     yield "probes", probes(vocabulary=max(32, v))
-    yield "p_y from 1e-12 to 1 - 1e-12", edge_tokens(v)
-    yield f"V = {least_vocabulary(variant)}", random_tokens(16, least_vocabulary(variant))
-    yield f"N = {least}", random_tokens(least, v)
-    yield "N = 0", random_tokens(1, v)[:0]
-    yield "|z| = 1e4", extreme_tokens(v)
+    yield "p_y from 1e-12 to 1 - 1e-12", _drawn(edge_tokens, v)
+    yield f"V = {least_vocabulary(variant)}", _drawn(random_tokens, 16, least_vocabulary(variant))
+    yield f"N = {least}", _drawn(random_tokens, least, v)
+    yield "N = 0", _drawn(random_tokens, 1, v)[:0]
+    yield "|z| = 1e4", _drawn(extreme_tokens, v)
 
 
 @_contract
@@ -146,7 +158,7 @@ def identity(variant: Variant) -> None:
 def structure_as_declared(variant: Variant) -> None:
     """By the declared structure, the engine computes the gradient and the value of the loss, at any vocabulary."""
     for v in (v for v in VOCABULARIES if v >= least_vocabulary(variant)):
-        tokens = wide_tokens(v)
+        tokens = _drawn(wide_tokens, v)
         grad, losses = gradients_by_structure(variant, tokens)
         what = f"by structure={variant.structure!r} at a vocabulary of {v}"
         _close(grad, gradient(variant.loss, tokens), f"gradient {what}")
@@ -168,7 +180,7 @@ def sums_to_one(variant: Variant) -> None:
 def simplex_as_declared(variant: Variant) -> None:
     """Q, at the method's own scale, is always a distribution exactly where that is declared."""
     v = vocabulary_of(variant)
-    wide = [random_tokens(256, v, spread, seed=1) for spread in (1.0, 3.0, 10.0)]
+    wide = [_drawn(random_tokens, 256, v, spread, seed=1) for spread in (1.0, 3.0, 10.0)]
     inside = [bool(variant.target(tokens).in_simplex.all()) for tokens in (*(t for _, t in cases(variant)), *wide)]
     if variant.simplex is True:
         assert all(inside), "declared simplex, but Q has negative entries on some tokens"
@@ -190,7 +202,7 @@ def finite(variant: Variant) -> None:
 @_contract
 def invariant_to_a_constant(variant: Variant) -> None:
     """Adding a constant to a row of logits changes neither loss nor target, exactly where that is declared."""
-    tokens = random_tokens(32, vocabulary_of(variant))
+    tokens = _drawn(random_tokens, 32, vocabulary_of(variant))
     by = torch.linspace(-7, 7, 32, dtype=torch.float64)[:, None]
     shifted = tokens.replace(**{name: getattr(tokens, name) + by for name in ("logits", *MODELS)})
     if not variant.invariant:
@@ -203,7 +215,7 @@ def invariant_to_a_constant(variant: Variant) -> None:
 def equivariant_under_permutation(variant: Variant) -> None:
     """Renaming the vocabulary renames Q and changes no loss."""
     v = vocabulary_of(variant)
-    tokens = random_tokens(32, v)
+    tokens = _drawn(random_tokens, 32, v)
     order = torch.randperm(v, generator=torch.Generator().manual_seed(3))
     permuted = {name: getattr(tokens, name)[:, order] for name in ("logits", *MODELS, "negatives")}
     renamed = tokens.replace(labels=order.argsort()[tokens.labels], **permuted)
@@ -232,7 +244,7 @@ def scales_keep_the_gradient(variant: Variant) -> None:
 @_contract
 def weight_multiplies(variant: Variant) -> None:
     """``tokens.weight`` multiplies loss and scale, and leaves Q alone."""
-    tokens = random_tokens(16, vocabulary_of(variant))
+    tokens = _drawn(random_tokens, 16, vocabulary_of(variant))
     group = {"sequence": tokens.sequence, "pair": tokens.pair}.get(variant.scope, torch.arange(16))
     weight = torch.linspace(0, 3, 16, dtype=torch.float64)[group]
     heavy, plain = variant.target(tokens.replace(weight=weight)), variant.target(tokens)
@@ -246,7 +258,7 @@ def weight_multiplies(variant: Variant) -> None:
 @_contract
 def scope_is_kept(variant: Variant) -> None:
     """A row's target depends on nothing beyond its scope: its own token, its sequence or its pair."""
-    tokens = random_tokens(24, vocabulary_of(variant))
+    tokens = _drawn(random_tokens, 24, vocabulary_of(variant))
     ids = {"token": torch.arange(24), "sequence": tokens.sequence, "pair": tokens.pair}.get(variant.scope)
     if ids is not None:
         whole = variant.target(tokens)
@@ -260,7 +272,7 @@ def scope_is_kept(variant: Variant) -> None:
 @_contract
 def constants_carry_no_gradient(variant: Variant) -> None:
     """The target is detached, and no gradient reaches another model."""
-    tokens = random_tokens(8, vocabulary_of(variant))
+    tokens = _drawn(random_tokens, 8, vocabulary_of(variant))
     leaves = {name: getattr(tokens, name).clone().requires_grad_() for name in ("logits", *MODELS)}
     tokens = tokens.replace(**leaves)
     target = variant.target(tokens)

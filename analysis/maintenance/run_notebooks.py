@@ -42,7 +42,9 @@ def notebooks(folder: str | Path = "notebooks") -> list[Path]:
     return paths
 
 
-def run(notebook: NotebookNode, folder: str | Path, cache: str | Path, size: str = "shown") -> NotebookNode:
+def run(
+    notebook: NotebookNode, folder: str | Path, cache: str | Path, size: str = "shown", kernel: str = "python3"
+) -> NotebookNode:
     """Run a copy of a notebook in a fresh kernel.
 
     Args:
@@ -50,6 +52,7 @@ def run(notebook: NotebookNode, folder: str | Path, cache: str | Path, size: str
         folder: the working directory.
         cache: the cache folder of the lab, shared by notebooks.
         size: "shown", or "small" for tests.
+        kernel: name of the Jupyter kernel.
 
     Returns:
         the notebook with its outputs, as it is stored.
@@ -67,7 +70,7 @@ def run(notebook: NotebookNode, folder: str | Path, cache: str | Path, size: str
             copy,
             config=Config({"ConnectionFileMixin": sockets}),
             timeout=LIMIT,
-            kernel_name="python3",
+            kernel_name=kernel,
             resources={"metadata": {"path": str(folder)}},
             record_timing=False,
             store_widget_state=False,

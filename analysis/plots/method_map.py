@@ -23,7 +23,8 @@ from qlens.analysis.plots.style import (
     sized,
     styles,
 )
-from qlens.core.deprecation import current_columns, without_effect
+from qlens.core.deprecation import without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 FEW = 12  # methods, up to which quartiles over tokens are drawn

@@ -20,7 +20,8 @@ from qlens.analysis.plots.style import (
     shown,
 )
 from qlens.analysis.plots.target_axes import label_weight_axes
-from qlens.core.deprecation import current_columns, without_effect
+from qlens.core.deprecation import without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 

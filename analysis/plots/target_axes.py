@@ -25,7 +25,8 @@ from qlens.analysis.plots.style import (
     shown,
     sized,
 )
-from qlens.core.deprecation import current_columns, renamed_value, without_effect
+from qlens.core.deprecation import renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 MANY = 200  # tokens, above which markers are small and pale

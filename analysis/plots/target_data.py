@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qlens.analysis.token_view.token_text import TokenText
-from qlens.core.deprecation import renamed_arguments, renamed_attributes, renamed_columns
+from qlens.core.deprecation import renamed_arguments, renamed_attributes
+from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.errors import InputError
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens

@@ -40,7 +40,8 @@ from qlens.analysis.plots.target_axes import (
     plot_sweep,
     plot_update,
 )
-from qlens.core.deprecation import current_columns, renamed_value, without_effect
+from qlens.core.deprecation import renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns
 
 LABEL: dict[str, Any] = {"color": INK, "lw": 1.2, "marker": "o", "markersize": 3.0}
 RUNNER_UP: dict[str, Any] = LABEL | {"ls": "--", "markerfacecolor": "white"}

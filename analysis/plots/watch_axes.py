@@ -23,7 +23,8 @@ from qlens.analysis.plots.style import (
     panels,
 )
 from qlens.analysis.plots.target_axes import LABEL_WEIGHT, label_weight_axes, metric_named
-from qlens.core.deprecation import current_columns, without_effect
+from qlens.core.deprecation import without_effect
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError
 
 COURSES = {

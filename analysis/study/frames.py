@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from qlens.core.deprecation import current_columns
+from qlens.core.deprecation.columns import current_columns
 from qlens.core.errors import InputError, brief, one_line
 
 TEXT_COLUMNS = ("setting", "method", "token", "recipe", "origin", "when", "belief", "labels")

@@ -15,7 +15,8 @@ from qlens.analysis.compare.run_folder import read_config
 from qlens.analysis.study import tables
 from qlens.analysis.study.frames import check_results, frames, ordered, read_frame
 from qlens.analysis.study.stats import crossed_interval, holm, paired_difference, pass_at_k, rank_sets
-from qlens.core.deprecation import renamed_columns, warn
+from qlens.core.deprecation import warn
+from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.files import user_path

@@ -11,7 +11,8 @@ import pandas as pd
 from jaxtyping import Float
 
 from qlens.analysis.token_view.summary import Summary
-from qlens.core.deprecation import old_columns, renamed_columns, renamed_value, warn
+from qlens.core.deprecation import renamed_value, warn
+from qlens.core.deprecation.columns import old_columns, renamed_columns
 from qlens.core.display import Result, frame_html, latex_table
 from qlens.core.errors import InputError
 

@@ -17,7 +17,8 @@ from qlens.analysis.token_view.page import html
 from qlens.analysis.token_view.ranking import Ranking, jsonl, rank, records
 from qlens.analysis.token_view.summary import Summary, summary_of
 from qlens.analysis.token_view.token_text import TokenText, legible
-from qlens.core.deprecation import renamed_arguments, renamed_columns, warn
+from qlens.core.deprecation import renamed_arguments, warn
+from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.display import Result, latex_table
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text

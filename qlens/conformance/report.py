@@ -3,9 +3,8 @@
 import textwrap
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import torch
 
 from qlens.conformance import (
@@ -26,6 +25,9 @@ from qlens.losses import user_code
 from qlens.losses.user_code import first_line
 from qlens.registry import resolve
 from qlens.registry.variant import Variant
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 State = Literal["passed", "failed", "remark", "not applicable"]
 STATES: tuple[State, ...] = ("failed", "remark", "passed", "not applicable")  # in the order of the printout
@@ -108,8 +110,10 @@ class CheckReport(Result):
             "notes": list(self.notes),
         }
 
-    def to_frame(self) -> pd.DataFrame:
+    def to_frame(self) -> "pd.DataFrame":
         """A row per rule: id, state, evidence, consequence."""
+        import pandas as pd
+
         return pd.DataFrame([asdict(item) for item in self.items])
 
     def plot(self) -> Any:

@@ -41,13 +41,11 @@ def pad(texts: Sequence[Text], side: str, columns: int, vocabulary: int) -> Padd
     width = max(len(text.labels) for text in texts) + columns
     draw, size = torch.Generator().manual_seed(width), (len(texts), width)
     logits = torch.randn(*size, vocabulary, generator=draw, dtype=torch.float64).to(texts[0].logits.dtype)
+    lengths, column = torch.tensor([len(text.labels) for text in texts])[:, None], torch.arange(width)
+    real = column < lengths if side == "right" else column >= width - lengths
     labels, ids = torch.full(size, IGNORE), torch.zeros(size, dtype=torch.long)
-    real = torch.zeros(size, dtype=torch.bool)
-    for row, text in enumerate(texts):
-        start = 0 if side == "right" else width - len(text.labels)
-        at = slice(start, start + len(text.labels))
-        logits[row, at], labels[row, at], real[row, at] = text.logits.detach(), text.labels, True
-        ids[row, at] = text.ids
+    logits[real] = torch.cat([text.logits.detach() for text in texts])
+    labels[real], ids[real] = (torch.cat(parts) for parts in zip(*((t.labels, t.ids) for t in texts), strict=True))
     parts = [text.tokens.fields() for text in texts]
     rows = Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
     return Padded(logits, labels, ids, real, rows)
@@ -72,14 +70,22 @@ def texts(lengths: Sequence[int], prompts: Sequence[int], dtype: torch.dtype, vo
 
 def cut(tokens: Tokens, length: int) -> list[Text]:
     """The rows as texts of so many labels each, without a prompt: only a first token, which nothing predicts."""
-    built = []
-    for start in range(0, len(tokens), length):
-        own = tokens[start : start + length]
-        first = (own.labels[:1] + 1) % own.logits.shape[1]
-        labels = torch.cat([torch.full_like(first, IGNORE), own.labels])
-        ids = torch.cat([first, own.labels])
-        built.append(Text(torch.cat([own.logits, own.logits.detach()[:1]]), labels, ids, own))
-    return built
+    rows, fields = torch.arange(len(tokens)), tokens.fields()
+    text, starts = rows // length, rows[::length]
+    size = len(rows) + len(starts)  # a text has one position more than rows, with the logits of its first row
+    first = torch.arange(0, size, length + 1)
+    index = torch.empty(size, dtype=torch.long)
+    index[rows + text] = rows
+    index[torch.cat([first[1:], torch.tensor([size])]) - 1] = starts
+    labels, ids = torch.full((size,), IGNORE), torch.empty(size, dtype=torch.long)
+    labels[rows + text + 1] = ids[rows + text + 1] = tokens.labels
+    ids[first] = (tokens.labels[starts] + 1) % tokens.logits.shape[1]
+    own = zip(*(value.split(length) for value in fields.values()), strict=True)
+    positions = (value.split(length + 1) for value in (tokens.logits.detach()[index], labels, ids))
+    return [
+        Text(*parts, Tokens.unchecked(**dict(zip(fields, values, strict=True))))
+        for *parts, values in zip(*positions, own, strict=True)
+    ]
 
 
 def count(texts: Sequence[Text]) -> int:

@@ -2,17 +2,18 @@
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from qlens.core.errors import InputError, brief, one_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Result:
     """A result with a table: it shows itself in notebooks, and gives the table as a frame, in LaTeX and as plain values."""
 
-    to_frame: Callable[..., pd.DataFrame]  # the table, which every result defines
+    to_frame: Callable[..., "pd.DataFrame"]  # the table, which every result defines
 
     def to_dict(self) -> dict[str, Any]:
         """The columns of ``to_frame`` as lists, for JSON."""
@@ -29,7 +30,7 @@ class Result:
 
 
 def latex_table(
-    frame: pd.DataFrame,
+    frame: "pd.DataFrame",
     columns: Sequence[str] | None = None,
     caption: str | None = None,
     label: str | None = None,
@@ -47,6 +48,7 @@ def latex_table(
         InputError: columns that are no list of names, or one that the frame does not have.
 
     Example:
+        >>> import pandas as pd
         >>> print(latex_table(pd.DataFrame({"method": ["sft"], "p_y": [0.5]}), ["p_y"]))
         \begin{tabular}{r}
         \toprule
@@ -82,7 +84,7 @@ def table_html(title: str, fields: Mapping[str, Any]) -> str:
     return f"<table><caption>{_cell(title)}</caption>{rows}</table>"
 
 
-def frame_html(frame: pd.DataFrame, title: str = "", float_format: Callable[[float], str] | None = None) -> str:
+def frame_html(frame: "pd.DataFrame", title: str = "", float_format: Callable[[float], str] | None = None) -> str:
     """A frame as an HTML table below its title, everything escaped.
 
     Args:
@@ -91,6 +93,7 @@ def frame_html(frame: pd.DataFrame, title: str = "", float_format: Callable[[flo
         float_format: text of a number, by default of four significant digits.
 
     Example:
+        >>> import pandas as pd
         >>> frame_html(pd.DataFrame({"p_y": [0.5]}), "Target").startswith("<p><b>Target</b></p><table")
         True
     """

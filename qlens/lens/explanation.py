@@ -8,7 +8,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qlens.core.deprecation import renamed_columns, warn
+from qlens.core.deprecation import warn
+from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.display import Result
 from qlens.core.errors import InputError
 from qlens.core.target import Target

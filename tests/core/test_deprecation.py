@@ -9,15 +9,8 @@ import torch
 from example_view import example_view
 
 import qlens
-from qlens.core.deprecation import (
-    MODULES,
-    current_columns,
-    renamed_arguments,
-    renamed_attributes,
-    renamed_columns,
-    renamed_value,
-    without_effect,
-)
+from qlens.core.deprecation import MODULES, renamed_arguments, renamed_attributes, renamed_value, without_effect
+from qlens.core.deprecation.columns import current_columns, renamed_columns
 from qlens.testing import random_tokens
 
 

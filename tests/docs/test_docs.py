@@ -57,10 +57,8 @@ def test_examples_of_decorated_functions_are_found():
             "without_effect",
             "renamed_value",
             "renamed_attributes",
-            "old_columns",
-            "renamed_columns",
-            "current_columns",
         },
+        "core.deprecation.columns": {"old_columns", "renamed_columns", "current_columns"},
     }.items():
         tests = Finder().of(importlib.import_module(f"qlens.{module}"))
         assert {test.name.removeprefix(f"qlens.{module}.") for test in tests} == names

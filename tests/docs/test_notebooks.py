@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import warm
 
 from qlens import InputError
 from qlens.analysis.maintenance import run_notebooks
@@ -63,14 +64,25 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """The name of a kernel that starts in a process with torch and transformers imported, and qlens not."""
+    folder = tmp_path_factory.mktemp("jupyter")
+    with warm.interpreter("ipykernel.kernelapp", "ipywidgets") as place, pytest.MonkeyPatch.context() as patch:
+        warm.kernel(place, FOLDER.parent, folder)
+        patch.setenv("JUPYTER_PATH", str(folder))
+        yield "warm"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_writes_only_its_run_folder(path, tmp_path, cache):
+def test_a_notebook_runs_and_writes_only_its_run_folder(path, tmp_path, cache, kernel):
     notebook, place = read(path), tmp_path / "here"
     place.mkdir()
     at, before = SLIDERS.get(number(path)), {file.name for file in FOLDER.iterdir()}
     if at is not None:
         notebook.cells += [nbformat.v4.new_code_cell(code) for code in (f"slider.value = {at}", f"display(draw({at}))")]
-    executed = run_notebooks.run(notebook, place, cache, "small")
+    kernel = "python3" if number(path) == 1 else kernel  # one in a process of its own from the start
+    executed = run_notebooks.run(notebook, place, cache, "small", kernel)
     assert [cell.source for cell in executed.cells] == [cell.source for cell in notebook.cells]
     assert troubles(executed) == []
     assert len(pictures(executed)) >= PICTURES[number(path)]
@@ -82,10 +94,10 @@ def test_a_notebook_runs_and_writes_only_its_run_folder(path, tmp_path, cache):
     assert "**Result.**" in result(executed)
 
 
-def test_the_view_notebook_takes_user_models_and_text(own, tmp_path, cache, monkeypatch):
+def test_the_view_notebook_takes_user_models_and_text(own, tmp_path, cache, kernel, monkeypatch):
     for name, path in own.items():
         monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
-    executed = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small")
+    executed = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small", kernel)
     assert troubles(executed) == [] and list(tmp_path.iterdir()) == []
     assert "of 40 rows" in result(executed) and "the label with the largest negative margin is" in result(executed)
     assert "left out, longer than the context of 32 tokens: row 41" in shown_text(executed)

@@ -1,6 +1,7 @@
 """The distribution: wheel and sdist outside the checkout, layers of imports, generated blocks of the README."""
 
 import ast
+import functools
 import runpy
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from readme import BLOCKS, block, python_blocks
 
 import qlens
@@ -29,16 +31,18 @@ def built(tmp_path_factory):
     return out
 
 
-def installed_names(archive, folder):
+@pytest.fixture(scope="module")
+def fresh():
+    """Run code in a process that has not imported qlens."""
+    with warm.interpreter() as place:
+        yield functools.partial(warm.run, place)
+
+
+def installed_names(fresh, archive, folder):
     """What the registry holds when only the archive's files are there."""
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, {str(folder)!r}); {LOOK}"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
-    where, names = done.stdout.splitlines()
+    code, output, errors = fresh(LOOK, folder)
+    assert code == 0, errors
+    where, names = output.splitlines()
     assert where.startswith(str(folder)), f"{archive}: imported {where} instead"
     return tuple(names.split())
 
@@ -47,18 +51,18 @@ def built_in():
     return tuple(n for n, m in qlens.registry.methods().items() if m.fn.__module__.startswith("qlens.variants"))
 
 
-def test_wheel_gives_a_full_registry_outside_the_checkout(built, tmp_path):
+def test_wheel_gives_a_full_registry_outside_the_checkout(built, fresh, tmp_path):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
-    assert installed_names(wheel, tmp_path) == built_in()
+    assert installed_names(fresh, wheel, tmp_path) == built_in()
 
 
-def test_sdist_gives_a_full_registry_outside_the_checkout(built, tmp_path):
+def test_sdist_gives_a_full_registry_outside_the_checkout(built, fresh, tmp_path):
     (sdist,) = built.glob("*.tar.gz")
     subprocess.run(["tar", "-xzf", sdist, "-C", tmp_path], check=True)  # tarfile's filter came with Python 3.11.4
     (folder,) = tmp_path.iterdir()
-    assert installed_names(sdist, folder) == built_in()
+    assert installed_names(fresh, sdist, folder) == built_in()
     assert {"README.md", "LICENSE", "CITATION.cff", "constraints.txt", "tests"} <= {p.name for p in folder.iterdir()}
 
 
@@ -128,13 +132,14 @@ def test_dependencies_point_one_way():
 
 
 @pytest.mark.parametrize("name", ["compare", "study", "plots", "token_view"])
-def test_a_package_of_analysis_can_be_the_first_import(name):
-    done = subprocess.run([sys.executable, "-c", f"import qlens.analysis.{name}"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_a_package_of_analysis_can_be_the_first_import(name, fresh):
+    code, _, errors = fresh(f"import qlens.analysis.{name}", ROOT)
+    assert code == 0, errors
 
 
 def test_importing_qlens_is_light():
-    code = "import sys, qlens; print([m for m in ('transformers', 'matplotlib', 'joblib') if m in sys.modules])"
+    heavy = ("transformers", "matplotlib", "joblib", "pandas", "scipy")
+    code = f"import sys, qlens, qlens.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 

@@ -12,7 +12,7 @@ from matplotlib.patches import StepPatch
 
 import qlens
 from qlens.analysis import plots
-from qlens.core.deprecation import current_columns
+from qlens.core.deprecation.columns import current_columns
 
 SCORES = pd.DataFrame(
     {"method": ["base", "sft", "mine"], "mean": [0.5, 0.6, 0.9], "low": [0.4, 0.5, np.nan], "high": [0.6, 0.8, np.nan]}

@@ -14,7 +14,10 @@ from qlens.core.tokens import Tokens
 
 FACTORS = torch.logspace(-0.7, 1.7, 25, dtype=torch.float64).tolist()  # of probabilities before the second softmax
 SIGMOID = 5.0  # the largest factor of a sigmoid: beyond it is a soft-cap
-REFINEMENTS = 40
+ROUGH_FIT = 0.03  # of the gradient, the most that a second softmax is off at the nearest of FACTORS; 0.008 measured
+GOLDEN = (math.sqrt(5) - 1) / 2
+PRECISION = 1e-7  # of the logarithm of a factor
+SEARCH_ROWS = 6  # of a wide vocabulary, on which the factor is searched
 FITS = 1e-3  # of the gradient, as a residual in float32; losses that are no second softmax are off by far more
 BALANCED = 0.02  # how far the pull of the softmax and that of its targets may be apart
 MOVED = 3.0  # by which half of the logits move, to see what the others' gradient makes of it
@@ -86,22 +89,17 @@ def _second_softmax(
     if float(_fit(grad, targets)[1]) < FITS:  # labels alone explain it: nothing of a second softmax is in it
         return None
 
-    def off(power: float) -> tuple[float, Tensor]:
-        q = (math.exp(power) * inner).softmax(-1)
-        weights, gap = _fit(grad, [through(inner, q), *targets])
-        return float(gap), weights
+    def off(power: float, rows: Tensor | slice) -> tuple[Tensor, float]:
+        q = (math.exp(power) * inner[rows]).softmax(-1)
+        weights, gap = _fit(grad[rows], [through(inner[rows], q), *(target[rows] for target in targets)])
+        return weights, float(gap)
 
-    powers = [math.log(factor) for factor in factors]
-    at = min(range(len(powers)), key=lambda i: off(powers[i])[0])
-    low, high = powers[max(at - 1, 0)], powers[min(at + 1, len(powers) - 1)]
-    for _ in range(REFINEMENTS):
-        third = (high - low) / 3
-        if off(low + third)[0] < off(high - third)[0]:
-            high -= third
-        else:
-            low += third
-    best = (low + high) / 2
-    gap, weights = off(best)
+    wide = inner.shape[1] > WIDE
+    largest = grad.norm(dim=-1).topk(min(SEARCH_ROWS, len(grad))).indices if wide else slice(None)
+    best = _lowest(lambda power: off(power, largest)[1], [math.log(factor) for factor in factors])
+    if best is None:
+        return None
+    weights, gap = off(best, slice(None))
     pull, of_targets = weights[:, 0], weights[:, 1:].sum(-1)
     size = weights.abs().amax(-1)
     learning = size > 1e-6 * size.max()
@@ -110,6 +108,27 @@ def _second_softmax(
         return None
     q = through(inner, (math.exp(best) * inner).softmax(-1))
     return math.exp(best) if float((pull[:, None] * q).norm()) > PART * float(grad.norm()) else None
+
+
+def _lowest(gap: Callable[[float], float], grid: list[float]) -> float | None:
+    """Where the gap is lowest, by golden section around the best of the grid; None where that is no rough fit."""
+    gaps = [gap(power) for power in grid]
+    at = gaps.index(min(gaps))
+    if gaps[at] > ROUGH_FIT:
+        return None
+    low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
+    left, right = high - GOLDEN * (high - low), low + GOLDEN * (high - low)
+    gap_left, gap_right = gap(left), gap(right)
+    while high - low > PRECISION:
+        if gap_left < gap_right:
+            high, right, gap_right = right, left, gap_left
+            left = high - GOLDEN * (high - low)
+            gap_left = gap(left)
+        else:
+            low, left, gap_left = left, right, gap_right
+            right = low + GOLDEN * (high - low)
+            gap_right = gap(right)
+    return (low + high) / 2
 
 
 def _fit(grad: Rows, features: list[Rows]) -> tuple[Tensor, Tensor]:

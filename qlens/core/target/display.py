@@ -2,11 +2,10 @@
 
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
 from qlens.core.display import Result, frame_html, number
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor
 
 SHOWN = 10  # rows of a target that HTML shows
@@ -25,7 +24,7 @@ class Display(Result):
         more = f", first {SHOWN} rows" if len(self.labels) > SHOWN else ""
         return frame_html(self[:SHOWN].to_frame(), f"{self!r}{more}")
 
-    def to_frame(self: Any) -> pd.DataFrame:
+    def to_frame(self: Any) -> "pd.DataFrame":
         """The figures of every token as a frame.
 
         Columns: label, p_y, q_y, trust (the label's coefficient in the construction), scale, label_weight
@@ -37,6 +36,8 @@ class Display(Result):
             >>> list(target.to_frame())[:5]
             ['label', 'p_y', 'q_y', 'trust', 'scale']
         """
+        import pandas as pd
+
         q_y = self.label_probs + self.pull / self.scale
         values = {"label": self.labels, "p_y": self.label_probs, "q_y": q_y}
         values |= {name: getattr(self, name) for name in COLUMNS[3:]}

@@ -1,12 +1,14 @@
 """Display: tokens as text, HTML, table and plot."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 
 from qlens.core.display import Result, table_html
 from qlens.core.numerics import dtype_name, expectation
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Display(Result):
@@ -21,7 +23,7 @@ class Display(Result):
         fields = {name: f"{tuple(value.shape)} {dtype_name(value.dtype)}" for name, value in self.fields().items()}
         return table_html(repr(self), fields)
 
-    def to_frame(self: Any) -> pd.DataFrame:
+    def to_frame(self: Any) -> "pd.DataFrame":
         """A row per token.
 
         Columns: label, p_y, runner_up (the most probable token besides the label), p_runner_up and entropy (nats) of the
@@ -32,6 +34,8 @@ class Display(Result):
             >>> list(qlens.probes().to_frame())[:5]
             ['label', 'p_y', 'runner_up', 'p_runner_up', 'entropy']
         """
+        import pandas as pd
+
         log_probs = self.log_probs.detach()
         probs, labels = log_probs.exp(), self.labels[:, None].long()
         p_runner_up, runner_up = probs.scatter(1, labels, -1.0).max(-1)

@@ -1,6 +1,5 @@
 """Tokens: the inputs of a loss at N supervised positions."""
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,8 +69,7 @@ class Tokens(Display):
     def unchecked(cls, **fields: Tensor) -> "Tokens":
         """Tokens of fields that have been checked already, without a pass over the logits."""
         tokens = object.__new__(cls)
-        for field in dataclasses.fields(cls):
-            object.__setattr__(tokens, field.name, fields.get(field.name))
+        tokens.__dict__.update({name: fields.get(name) for name in cls.__dataclass_fields__})
         return tokens
 
     @classmethod
@@ -105,8 +103,8 @@ class Tokens(Display):
 
     def fields(self) -> dict[str, Tensor]:
         """The fields that are not None, by name."""
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        values = self.__dict__
+        return {name: values[name] for name in self.__dataclass_fields__ if values[name] is not None}
 
     def replace(self, **changes: Any) -> "Tokens":
         """A copy with some fields changed (None removes one); only these are checked.

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from qlens.core.deprecation import old_columns
+from qlens.core.deprecation.columns import old_columns
 from qlens.core.display import frame_html, latex_table
 from qlens.core.numerics import dtype_name
 from qlens.core.probes import shapes
