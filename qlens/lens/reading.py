@@ -109,9 +109,9 @@ class Reading:
         return replace(self, **some)
 
     def reread(self, variant: Variant, rows: Any) -> "Reading":
-        """The reading of some rows as a batch of their own."""
-        few = self.given[rows]
-        return replace(self[rows], grad=gradient(variant.loss, few).double())
+        """The reading of some rows as a batch of their own, with the outputs that a teacher of the loss has for that batch."""
+        few = prepared(variant, self.given[rows])
+        return replace(self[rows], given=few, grad=gradient(variant.loss, few).double())
 
     def weighted(self, weights: Float[Tensor, " N"]) -> "Reading":
         """The reading times a weight per row."""

@@ -75,8 +75,8 @@ class State:
 
     def shapes(self) -> list[tuple[int, ...]]:
         """The shapes of all tensors and arrays, and the lengths of lists and tuples."""
-        tensors = [tuple(each.shape) for each in self._seen.values() if isinstance(each, Tensor | np.ndarray)]
-        return tensors + [(len(each),) for each in self._seen.values() if isinstance(each, list | tuple)]
+        tensors = [tuple(each.shape) for each in self._objects.values() if isinstance(each, Tensor | np.ndarray)]
+        return tensors + [(len(each),) for each in self._objects.values() if isinstance(each, list | tuple)]
 
     def _reach(self, value: Any, replaced: bool = False) -> None:
         """Add a value and all that it holds; ``replaced``: whether its holder can hold a copy instead."""

@@ -78,7 +78,10 @@ def test_two_plain_terms_are_preferred_to_an_odd_parameter():
 
 
 def test_models_that_some_tokens_lack_are_no_terms():
-    few = Reading.of(resolve(away_from_teacher), probes())
-    assert "teacher" in str(two_terms(few, [few]))
-    without = few.with_gradient(few.grad, few.given.replace(teacher=None))
+    def away_from_reference(logits, labels, ref_logits):
+        return -label_log_probs(logits, labels) - 0.1 * reverse_kl(logits, ref_logits)
+
+    few = Reading.of(resolve(away_from_reference), probes())
+    assert "the reference" in str(two_terms(few, [few]))
+    without = few.with_gradient(few.grad, few.given.replace(reference=None))
     assert two_terms(few, [few, without]) is None

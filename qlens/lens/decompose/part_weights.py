@@ -84,8 +84,10 @@ def distance_apart(columns: Float[Tensor, "N V J"]) -> Float[Tensor, " N"]:
 
 
 def identifiable(apart: Tensor, lengths: Tensor) -> Bool[Tensor, " N"]:
+    """Where weights are identifiable: no two columns coincide, and none is zero."""
     return (apart > 1e-4) & (lengths > 1e-13).all(-1)
 
 
 def weight_noise(rounding: Tensor, apart: Tensor, lengths: Tensor) -> Float[Tensor, " N"]:
+    """The absolute precision of the weights."""
     return rounding / (lengths.amin(-1) * apart).clamp(min=1e-300)
