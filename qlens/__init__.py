@@ -88,7 +88,7 @@ _LAZY = {
     "plot_token": "qlens.analysis.plots.variant_figures",
     "view": "qlens.analysis.token_view.token_view",
 }
-_PACKAGES = ("analysis", "data", "lab", "training")
+_PACKAGES = ("analysis", "conformance", "data", "lab", "training")
 
 serve_old_modules()
 
