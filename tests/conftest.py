@@ -27,9 +27,9 @@ def own_garbage():
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory):
-    """A model, a teacher and data of one's own, as folders and a file."""
-    folder = tmp_path_factory.mktemp("own")
+def user_files(tmp_path_factory):
+    """Paths of a saved model, a teacher and a data file, as a user would give them."""
+    folder = tmp_path_factory.mktemp("user")
     for seed, name in enumerate(("model", "teacher")):
         llama(seed).save_pretrained(folder / name)
         letters().save_pretrained(folder / name)
@@ -41,11 +41,11 @@ def own(tmp_path_factory):
 
 
 @pytest.fixture
-def compare(own, tmp_path):
+def compare(user_files, tmp_path):
     """Two methods, two seeds, three steps, in one process."""
 
     def run(variants=("dft", "target_sft"), **overrides):
-        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | own | overrides
+        options = dict(seeds=2, steps=3, jobs=1, progress=False, out=tmp_path / "run") | user_files | overrides
         return qlens.compare(variants, **options)
 
     return run

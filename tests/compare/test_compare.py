@@ -160,10 +160,10 @@ def test_losses_of_a_file_and_of_a_notebook_reach_other_processes(compare, tmp_p
         compare([spec, mine], seeds=1, out=tmp_path / "1")
 
 
-def test_models_are_folders_or_modules(compare, own, tmp_path, monkeypatch):
+def test_models_are_folders_or_modules(compare, user_files, tmp_path, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path / "cache"))
-    modules = {name: load_model(own[name]) for name in ("model", "teacher")}
-    loaded_models = modules | {"tokenizer": load_tokenizer(own["model"])}
+    modules = {name: load_model(user_files[name]) for name in ("model", "teacher")}
+    loaded_models = modules | {"tokenizer": load_tokenizer(user_files["model"])}
     from_folders, loaded = (
         compare("kd", seeds=1, out=tmp_path / "a"),
         compare("kd", seeds=1, out=tmp_path / "b", **loaded_models),

@@ -32,20 +32,21 @@ def test_truth_labels_align_with_the_digits(tmp_path_factory, monkeypatch):
             assert words[at - 1] == "answer"
 
 
-def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, own, tmp_path, capsys):
+def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, user_files, tmp_path, capsys):
     study = compare("sft", seeds=1, progress=True)
     output = capsys.readouterr()
     assert "1 of 41 rows exceed the context of 32" in output.err.replace("\n", " ") and not output.out
     assert study.config["noted"]["settings"]["words"]["dropped"] == 1
     llama(1, context=17).save_pretrained(tmp_path / "short")
     letters().save_pretrained(tmp_path / "short")
-    ground = open_environment(UserSource.of(str(own["model"]), str(own["data"]), str(tmp_path / "short")))
+    ground = open_environment(UserSource.of(str(user_files["model"]), str(user_files["data"]), str(tmp_path / "short")))
     assert ground.metadata["context"] == 17 and ground.metadata["dropped"] > 1
 
 
-def test_held_out_rows_are_fixed_and_disjoint_from_training(own):
+def test_held_out_rows_are_fixed_and_disjoint_from_training(user_files):
     grounds = [
-        open_environment(UserSource.of(str(own["model"]), str(own["data"]), None, steps=steps)) for steps in (1, 2)
+        open_environment(UserSource.of(str(user_files["model"]), str(user_files["data"]), None, steps=steps))
+        for steps in (1, 2)
     ]
     assert grounds[0].held_out == grounds[1].held_out and len(grounds[0].held_out) == 8
     assert not any(example in grounds[0].train for example in grounds[0].held_out)

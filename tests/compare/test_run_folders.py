@@ -33,9 +33,9 @@ def test_a_folder_of_another_configuration_is_refused_naming_the_key(compare, tm
         assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_folders_of_another_version_or_of_changed_data_are_refused(compare, own, tmp_path, monkeypatch):
+def test_folders_of_another_version_or_of_changed_data_are_refused(compare, user_files, tmp_path, monkeypatch):
     data = tmp_path / "words.jsonl"
-    data.write_bytes(own["data"].read_bytes())
+    data.write_bytes(user_files["data"].read_bytes())
     compare("dft", data=data, seeds=1)
     data.write_text(data.read_text(encoding="utf-8").replace("ban", "pan"), encoding="utf-8")
     with pytest.raises(InputError, match="words.jsonl has changed since"):
@@ -134,8 +134,8 @@ def test_the_default_folder_is_named_by_the_configuration(compare, tmp_path, mon
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_a_refusal_names_the_file_that_has_changed(compare, own, tmp_path):
-    shutil.copytree(own["model"], tmp_path / "model")
+def test_a_refusal_names_the_file_that_has_changed(compare, user_files, tmp_path):
+    shutil.copytree(user_files["model"], tmp_path / "model")
     loss = tmp_path / "own_loss.py"
     loss.write_text("def f(logits, labels):\n    return -logits.log_softmax(-1).gather(1, labels[:, None]).mean()\n")
     arguments = {"model": tmp_path / "model", "teacher": None, "seeds": 1}

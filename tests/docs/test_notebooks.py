@@ -94,8 +94,8 @@ def test_a_notebook_runs_and_writes_only_its_run_folder(path, tmp_path, cache, k
     assert "**Result.**" in result(executed)
 
 
-def test_the_view_notebook_takes_user_models_and_text(own, tmp_path, cache, kernel, monkeypatch):
-    for name, path in own.items():
+def test_the_view_notebook_takes_user_models_and_text(user_files, tmp_path, cache, kernel, monkeypatch):
+    for name, path in user_files.items():
         monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
     executed = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small", kernel)
     assert troubles(executed) == [] and list(tmp_path.iterdir()) == []

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 FIGURES = ROOT / "notebooks" / "figures"
 
 
-def test_figures_of_a_user_model_come_with_their_data(own, tmp_path, capsys):
-    words = [f"--{name}={path}" for name, path in own.items()]
+def test_figures_of_a_user_model_come_with_their_data(user_files, tmp_path, capsys):
+    words = [f"--{name}={path}" for name, path in user_files.items()]
     only = ("token", "sequence", "plane", "watch")
     readme_figures.main([*words, f"--out={tmp_path / 'made'}", f"--only={','.join(only)}"])
     files = {path.name for path in (tmp_path / "made").iterdir()}
@@ -26,9 +26,9 @@ def test_figures_of_a_user_model_come_with_their_data(own, tmp_path, capsys):
         assert "".join(readme_figures.PICTURES[name][1].split()) in printed, name
 
 
-def test_mistakes_are_named(own, tmp_path, capsys):
+def test_mistakes_are_named(user_files, tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        readme_figures.main(["--out", str(tmp_path), "--model", str(own["model"])])
+        readme_figures.main(["--out", str(tmp_path), "--model", str(user_files["model"])])
     assert exit_info.value.code == 2 and "go together" in capsys.readouterr().err
     with pytest.raises(InputError, match="no picture is called 'cats'; there are explain, sweep"):
         readme_figures.build(tmp_path / "none", only=["cats"])
@@ -38,9 +38,9 @@ def test_mistakes_are_named(own, tmp_path, capsys):
         readme_figures.main(
             [
                 "--model",
-                str(own["model"]),
+                str(user_files["model"]),
                 "--teacher",
-                str(own["teacher"]),
+                str(user_files["teacher"]),
                 "--data",
                 str(tmp_path / "one.jsonl"),
                 "--out",

@@ -115,19 +115,38 @@ def test_a_missing_folder_is_named(token_view, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command_writes_a_page(run, own, tmp_path):
+def test_the_command_writes_a_page(run, user_files, tmp_path):
     code, out, err = run(
-        "view", "--model", own["model"], "--data", own["data"], "--teacher", own["teacher"], "--rows", 3
+        "view",
+        "--model",
+        user_files["model"],
+        "--data",
+        user_files["data"],
+        "--teacher",
+        user_files["teacher"],
+        "--rows",
+        3,
     )
     assert code == 0 and out.startswith("View: view.html (") and "3 rows: sft, dft, target_sft, kd" in err
     assert "<!doctype html>" in (tmp_path / "view.html").read_text()
-    code, out, _ = run("view", "--model", own["model"], "--text", "a word", "--variants", "dft", "--json")
+    code, out, _ = run("view", "--model", user_files["model"], "--text", "a word", "--variants", "dft", "--json")
     assert code == 0 and [json.loads(line)["label"] for line in out.splitlines()] == list("a word")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["view.html"], "with --json no page unasked"
 
 
-def test_the_command_ranks(run, own, tmp_path):
-    command = ["view", "--rank", "--model", own["model"], "--data", own["data"], "--variants", "sft,dft", "--top", 2]
+def test_the_command_ranks(run, user_files, tmp_path):
+    command = [
+        "view",
+        "--rank",
+        "--model",
+        user_files["model"],
+        "--data",
+        user_files["data"],
+        "--variants",
+        "sft,dft",
+        "--top",
+        2,
+    ]
     code, out, err = run(*command)
     assert (
         code == 0 and "dft: smallest label weight first" in out and "rows (of 40):" in out and "1 rows left out" in err
@@ -165,13 +184,13 @@ def test_rounded_scores_do_not_depend_on_the_order_of_rows(models):
     assert (both["rank_x"] == both["rank_y"]).all()
 
 
-def test_models_are_folders_or_modules(own):
-    modules = {name: load_model(own[name]) for name in ("model", "teacher")}
-    loaded = qlens.view(tokenizer=load_tokenizer(own["model"]), text=PAIRS, **modules)
-    from_folders = qlens.view(own["model"], None, PAIRS, teacher=str(own["teacher"]))
+def test_models_are_folders_or_modules(user_files):
+    modules = {name: load_model(user_files[name]) for name in ("model", "teacher")}
+    loaded = qlens.view(tokenizer=load_tokenizer(user_files["model"]), text=PAIRS, **modules)
+    from_folders = qlens.view(user_files["model"], None, PAIRS, teacher=str(user_files["teacher"]))
     pd.testing.assert_frame_equal(from_folders.table, loaded.table)
     with pytest.warns(DeprecationWarning, match="max_rows="):
-        assert len(qlens.view(own["model"], own["model"], PAIRS, rows=1).texts) == 1
+        assert len(qlens.view(user_files["model"], user_files["model"], PAIRS, rows=1).texts) == 1
 
 
 def test_every_export_is_of_the_table(token_view):
