@@ -15,8 +15,10 @@ from qlens.core.display import Result, latex_table
 from qlens.core.errors import InputError, brief
 from qlens.core.probes import probes
 from qlens.core.tokens import MODELS, Tokens
+from qlens.lens.identify.angles import NOTHING, angle_table, inner_products
 from qlens.lens.identify.matching import method_gradient, points
 from qlens.lens.implied import implied_target
+from qlens.lens.text.sampling import WHOLE, rows_over_p
 from qlens.registry import Variant, methods, params
 
 INDENT: dict[str, Any] = {
@@ -24,7 +26,7 @@ INDENT: dict[str, Any] = {
 }  # fmt: skip
 KINDS = ("one gradient", "one up to a factor", "one target")
 HEADS = ("The same gradient", "The same gradient up to a constant factor", "The same target at another scale")
-NOTHING = 1e-9  # gradients below it count as zero
+RELATED, ENTRIES = 24, 2**20  # tokens of a long text on which equivalences are read, and their logits
 SAME = 1e-6  # relative difference of two gradients that count as equal
 
 CIRCUMSTANCES: dict[str, Callable[[Tokens], Tokens]] = {
@@ -77,11 +79,13 @@ class Distances(Result):
         table: a row per pair of methods at their defaults: the angle between their gradients over all tokens, in degrees,
             and the logarithm of the ratio of their norms.
         left_out: methods that need a field which the tokens lack.
+        relations_on: of a long text the number of tokens on which relations were read, and of all.
     """
 
     relations: list[Relation]
     table: pd.DataFrame
     left_out: tuple[str, ...]
+    relations_on: tuple[int, int] | None = None
 
     def angles(self) -> pd.DataFrame:
         """The angles as a square, methods by methods, in degrees."""
@@ -169,19 +173,27 @@ class Distances(Result):
         lines.append("Nearest other methods: angle between the gradients in degrees, log of the ratio of their norms")
         for name, near in self.neighbours().items():
             lines.append(f"  {name:<22}" + "".join(f"{n + f' {a:.1f} {s:+.2f}':<34}" for n, a, s in near).rstrip())
+        if self.relations_on is not None:
+            some, every = self.relations_on
+            lines += [
+                "",
+                f"Equivalences were read on {some} of {every} tokens, spread over p_y; angles on all of them.",
+            ]
         if self.left_out:
             lines += ["", f"Left out, because the tokens lack a field that they need: {', '.join(self.left_out)}"]
         return "\n".join(lines)
 
 
-def distances(tokens: Tokens | None = None) -> Distances:
+def distances(tokens: Tokens | None = None, *, progress: bool = True) -> Distances:
     r"""How the registered methods relate, computed from their gradients g = s (p - Q).
 
     Every method is taken at its defaults, at its presets and, one parameter at a time, at the ends and choices of its
-    parameters. Gradients are compared rather than natural-scale targets, which are equal for all label-only methods.
+    parameters. Gradients are compared rather than natural-scale targets, which are equal for all label-only methods. On a
+    long text equivalences are read on some tokens, spread over p_y (``relations_on``), and angles on all of them.
 
     Args:
         tokens: N rows on which the gradients are taken; by default the built-in probes, which have every field.
+        progress: show a bar on stderr while a long text is read.
 
     Returns:
         Distances: printable, with ``relations``, ``table``, ``angles()``, ``neighbours()`` and ``plot()``.
@@ -191,19 +203,21 @@ def distances(tokens: Tokens | None = None) -> Distances:
         True
     """
     tokens = probes() if tokens is None else tokens
+    long = tokens.logits.numel() > WHOLE
+    some = tokens[rows_over_p(tokens, RELATED, ENTRIES)] if long else tokens
     relations: list[Relation] = []
     variants = [variant for method in methods().values() for variant in points(method)]
     for where, change in CIRCUMSTANCES.items():
-        if where != "always" and any(getattr(tokens, name) is None for name in ("teacher", "reference", "old")):
+        if where != "always" and any(getattr(some, name) is None for name in ("teacher", "reference", "old")):
             continue
-        groups, repeated = _relations(_gradients(variants, change(tokens)), where)
+        groups, repeated = _relations(_gradients(variants, change(some)), where)
         relations += [r for r in groups if not any(_covers(earlier, r) for earlier in relations)]
         if where == "always":  # equivalent without the condition too
             variants = [variant for variant in variants if variant.spec not in repeated]
-    defaults = _gradients([method.variant() for method in methods().values()], tokens)
-    left_out = tuple(name for name in methods() if methods()[name].variant().spec not in defaults)
+    names, products = inner_products([method.variant() for method in methods().values()], tokens, progress and long)
+    left_out = tuple(name for name in methods() if methods()[name].variant().spec not in names)
     relations.sort(key=lambda r: (list(CIRCUMSTANCES).index(r.where), KINDS.index(r.kind)))
-    return Distances(relations, _table(defaults), left_out)
+    return Distances(relations, angle_table(names, products), left_out, (len(some), len(tokens)) if long else None)
 
 
 def _gradients(variants: list[Variant], tokens: Tokens) -> dict[str, Float[Tensor, "N V"]]:
@@ -271,19 +285,3 @@ def _simplest(sizes: dict[str, float], apart: bool) -> tuple[str, ...]:
 def _covers(relation: Relation, other: Relation) -> bool:
     """Whether ``relation`` implies ``other``: it holds of the same methods and is at least as close."""
     return KINDS.index(relation.kind) <= KINDS.index(other.kind) and set(other.specs) <= set(relation.specs)
-
-
-def _table(grads: dict[str, Tensor]) -> pd.DataFrame:
-    """A row per pair of methods: angle and log-ratio of scale."""
-    names = [name for name in grads if name not in YARDSTICKS]
-    flat = torch.stack([grads[name] for name in names]).flatten(1)
-    size = flat.norm(dim=1)
-    along = F.normalize(flat, dim=1)
-    angles = torch.rad2deg(torch.acos((along @ along.T).clamp(-1, 1)))
-    ratios = (size[:, None] / size).log()
-    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
-    columns = {"left": [names[i] for i, _ in pairs], "right": [names[j] for _, j in pairs]}
-    columns |= {
-        key: [float(values[i, j]) for i, j in pairs] for key, values in (("angle", angles), ("log_ratio", ratios))
-    }
-    return pd.DataFrame(columns)

@@ -19,7 +19,8 @@ from qlens.lens.gradient_analysis import GradientAnalysis, own_spec
 from qlens.lens.identify import matching
 from qlens.lens.reading import Reading, on_trials, whole_where_needed
 from qlens.lens.rounding import nothing_but_rounding
-from qlens.lens.text.explained import WHOLE, explain_text
+from qlens.lens.text.explained import explain_text
+from qlens.lens.text.sampling import WHOLE
 from qlens.losses import calling, user_code
 from qlens.losses.layout.trial import holds_rows
 from qlens.registry import Variant, resolve

@@ -103,3 +103,18 @@ def test_the_command_prints_distances():
     assert set(parsed) == {"relations", "distances", "left_out"} and parsed["left_out"] == []
     refused = CliRunner().invoke(app, ["list", "--model", "here"])
     assert isinstance(refused.exception, qlens.InputError) and "--distances" in str(refused.exception)
+
+
+def test_a_long_text_is_compared_some_rows_at_a_time(monkeypatch):
+    tokens = random_tokens(60, 40)
+    whole = distances(tokens)
+    monkeypatch.setattr("qlens.lens.equivalences.WHOLE", 100)
+    monkeypatch.setattr("qlens.lens.identify.angles.TOGETHER", 40 * 7 * 54)
+    by_rows = distances(tokens, progress=False)
+    assert whole.relations_on is None and by_rows.relations_on == (24, 60)
+    assert list(by_rows.table["left"]) == list(whole.table["left"]) and by_rows.left_out == whole.left_out
+    assert_allclose(by_rows.table["angle"], whole.table["angle"], atol=1e-5)  # acos near 1 halves the digits
+    assert_allclose(by_rows.table["log_ratio"], whole.table["log_ratio"], atol=1e-9)
+    assert "on 24 of 60 tokens" in str(by_rows)
+    related = {spec for relation in by_rows.relations if relation.where == "always" for spec in relation.specs}
+    assert {"dft", "beyond_log", "target_sft(eta=0.0)"} <= related

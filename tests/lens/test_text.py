@@ -8,6 +8,7 @@ from numpy.testing import assert_allclose
 import qlens
 from qlens.core.probes.trial_tokens import random_tokens
 from qlens.lens.text import explained
+from qlens.lens.text.sampling import rows_over_p
 
 N, V = 420, 500
 
@@ -71,7 +72,7 @@ def test_tokens_that_differ_are_added_to_the_analysis():
     tokens = text()
     order = tokens.label_probs.argsort()
     odd = order[[101, 207, 301]]  # not among the tokens that are analysed first
-    assert not bool(torch.isin(explained._some_rows(tokens), odd).any())
+    assert not bool(torch.isin(rows_over_p(tokens, explained.ANALYSED, explained.ENTRIES), odd).any())
     special = tokens.labels[odd]
 
     def by_label(logits, labels):

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
@@ -17,10 +16,10 @@ from qlens.lens.gradient_analysis import GradientAnalysis
 from qlens.lens.rounding import TOLERANCE
 from qlens.lens.text.chunks import Comparison, TextRows
 from qlens.lens.text.coverage import TextCoverage
+from qlens.lens.text.sampling import rows_over_p
 from qlens.lens.weights.weight_law import Law
 from qlens.losses.user_code import quiet
 
-WHOLE = 2**21  # logits up to which all tokens are analysed
 ANALYSED, ENTRIES = 64, 2**22  # tokens that are analysed; fewer where their logits have more entries
 ROUNDS = 3  # analyses, each with tokens on which the one before did not hold
 ADDED = 16  # tokens added to an analysis
@@ -44,7 +43,7 @@ def explain_text(
         analyse: the explanation of some tokens with its analysis.
         progress: show a bar on stderr.
     """
-    rows = _some_rows(tokens)
+    rows = rows_over_p(tokens, ANALYSED, ENTRIES)
     for left in reversed(range(ROUNDS)):
         try:
             with quiet():
@@ -72,15 +71,6 @@ def _compared(
     blocks = list(row_blocks(len(tokens), tokens.logits.shape[1]))
     comparison.run(track(blocks, len(blocks), f"reading {len(tokens)} tokens", progress))
     return comparison
-
-
-def _some_rows(tokens: Tokens) -> Int[Tensor, " n"]:
-    """Rows evenly spread over the ranks of p_y."""
-    n, size = tokens.logits.shape
-    with torch.no_grad():
-        p = torch.cat([tokens[rows].label_log_probs for rows in row_blocks(n, size)])
-    most = max(8, min(ANALYSED, ENTRIES // size))
-    return p.argsort()[spread(n, most).to(p.device)].sort().values
 
 
 def _by_rows(e: Explanation, analysis: GradientAnalysis) -> bool:
