@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlens.lab
 from qlens.analysis.study import tables
+from qlens.core import progress
 from qlens.core.errors import InputError
-from qlens.lab import Annotator, World, cache, progress
+from qlens.lab import Annotator, World, cache
 
 PARTS = ("base", "teacher", "measured")
 

@@ -27,8 +27,8 @@ def text(seed=0, **fields):
     )
 
 
-def explain(loss, tokens, **given):
-    return qlens.explain(loss, tokens, progress=False, **given)
+def explain(loss, tokens, **options):
+    return qlens.explain(loss, tokens, progress=False, **options)
 
 
 def flat(e):
@@ -41,7 +41,7 @@ def own_weight(logits, labels):
     return -(0.2 + label.exp().detach().sqrt()) * label + 0.1 * (log_p.exp() ** 2).sum(-1)
 
 
-def test_figures_and_findings_are_those_of_a_whole_reading(monkeypatch):
+def test_a_chunked_reading_has_the_numbers_of_a_whole_one(monkeypatch):
     tokens = text()
     for loss in ("dft", "eaft@axolotl", own_weight):
         by_rows = explain(loss, tokens)
@@ -95,7 +95,7 @@ def test_tokens_that_differ_are_added_to_the_analysis():
     assert not e.nearest[0].same
 
 
-def test_a_clip_that_never_acts_on_the_text_is_said():
+def test_a_clip_that_never_acts_on_the_text_is_reported():
     tokens = text()
     old = tokens.logits + 1e-3 * torch.randn(N, V, generator=torch.Generator().manual_seed(0))
     near = qlens.Tokens(logits=tokens.logits, labels=tokens.labels, old=old, advantage=torch.ones(N))
@@ -112,7 +112,7 @@ def test_a_clip_that_never_acts_on_the_text_is_said():
     assert f"excludes {number} of {N} tokens" in flat(e)
 
 
-def test_losses_of_whole_sequences_are_read_as_a_whole():
+def test_losses_of_whole_sequences_are_not_chunked():
     tokens = random_tokens(N, V)
     e = explain("simpo", tokens)
     assert e.coverage is None and e.scope.of == "pair"
@@ -124,7 +124,7 @@ def test_losses_of_whole_sequences_are_read_as_a_whole():
     assert explain(centred, text()).coverage is None
 
 
-def test_a_teacher_in_a_closure_is_read_as_a_whole():
+def test_a_teacher_in_a_closure_is_not_chunked():
     tokens = text()
     teacher = random_tokens(N, V, seed=3).logits.float().softmax(-1)
 

@@ -37,9 +37,9 @@ TARGETS = {
 
 
 @pytest.mark.parametrize("sequences", [False, True])
-def test_their_gradient_is_that_of_their_own_rows(sequences):
-    given = random_tokens(N, V)
-    tokens = qlens.Tokens(logits=given.logits, labels=given.labels, sequence=given.sequence if sequences else None)
+def test_gradients_use_the_values_of_each_row(sequences):
+    batch = random_tokens(N, V)
+    tokens = qlens.Tokens(logits=batch.logits, labels=batch.labels, sequence=batch.sequence if sequences else None)
     for loss, gradient in TARGETS.items():
         assert_close(qlens.implied_target(loss, tokens).grad, gradient(tokens), rtol=1e-9, atol=1e-12)
         e = qlens.explain(loss, tokens, residuals={"my teacher": TEACHER})
@@ -48,17 +48,17 @@ def test_their_gradient_is_that_of_their_own_rows(sequences):
         assert e.scope.of == "token" and "holds values of its own for these tokens" in e.scope.evidence
 
 
-def test_a_mean_of_them_is_refused_with_what_to_return():
-    given = random_tokens(N, V)
-    tokens = qlens.Tokens(logits=given.logits, labels=given.labels)
-    for read in (qlens.implied_target, qlens.explain):
+def test_a_mean_is_refused_with_the_value_to_return():
+    batch = random_tokens(N, V)
+    tokens = qlens.Tokens(logits=batch.logits, labels=batch.labels)
+    for function in (qlens.implied_target, qlens.explain):
         with pytest.raises(
             qlens.InputError, match=rf"holds values of its own for these {N} tokens.* unreduced loss \(N,\)"
         ):
-            read(lambda logits, labels: distillation(logits, labels).mean(), tokens)
+            function(lambda logits, labels: distillation(logits, labels).mean(), tokens)
 
 
-def test_they_are_refused_on_other_rows():
+def test_other_tokens_are_refused():
     for tokens in (None, random_tokens(N + 3, V), qlens.Tokens(logits=torch.randn(12, V), labels=torch.arange(12))):
         for loss in (distillation, hybrid):
             with pytest.raises(qlens.InputError, match="The size of tensor a"):
