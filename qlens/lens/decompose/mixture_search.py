@@ -21,6 +21,7 @@ MOST_PARTS = 4
 FEWEST_TOKENS, ENTRIES = 24, 2**20  # fewer tokens where the vocabulary is large
 MOST_TOKENS = 128  # evenly spread tokens on which a mixture must hold
 REFINED = 8  # sets of residuals of each size whose parameter is fitted to the last digit
+REMEMBERED = 2**25  # entries of the columns that are remembered
 TOGETHER = 2**22  # entries of the columns solved at once
 
 
@@ -139,7 +140,8 @@ class _Search:
             return self.column_cache[key]
         column = self.p - entry.at(self.tokens, key[1])
         column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-        if key[1] is None or value in entry.grid:
+        room = (len(self.column_cache) + 1) * column.numel() <= REMEMBERED
+        if key[1] is None or (value in entry.grid and room):
             self.column_cache[key] = column
         return column
 

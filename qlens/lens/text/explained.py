@@ -21,6 +21,7 @@ from qlens.lens.weights.weight_law import Law
 from qlens.losses.user_code import quiet
 
 ANALYSED, ENTRIES = 64, 2**22  # tokens that are analysed; fewer where their logits have more entries
+TOGETHER = 2**20  # logits read at a time
 ROUNDS = 3  # analyses, each with tokens on which the one before did not hold
 ADDED = 16  # tokens added to an analysis
 COMPARED = 3  # methods compared on all tokens: those that are printed
@@ -68,7 +69,7 @@ def _compared(
     simple = _by_parts(e)
     mixture, nearest, classes = (e.mixture, e.nearest[:COMPARED], e.class_weights) if simple else (None, [], None)
     comparison = Comparison(e.variant, tokens, analysis.shown, mixture, nearest, classes, residuals)
-    blocks = list(row_blocks(len(tokens), tokens.logits.shape[1]))
+    blocks = list(row_blocks(len(tokens), tokens.logits.shape[1], TOGETHER))
     comparison.run(track(blocks, len(blocks), f"reading {len(tokens)} tokens", progress))
     return comparison
 
