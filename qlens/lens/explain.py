@@ -70,15 +70,18 @@ def explain(
         raise InputError("residuals are probabilities at your tokens: give explain(loss, tokens, residuals=...)")
     if tokens is not None and not len(tokens):
         raise InputError("tokens holds no rows: there is nothing to explain the loss on")
-    variant, token_text, residuals = resolve(loss), _text_of(token_text), residuals or {}
+    token_text, residuals = _text_of(token_text), residuals or {}
+    with user_code.quiet():
+        variant = resolve(loss)
+        long = tokens is not None and tokens.logits.numel() > WHOLE
+        by_rows = tokens is not None and long and not (variant.compares_pairs or holds_rows(variant.method.fn, tokens))
 
     def analyse(
         some: Tokens | None, distributions: Mapping[str, Tensor]
     ) -> tuple[Explanation, GradientAnalysis | None]:
         return _analysed(variant, some, token_text, distributions)
 
-    long = tokens is not None and tokens.logits.numel() > WHOLE
-    if tokens is not None and long and not (variant.compares_pairs or holds_rows(variant.method.fn, tokens)):
+    if tokens is not None and by_rows:
         check_residuals(residuals, tokens)
         if (e := explain_text(tokens, residuals, analyse, progress)) is not None:
             return e

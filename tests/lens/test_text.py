@@ -144,3 +144,15 @@ def test_progress_is_shown_on_stderr(capsys):
     assert f"reading {N} tokens: " in capsys.readouterr().err
     explain("sft", text())
     assert capsys.readouterr().err == ""
+
+
+def test_a_text_is_read_under_inference_mode_and_nothing_is_printed(capsys):
+    def talks(logits, labels):
+        print("called")
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    with torch.inference_mode():
+        tokens = text()
+        e = explain(talks, tokens)
+    assert e.coverage is not None and e.nearest[0].spec == "sft"
+    assert capsys.readouterr().out == ""
