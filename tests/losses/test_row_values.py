@@ -59,7 +59,11 @@ def test_a_mean_is_refused_with_the_value_to_return():
 
 
 def test_other_tokens_are_refused():
-    for tokens in (None, random_tokens(N + 3, V), qlens.Tokens(logits=torch.randn(12, V), labels=torch.arange(12))):
-        for loss in (distillation, hybrid):
+    given = random_tokens(N + 3, V)
+    one_text = qlens.Tokens(logits=given.logits, labels=given.labels)  # its batch of one broadcasts against the teacher
+    for loss in (distillation, hybrid):
+        with pytest.raises(qlens.InputError, match="The size of tensor a"):
+            qlens.explain(loss)
+        for tokens in (given, one_text):
             with pytest.raises(qlens.InputError, match="The size of tensor a"):
-                qlens.explain(loss, tokens)
+                qlens.implied_target(loss, tokens)
