@@ -44,10 +44,16 @@ def gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> Float[Tensor, 
     Raises:
         InputError: the loss has a value but no graph.
     """
+    return value_and_gradient(rows, tokens)[1]
+
+
+def value_and_gradient(rows: Callable[[Tokens], Tensor], tokens: Tokens) -> tuple[Tensor, Float[Tensor, "N V"]]:
+    """The detached losses and the logit gradient of their sum, from one call; as ``gradient``."""
     with recorded():
         tokens = ordinary(tokens)
         leaf = tokens.logits.detach().to(precision(tokens.logits.dtype)).requires_grad_()
-        return slope_of(rows(tokens.with_logits(leaf)), leaf)
+        losses = rows(tokens.with_logits(leaf))
+        return losses.detach(), slope_of(losses, leaf)
 
 
 def slope_of(losses: Tensor, leaf: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:

@@ -113,3 +113,13 @@ def number(value: float) -> str:
 
 def _cell(value: Any) -> str:
     return html.escape(number(value) if isinstance(value, float) else str(value))
+
+
+def enumeration(words: Sequence[str]) -> str:
+    """Words joined by commas and an "and".
+
+    Example:
+        >>> enumeration(["the label", "uniform", "the teacher"])
+        'the label, uniform and the teacher'
+    """
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlens.core.autograd import gradient
 from qlens.core.errors import InputError
-from qlens.core.numerics import precision
+from qlens.core.numerics import precision, row_blocks
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.losses.user_code import user_errors
@@ -59,11 +59,10 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
 
     Methods that are declared per-token are read some rows at a time, so that autograd's copies stay small on long texts.
     """
-    size = max(1, ENTRIES // tokens.logits.shape[1])
     declared = variant.built_in or bool(variant.method.scope)
-    if len(tokens) <= size or variant.scope != "token" or variant.derived or not declared:
+    if tokens.logits.numel() <= ENTRIES or variant.scope != "token" or variant.derived or not declared:
         return gradient(value, tokens)
     grads = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
-    for start in range(0, len(tokens), size):
-        grads[start : start + size] = gradient(value, tokens[start : start + size])
+    for rows in row_blocks(*tokens.logits.shape, ENTRIES):
+        grads[rows] = gradient(value, tokens[rows])
     return grads

@@ -89,15 +89,19 @@ def test_jobs_train_at_the_chosen_learning_rates(tmp_path_factory, tmp_path, mon
 
     monkeypatch.setattr("qlens.analysis.compare.jobs.fit", spied)
     monkeypatch.setattr("qlens.analysis.compare.comparison.settle_all", chosen_by_hand)
-    study = qlens.compare(
-        ["sft", "dft", "sft_equal_compute"],
-        settings=MINI,
-        seeds=1,
-        steps=3,
-        jobs=1,
-        progress=False,
-        out=tmp_path / "run",
-    )
+
+    def compare():
+        return qlens.compare(
+            ["sft", "dft", "sft_equal_compute"],
+            settings=MINI,
+            seeds=1,
+            steps=3,
+            jobs=1,
+            progress=False,
+            out=tmp_path / "run",
+        )
+
+    study = compare()
     rates = study.rates[study.rates["chosen"]].set_index("method")["learning_rate"]
     assert rates_used == {("sft", 3): 0.01, ("dft", 3): 0.02, ("sft", 4): 0.03}
     assert rates[["sft", "dft", "sft_equal_compute"]].tolist() == [0.01, 0.02, 0.03]
@@ -105,15 +109,7 @@ def test_jobs_train_at_the_chosen_learning_rates(tmp_path_factory, tmp_path, mon
     assert json.loads(record.read_text())["made_with"] == {"recipe": "dft", "learning_rate": 0.02, "reads": True}
     rates_used.clear()
     record.write_text(record.read_text().replace("0.02", "0.5", 1))  # as if a search had chosen otherwise
-    qlens.compare(
-        ["sft", "dft", "sft_equal_compute"],
-        settings=MINI,
-        seeds=1,
-        steps=3,
-        jobs=1,
-        progress=False,
-        out=tmp_path / "run",
-    )
+    compare()
     assert rates_used == {("dft", 3): 0.02}, "what was made at another rate is made again"
 
 

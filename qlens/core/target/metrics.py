@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from qlens.core.deprecation import warn
-from qlens.core.numerics import BLOCK_ENTRIES, expectation
+from qlens.core.numerics import BLOCK_ENTRIES, expectation, row_blocks
 from qlens.core.scales import balanced, carried, coefficient_tolerance, gradient_tolerance, label_pull, tolerance
 
 
@@ -222,8 +222,7 @@ class Metrics:
 
     def _blocks(self) -> Iterator[slice]:
         """Blocks of rows that fit into the cache."""
-        size = max(1, BLOCK_ENTRIES // self.logits.shape[-1])
-        return (slice(start, start + size) for start in range(0, len(self.labels), size))
+        return row_blocks(len(self.labels), self.logits.shape[-1], BLOCK_ENTRIES)
 
     @property
     def _index(self) -> Int[Tensor, "N 1"]:

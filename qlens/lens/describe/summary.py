@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from qlens.core.display import enumeration
 from qlens.lens.decompose.mixture import RAW
 from qlens.lens.describe.coefficients import (
     all_equal,
@@ -217,9 +218,9 @@ def _residual(e: Any) -> str:
     if toward:
         sentences.append(_toward(e, toward))
     if away:
-        sentences.append(f"It pushes away from {_and(away)}.")
+        sentences.append(f"It pushes away from {enumeration(away)}.")
     if mixed:
-        sentences.append(f"It moves toward {_and(mixed)} on some tokens and away from it on others.")
+        sentences.append(f"It moves toward {enumeration(mixed)} on some tokens and away from it on others.")
     return " ".join(sentences)
 
 
@@ -227,10 +228,6 @@ def _toward(e: Any, names: list[str]) -> str:
     """A sentence on the distributions with positive weights, by what the weights leave to the student."""
     student = 1 - e.mixture.pull[e.mixture.unique]
     if len(student) and float(student.min()) < -NEGLIGIBLE and "the label" in e.mixture.parts:
-        return f"It also moves toward {_and(names)}; all weights together exceed 1 on some tokens."
+        return f"It also moves toward {enumeration(names)}; all weights together exceed 1 on some tokens."
     mixed = ", mixed with the student's own distribution" if len(student) and float(student.max()) > NEGLIGIBLE else ""
-    return f"The residual is {_and(names)}{mixed}."
-
-
-def _and(names: list[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+    return f"The residual is {enumeration(names)}{mixed}."

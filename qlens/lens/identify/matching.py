@@ -175,9 +175,16 @@ def agreement(
             spread = within + 0.5 * float((noise.rows / sizes[0].clamp(min=1e-300))[near].median())
             factor = written(factor, spread / int(near.sum()) ** 0.5)
             break
-    allowed = tolerance * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
-    distance = (g - factor * m).norm(dim=-1) / allowed.clamp(min=1e-300)
+    distance = distance_at(g, m, factor, noise, tolerance)
     return factor, distance <= 1, distance
+
+
+def distance_at(
+    grad: Float[Tensor, "N V"], other: Float[Tensor, "N V"], factor: float, noise: Noise, tolerance: float = TOLERANCE
+) -> Float[Tensor, " N"]:
+    """|g - c g_m| relative to what rounding and the tolerance allow, at a known factor c."""
+    allowed = tolerance * grad.norm(dim=-1).maximum(abs(factor) * other.norm(dim=-1)) + noise.rows
+    return (grad - factor * other).norm(dim=-1) / allowed.clamp(min=1e-300)
 
 
 def angle_of(cosine: float) -> float:

@@ -137,9 +137,7 @@ def _agrees(reading: Reading, spec: str, factor: float) -> torch.Tensor:
     other = matching.method_gradient(get(spec), reading.tokens)
     if other is None:
         return torch.zeros(len(reading.grad), dtype=torch.bool, device=reading.grad.device)
-    distance = (reading.grad - factor * other.double()).norm(dim=-1)
-    size = reading.grad.norm(dim=-1).maximum(abs(factor) * other.double().norm(dim=-1))
-    return distance <= LOOSE * size + reading.noise.rows
+    return matching.distance_at(reading.grad, other.double(), factor, reading.noise, LOOSE) <= 1
 
 
 def _difference(

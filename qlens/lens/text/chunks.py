@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from qlens.core.autograd import gradient, ordinary, recorded, slope_of
+from qlens.core.autograd import gradient, value_and_gradient
 from qlens.core.numerics import precision
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
@@ -18,7 +18,7 @@ from qlens.lens.decompose.part_weights import PartWeights, weights_of_parts
 from qlens.lens.identify import matching
 from qlens.lens.identify.matching import RELATIONS, Match, method_gradient
 from qlens.lens.reading import Reading, models_taken, prepared
-from qlens.lens.rounding import TOLERANCE, Noise, moves, rounding
+from qlens.lens.rounding import Noise, moves, rounding
 from qlens.lens.text.figures import Figures, joined, token_figures
 from qlens.lens.weights.class_weights import ClassWeights
 from qlens.lens.weights.features import TokenFeatures
@@ -39,14 +39,10 @@ def read_chunk(variant: Variant, tokens: Tokens, shown: Reading) -> Reading:
         shown: the earlier reading.
     """
     given = prepared(variant, tokens.with_precision(shown.given.logits.dtype))
-    with recorded():
-        ready = ordinary(given)
-        leaf = ready.logits.detach().to(precision(ready.logits.dtype)).requires_grad_()
-        losses = variant.loss(ready.with_logits(leaf))
-        grad = slope_of(losses, leaf)
+    losses, grad = value_and_gradient(variant.loss, given)
     moved = [gradient(variant.loss, other) for other in moves(given, shown.arithmetic, 1)]
     noise = rounding(grad, given, shown.arithmetic, moved, shown.own)
-    return replace(shown, given=given, grad=grad.double(), noise=noise, losses=losses.detach())
+    return replace(shown, given=given, grad=grad.double(), noise=noise, losses=losses)
 
 
 @dataclass
@@ -72,9 +68,7 @@ class _MatchSums:
         )
         if not self.match.same:
             return None
-        factor = self.match.factor
-        allowed = TOLERANCE * g.norm(dim=-1).maximum(abs(factor) * m.norm(dim=-1)) + at.noise.rows
-        apart = (g - factor * m).norm(dim=-1) > allowed
+        apart = matching.distance_at(g, m, self.match.factor, at.noise) > 1
         self.apart += int(apart.sum())
         return apart
 

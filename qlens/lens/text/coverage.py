@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from qlens.core.display import enumeration
 from qlens.lens.text.figures import Figures
 
 
@@ -38,8 +39,6 @@ class TextCoverage:
             return (
                 f"Your text: analysed on {some} of {all_tokens} tokens, spread over p_y; the table holds all of them."
             )
-        what = " and ".join(
-            [", ".join(self.confirmed[:-1]), self.confirmed[-1]] if self.confirmed[1:] else self.confirmed
-        )
+        what = enumeration(self.confirmed)
         verb = "were" if len(self.confirmed) > 1 else "was"
         return f"Your text: analysed on {some} of {all_tokens} tokens, spread over p_y; {what} {verb} compared on all of them."
