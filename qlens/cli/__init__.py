@@ -1,6 +1,6 @@
 """The command line: verbs, their options, and errors.
 
-Read ``app`` and ``methods`` (the verbs), ``options`` (what they share), ``inputs`` (models and data) and ``console``
+Read ``app``, ``methods`` and ``view`` (the verbs), ``options`` (what they share), ``inputs`` (models and data) and ``console``
 (errors as one line).
 """
 
