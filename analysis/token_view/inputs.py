@@ -38,6 +38,18 @@ def tokenizer_of(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase:
     return load_tokenizer(source) if isinstance(source, str | Path) else source
 
 
+def rows_of(text: Any) -> Sequence[Any]:
+    """The rows of a text, of one row, or of a list of rows.
+
+    Raises:
+        InputError: no rows.
+    """
+    rows = [text] if isinstance(text, (str, Mapping)) else text
+    if not isinstance(rows, Sequence) or not len(rows):
+        raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
+    return rows
+
+
 def columns_of(text: Any) -> list[str]:
     """Per-token columns that all rows have."""
     rows = (
@@ -75,10 +87,7 @@ def encoded_rows(
     text: Any, tokenizer: Any, limit: int | None, max_rows: int | None
 ) -> tuple[dict[int, dict], dict[int, str]]:
     """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
-    rows = [text] if isinstance(text, (str, Mapping)) else text
-    if not isinstance(rows, Sequence) or not len(rows):
-        raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
-    examples, skipped = {}, {}
+    rows, examples, skipped = rows_of(text), {}, {}
     for number, row in enumerate(rows, 1):
         encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
         encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")

@@ -17,6 +17,9 @@ class TokenText:
     Args:
         tokenizer: of the ids; an id beyond its vocabulary reads ``<id>``.
 
+    Attributes:
+        special: ids of the special tokens.
+
     Example:
         >>> TokenText(tokenizer)[42]  # doctest: +SKIP
         ' the'
@@ -24,7 +27,7 @@ class TokenText:
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
+        self.special = frozenset(tokenizer.all_special_ids)
         anchor = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"][:1]
         self._anchor = (anchor, self._decode(anchor))  # decoded after another token, a token keeps its leading space
         self._cache: dict[int, str] = {}
@@ -36,7 +39,7 @@ class TokenText:
 
     def _text(self, token: int) -> str:
         raw = self._tokenizer.convert_ids_to_tokens(token)
-        if raw is None or token in self._special:
+        if raw is None or token in self.special:
             return f"<{token}>" if raw is None else raw
         if byte := BYTE.fullmatch(raw):
             return _from_bytes(bytes([int(byte[1], 16)]))

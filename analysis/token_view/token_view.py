@@ -12,11 +12,13 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, tokenizer_of, variants_of
-from qlens.analysis.token_view.page import html
+from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, rows_of, tokenizer_of, variants_of
+from qlens.analysis.token_view.page import METRICS, html
 from qlens.analysis.token_view.ranking import Ranking, jsonl, rank, records
+from qlens.analysis.token_view.segments import REST, patterns, segment_means, segments_of, user_columns
 from qlens.analysis.token_view.summary import Summary, summary_of
 from qlens.analysis.token_view.token_text import TokenText, legible
+from qlens.analysis.token_view.vocabulary import VocabularyTotals
 from qlens.core.deprecation import renamed_arguments, warn
 from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.display import Result, latex_table
@@ -50,6 +52,8 @@ class TokenView(Result):
         token_text: the text of a token by its id.
         skipped: the reason by number of each row that was left out.
         ranked: the ranking of all rows, where ``texts`` are some of them.
+        columns: a row per supervised token: segment, and the columns of the data that were asked for.
+        totals: sums over all rows by entry of the vocabulary.
     """
 
     texts: tuple[Text, ...]
@@ -57,6 +61,8 @@ class TokenView(Result):
     token_text: TokenText
     skipped: Mapping[int, str]
     ranked: Ranking | None = None
+    columns: pd.DataFrame | None = None
+    totals: VocabularyTotals | None = None
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -75,14 +81,56 @@ class TokenView(Result):
 
     @cached_property
     def table(self) -> pd.DataFrame:
-        """A line per token and method: row, position (from 1), label, method, and the metrics of ``Summary``."""
-        models = self.summary.models.rename(columns={"entropy": "entropy_p"})
+        """A line per token and method: row, position (from 1), segment, label, method, and the metrics of ``Summary``.
+
+        With two checkpoints, ``checkpoint`` is "before" or "after", and ``change`` is the total variation between them.
+        """
         places = pd.DataFrame(self._places(), columns=["row", "position"])
+        places = places if self.columns is None else pd.concat([places, self.columns], axis=1)
+        before, after = self.summary, self.summary.after
+        if after is None:
+            return renamed_columns(self._lines(before, places))
+        checkpoints = {"before": before, "after": after}
+        frames = [self._lines(each, places.assign(checkpoint=name)) for name, each in checkpoints.items()]
+        return renamed_columns(pd.concat(frames, ignore_index=True))
+
+    def _lines(self, summary: Summary, places: pd.DataFrame) -> pd.DataFrame:
+        """The lines of ``table`` of one checkpoint."""
+        models = summary.models.rename(columns={"entropy": "entropy_p"})
         words = {name: [legible(self.token_text[token]) for token in models[name]] for name in ("label", "runner_up")}
         base = pd.concat([places, models.assign(**words)], axis=1)
-        frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in self.summary.methods.items()]
-        table = pd.concat(frames, ignore_index=True)
-        return renamed_columns(table)
+        frames = [pd.concat([base.assign(method=name), frame], axis=1) for name, frame in summary.methods.items()]
+        return pd.concat(frames, ignore_index=True)
+
+    @cached_property
+    def segments(self) -> pd.DataFrame:
+        """A line per segment and method: tokens, and the means of nll and of the method's metrics.
+
+        Example:
+            >>> view.segments.pivot(index="segment", columns="method", values="label_weight")  # doctest: +SKIP
+        """
+        segment = pd.Series([REST] * len(self.summary)) if self.columns is None else self.columns["segment"]
+        return segment_means(segment, self.summary.models["nll"], self.summary.methods)
+
+    @cached_property
+    def vocabulary(self) -> pd.DataFrame:
+        """A line per method and entry that any method moves: which entries the method promotes and demotes over all rows.
+
+        Columns: method, id, token, labels (tokens with that label), p and q (expected counts under student and target), move
+        = q - p, move_label and move_other (over the tokens with that label, and over the others); most promoted first.
+
+        Raises:
+            InputError: a view without sums over the vocabulary.
+
+        Example:
+            >>> view.vocabulary.query("method == 'dft'").head()  # doctest: +SKIP
+        """
+        if self.totals is None:
+            raise InputError("this view has no sums over the vocabulary: make it by qlens.view")
+        frame = self.totals.frame()
+        frame.insert(2, "token", [legible(self.token_text[int(entry)]) for entry in frame["id"]])
+        order = frame["method"].map({name: number for number, name in enumerate(self.totals.moves)})
+        return frame.assign(order=order).sort_values(["order", "move"], ascending=[True, False]).drop(columns="order")
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""
@@ -111,24 +159,55 @@ class TokenView(Result):
         default = ["row", "position", "label", "method", "p_y", "q_y", "label_weight", "kl"]
         return latex_table(self.table, columns or default, caption, label, **options)
 
-    def plot(self, row: int | None = None) -> Any:
-        """A matplotlib figure: one text as heat maps of label weight, entropy, KL(Q || p) and negative mass.
+    def plot(self, row: int | None = None, metric: str | None = None, methods: Sequence[str] | None = None) -> Any:
+        """A matplotlib figure of one row: its running text coloured by a metric, a block per method.
+
+        Without ``metric`` the tokens stand side by side, as heat maps of label weight, entropy, KL(Q || p) and negative mass.
 
         Args:
             row: number of the row in the data; by default the first.
+            metric: a metric's key: a column of ``table``, or "column NAME" for a column of the data.
+            methods: names; by default all.
 
         Raises:
-            InputError: no such row.
+            InputError: no such row, metric or method.
+
+        Example:
+            >>> view.plot(row=3, metric="label_weight").savefig("row.pdf")  # doctest: +SKIP
         """
         from qlens.analysis.plots import figure_sequence
 
         rows = [text.row for text in self.texts]
         if row is not None and row not in rows:
             raise InputError(f"row must be one of {', '.join(map(str, rows[:10]))}, got {row}")
-        table = self.table[self.table["row"] == (rows[0] if row is None else row)]
+        if unknown := [name for name in methods or () if name not in self.methods]:
+            raise InputError(f"methods: {unknown[0]!r} is none of this view's {', '.join(self.methods)}")
+        at = 0 if row is None else rows.index(row)
+        chosen = list(self.methods if methods is None else methods)
+        if metric is not None:
+            return self._running_text(at, metric, chosen)
+        table = self.table[(self.table["row"] == rows[at]) & self.table["method"].isin(chosen)]
+        if "checkpoint" in table:
+            table = table[table["checkpoint"] == "before"]
         names = dict.fromkeys(table["position"])
         positions = table["position"].map({name: number for number, name in enumerate(names)})
         return figure_sequence(pd.DataFrame(table.assign(position=positions, token=table["label"])))
+
+    def _running_text(self, at: int, metric: str, methods: Sequence[str]) -> Any:
+        from qlens.analysis.token_view.page import metrics_of, model_metrics, scale_end
+        from qlens.analysis.token_view.row_figure import figure_row
+
+        known = {each.key: each for each in metrics_of(self)}
+        if metric not in known:
+            raise InputError(f"metric must be one of {', '.join(known)}, got {metric!r}")
+        chosen, models = known[metric], model_metrics(self)
+        text, start = self.texts[at], sum(len(each.places) for each in self.texts[:at])
+        tokens = slice(start, start + len(text.places))
+        frames = {name: self.summary.methods[name] for name in methods} if chosen.method else {chosen.name: models}
+        values = {title: frame[metric].to_numpy(dtype=float)[tokens] for title, frame in frames.items()}
+        strings = [self.token_text[token] for token in text.ids]
+        high = scale_end(chosen, self.summary, models)
+        return figure_row(strings, text.places, values, chosen.name, high, chosen.signed, chosen.log)
 
     @property
     def pieces(self) -> TokenText:
@@ -165,9 +244,10 @@ class TokenView(Result):
         """The rows among the first ``count`` of any order, or with one of its first tokens; ranked among all rows."""
         ranked = self.rank()
         selected, sizes = ranked.first(count), [len(text.places) for text in self.texts]
-        mask = np.repeat([text.row in selected for text in self.texts], sizes)
+        tokens = np.flatnonzero(np.repeat([text.row in selected for text in self.texts], sizes))
         texts = tuple(text for text in self.texts if text.row in selected)
-        return replace(self, texts=texts, summary=self.summary[np.flatnonzero(mask)], ranked=ranked)
+        columns = None if self.columns is None else self.columns.iloc[tokens].reset_index(drop=True)
+        return replace(self, texts=texts, summary=self.summary[tokens], ranked=ranked, columns=columns)
 
     def html(self) -> str:
         """The page: one self-contained file; everything from model and data is escaped."""
@@ -207,8 +287,13 @@ def view(
     *,
     teacher: nn.Module | str | Path | None = None,
     reference: nn.Module | str | Path | None = None,
+    after: nn.Module | str | Path | None = None,
     candidates: int = 20,
     max_rows: int | None = None,
+    columns: Sequence[str] = (),
+    segments: Mapping[str, str] | None = None,
+    top_k_teacher: int | None = None,
+    progress: bool = True,
 ) -> TokenView:
     """Read the targets of several methods at every supervised token of a text.
 
@@ -221,8 +306,16 @@ def view(
         text: a text, or a list of texts, (prompt, completion) pairs, rows of data, or ``{"input_ids", "labels"}``.
         variants: Variants, specs or loss functions; by default sft and dft, and with a teacher target_sft and kd.
         teacher, reference: other models over the same vocabulary, or their folders, for methods that need one.
+        after: another checkpoint of the model, or its folder: p, Q and all metrics of both are shown, and what moved.
         candidates: vocabulary entries stored per token; see ``summarise``.
         max_rows: stop after this many rows that can be shown; by default all.
+        columns: keys of the rows that are shown as metrics, like "reward": a number, or one per token (of the row, or of its
+            supervised tokens).
+        segments: regular expressions of the parts of a text over which means are taken, by name; by default thinking and
+            tool call by their tags, and answer, which is the rest (beside segments of your own: other).
+        top_k_teacher: read methods of a teacher a second time with a teacher that is known by this many entries, as stored
+            ones are; the rest of its mass follows the student's ratios.
+        progress: show a bar on stderr.
 
     Returns:
         a view: a notebook shows it; ``save``, ``rank()``, ``table`` and ``plot()``. Rows longer than a model's context and
@@ -238,12 +331,16 @@ def view(
         >>> qlens.view(model, tokenizer, [("2 + 2 =", "4")], ["sft", "dft"]).save("view.html")  # doctest: +SKIP
     """
     chosen = variants_of(variants, teacher, reference, (*FIELDS, *columns_of(text)))
-    for name, value in (("candidates", candidates), ("max_rows", 1 if max_rows is None else max_rows)):
-        if not isinstance(value, int) or value < 1:
+    limits = {"candidates": candidates, "max_rows": max_rows, "top_k_teacher": top_k_teacher}
+    for name, value in limits.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if top_k_teacher is not None and teacher is None:
+        raise InputError(f"top_k_teacher={top_k_teacher} needs a teacher: give teacher=, on the command line --teacher")
+    compiled = patterns(segments)
     student, tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
-    other_models = {name: each for name, each in (("teacher", teacher), ("reference", reference)) if each is not None}
-    models = {name: loaded_model(each, name) for name, each in other_models.items()}
+    optional = {"teacher": teacher, "reference": reference, "after": after}
+    models = {name: loaded_model(each, name) for name, each in optional.items() if each is not None}
     for name, other in models.items():
         check_same_vocabulary(student, other, name)
     examples, skipped = encoded_rows(text, tokenizer, shortest_context(student, *models.values()), max_rows)
@@ -256,5 +353,22 @@ def view(
         )
         for row, encoded in examples.items()
     )
-    summary = summary_of(student, list(examples.values()), chosen, candidates, **models)
-    return TokenView(texts, summary, TokenText(tokenizer), skipped)
+    token_text, totals = TokenText(tokenizer), VocabularyTotals()
+    rest = REST if segments is None else "other"
+    segment = [
+        name
+        for text in texts
+        for name in segments_of([token_text[token] for token in text.ids], text.places, compiled, rest)
+    ]
+    numbered = dict(enumerate(rows_of(text), 1))
+    values = user_columns(
+        {each.row: numbered[each.row] for each in texts},
+        {each.row: each.places for each in texts},
+        {each.row: len(each.ids) for each in texts},
+        columns,
+        [metric.key for metric in METRICS],
+    )
+    values.insert(0, "segment", segment)
+    options = {"top_k_teacher": top_k_teacher, "totals": totals, "progress": progress}
+    summary = summary_of(student, list(examples.values()), chosen, candidates, **options, **models)
+    return TokenView(texts, summary, token_text, skipped, columns=values, totals=totals)

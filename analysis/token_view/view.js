@@ -2,17 +2,22 @@
 (async () => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
-  const { methods, metrics, texts, pieces, orders, scores } = data;
+  const { methods, metrics, texts, pieces, orders, scores, bases } = data;
   const numbers = await unpack(data);
-  const distinct = methods.map((_, at) => at).filter((at) => !orders[at].alike); // methods whose labels do not all tie
-  const [left, right = -1] = distinct.length > 1 ? distinct : [...methods.keys()];
+  const own = methods.filter((_, at) => !bases[at]); // under the model itself, not under its later checkpoint
+  const distinct = own.map((_, at) => at).filter((at) => !orders[at].alike); // methods whose labels do not all tie
+  const [left, second = -1] = distinct.length > 1 ? distinct : [...own.keys()];
+  const right = own.length < methods.length ? left + own.length : second; // beside it, its target after training
   const shown = { metric: metrics[0], left, right, order: "" };
+  const special = new Set(data.special);
   const rows = [];      // per text: { section, title, panes: [{ heading, text, spans }] }
   const place = [];     // per supervised token: [text, index among the tokens of the text]
   let pinned = -1, current = -1, pointed = -1, hits = [], hit = -1;
 
   // ---- data -------------------------------------------------------------------------------------------------------
   const of = (metric, method) => numbers[metric.method ? `${metric.key} ${method}` : metric.key];
+  const panel = panelOf(data, numbers, shown, of);
+  const lists = listsOf(data, numbers, shown, of, rows, place);
 
   // ---- rows -------------------------------------------------------------------------------------------------------
   function build() {
@@ -37,6 +42,7 @@
     const spans = [];
     for (let index = 0; index < texts[at].length; index++) {
       const n = numbers.slots[start + index], span = n < 0 ? el("span", "c") : blank.cloneNode();
+      if (special.has(numbers.tokens[start + index])) span.classList.add("special");
       write(span, pieces[numbers.tokens[start + index]]);
       const whole = data.completes[start + index];
       if (whole !== undefined) span.append(whole);
@@ -68,7 +74,7 @@
         const method = side ? shown.right : shown.left;
         pane.made.hidden = side === 1 && !two;
         if (pane.made.hidden) return;
-        pane.heading.textContent = shown.metric.method ? methods[method] : `${shown.metric.name}, of the models`;
+        pane.heading.textContent = shown.metric.method ? methods[method] : shown.metric.name;
         pane.text.setAttribute("aria-label", `Row ${texts[at].row}, ${pane.heading.textContent}`);
         colour(pane, method);
       });
@@ -76,28 +82,33 @@
     });
     if (stop?.closest(".pane").hidden) reach(spanOf(Number(stop.dataset.n)));
     legend(two);
-    least();
+    lists.paint();
     if (current >= 0) detail(current);
   }
   function colour({ spans, seen }, method) {
-    const values = of(shown.metric, method), first = Number(spans[0].dataset.n), { high } = shown.metric;
+    const values = of(shown.metric, method), first = Number(spans[0].dataset.n), { high, log } = shown.metric;
+    const ranks = numbers[bases[method] && shown.metric.method ? "label_rank after" : "label_rank"];
     const masses = [method, ...(shown.metric.method || shown.right < 0 ? [] : [shown.right])].map((side) => numbers[`negative_mass ${side}`]);
     spans.forEach((span, at) => {
       const x = values[first + at], none = Number.isNaN(x), off = masses.some((mass) => mass[first + at] > 0);
-      const size = none ? 0 : Math.round(1000 * Math.min(1, Math.abs(x) / high)) / 1000, marks = (x < 0) + 2 * none + 4 * off;
+      const part = log ? Math.log(Math.max(x, 1)) / Math.log(high) : Math.abs(x) / high, miss = ranks[first + at] > 1;
+      const size = none ? 0 : Math.round(1000 * Math.min(1, part)) / 1000, marks = (x < 0) + 2 * none + 4 * off + 8 * miss;
       const [oldSize, oldMarks] = seen[at] ?? [0, 0];
       if (size !== oldSize) span.style.setProperty("--v", size);
       if (marks !== oldMarks) {
         span.classList.toggle("below", x < 0);
         span.classList.toggle("none", none);
         span.classList.toggle("off", off);
+        span.classList.toggle("miss", miss);
       }
       seen[at] = [size, marks];
     });
   }
   function describe(at) {
-    const parts = [`${texts[at].count} of ${texts[at].length} tokens supervised`];
-    const sides = [shown.left, shown.right].filter((side) => side >= 0 && scores[methods[side]][at] !== null);
+    const { count, length, columns } = texts[at], first = Number(rows[at].panes[0].spans[0].dataset.n);
+    const hits = numbers.label_rank.subarray(first, first + count).filter((rank) => rank === 1).length;
+    const parts = [`${count} of ${length} tokens trained on`, `label most probable: ${Math.round(100 * hits / count)} %`, ...columns];
+    const sides = [shown.left, shown.right].filter((side) => (scores[methods[side]]?.[at] ?? null) !== null);
     const weights = sides.map((side) => `${methods[side]} ${number(scores[methods[side]][at])}`);
     if (weights.length) parts.push(`label weight: ${weights.join(", ")}`);
     parts.push(`negative margin ${number(scores.negative_margin[at] ?? NaN)}`);
@@ -108,7 +119,8 @@
   function legend(two) {
     const { metric } = shown, box = $("legend");
     const scale = el("div", "scale", "", el("div", `ramp ${metric.signed ? "two" : "one"}`));
-    const ends = metric.signed ? [-metric.high, 0, metric.high] : [0, metric.high / 2, metric.high];
+    const middle = metric.log ? Math.sqrt(metric.high) : metric.high / 2;
+    const ends = metric.signed ? [-metric.high, 0, metric.high] : [metric.log ? 1 : 0, middle, metric.high];
     const tick = (x) => String(Number(x.toPrecision(3))).replace("-", "−");
     ends.forEach((x, at) => scale.append(el("span", "", (at === 2 ? "≥ " : at === 0 && metric.signed ? "≤ " : "") + tick(x))));
     const sample = (kind, text) => el("span", "", "", el("span", `t ${kind}`, "token"), ` ${text}`);
@@ -119,100 +131,22 @@
     }
     if (["kl", "entropy"].includes(metric.key)) samples.push(sample("none", "not defined: Q has negative mass"));
     if (metric.key === "label_weight") samples.push(sample("none", "not defined: p(label) is 1"));
-    samples.push(sample("off", "Q has negative entries"), el("span", "", "", el("span", "c", "token"), " not supervised"));
-    const says = el("div", "says", `${metric.name}: ${metric.says}${two ? "" : metric.method ? "" : "; the same for every method"}.`);
-    box.replaceChildren(says, scale, ...samples);
+    samples.push(sample("miss", "another token is more probable than the label"));
+    samples.push(sample("off", "Q has negative entries"), el("span", "", "", el("span", "c", "token"), " context, not trained on"));
+    if (special.size) samples.push(el("span", "", "", el("span", "c special", "token"), " special token"));
+    const says = el("div", "says", `${metric.name}: ${metric.says}${two || metric.method || metric.key === "supervised" ? "" : "; the same for every method"}.`);
+    box.replaceChildren(says, ...(metric.key === "supervised" ? [] : [scale]), ...samples);
   }
-  function least() {
-    const by = shown.order || methods[shown.left];
-    const order = orders.find((each) => each.by === by), list = order.alike ? [] : order.tokens;
-    const what = by === "negative_margin" ? "tokens with the largest negative margin" : `tokens with the smallest Q(label) under ${by}`;
-    $("least").firstElementChild.textContent = order.alike ? `${by}: all labels tie` : `The ${list.length} ${what}`;
-    $("least").lastElementChild.replaceChildren(...list.map((n) => {
-      const [at, index] = place[n], button = el("button");
-      button.type = "button";
-      button.dataset.go = n;
-      button.append(el("span", "where", `row ${texts[at].row}: `));
-      const start = rows[at].start + index;
-      for (let t = Math.max(rows[at].start, start - 6); t < start; t++) write(button, pieces[numbers.tokens[t]], false);
-      button.append(write(el("b"), pieces[numbers.tokens[start]], false));
-      const score = by === "negative_margin" ? `negative margin ${number(numbers.negative_margin[n])}` : `Q ${number(numbers[`q_y ${methods.indexOf(by)}`][n])}`;
-      button.append(el("span", "where", `  p ${number(numbers.p_y[n])}, ${score}`));
-      return el("li", "", "", button);
-    }));
-  }
-
   // ---- the token in focus -------------------------------------------------------------------------------------------
   function detail(n) {
     current = n;
-    const [at, index] = place[n], start = rows[at].start + index, box = $("detail");
-    const sides = [...new Set([shown.left, shown.right])].filter((side) => side >= 0);
-    const title = el("h2", "", "", write(el("span", "token"), pieces[numbers.tokens[start]], false));
-    const whole = data.completes[start];
-    const where = [`row ${texts[at].row}, token ${index + 1} of ${texts[at].length}`];
-    if (whole !== undefined) where.push(`completes ${whole}`);
-    if (n === pinned) where.push("pinned (Escape unpins)");
-    box.classList.add("filled");
-    box.replaceChildren(title, el("p", "where", where.join(" · ")), candidates(n, sides), figures(n, sides));
+    const [at, index] = place[n];
+    $("detail").replaceChildren(...panel.supervised(n, at, index, rows[at].start, n === pinned));
   }
-  const cell = (text, kind = "") => el("td", kind, text);
-  function candidates(n, sides) {
-    const K = data.candidates, teacher = numbers.teacher !== undefined, table = el("table");
-    table.append(el("caption", "", "Student p, target Q and their difference"));
-    const names = el("tr", "", "", el("th"), el("th"), ...(teacher ? [el("th")] : []));
-    const head = el("tr", "", "", el("th", "", "token"), el("th", "", "p"), ...(teacher ? [el("th", "", "teacher")] : []));
-    for (const side of sides) {
-      const over = el("th", "", methods[side]);
-      over.colSpan = 2;
-      over.title = methods[side];
-      names.append(over);
-      head.append(el("th", "", "Q"), el("th", "", "Q − p"));
-    }
-    for (const row of [names, head]) for (const each of row.children) each.scope = "col";
-    table.append(el("thead", "", "", names, head));
-    const body = table.appendChild(el("tbody"));
-    const order = [...Array(K).keys()].map((k) => n * K + k);
-    const label = order.find((k) => numbers.ids[k] === numbers.labels[n]);
-    const most = Math.max(...sides.flatMap((side) => order.map((k) => Math.abs(numbers[`move ${side}`][k]) || 0)), 1e-9);
-    for (const k of [label, ...order.filter((k) => k !== label)]) {
-      const first = el("td", "", "", write(el("span", "token"), pieces[numbers.ids[k]], false));
-      if (k === label) first.append(el("span", "tag", " label"));
-      const moves = sides.map((side) => numbers[`move ${side}`][k]);
-      body.append(line(k === label ? "label" : "", first, numbers.p[k], teacher ? numbers.teacher[k] : null, moves, most));
-    }
-    const others = sides.map((side) => numbers[`rest ${side}`][n]), total = sides.map((side) => numbers[`total ${side}`][n] - 1);
-    body.append(line("rest", cell("all others"), numbers["rest p"][n], teacher ? numbers["rest teacher"][n] : null, others, most));
-    body.append(line("sum", cell("sum"), 1, teacher ? 1 : null, total.map((x) => (Math.abs(x) < 2e-4 ? 0 : x)), most)); // to four digits
-    const scroll = el("div", "wide", "", table);
-    scroll.tabIndex = 0;
-    scroll.setAttribute("role", "region");
-    scroll.setAttribute("aria-label", "Candidates");
-    return scroll;
-  }
-  function line(kind, first, p, teacher, moves, most) {
-    const row = el("tr", kind, "", first, cell(number(p)), ...(teacher === null ? [] : [cell(number(teacher))]));
-    for (const move of moves) {
-      const q = p + move, near = Math.abs(q) < 1e-7 ? 0 : q;
-      row.append(cell(number(near), near < 0 ? "minus" : ""));
-      const moved = cell(number(move, true), `move ${move < 0 ? "down" : "up"}`);
-      moved.style.setProperty("--v", Math.min(1, Math.abs(move) / most) || 0);
-      row.append(moved);
-    }
-    return row;
-  }
-  function figures(n, sides) {
-    const table = el("table", "", "", el("caption", "", "Metrics of this token"));
-    table.append(el("thead", "", "", el("tr", "", "", el("th"), ...sides.map((side) => el("th", "", methods[side])))));
-    const body = table.appendChild(el("tbody"));
-    for (const metric of metrics) {
-      const first = cell(metric.name);
-      first.title = metric.says;
-      const values = metric.method ? sides.map((side) => of(metric, side)[n]) : [of(metric, 0)[n]];
-      const cells = values.map((x) => cell(number(x), metric.key === "negative_mass" && x > 0 ? "minus" : ""));
-      if (!metric.method) cells[0].colSpan = sides.length;
-      body.append(el("tr", "", "", first, ...cells));
-    }
-    return el("div", "wide", "", table);
+  function context(at, index) {
+    if (current >= 0) twins(current, false);
+    current = -1;
+    $("detail").replaceChildren(...panel.context(at, index, rows[at].start));
   }
   function twins(n, on) {
     for (const pane of rows[place[n][0]].panes) pane.spans[n - Number(pane.spans[0].dataset.n)].classList.toggle("twin", on);
@@ -220,6 +154,7 @@
   function show(n) {
     if (current >= 0) twins(current, false);
     twins(n, true);
+    $("detail").classList.add("filled");
     detail(n);
   }
   function pin(n) {
@@ -276,14 +211,21 @@
     return best;
   }
   const tokenOf = (event) => event.target.closest?.(".t[data-n]");
+  function contextOf(event) {
+    const span = event.target.closest?.(".c");
+    if (!span) return;
+    const at = rows.findIndex((row) => row.section.contains(span));
+    context(at, [...span.parentElement.children].indexOf(span));
+  }
   // On a touch screen a token is shown on click only: a sheet that grows earlier would catch the rest of the tap.
   for (const kind of ["pointerover", "focusin"]) $("rows").addEventListener(kind, (event) => {
     const span = tokenOf(event);
+    if (pinned < 0 && event.pointerType === "mouse") contextOf(event);
     if (!span || !(event.pointerType === "mouse" || span.matches(":focus-visible"))) return;
     pointed = Number(span.dataset.n);
     if (pinned < 0) show(pointed);
   });
-  $("rows").addEventListener("click", (event) => { const span = tokenOf(event); if (span) { pin(Number(span.dataset.n)); focus(span); } });
+  $("rows").addEventListener("click", (event) => { const span = tokenOf(event); if (span) { pin(Number(span.dataset.n)); focus(span); } else if (pinned < 0) contextOf(event); });
   document.addEventListener("keydown", (event) => {
     const span = tokenOf(event), typing = event.target.matches?.("input, select");
     if (event.ctrlKey || event.metaKey || event.altKey) return;
@@ -375,8 +317,8 @@
   sort();
   paint();
   for (const note of data.notes) $("notes").append(el("li", "", note));
-  $("detail").append(el("p", "hint", "Point at a token, move to it with the keyboard, or tap it, to see p of the student, Q of each target, and Q − p."));
   reach(rows[0].panes[0].spans[0]);
+  detail(0);
   performance.mark("ready");
   document.documentElement.dataset.ready = "yes";
 })();

@@ -64,6 +64,7 @@ def own_models(
     device: str,
     dtype: str | None,
     text: str | None = None,
+    after: str | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """The models and the tokenizer by name, and the rows of the data, or the text given instead."""
     if model is None or (data is None and text is None):
@@ -77,9 +78,10 @@ def own_models(
     rows = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
-    for name, folder in (("teacher", teacher), ("reference", reference)):
+    for name, folder in (("teacher", teacher), ("reference", reference), ("after", after)):
         if folder is not None:
-            other = models.load_tokenizer(folder)
+            own = name != "after" or models.has_tokenizer(folder)  # checkpoints of a training may come without one
+            other = models.load_tokenizer(folder) if own else tokenizer
             compatibility.check_same_tokenizer(tokenizer, other)
             loaded[name] = models.load_model(folder, device, dtype)
             width = compatibility.vocabulary_size(loaded["model"])

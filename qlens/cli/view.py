@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 import qlens
-from qlens.cli.inputs import own_models
+from qlens.cli.inputs import figure_path, own_models
 from qlens.cli.options import Data, Device, Dtype, Folder, app
+from qlens.core.errors import InputError
 from qlens.core.files import output_file, shown_path
 from qlens.registry import params
 
@@ -27,16 +28,56 @@ def view(
     ] = None,
     teacher: Folder = None,
     reference: Folder = None,
+    after: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR", help="Another checkpoint of the model: what moved between the two.", show_default="none"
+        ),
+    ] = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="How many rows of the data to read.", show_default="8; all with --rank")
+        int | None,
+        typer.Option(
+            min=1, help="How many rows of the data to read.", show_default="8; all with --rank or --vocabulary"
+        ),
     ] = None,
     rank: Annotated[
         bool, typer.Option("--rank", help="Order tokens and rows by label weight, the lowest first.")
     ] = False,
-    top: Annotated[int, typer.Option(min=1, help="With --rank: how many of every order are printed and shown.")] = 10,
+    top: Annotated[int, typer.Option(min=1, help="With --rank or --vocabulary: how many of each are printed.")] = 10,
+    vocabulary: Annotated[
+        bool,
+        typer.Option("--vocabulary", help="Print which entries of the vocabulary each method promotes and demotes."),
+    ] = False,
+    columns: Annotated[
+        str | None,
+        typer.Option(help="Keys of the rows to show, like reward: a number, or one per token.", show_default="none"),
+    ] = None,
+    segment: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=REGEX",
+            help="A part of the text to take means over; may be repeated.",
+            show_default="thinking and tool call by their tags; answer",
+        ),
+    ] = None,
+    top_k_teacher: Annotated[
+        int | None,
+        typer.Option(min=1, help="Also read methods with the teacher's top K entries alone.", show_default="none"),
+    ] = None,
+    figure: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Draw a row as PNG, PDF or SVG, its data beside it.", show_default="none"),
+    ] = None,
+    row: Annotated[
+        int | None, typer.Option(min=1, help="The row that --figure draws.", show_default="the first")
+    ] = None,
     out: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="The page.", show_default="view.html; none with --rank or --json"),
+        typer.Option(
+            metavar="FILE",
+            help="The page.",
+            show_default="view.html; none with --rank, --vocabulary, --figure or --json",
+        ),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Tokens of the vocabulary kept per position.")] = 20,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON Lines, an object per token (and row).")] = False,
@@ -44,30 +85,57 @@ def view(
     dtype: Dtype = None,
 ) -> None:
     """Show the targets token by token as one HTML file; or rank tokens and rows by label weight."""
-    default = None if rank or as_json else "view.html"
+    default = None if rank or vocabulary or figure or as_json else "view.html"
     path = default if out is None else out
     path = None if path is None else output_file(path, "--out")
+    picture = None if figure is None else figure_path(figure)
+    if row is not None and figure is None:
+        raise InputError("--row goes with --figure FILE: it is the row that is drawn")
+    from qlens.analysis.token_view.ranking import jsonl
+    from qlens.analysis.token_view.vocabulary import first_and_last, vocabulary_text
     from qlens.data.rows import ignored_keys
 
+    keys = [] if columns is None else [name.strip() for name in columns.split(",")]
     with redirect_stdout(sys.stderr):
         loaded, rows_read = own_models(
-            model, teacher, reference, data, "cpu" if device is None else device, dtype, text
+            model, teacher, reference, data, "cpu" if device is None else device, dtype, text, after
         )
         page = qlens.view(
             **loaded,
             text=rows_read,
             variants=None if variants is None else params.split_specs(variants),
             candidates=1 if path is None else candidates,
-            max_rows=rows or (None if rank else 8),
+            max_rows=rows or (None if rank or vocabulary else max(8, row or 0)),
+            columns=keys,
+            segments=None if segment is None else dict(map(_named_pattern, segment)),
+            top_k_teacher=top_k_teacher,
         )
         if path is not None:
             (page.top(top) if rank else page).save(path)
+        if picture is not None:
+            from qlens.analysis.plots.save import save_figure
+
+            drawn = page.texts[0].row if row is None else row
+            save_figure(page.plot(drawn, "label_weight"), picture, page.table[page.table["row"] == drawn])
     typer.echo(f"{page}; {len(page.skipped)} rows left out", err=True)
-    if data is not None and (ignored := ignored_keys(rows_read)):
+    if data is not None and (ignored := [key for key in ignored_keys(rows_read) if key not in keys]):
         typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
     if rank:
         print(page.rank().to_jsonl(top) if as_json else page.rank().text(top))
-    elif as_json:
+    if vocabulary:
+        entries = page.vocabulary
+        print(jsonl(first_and_last(entries, top)) if as_json else vocabulary_text(entries, top))
+    if as_json and not (rank or vocabulary):
         print(page.to_jsonl())
     if path is not None:
         typer.echo(f"View: {shown_path(path)} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
+    if picture is not None:
+        typer.echo(f"Figure: {shown_path(picture)}", err=as_json)
+
+
+def _named_pattern(option: str) -> tuple[str, str]:
+    """Name and regular expression of a --segment."""
+    name, sign, pattern = option.partition("=")
+    if not (name and sign and pattern):
+        raise InputError(f"--segment must be NAME=REGEX, got {option!r}: write --segment 'answer=####.*'")
+    return name, pattern

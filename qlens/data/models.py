@@ -104,6 +104,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, path, "tokenizer")
 
 
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a folder holds a tokenizer; a name on the hub is taken to have one."""
+    folder = user_path(path, "tokenizer folder")
+    return not folder.is_dir() or any(file for pattern in PATTERNS["tokenizer"] for file in folder.glob(pattern))
+
+
 PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.model")}
 
 

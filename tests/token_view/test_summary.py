@@ -46,6 +46,8 @@ def test_the_metrics_match_their_formulas(tokens):
     rest = p.copy()
     rest[at] = 0
     models = summarised.models
+    for name, probs in (("label_rank", p), ("teacher_rank", t)):
+        assert models[name].tolist() == [1 + (row > row[label]).sum() for row, label in zip(probs, y, strict=True)]
     assert models["label"].tolist() == y.tolist() and models["runner_up"].tolist() == rest.argmax(-1).tolist()
     rest_t = t.copy()
     rest_t[at] = 0
@@ -120,9 +122,9 @@ def test_chunked_summaries_equal_whole_ones(monkeypatch, spec, whole):
     sizes = []
     plain = summarise
 
-    def watched(tokens, *rest):
+    def watched(tokens, *rest, **options):
         sizes.append(len(tokens))
-        return plain(tokens, *rest)
+        return plain(tokens, *rest, **options)
 
     monkeypatch.setattr(summary, "summarise", watched)
     model, reference, variants = llama(0), llama(1), [qlens.get(spec)]

@@ -12,6 +12,7 @@ from example_view import HOSTILE, PIECES, PROMPT, ROWS, SPECS
 def page(open_page, file):
     page = open_page(file, viewport={"width": 1280, "height": 900})
     page.wait_for_selector("html[data-ready]")
+    page.select_option("#metric", label="label weight")
     return page
 
 
@@ -36,19 +37,18 @@ def test_the_text_is_coloured_by_the_metric_chosen(page, view):
     page.select_option("#left", label="gem")
     page.select_option("#right", label="kd")
     metrics = page.evaluate("JSON.parse(document.getElementById('data').textContent).metrics")
-    assert (
-        page.locator("#metric option").all_inner_texts() == [metric["name"] for metric in metrics]
-        and len(metrics) == 12
-    )
+    assert page.locator("#metric option").all_inner_texts() == [metric["name"] for metric in metrics]
+    assert len(metrics) == 15
     for at, metric in enumerate(metrics):
         page.select_option("#metric", index=at)
         key, own = metric["key"], metric["method"]
         for side, spec in enumerate(["gem", "kd"] if own else [None]):
-            models = view.summary.models.rename(columns={"entropy": "entropy_p"})
+            models = view.summary.models.rename(columns={"entropy": "entropy_p"}).assign(supervised=1.0)
             values = view.summary.methods[spec][key] if own else models[key]
             for n in (0, 5, 12):
                 x = float(values[n])
-                expected = 0 if np.isnan(x) else min(1, abs(x) / metric["high"])
+                part = np.log(x) / np.log(metric["high"]) if metric["log"] else abs(x) / metric["high"]
+                expected = 0 if np.isnan(x) else min(1, part)
                 assert strength(page, n, side) == pytest.approx(expected, abs=2e-3), key
                 classes = token(page, n, side).get_attribute("class").split()
                 assert ("none" in classes, "below" in classes) == (np.isnan(x), x < 0), key
