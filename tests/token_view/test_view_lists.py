@@ -12,6 +12,7 @@ from tiny_models import letters, llama
 
 import qlens
 from qlens import InputError, Tokens
+from qlens.analysis.token_view.page import model_metrics
 from qlens.analysis.token_view.segments import patterns, segments_of
 from qlens.analysis.token_view.summary import summarise
 from qlens.analysis.token_view.vocabulary import VocabularyTotals
@@ -91,12 +92,19 @@ def test_two_checkpoints_are_read_on_the_same_tokens(trained, models):
     change = (after.probs - before.probs).abs().sum(-1) / 2
     np.testing.assert_allclose(later.models["change"], change, rtol=1e-4)
     assert later.ids.tolist() == trained.summary.ids.tolist(), "the same entries"
+    gain = (after.label_log_probs - before.label_log_probs).numpy()
+    np.testing.assert_allclose(model_metrics(trained)["gain"], gain, rtol=1e-3, atol=1e-5)
     table = trained.table
     assert len(table) == 2 * 3 * 9 and set(table["checkpoint"]) == {"before", "after"}
     line = table[(table["checkpoint"] == "after") & (table["method"] == "kd")].iloc[0]
     assert line["p_y"] == pytest.approx(after.label_probs[0].item(), rel=1e-4)
     same = qlens.view(text=ROWS, variants="sft", after=models["model"], **models)
     np.testing.assert_allclose(same.summary.after.models["change"], 0, atol=1e-6)
+
+
+def test_a_column_may_have_a_value_for_every_token_of_the_row(models):
+    row = {**ROWS[0], "place": list(range(17))}
+    assert qlens.view(text=row, columns=["place"], **models).columns["place"].tolist() == [13, 14, 15, 16]
 
 
 def test_columns_of_the_data_stand_beside_the_tokens(trained):
@@ -245,6 +253,9 @@ def test_the_command_shows_what_is_asked(run, user_files, tmp_path):
     assert set(pd.read_csv(tmp_path / "row.csv")["row"]) == {2} and "hardness" in err and "reward," not in err
     code, out, _ = run(*command, "--segment", "word=b.*", "--json")
     assert code == 0 and json.loads(out.splitlines()[0])["segment"] == "word"
+    teacher = ["--teacher", user_files["teacher"], "--top-k-teacher", 2, "--variants", "kd", "--json"]
+    code, out, _ = run(*command, *teacher)
+    assert code == 0 and {json.loads(line)["method"] for line in out.splitlines()} == {"kd", "kd, top 2 of teacher"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["row.csv", "row.pdf", "rows.jsonl"], "no page unasked"
     for words, message in ((["--row", 1], "--row goes with --figure"), (["--segment", "a"], "NAME=REGEX")):
         code, out, err = run(*command, *words)
