@@ -48,6 +48,8 @@ def run(app: Callable[..., Any], arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort) as error:
         return _report(error, "interrupted", INTERRUPTED)
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich ends the program where the reader closed its output
+            return 1
         return _report(error, f"code that was run ended the program by sys.exit({error.code!r})", USAGE)
     except BaseException as error:  # a Rust panic is no Exception
         frame = traceback.extract_tb(error.__traceback__)[-1]

@@ -109,3 +109,17 @@ def test_every_error_is_one_line_and_its_exit_code(monkeypatch, capsys, raised, 
     monkeypatch.setenv("QLENS_TRACEBACK", "1")
     assert console.run(app, ["verb"]) == code
     assert type(raised).__name__ in capsys.readouterr().err
+
+
+def test_a_closed_output_ends_a_command_without_a_message(capsys):
+    app = typer.Typer()
+
+    @app.command()
+    def verb():
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            raise SystemExit(1)  # as rich does # noqa: B904
+
+    app.command("other")(lambda: None)
+    assert console.run(app, ["verb"]) == 1 and capsys.readouterr().err == ""
