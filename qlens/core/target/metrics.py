@@ -132,7 +132,7 @@ class Metrics:
         if not self.label_only:
             return torch.where(self.in_simplex, self._divergences[0], torch.nan)
         others = (1 - self.trust).clamp(min=0)
-        entropy = others * self._beside[1] - self.rest * _xlogx(others) - _xlogx(self._label_mass.clamp(0, 1))
+        entropy = others * self._spread - self.rest * _xlogx(others) - _xlogx(self._label_mass.clamp(0, 1))
         return torch.where(self.in_simplex, entropy.clamp(min=0), torch.nan)
 
     @property
@@ -158,20 +158,22 @@ class Metrics:
         """p_y."""
         return self.label_log_probs.exp()
 
-    @property
+    @cached_property
     def rest(self) -> Float[Tensor, " N"]:
         """1 - p_y, summed over the other entries so that it keeps its digits."""
-        return self._beside[0]
+        rest = torch.zeros_like(self.log_probs[:, 0])
+        for rows in self._blocks():
+            rest[rows] = self.log_probs[rows].exp().scatter_(1, self._index[rows], 0.0).sum(-1)
+        return rest
 
     @cached_property
-    def _beside(self) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-        """sum p_k and -sum p_k log p_k over all entries but the label."""
-        rest, spread = torch.zeros_like(self.log_probs[:, 0]), torch.zeros_like(self.log_probs[:, 0])
+    def _spread(self) -> Float[Tensor, " N"]:
+        """-sum p_k log p_k over all entries but the label."""
+        spread = torch.zeros_like(self.log_probs[:, 0])
         for rows in self._blocks():
             log_p = self.log_probs[rows]
-            p = log_p.exp().scatter_(1, self._index[rows], 0.0)
-            rest[rows], spread[rows] = p.sum(-1), -expectation(p, log_p)
-        return rest, spread
+            spread[rows] = -expectation(log_p.exp().scatter_(1, self._index[rows], 0.0), log_p)
+        return spread
 
     @cached_property
     def _label_mass(self) -> Float[Tensor, " N"]:

@@ -19,19 +19,19 @@ ALIKE = 0.01  # relative difference of equal gradients: losses may compute in bf
 
 
 class LayoutGradients(NamedTuple):
-    """The gradients of the same rows in several layouts."""
+    """The gradients of the same rows in several layouts, and what a mean may divide by in each."""
 
     layouts: list[Layout]
     grads: list[Tensor]
+    numbers: list[Counts]
 
-    def multiplied(self, divisor: Divisor, fn: Callable, tokens: Tokens, style: Style) -> list[Tensor]:
+    def multiplied(self, divisor: Divisor) -> list[Tensor]:
         """The gradients, each times the divisor in its layout."""
-        numbers = [counts(tokens, layout, style, given_as_sums(fn)) for layout in self.layouts]
-        return [times(divisor, *pair) for pair in zip(self.grads, numbers, strict=True)]
+        return [times(divisor, *pair) for pair in zip(self.grads, self.numbers, strict=True)]
 
-    def misfit(self, divisor: Divisor, fn: Callable, tokens: Tokens, style: Style) -> float:
+    def misfit(self, divisor: Divisor) -> float:
         """The relative difference of the multiplied gradients."""
-        return misfit(self.multiplied(divisor, fn, tokens, style))
+        return misfit(self.multiplied(divisor))
 
 
 def times(divisor: Divisor, grad: Tensor, number: Counts) -> Tensor:
@@ -70,7 +70,8 @@ def gradients_in(
 ) -> LayoutGradients:
     """The gradients of the rows in these layouts."""
     layouts = list(layouts)
-    return LayoutGradients(layouts, [gradient_of(fn, params, tokens, style, layout) for layout in layouts])
+    grads = [gradient_of(fn, params, tokens, style, layout) for layout in layouts]
+    return LayoutGradients(layouts, grads, [counts(tokens, layout, style, given_as_sums(fn)) for layout in layouts])
 
 
 def views(
@@ -95,7 +96,7 @@ def with_prompts(
     """Those of the named reductions that hold for texts with a prompt too; all of them if none does."""
     layouts = [Layout(), Layout(before=3)]
     gradients = gradients_in(layouts, fn, params, tokens, style, replayed_gradient(fn, tokens))
-    return [name for name in names if gradients.misfit(divisors[name], fn, tokens, style) <= ALIKE] or names
+    return [name for name in names if gradients.misfit(divisors[name]) <= ALIKE] or names
 
 
 def by_length(names: list[str], fn: Callable, params: Mapping[str, Any], tokens: Tokens, style: Style) -> str:

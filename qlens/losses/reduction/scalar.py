@@ -84,7 +84,7 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
     division = _fitted(REDUCTIONS, fn, params, rows, style, gradients)
     if division is None and draws(lambda: grad_of(fn, params, rows, style), replay, ALIKE):
         mean = next(views(fn, params, rows, style, averaged(grad_of, len(rows))))
-        nearest = nearest_count({k: mean.multiplied(by, fn, rows, style) for k, by in REDUCTIONS.items()}, name)
+        nearest = nearest_count({k: mean.multiplied(by) for k, by in REDUCTIONS.items()}, name)
         return Division(nearest, REDUCTIONS[nearest])
     if division is None and float(base.abs().max()) < ROUNDING * torch.finfo(base.dtype).eps:
         return None
@@ -92,7 +92,7 @@ def _division(fn: Callable, params: Mapping[str, Any], tokens: Tokens, name: str
         return two_terms(fn, params, rows, style, gradients[0], EXACT**2) or division
     division = division or _fitted(UNUSUAL, fn, params, rows, style, gradients)
     division = division or _of_batch(fn, params, rows, style, gradients)
-    division = division or shifted_mean(fn, rows, style, gradients[0])
+    division = division or shifted_mean(gradients[0])
     if division is None:  # copies may depend on each other: the first copy alone
         gradients = list(views(fn, params, rows, style, replayed(first_copy, replay)))
         division = _fitted(REDUCTIONS, fn, params, rows, style, gradients) or two_terms(
@@ -172,7 +172,7 @@ def _fitted(
     gradients: list[LayoutGradients],
 ) -> Division | None:
     """The one of these divisors by which the gradients are the same in all layouts; None if none is."""
-    misfits = {name: min(view.misfit(by, fn, tokens, style) for view in gradients) for name, by in divisors.items()}
+    misfits = {name: min(view.misfit(by) for view in gradients) for name, by in divisors.items()}
     best = min(misfits, key=misfits.__getitem__)
     if not misfits[best] <= ALIKE:
         return None
@@ -182,9 +182,7 @@ def _fitted(
     name = (fitting or [best])[0]
     if style.laid_out and not style.pairs:  # texts of other lengths distinguish reductions that fit all layouts
         unusual = UNUSUAL if divisors is REDUCTIONS else {}
-        unusual_names = [
-            k for k, by in unusual.items() if min(view.misfit(by, fn, tokens, style) for view in gradients) <= ALIKE
-        ]
+        unusual_names = [k for k, by in unusual.items() if min(view.misfit(by) for view in gradients) <= ALIKE]
         if len(fitting) + len(unusual_names) > 1:
             name = by_length([*fitting, *unusual_names], fn, params, tokens, style) or name
     return Division(name, KNOWN[name], off=misfits[best])

@@ -18,19 +18,19 @@ from qlens.losses.reduction.divisors import REDUCTIONS, Division
 EXACT = 1e-4  # relative error of a fit with more than one unknown
 
 
-def shifted_mean(fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients) -> Division | None:
+def shifted_mean(gradients: LayoutGradients) -> Division | None:
     """A mean over the rows and some more, sum / (N + c), with c from the rows shown twice."""
     ratio = float(gradients.grads[1].norm() / gradients.grads[0].norm())
     if not 0.5 < ratio < 1:
         return None
-    number = counts(tokens, Layout(), style, given_as_sums(fn)).rows
+    number = gradients.numbers[0].rows
     added = number * (2 * ratio - 1) / (1 - ratio)
     added = round(added, 3) if abs(added - round(added, 3)) < EXACT else added
 
     def divisor(c: Counts) -> float:
         return c.rows + added
 
-    if gradients.misfit(divisor, fn, tokens, style) > EXACT:
+    if gradients.misfit(divisor) > EXACT:
         return None
     return Division(f"sum divided by the number of supervised tokens + {added:g}", divisor)
 
@@ -50,11 +50,14 @@ def two_terms(
             base, other = (gradient_of(fn, params, tokens, style, layout) for layout in (Layout(), split))
             if misfit([gradients.grads[0], base]) > exact:  # other draws, or another state, than in the other layouts
                 return None
-            gradients = LayoutGradients([*gradients.layouts, split], [*gradients.grads, other])
+            number = counts(tokens, split, style, given_as_sums(fn))
+            gradients = LayoutGradients(
+                [*gradients.layouts, split], [*gradients.grads, other], [*gradients.numbers, number]
+            )
     stacked = torch.stack(gradients.grads, 1)  # (N, layouts, V)
     fits: list[tuple[float, str, str, Tensor]] = []
     for first, second in combinations(REDUCTIONS, 2):
-        matrix = _inverse_counts((first, second), fn, tokens, style, gradients, stacked)
+        matrix = _inverse_counts((first, second), gradients, stacked)
         parts = torch.linalg.pinv(matrix) @ stacked
         off = float((matrix @ parts - stacked).norm() / stacked.norm())
         fits.append((off, first, second, matrix[:, 0, :, None] * parts))
@@ -73,13 +76,10 @@ def two_terms(
     return Division(major, REDUCTIONS[major], note)
 
 
-def _inverse_counts(
-    names: tuple[str, str], fn: Callable, tokens: Tokens, style: Style, gradients: LayoutGradients, stacked: Tensor
-) -> Tensor:
+def _inverse_counts(names: tuple[str, str], gradients: LayoutGradients, stacked: Tensor) -> Tensor:
     """1 / divisor of two reductions in every layout, (N, layouts, 2)."""
     by_layout = []
-    for layout in gradients.layouts:
-        number = counts(tokens, layout, style, given_as_sums(fn))
+    for number in gradients.numbers:
         inverse = [1 / torch.as_tensor(REDUCTIONS[name](number)).to(stacked) for name in names]
         by_layout.append(torch.stack([value.expand(len(stacked)) for value in inverse], -1))
     return torch.stack(by_layout, 1)
