@@ -16,9 +16,13 @@ from qlens.core.numerics import expectation, top_ids
 from qlens.core.progress import track
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
+from qlens.data.compatibility import vocabulary_size
 from qlens.data.from_text import ENTRIES, token_batches
 from qlens.registry import Variant
 from qlens.registry.variant import ALONE
+
+
+LONG = 2**24  # logits whose reading takes long enough to show progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,7 +257,7 @@ def summary_of(
         model, examples, variants, models: the student, the texts, the methods, and teacher and reference by name.
         candidates, top_k_teacher, totals: as of ``summarise``.
         after: another checkpoint of the model.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr where there are more than ``LONG`` logits.
     """
     needs = sorted({need for variant in variants for need in variant.needs})
     whole = any(variant.scope not in ALONE for variant in variants)
@@ -263,7 +267,8 @@ def summary_of(
     texts = groupby(zip(chunks, later, strict=False), key=lambda pair: int(pair[0].require("sequence")[0]))
     options = {"top_k_teacher": top_k_teacher, "totals": totals}
     parts = []
-    for _, text_chunks in track(texts, len(examples), "reading rows", progress):
+    logits = vocabulary_size(model) * sum(len(example["labels"]) for example in examples)
+    for _, text_chunks in track(texts, len(examples), "reading rows", progress and logits > LONG):
         for tokens, other in text_chunks:
             if other is not None:  # the models beside the two checkpoints are the same
                 other = other.replace(**{name: getattr(tokens, name) for name in models})

@@ -315,7 +315,7 @@ def view(
             tool call by their tags, and answer, which is the rest (beside segments of your own: other).
         top_k_teacher: read methods of a teacher a second time with a teacher that is known by this many entries, as stored
             ones are; the rest of its mass follows the student's ratios.
-        progress: show a bar on stderr.
+        progress: show a bar on stderr while long texts are read.
 
     Returns:
         a view: a notebook shows it; ``save``, ``rank()``, ``table`` and ``plot()``. Rows longer than a model's context and
