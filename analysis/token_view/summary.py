@@ -108,7 +108,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
         methods={
             name: pd.DataFrame(
                 {
-                    "q_y": _array(tokens.gather(target.q)),
+                    "q_y": _array(target.q_y),
                     "label_weight": _array(target.label_weight),
                     "label_gradient": _array(target.pull),
                     "q_other": _array(target.room - target.pull),
@@ -133,7 +133,7 @@ def summarise(tokens: Tokens, variants: Sequence[Variant], candidates: int = 20)
 def _of_models(tokens: Tokens) -> dict[str, Tensor]:
     """Metrics of the models alone."""
     log_p = tokens.log_probs.detach()
-    margin, runner_up = _negative_margin(tokens, log_p)
+    margin, runner_up, p_runner_up = negative_margin(tokens, log_p)
     metrics = {
         "label": tokens.labels,
         "p_y": tokens.label_probs.detach(),
@@ -142,12 +142,12 @@ def _of_models(tokens: Tokens) -> dict[str, Tensor]:
         "p_other": tokens.rest_log_probs.detach().exp(),
         "negative_margin_student": margin,
         "runner_up": runner_up,
-        "p_runner_up": log_p.exp().gather(1, runner_up[:, None])[:, 0],
+        "p_runner_up": p_runner_up,
     }
     if tokens.teacher is None:
         return metrics | {"negative_margin": margin}
     log_t = tokens.log_probs_of("teacher")
-    teacher_margin, _ = _negative_margin(tokens, log_t)
+    teacher_margin, _, _ = negative_margin(tokens, log_t)
     return metrics | {
         "teacher_y": tokens.gather(log_t).exp(),
         "negative_margin_teacher": teacher_margin,
@@ -156,10 +156,12 @@ def _of_models(tokens: Tokens) -> dict[str, Tensor]:
     }
 
 
-def _negative_margin(tokens: Tokens, log_p: Float[Tensor, "N V"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """log p of the runner-up minus log p of the label, and the id of the runner-up."""
+def negative_margin(
+    tokens: Tokens, log_p: Float[Tensor, "N V"]
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """log p of the runner-up minus log p of the label; the id of the runner-up; its p."""
     top = log_p.scatter(1, tokens.labels[:, None].long(), -torch.inf).max(-1)
-    return top.values - tokens.gather(log_p), top.indices
+    return top.values - tokens.gather(log_p), top.indices, top.values.exp()
 
 
 def _array(values: Tensor) -> np.ndarray:

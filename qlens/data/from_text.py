@@ -112,6 +112,7 @@ def token_batches(
     batch_size: int,
     needs: Collection[str] = (),
     entries: int | None = None,
+    backbones: Backbones | None = None,
     **other_models: nn.Module,
 ) -> Iterator[Tokens]:
     """``tokens_from_examples`` batch by batch; ``sequence`` counts on from batch to batch.
@@ -119,9 +120,10 @@ def token_batches(
     Args:
         model, examples, batch_size, needs: as there; models are loaded.
         entries: most logits of a model at a time, where it has a linear head; None: those of a batch.
+        backbones: those of the models in earlier calls, which are not verified again.
         other_models: teacher and reference.
     """
-    backbones = Backbones(None)
+    backbones = Backbones(None) if backbones is None else backbones
     with ExitStack() as frozen:
         for each in (model, *other_models.values()):
             frozen.enter_context(evaluating(each))
