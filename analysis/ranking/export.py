@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 WEIGHT = "weight"
 RULES = {
     True: "exp(-negative margin), the geometric mean of p_y / p_runner-up, at most 1",
-    False: "the label weight of each row",
+    False: "the row's label weight by {by}",
 }  # whether the order is that of the models' margin
+USE = "QTrainer multiplies losses by it, TRL ignores it"
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Export:
 
     Args:
         path: of the file.
-        by: the order.
+        by: the order, a method's spec or "negative_margin".
         rows: the numbers of the rows written.
         dropped: the numbers of the rows left out, the least trusted first.
         weights: by row number; None where rows were left out instead.
@@ -51,8 +52,8 @@ class Export:
             parts = [f"{len(self.rows)} of {number} rows; the first {len(self.dropped)} by {self.by} are left out"]
         else:
             w = self.weights
-            parts = [f"{number} rows, weight by {self.by}: {RULES[self.by == NEGATIVE_MARGIN]}"]
-            parts += [f"from {w.min():.3f} to {w.max():.3f}, mean {w.mean():.3f}, by which a step is smaller"]
+            parts = [f"{number} rows; weight is {RULES[self.by == NEGATIVE_MARGIN].format(by=self.by)}"]
+            parts += [f"from {w.min():.3f} to {w.max():.3f}, mean {w.mean():.3f}", USE]
         return f"{shown_path(self.path)}: {'; '.join([*parts, *self.remarks])}"
 
 
@@ -102,6 +103,8 @@ def export(ranking: "Ranking", path: str | Path, by: str | None, drop_least: flo
         rows = [{**row, WEIGHT: value} for row, value in zip(rows, values, strict=True)]
     else:
         dropped, remarks = _least(ranking, by, drop_least)
+    if any("question" in row for row in rows):
+        remarks.append("TRL takes prompt and completion: there, rename the columns question and answer")
     kept = [number for number in range(1, len(rows) + 1) if number not in set(dropped)]
     write_text(file, "".join(_line(rows[number - 1], number) for number in kept))
     return Export(file, by, tuple(kept), tuple(dropped), values, tuple(remarks))

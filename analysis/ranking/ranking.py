@@ -210,7 +210,8 @@ class Ranking(Result):
         """Write the data as JSON Lines: every row with its keys and a ``weight``, or without the least trusted rows.
 
         ``QTrainer`` multiplies losses by the column ``weight`` and still divides by the number of supervised tokens, so that
-        a mean weight of 0.5 halves the step. TRL's SFTTrainer reads the file and ignores the column.
+        a mean weight of 0.5 halves the step. TRL's SFTTrainer reads the file (question and answer renamed to prompt and
+        completion) and ignores the column: for it leave rows out.
 
         Args:
             path: of the file, ending in .jsonl.

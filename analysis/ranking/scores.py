@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qlens.analysis.token_view.summary import negative_margin
-from qlens.core.numerics import log_softmax
+from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.registry import Variant
 
@@ -41,13 +41,11 @@ class Scores:
 
 
 class _Chunk(Tokens):
-    """Tokens whose log p is computed once, as long as they live."""
+    """Tokens whose log p is known."""
 
     @property
     def log_probs(self) -> Float[Tensor, "N V"]:
         """log p, in float32 at least."""
-        if "log_p" not in self.__dict__:
-            self.__dict__["log_p"] = log_softmax(self.logits)
         return self.__dict__["log_p"]
 
 
@@ -66,20 +64,21 @@ def token_columns(tokens: Tokens, variants: Sequence[Variant]) -> dict[str, np.n
     """
     chunk = _Chunk.unchecked(**tokens.fields())
     object.__setattr__(chunk, "checked", tokens.checked)
-    log_p = chunk.log_probs
+    first = Target.push(chunk, 1.0)
+    log_p = chunk.__dict__["log_p"] = first.log_probs
     margin, runner_up, p_runner_up = negative_margin(chunk, log_p)
     if chunk.teacher is not None:
         margin = margin.minimum(negative_margin(chunk, chunk.log_probs_of("teacher"))[0])
     columns = {
         "label": chunk.labels,
         "p_y": chunk.label_probs,
-        "p_other": chunk.rest_log_probs.exp(),
+        "p_other": first.rest,
         "runner_up": runner_up,
         "p_runner_up": p_runner_up,
         "negative_margin": margin,
     }
     for number, variant in enumerate(variants):
-        target = variant.target(chunk).at("unit")
+        target = variant.target(chunk).with_sums_of(first).at("unit").with_sums_of(first)
         of_method = {"q_y": target.q_y, "label_weight": target.label_weight, "label_gradient": target.pull}
         of_method["q_other"] = target.rest - target.pull
         columns |= {f"{name} {number}": values for name, values in of_method.items()}

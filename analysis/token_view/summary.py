@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qlens.core.numerics import expectation
+from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.data.from_text import ENTRIES, token_batches
 from qlens.registry import Variant
@@ -139,7 +140,7 @@ def _of_models(tokens: Tokens) -> dict[str, Tensor]:
         "p_y": tokens.label_probs.detach(),
         "nll": -tokens.label_log_probs.detach(),
         "entropy": -expectation(log_p.exp(), log_p),
-        "p_other": tokens.rest_log_probs.detach().exp(),
+        "p_other": Target.push(tokens, 1.0).rest,
         "negative_margin_student": margin,
         "runner_up": runner_up,
         "p_runner_up": p_runner_up,

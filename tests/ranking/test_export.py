@@ -34,7 +34,7 @@ def test_rows_get_their_label_weight(ranking, tmp_path):
         assert rows[number - 1]["weight"] == pytest.approx(weights[number], rel=1e-5)
     assert rows[3]["weight"] == pytest.approx(weights.mean(), rel=1e-5), "not ranked"
     assert written.by == "dft" and written.rows == (1, 2, 3, 4, 5) and not written.dropped
-    assert "5 rows, weight by dft: the label weight of each row" in str(written)
+    assert "5 rows; weight is the row's label weight by dft; from 0." in str(written)
     assert "1 rows have none of their own (left out of the ranking, or NaN) and get the mean" in str(written)
     assert ranking.weights("dft").tolist() == [row["weight"] for row in rows]
 
@@ -119,7 +119,7 @@ def test_exports_that_cannot_be_are_refused(ranking, tmp_path):
 def test_the_command_writes_the_data(run, user_files, tmp_path):
     command = ["view", "--rank", "--model", user_files["model"], "--data", user_files["data"], "--top", 1]
     code, _, err = run(*command, "--out", "weighted.jsonl")
-    assert code == 0 and "Data: weighted.jsonl: 41 rows, weight by dft" in err
+    assert code == 0 and "Data: weighted.jsonl: 41 rows; weight is the row's label weight by dft" in err
     assert len(read_rows(tmp_path / "weighted.jsonl")) == 41
     code, _, err = run(*command, "--out", "kept.jsonl", "--by", "negative_margin", "--drop-least", 0.1)
     assert code == 0 and "37 of 41 rows; the first 4 by negative_margin are left out" in err
