@@ -18,6 +18,7 @@ from qlens.registry.structure import GeometricMixture
 if TYPE_CHECKING:
     from qlens.analysis.compare import compare
     from qlens.analysis.plots.variant_figures import plot_plane, plot_text, plot_token
+    from qlens.analysis.ranking import rank
     from qlens.analysis.study import Study
     from qlens.analysis.token_view.token_view import view
     from qlens.conformance.report import CheckReport, check
@@ -63,6 +64,7 @@ __all__ = [
     "plot_text",
     "plot_token",
     "probes",
+    "rank",
     "register",
     "view",
 ]
@@ -86,6 +88,7 @@ _LAZY = {
     "plot_plane": "qlens.analysis.plots.variant_figures",
     "plot_text": "qlens.analysis.plots.variant_figures",
     "plot_token": "qlens.analysis.plots.variant_figures",
+    "rank": "qlens.analysis.ranking",
     "view": "qlens.analysis.token_view.token_view",
 }
 _PACKAGES = ("analysis", "conformance", "data", "lab", "training")

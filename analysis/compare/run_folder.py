@@ -41,24 +41,26 @@ def default_folder(kind: str, config: Mapping[str, Any]) -> Path:
 
 
 @contextmanager
-def locked(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
+def locked(folder: Path, config: Mapping[str, Any], name: str = "out") -> Iterator[None]:
     """Hold an exclusive lock on a run folder of this configuration; it is released when the process ends.
+
+    ``name`` is that of the argument in messages.
 
     Raises:
         InputError: the folder belongs to another configuration or version (the first differing key is named), is no
             run folder, or is in use by another process.
     """
-    check(folder, config)  # before anything is written
-    make_folder(folder)
+    check(folder, config, name)  # before anything is written
+    make_folder(folder, name)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"out: another process is using {folder}; wait for it, or give another folder") from None
+        raise InputError(f"{name}: another process is using {folder}; wait for it, or give another folder") from None
     except OSError as error:
-        raise refusal("out", folder, error) from error
+        raise refusal(name, folder, error) from error
     try:
-        check(folder, config)  # again, for another process may have written it in between
+        check(folder, config, name)  # again, for another process may have written it in between
         if not (folder / "config.json").is_file():
             write_json(folder / "config.json", config)
         for partial in folder.rglob(".*.partial"):  # of a process that was killed while writing
@@ -69,7 +71,7 @@ def locked(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
         lock.release()
 
 
-def check(folder: Path, config: Mapping[str, Any]) -> None:
+def check(folder: Path, config: Mapping[str, Any], name: str = "out") -> None:
     """Check that a folder is new, or a run folder of this configuration.
 
     Raises:
@@ -77,13 +79,15 @@ def check(folder: Path, config: Mapping[str, Any]) -> None:
     """
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"out: {folder} is a file, not a folder")
+        raise InputError(f"{name}: {folder} is a file, not a folder")
     if path.is_file():
         before = read_config(path)
         if difference := _difference({k: v for k, v in before.items() if k != "noted"}, config):
-            raise InputError(f"out: {folder} is of another configuration: {difference}; give another folder")
+            raise InputError(f"{name}: {folder} is of another configuration: {difference}; give another folder")
     elif folder.is_dir() and any(each.name != LOCK and not each.name.endswith(".partial") for each in folder.iterdir()):
-        raise InputError(f"out: {folder} holds files but no config.json, so it is no run folder; give another folder")
+        raise InputError(
+            f"{name}: {folder} holds files but no config.json, so it is no run folder; give another folder"
+        )
 
 
 def read_config(path: Path, keys: Sequence[str] = ()) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.core.errors import InputError
+from qlens.core.progress import track
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_model
@@ -16,7 +17,9 @@ from qlens.data.from_text import row_of
 from qlens.data.models import load_model, load_tokenizer
 from qlens.registry import Variant, resolve
 
+SHOWN = 1000  # rows from which on their encoding shows its progress
 DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
+FIELDS = ("old", "second", "sequence", "negatives")  # that a text and its model provide
 
 
 def loaded_model(model: Any, name: str) -> nn.Module:
@@ -83,12 +86,22 @@ def variants_of(variants: Any, teacher: Any, reference: Any, fields: Collection[
     return chosen
 
 
+def check_number(name: str, value: Any) -> None:
+    """Check that an argument is a whole number of at least 1.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not isinstance(value, int) or value < 1:
+        raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
 def encoded_rows(
-    text: Any, tokenizer: Any, limit: int | None, max_rows: int | None
+    text: Any, tokenizer: Any, limit: int | None, max_rows: int | None, progress: bool = False
 ) -> tuple[dict[int, dict], dict[int, str]]:
     """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
     rows, examples, skipped = rows_of(text), {}, {}
-    for number, row in enumerate(rows, 1):
+    for number, row in track(enumerate(rows, 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
         encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
         encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
         if limit is not None and len(encoded_row["input_ids"]) > limit:
@@ -103,3 +116,13 @@ def encoded_rows(
         reasons = "; ".join(f"row {row}: {reason}" for row, reason in list(skipped.items())[:3])
         raise InputError(f"text: none of its {len(rows)} rows can be shown ({reasons})")
     return examples, skipped
+
+
+def left_out(skipped: Mapping[int, str]) -> list[str]:
+    """The numbers of rows that are left out, a line per reason."""
+    lines = []
+    for reason in dict.fromkeys(skipped.values()):
+        rows = [row for row, other in skipped.items() if other == reason]
+        more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
+        lines.append(f"left out, {reason}: row {', '.join(map(str, rows[:10]))}{more}")
+    return lines

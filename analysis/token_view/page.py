@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from jinja2 import Template
 
-from qlens.analysis.token_view.ranking import NEGATIVE_MARGIN
+from qlens.analysis.ranking.orders import NEGATIVE_MARGIN
 from qlens.analysis.token_view.segments import REST
 from qlens.analysis.token_view.summary import Summary
 from qlens.analysis.token_view.token_text import completed
@@ -39,7 +39,7 @@ class Metric(NamedTuple):
 
 MARGIN = "log p of the runner-up minus log p of the label, nats; the smaller of student's and teacher's"
 METRICS = (
-    Metric("supervised", "trained on", "tokens that the loss is computed on; the others are the model's context", False, 2.5),  # pale
+    Metric("supervised", "trained on", "tokens that the loss is computed on; the others are context", False, 2.5),  # pale
     Metric("label_weight", "label weight", "gradient on the label as a share of SFT's, -g_y / (1 - p_y)", True, 1.0, True),
     Metric("q_other", "Q(other)", "1 - Q_y: the target's mass that is not on the label", True, 1.0, True),
     Metric("reshape", "reshape", "total variation between Q and the student's ratios among the other tokens", True),
@@ -243,10 +243,10 @@ def _ranked(view: Any) -> dict[str, Any]:
     ranking, row_numbers = view.rank(), {text.row: number for number, text in enumerate(view.texts)}
     places = [(text.row, place + 1) for text in view.texts for place in text.places]
     slot = {place: number for number, place in enumerate(places)}
-    orders, scores = [], {}
+    orders, scores, first_tokens = [], {}, ranking.first_tokens(10 * LISTED)
     for by in ranking.orders:
         rows = ranking.rows[(ranking.rows["by"] == by) & ranking.rows["row"].isin(row_numbers)]
-        tokens = ranking.tokens[ranking.tokens["by"] == by].head(10 * LISTED)
+        tokens = first_tokens[first_tokens["by"] == by]
         listed = [place for place in zip(tokens["row"], tokens["position"], strict=True) if place in slot]
         ranks = {row_numbers[row]: rank for row, rank in zip(rows["row"], rows["rank"], strict=True)}
         first = [slot[place] for place in listed[:LISTED]]

@@ -35,7 +35,10 @@ def laid_out(strings: Sequence[str], width: float) -> list[Word]:
     """Tokens in lines of at most ``width`` points; a newline begins a line, and a token that does not fit the next one."""
     words, x, line = [], 0.0, 0
     for token, string in enumerate(strings):
-        text = "".join(letter if letter == " " else shown(letter) for letter in string.replace("\n", "\N{downwards arrow with corner leftwards}"))
+        text = "".join(
+            letter if letter == " " else shown(letter)
+            for letter in string.replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}")
+        )
         size = sum(map(_advance, text))
         if x and x + size > width:
             x, line = 0.0, line + 1

@@ -21,7 +21,6 @@ from qlens.data.from_text import ENTRIES, token_batches
 from qlens.registry import Variant
 from qlens.registry.variant import ALONE
 
-
 LONG = 2**24  # logits whose reading takes long enough to show progress
 
 
@@ -178,7 +177,7 @@ def _top_teacher(tokens: Tokens, k: int) -> tuple[Float[Tensor, "N V"], Float[Te
 def _of_method(tokens: Tokens, target: Target) -> pd.DataFrame:
     """Metrics of a target, a row per token."""
     metrics = {
-        "q_y": tokens.gather(target.q),
+        "q_y": target.q_y,
         "label_weight": target.label_weight,
         "label_gradient": target.pull,
         "q_other": target.room - target.pull,
@@ -194,22 +193,22 @@ def _of_method(tokens: Tokens, target: Target) -> pd.DataFrame:
 def _of_models(tokens: Tokens) -> dict[str, Tensor]:
     """Metrics of the models alone."""
     log_p = tokens.log_probs.detach()
-    margin, runner_up = _negative_margin(tokens, log_p)
+    margin, runner_up, p_runner_up = negative_margin(tokens, log_p)
     metrics = {
         "label": tokens.labels,
         "p_y": tokens.label_probs.detach(),
         "nll": -tokens.label_log_probs.detach(),
         "entropy": -expectation(log_p.exp(), log_p),
-        "p_other": tokens.rest_log_probs.detach().exp(),
+        "p_other": Target.push(tokens, 1.0).rest,
         "negative_margin_student": margin,
         "label_rank": _label_rank(tokens, log_p),
         "runner_up": runner_up,
-        "p_runner_up": log_p.exp().gather(1, runner_up[:, None])[:, 0],
+        "p_runner_up": p_runner_up,
     }
     if tokens.teacher is None:
         return metrics | {"negative_margin": margin}
     log_t = tokens.log_probs_of("teacher")
-    teacher_margin, _ = _negative_margin(tokens, log_t)
+    teacher_margin, _, _ = negative_margin(tokens, log_t)
     return metrics | {
         "teacher_y": tokens.gather(log_t).exp(),
         "teacher_rank": _label_rank(tokens, log_t),
@@ -219,10 +218,12 @@ def _of_models(tokens: Tokens) -> dict[str, Tensor]:
     }
 
 
-def _negative_margin(tokens: Tokens, log_p: Float[Tensor, "N V"]) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"]]:
-    """log p of the runner-up minus log p of the label, and the id of the runner-up."""
+def negative_margin(
+    tokens: Tokens, log_p: Float[Tensor, "N V"]
+) -> tuple[Float[Tensor, " N"], Int[Tensor, " N"], Float[Tensor, " N"]]:
+    """log p of the runner-up minus log p of the label; the id of the runner-up; its p."""
     top = log_p.scatter(1, tokens.labels[:, None].long(), -torch.inf).max(-1)
-    return top.values - tokens.gather(log_p), top.indices
+    return top.values - tokens.gather(log_p), top.indices, top.values.exp()
 
 
 def _label_rank(tokens: Tokens, log_p: Float[Tensor, "N V"]) -> Int[Tensor, " N"]:

@@ -12,9 +12,21 @@ import pandas as pd
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from qlens.analysis.token_view.inputs import columns_of, encoded_rows, loaded_model, rows_of, tokenizer_of, variants_of
+from qlens.analysis.ranking.ranking import Ranking, jsonl, records
+from qlens.analysis.ranking.row_texts import RowTexts
+from qlens.analysis.ranking.scores import Scores
+from qlens.analysis.token_view.inputs import (
+    FIELDS,
+    check_number,
+    columns_of,
+    encoded_rows,
+    left_out,
+    loaded_model,
+    rows_of,
+    tokenizer_of,
+    variants_of,
+)
 from qlens.analysis.token_view.page import METRICS, html
-from qlens.analysis.token_view.ranking import Ranking, jsonl, rank, records
 from qlens.analysis.token_view.segments import REST, patterns, segment_means, segments_of, user_columns
 from qlens.analysis.token_view.summary import Summary, summary_of
 from qlens.analysis.token_view.token_text import TokenText, legible
@@ -28,9 +40,6 @@ from qlens.core.supervised import IGNORE
 from qlens.data.compatibility import check_same_vocabulary, shortest_context
 from qlens.data.from_text import check_fits
 from qlens.registry import Variant
-
-FIELDS = ("old", "second", "sequence", "negatives")  # that a text and its model provide
-CONTEXT, TEXT = 24, 60  # letters shown of the context of a token, and of a row
 
 
 @dataclass(frozen=True)
@@ -72,12 +81,7 @@ class TokenView(Result):
     @property
     def notes(self) -> list[str]:
         """Rows that were left out, by reason."""
-        lines = []
-        for reason in dict.fromkeys(self.skipped.values()):
-            rows = [row for row, other in self.skipped.items() if other == reason]
-            more = f" and {len(rows) - 10} more" if len(rows) > 10 else ""
-            lines.append(f"left out, {reason}: row {', '.join(map(str, rows[:10]))}{more}")
-        return lines
+        return left_out(self.skipped)
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -225,20 +229,11 @@ class TokenView(Result):
 
     @cached_property
     def _ranking(self) -> Ranking:
-        places, models = self._places(), self.summary.models
-        strings = {text.row: [self.token_text[token] for token in text.ids] for text in self.texts}
-        ends = [(row, position - 1) for row, position in places]
-        texts = {text.row: legible("".join(strings[text.row][text.places[0] :]))[:TEXT] for text in self.texts}
-        return rank(
-            self.summary,
-            rows=[row for row, _ in places],
-            positions=[position for _, position in places],
-            labels=[legible(self.token_text[token]) for token in models["label"]],
-            runners_up=[legible(self.token_text[token]) for token in models["runner_up"]],
-            contexts=[legible("".join(strings[row][max(0, at - CONTEXT) : at]))[-CONTEXT:] for row, at in ends],
-            texts=texts,
-            notes=self.notes,
-        )
+        rows, positions = zip(*self._places(), strict=True)
+        models = self.summary.models.assign(row=rows, position=positions)
+        ids = {text.row: text.ids for text in self.texts}
+        starts = {text.row: text.places[0] for text in self.texts}
+        return Ranking.of(Scores(models, self.summary.methods), RowTexts(self.token_text, ids, starts), self.notes)
 
     def top(self, count: int) -> "TokenView":
         """The rows among the first ``count`` of any order, or with one of its first tokens; ranked among all rows."""
@@ -333,8 +328,8 @@ def view(
     chosen = variants_of(variants, teacher, reference, (*FIELDS, *columns_of(text)))
     limits = {"candidates": candidates, "max_rows": max_rows, "top_k_teacher": top_k_teacher}
     for name, value in limits.items():
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise InputError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if value is not None:
+            check_number(name, value)
     if top_k_teacher is not None and teacher is None:
         raise InputError(f"top_k_teacher={top_k_teacher} needs a teacher: give teacher=, on the command line --teacher")
     compiled = patterns(segments)

@@ -88,5 +88,7 @@ def vocabulary_text(frame: pd.DataFrame, top: int) -> str:
         ):
             table = chosen.drop(columns=["method", "id"]).assign(token=chosen["token"].map(repr))
             blocks.append(f"{method} {title}:\n{table.to_string(index=False, float_format='{:.3f}'.format)}")
-    legend = "labels: tokens with that label; p, q: expected counts under student and target; move = q - p, over the tokens "
+    legend = (
+        "labels: tokens with that label; p, q: expected counts under student and target; move = q - p, over the tokens "
+    )
     return "\n\n".join([*blocks, f"{legend}with that label (move_label) and the others (move_other)."])

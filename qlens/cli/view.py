@@ -2,16 +2,21 @@
 
 import sys
 from contextlib import redirect_stdout
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import qlens
 from qlens.cli.inputs import figure_path, own_models
 from qlens.cli.options import Data, Device, Dtype, Folder, app
+from qlens.cli.rank import output_path, rank_rows
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, shown_path
 from qlens.registry import params
+
+if TYPE_CHECKING:
+    from qlens.analysis.token_view import TokenView
 
 
 @app.command()
@@ -71,11 +76,27 @@ def view(
     row: Annotated[
         int | None, typer.Option(min=1, help="The row that --figure draws.", show_default="the first")
     ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SPEC",
+            help="With --rank --out FILE.jsonl: the method, or negative_margin, that weights or drops rows.",
+            show_default="the first in which not all rows tie",
+        ),
+    ] = None,
+    drop_least: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="With --rank --out FILE.jsonl: leave out this share of the rows, the least trusted, instead of weights.",
+            show_default="none",
+        ),
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="The page.",
+            help="The page; with --rank FILE.html is the page of the first rows, FILE.jsonl the data with weights.",
             show_default="view.html; none with --rank, --vocabulary, --figure or --json",
         ),
     ] = None,
@@ -85,52 +106,76 @@ def view(
     dtype: Dtype = None,
 ) -> None:
     """Show the targets token by token as one HTML file; or rank tokens and rows by label weight."""
-    default = None if rank or vocabulary or figure or as_json else "view.html"
-    path = default if out is None else out
-    path = None if path is None else output_file(path, "--out")
-    picture = None if figure is None else figure_path(figure)
+    alone = {"--after": after, "--columns": columns, "--segment": segment, "--top-k-teacher": top_k_teacher}
+    alone |= {"--figure": figure, "--vocabulary": vocabulary or None}
+    if rank:
+        path = output_path(out, by, drop_least)
+        if extra := [name for name, value in alone.items() if value is not None]:
+            raise InputError(f"{extra[0]} is about the view of single tokens: leave it or --rank out")
+    elif by is not None or drop_least is not None:
+        raise InputError(f"{'--drop-least' if by is None else '--by'} goes with --rank --out FILE.jsonl")
+    else:
+        default = None if vocabulary or figure or as_json else "view.html"
+        path = default if out is None else out
+        path = None if path is None else output_file(path, "--out")
     if row is not None and figure is None:
         raise InputError("--row goes with --figure FILE: it is the row that is drawn")
-    from qlens.analysis.token_view.ranking import jsonl
-    from qlens.analysis.token_view.vocabulary import first_and_last, vocabulary_text
+    picture = None if figure is None else figure_path(figure)
+    keys = [] if columns is None else [name.strip() for name in columns.split(",")]
+    patterns = None if segment is None else dict(map(_named_pattern, segment))
     from qlens.data.rows import ignored_keys
 
-    keys = [] if columns is None else [name.strip() for name in columns.split(",")]
     with redirect_stdout(sys.stderr):
         loaded, rows_read = own_models(
             model, teacher, reference, data, "cpu" if device is None else device, dtype, text, after
         )
+        specs = None if variants is None else params.split_specs(variants)
+        if data is not None and (ignored := [key for key in ignored_keys(rows_read) if key not in keys]):
+            typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
+    if rank:
+        rank_rows(loaded, rows_read, specs, rows, top, path, candidates, by, drop_least, as_json)
+        return
+    with redirect_stdout(sys.stderr):
         page = qlens.view(
             **loaded,
             text=rows_read,
-            variants=None if variants is None else params.split_specs(variants),
+            variants=specs,
             candidates=1 if path is None else candidates,
-            max_rows=rows or (None if rank or vocabulary else max(8, row or 0)),
+            max_rows=rows or (None if vocabulary else max(8, row or 0)),
             columns=keys,
-            segments=None if segment is None else dict(map(_named_pattern, segment)),
+            segments=patterns,
             top_k_teacher=top_k_teacher,
         )
         if path is not None:
-            (page.top(top) if rank else page).save(path)
+            page.save(path)
         if picture is not None:
-            from qlens.analysis.plots.save import save_figure
-
-            drawn = page.texts[0].row if row is None else row
-            save_figure(page.plot(drawn, "label_weight"), picture, page.table[page.table["row"] == drawn])
+            _save_row(page, row, picture)
     typer.echo(f"{page}; {len(page.skipped)} rows left out", err=True)
-    if data is not None and (ignored := [key for key in ignored_keys(rows_read) if key not in keys]):
-        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
-    if rank:
-        print(page.rank().to_jsonl(top) if as_json else page.rank().text(top))
     if vocabulary:
-        entries = page.vocabulary
-        print(jsonl(first_and_last(entries, top)) if as_json else vocabulary_text(entries, top))
-    if as_json and not (rank or vocabulary):
+        print(_vocabulary(page, top, as_json))
+    elif as_json:
         print(page.to_jsonl())
     if path is not None:
         typer.echo(f"View: {shown_path(path)} ({path.stat().st_size / 1e6:.1f} MB)", err=as_json)
     if picture is not None:
         typer.echo(f"Figure: {shown_path(picture)}", err=as_json)
+
+
+def _save_row(page: "TokenView", row: int | None, path: Path) -> None:
+    """Draw a row, by default the first, and save it with its data."""
+    from qlens.analysis.plots.save import save_figure
+
+    drawn = page.texts[0].row if row is None else row
+    save_figure(page.plot(drawn, "label_weight"), path, page.table[page.table["row"] == drawn])
+
+
+def _vocabulary(page: "TokenView", top: int, as_json: bool) -> str:
+    """The first and last entries of the vocabulary table."""
+    from qlens.analysis.ranking.ranking import jsonl
+    from qlens.analysis.token_view.vocabulary import first_and_last, vocabulary_text
+
+    entries = page.vocabulary
+    return jsonl(first_and_last(entries, top)) if as_json else vocabulary_text(entries, top)
 
 
 def _named_pattern(option: str) -> tuple[str, str]:

@@ -1,11 +1,22 @@
 """Progress of long work on stderr: a bar in a terminal or notebook, plain lines at intervals elsewhere."""
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 INTERVAL = 30.0  # seconds between lines
 
@@ -13,12 +24,20 @@ T = TypeVar("T")
 
 
 class Lines:
-    """Progress as lines of a log file, at most one per ``INTERVAL`` and one at the end."""
+    """Progress as lines of a log file, at most one per ``INTERVAL`` and one at the end.
 
-    def __init__(self, description: str, total: int, console: Console):
-        self.description, self.total, self.console = description, total, console
-        self.done, self.start = 0, time.monotonic()
-        self.printed = self.start
+    Args:
+        description: what is done.
+        total: number of steps.
+        console: where lines go.
+        unit: what a step is, for the rate; "": none is shown.
+        done: steps that were done before.
+    """
+
+    def __init__(self, description: str, total: int, console: Console, unit: str = "", done: int = 0):
+        self.description, self.total, self.console, self.unit = description, total, console, unit
+        self.before = self.done = done
+        self.printed = self.start = time.monotonic()
 
     def advance(self, steps: int = 1) -> None:
         """Count steps, and print a line if one is due."""
@@ -27,9 +46,22 @@ class Lines:
         if self.done < self.total and now - self.printed < INTERVAL:
             return
         self.printed, elapsed = now, now - self.start
-        remaining = elapsed * (self.total - self.done) / max(self.done, 1)
-        rest = f", about {duration(remaining)} left" if self.done < self.total else ""
-        self.console.print(f"{self.description}: {self.done} of {self.total} after {duration(elapsed)}{rest}")
+        new = max(self.done - self.before, 1)
+        rest = f", about {duration(elapsed * (self.total - self.done) / new)} left" if self.done < self.total else ""
+        rate = f", {new / max(elapsed, 1e-9):.2f} {self.unit}/s" if self.unit else ""
+        self.console.print(f"{self.description}: {self.done} of {self.total} after {duration(elapsed)}{rate}{rest}")
+
+
+class Rate(ProgressColumn):
+    """The rate of a bar, in its unit per second."""
+
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
+    def render(self, task: Task) -> Text:
+        """The rate of the last seconds."""
+        return Text(f"{task.speed:.2f} {self.unit}/s" if task.speed else "")
 
 
 def stderr(progress: bool = True) -> Console:
@@ -54,15 +86,33 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-def track(items: Iterable[T], total: int, description: str, progress: bool = True) -> Iterator[T]:
-    """Yield items, and show how many of the total have been processed."""
+@contextmanager
+def bar(
+    total: int, description: str, unit: str = "", done: int = 0, progress: bool = True
+) -> Iterator[Callable[..., None]]:
+    """A function that counts steps of a bar or of lines: ``advance()`` one, ``advance(n)`` several.
+
+    Args:
+        total: number of steps.
+        description: what is done.
+        unit: what a step is, such as "rows", for the rate; "": none is shown.
+        done: steps that were done before; neither rate nor time left counts them.
+        progress: whether anything is shown.
+    """
     console = stderr(progress)
     if interactive(console) or not progress:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, TimeRemainingColumn(), console=console, disable=not progress) as bar:
-            yield from bar.track(items, total, description=description)
+        rate = (Rate(unit),) if unit else ()
+        with Progress(*columns, *rate, TimeRemainingColumn(), console=console, disable=not progress) as shown:
+            task = shown.add_task(description, total=total, completed=done)
+            yield lambda steps=1: shown.advance(task, steps)
         return
-    lines = Lines(description, total, console)
-    for item in items:
-        yield item
-        lines.advance()
+    yield Lines(description, total, console, unit, done).advance
+
+
+def track(items: Iterable[T], total: int, description: str, progress: bool = True) -> Iterator[T]:
+    """Yield items, and show how many of the total have been processed."""
+    with bar(total, description, progress=progress) as advance:
+        for item in items:
+            yield item
+            advance()

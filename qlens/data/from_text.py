@@ -1,7 +1,6 @@
 """Tokens of texts: the predictions of models at their supervised positions."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +111,7 @@ def token_batches(
     batch_size: int,
     needs: Collection[str] = (),
     entries: int | None = None,
+    backbones: Backbones | None = None,
     **other_models: nn.Module,
 ) -> Iterator[Tokens]:
     """``tokens_from_examples`` batch by batch; ``sequence`` counts on from batch to batch.
@@ -119,31 +119,31 @@ def token_batches(
     Args:
         model, examples, batch_size, needs: as there; models are loaded.
         entries: most logits of a model at a time, where it has a linear head; None: those of a batch.
+        backbones: those of the models in earlier calls, which are not verified again.
         other_models: teacher and reference.
     """
-    backbones = Backbones(None)
-    with ExitStack() as frozen:
-        for each in (model, *other_models.values()):
-            frozen.enter_context(evaluating(each))
-        for start in range(0, len(examples), batch_size):
-            batch = _on(model.device, collate(examples[start : start + batch_size]))
-            supervised = SupervisedBatch(batch)
-            batch = supervised.model_inputs()
-            for name, each in {"model": model, **other_models}.items():
+    backbones = Backbones(None) if backbones is None else backbones
+    models = {"model": model, **other_models}
+    for start in range(0, len(examples), batch_size):
+        batch = _on(model.device, collate(examples[start : start + batch_size]))
+        supervised = SupervisedBatch(batch)
+        batch = supervised.model_inputs()
+        logits = {}
+        for name, each in models.items():
+            with evaluating(each):
                 check_causal(each, _on(each.device, batch), name)
-            logits = {"logits": _logits(model, batch, supervised, entries and backbones, "model")}
-            for name, other in other_models.items():
-                logits[name] = _logits(other, _on(other.device, batch), supervised, entries and backbones, name)
-            vocabulary = vocabulary_size(model)
-            size = max(len(supervised) if entries is None else entries // vocabulary, 1)
-            for at in range(0, max(len(supervised), 1), size):
-                rows = slice(at, at + size)
+                logits[name] = _logits(each, _on(each.device, batch), supervised, entries and backbones, name)
+        size = max(len(supervised) if entries is None else entries // vocabulary_size(model), 1)
+        for at in range(0, max(len(supervised), 1), size):
+            rows = slice(at, at + size)
+            with torch.no_grad():  # not across yield: the caller may compute gradients meanwhile
                 fields = {name: read(rows).to(model.device) for name, read in logits.items()}
-                fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
-                if "negatives" in needs:
-                    fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1], rows)
-                fields |= {name: values[rows] for name, values in supervised.columns.items()}
-                yield Tokens(labels=supervised.labels[rows], sequence=start + supervised.sequence[rows], **fields)
+            fields["logits"] = fields.pop("model")
+            fields |= {name: fields["logits"] for name in ("old", "second") if name in needs}
+            if "negatives" in needs:
+                fields["negatives"] = supervised.context(batch["input_ids"], fields["logits"].shape[1], rows)
+            fields |= {name: values[rows] for name, values in supervised.columns.items()}
+            yield Tokens(labels=supervised.labels[rows], sequence=start + supervised.sequence[rows], **fields)
 
 
 def _logits(

@@ -230,8 +230,9 @@ GOOD = (
 )  # fmt: skip
 
 
-def test_good_inputs_keep_working(work, monkeypatch, capfd):
+def test_good_inputs_keep_working(work, monkeypatch, capfd, tmp_path):
     monkeypatch.chdir(work)
+    monkeypatch.setenv("QLENS_CACHE", str(tmp_path))  # of the ranking
     row = '{"text": "ab", "id": %d, "critical": [true, false, true], "weight": 0.5}'
     (work / "columns.jsonl").write_text("\n".join(row % n for n in range(3)))
     for line in GOOD:

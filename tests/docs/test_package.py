@@ -131,7 +131,7 @@ def test_dependencies_point_one_way():
             assert allowed is None or not top or where[0] in allowed or stub, f"{'/'.join(where)} imports {name}"
 
 
-@pytest.mark.parametrize("name", ["compare", "study", "plots", "token_view"])
+@pytest.mark.parametrize("name", ["compare", "study", "plots", "token_view", "ranking"])
 def test_a_package_of_analysis_can_be_the_first_import(name, fresh):
     code, _, errors = fresh(f"import qlens.analysis.{name}", ROOT)
     assert code == 0, errors

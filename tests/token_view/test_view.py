@@ -134,40 +134,12 @@ def test_the_command_writes_a_page(run, user_files, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["view.html"], "with --json no page unasked"
 
 
-def test_the_command_ranks(run, user_files, tmp_path):
-    command = [
-        "view",
-        "--rank",
-        "--model",
-        user_files["model"],
-        "--data",
-        user_files["data"],
-        "--variants",
-        "sft,dft",
-        "--top",
-        2,
-    ]
-    code, out, err = run(*command)
-    assert (
-        code == 0 and "dft: smallest label weight first" in out and "rows (of 40):" in out and "1 rows left out" in err
-    )
-    assert "left out, longer than the context of 32 tokens: row 41" in out and not list(tmp_path.iterdir())
-    code, out, _ = run(*command, "--json", "--out", "least.html")
-    lines = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and len(lines) == 12
-    page = (tmp_path / "least.html").read_text()
-    data = json.loads(page.partition('id="data">')[2].partition("</script>")[0])
-    assert data["ranked"] == 40 and 2 <= len(data["texts"]) <= 8
-    assert {line["row"] for line in lines if line["by"] != "sft"} == {text["row"] for text in data["texts"]}
-
-
 def test_the_commands_mistakes_are_one_line_and_exit_code_2(run, tmp_path):
     for words, message in (
         (["--model", "nowhere"], "--model and --data go together"),
         (["--model", "./nowhere", "--text", "a"], "'./nowhere' is not there"),
         (["--model", "nowhere", "--text", "a", "--data", "b"], "--text and --data: give one of them"),
         (["--model", "nowhere", "--text", "a", "--out", "no/view.html"], "there is no folder no"),
-        (["--rank", "--top", "0"], "top"),
     ):
         code, out, err = run("view", *words)
         assert code == 2 and message in err and "Traceback" not in err and out == "", words

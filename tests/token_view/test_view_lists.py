@@ -98,7 +98,10 @@ def test_two_checkpoints_are_read_on_the_same_tokens(trained, models):
     assert len(table) == 2 * 3 * 9 and set(table["checkpoint"]) == {"before", "after"}
     line = table[(table["checkpoint"] == "after") & (table["method"] == "kd")].iloc[0]
     assert line["p_y"] == pytest.approx(after.label_probs[0].item(), rel=1e-4)
-    same = qlens.view(text=ROWS, variants="sft", after=models["model"], **models)
+    assert torch.is_grad_enabled(), "reading two models leaves the caller's mode"
+    model = models["model"].train()
+    same = qlens.view(text=ROWS, variants="sft", after=model, **models)
+    assert all(module.training for module in model.modules()) and model.eval()
     np.testing.assert_allclose(same.summary.after.models["change"], 0, atol=1e-6)
 
 

@@ -104,6 +104,11 @@ class Metrics:
         return self.scale * (t * self.rest + (1 - t) * gap)
 
     @property
+    def q_y(self) -> Float[Tensor, " N"]:
+        """Q_y, the target's probability of the label."""
+        return self._label_mass if self.label_only else self.q.gather(1, self._index)[:, 0]
+
+    @property
     def room(self) -> Float[Tensor, " N"]:
         """1 - p_y, the label gradient of SFT."""
         return self.rest

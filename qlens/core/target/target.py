@@ -252,6 +252,13 @@ class Target(Metrics, Display):
             return target
         return replace(target, dense_q=self.q, dense_grad=self.dense_grad * weight[:, None])
 
+    def with_sums_of(self, other: "Target") -> "Target":
+        """This target, with log p and the sums over the vocabulary that ``other``, at the same tokens, has computed already."""
+        if self.logits.data_ptr() == other.logits.data_ptr() and self.logits.shape == other.logits.shape:
+            computed = {name: other.__dict__[name] for name in ("log_probs", "_beside") if name in other.__dict__}
+            self.__dict__.update(computed)
+        return self
+
     def __getitem__(self, rows: Any) -> "Target":
         """A selection of rows: ``target[mask]``, ``target[2:5]``."""
         return self._each(lambda value: value[rows])

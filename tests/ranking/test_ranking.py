@@ -8,8 +8,9 @@ import pytest
 from numpy.testing import assert_allclose
 
 from qlens import InputError
-from qlens.analysis.token_view.ranking import rank
-from qlens.analysis.token_view.summary import Summary
+from qlens.analysis.ranking import Ranking
+from qlens.analysis.ranking.row_texts import RowTexts
+from qlens.analysis.ranking.scores import Scores
 
 # row, p_y, 1 - Q_y of two methods, negative margin
 TOKENS = [
@@ -38,11 +39,11 @@ def make_ranking(tokens=TOKENS, notes=()):
         for name, each in zip(("sft", "mine"), q_other, strict=True)
     }
     n = len(tokens)
-    summary = Summary(pd.DataFrame(models), methods, np.zeros((n, 1), int), np.zeros((n, 1)), np.zeros((2, n, 1)), None)
-    words = [f"w{number}" for number in range(n)]
-    return rank(
-        summary, rows, list(range(1, n + 1)), words, ["\u202ebefore"] * n, {r: f"row\n{r}" for r in rows}, words, notes
-    )
+    models |= {"row": rows, "position": np.arange(1, n + 1), "label": np.arange(n), "runner_up": np.arange(n)}
+    pieces = [f"w{number}" for number in range(n)] + ["\u202ebefore", "row\n"]
+    ids = {row: [n] * n + [n + 1, row] for row in rows}
+    texts = RowTexts(pieces, ids, dict.fromkeys(rows, n))
+    return Ranking.of(Scores(pd.DataFrame(models), methods), texts, notes)
 
 
 def of(frame, by):
@@ -107,7 +108,7 @@ def test_special_rows_are_noted():
     assert "left out, no supervised token: row 3" in text
     assert "2 rows have a single supervised token: their score is that token's" in text
     assert "1 rows have a sum of 1 - p_y below 0.01: methods do not rank them" in text
-    assert "'row\\n4'" in text and "\u202e" not in text, "nothing in a text acts on a terminal"
+    assert "'row\\nw4'" in text and "\u202e" not in text, "nothing in a text acts on a terminal"
 
 
 def test_json_lines_are_the_tables():
@@ -115,7 +116,7 @@ def test_json_lines_are_the_tables():
     lines = [json.loads(line) for line in ranking.to_jsonl().splitlines()]
     assert len(lines) == len(ranking.rows) + len(ranking.tokens)
     first = next(line for line in lines if line["kind"] == "row" and line["by"] == "mine")
-    assert first["row"] == 4 and first["rank"] == 1 and first["text"] == "row\n4"
+    assert first["row"] == 4 and first["rank"] == 1 and first["text"] == "row\nw4"
     assert [line["rank"] for line in lines if line["kind"] == "row" and line["by"] == "mine"][-1] is None
     few = [json.loads(line) for line in ranking.to_jsonl(1).splitlines()]
     assert [(line["kind"], line["by"]) for line in few] == [
