@@ -99,8 +99,8 @@ def test_the_view_notebook_takes_user_models_and_text(user_files, tmp_path, cach
         monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
     executed = run_notebooks.run(read(FILES[3]), tmp_path, cache, "small", kernel)
     assert troubles(executed) == [] and list(tmp_path.iterdir()) == []
-    assert "of 40 rows" in result(executed) and "the label with the largest negative margin is" in result(executed)
-    assert "left out, longer than the context of 32 tokens: row 41" in shown_text(executed)
+    assert "On 18 tokens of 4 rows of the second part" in result(executed)
+    assert "<TokenView of 18 tokens in 4 rows: sft, dft, target_sft>" in shown_text(executed)
 
 
 def test_stored_outputs_are_up_to_date():
