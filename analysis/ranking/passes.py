@@ -79,8 +79,8 @@ def rank(
     chosen = inputs.variants_of(variants, teacher, reference, (*inputs.FIELDS, *inputs.columns_of(data)))
     inputs.check_number("max_rows", 1 if max_rows is None else max_rows)
     student, tokenizer = inputs.loaded_model(model, "model"), inputs.tokenizer_of(model, tokenizer)
-    given = {"teacher": teacher, "reference": reference}
-    others = {name: inputs.loaded_model(each, name) for name, each in given.items() if each is not None}
+    optional = {"teacher": teacher, "reference": reference}
+    others = {name: inputs.loaded_model(each, name) for name, each in optional.items() if each is not None}
     for name, other in others.items():
         check_same_vocabulary(student, other, name)
     limit = shortest_context(student, *others.values())
