@@ -37,7 +37,7 @@ def assert_same(ranking, other):
     pd.testing.assert_frame_equal(ranking.tokens, other.tokens, check_exact=True, check_dtype=False)
 
 
-@pytest.mark.parametrize("variants", [("sft", "dft", "target_sft"), ("dft", "iw_sft"), ("gem", "kd", "focal")])
+@pytest.mark.parametrize("variants", [("sft", "dft", "target_sft"), ("dft", "iw_sft"), ("gem", "kd", "sft_kl")])
 def test_rows_rank_as_in_a_view_of_all_of_them(models, variants):
     ranking = ranked(models, variants=variants)
     view = qlens.view(text=PAIRS, variants=variants, reference=models["teacher"], **models)
