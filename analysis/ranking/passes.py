@@ -16,6 +16,7 @@ from qlens.analysis.ranking.scores import Scores, token_columns
 from qlens.analysis.ranking.shards import Arrays, Shards, configuration, default_folder
 from qlens.analysis.token_view import inputs
 from qlens.analysis.token_view.token_text import TokenText
+from qlens.core.errors import InputError, brief
 from qlens.core.files import shown_path, user_path
 from qlens.core.progress import bar, duration, stderr
 from qlens.core.supervised import IGNORE
@@ -76,6 +77,10 @@ def rank(
         >>> print(ranking.export("weighted.jsonl"))  # doctest: +SKIP
     """
     data = read_rows(rows) if isinstance(rows, str | Path) else [rows] if isinstance(rows, Mapping) else rows
+    if not isinstance(data, Sequence) or not len(data):
+        raise InputError(
+            f"rows must be a JSON Lines file, or a non-empty list of texts, pairs or rows, got {brief(rows)}"
+        )
     chosen = inputs.variants_of(variants, teacher, reference, (*inputs.FIELDS, *inputs.columns_of(data)))
     inputs.check_number("max_rows", 1 if max_rows is None else max_rows)
     student, tokenizer = inputs.loaded_model(model, "model"), inputs.tokenizer_of(model, tokenizer)
@@ -90,13 +95,15 @@ def rank(
     tokens = 0 if whole or student.device.type == "cpu" else TOKENS
     config = configuration({"model": student, **others}, list(examples.values()), chosen, tokens)
     folder = default_folder(config) if store is None else user_path(store, "store")
-    with locked(folder, config, "store"):
+    with locked(folder, config, "$QLENS_CACHE" if store is None else "store"):
         shards = list(_shards(Passes(student, others, chosen, whole, tokens), examples, Shards(folder), progress))
     columns = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
     notes = [*inputs.left_out(skipped), _rate(columns, examples, student.device.type == "cpu")]
     ids = {row: np.asarray(example["input_ids"], np.int32) for row, example in examples.items()}
     texts = RowTexts(TokenText(tokenizer), ids, {row: _places(example)[0] for row, example in examples.items()})
     read = data[: max([*examples, *skipped])]
+    if len(read) < len(data):
+        notes.append(f"rows from {len(read) + 1} on were not read (max_rows={max_rows}); an export ends there")
     scores = Scores.of(columns, [variant.spec for variant in chosen])
     return Ranking.of(scores, texts, notes, data=read, skipped=skipped)
 

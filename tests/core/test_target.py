@@ -182,3 +182,19 @@ def test_selected_tokens_are_those_with_a_trust():
     tokens = random_tokens(4, 5)
     trust = torch.tensor([0.0, 1.0, -0.5, 0.0], dtype=torch.float64)
     assert int(qlens.Target.mix(tokens, trust, "student").selected) == 2
+
+
+def test_q_of_the_label_is_read_from_any_construction():
+    tokens = random_tokens(seed=3, n=5, v=7)
+    for name in ("sft", "dft", "gem", "kd", "label_smoothing", "sft_kl"):
+        for target in (qlens.get(name).target(tokens), qlens.get(name).target(tokens).at("natural")):
+            assert_close(target.q_y, tokens.gather(target.q))
+
+
+def test_sums_over_the_vocabulary_are_shared_at_the_same_logits_only():
+    tokens, other = (random_tokens(seed=seed, n=5, v=7) for seed in (3, 4))
+    first = qlens.get("sft").target(tokens)
+    rest = first.rest
+    assert qlens.get("dft").target(tokens).with_sums_of(first).rest is rest
+    for apart in (other, tokens.replace(labels=other.labels)):
+        assert_close(qlens.get("dft").target(apart).with_sums_of(first).rest, 1 - apart.label_probs)

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from real_model import smollm2
 from tiny_models import letters, llama
 
 import qlens
@@ -37,7 +38,7 @@ def assert_same(ranking, other):
     pd.testing.assert_frame_equal(ranking.tokens, other.tokens, check_exact=True, check_dtype=False)
 
 
-@pytest.mark.parametrize("variants", [("sft", "dft", "target_sft"), ("dft", "iw_sft"), ("gem", "kd", "focal")])
+@pytest.mark.parametrize("variants", [("sft", "dft", "target_sft"), ("dft", "iw_sft"), ("gem", "kd", "sft_kl")])
 def test_rows_rank_as_in_a_view_of_all_of_them(models, variants):
     ranking = ranked(models, variants=variants)
     view = qlens.view(text=PAIRS, variants=variants, reference=models["teacher"], **models)
@@ -122,7 +123,23 @@ def test_several_rows_per_pass_give_the_same_numbers(models):
 def test_a_file_of_rows_is_read(user_files):
     ranking = qlens.rank(user_files["model"], None, user_files["data"], "dft", max_rows=5)
     assert ranking.orders == ["dft", "negative_margin"] and ranking.rows["row"].nunique() == 5
+    assert "rows from 6 on were not read (max_rows=5); an export ends there" in ranking.notes
     assert len(ranking.data) == 5 and ranking.row(1)["question"] == "what is ban"
+
+
+def test_mistakes_are_named(models, tmp_path):
+    (tmp_path / "file").touch()
+    for options, message in (
+        ({"rows": []}, "rows must be a JSON Lines file, or a non-empty list"),
+        ({"rows": 3}, "rows must be .* got 3"),
+        ({"rows": "./nowhere.jsonl"}, "nowhere.jsonl' is not there"),
+        ({"max_rows": 0}, "max_rows must be a whole number of at least 1"),
+        ({"variants": ["cft"]}, "cft needs 'critical'"),
+        ({"store": tmp_path / "file"}, "store: .* is a file, not a folder"),
+        ({"store": tmp_path}, "store: .* holds files but no config.json"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ranked(models, **options)
 
 
 def test_the_command_ranks(run, user_files, tmp_path):
@@ -155,3 +172,10 @@ def test_a_ranking_of_many_rows_keeps_no_logits(models, monkeypatch):
     assert max(sizes) == 3 * llama().config.vocab_size and torch.is_grad_enabled()
     frames = (ranking.scores.models, *ranking.scores.methods.values())
     assert {dtype.itemsize for frame in frames for dtype in frame.dtypes} == {4}
+
+
+@pytest.mark.real
+def test_rows_rank_on_smollm2_as_in_a_view_of_them():
+    rows = [("What is 3 * 12?", "3*12=<<3*12=36>>36"), ("Name a colour.", "Blue."), ("Say hello.", "Hello! " * 60)]
+    folder = smollm2()
+    assert_same(qlens.rank(folder, None, rows, ["dft"]), qlens.view(folder, None, rows, ["dft"]).rank())

@@ -254,7 +254,8 @@ class Target(Metrics, Display):
 
     def with_sums_of(self, other: "Target") -> "Target":
         """This target, with log p and the sums over the vocabulary that ``other``, at the same tokens, has computed already."""
-        if self.logits.data_ptr() == other.logits.data_ptr() and self.logits.shape == other.logits.shape:
+        pairs = ((self.logits, other.logits), (self.labels, other.labels))
+        if all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in pairs):
             computed = {name: other.__dict__[name] for name in ("log_probs", "_beside") if name in other.__dict__}
             self.__dict__.update(computed)
         return self
