@@ -134,7 +134,8 @@ class TokenView(Result):
         frame = self.totals.frame()
         frame.insert(2, "token", [legible(self.token_text[int(entry)]) for entry in frame["id"]])
         order = frame["method"].map({name: number for number, name in enumerate(self.totals.moves)})
-        return frame.assign(order=order).sort_values(["order", "move"], ascending=[True, False]).drop(columns="order")
+        frame = frame.assign(order=order).sort_values(["order", "move"], ascending=[True, False], ignore_index=True)
+        return frame.drop(columns="order")
 
     def to_frame(self) -> pd.DataFrame:
         """``table``."""
