@@ -3,8 +3,9 @@
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -89,7 +90,7 @@ class World:
     @property
     def steps(self) -> dict[str, int]:
         """Parts in the order of building, with their numbers of steps."""
-        return {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
+        return steps_of(self.setting)
 
     def whole(self) -> bool:
         """Whether all parts are in the cache."""
@@ -223,43 +224,74 @@ def world(setting: str | Setting, progress: bool = True) -> World:
     return World(setting)
 
 
+def steps_of(setting: Setting) -> dict[str, int]:
+    """Parts of an environment in the order of building, with their numbers of steps."""
+    return {"base": setting.pretrain_steps, "teacher": setting.teach_steps, "measured": 1}
+
+
+@dataclass(frozen=True)
+class Construction:
+    """The building of one environment, whose progress every process can read.
+
+    Args:
+        setting: of the environment.
+        file: its size is the number of finished steps.
+    """
+
+    setting: Setting
+    file: Path
+
+    @property
+    def total(self) -> int:
+        """Number of steps."""
+        return sum(steps_of(self.setting).values())
+
+    @property
+    def done(self) -> int:
+        """Number of finished steps."""
+        return min(self.file.stat().st_size, self.total) if self.file.is_file() else 0
+
+    def run(self) -> None:
+        """Build what is missing in the cache."""
+        with self.file.open("ab", buffering=0) as file:
+            World(self.setting).build(lambda steps: file.write(b"." * steps))
+
+
+def constructions(settings: Iterable[Setting], folder: Path) -> dict[str, Construction]:
+    """The environments that are not in the cache, by the names of their settings, to be counted in a folder."""
+    missing = [setting for setting in settings if not World(setting).whole()]
+    return {setting.name: Construction(setting, folder / setting.name) for setting in missing}
+
+
 def build(settings: Sequence[Setting], progress: bool = True) -> None:
     """Build the environments that are not in the cache, each in a process of its own if there are several."""
-    missing = [each for setting in settings if not (each := World(setting)).whole()]
-    if not missing:
-        return
     console = stderr(progress)
-    with Progress(console=console, disable=not (progress and interactive(console))) as bar:
-        totals = {each.setting.name: sum(each.steps.values()) for each in missing}
-        bars = [bar.add_task(f"building {name}", total=total) for name, total in totals.items()]
-        lines = [Lines(f"building {name}", total, console) for name, total in totals.items()]
-
-        def advance(number: int, steps: int) -> None:
-            bar.advance(bars[number], steps)
-            if not interactive(console):
-                lines[number].advance(steps)
-
-        if len(missing) == 1:
-            missing[0].build(lambda steps: advance(0, steps))
+    with tempfile.TemporaryDirectory() as folder:
+        missing = list(constructions(settings, Path(folder)).values())
+        if not missing:
             return
-        workers = ProcessPoolExecutor(min(len(missing), cpu_count()))
-        with tempfile.TemporaryDirectory() as folder, workers:
-            counts, done = [Path(folder, str(number)) for number in range(len(missing))], [0] * len(missing)
-            pairs = zip(missing, counts, strict=True)
-            running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
-            unfinished = True
-            while unfinished:
-                unfinished = bool(wait(running, timeout=0.5).not_done)
-                for number, count in enumerate(counts):
-                    size = count.stat().st_size if count.is_file() else 0
-                    if size > done[number]:
-                        advance(number, size - done[number])
-                        done[number] = size
-            for each in running:
-                each.result()
+        with Progress(console=console, disable=not (progress and interactive(console))) as bar:
+            names = [f"building {each.setting.name}" for each in missing]
+            bars = [bar.add_task(name, total=each.total) for name, each in zip(names, missing, strict=True)]
+            lines = [Lines(name, each.total, console) for name, each in zip(names, missing, strict=True)]
 
+            def advance(number: int, steps: int) -> None:
+                bar.advance(bars[number], steps)
+                if not interactive(console):
+                    lines[number].advance(steps)
 
-def _build_and_count(setting: Setting, count: Path) -> None:
-    """Build an environment; the size of the file ``count`` is the number of finished steps."""
-    with count.open("ab", buffering=0) as file:
-        World(setting).build(lambda steps: file.write(b"." * steps))
+            if len(missing) == 1:
+                World(missing[0].setting).build(lambda steps: advance(0, steps))
+                return
+            done = [0] * len(missing)
+            with ProcessPoolExecutor(min(len(missing), cpu_count())) as workers:
+                running = [workers.submit(each.run) for each in missing]
+                unfinished = True
+                while unfinished:
+                    unfinished = bool(wait(running, timeout=0.5).not_done)
+                    for number, each in enumerate(missing):
+                        if (now := each.done) > done[number]:
+                            advance(number, now - done[number])
+                            done[number] = now
+                for each in running:
+                    each.result()
