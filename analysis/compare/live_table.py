@@ -19,8 +19,9 @@ from qlens.analysis.compare.schedule import Constructions
 from qlens.analysis.table_formats import text_table
 from qlens.core.progress import INTERVAL, duration, interactive
 
-
 LAB_STEP = 0.03  # seconds of a training step in the lab, for the time left before the first one is done
+
+LEAST_SHARE = 0.005  # of the work, from which a rate is measured
 
 
 class LiveTable:
@@ -47,6 +48,7 @@ class LiveTable:
         self.done_before = self.jobs_done = 0
         self.expected = self.total * LAB_STEP / processes if isinstance(jobs[0].source, LabSource) else None
         self.start = self.printed = time.monotonic()
+        self.first: tuple[float, float] | None = None  # time and share done when the first step was
         self.printed_jobs = 0
 
     def add(self, job: Job, record: Mapping[str, Any] | None, before: bool = False) -> None:
@@ -110,11 +112,19 @@ class LiveTable:
     def status(self) -> str:
         """What is done, and about how long the rest takes."""
         building = [f"building {c.setting.name}: {c.done} of {c.total}" for c in self._unbuilt()]
-        share, elapsed = self._share(), time.monotonic() - self.start
-        remaining = elapsed / share * (1 - share) if share else self.expected
-        rest = f", about {duration(remaining)} left" if remaining else ""
+        remaining = self._remaining()
+        rest = "" if remaining is None else f", about {duration(remaining)} left"
         parts = [*building, f"{self.ended} of {len(self.jobs)} jobs"]
-        return f"{'; '.join(parts)} after {duration(elapsed)}{rest}"
+        return f"{'; '.join(parts)} after {duration(time.monotonic() - self.start)}{rest}"
+
+    def _remaining(self) -> float | None:
+        """Seconds until the end at the rate since the first step; at that of ``LAB_STEP`` before there is one."""
+        share, now = self._share(), time.monotonic()
+        if share and self.first is None:
+            self.first = now, share
+        if self.first is None or share - self.first[1] < LEAST_SHARE:
+            return None if self.expected is None else self.expected * (1 - share)
+        return (now - self.first[0]) * (1 - share) / (share - self.first[1])
 
     def _unbuilt(self) -> list[Any]:
         return [each for each in self.constructions.values() if each.done < each.total]

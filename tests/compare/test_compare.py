@@ -98,7 +98,7 @@ def test_a_stopped_comparison_resumes_to_the_same_table(compare, tmp_path):
     assert untouched.stat().st_mtime_ns == before, "what had finished must not run again"
 
 
-def test_an_interrupt_keeps_finished_jobs(compare, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_finished_jobs_and_prints_their_table(compare, tmp_path, monkeypatch, capsys):
     whole = compare(out=tmp_path / "whole")
     run, count = Job.run, []
 
@@ -110,7 +110,9 @@ def test_an_interrupt_keeps_finished_jobs(compare, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Job, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
-        compare()
+        compare(progress=True)
+    *_, table, stopped_line = capsys.readouterr().err.split("held-out NLL after 3 of 6 jobs")[-1].split("\n", 1)
+    assert "target_sft" in stopped_line and "the same call continues" in stopped_line
     assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 3
     assert not (tmp_path / "run" / "report.html").exists()
     with pytest.raises(InputError, match="no finished study"):
