@@ -33,7 +33,7 @@ from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
 from qlens.core.progress import stderr, track
 from qlens.lab import Setting, build, cache
-from qlens.lab.environment import constructions
+from qlens.lab.building import constructions
 
 if TYPE_CHECKING:
     from qlens.analysis.study.study import Study  # which imports the recipes and run folders of this package
@@ -232,8 +232,9 @@ def _search(
     ]
     unfinished = [trial for trial in all_trials if trial.finished() is None]
     build([trial.source.setting for trial in unfinished if isinstance(trial.source, LabSource)], progress)
-    for _ in track(run_all(unfinished, processes), len(unfinished), "searching learning rates", progress):
-        pass
+    if unfinished:
+        for _ in track(run_all(unfinished, processes), len(unfinished), "searching learning rates", progress):
+            pass
     return all_trials
 
 

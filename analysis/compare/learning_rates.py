@@ -207,8 +207,9 @@ def _searched(
     folder = out / f"{setting.name}-{setting.key}"
     by_method = {name: trials(LabSource(setting), name, among, GRID, folder) for name, among in rows.items()}
     unfinished = [trial for of_method in by_method.values() for trial in of_method if trial.finished() is None]
-    for _ in track(run_all(unfinished, processes), len(unfinished), f"searching {setting.name}"):
-        pass
+    if unfinished:
+        for _ in track(run_all(unfinished, processes), len(unfinished), f"searching {setting.name}"):
+            pass
     if failed := [trial for trial in unfinished if trial.finished() is None]:
         raise SystemExit(f"{len(failed)} trials failed, see {failed[0].trace}")
     scores = {name: gathered(of_method) for name, of_method in by_method.items()}

@@ -48,7 +48,7 @@ class LiveTable:
         self.done_before = self.jobs_done = 0
         self.expected = self.total * LAB_STEP / processes if isinstance(jobs[0].source, LabSource) else None
         self.start = self.printed = time.monotonic()
-        self.first: tuple[float, float] | None = None  # time and share done when the first step was
+        self.first = self.last = (0.0, 0.0)  # time and share of the work done, when the first and the last step ended
         self.printed_jobs = 0
 
     def add(self, job: Job, record: Mapping[str, Any] | None, before: bool = False) -> None:
@@ -120,11 +120,13 @@ class LiveTable:
     def _remaining(self) -> float | None:
         """Seconds until the end at the rate since the first step; at that of ``LAB_STEP`` before there is one."""
         share, now = self._share(), time.monotonic()
-        if share and self.first is None:
-            self.first = now, share
-        if self.first is None or share - self.first[1] < LEAST_SHARE:
+        if share > self.last[1]:
+            self.last = now, share
+            self.first = self.first if self.first[1] else self.last
+        (began, before), (ended, after) = self.first, self.last
+        if after - before < LEAST_SHARE:
             return None if self.expected is None else self.expected * (1 - share)
-        return (now - self.first[0]) * (1 - share) / (share - self.first[1])
+        return max((ended - began) / (after - before) * (1 - after) - (now - ended), 0.0)
 
     def _unbuilt(self) -> list[Any]:
         return [each for each in self.constructions.values() if each.done < each.total]

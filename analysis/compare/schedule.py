@@ -7,7 +7,7 @@ import joblib
 
 from qlens.analysis.compare.jobs import Job, Task
 from qlens.core.errors import InputError
-from qlens.lab.environment import Construction
+from qlens.lab.building import Construction
 
 Constructions = Mapping[str, Construction]
 """The environments that are not built yet, by the names of their settings."""

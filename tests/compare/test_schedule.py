@@ -14,7 +14,7 @@ from qlens.analysis.compare.live_table import LiveTable
 from qlens.analysis.compare.recipes import BASE, Recipe
 from qlens.analysis.compare.schedule import _ready_first, in_turn, run_all
 from qlens.core.progress import stderr
-from qlens.lab.environment import Construction
+from qlens.lab.building import Construction
 
 METHODS = (BASE, "sft", "target_sft")
 SECOND = "second"
