@@ -103,7 +103,7 @@ def test_an_interrupt_keeps_finished_jobs_and_prints_their_table(compare, tmp_pa
     run, count = Job.run, []
 
     def stopped(job):
-        if len(count) == 3:
+        if len(count) == 4:
             raise KeyboardInterrupt
         count.append(job)
         run(job)
@@ -111,9 +111,9 @@ def test_an_interrupt_keeps_finished_jobs_and_prints_their_table(compare, tmp_pa
     monkeypatch.setattr(Job, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(progress=True)
-    *_, table, stopped_line = capsys.readouterr().err.split("held-out NLL after 3 of 6 jobs")[-1].split("\n", 1)
+    *_, table, stopped_line = capsys.readouterr().err.split("held-out NLL after 4 of 6 jobs")[-1].split("\n", 1)
     assert "target_sft" in stopped_line and "the same call continues" in stopped_line
-    assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 3
+    assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 4
     assert not (tmp_path / "run" / "report.html").exists()
     with pytest.raises(InputError, match="no finished study"):
         Study.load(tmp_path / "run")
