@@ -111,8 +111,8 @@ def test_an_interrupt_keeps_finished_jobs_and_prints_their_table(compare, tmp_pa
     monkeypatch.setattr(Job, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
         compare(progress=True)
-    *_, table, stopped_line = capsys.readouterr().err.split("held-out NLL after 4 of 6 jobs")[-1].split("\n", 1)
-    assert "target_sft" in stopped_line and "the same call continues" in stopped_line
+    _, heading, last = capsys.readouterr().err.partition("held-out NLL after 4 of 6 jobs")
+    assert heading and "target_sft" in last and "the same call continues" in last
     assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 4
     assert not (tmp_path / "run" / "report.html").exists()
     with pytest.raises(InputError, match="no finished study"):
