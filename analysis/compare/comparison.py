@@ -1,10 +1,12 @@
 """Compare: train methods side by side under equal conditions; the result is a study."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import joblib
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,16 +21,19 @@ from qlens.analysis.compare.config import (
     settle_all,
     user_source,
 )
-from qlens.analysis.compare.environments import LabSource, Source, UserSource, open_environment
-from qlens.analysis.compare.jobs import FAILED, Job, Task, run_all, slug
+from qlens.analysis.compare.environments import LabSource, Source, UserSource
+from qlens.analysis.compare.jobs import FAILED, Job, Task, slug
 from qlens.analysis.compare.learning_rates import Choice, chosen, gathered, trials
+from qlens.analysis.compare.live_table import LiveTable
 from qlens.analysis.compare.recipes import DEFAULT, Method, recipes
 from qlens.analysis.compare.run_folder import default_folder, locked
+from qlens.analysis.compare.schedule import in_turn, run_all
 from qlens.core.errors import InputError, brief
 from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
-from qlens.core.progress import stderr
+from qlens.core.progress import stderr, track
 from qlens.lab import Setting, build, cache
+from qlens.lab.building import constructions
 
 if TYPE_CHECKING:
     from qlens.analysis.study.study import Study  # which imports the recipes and run folders of this package
@@ -125,34 +130,32 @@ def compare(
     if any(isinstance(source, LabSource) for source in sources):
         make_folder(cache.root(), "cache folder (QLENS_CACHE)")  # before anything is written elsewhere
     with locked(folder, config):
-        _prepare(sources, progress, console)
+        _prepare(sources, console)
         searched = _search(rows, sources, settled, folder, processes, progress)
         choices = _choices(rows, settled, searched)
         all_jobs = _jobs(choices, sources, runs, folder, save)
-        unfinished = [job for job in all_jobs if job.finished() is None]
+        records = {job: record for job in all_jobs if (record := job.finished())}
+        unfinished = [job for job in all_jobs if job not in records]
         for job in unfinished:
             if damage := job.damage():
                 console.print(f"{job.path} is damaged and computed again: {damage}")
-        finished = len(all_jobs) - len(unfinished)
-        before = f", {finished} of them finished before" if finished else ""
+        before = f", {len(records)} of them finished before" if records else ""
         sizes = f"{len(sources)} x {len(rows)} methods x {len(runs)} seeds"
         console.print(f"{len(all_jobs)} jobs ({sizes}){before}; run folder {folder}")
-        try:
-            run_all(unfinished, processes, progress)
-        except KeyboardInterrupt:
-            console.print(f"Stopped. Finished jobs are kept in {folder}: the same call continues from there.")
-            raise
+        records |= _run(all_jobs, records, config["metric"]["name"], processes, console)
         failed = _failures([*searched, *all_jobs])
         for line in failed:
             console.print(f"failed: {line}")
-        metadata = {source.name: open_environment(source).metadata for source in sources}
-        records = [record for job in all_jobs if (record := job.finished())]
         if not records:
             raise InputError(f"every job failed; the first: {failed[0]}; tracebacks are in {folder / FAILED}")
         from qlens.analysis.study.study import Study
 
+        scored = {job.source.name for job in records}
+        metadata = {source.name: source.metadata for source in sources if source.name in scored}
         noted = {"settings": metadata, "failed": failed}
-        study = Study.from_records(config | {"noted": noted}, records, choices)
+        study = Study.from_records(
+            config | {"noted": noted}, [records[job] for job in all_jobs if job in records], choices
+        )
         study.save(folder)
     console.print(f"Report: {folder / 'report.html'}")
     return study
@@ -177,11 +180,10 @@ def _refuse_exits(rows: Rows) -> None:
                 raise
 
 
-def _prepare(sources: Sequence[Source], progress: bool, console: Console) -> None:
-    """Build the lab's environments, open all sources once, and report what is ignored or dropped."""
-    build([source.setting for source in sources if isinstance(source, LabSource)], progress)
-    for source in sources:
-        metadata = open_environment(source).metadata
+def _prepare(sources: Sequence[Source], console: Console) -> None:
+    """Open the user's sources once, and report what is ignored or dropped."""
+    for source in (each for each in sources if isinstance(each, UserSource)):
+        metadata = source.metadata
         if matched := metadata.get("vocabulary"):
             console.print(f"{source.name}: {matched}")
         if ignored := metadata.get("ignored keys"):
@@ -189,6 +191,32 @@ def _prepare(sources: Sequence[Source], progress: bool, console: Console) -> Non
         if dropped := metadata.get("dropped"):
             total = f"{metadata['rows']} rows exceed the context of {metadata['context']} tokens"
             console.print(f"{source.name}: {dropped} of {total}: dropped")
+
+
+def _run(
+    jobs: Sequence[Job], records: Mapping[Job, Any], metric: str, processes: int | None, console: Console
+) -> dict[Job, Any]:
+    """Run the jobs without a record, building environments on the way; returns the new records."""
+    unfinished = [job for job in in_turn(jobs) if job not in records]
+    settings = {job.source.name: job.source.setting for job in unfinished if isinstance(job.source, LabSource)}
+    found: dict[Job, Any] = {}
+    with tempfile.TemporaryDirectory() as counts:
+        unbuilt = constructions(settings.values(), Path(counts))
+        table = LiveTable(jobs, unbuilt, metric, processes or joblib.cpu_count(), console)
+        for job, record in records.items():
+            table.add(job, record, before=True)
+        try:
+            with table.shown():
+                for job in run_all(unfinished, processes, unbuilt):
+                    if record := job.finished():
+                        found[job] = record
+                    table.add(job, record)
+        except KeyboardInterrupt:
+            console.print(str(table))
+            folder = jobs[0].folder
+            console.print(f"Stopped. Finished jobs are kept in {folder}: the same call continues from there.")
+            raise
+    return found
 
 
 def _search(
@@ -203,7 +231,10 @@ def _search(
         for trial in trials(by_name[setting], method, rows[method], rates, folder)
     ]
     unfinished = [trial for trial in all_trials if trial.finished() is None]
-    run_all(unfinished, processes, progress, "searching learning rates")
+    build([trial.source.setting for trial in unfinished if isinstance(trial.source, LabSource)], progress)
+    if unfinished:
+        for _ in track(run_all(unfinished, processes), len(unfinished), "searching learning rates", progress):
+            pass
     return all_trials
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlens.analysis.compare.evaluation import row_nll
+from qlens.analysis.compare.evaluation import HeldOut, row_nll
 from qlens.analysis.compare.recipes import Recipe
 from qlens.core.errors import InputError
 from qlens.core.files import from_here, here, refusal, shown_path, user_path
@@ -23,7 +23,7 @@ from qlens.data.rows import ignored_keys, read_rows, split
 from qlens.data.vocabularies import match_vocabulary
 from qlens.engine.models.causality import check_causal
 from qlens.lab import Problem, Setting, world
-from qlens.lab.environment import VERSION
+from qlens.lab.environment import VERSION, World
 
 HELD_OUT, LAB_HELD_OUT = 64, 256  # rows, and never more than a fifth of all
 # defaults on a user's model; RATE from SMALL parameters up
@@ -41,7 +41,8 @@ class Environment:
 
     Args:
         train, held_out: encoded examples; no method is trained on ``held_out``.
-        start, teacher: make a fresh model; ``teacher`` is None without one.
+        start: makes a fresh starting model, to be trained.
+        reference, teacher: make a model that is not trained; ``teacher`` is None without one.
         score, validate: (model, seed) -> one number per item, (I,); nothing is chosen by ``score``.
         tokenizer: of all models.
         steps, batch_size: of every training.
@@ -51,8 +52,9 @@ class Environment:
     """
 
     train: Sequence[Example]
-    held_out: Sequence[Example]
+    held_out: HeldOut
     start: Callable[[], PreTrainedModel]
+    reference: Callable[[], PreTrainedModel]
     teacher: Callable[[], PreTrainedModel] | None
     score: Callable[[PreTrainedModel, int], np.ndarray]
     validate: Callable[[PreTrainedModel, int], np.ndarray]
@@ -64,9 +66,19 @@ class Environment:
     metadata: dict[str, Any]
 
     def models(self, recipe: Recipe, needs: Collection[str]) -> dict[str, PreTrainedModel]:
-        """Fresh teacher and reference for a recipe, as far as they are needed and available."""
-        makers = {"teacher": self.start if recipe.guide == "base" else self.teacher, "reference": self.start}
+        """Teacher and reference for a recipe, as far as they are needed and available."""
+        makers = {"teacher": self.reference if recipe.guide == "base" else self.teacher, "reference": self.reference}
         return {name: make() for name, make in makers.items() if name in needs and make is not None}
+
+    def start_score(self, start: PreTrainedModel, seed: int) -> float:
+        """The mean validation score of the starting model at a seed; computed once, for it is that of every method."""
+        if seed not in self._start_scores:
+            self._start_scores[seed] = float(self.validate(start, seed).mean())
+        return self._start_scores[seed]
+
+    @functools.cached_property
+    def _start_scores(self) -> dict[int, float]:
+        return {}
 
     def steps_of(self, recipe: Recipe) -> int:
         """Training steps of a recipe; 0 without a variant.
@@ -105,6 +117,21 @@ class LabSource:
         """Name and direction of the score."""
         return {"name": f"avg@{self.setting.k}", "better": "higher", "note": ""}
 
+    @property
+    def training_steps(self) -> int:
+        """Steps of every training."""
+        return self.steps or self.setting.steps
+
+    @property
+    def learning_rate(self) -> float:
+        """For methods without a searched one."""
+        return self.setting.learning_rate
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Measurements of the environment, which is built."""
+        return {name: round(value, 4) for name, value in World(self.setting).measured.items()}
+
     def identity(self) -> dict[str, Any]:
         """All inputs of the results except the code."""
         return {"lab": VERSION, **asdict(self.setting)} | ({"steps": self.steps} if self.steps else {})
@@ -125,17 +152,18 @@ class LabSource:
 
         return Environment(
             train=examples[: len(rows) - held_out],
-            held_out=examples[len(rows) - held_out :],
+            held_out=HeldOut(examples[len(rows) - held_out :]),
             start=lab.base,
-            teacher=lab.teacher,
+            reference=functools.cache(lab.base),
+            teacher=functools.cache(lab.teacher),
             score=scored(lab.test),
             validate=scored(lab.validation),
             tokenizer=lab.tokenizer,
-            steps=self.steps or setting.steps,
+            steps=self.training_steps,
             batch_size=setting.batch_size,
             learning_rate=setting.learning_rate,
             correct=np.array(correct),
-            metadata={name: round(value, 4) for name, value in lab.measured.items()},
+            metadata=self.metadata,
         )
 
 
@@ -183,6 +211,21 @@ class UserSource:
         note = "held-out NLL is a diagnostic, not a ranking: it is SFT's own objective"
         return {"name": "held-out NLL", "better": "lower", "note": note}
 
+    @property
+    def training_steps(self) -> int:
+        """Steps of every training."""
+        return open_environment(self).steps
+
+    @property
+    def learning_rate(self) -> float:
+        """For methods without a searched one."""
+        return open_environment(self).learning_rate
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Measurements and notes for the report."""
+        return open_environment(self).metadata
+
     def identity(self) -> dict[str, Any]:
         """All inputs of the results except the code and the contents of the files."""
         environment = open_environment(self)
@@ -224,8 +267,9 @@ class UserSource:
         metadata = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
         return Environment(
             train=train,
-            held_out=held_out,
+            held_out=HeldOut(held_out),
             start=functools.partial(self._load, self.model),
+            reference=functools.partial(self._load, self.model),
             teacher=functools.partial(self._load_teacher, compatibility.vocabulary_size(models["model"]), tokenizer)
             if self.teacher is not None
             else None,

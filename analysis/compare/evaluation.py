@@ -1,6 +1,7 @@
 """Evaluation on held-out tokens: diagnostics, scores of labels, label weights and targets of a method."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,30 @@ SHOWN_P_Y = 0.1  # p_y of the token whose targets are shown
 CANDIDATES = 6  # entries shown of its targets
 SMALLEST = 0.01  # probability of an entry that is shown
 
+FROM_STUDENT = ("old", "second", "negatives")  # fields that follow from the student and its text
+
 Examples = Sequence[Mapping[str, Sequence[int]]]
+
+
+class HeldOut(tuple):
+    """Encoded rows, with the predictions of models that are not trained any more, kept while the models live.
+
+    Kept where those on all rows are few enough to be in memory at a time.
+    """
+
+    def __init__(self, examples: Examples):
+        self.kept: weakref.WeakKeyDictionary[PreTrainedModel, Tokens] = weakref.WeakKeyDictionary()
+
+    def tokens(self, model: PreTrainedModel, needs: Collection[str], models: Mapping[str, PreTrainedModel]) -> Tokens:
+        """Tokens at all supervised positions, with the other models' logits in their fields."""
+        for each in (model, *models.values()):
+            if each not in self.kept:
+                (self.kept[each],) = token_batches(each, self, len(self))
+        if any(name in FROM_STUDENT for name in needs):
+            (student,) = token_batches(model, self, len(self), needs)
+        else:
+            student = self.kept[model]
+        return student.replace(**{name: self.kept[other].logits.to(model.device) for name, other in models.items()})
 
 
 def held_out_tokens(
@@ -34,13 +58,16 @@ def held_out_tokens(
 
     Args:
         model: the student.
-        examples: encoded rows.
+        examples: encoded rows; a ``HeldOut`` keeps the predictions.
         variant: whose needed fields are filled.
         models: other models by the name of their field ("teacher", "reference").
     """
     needs = () if variant is None else variant.needs
     longest = max(len(example["input_ids"]) for example in examples)
-    return token_batches(model, examples, max(1, ENTRIES // (longest * vocabulary_size(model))), needs, **models)
+    size = max(1, ENTRIES // (longest * vocabulary_size(model)))
+    if isinstance(examples, HeldOut) and len(examples) <= size:
+        return iter([examples.tokens(model, needs, models)])
+    return token_batches(model, examples, size, needs, **models)
 
 
 def row_nll(model: PreTrainedModel, examples: Examples) -> Float[np.ndarray, " I"]:

@@ -7,12 +7,10 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import joblib
 import numpy as np
 from transformers import PreTrainedModel
 
@@ -23,11 +21,11 @@ from qlens.analysis.compare.stored_models import save
 from qlens.analysis.study.frames import record_fault
 from qlens.core.errors import InputError
 from qlens.core.files import make_folder, read_json, write_text
-from qlens.core.progress import track
 from qlens.training.fitting import fit, isolated
 
 MARKS = (0.25, 0.5, 0.75, 1.0)  # shares of the steps at which the learning curve is measured
 FAILED = "failed"
+EVALUATION, FORWARD = 50, 0.3  # duration of an evaluation, and of a forward pass, in training steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,18 +101,15 @@ class Task(ABC):
     def train(self, environment: Environment, model: PreTrainedModel, marks: Sequence[int] = ()) -> list[list[float]]:
         """Train a model in place; returns [step, validation score] at the start and after the steps in ``marks``."""
 
-        def measure() -> None:
-            curve.append([step, round(float(environment.validate(model, self.seed).mean()), 6)])
-
         def tick() -> None:
             nonlocal step
             step += 1
             if step in marks:
-                measure()
+                curve.append([step, round(float(environment.validate(model, self.seed).mean()), 6)])
 
         step, curve = 0, []
         if marks:
-            measure()
+            curve.append([step, round(environment.start_score(model, self.seed), 6)])
         if self.recipe.variant is not None:
             fit(
                 model,
@@ -155,6 +150,14 @@ class Job(Task):
         return record_fault(record)
 
     @property
+    def cost(self) -> int:
+        """Duration of training and evaluation, in training steps."""
+        if self.recipe.variant is None:
+            return EVALUATION
+        models = sum(name in self.recipe.variant.needs for name in ("teacher", "reference"))
+        return round(self.source.training_steps * (1 + FORWARD * models)) + EVALUATION
+
+    @property
     def made_with(self) -> dict[str, Any]:
         """Inputs that a record of this job must have."""
         return {"recipe": self.recipe.spec, "learning_rate": self.learning_rate, "reads": self.reads}
@@ -186,34 +189,13 @@ class Job(Task):
             if variant is not None and correct is not None:
                 record["truth"] += separation(model, variant, held_out, correct, "end", **models)
             if self.reads and variant is not None:
-                start, teacher = environment.start(), environment.teacher() if environment.teacher else None
+                start, teacher = environment.reference(), environment.teacher() if environment.teacher else None
                 record["reading"] = reading(start, variant, held_out, correct, environment.tokenizer, teacher, models)
                 if correct is not None:
                     record["truth"] += separation(start, variant, held_out, correct, "start", **models)
         record["diagnostics"]["steps"] = steps
         record["diagnostics"]["seconds"] = round(time.perf_counter() - began, 2)
         return record
-
-
-def run_all(tasks: Sequence[Task], processes: int | None, progress: bool, description: str = "training") -> None:
-    """Run tasks in parallel processes of one thread each (joblib: loky, or the backend of ``joblib.parallel_config``)."""
-    if not tasks:
-        return
-    workers = min(processes or joblib.cpu_count(), len(tasks))
-    run = joblib.Parallel(n_jobs=workers, return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
-    results = run(joblib.delayed(_run)(task) for task in tasks)
-    try:
-        for _ in track(results, len(tasks), description, progress):
-            pass
-    except BrokenExecutor as error:
-        raise InputError(
-            "a worker process ended: it was killed (out of memory?), or a loss ended it; the same call continues from "
-            "the finished jobs, and needs less memory with fewer jobs="
-        ) from error
-
-
-def _run(task: Task) -> None:
-    task.run()
 
 
 def slug(method: str) -> str:

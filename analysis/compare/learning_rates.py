@@ -15,11 +15,13 @@ import numpy as np
 
 import qlens.lab
 from qlens.analysis.compare.environments import LabSource, Source, open_environment
-from qlens.analysis.compare.jobs import Task, run_all, slug
+from qlens.analysis.compare.jobs import Task, slug
 from qlens.analysis.compare.recipes import BASE, GROUPS, Recipe, recipes
 from qlens.analysis.compare.run_folder import code, locked, versions
+from qlens.analysis.compare.schedule import run_all
 from qlens.core.errors import InputError
 from qlens.core.files import write_json
+from qlens.core.progress import track
 from qlens.lab import SETTINGS, Setting, build
 from qlens.lab.environment import VERSION
 from qlens.training.fitting import isolated
@@ -142,7 +144,7 @@ def settle(
         raise InputError(f"{method} is chosen on validation problems, and nothing is recorded for it: give lr_grid")
     if record := recorded(source, "sft"):
         return Choice(recipe=first, learning_rate=choose(record)[1], origin="as sft", scores={})
-    return Choice(recipe=first, learning_rate=open_environment(source).learning_rate, origin="default", scores={})
+    return Choice(recipe=first, learning_rate=source.learning_rate, origin="default", scores={})
 
 
 def trials(source: Source, method: str, recipes: Sequence[Recipe], rates: Sequence[float], folder: Path) -> list[Trial]:
@@ -205,7 +207,9 @@ def _searched(
     folder = out / f"{setting.name}-{setting.key}"
     by_method = {name: trials(LabSource(setting), name, among, GRID, folder) for name, among in rows.items()}
     unfinished = [trial for of_method in by_method.values() for trial in of_method if trial.finished() is None]
-    run_all(unfinished, processes, True, f"searching {setting.name}")
+    if unfinished:
+        for _ in track(run_all(unfinished, processes), len(unfinished), f"searching {setting.name}"):
+            pass
     if failed := [trial for trial in unfinished if trial.finished() is None]:
         raise SystemExit(f"{len(failed)} trials failed, see {failed[0].trace}")
     scores = {name: gathered(of_method) for name, of_method in by_method.items()}

@@ -58,6 +58,8 @@ def collate(
             raise InputError(f"example {number} of the batch needs input_ids and labels of one length, got {sizes}")
 
     def padded(name: str, rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
+        if dtype == torch.long and (batch := _whole_numbers(rows, fill)) is not None:
+            return batch
         tensors = [_exactly(name, row, dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
@@ -80,6 +82,18 @@ def collate(
         batch["position_ids"] = positions
         del batch["attention_mask"]
     return batch
+
+
+def _whole_numbers(rows: Sequence[Any], fill: int) -> Tensor | None:
+    """Lists of whole numbers padded to a batch, in one conversion; None where they are anything else."""
+    if not all(isinstance(row, list) for row in rows):
+        return None
+    width = max(map(len, rows), default=0)
+    try:
+        batch = torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return None
+    return batch if batch.dtype == torch.long and batch.ndim == 2 else None
 
 
 def _exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:

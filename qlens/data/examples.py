@@ -144,11 +144,14 @@ def _turns(row: Row, kind: tuple[str, ...]) -> list[dict[str, str]]:
 def _joined(turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Iterator[Segment]:
     """Segments of turns one after the other, for tokenizers without a chat template."""
     yield _optional(tokenizer.bos_token_id), False
-    before = ""
+    before, alone = "", {"": list[int]()}  # the tokens of a turn by itself
     for turn in turns:
         supervised = turn["role"] == "assistant"
         text = turn["content"] if supervised else turn["content"] + "\n"
-        earlier, both = _ids(tokenizer, before), _ids(tokenizer, before + text)
+        both = _ids(tokenizer, before + text)
+        if not before:
+            alone[text] = both
+        earlier = alone[before] if before in alone else _ids(tokenizer, before)
         # Together where that leaves the earlier tokens alone (no spurious space before the text), else by itself.
         ids = both[len(earlier) :] if both[: len(earlier)] == earlier else _ids(tokenizer, text)
         yield ids + (_optional(tokenizer.eos_token_id) if supervised else []), supervised

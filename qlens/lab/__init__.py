@@ -1,8 +1,8 @@
 """The lab: a small arithmetic environment in which any loss can be trained and its result verified exactly.
 
 Read ``setting`` (the numbers that define an environment), ``language`` (problems, solutions and their verifier),
-``models`` (tiny Llamas), ``environment`` (base model, imperfect teacher, noisy demonstrations; built on first use) and
-``cache`` (where they are stored). ``progress`` reports long work.
+``models`` (tiny Llamas), ``environment`` (base model, imperfect teacher, noisy demonstrations), ``building`` (of them, on
+first use) and ``cache`` (where they are stored).
 
 Example:
     >>> import qlens
@@ -11,7 +11,8 @@ Example:
 """
 
 from qlens.core.deprecation import renamed_attributes
-from qlens.lab.environment import World, build, world
+from qlens.lab.building import build, world
+from qlens.lab.environment import World
 from qlens.lab.language import Demonstration, Problem
 from qlens.lab.setting import LESSONS, SETTINGS, Annotator, Setting
 

@@ -1,31 +1,24 @@
-"""Environment of one setting: language, models, demonstrations and problems, built on first use."""
+"""Environment of one setting: language, models, demonstrations and problems."""
 
 import json
 import random
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import wait
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from joblib import cpu_count
-from joblib.externals.loky import ProcessPoolExecutor
-from rich.progress import Progress
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from qlens.core.errors import UnknownName
 from qlens.core.numerics import expectation
-from qlens.core.progress import Lines, interactive, stderr
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_text
 from qlens.data.models import load_model, quiet
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
 from qlens.lab.models import longest, new_model, sample
-from qlens.lab.setting import SETTINGS, Setting
+from qlens.lab.setting import Setting
 from qlens.training.fitting import fit, isolated
 
 VERSION = 2  # of the lab; raised when the same setting would give another environment
@@ -48,9 +41,21 @@ class World:
         self.setting = setting
         self.folder = cache.root() / "lab" / f"{setting.name}-v{VERSION}-{setting.key}"
         self.tokenizer: PreTrainedTokenizerFast = make_tokenizer()
-        self.demonstrations = self._demonstrations()
-        self.validation = self._distinct("validation", setting.validation)
-        self.test = self._distinct("test", setting.test)
+
+    @cached_property
+    def demonstrations(self) -> list[Demonstration]:
+        """Solutions to train on."""
+        return self._demonstrations()
+
+    @cached_property
+    def validation(self) -> list[Problem]:
+        """Problems on which learning rates are chosen."""
+        return self._distinct("validation", self.setting.validation)
+
+    @cached_property
+    def test(self) -> list[Problem]:
+        """Problems that are scored."""
+        return self._distinct("test", self.setting.test)
 
     def base(self) -> LlamaForCausalLM:
         """A fresh copy of the base model: float32, evaluation mode."""
@@ -89,7 +94,7 @@ class World:
     @property
     def steps(self) -> dict[str, int]:
         """Parts in the order of building, with their numbers of steps."""
-        return {"base": self.setting.pretrain_steps, "teacher": self.setting.teach_steps, "measured": 1}
+        return steps_of(self.setting)
 
     def whole(self) -> bool:
         """Whether all parts are in the cache."""
@@ -195,71 +200,6 @@ class World:
         return demonstrations
 
 
-def world(setting: str | Setting, progress: bool = True) -> World:
-    """The environment of a setting, built on first use (half a minute) and cached.
-
-    The cache folder is ``$QLENS_CACHE``, else ``$XDG_CACHE_HOME/qlens`` or ``~/.cache/qlens``. An interrupted build resumes
-    after the last finished part (base, teacher); one of several processes builds; damaged files are built again.
-
-    Args:
-        setting: a name in ``qlens.lab.SETTINGS``, or a ``Setting``.
-        progress: whether to report on stderr.
-
-    Returns:
-        models, demonstrations and problems.
-
-    Raises:
-        UnknownName: no setting has this name.
-
-    Example:
-        >>> world = qlens.lab.world("strong-prior")                                        # doctest: +SKIP
-        >>> world.score(world.base(), world.test, k=8, seed=0).mean()                      # doctest: +SKIP
-    """
-    if isinstance(setting, str):
-        if setting not in SETTINGS:
-            raise UnknownName.among("setting", setting, SETTINGS)
-        setting = SETTINGS[setting]
-    build([setting], progress)
-    return World(setting)
-
-
-def build(settings: Sequence[Setting], progress: bool = True) -> None:
-    """Build the environments that are not in the cache, each in a process of its own if there are several."""
-    missing = [each for setting in settings if not (each := World(setting)).whole()]
-    if not missing:
-        return
-    console = stderr(progress)
-    with Progress(console=console, disable=not (progress and interactive(console))) as bar:
-        totals = {each.setting.name: sum(each.steps.values()) for each in missing}
-        bars = [bar.add_task(f"building {name}", total=total) for name, total in totals.items()]
-        lines = [Lines(f"building {name}", total, console) for name, total in totals.items()]
-
-        def advance(number: int, steps: int) -> None:
-            bar.advance(bars[number], steps)
-            if not interactive(console):
-                lines[number].advance(steps)
-
-        if len(missing) == 1:
-            missing[0].build(lambda steps: advance(0, steps))
-            return
-        workers = ProcessPoolExecutor(min(len(missing), cpu_count()))
-        with tempfile.TemporaryDirectory() as folder, workers:
-            counts, done = [Path(folder, str(number)) for number in range(len(missing))], [0] * len(missing)
-            pairs = zip(missing, counts, strict=True)
-            running = [workers.submit(_build_and_count, each.setting, count) for each, count in pairs]
-            unfinished = True
-            while unfinished:
-                unfinished = bool(wait(running, timeout=0.5).not_done)
-                for number, count in enumerate(counts):
-                    size = count.stat().st_size if count.is_file() else 0
-                    if size > done[number]:
-                        advance(number, size - done[number])
-                        done[number] = size
-            for each in running:
-                each.result()
-
-
-def _build_and_count(setting: Setting, count: Path) -> None:
-    """Build an environment; the size of the file ``count`` is the number of finished steps."""
-    with count.open("ab", buffering=0) as file:
-        World(setting).build(lambda steps: file.write(b"." * steps))
+def steps_of(setting: Setting) -> dict[str, int]:
+    """Parts of an environment in the order of building, with their numbers of steps."""
+    return {"base": setting.pretrain_steps, "teacher": setting.teach_steps, "measured": 1}

@@ -98,20 +98,22 @@ def test_a_stopped_comparison_resumes_to_the_same_table(compare, tmp_path):
     assert untouched.stat().st_mtime_ns == before, "what had finished must not run again"
 
 
-def test_an_interrupt_keeps_finished_jobs(compare, tmp_path, monkeypatch):
+def test_an_interrupt_keeps_finished_jobs_and_prints_their_table(compare, tmp_path, monkeypatch, capsys):
     whole = compare(out=tmp_path / "whole")
     run, count = Job.run, []
 
     def stopped(job):
-        if len(count) == 3:
+        if len(count) == 4:
             raise KeyboardInterrupt
         count.append(job)
         run(job)
 
     monkeypatch.setattr(Job, "run", stopped)
     with pytest.raises(KeyboardInterrupt):
-        compare()
-    assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 3
+        compare(progress=True)
+    _, heading, last = capsys.readouterr().err.partition("held-out NLL after 4 of 6 jobs")
+    assert heading and "target_sft" in last and "the same call continues" in last
+    assert len(list((tmp_path / "run" / "jobs").glob("*.json"))) == 4
     assert not (tmp_path / "run" / "report.html").exists()
     with pytest.raises(InputError, match="no finished study"):
         Study.load(tmp_path / "run")

@@ -36,6 +36,7 @@ def test_rows_beyond_the_smaller_context_are_dropped_and_counted(compare, user_f
     study = compare("sft", seeds=1, progress=True)
     output = capsys.readouterr()
     assert "1 of 41 rows exceed the context of 32" in output.err.replace("\n", " ") and not output.out
+    assert "held-out NLL after 2 of 2 jobs" in output.err and "Report: " in output.err
     assert study.config["noted"]["settings"]["words"]["dropped"] == 1
     llama(1, context=17).save_pretrained(tmp_path / "short")
     letters().save_pretrained(tmp_path / "short")
@@ -56,7 +57,7 @@ def test_held_out_rows_are_fixed_and_disjoint_from_training(user_files):
 def test_a_custom_setting_is_compared(tmp_path_factory, tmp_path, monkeypatch):
     monkeypatch.setenv("QLENS_CACHE", str(tmp_path_factory.mktemp("cache")))
     tiny = dict(depth=2, demonstrations=60, validation=4, test=6, width=16, layers=1, heads=2, k=2)
-    quick = dict(pretrain_steps=4, teach_steps=2, pretrain_batch=8, steps=2, batch_size=4)
+    quick = dict(corpus_rows=80, pretrain_steps=4, teach_steps=2, pretrain_batch=8, steps=1, batch_size=4)
     mini = Setting(name="mini", corpus=Annotator(), tutor=Annotator(), noise=0.5, **tiny, **quick)
     study = qlens.compare(["sft", "kd"], settings=mini, seeds=2, jobs=1, progress=False, out=tmp_path / "run")
     assert study.config["metric"]["name"] == "avg@2" and study.config["noted"]["settings"]["mini"]["base"] <= 1

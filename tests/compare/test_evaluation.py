@@ -7,8 +7,17 @@ from numpy.testing import assert_allclose
 from tiny_models import letters, llama
 
 import qlens
-from qlens.analysis.compare.evaluation import diagnostics, held_out_tokens, label_scores, reading, row_nll, separation
+from qlens.analysis.compare.evaluation import (
+    HeldOut,
+    diagnostics,
+    held_out_tokens,
+    label_scores,
+    reading,
+    row_nll,
+    separation,
+)
 from qlens.data.examples import encode
+from qlens.data.from_text import token_batches
 
 ROWS = [
     {"question": f"what is {word}", "answer": word[::-1]} for word in ("sun", "moon", "star", "tree", "river", "sea")
@@ -88,3 +97,22 @@ def test_separation_counts_unjudged_labels_as_good():
     assert_allclose(everything["auroc"], wins, rtol=1e-6)
     (sft,) = [row for row in separation(start, qlens.get("sft"), examples, truth, "start") if row["belief"] == "Q"][:1]
     assert_allclose(sft["auroc"], 0.5)
+
+
+def test_kept_predictions_are_those_of_a_fresh_pass(monkeypatch):
+    student, teacher = llama(0), llama(1)
+    examples = encode(ROWS, letters(), None).examples
+    kept, passes = HeldOut(examples), []
+    monkeypatch.setattr(
+        "qlens.analysis.compare.evaluation.token_batches",
+        lambda *each, **o: passes.append(each[0]) or token_batches(*each, **o),
+    )
+    for _ in range(2):
+        for name, models in (("dft", {}), ("kd", {"teacher": teacher}), ("psft", {}), ("unlikelihood", {})):
+            variant = qlens.get(name)
+            (actual,) = held_out_tokens(student, kept, variant, **models)
+            (expected,) = token_batches(student, examples, len(examples), variant.needs, **models)
+            assert actual.fields().keys() == expected.fields().keys()
+            assert all(torch.equal(value, expected.fields()[key]) for key, value in actual.fields().items()), name
+    derived = 2 * 2  # psft's old policy and unlikelihood's negatives follow from the student, each time
+    assert len(passes) == 2 + derived

@@ -134,7 +134,7 @@ def test_a_search_is_part_of_the_comparison_and_resumes(tmp_path, monkeypatch, r
     monkeypatch.setattr(learning_rates, "GRID", (1e-3, 1e-1))
 
     def compare(**overrides):
-        options = {"settings": MINI, "seeds": 1, "steps": 2, "jobs": 1, "progress": False, "out": tmp_path / "run"}
+        options = {"settings": MINI, "seeds": 1, "steps": 1, "jobs": 1, "progress": False, "out": tmp_path / "run"}
         return qlens.compare(["dft", "kd_hybrid_tuned"], **options | overrides)
 
     study = compare(lr_grid=True)

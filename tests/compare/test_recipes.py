@@ -8,6 +8,7 @@ from tiny_models import letters, llama
 import qlens
 from qlens import InputError
 from qlens.analysis.compare.environments import Environment
+from qlens.analysis.compare.evaluation import HeldOut
 from qlens.analysis.compare.recipes import BASE, CONTROLS, DEFAULT, WEIGHTS, Recipe, recipes
 from qlens.testing import CONTRACT, check_variant, random_tokens
 
@@ -53,9 +54,9 @@ def test_constant_trust_changes_the_trust_alone():
 
 def environment(student, teacher):
     return Environment(
-        train=[], held_out=[], start=lambda: student, teacher=None if teacher is None else lambda: teacher,
-        score=lambda m, s: None, validate=lambda m, s: None, tokenizer=letters(), steps=150, batch_size=1,
-        learning_rate=1e-3, correct=None, metadata={},
+        train=[], held_out=HeldOut([]), start=lambda: student, reference=lambda: student,
+        teacher=None if teacher is None else lambda: teacher, score=lambda m, s: None, validate=lambda m, s: None,
+        tokenizer=letters(), steps=150, batch_size=1, learning_rate=1e-3, correct=None, metadata={},
     )  # fmt: skip
 
 

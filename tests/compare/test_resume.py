@@ -26,7 +26,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from mini_lab import MINI
 import qlens
-qlens.compare(["sft", "kd"], settings=MINI, seeds=2, steps=4, jobs={jobs}, progress=False, out={out!r})
+qlens.compare(["sft", "kd"], settings=MINI, seeds=2, steps=1, jobs=1, progress=False, out={out!r})
 """
 FICKLE = """
 import pathlib
@@ -40,11 +40,11 @@ def fickle(logits, labels):
 
 @pytest.fixture
 def compare(lab_cache, tmp_path, monkeypatch):
-    """A small comparison in the miniature environment, in one process."""
+    """A small comparison in the miniature environment, in one process; a step, since every curve point is sampled."""
     monkeypatch.setenv("QLENS_CACHE", str(lab_cache))
 
     def run(variants, **overrides):
-        options = {"settings": MINI, "seeds": 3, "steps": 4, "jobs": 1, "progress": False, "out": tmp_path / "run"}
+        options = {"settings": MINI, "seeds": 3, "steps": 1, "jobs": 1, "progress": False, "out": tmp_path / "run"}
         return qlens.compare(variants, **options | overrides)
 
     return run
@@ -54,7 +54,7 @@ def test_a_killed_comparison_resumes_to_the_same_table(compare, lab_cache, tmp_p
     whole = compare(["sft", "kd"], seeds=2, out=tmp_path / "whole")
     out, tests = tmp_path / "run", str(Path(__file__).parents[1] / "helpers")
     script = tmp_path / "child.py"
-    script.write_text(CHILD.format(tests=tests, jobs=2, out=str(out)))
+    script.write_text(CHILD.format(tests=tests, out=str(out)))
     environment = os.environ | {"QLENS_CACHE": str(lab_cache)}
     with subprocess.Popen([sys.executable, script], env=environment, start_new_session=True) as child:
         while child.poll() is None and not list(out.glob("jobs/*.json")):
@@ -93,7 +93,7 @@ def test_a_failed_job_is_reported_the_others_finish_and_the_next_call_tries_agai
 def test_a_nan_score_is_a_failure(compare, tmp_path, monkeypatch):
     from qlens.analysis.compare.environments import LabSource, open_environment
 
-    ground = open_environment(LabSource(MINI, 4))
+    ground = open_environment(LabSource(MINI, 1))
     scores = iter([ground.score(ground.start(), 0), np.full(12, np.nan)])
     monkeypatch.setattr(
         "qlens.analysis.compare.jobs.open_environment",
