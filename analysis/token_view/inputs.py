@@ -13,7 +13,7 @@ from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_model
 from qlens.data.examples import example
 from qlens.data.from_text import row_of
-from qlens.data.models import load_model, load_tokenizer
+from qlens.data.models import load_to_read, load_tokenizer
 from qlens.registry import Variant, resolve
 
 DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
@@ -21,7 +21,7 @@ DEFAULT, WITH_TEACHER = ("sft", "dft"), ("target_sft", "kd")
 
 def loaded_model(model: Any, name: str) -> nn.Module:
     """A model, loaded if it is a folder."""
-    loaded = load_model(model) if isinstance(model, str | Path) else model
+    loaded = load_to_read(model) if isinstance(model, str | Path) else model
     check_model(loaded, name)
     return loaded
 

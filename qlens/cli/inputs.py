@@ -76,12 +76,12 @@ def own_models(
 
     rows = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
-    loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
+    loaded = {"model": models.load_to_read(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if folder is not None:
             other = models.load_tokenizer(folder)
             compatibility.check_same_tokenizer(tokenizer, other)
-            loaded[name] = models.load_model(folder, device, dtype)
+            loaded[name] = models.load_to_read(folder, device, dtype)
             width = compatibility.vocabulary_size(loaded["model"])
             if remark := match_vocabulary(width, loaded[name], name, tokenizer, other):
                 typer.echo(remark, err=True)

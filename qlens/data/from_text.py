@@ -15,7 +15,7 @@ from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, check_same_vocabulary, context_length, vocabulary_size
 from qlens.data.examples import encode
-from qlens.data.models import loaded
+from qlens.data.models import load_to_read, loaded
 from qlens.data.rows import Row
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.models.backbones import Backbones
@@ -37,7 +37,8 @@ def tokens_from_text(
     """Tokens at every supervised position of texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
 
     Args:
-        model: a causal language model, or the path of one; a loaded one runs on its own device.
+        model: a causal language model, or the path of one, which is read as ``load_to_read`` says; a loaded one runs on its own
+            device.
         tokenizer: of the model.
         rows: texts, pairs, or dicts.
         teacher, reference: other models over the same vocabulary, or their paths.
@@ -87,10 +88,12 @@ def tokens_from_examples(
     Raises:
         InputError: a row beyond a model's context or vocabulary, models whose vocabularies differ, or one that is not causal.
     """
-    model = loaded(model, "model")
+    model = loaded(model, "model", load=load_to_read)
     check_model(model, "model")
     paths = {"teacher": teacher, "reference": reference}
-    other_models = {name: loaded(other, name, model.device) for name, other in paths.items() if other is not None}
+    other_models = {
+        name: loaded(other, name, model.device, load_to_read) for name, other in paths.items() if other is not None
+    }
     for name, other in other_models.items():
         check_same_vocabulary(model, other, name)
     check_fits(examples, {"model": model, **other_models})
