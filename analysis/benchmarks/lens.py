@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import qlens
+from qlens.core.progress import track
 from qlens.core.tokens import Tokens
 
 SHAPE = (4096, 32_000)
@@ -77,11 +78,11 @@ def lens(repeats: int) -> list[dict[str, Any]]:
     of its own.
     """
     rows = []
-    for loss in EXPLAINED:
+    for loss in track(EXPLAINED, len(EXPLAINED), "explaining"):
         name = loss if isinstance(loss, str) else loss.__name__
         seconds = _seconds(lambda loss=loss: str(qlens.explain(loss)))
         rows.append({"case": f"explain {name}, probes", "seconds": seconds, "limit": SECONDS})
-    return rows + [_implied(name, repeats) for name in LOSSES]
+    return rows + [_implied(name, repeats) for name in track(LOSSES, len(LOSSES), "implied targets")]
 
 
 def _implied(name: str, repeats: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import qlens
 from qlens.analysis.benchmarks.lens import unregistered
 from qlens.analysis.token_view.token_view import view
 from qlens.cli.inputs import own_models, own_tokens
+from qlens.core.progress import track
 from qlens.data.collator import collate
 from qlens.lens.equivalences import distances
 
@@ -51,7 +52,7 @@ def real_text(model: str, data: str) -> list[dict[str, Any]]:
         a row per case as ``lens`` returns them: its seconds, and its peak above the loaded models in GiB.
     """
     rows = []
-    for name in CASES:
+    for name in track(CASES, len(CASES), "reading the text"):
         code = f"from qlens.analysis.benchmarks.real_text import measure; measure({name!r}, {model!r}, {data!r})"
         run = subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True)
         rows.append(json.loads(run.stdout.splitlines()[-1]))
