@@ -27,7 +27,7 @@ from transformers import (
 
 from qlens.analysis.benchmarks.engine import draw_engine, engine, show_engine
 from qlens.analysis.benchmarks.lens import lens, show_lens
-from qlens.analysis.benchmarks.real_text import real_text, show_real_text
+from qlens.analysis.benchmarks.real_text import real_text
 from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.jobs import Job, run_all
 from qlens.analysis.compare.recipes import Recipe
@@ -162,7 +162,7 @@ def show_jobs(rows: list[dict[str, Any]]) -> None:
 BENCHMARKS: dict[str, tuple[Callable, Callable, int]] = {
     "step": (step, show_step, 9),
     "jobs": (jobs, show_jobs, 3),
-    "lens": (lens, show_lens, 9),
+    "lens": (lens, show_lens, 5),
     "engine": (engine, show_engine, 5),
 }
 """Benchmarks by name: the measuring function, the printing one, and the usual number of repeats."""
@@ -172,11 +172,11 @@ def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m qlens.analysis.benchmarks.bench", description=__doc__)
     parser.add_argument("benchmark", choices=sorted(BENCHMARKS))
-    parser.add_argument("--repeats", type=int, help="interleaved repeats (step and lens: 9, engine: 5, jobs: 3)")
+    parser.add_argument("--repeats", type=int, help="interleaved repeats (step: 9, lens and engine: 5, jobs: 3)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--out", type=Path, help="a folder for the engine's JSON and figure")
-    parser.add_argument("--model", help="with lens: a Hugging Face folder, to measure on its text")
+    parser.add_argument("--model", help="with lens: a Hugging Face folder, to measure on a text too")
     parser.add_argument("--data", help="with --model: JSON Lines")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -186,11 +186,9 @@ def main(argv: list[str] | None = None) -> None:
         parser.error("--out goes with engine, the only benchmark that has a figure")
     if (options.model is None) != (options.data is None) or (options.model and options.benchmark != "lens"):
         parser.error("--model and --data go together, with lens")
-    if options.model is not None:
-        rows = real_text(options.model, options.data)
-        print(json.dumps(rows, indent=2)) if options.json else show_real_text(rows)
-        return
     rows = measure(repeats=options.repeats or usual)
+    if options.model is not None:
+        rows += real_text(options.model, options.data)
     if options.out is not None:
         from qlens.analysis.plots.save import save_figure
 

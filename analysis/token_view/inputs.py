@@ -14,7 +14,7 @@ from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_model
 from qlens.data.examples import example
 from qlens.data.from_text import row_of
-from qlens.data.models import load_model, load_tokenizer
+from qlens.data.models import load_to_read, load_tokenizer
 from qlens.registry import Variant, resolve
 
 SHOWN = 1000  # rows from which on their encoding shows its progress
@@ -24,7 +24,7 @@ FIELDS = ("old", "second", "sequence", "negatives")  # that a text and its model
 
 def loaded_model(model: Any, name: str) -> nn.Module:
     """A model, loaded if it is a folder."""
-    loaded = load_model(model) if isinstance(model, str | Path) else model
+    loaded = load_to_read(model) if isinstance(model, str | Path) else model
     check_model(loaded, name)
     return loaded
 

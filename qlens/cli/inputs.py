@@ -77,13 +77,13 @@ def own_models(
 
     rows = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
-    loaded = {"model": models.load_model(model, device, dtype), "tokenizer": tokenizer}
+    loaded = {"model": models.load_to_read(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference), ("after", after)):
         if folder is not None:
             own = name != "after" or models.has_tokenizer(folder)  # checkpoints of a training may come without one
             other = models.load_tokenizer(folder) if own else tokenizer
             compatibility.check_same_tokenizer(tokenizer, other)
-            loaded[name] = models.load_model(folder, device, dtype)
+            loaded[name] = models.load_to_read(folder, device, dtype)
             width = compatibility.vocabulary_size(loaded["model"])
             if remark := match_vocabulary(width, loaded[name], name, tokenizer, other):
                 typer.echo(remark, err=True)

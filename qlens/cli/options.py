@@ -22,6 +22,8 @@ Data = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where models run: cpu, cuda, ...", show_default="cpu")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="as saved")]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16, ...", show_default="float32 on a CPU, else as saved")
+]
 Rows = Annotated[int | None, typer.Option(min=1, help="How many rows of the data to read.", show_default=str(ROWS))]
 Loss = Annotated[str, typer.Argument(help="A method's spec, like dft or kd(temperature=2.0), or FILE.py:FUNCTION.")]

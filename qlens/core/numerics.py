@@ -58,6 +58,19 @@ class _LogSoftmax(torch.autograd.Function):
         return torch.ops.aten._log_softmax_backward_data(grads[0], log_p, -1, log_p.dtype)
 
 
+def softmax(logits: Float[Tensor, "*B V"]) -> Float[Tensor, "*B V"]:
+    """p = softmax(z) without gradient, in float32 at least; as precise as ``log_softmax``, with one exponential."""
+    z = logits.detach().to(precision(logits.dtype))
+    if z.dtype == torch.float64 or z.device.type != "cpu":
+        return torch.softmax(z, -1)
+    p, size = torch.empty_like(z, memory_format=torch.contiguous_format), z.shape[-1]
+    step = max(1, BLOCK_ENTRIES // size)
+    for rows, out in zip(z.reshape(-1, size).split(step), p.view(-1, size).split(step), strict=True):
+        torch.sub(rows, rows.amax(-1, keepdim=True), out=out)
+        out.exp_().div_(out.sum(-1, keepdim=True))
+    return p
+
+
 def one_hot(labels: Int[Tensor, "*B"], size: int, dtype: torch.dtype) -> Float[Tensor, "*B size"]:
     """One-hot rows of the given width."""
     zeros = torch.zeros(*labels.shape, size, dtype=dtype, device=labels.device)

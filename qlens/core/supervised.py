@@ -136,7 +136,7 @@ class Supervised:
         return values.flatten()[self.index + 1]
 
     def context(
-        self, input_ids: Int[Tensor, "B T"], vocabulary: int, rows: slice = slice(None)
+        self, input_ids: Int[Tensor, "B T"], vocabulary: int, rows: slice | Int[Tensor, " n"] = slice(None)
     ) -> Bool[Tensor, "N vocabulary"]:
         """A mask of the tokens that precede each supervised label in its own sequence, without the label itself.
 

@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from qlens.core.errors import InputError
-from qlens.core.numerics import spread
+from qlens.core.numerics import row_blocks, spread
 from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, check_same_vocabulary, context_length, vocabulary_size
 from qlens.data.examples import encode
-from qlens.data.models import loaded
+from qlens.data.models import load_to_read, loaded
 from qlens.data.rows import Row
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.models.backbones import Backbones
@@ -36,7 +37,8 @@ def tokens_from_text(
     """Tokens at every supervised position of texts, (prompt, completion) pairs, or rows as ``encode`` takes them.
 
     Args:
-        model: a causal language model, or the path of one; a loaded one runs on its own device.
+        model: a causal language model, or the path of one, which is read as ``load_to_read`` says; a loaded one runs on its own
+            device.
         tokenizer: of the model.
         rows: texts, pairs, or dicts.
         teacher, reference: other models over the same vocabulary, or their paths.
@@ -86,23 +88,27 @@ def tokens_from_examples(
     Raises:
         InputError: a row beyond a model's context or vocabulary, models whose vocabularies differ, or one that is not causal.
     """
-    model = loaded(model, "model")
+    model = loaded(model, "model", load=load_to_read)
     check_model(model, "model")
     paths = {"teacher": teacher, "reference": reference}
-    other_models = {name: loaded(other, name, model.device) for name, other in paths.items() if other is not None}
+    other_models = {
+        name: loaded(other, name, model.device, load_to_read) for name, other in paths.items() if other is not None
+    }
     for name, other in other_models.items():
         check_same_vocabulary(model, other, name)
     check_fits(examples, {"model": model, **other_models})
-    counts = [len(SupervisedBatch(collate([example]))) for example in examples] if most is not None else []
-    chosen = set(spread(sum(counts), most).tolist()) if most is not None and sum(counts) > most else None
-    parts, start = [], 0
-    for tokens in token_batches(
-        model, examples, batch_size, needs, None if chosen is None else ENTRIES, **other_models
-    ):
-        rows = [row for row in range(len(tokens)) if chosen is None or start + row in chosen]
-        start += len(tokens)
-        parts.append((tokens if chosen is None else tokens[rows]).fields())
+    chosen = None
+    if most is not None and (total := supervised_tokens(examples)) > most:
+        chosen = spread(total, most)
+    entries = None if chosen is None else ENTRIES
+    batches = token_batches(model, examples, batch_size, needs, entries, chosen, **other_models)
+    parts = [tokens.fields() for tokens in batches]
     return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+
+
+def supervised_tokens(examples: Sequence[Mapping[str, Sequence[int]]]) -> int:
+    """The number of supervised tokens of encoded rows."""
+    return sum(len(SupervisedBatch(collate([example]))) for example in examples)
 
 
 def token_batches(
@@ -112,6 +118,7 @@ def token_batches(
     needs: Collection[str] = (),
     entries: int | None = None,
     backbones: Backbones | None = None,
+    chosen: Int[Tensor, " n"] | None = None,
     **other_models: nn.Module,
 ) -> Iterator[Tokens]:
     """``tokens_from_examples`` batch by batch; ``sequence`` counts on from batch to batch.
@@ -120,22 +127,27 @@ def token_batches(
         model, examples, batch_size, needs: as there; models are loaded.
         entries: most logits of a model at a time, where it has a linear head; None: those of a batch.
         backbones: those of the models in earlier calls, which are not verified again.
+        chosen: the supervised tokens that are read, by their number over all examples; None: all of them. Batches without one
+            are not run.
         other_models: teacher and reference.
     """
-    backbones = Backbones(None) if backbones is None else backbones
-    models = {"model": model, **other_models}
+    backbones, numbered = Backbones(None) if backbones is None else backbones, 0
+    models, vocabulary = {"model": model, **other_models}, vocabulary_size(model)
     for start in range(0, len(examples), batch_size):
         batch = _on(model.device, collate(examples[start : start + batch_size]))
         supervised = SupervisedBatch(batch)
-        batch = supervised.model_inputs()
-        logits = {}
+        first, numbered = numbered, numbered + len(supervised)
+        index = None if chosen is None else chosen[(chosen >= first) & (chosen < numbered)] - first
+        if index is not None and not len(index):
+            continue
+        batch, logits = supervised.model_inputs(), {}
         for name, each in models.items():
             with evaluating(each):
                 check_causal(each, _on(each.device, batch), name)
                 logits[name] = _logits(each, _on(each.device, batch), supervised, entries and backbones, name)
-        size = max(len(supervised) if entries is None else entries // vocabulary_size(model), 1)
-        for at in range(0, max(len(supervised), 1), size):
-            rows = slice(at, at + size)
+        number = max(len(supervised) if index is None else len(index), 1)
+        for block in row_blocks(number, vocabulary, entries or vocabulary * number):
+            rows = block if index is None else index[block].to(model.device)
             with torch.no_grad():  # not across yield: the caller may compute gradients meanwhile
                 fields = {name: read(rows).to(model.device) for name, read in logits.items()}
             fields["logits"] = fields.pop("model")
@@ -148,21 +160,26 @@ def token_batches(
 
 def _logits(
     model: nn.Module,
-    batch: dict[str, torch.Tensor],
+    batch: dict[str, Tensor],
     supervised: SupervisedBatch,
     backbones: Backbones | None,
     name: str,
-) -> Callable[[slice], torch.Tensor]:
+) -> Callable[[slice | Tensor], Tensor]:
     """A function that returns a model's logits at some supervised rows, computed on demand where it has a backbone."""
     states = backbones.states(model, batch, name) if backbones else None
     if states is None:
         whole = supervised.take(model_logits(model, batch))
-        return lambda rows: whole[rows]
+        return lambda rows: whole[_there(rows, whole.device)]
     backbone, hidden = states
-    return backbone.at(supervised.take(hidden)).logits
+    head = backbone.at(supervised.take(hidden))
+    return lambda rows: head.logits(_there(rows, hidden.device))
 
 
-def _on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _there(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
+    return rows if isinstance(rows, slice) else rows.to(device)
+
+
+def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
 
 

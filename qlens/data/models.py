@@ -2,11 +2,12 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
@@ -15,10 +16,13 @@ from transformers.utils import logging as transformers_logging
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import user_path
+from qlens.core.numerics import dtype_name
 from qlens.data.model_sizes import check_parameters, check_sizes
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+SPARE = 0.8  # share of the free memory that weights in float32 may take
 
 
 def load_model(
@@ -67,13 +71,58 @@ def load_model(
         raise InputError(f"device {str(device)!r} cannot be used: {_short(error)}") from None
 
 
-def loaded(model: Any, name: str, device: str | torch.device = "cpu") -> Any:
-    """A model as it is, or loaded by ``load_model`` where ``model`` is a path.
+def load_to_read(
+    path: str | Path, device: str | torch.device = "cpu", dtype: str | torch.dtype | None = None
+) -> PreTrainedModel:
+    """Load a model whose predictions are read, not trained: on a CPU, weights saved in half precision become float32.
+
+    CPUs without instructions for half precision are several times slower in it, and its logits have three digits on every CPU.
+    The weights stay as saved where float32 does not fit the free memory. What is done is logged.
+
+    Args:
+        path, device: as for ``load_model``.
+        dtype: None: float32 on a CPU, elsewhere as saved. A dtype that is named is the model's.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: as ``load_model``.
+
+    Example:
+        >>> load_to_read("path/to/model").dtype  # doctest: +SKIP
+        torch.float32
+    """
+    model = load_model(path, device, dtype)
+    if dtype is not None or model.device.type != "cpu" or model.dtype not in HALF:
+        return model
+    saved, more, free = dtype_name(model.dtype), 2 * model.num_parameters(), psutil.virtual_memory().available
+    if more > SPARE * free:
+        logger.warning(
+            "model %s is read in %s, as saved: float32 takes %.1f GiB more, and %.1f GiB are free",
+            path, saved, more / 2**30, free / 2**30,
+        )  # fmt: skip
+        return model
+    logger.warning(
+        "model %s is saved in %s and read in float32 on the CPU; dtype=%r, on the command line --dtype %s, keeps it",
+        path, saved, saved, saved,
+    )  # fmt: skip
+    return model.float()
+
+
+def loaded(
+    model: Any,
+    name: str,
+    device: str | torch.device = "cpu",
+    load: Callable[[str | Path, str | torch.device], Any] = load_model,
+) -> Any:
+    """A model as it is, or loaded where ``model`` is a path.
 
     Args:
         model: a module, a folder or a name on the hub; None stays None.
         name: of the argument, for messages.
         device: where a loaded model goes; a module stays where it is.
+        load: ``load_model``, or ``load_to_read`` for a model that is not trained.
 
     Raises:
         InputError: nothing can be loaded from the path.
@@ -81,7 +130,7 @@ def loaded(model: Any, name: str, device: str | torch.device = "cpu") -> Any:
     if not isinstance(model, str | Path):
         return model
     try:
-        return load_model(model, device)
+        return load(model, device)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
 

@@ -62,7 +62,7 @@ class Head:
         options += "" if self.logit_scale == 1 else f", logit_scale {self.logit_scale:g}"
         return f"<Head: {rows} rows of width {width}, vocabulary {len(self.weight)}, {self.hidden.dtype}{options}>"
 
-    def logits(self, rows: slice, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
+    def logits(self, rows: slice | Tensor, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
         if buffer is not None and buffer.dtype == self.hidden.dtype:

@@ -59,8 +59,7 @@ def read(variant: Variant, tokens: Tokens, value: Callable[[Tokens], Tensor]) ->
 
     Methods that are declared per-token are read some rows at a time, so that autograd's copies stay small on long texts.
     """
-    declared = variant.built_in or bool(variant.method.scope)
-    if tokens.logits.numel() <= ENTRIES or variant.scope != "token" or variant.derived or not declared:
+    if tokens.logits.numel() <= ENTRIES or not variant.alone:
         return gradient(value, tokens)
     grads = torch.empty_like(tokens.logits, dtype=precision(tokens.logits.dtype))
     for rows in row_blocks(*tokens.logits.shape, ENTRIES):

@@ -70,6 +70,12 @@ class Variant:
         """What a token's gradient depends on: "token" (also if undeclared), "sequence", "pair", "batch" or "parameters"."""
         return self._declared("scope") or "token"
 
+    @property
+    def alone(self) -> bool:
+        """Whether an explicit target is declared to be per-token, so that tokens can be read without the others of their text."""
+        declared = self.built_in or bool(self.method.scope)
+        return self.scope in ALONE and declared and not self.derived
+
     needs = property(lambda self: self._declared("needs"), doc="Fields of Tokens needed beside logits and labels.")
 
     @property

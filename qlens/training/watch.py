@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArgum
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import write_text, written
-from qlens.core.numerics import spread
+from qlens.core.numerics import row_blocks, spread
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
 from qlens.data.compatibility import check_same_vocabulary
 from qlens.data.examples import encode
-from qlens.data.from_text import token_batches
+from qlens.data.from_text import ENTRIES, supervised_tokens, token_batches
 from qlens.data.models import loaded
 from qlens.registry import Variant, resolve
 from qlens.training.fitting import isolated
@@ -50,7 +50,8 @@ class Watch(TrainerCallback):
         tokenizer: of the model.
         teacher, reference: other models over the same vocabulary, or their paths, for variants that need them.
         every: optimizer steps between records.
-        tokens: number of supervised tokens that are recorded, evenly spread; Q is computed on whole rows.
+        tokens: number of supervised tokens that are recorded, evenly spread; logits and Q are computed at them alone where
+            every variant is declared to be per-token, else at whole rows.
         batch_size: rows per forward pass.
         name: of the files; a second Watch in one run needs another.
 
@@ -155,15 +156,24 @@ class Watch(TrainerCallback):
             ]
 
     def _read(self, model: nn.Module) -> dict[str, Target]:
-        """Every variant's target in unit scale, at the probe tokens alone, on the CPU."""
+        """Every variant's target in unit scale, at the probe tokens alone, on the CPU.
+
+        Logits are computed at these tokens alone where every variant is declared to be per-token, else at whole rows.
+        """
         needs = sorted({need for variant in self.variants.values() for need in variant.needs})
-        total = sum(label != IGNORE for example in self.examples for label in example["labels"][1:])
-        index, start = spread(total, self.tokens), 0
+        index, start = spread(supervised_tokens(self.examples), self.tokens), 0
+        alone = all(variant.alone for variant in self.variants.values())
         parts: dict[str, list[Target]] = {name: [] for name in self.variants}
-        with closing(token_batches(model, self.examples, self.batch_size, needs, **self.other_models)) as batches:
+        batches = token_batches(
+            model, self.examples, self.batch_size, needs, ENTRIES if alone else None, index if alone else None,
+            **self.other_models,
+        )  # fmt: skip
+        with closing(batches):
             for tokens in batches:
-                rows = index[(index >= start) & (index < start + len(tokens))] - start
-                start += len(tokens)
+                rows = torch.arange(len(tokens))
+                if not alone:
+                    rows = index[(index >= start) & (index < start + len(tokens))] - start
+                    start += len(tokens)
                 for name, variant in self.variants.items():
                     target = variant.target(tokens)
                     parts[name].append(target[rows.to(target.labels.device)].cpu().at("unit"))
@@ -181,9 +191,14 @@ class Watch(TrainerCallback):
             "entropy": target.entropy,
             "kl": target.kl,
             "negative_mass": target.negative_mass,
-            "drift": (target.q - first).abs().sum(1) / 2,
-            "drift_kl": _divergence(target, first, inside),
         }
+        both = target.in_simplex & inside
+        drift, divergence = torch.zeros_like(target.scale), torch.full_like(target.scale, torch.nan)
+        for rows in row_blocks(*first.shape):
+            q, q0 = target.q_rows(rows), first[rows]
+            drift[rows] = (q - q0).abs().sum(1) / 2
+            divergence[rows] = torch.where(both[rows], _divergence(q, q0), torch.nan)
+        values |= {"drift": drift, "drift_kl": divergence}
         place = {"step": step, "variant": name, "token": range(len(labels)), "label": labels.tolist()}
         return place | texts | {key: value.double().tolist() for key, value in values.items()}
 
@@ -224,11 +239,10 @@ class Watch(TrainerCallback):
         return json.dumps([list(self.variants), [list(e["labels"]) for e in self.examples], self.tokens])
 
 
-def _divergence(target: Target, first: Float[Tensor, "N V"], first_inside: Bool[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """KL(Q || Q0) in nats; NaN where either is no distribution."""
-    q = target.q.clamp(min=0)
-    terms = torch.where(q > 0, q * (q.log() - first.clamp(min=0).log()), 0.0)
-    return torch.where(target.in_simplex & first_inside, terms.sum(-1).clamp(min=0), torch.nan)
+def _divergence(q: Float[Tensor, "n V"], first: Float[Tensor, "n V"]) -> Float[Tensor, " n"]:
+    """KL(Q || Q0) in nats, of rows that are distributions."""
+    q = q.clamp(min=0)
+    return torch.where(q > 0, q * (q.log() - first.clamp(min=0).log()), 0.0).sum(-1).clamp(min=0)
 
 
 def _check_needs(variants: Sequence[Variant], other_models: Mapping[str, nn.Module]) -> None:

@@ -11,6 +11,7 @@ import qlens
 from qlens.analysis.compare.environments import UserSource
 from qlens.cli.inputs import own_tokens
 from qlens.core.errors import InputError
+from qlens.core.numerics import dtype_name
 from qlens.data import compatibility, models
 from qlens.data.examples import encode
 from qlens.data.vocabularies import match_vocabulary
@@ -137,3 +138,31 @@ def test_vocabularies_of_other_tokenizers_are_not_matched():
         match_vocabulary(33, llama(vocab=30), "teacher", letters(), letters())
     with pytest.raises(InputError, match="match_vocabulary"):
         compatibility.check_same_vocabulary(llama(), llama(vocab=40), "teacher")
+
+
+@pytest.mark.parametrize("saved", [torch.bfloat16, torch.float16])
+def test_weights_saved_in_half_precision_are_read_in_float32_on_a_cpu(tmp_path, caplog, monkeypatch, saved):
+    folder, data = tmp_path / "model", tmp_path / "data.jsonl"
+    llama().to(saved).save_pretrained(folder)
+    letters().save_pretrained(folder)
+    data.write_text('{"text": "what is banana"}')
+    ids = encode([{"text": "what is banana"}], letters(), None).examples[0]["input_ids"]
+    expected = llama().to(saved).double()(torch.tensor([ids])).logits[0, :-1].detach()
+    read = own_tokens(str(folder), None, None, str(data), 1, None, None, ())["tokens"]
+    named = dtype_name(saved)
+    assert f"is saved in {named} and read in float32 on the CPU; dtype='{named}'" in caplog.text
+    passed = llama().to(saved)
+    from_folder = qlens.Tokens.from_text(folder, letters(), ["what is banana"], teacher=folder, reference=passed)
+    for logits in (read.logits, from_folder.logits, from_folder.teacher):
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
+    assert from_folder.reference.dtype == passed.dtype == saved  # a module stays as it is
+    caplog.clear()
+    kept = own_tokens(str(folder), None, None, str(data), 1, None, named, ())["tokens"]
+    trained_with = qlens.Watch("kd", [{"text": "banana"}], tokenizer=letters(), teacher=folder).other_models["teacher"]
+    assert kept.logits.dtype == trained_with.dtype == models.load_model(folder).dtype == saved and not caplog.text
+    view = qlens.view(str(folder), letters(), ["what is banana"], ["sft"])
+    kept_view = qlens.view(passed, letters(), ["what is banana"], ["sft"])
+    assert float((view.table.p_y - kept_view.table.p_y).abs().max()) > 1e-5
+    monkeypatch.setattr(models.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000}))
+    assert models.load_to_read(folder).dtype == saved and f"is read in {named}, as saved" in caplog.text

@@ -1,6 +1,7 @@
 """Texts and gradients in chunks equal those computed whole; kernels against formulas written out."""
 
 import json
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -43,17 +44,23 @@ def test_token_batches_in_chunks_equal_whole_ones():
                 assert_close(actual[name], value, rtol=1e-5, atol=1e-5)
 
 
-def test_only_one_chunk_of_logits_is_computed_at_a_time():
-    sizes = []
-    plain = Head.logits
+@contextmanager
+def head_rows():
+    """The numbers of rows of which a head computes logits, in order."""
+    sizes, plain = [], Head.logits
 
     def watched(self, where, buffer=None):
         z = plain(self, where, buffer)
         sizes.append(len(z))
         return z
 
-    model, teacher = llama(), llama(1)
     with mock.patch.object(Head, "logits", watched):
+        yield sizes
+
+
+def test_only_one_chunk_of_logits_is_computed_at_a_time():
+    model, teacher = llama(), llama(1)
+    with head_rows() as sizes:
         parts = list(token_batches(model, EXAMPLES, 3, (), 2 * VOCAB, teacher=teacher))
     proofs = 2 * [backbone.TRIAL_TOKENS]  # of each model's head, once
     assert sorted(sizes)[-2:] == proofs and max(sorted(sizes)[:-2]) <= 2
@@ -69,6 +76,24 @@ def test_a_subset_of_tokens_is_evenly_spread():
             chosen_rows = torch.linspace(0, len(whole) - 1, min(most, len(whole))).long()
             for name, value in whole[chosen_rows].fields().items():
                 assert_close(few.fields()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_logits_are_computed_at_the_tokens_that_are_read():
+    for build, number in [
+        (lambda: tokens_from_examples(llama(), EXAMPLES, batch_size=2, most=7), 7),
+        (lambda: qlens.Watch(["dft", "gem"], EXAMPLES, tokens=5, batch_size=2).record(llama(), 0), 5),
+    ]:
+        with head_rows() as sizes:
+            build()
+        assert sum(sizes) == number + backbone.TRIAL_TOKENS, "the head is verified once"
+
+
+def test_a_watch_of_a_method_of_texts_reads_whole_texts():
+    of_texts = qlens.Watch("iw_sft", EXAMPLES, reference=llama(1), tokens=5, batch_size=2)
+    of_texts.record(llama(), 0)
+    whole = tokens_from_examples(llama(), EXAMPLES, reference=llama(1), batch_size=2)
+    target = qlens.get("iw_sft").target(whole)[torch.linspace(0, len(whole) - 1, 5).long()]
+    assert_close(torch.tensor(of_texts.frame["label_weight"]), target.label_weight.double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_head_is_verified_once(monkeypatch):

@@ -7,8 +7,11 @@ from numpy.testing import assert_allclose
 
 import qlens
 from qlens.core.probes.trial_tokens import random_tokens
+from qlens.lens.reading import Reading
 from qlens.lens.text import explained
+from qlens.lens.text.chunks import Comparison
 from qlens.lens.text.sampling import rows_over_p
+from qlens.registry import resolve
 
 N, V = 420, 500
 
@@ -93,6 +96,34 @@ def test_tokens_that_differ_are_added_to_the_analysis():
     e = explain(by_p, tokens)
     assert int(order[101]) in e.coverage.rows
     assert not e.nearest[0].same
+
+
+def test_a_sum_of_two_terms_is_confirmed_on_every_token():
+    tokens = text()
+    at = tokens.label_probs.double()[(order := tokens.label_probs.argsort())[[100, 101, 102]]]
+    low, high = float(at[:2].mean()), float(at[1:].mean())
+
+    def plus_brier(t, least=2.0, most=2.0):
+        p = t.label_probs.detach()
+        factor = torch.where((p > least) & (p < most), 0.9, 0.37)
+        return qlens.get("sft").loss(t) + factor * qlens.get("brier").loss(t)
+
+    e = explain(lambda tokens: plus_brier(tokens), tokens)
+    assert e.two_terms.terms == ("sft", "brier") and e.two_terms.factors == (1.0, 0.37)
+    assert "the sum of two terms" in e.coverage.confirmed and not len(e.coverage.exceptions)
+    other = resolve(lambda tokens: plus_brier(tokens, low, high))
+    shown = Reading.of(other, tokens[:8].with_precision(torch.float64))
+    comparison = Comparison(other, tokens, shown, None, [], None, {}, e.two_terms)
+    comparison.run([slice(0, 200), slice(200, N)])
+    assert comparison.exceptions.tolist() == [int(order[101])]
+
+
+def test_a_near_match_is_counted_on_every_token():
+    tokens = text()
+    e = explain(lambda logits, labels: F.cross_entropy(logits, labels, reduction="none").clamp(max=4), tokens)
+    number = int((F.cross_entropy(tokens.logits.double(), tokens.labels, reduction="none") < 4).sum())
+    assert e.near_match.spec == "sft" and e.coverage.near == number and 0 < number < N
+    assert f"The near match holds on {number} of the {N} tokens, up to 1 %." in flat(e)
 
 
 def test_a_clip_that_never_acts_on_the_text_is_reported():

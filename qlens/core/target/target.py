@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError
-from qlens.core.numerics import expectation, log_softmax, one_hot, precision
+from qlens.core.numerics import expectation, log_softmax, one_hot, precision, softmax
 from qlens.core.scales import with_sum_
 from qlens.core.target.checks import check_values, per_token, residual_of
 from qlens.core.target.display import Display
@@ -192,7 +192,7 @@ class Target(Metrics, Display):
         if self.dense_q is not None:
             return self.dense_q[rows]
         if self.dense_grad is not None:
-            return log_softmax(self.logits[rows]).to(self.dense_grad).exp_().sub_(self.dense_grad[rows])
+            return softmax(self.logits[rows]).to(self.dense_grad).sub_(self.dense_grad[rows])
         t, index = self.trust[rows, None], self.labels[rows, None].long()
         if self.label_only:
             return ((1 - t) * self.log_probs[rows].exp()).scatter_(1, index, self._label_mass[rows, None])

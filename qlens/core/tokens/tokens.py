@@ -208,7 +208,7 @@ class Tokens(Display):
 
         Finite (-1e30) where the label is the only possible token.
         """
-        return self.log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).clamp(min=-1e30).logsumexp(-1)
+        return self.rest_of(self.log_probs)
 
     @property
     def others(self) -> Float[Tensor, "N V"]:
@@ -224,6 +224,10 @@ class Tokens(Display):
     def gather(self, values: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
         """The label's entry in every row."""
         return values.gather(-1, self.labels[:, None].long())[:, 0]
+
+    def rest_of(self, log_probs: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+        """``rest_log_probs`` of log-probabilities that are already there."""
+        return log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).clamp(min=-1e30).logsumexp(-1)
 
     def log_probs_of(self, model: str) -> Float[Tensor, "N V"]:
         """Another model's log-probabilities (``reference``, ``teacher``, ``old``, ``second``), without gradient."""

@@ -133,39 +133,39 @@ class _Search:
             return False
         return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
 
-    def column(self, entry: Residual, value: float | None) -> Tensor:
-        """p - R at every token, at unit length; those of the grid are remembered."""
+    def column(self, entry: Residual, value: float | None, rows: Tensor | None = None) -> Tensor:
+        """p - R at every token, or at some, at unit length; those of the grid are remembered."""
         key = (entry.name, value if entry.parameter else None)
         if key in self.column_cache:
-            return self.column_cache[key]
-        column = self.p - entry.at(self.tokens, key[1])
+            column = self.column_cache[key]
+            return column if rows is None else column[rows]
+        known = key[1] is None or value in entry.grid
+        at = rows if rows is not None and not known else slice(None)  # a fitted value is seldom needed again
+        column = self.p[at] - entry.at(self.tokens[at], key[1])
         column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         room = (len(self.column_cache) + 1) * column.numel() <= REMEMBERED
-        if key[1] is None or (value in entry.grid and room):
+        if key[1] is None or (known and room):
             self.column_cache[key] = column
-        return column
+        return column if rows is None or not known else column[rows]
 
-    def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None]) -> Tensor:
+    def columns(
+        self, chosen: tuple[Residual, ...], values: Sequence[float | None], rows: Tensor | None = None
+    ) -> Tensor:
         """The columns of a set at some values of its parameter, (values, N, V, J)."""
-        return torch.stack([torch.stack([self.column(entry, value) for value in values]) for entry in chosen], -1)
-
-    def projected(self, columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The R of a QR decomposition of the columns, Q^T g, and the relative misfit of every token, (..., N)."""
-        q, r = torch.linalg.qr(columns)
-        on = q.mT @ self.g[..., None]
-        return r, on, (self.g - (q @ on)[..., 0]).norm(dim=-1) / self.size
+        return torch.stack([torch.stack([self.column(entry, value, rows) for value in values]) for entry in chosen], -1)
 
     def solve(self, chosen: tuple[Residual, ...], value: float | None) -> Tensor:
         """Coefficients of the unit columns, (N, J)."""
-        r, on = (part[0] for part in self.projected(self.columns(chosen, [value]))[:2])
+        r, on = (part[0] for part in _projected(self.columns(chosen, [value]), self.g)[:2])
         return solved(r, on)
 
     def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
         """The root mean square misfit over some tokens, at every value."""
-        misfits, few = [], max(1, TOGETHER // (self.g.numel() * len(chosen)))
+        g, size = self.g[where], self.size[where]
+        misfits, few = [], max(1, TOGETHER // (g.numel() * len(chosen)))
         for at in range(0, len(values), few):
-            misfit = self.projected(self.columns(chosen, values[at : at + few]))[2]
-            misfits += misfit[:, where].square().mean(-1).sqrt().tolist()
+            distance = _projected(self.columns(chosen, values[at : at + few], where), g)[2]
+            misfits += (distance / size).square().mean(-1).sqrt().tolist()
         return misfits
 
     def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
@@ -260,6 +260,13 @@ class _Search:
         a = torch.stack([self.column(e, None) for e in self.entries if not e.parameter], -1).cpu().numpy()
         residual_norms = torch.tensor([nnls(rows, g)[1] for rows, g in zip(a, self.g.cpu().numpy(), strict=True)])
         return float((residual_norms / self.size.cpu()).square().mean().sqrt())
+
+
+def _projected(columns: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The R of a QR decomposition of the columns, Q^T g, and the distance of g from them at every token, (..., N)."""
+    q, r = torch.linalg.qr(columns)
+    on = q.mT @ grad[..., None]
+    return r, on, (grad - (q @ on)[..., 0]).norm(dim=-1)
 
 
 def _cost(search: _Search, chosen: tuple[Residual, ...]) -> Callable[[float], float]:

@@ -61,6 +61,10 @@ class NearMatch:
         """Whether it describes the loss: on nearly all tokens, or on tokens that a rule separates from the others."""
         return self.left <= FAR or (self.share >= NEARLY_ALL and "(" not in self.spec)
 
+    def agrees(self, at: Reading) -> torch.Tensor:
+        """The tokens on which a gradient is the method's times the factor, up to 1 %, (n,)."""
+        return _agrees(at, self.spec, self.factor)
+
     def __str__(self) -> str:
         count = round(self.share * self.tokens)
         near = (

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qlens.core.tokens import Tokens
@@ -22,6 +22,7 @@ APART = 1e-9  # determinant of two unit terms below which their factors are not 
 VERIFIED = 12  # pairs that are compared on all tokens, the simplest first
 COLUMNS = 512  # entries of a row in the first comparison
 SMALLEST = 1e-4  # least share of a term in the gradient
+MOST = 4.0  # largest distance from the sum, relative to what rounding and the tolerance allow
 EQUAL = 1e-3  # relative difference of a factor between two sets of tokens
 CALLED = {"reference": "the reference", "teacher": "the teacher", "old": "the old policy", "second": "the second pass"}
 
@@ -42,6 +43,15 @@ class TwoTerms:
     def odd(self) -> bool:
         """Whether a factor has more than three digits."""
         return max(map(matching.digits, self.factors)) > matching.SHORT
+
+    def apart(self, at: Reading) -> Bool[Tensor, " n"]:
+        """The tokens on which the terms do not add up to a gradient."""
+        by_name = {term.name: term for term in _terms(at.tokens, "")}
+        grads = [by_name[name].of(at.tokens) if name in by_name else None for name in self.terms]
+        if grads[0] is None or grads[1] is None:
+            return torch.ones_like(at.noise.rows, dtype=torch.bool)
+        terms = torch.stack([grads[0].double(), grads[1].double()], -1)
+        return _distance(at, terms, terms.new_tensor(self.factors)) > MOST
 
     def __str__(self) -> str:
         (first, second), (a, b) = self.terms, self.factors
@@ -121,20 +131,29 @@ def _same_everywhere(pair: tuple[_Term, _Term], readings: Sequence[Reading]) -> 
         if grads[0] is None or grads[1] is None:
             return None
         terms = torch.stack([grads[0].double(), grads[1].double()], -1)
-        size = terms.norm(dim=-2).amax(-1).maximum(at.grad.norm(dim=-1))
-        allowed = TOLERANCE * size + at.noise.rows
-        weight = 1 / allowed.clamp(min=1e-300)[:, None]
+        weight = 1 / _allowed(at, terms)[:, None]
         a, b = (terms * weight[..., None]).flatten(0, 1), (at.grad * weight).flatten()
         exact = torch.linalg.lstsq(a, b[:, None]).solution[:, 0]
         spread = 10 * TOLERANCE + float((at.noise.rows / at.grad.norm(dim=-1).clamp(min=1e-300)).median())
         short = exact.new_tensor([written(value, spread) for value in exact.tolist()])
-        good = [one for one in (short, exact) if bool(((at.grad - terms @ one).norm(dim=-1) <= 4 * allowed).all())]
+        good = [one for one in (short, exact) if bool((_distance(at, terms, one) <= MOST).all())]
         if not good or bool((good[0] == 0).any()):
             return None
         solutions.append(good[0].cpu())
     first = solutions[0]
     same = all(bool(((other - first).abs() <= EQUAL * first.abs()).all()) for other in solutions)
     return (float(first[0]), float(first[1])) if same else None
+
+
+def _allowed(at: Reading, terms: Float[Tensor, "n V 2"]) -> Float[Tensor, " n"]:
+    """The distance from the sum of two terms that rounding and the tolerance allow."""
+    size = terms.norm(dim=-2).amax(-1).maximum(at.grad.norm(dim=-1))
+    return (TOLERANCE * size + at.noise.rows).clamp(min=1e-300)
+
+
+def _distance(at: Reading, terms: Float[Tensor, "n V 2"], factors: Float[Tensor, " 2"]) -> Float[Tensor, " n"]:
+    """The distance of a gradient from the weighted sum of two terms, relative to what is allowed."""
+    return (at.grad - terms @ factors).norm(dim=-1) / _allowed(at, terms)
 
 
 def _terms(tokens: Tokens, skip: str) -> list[_Term]:

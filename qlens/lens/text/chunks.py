@@ -17,6 +17,8 @@ from qlens.lens.decompose.mixture import Mixture
 from qlens.lens.decompose.part_weights import PartWeights, weights_of_parts
 from qlens.lens.identify import matching
 from qlens.lens.identify.matching import RELATIONS, Match, method_gradient
+from qlens.lens.identify.near_identity import NearMatch
+from qlens.lens.identify.two_terms import TwoTerms
 from qlens.lens.reading import Reading, models_taken, prepared
 from qlens.lens.rounding import Noise, moves, rounding
 from qlens.lens.text.figures import Figures, joined, token_figures
@@ -95,8 +97,11 @@ class Comparison:
         nearest: the methods to compare.
         classes: class weights that the loss has beside all that, or None.
         residuals: a user's own distributions, (N, V) by name.
+        terms: two terms that add up to the loss, or None.
+        near: the method that the loss is on most tokens, or None.
 
     Attributes:
+        near_rows: number of rows on which it is ``near``.
         grad: the gradient of every row, (N, V).
         figures: the figures of every row.
         noise: the rounding error of every row's gradient, (N,).
@@ -112,7 +117,10 @@ class Comparison:
         nearest: list[Match],
         classes: ClassWeights | None,
         residuals: Mapping[str, Tensor],
+        terms: TwoTerms | None = None,
+        near: NearMatch | None = None,
     ):
+        self.terms, self.near, self.near_rows = terms, near, 0
         self.variant, self.tokens, self.shown, self.mixture, self.residuals = variant, tokens, shown, mixture, residuals
         self.classes = classes
         self.sums = [_MatchSums(match) for match in nearest]
@@ -138,6 +146,10 @@ class Comparison:
                 for one in self.sums:
                     apart_here = one.add(at)
                     off = off if apart_here is None else off | (apart_here & ~without)
+                if self.terms is not None:
+                    off = off | (self.terms.apart(at) & ~without)
+                if self.near is not None:
+                    self.near_rows += int(self.near.agrees(at).sum())
                 if self.mixture is not None:
                     known = at.with_gradient(at.grad, models_taken(self.variant, at.given))
                     own = {name: probs[rows] for name, probs in self.residuals.items()}

@@ -22,6 +22,7 @@ class TextCoverage:
         dtype: of the logits as they were read.
         confirmed: the findings that were compared on every token, in words.
         exceptions: the tokens on which they do not hold, (m,).
+        near: number of tokens with the gradient of the near match; None where there is none, or it was not compared.
         excluded: number of tokens that a threshold excludes or a clip reaches, by part of the mixture.
     """
 
@@ -32,13 +33,16 @@ class TextCoverage:
     confirmed: tuple[str, ...] = ()
     exceptions: Int[Tensor, " m"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
     excluded: Mapping[str, int] = field(default_factory=dict)
+    near: int | None = None
 
     def __str__(self) -> str:
         some, all_tokens = len(self.rows), self.tokens
+        near = (
+            "" if self.near is None else f" The near match holds on {self.near} of the {all_tokens} tokens, up to 1 %."
+        )
         if not self.confirmed:
-            return (
-                f"Your text: analysed on {some} of {all_tokens} tokens, spread over p_y; the table holds all of them."
-            )
-        what = enumeration(self.confirmed)
-        verb = "were" if len(self.confirmed) > 1 else "was"
-        return f"Your text: analysed on {some} of {all_tokens} tokens, spread over p_y; {what} {verb} compared on all of them."
+            rest = "the table holds all of them."
+        else:
+            verb = "were" if len(self.confirmed) > 1 else "was"
+            rest = f"{enumeration(self.confirmed)} {verb} compared on all of them."
+        return f"Your text: analysed on {some} of {all_tokens} tokens, spread over p_y; {rest}{near}"

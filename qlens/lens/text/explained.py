@@ -44,8 +44,9 @@ def explain_text(
         analyse: the explanation of some tokens with its analysis.
         progress: show a bar on stderr.
     """
-    rows = rows_over_p(tokens, ANALYSED, ENTRIES)
-    for left in reversed(range(ROUNDS)):
+    rows, rounds = rows_over_p(tokens, ANALYSED, ENTRIES), 0
+    while True:
+        rounds += 1
         try:
             with quiet():
                 e, analysis = analyse(tokens[rows], {name: probs[rows] for name, probs in residuals.items()})
@@ -54,12 +55,11 @@ def explain_text(
             comparison = _compared(e, analysis, tokens, residuals, progress)
         except InputError:  # it takes the whole text only, or a teacher in a closure does
             return None
-        if not (left and len(comparison.exceptions)):
+        if rounds == ROUNDS or not len(comparison.exceptions):
             with quiet():
                 return _completed(e, analysis, comparison, rows)
         added = comparison.exceptions[spread(len(comparison.exceptions), ADDED)]
         rows = torch.cat([rows, added.to(rows.device)]).unique()
-    return None
 
 
 def _compared(
@@ -68,7 +68,10 @@ def _compared(
     """The findings on some tokens, compared on all."""
     simple = _by_parts(e)
     mixture, nearest, classes = (e.mixture, e.nearest[:COMPARED], e.class_weights) if simple else (None, [], None)
-    comparison = Comparison(e.variant, tokens, analysis.shown, mixture, nearest, classes, residuals)
+    terms, near = (
+        (e.two_terms, e.near_match) if simple or (_nothing_removed(e) and not e.class_weights) else (None, None)
+    )
+    comparison = Comparison(e.variant, tokens, analysis.shown, mixture, nearest, classes, residuals, terms, near)
     blocks = list(row_blocks(len(tokens), tokens.logits.shape[1], TOGETHER))
     comparison.run(track(blocks, len(blocks), f"reading {len(tokens)} tokens", progress))
     return comparison
@@ -82,9 +85,13 @@ def _by_rows(e: Explanation, analysis: GradientAnalysis) -> bool:
 
 def _by_parts(e: Explanation) -> bool:
     """Whether nothing but class weights was removed from the gradient, so that methods and parts can be compared."""
-    removed = (e.shift_variance, e.position_weights, e.batch_factor)
-    apart = any(one is not None for one in removed) or (e.class_weights is not None and not e.class_weights.equal)
-    return not apart and e.mixture is not None and e.mixture.explains
+    equal = e.class_weights is None or e.class_weights.equal
+    return _nothing_removed(e) and equal and e.mixture is not None and e.mixture.explains
+
+
+def _nothing_removed(e: Explanation) -> bool:
+    """Whether nothing, class weights aside, was removed from the gradient before methods were compared with it."""
+    return all(one is None for one in (e.shift_variance, e.position_weights, e.batch_factor))
 
 
 def _completed(e: Explanation, analysis: GradientAnalysis, comparison: Comparison, rows: Tensor) -> Explanation:
@@ -99,16 +106,18 @@ def _completed(e: Explanation, analysis: GradientAnalysis, comparison: Compariso
         losses=figures["loss"],
         logits_dtype=tokens.logits.dtype,
     )
+    compared = ("the sum of two terms",) if comparison.terms is not None else ()
     coverage = TextCoverage(
-        rows.cpu(), len(tokens), figures, analysis.shown.given.logits.dtype, exceptions=comparison.exceptions
-    )
+        rows.cpu(), len(tokens), figures, analysis.shown.given.logits.dtype, compared, comparison.exceptions,
+        near=None if comparison.near is None else comparison.near_rows,
+    )  # fmt: skip
     mixture = comparison.whole_mixture()
     if mixture is None or e.scope is None:
         assert e.mixture is not None
         return replace(whole, mixture=replace(e.mixture, index=rows.cpu()[e.mixture.index]), coverage=coverage)
     laws, remark = analysis.laws(mixture, TextRows(tokens, comparison.noise), analysis.further, e.scope)
     named = any(match.same for match in e.nearest) and not e.registered
-    confirmed = (*(("the method",) if named else ()), "the decomposition", "its weights")
+    confirmed = (*(("the method",) if named else ()), *compared, "the decomposition", "its weights")
     excluded = {name: _excluded(law, mixture.parts[name], mixture.noise) for name, law in laws.items() if _has_end(law)}
     return replace(
         whole,

@@ -27,8 +27,9 @@ def token_figures(target: Target, tokens: Tokens, losses: Float[Tensor, " N"]) -
         >>> bool((figures["label_weight"] - figures["p_y"]).abs().max() < 1e-6)
         True
     """
-    y, p, q = tokens.labels[:, None].long(), target.probs, target.q
+    y, p, g = tokens.labels[:, None].long(), target.probs, target.grad
     runner_up = p.scatter(1, y, -1).argmax(-1, keepdim=True)
+    q_label, q_runner_up = (p.gather(1, ids)[:, 0] - g.gather(1, ids)[:, 0] / target.scale for ids in (y, runner_up))
     figures = {
         "p_y": p.gather(1, y)[:, 0],
         "runner_up": runner_up[:, 0],
@@ -36,14 +37,14 @@ def token_figures(target: Target, tokens: Tokens, losses: Float[Tensor, " N"]) -
         "loss": losses,
         "label_weight": target.label_weight,
         "reshape": target.reshape,
-        "q_label": q.gather(1, y)[:, 0],
-        "q_runner_up": q.gather(1, runner_up)[:, 0],
+        "q_label": q_label,
+        "q_runner_up": q_runner_up,
         "negative_mass": target.negative_mass,
         "total": target.total,
-        "label_grad": target.grad.gather(1, y)[:, 0],
-        "runner_up_grad": target.grad.gather(1, runner_up)[:, 0],
-        "grad_norm": target.grad.double().norm(dim=-1),
-        "rest": tokens.with_precision(torch.float64).rest_log_probs.exp(),
+        "label_grad": g.gather(1, y)[:, 0],
+        "runner_up_grad": g.gather(1, runner_up)[:, 0],
+        "grad_norm": g.double().norm(dim=-1),
+        "rest": target.rest.double(),
     }
     return {name: value.detach().cpu() for name, value in figures.items()}
 

@@ -154,17 +154,16 @@ class Features:
 def _arrays(tokens: Tokens) -> dict[str, np.ndarray]:
     """The features of tokens, by name."""
     tokens = tokens.with_precision(torch.float64)
-    p, size = tokens.probs, tokens.logits.shape[1]
-    top = p.topk(2, -1)
-    below_largest = tokens.log_probs.scatter(1, top.indices[:, :1], -torch.inf).logsumexp(-1)
-    tensors = {
-        "log_p": tokens.label_log_probs, "log_rest": tokens.rest_log_probs,
-        "entropy": -expectation(p, tokens.log_probs),
-        "rank": _rank(tokens, tokens.logits), "largest": top.values[:, 0], "log_size": torch.full_like(p[:, 0], math.log(size)),
-        "second": top.values[:, 1], "log_below_largest": below_largest, "squares": p.square().sum(-1),
-    }  # fmt: skip
+    log_p, size = tokens.log_probs, tokens.logits.shape[1]
+    p = log_p.exp()
     sizes = [k for k in TOP_K if k < size]
-    likely = tokens.log_probs.topk(max(sizes, default=0), -1).values
+    likely, ids = log_p.topk(max([2, *sizes]), -1)
+    tensors = {
+        "log_p": tokens.gather(log_p), "log_rest": tokens.rest_of(log_p), "entropy": -expectation(p, log_p),
+        "rank": _rank(tokens, tokens.logits), "largest": likely[:, 0].exp(), "log_size": torch.full_like(p[:, 0], math.log(size)),
+        "second": likely[:, 1].exp(), "log_below_largest": log_p.scatter(1, ids[:, :1], -torch.inf).logsumexp(-1),
+        "squares": p.square().sum(-1),
+    }  # fmt: skip
     tensors |= {f"top {k}": _entropy(likely[:, :k].log_softmax(-1)) for k in sizes}
     tensors |= {f"mass {k}": likely[:, :k].exp().sum(-1) for k in sizes}
     for name in ("reference", "old", "teacher"):
