@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qlens.analysis.token_view.vocabulary import VocabularyTotals
-from qlens.core.numerics import expectation, top_ids
+from qlens.core.numerics import expectation, release_memory, top_ids
 from qlens.core.progress import track
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
@@ -21,6 +21,7 @@ from qlens.data.from_text import ENTRIES, token_batches
 from qlens.registry import Variant
 from qlens.registry.variant import ALONE
 
+RELEASED = 16  # rows between releases of memory
 LONG = 2**24  # logits whose reading takes long enough to show progress
 
 
@@ -269,9 +270,11 @@ def summary_of(
     options = {"top_k_teacher": top_k_teacher, "totals": totals}
     parts = []
     logits = vocabulary_size(model) * sum(len(example["labels"]) for example in examples)
-    for _, text_chunks in track(texts, len(examples), "reading rows", progress and logits > LONG):
+    for number, text_chunks in track(texts, len(examples), "reading rows", progress and logits > LONG):
         for tokens, other in text_chunks:
             if other is not None:  # the models beside the two checkpoints are the same
                 other = other.replace(**{name: getattr(tokens, name) for name in models})
             parts.append(summarise(tokens, variants, candidates, after=other, **options))
+        if number % RELEASED == 0:
+            release_memory()
     return Summary.join(parts)

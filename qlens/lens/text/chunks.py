@@ -1,7 +1,5 @@
 """Chunks: a loss read on a long text some rows at a time, and what was found on a few of its rows compared on all of them."""
 
-import ctypes
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -10,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qlens.core.autograd import gradient, value_and_gradient
-from qlens.core.numerics import precision
+from qlens.core.numerics import precision, release_memory
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.lens.decompose.mixture import Mixture
@@ -158,7 +156,7 @@ class Comparison:
                     off = off | (part.misfit > MISFIT).to(off.device)
                 apart.append(off.cpu())
             if len(apart) % RELEASED == 0:
-                _release()
+                release_memory()
         self.figures, self.noise = joined(figures), torch.cat(noise)
         self.exceptions = torch.cat(apart).nonzero()[:, 0]
         self.weights = PartWeights.joined(weights) if weights else None
@@ -185,13 +183,6 @@ def _with_usual_class(at: Reading, classes: ClassWeights) -> tuple[Reading, Bool
     weights = classes.of(at.given.labels)
     without = weights == 0
     return at.weighted(torch.where(without, 1.0, classes.usual / torch.where(without, 1.0, weights))), without
-
-
-def _release() -> None:
-    """Return freed memory to the system: the C library keeps the blocks of a chunk otherwise, about 1 GiB of them."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
 
 
 class TextRows:
