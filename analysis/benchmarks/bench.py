@@ -29,8 +29,10 @@ from qlens.analysis.benchmarks.engine import draw_engine, engine, show_engine
 from qlens.analysis.benchmarks.lens import lens, show_lens
 from qlens.analysis.benchmarks.real_text import real_text
 from qlens.analysis.compare.environments import LabSource
-from qlens.analysis.compare.jobs import Job, run_all
+from qlens.analysis.compare.jobs import Job
 from qlens.analysis.compare.recipes import Recipe
+from qlens.analysis.compare.schedule import run_all
+from qlens.core import progress
 from qlens.data.collator import collate
 from qlens.lab import SETTINGS, build
 from qlens.registry import get
@@ -139,7 +141,9 @@ def jobs(repeats: int) -> list[dict[str, Any]]:
                     for name in ("sft", "target_sft")
                 ]
                 began = time.perf_counter()
-                run_all(jobs, number, True, f"{number} process{'es' * (number > 1)}")
+                description = f"{number} process{'es' * (number > 1)}"
+                for _ in progress.track(run_all(jobs, number), len(jobs), description):
+                    pass
                 seconds[number].append(time.perf_counter() - began)
                 if missing := [job.name for job in jobs if job.finished() is None]:
                     raise RuntimeError(f"{len(missing)} jobs failed, {missing[0]} among them")

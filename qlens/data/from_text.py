@@ -101,7 +101,7 @@ def tokens_from_examples(
     if most is not None and (total := supervised_tokens(examples)) > most:
         chosen = spread(total, most)
     entries = None if chosen is None else ENTRIES
-    batches = token_batches(model, examples, batch_size, needs, entries, chosen, **other_models)
+    batches = token_batches(model, examples, batch_size, needs, entries, chosen=chosen, **other_models)
     parts = [tokens.fields() for tokens in batches]
     return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 

@@ -165,8 +165,8 @@ class Watch(TrainerCallback):
         alone = all(variant.alone for variant in self.variants.values())
         parts: dict[str, list[Target]] = {name: [] for name in self.variants}
         batches = token_batches(
-            model, self.examples, self.batch_size, needs, ENTRIES if alone else None, index if alone else None,
-            **self.other_models,
+            model, self.examples, self.batch_size, needs, ENTRIES if alone else None,
+            chosen=index if alone else None, **self.other_models,
         )  # fmt: skip
         with closing(batches):
             for tokens in batches:

@@ -256,7 +256,7 @@ class Target(Metrics, Display):
         """This target, with log p and the sums over the vocabulary that ``other``, at the same tokens, has computed already."""
         pairs = ((self.logits, other.logits), (self.labels, other.labels))
         if all(a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in pairs):
-            computed = {name: other.__dict__[name] for name in ("log_probs", "_beside") if name in other.__dict__}
+            computed = {name: other.__dict__[name] for name in ("log_probs", "rest") if name in other.__dict__}
             self.__dict__.update(computed)
         return self
 
