@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -69,12 +70,12 @@ def measure(name: str, model: str, data: str) -> None:
         else:
             needs = ("teacher",) if teacher else ("old", "second", "negatives") if not loss else ()
             own = own_tokens(model, teacher, None, data, ROWS, None, "float32", needs)
-            _reset_peak()
-            before, began = _memory("VmRSS"), time.perf_counter()
-            str(qlens.explain(loss, **own)) if loss else str(distances(own["tokens"]))
-            row = {"seconds": time.perf_counter() - began, "tokens": len(own["tokens"]), "limit": limit}
+            with Peak() as peak:
+                began = time.perf_counter()
+                str(qlens.explain(loss, **own)) if loss else str(distances(own["tokens"]))
+                row = {"seconds": time.perf_counter() - began, "tokens": len(own["tokens"]), "limit": limit}
             logits = own["tokens"].logits.numel() * 4 / 2**30  # they stand above the model too
-            row["GiB"] = _memory("VmHWM") - before + logits * (2 if teacher else 1)
+            row["GiB"] = peak.above + logits * (2 if teacher else 1)
     print(json.dumps({"case": f"{name}, {row['tokens']} tokens", "GiB limit": MEMORY} | row))
 
 
@@ -89,11 +90,11 @@ def _view(model: str, data: str) -> dict[str, Any]:
         for ids in (*passes, *passes):
             loaded["model"](ids)
     forward = time.perf_counter() - began
-    _reset_peak()
-    before, began = _memory("VmRSS"), time.perf_counter()
-    page = view(loaded["model"], loaded["tokenizer"], rows[:ROWS], ["sft", "dft"])
-    seconds, peak = time.perf_counter() - began, _memory("VmHWM") - before
-    return _against(seconds, forward, VIEW, len(page.table), peak)
+    with Peak() as peak:
+        began = time.perf_counter()
+        page = view(loaded["model"], loaded["tokenizer"], rows[:ROWS], ["sft", "dft"])
+        seconds = time.perf_counter() - began
+    return _against(seconds, forward, VIEW, len(page.table), peak.above)
 
 
 def _watch(model: str, data: str) -> dict[str, Any]:
@@ -102,25 +103,46 @@ def _watch(model: str, data: str) -> dict[str, Any]:
     student, examples = loaded["model"], qlens.encode(rows[:ROWS], loaded["tokenizer"]).examples
     watch = qlens.Watch(["sft", "dft", "eaft"], examples, tokens=64)
     watch.record(student, 0)  # the first also verifies the head
-    _reset_peak()
-    before, began = _memory("VmRSS"), time.perf_counter()
-    watch.record(student, 1)
-    seconds, peak = time.perf_counter() - began, _memory("VmHWM") - before
+    with Peak() as peak:
+        began = time.perf_counter()
+        watch.record(student, 1)
+        seconds = time.perf_counter() - began
     began = time.perf_counter()
     student.train()(**collate(examples)).loss.backward()
-    return _against(seconds, time.perf_counter() - began, RECORD, 64, peak)
+    return _against(seconds, time.perf_counter() - began, RECORD, 64, peak.above)
 
 
 def _against(seconds: float, other: float, limit: float, tokens: int, peak: float) -> dict[str, Any]:
     return {"seconds": seconds, "limit": limit * other, "ratio": seconds / other, "tokens": tokens, "GiB": peak}
 
 
-def _reset_peak() -> None:
-    """Let the kernel measure the peak from here on."""
-    Path("/proc/self/clear_refs").write_text("5")
+class Peak:
+    """The most memory that the program itself allocates in a context, sampled 200 times a second.
+
+    Anonymous memory alone: pages of libraries and weight files come and go with the memory of other programs.
+
+    Attributes:
+        above: GiB above the memory at the beginning.
+    """
+
+    def __enter__(self) -> "Peak":
+        self.before, self.above, self.over = _anonymous(), 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._sample, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.over.set()
+        self.thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.above = max(self.above, _anonymous() - self.before)
+            if self.over.wait(0.005):
+                return
 
 
-def _memory(name: str) -> float:
-    """A line of the process's status, in GiB."""
-    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:")]
+def _anonymous() -> float:
+    """Anonymous memory of this process, in GiB."""
+    (line,) = [line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")]
     return int(line.split()[1]) / 2**20

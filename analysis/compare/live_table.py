@@ -27,8 +27,9 @@ LEAST_SHARE = 0.005  # of the work, from which a rate is measured
 class LiveTable:
     """Mean scores of the finished jobs, by method and setting.
 
-    In a terminal the table and a bar are redrawn in place. Elsewhere the table is printed when the first seed of a setting
-    is complete, and as often as every ``INTERVAL`` seconds while jobs end; lines in between say what is done.
+    In a terminal the table and a bar are redrawn in place. Elsewhere the table is printed when the first job that trains has
+    ended, when the first seed of a setting is complete, and as often as every ``INTERVAL`` seconds while jobs end; lines in
+    between say what is done.
 
     Args:
         jobs: of the comparison, finished ones included.
@@ -64,7 +65,8 @@ class LiveTable:
         self.done_before += job.cost * before
         if record is not None:
             self.scores[job] = float(np.mean(record["scores"]))
-        if not before and not interactive(self.console) and self._completes_first_seed(job):
+        first = not self.printed_jobs and job.recipe.variant is not None and record is not None
+        if not before and not interactive(self.console) and (first or self._completes_first_seed(job)):
             self._print_table()
 
     @contextmanager
