@@ -71,23 +71,34 @@ def own_models(
         raise InputError("--model and --data go together: a model folder and a JSON Lines file")
     if data is not None and text is not None:
         raise InputError("--text and --data: give one of them")
-    from qlens.data import compatibility, models
+    from qlens.data import models
     from qlens.data.rows import read_rows
-    from qlens.data.vocabularies import match_vocabulary
 
     rows = text if data is None else read_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_to_read(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference), ("after", after)):
         if folder is not None:
-            own = name != "after" or models.has_tokenizer(folder)  # checkpoints of a training may come without one
-            other = models.load_tokenizer(folder) if own else tokenizer
-            compatibility.check_same_tokenizer(tokenizer, other)
-            loaded[name] = models.load_to_read(folder, device, dtype)
-            width = compatibility.vocabulary_size(loaded["model"])
-            if remark := match_vocabulary(width, loaded[name], name, tokenizer, other):
+            try:
+                remark = _add(loaded, name, folder, device, dtype)
+            except InputError as error:
+                raise InputError(f"--{name}: {error}") from error
+            if remark:
                 typer.echo(remark, err=True)
     return loaded, rows
+
+
+def _add(loaded: dict[str, Any], name: str, folder: str, device: str, dtype: str | None) -> str:
+    """Load another model with the vocabulary of ``loaded["model"]`` into ``loaded``; returns a sentence on its padding."""
+    from qlens.data import compatibility, models
+    from qlens.data.vocabularies import match_vocabulary
+
+    tokenizer = loaded["tokenizer"]
+    own = name != "after" or models.has_tokenizer(folder)  # checkpoints of a training may come without one
+    other = models.load_tokenizer(folder) if own else tokenizer
+    compatibility.check_same_tokenizer(tokenizer, other)
+    loaded[name] = models.load_to_read(folder, device, dtype)
+    return match_vocabulary(compatibility.vocabulary_size(loaded["model"]), loaded[name], name, tokenizer, other)
 
 
 def figure_path(figure: str) -> Path:

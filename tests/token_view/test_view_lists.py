@@ -260,6 +260,11 @@ def test_the_command_shows_what_is_asked(run, user_files, tmp_path):
     code, out, _ = run(*command, *teacher)
     assert code == 0 and {json.loads(line)["method"] for line in out.splitlines()} == {"kd", "kd, top 2 of teacher"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["row.csv", "row.pdf", "rows.jsonl"], "no page unasked"
-    for words, message in ((["--row", 1], "--row goes with --figure"), (["--segment", "a"], "NAME=REGEX")):
+    for words, message in (
+        (["--row", 1], "--row goes with --figure"),
+        (["--segment", "a"], "NAME=REGEX"),
+        (["--after", "./nowhere"], "--after: "),
+        (["--rank", "--vocabulary"], "--vocabulary is about the view of single tokens"),
+    ):
         code, out, err = run(*command, *words)
         assert code == 2 and message in err
