@@ -19,8 +19,7 @@ from qlens.analysis.token_view.token_text import TokenText
 from qlens.core.errors import InputError, brief
 from qlens.core.files import shown_path, user_path
 from qlens.core.progress import bar, duration, stderr
-from qlens.core.supervised import IGNORE
-from qlens.data.compatibility import check_same_vocabulary, shortest_context
+from qlens.data.compatibility import shortest_context
 from qlens.data.from_text import ENTRIES, check_fits, token_batches
 from qlens.data.rows import read_rows
 from qlens.engine.models.backbones import Backbones
@@ -83,11 +82,7 @@ def rank(
         )
     chosen = inputs.variants_of(variants, teacher, reference, (*inputs.FIELDS, *inputs.columns_of(data)))
     inputs.check_number("max_rows", 1 if max_rows is None else max_rows)
-    student, tokenizer = inputs.loaded_model(model, "model"), inputs.tokenizer_of(model, tokenizer)
-    optional = {"teacher": teacher, "reference": reference}
-    others = {name: inputs.loaded_model(each, name) for name, each in optional.items() if each is not None}
-    for name, other in others.items():
-        check_same_vocabulary(student, other, name)
+    student, tokenizer, others = inputs.loaded_models(model, tokenizer, teacher=teacher, reference=reference)
     limit = shortest_context(student, *others.values())
     examples, skipped = inputs.encoded_rows(data, tokenizer, limit, max_rows, progress)
     check_fits(list(examples.values()), {"model": student, **others})
@@ -100,7 +95,9 @@ def rank(
     columns = {name: np.concatenate([shard[name] for shard in shards]) for name in shards[0]}
     notes = [*inputs.left_out(skipped), _rate(columns, examples, student.device.type == "cpu")]
     ids = {row: np.asarray(example["input_ids"], np.int32) for row, example in examples.items()}
-    texts = RowTexts(TokenText(tokenizer), ids, {row: _places(example)[0] for row, example in examples.items()})
+    texts = RowTexts(
+        TokenText(tokenizer), ids, {row: inputs.places_of(example)[0] for row, example in examples.items()}
+    )
     read = data[: max([*examples, *skipped])]
     if len(read) < len(data):
         notes.append(f"rows from {len(read) + 1} on were not read (max_rows={max_rows}); an export ends there")
@@ -163,7 +160,7 @@ class Passes:
             order += batch
             advance(len(batch))
         columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        places = [(row, place + 1) for row in order for place in _places(examples[row])]
+        places = [(row, place + 1) for row in order for place in inputs.places_of(examples[row])]
         columns["row"], columns["position"] = np.array(places, np.int32).T
         columns = {name: values[np.argsort(columns["row"], kind="stable")] for name, values in columns.items()}
         return columns | {"seconds": np.array([[time.perf_counter() - start, in_models]])}
@@ -199,8 +196,3 @@ def _rate(columns: Arrays, examples: Examples, on_cpu: bool) -> str:
         f"{len(examples)} rows with {read} tokens, {len(columns['row'])} of them supervised, were read in {duration(total)}: "
         f"{len(examples) / total:.2f} rows and {read / total:.0f} tokens per second{share}"
     )
-
-
-def _places(example: Mapping[str, Any]) -> list[int]:
-    """The indices of a row's supervised labels."""
-    return [at for at, label in enumerate(example["labels"]) if at and label != IGNORE]

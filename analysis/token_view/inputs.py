@@ -11,7 +11,7 @@ from qlens.core.errors import InputError
 from qlens.core.progress import track
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_model
+from qlens.data.compatibility import check_model, check_same_vocabulary
 from qlens.data.examples import example
 from qlens.data.from_text import row_of
 from qlens.data.models import load_to_read, load_tokenizer
@@ -27,6 +27,26 @@ def loaded_model(model: Any, name: str) -> nn.Module:
     loaded = load_to_read(model) if isinstance(model, str | Path) else model
     check_model(loaded, name)
     return loaded
+
+
+def loaded_models(
+    model: Any, tokenizer: Any, **others: Any
+) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, nn.Module]]:
+    """The student, its tokenizer, and the other models that are given, by name; folders are loaded.
+
+    Raises:
+        InputError: a module without a tokenizer, or models with different vocabularies.
+    """
+    student, own_tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
+    models = {name: loaded_model(each, name) for name, each in others.items() if each is not None}
+    for name, other in models.items():
+        check_same_vocabulary(student, other, name)
+    return student, own_tokenizer, models
+
+
+def places_of(example: Mapping[str, Any]) -> tuple[int, ...]:
+    """The indices of a row's supervised labels; nothing predicts the first token."""
+    return tuple(at for at, label in enumerate(example["labels"]) if at and label != IGNORE)
 
 
 def tokenizer_of(model: Any, tokenizer: Any) -> PreTrainedTokenizerBase:
@@ -106,7 +126,7 @@ def encoded_rows(
         encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
         if limit is not None and len(encoded_row["input_ids"]) > limit:
             skipped[number] = f"longer than the context of {limit} tokens"
-        elif all(label == IGNORE for label in encoded_row["labels"][1:]):
+        elif not places_of(encoded_row):
             skipped[number] = "no supervised token"
         else:
             examples[number] = encoded_row

@@ -83,7 +83,8 @@ def _json(data: dict[str, Any]) -> str:
 def _data(view: Any) -> dict[str, Any]:
     """All data of the page; numbers per token are packed into one block, described by ``layout``."""
     summary, after = view.summary, view.summary.after
-    models, metrics = model_metrics(view), metrics_of(view)
+    models = model_metrics(view)
+    metrics = metrics_of(view, models)
     token_ids = np.array([token for text in view.texts for token in text.ids])
     slots = np.full(len(token_ids), -1)
     starts = np.cumsum([0, *(len(text.ids) for text in view.texts)])
@@ -137,9 +138,8 @@ def _data(view: Any) -> dict[str, Any]:
     } | _ranked(view)
 
 
-def metrics_of(view: Any) -> list[Metric]:
-    """The metrics that a view has values for."""
-    models = model_metrics(view)
+def metrics_of(view: Any, models: pd.DataFrame) -> list[Metric]:
+    """The metrics that a view has values for; ``models`` as of ``model_metrics``."""
     return [m for m in METRICS if m.method or m.key in models] + _user_columns(view)
 
 

@@ -118,7 +118,8 @@ def summarise(
         ([[2, 1]], [2])
     """
     checkpoints = [tokens] if after is None else [tokens, after]
-    targets = [_targets(each, variants, top_k_teacher) for each in checkpoints]
+    tops = [None if top_k_teacher is None else _top_teacher(each, top_k_teacher) for each in checkpoints]
+    targets = [_targets(each, variants, top_k_teacher, top) for each, top in zip(checkpoints, tops, strict=True)]
     probs, labels = [each.probs.detach() for each in checkpoints], tokens.labels[:, None].long()
     moves = [[-target.grad for target in chosen.values()] for chosen in targets]
     if totals is not None:
@@ -137,8 +138,8 @@ def summarise(
     parts = []
     for each, p, of_methods, chunk_targets in zip(checkpoints, probs, moves, targets, strict=True):
         metrics = _of_models(each)
-        if top_k_teacher is not None and tokens.teacher is not None:
-            metrics |= {"teacher_top_mass": _top_teacher(tokens, top_k_teacher)[1]}
+        if tops[0] is not None:
+            metrics |= {"teacher_top_mass": tops[0][1]}
         if each is not tokens:
             metrics |= {"change": (p - probs[0]).abs().sum(-1) / 2}
         part = Summary(
@@ -155,9 +156,11 @@ def summarise(
     return parts[0] if after is None else replace(parts[0], after=parts[1])
 
 
-def _targets(tokens: Tokens, variants: Sequence[Variant], top_k_teacher: int | None) -> dict[str, Target]:
+def _targets(
+    tokens: Tokens, variants: Sequence[Variant], top_k_teacher: int | None, top: tuple[Tensor, Tensor] | None
+) -> dict[str, Target]:
     """Targets by method, in unit scale; with ``top_k_teacher``, methods of a teacher also under the truncated one."""
-    truncated = None if top_k_teacher is None else tokens.replace(teacher=_top_teacher(tokens, top_k_teacher)[0])
+    truncated = None if top is None else tokens.replace(teacher=top[0])
     targets = {}
     for variant in variants:
         targets[variant.spec] = variant.target(tokens).at("unit")

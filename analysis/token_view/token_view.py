@@ -21,9 +21,9 @@ from qlens.analysis.token_view.inputs import (
     columns_of,
     encoded_rows,
     left_out,
-    loaded_model,
+    loaded_models,
+    places_of,
     rows_of,
-    tokenizer_of,
     variants_of,
 )
 from qlens.analysis.token_view.page import METRICS, html
@@ -36,8 +36,7 @@ from qlens.core.deprecation.columns import renamed_columns
 from qlens.core.display import Result, latex_table
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, write_text
-from qlens.core.supervised import IGNORE
-from qlens.data.compatibility import check_same_vocabulary, shortest_context
+from qlens.data.compatibility import shortest_context
 from qlens.data.from_text import check_fits
 from qlens.registry import Variant
 
@@ -202,10 +201,11 @@ class TokenView(Result):
         from qlens.analysis.token_view.page import metrics_of, model_metrics, scale_end
         from qlens.analysis.token_view.row_figure import figure_row
 
-        known = {each.key: each for each in metrics_of(self)}
+        models = model_metrics(self)
+        known = {each.key: each for each in metrics_of(self, models)}
         if metric not in known:
             raise InputError(f"metric must be one of {', '.join(known)}, got {metric!r}")
-        chosen, models = known[metric], model_metrics(self)
+        chosen = known[metric]
         text, start = self.texts[at], sum(len(each.places) for each in self.texts[:at])
         tokens = slice(start, start + len(text.places))
         frames = {name: self.summary.methods[name] for name in methods} if chosen.method else {chosen.name: models}
@@ -334,21 +334,10 @@ def view(
     if top_k_teacher is not None and teacher is None:
         raise InputError(f"top_k_teacher={top_k_teacher} needs a teacher: give teacher=, on the command line --teacher")
     compiled = patterns(segments)
-    student, tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
-    optional = {"teacher": teacher, "reference": reference, "after": after}
-    models = {name: loaded_model(each, name) for name, each in optional.items() if each is not None}
-    for name, other in models.items():
-        check_same_vocabulary(student, other, name)
+    student, tokenizer, models = loaded_models(model, tokenizer, teacher=teacher, reference=reference, after=after)
     examples, skipped = encoded_rows(text, tokenizer, shortest_context(student, *models.values()), max_rows)
     check_fits(list(examples.values()), {"model": student, **models})
-    texts = tuple(
-        Text(
-            row,
-            tuple(encoded["input_ids"]),
-            tuple(i for i, label in enumerate(encoded["labels"]) if i and label != IGNORE),
-        )
-        for row, encoded in examples.items()
-    )
+    texts = tuple(Text(row, tuple(each["input_ids"]), places_of(each)) for row, each in examples.items())
     token_text, totals = TokenText(tokenizer), VocabularyTotals()
     rest = REST if segments is None else "other"
     segment = [

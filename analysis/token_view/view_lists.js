@@ -4,7 +4,6 @@
 function listsOf(data, numbers, shown, of, rows, place) {
   const { methods, metrics, texts, pieces, orders, bases } = data;
   const byId = (id) => document.getElementById(id);
-  const cell = (text, kind = "") => el("td", kind, text);
   const heads = (...names) => el("thead", "", "", el("tr", "", "", ...names.map((name) => { const th = el("th", "", name); th.scope = "col"; th.title = name; return th; })));
   function paint() {
     least();

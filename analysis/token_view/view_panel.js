@@ -18,7 +18,6 @@ function panelOf(data, numbers, shown, of) {
     const title = el("h2", "", "", write(el("span", "token"), pieces[numbers.tokens[first + index]], false));
     return [title, el("p", "where", [...where, ...remarks].join(" · "))];
   }
-  const cell = (text, kind = "") => el("td", kind, text);
   function candidates(n, sides) {
     const K = data.candidates, teacher = numbers.teacher !== undefined, after = bases.includes(1), table = el("table");
     table.append(el("caption", "", "Student p, target Q and their difference"));

@@ -46,6 +46,7 @@ function el(tag, kind = "", text = "", ...children) {
   made.append(...children);
   return made;
 }
+const cell = (text, kind = "") => el("td", kind, text);
 function number(x, signed = false) {
   if (Number.isNaN(x)) return "–";
   if (!Number.isFinite(x)) return x > 0 ? "∞" : "−∞";
