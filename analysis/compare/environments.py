@@ -44,6 +44,7 @@ class Environment:
         start: makes a fresh starting model, to be trained.
         reference, teacher: make a model that is not trained; ``teacher`` is None without one.
         score, validate: (model, seed) -> one number per item, (I,); nothing is chosen by ``score``.
+        monitor: as ``validate``, from fewer samples, for learning curves.
         tokenizer: of all models.
         steps, batch_size: of every training.
         learning_rate: for methods without a searched one.
@@ -58,6 +59,7 @@ class Environment:
     teacher: Callable[[], PreTrainedModel] | None
     score: Callable[[PreTrainedModel, int], np.ndarray]
     validate: Callable[[PreTrainedModel, int], np.ndarray]
+    monitor: Callable[[PreTrainedModel, int], np.ndarray]
     tokenizer: PreTrainedTokenizerBase
     steps: int
     batch_size: int
@@ -71,9 +73,9 @@ class Environment:
         return {name: make() for name, make in makers.items() if name in needs and make is not None}
 
     def start_score(self, start: PreTrainedModel, seed: int) -> float:
-        """The mean validation score of the starting model at a seed; computed once, for it is that of every method."""
+        """The first point of the learning curves at a seed; computed once, for it is that of every method."""
         if seed not in self._start_scores:
-            self._start_scores[seed] = float(self.validate(start, seed).mean())
+            self._start_scores[seed] = float(self.monitor(start, seed).mean())
         return self._start_scores[seed]
 
     @functools.cached_property
@@ -147,8 +149,8 @@ class LabSource:
         end = None  # the end token of every row
         correct = [np.nan if right is None else float(right) for row in judgements for right in (*row, end)]
 
-        def scored(problems: Sequence[Problem]) -> Callable[[PreTrainedModel, int], np.ndarray]:
-            return lambda model, seed: lab.score(model, problems, setting.k, seed)
+        def scored(problems: Sequence[Problem], k: int) -> Callable[[PreTrainedModel, int], np.ndarray]:
+            return lambda model, seed: lab.score(model, problems, k, seed)
 
         return Environment(
             train=examples[: len(rows) - held_out],
@@ -156,8 +158,9 @@ class LabSource:
             start=lab.base,
             reference=functools.cache(lab.base),
             teacher=functools.cache(lab.teacher),
-            score=scored(lab.test),
-            validate=scored(lab.validation),
+            score=scored(lab.test, setting.k),
+            validate=scored(lab.validation, setting.k),
+            monitor=scored(lab.validation, max(setting.k // 2, 1)),
             tokenizer=lab.tokenizer,
             steps=self.training_steps,
             batch_size=setting.batch_size,
@@ -275,6 +278,7 @@ class UserSource:
             else None,
             score=lambda model, seed: row_nll(model, held_out),
             validate=lambda model, seed: row_nll(model, held_out),
+            monitor=lambda model, seed: row_nll(model, held_out),
             tokenizer=tokenizer,
             steps=self.steps or STEPS,
             batch_size=BATCH,

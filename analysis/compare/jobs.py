@@ -105,7 +105,7 @@ class Task(ABC):
             nonlocal step
             step += 1
             if step in marks:
-                curve.append([step, round(float(environment.validate(model, self.seed).mean()), 6)])
+                curve.append([step, round(float(environment.monitor(model, self.seed).mean()), 6)])
 
         step, curve = 0, []
         if marks:
