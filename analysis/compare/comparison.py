@@ -226,7 +226,7 @@ def _run(
     """Run the jobs without a record, building environments on the way; returns the new records."""
     unfinished = [job for job in in_turn(jobs) if job not in records]
     settings = {job.source.name: job.source.setting for job in unfinished if isinstance(job.source, LabSource)}
-    found: dict[Job, Any] = {}
+    new: dict[Job, Any] = {}
     with tempfile.TemporaryDirectory() as counts:
         unbuilt = constructions(settings.values(), Path(counts))
         table = LiveTable(jobs, unbuilt, metric, processes or joblib.cpu_count(), console)
@@ -236,14 +236,14 @@ def _run(
             with table.shown():
                 for job in run_all(unfinished, processes, unbuilt):
                     if record := job.finished():
-                        found[job] = record
+                        new[job] = record
                     table.add(job, record)
         except KeyboardInterrupt:
             console.print(str(table))
             folder = jobs[0].folder
             console.print(f"Stopped. Finished jobs are kept in {folder}: the same call continues from there.")
             raise
-    return found
+    return new
 
 
 def _search(
