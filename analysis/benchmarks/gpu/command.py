@@ -17,7 +17,7 @@ import torch
 from qlens.analysis.benchmarks.gpu import report
 from qlens.core.files import written
 
-LIMITS = {"correctness": 100.0, "kernels": 230.0, "trace": 30.0, "steps": 90.0}
+LIMITS = {"correctness": 80.0, "elementwise": 30.0, "kernels": 220.0, "trace": 30.0, "steps": 80.0}
 """Seconds after which a part starts no further case."""
 PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel", "cut-cross-entropy")
 Cases = Callable[[str, bool], Iterator[dict[str, Any]]]
@@ -88,6 +88,10 @@ def cases_of(part: str) -> Cases:
         from qlens.analysis.benchmarks.gpu.correctness import correctness
 
         return correctness
+    if part == "elementwise":
+        from qlens.analysis.benchmarks.gpu.elementwise import elementwise
+
+        return elementwise
     if part == "kernels":
         from qlens.analysis.benchmarks.gpu.kernels import kernels
 

@@ -23,6 +23,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "trl": {"color": "0.62"},
     "torch cross_entropy": {"color": "0.72"},
     "torch linear_cross_entropy": {"color": "0.8"},
+    "qlens, torch alone": {"color": "#F0C09A"},
     "qlens": {"color": "#D55E00"},
 }
 """Alternatives in grey, the engine in colour."""
@@ -33,7 +34,7 @@ def line(part: str, row: dict[str, Any]) -> str:
     name = " ".join(
         "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
         for key, value in row.items()
-        if key in ("method", "dtype", "way", "shape", "model", "trainer", "case")
+        if key in ("method", "dtype", "way", "shape", "model", "trainer", "case", "structure")
     )
     if outcome := next((f"{key}: {row[key]}" for key in OUTCOMES if key in row), ""):
         return f"{name}: {outcome}"
@@ -47,7 +48,8 @@ def line(part: str, row: dict[str, Any]) -> str:
             f"{name}: {row['launches']} launches, {row['device ms']:.1f} ms on the device, {row['synchronisations']}\n"
             f"  waits: {waits}\n  top: {top}"
         )
-    return f"{name}: {1000 * row['seconds']:.2f} ms, {mebibytes(row)} MiB"
+    rate = f", {row['terabytes per second']:.2f} TB/s" if "terabytes per second" in row else ""
+    return f"{name}: {1000 * row['seconds']:.2f} ms, {mebibytes(row)} MiB{rate}"
 
 
 def mebibytes(row: dict[str, Any]) -> str:

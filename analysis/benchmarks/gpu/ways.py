@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from qlens.analysis.benchmarks.baselines import Inputs, checkpointed, plain, products, qlens_fused, torch_fused
+from qlens.engine.kernels import raw_logits
 
 ROWS = 1024  # of a chunk of the per-chunk checkpoint
 BETA = {"kd": 0.0, "jsd": 0.5}
@@ -59,10 +61,22 @@ def trl(x: Inputs, method: str) -> Callable[[], None]:
     )
 
 
+def torch_alone(x: Inputs, method: str) -> Callable[[], None]:
+    """The engine in plain torch, without its Triton kernels."""
+    run = qlens_fused(x, method)
+
+    def plain_run() -> None:
+        with mock.patch.object(raw_logits, "DEVICES", set()):
+            run()
+
+    return plain_run
+
+
 TRL_ENTRIES = 32_768  # of the vocabulary at a time, as its trainer has it
 WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {
     "bare products": products,
     "qlens": qlens_fused,
+    "qlens, torch alone": torch_alone,
     "liger": liger,
     "liger, float32 sums": partial(liger, accum_dtype=torch.float32),
     "cce": cce,
@@ -73,6 +87,7 @@ WAYS: dict[str, Callable[[Inputs, str], Callable[[], None]]] = {
     "per-chunk checkpoint": partial(checkpointed, chunk=ROWS),
 }
 ONLY = {
+    "qlens, torch alone": ("sft", "dft", "label_smoothing", "kd", "target_sft"),
     "liger": ("sft", "label_smoothing", "kd", "jsd"),
     "liger, float32 sums": ("sft", "label_smoothing", "kd", "jsd"),
     "cce": ("sft",),
