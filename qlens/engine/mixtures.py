@@ -25,7 +25,9 @@ def mixture_gradients(inputs: RowInputs, rows: slice, z: Logits, other_logits: d
     assert isinstance(structure, GeometricMixture) and structure.model is not None
     other = other_logits[structure.model]
     if isinstance(z, RawLogits):
+        assert isinstance(other, RawLogits)
         return _raw_gradients(inputs, rows, z, other)
+    assert isinstance(other, Tensor)
     writable = isinstance(inputs.models[structure.model], Head)  # computed into a buffer; logits passed in are not
     tiles = []
     for tile in slices(len(z), inputs.tile):

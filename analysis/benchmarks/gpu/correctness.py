@@ -88,7 +88,7 @@ def errors(batch: Batch, variant: Variant, shape: dict[str, Any]) -> dict[str, A
     loss_error = float((total.detach().double() - expected.detach()).abs())
     result: dict[str, Any] = {"loss": loss_error / (len(batch.labels) + abs(float(expected.detach())))}
     for name, leaf, exact in zip(("hidden", "head", "bias"), (hidden, head, bias), true, strict=True):
-        if leaf is None:
+        if leaf is None or leaf.grad is None:
             continue
         error = leaf.grad.double() - exact
         result[name] = float(error.abs().max()) / max(1.0, float(exact.abs().max()))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler_util import DeviceType  # pyright: ignore[reportPrivateImportUsage]
 from torch.profiler import ProfilerActivity, profile
 
 import qlens
@@ -43,7 +44,7 @@ def traced(method: str, shape: tuple[int, int, int], device: str) -> dict[str, A
     events = profiler.key_averages()
     synchronize(device)
     counts = {event.key: event.count for event in events}
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA] if cuda else list(events)
+    on_device = [e for e in events if e.device_type == DeviceType.CUDA] if cuda else list(events)
     span = (lambda e: e.self_device_time_total) if cuda else (lambda e: e.self_cpu_time_total)
     top = sorted(on_device, key=span, reverse=True)[:TOP]
     return {

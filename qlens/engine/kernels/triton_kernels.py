@@ -162,7 +162,7 @@ def statistics(
     """
     rows, vocabulary = z.values.shape
     out = torch.empty((2, 3, 5)[kind.value], rows, dtype=torch.float32, device=z.values.device)
-    _statistics_kernel[(rows,)](
+    _statistics_kernel[(rows,)](  # pyright: ignore[reportIndexIssue]
         labels=labels, out=out, rows=rows, V=vocabulary, KIND=kind.value, WRITE=write, OWN=exponents[0],
         OTHER=exponents[1], KL=kl, BLOCK=BLOCK, num_warps=WARPS, **_model("", z), **_model("y", y or z),
     )  # fmt: skip
@@ -183,7 +183,7 @@ def gradient_(
     """
     rows, vocabulary = z.values.shape
     kind = UNIFORM if y is None else MIXTURE
-    _gradient_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
+    _gradient_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](  # pyright: ignore[reportIndexIssue]
         labels=labels, row_numbers=row_numbers, rows=rows, V=vocabulary, KIND=kind.value, OWN=exponents[0],
         OTHER=exponents[1], BLOCK=BLOCK, num_warps=WARPS, **_model("", z), **_model("y", y or z),
     )  # fmt: skip
