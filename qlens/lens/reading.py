@@ -31,7 +31,6 @@ from qlens.registry.variant import Variant
 
 SAME = 1e-6  # relative difference of two calls, in float64, beyond which a loss is random
 MOST = 2**26  # logits up to which tokens are read in float64
-KEPT = 2**22  # logits up to which probabilities are kept
 LARGE = 2**20  # logits beyond which fewer moved gradients measure the rounding
 FEW = 57  # tokens on which the reduction is first searched
 NAMED = 4  # vocabularies tried that an error message names
@@ -92,8 +91,7 @@ class Reading:
     @cached_property
     def tokens(self) -> Tokens:
         """The tokens in float64, from which everything but the loss is computed; of a few tokens all is computed once."""
-        tokens = self.inputs.with_precision(torch.float64)
-        return tokens.cached() if tokens.logits.numel() <= KEPT else tokens
+        return self.inputs.in_float64()
 
     @property
     def finite(self) -> bool:

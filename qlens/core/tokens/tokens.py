@@ -16,6 +16,7 @@ from qlens.core.tokens.fields import check_labels, check_logits, check_shape, ch
 
 MODELS = ("reference", "teacher", "old", "second")
 PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "pair")
+KEPT = 2**22  # logits up to which probabilities are kept
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -162,6 +163,11 @@ class Tokens(Display):
         tokens = Tokens.unchecked(**{**self.fields(), "logits": self.logits.detach()})
         tokens.__dict__["cache"] = {}
         return tokens
+
+    def in_float64(self) -> "Tokens":
+        """The same tokens in float64, ``cached`` unless they are many."""
+        tokens = self.with_precision(torch.float64)
+        return tokens if tokens.cache is not None or tokens.logits.numel() > KEPT else tokens.cached()
 
     def copied(self) -> "Tokens":
         """A deep copy, differentiable, for user methods that may write to their inputs."""

@@ -93,7 +93,7 @@ def nearest(
         >>> nearest(2.5 * qlens.get("kd").target(tokens).grad, tokens)[0].relation
         'up to a factor'
     """
-    tokens = tokens.with_precision(torch.float64)
+    tokens = tokens.in_float64()
     noise = noise or rounding(grad, tokens)
     own = params.parse(skip)[0]
     every_point = [point for method in methods().values() for point in points(method) if point.spec != skip]

@@ -6,7 +6,6 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy.optimize import least_squares
 from torch import Tensor
@@ -39,7 +38,7 @@ def pushes_only(
     grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
 ) -> bool:
     """Whether every token's gradient is a multiple of p - d, so that the ratios of the other entries stay as they are."""
-    tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
+    tokens, noise, grad = tokens.in_float64(), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
     push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
