@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qlens.lens.gradient_flow import Destination, destination
     from qlens.testing import check_variant
     from qlens.training import QLossMixin, QTrainer
+    from qlens.training.sft_trainer import QSFTTrainer
     from qlens.training.watch import Watch
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "InputError",
     "ParameterError",
     "QLossMixin",
+    "QSFTTrainer",
     "QTrainer",
     "Study",
     "Target",
@@ -75,6 +77,7 @@ _LAZY = {
     "Destination": "qlens.lens.gradient_flow",
     "Explanation": "qlens.lens.explanation",
     "QLossMixin": "qlens.training",
+    "QSFTTrainer": "qlens.training.sft_trainer",
     "QTrainer": "qlens.training",
     "Study": "qlens.analysis.study",
     "Watch": "qlens.training.watch",

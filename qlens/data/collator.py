@@ -60,7 +60,7 @@ def collate(
     def padded(name: str, rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
         if dtype == torch.long and (batch := _whole_numbers(rows, fill)) is not None:
             return batch
-        tensors = [_exactly(name, row, dtype) for row in rows]
+        tensors = [exactly(name, row, dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     examples = [_with_positions(example) for example in examples]
@@ -96,7 +96,7 @@ def _whole_numbers(rows: Sequence[Any], fill: int) -> Tensor | None:
     return batch if batch.dtype == torch.long and batch.ndim == 2 else None
 
 
-def _exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
+def exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
     """An example's values as a tensor of a dtype, exactly.
 
     Raises:
@@ -118,7 +118,7 @@ def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """An example with position_ids where it has ``seq_lengths``."""
     if "seq_lengths" not in example or "position_ids" in example:
         return example
-    lengths, size = _exactly("seq_lengths", example["seq_lengths"], torch.long).tolist(), len(example["input_ids"])
+    lengths, size = exactly("seq_lengths", example["seq_lengths"], torch.long).tolist(), len(example["input_ids"])
     if sum(lengths) != size or min(lengths, default=0) < 1:
         raise InputError(f"seq_lengths must be lengths of texts that add up to {size} tokens, got {lengths}")
     return {**example, "position_ids": [at for length in lengths for at in range(length)]}

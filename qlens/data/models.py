@@ -163,6 +163,21 @@ PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.
 
 
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
+    place, local = place_of(path, kind)
+    with _readable(kind, path, local), quiet():
+        return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
+
+
+def place_of(path: str | Path, kind: str) -> tuple[str, bool]:
+    """Where a model or tokenizer is read from, and whether that is a folder; a name on the hub as it is.
+
+    Args:
+        path: a folder, or a name on the hub.
+        kind: "model" or "tokenizer".
+
+    Raises:
+        InputError: a folder that is not there, or that holds nothing of the kind.
+    """
     folder, description = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
     local = folder.is_dir()
     if local and not any(file for pattern in PATTERNS[kind] for file in folder.glob(pattern)):
@@ -170,9 +185,7 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
         raise InputError(f"{description} {problem}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{description} is not there, or is no folder (a name on the hub is owner/name)")
-    with _readable(kind, path, local), quiet():
-        place = str(folder) if local else str(path)
-        return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
+    return str(folder) if local else str(path), local
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qlens.engine.verification.batch_layout import is_model_loss
 from qlens.losses.leaves import LearnedParameter
 from qlens.registry import Variant, resolve
 from qlens.training.checkpoints import RunState
+from qlens.training.datasets.pairs import IDS
 from qlens.training.metrics_logging import SHARDED, MetricsLogging
 from qlens.training.step.inputs import MethodInputs
 from qlens.training.step.loss_parameters import LearnedParameters
@@ -103,8 +104,7 @@ class QLossMixin(MetricsLogging):
             raise InputError(f"fused must be None, True or False, got {brief(fused)}")
         model = kwargs.get("model", args[0] if args else None)
         if model is not None or kwargs.get("model_init") is None:
-            model = loaded(model, "model")
-            check_model(getattr(model, "module", model), "model")
+            model = self._opened(model)
             args, kwargs = ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
@@ -125,6 +125,12 @@ class QLossMixin(MetricsLogging):
         self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
         self.add_callback(self._learned)
         self._start_metrics(log_every)
+
+    def _opened(self, model: Any) -> Any:
+        """The model to train, loaded where it is a path."""
+        model = loaded(model, "model")
+        check_model(getattr(model, "module", model), "model")
+        return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's training; see QLossMixin for what a resumed run restores, and ``check_evaluation_data``."""
@@ -266,7 +272,7 @@ class QLossMixin(MetricsLogging):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of the data, which the Trainer would drop with all that is not an input of the model."""
         super()._set_signature_columns_if_needed()
-        columns = ("labels", *COLUMNS, *(("position_ids", "seq_lengths") if self._collates else ()))
+        columns = ("labels", *COLUMNS, *IDS, *(("position_ids", "seq_lengths") if self._collates else ()))
         self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *columns]))
 
     @property
