@@ -19,6 +19,8 @@ COLUMNS = {
     "weight": torch.float32,
 }
 """Fields of Tokens that data may have as columns: one value per token, or one per example."""
+TEACHER_PROMPT = "teacher_prompt_ids"
+"""A column of token ids, of any number per row: what a teacher sees instead of the row's prompt."""
 INPUTS = ("position_ids", "token_type_ids")
 """Model inputs with one integer per token."""
 
@@ -78,10 +80,23 @@ def collate(
     for name, dtype in COLUMNS.items():
         if any(name in example for example in examples):
             batch[name] = padded(name, [_column(example, name) for example in examples], 0, dtype)
+    if any(TEACHER_PROMPT in example for example in examples):
+        batch[TEACHER_PROMPT] = ragged(TEACHER_PROMPT, [example.get(TEACHER_PROMPT) for example in examples])
     if "position_ids" in batch and (positions := packed(batch["position_ids"], batch["attention_mask"])) is not None:
         batch["position_ids"] = positions
         del batch["attention_mask"]
     return batch
+
+
+def ragged(name: str, rows: Sequence[Any]) -> Tensor:
+    """Lists of token ids of any length, padded with -1.
+
+    Raises:
+        InputError: a row has none.
+    """
+    if any(row is None for row in rows):
+        raise InputError(f"column {name!r} must be in every example of the batch, or in none")
+    return pad_sequence([exactly(name, row, torch.long) for row in rows], batch_first=True, padding_value=-1)
 
 
 def _whole_numbers(rows: Sequence[Any], fill: int) -> Tensor | None:

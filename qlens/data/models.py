@@ -253,8 +253,23 @@ def freeze(model: nn.Module) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
-    """Check that the token ids of a batch are within the model's input embedding.
+def placed(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """A model on a device; one that is quantised or dispatched to several devices stays where it is."""
+    stays = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+    return model if stays else model.to(device)
+
+
+def moved(features: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch's inputs on the device of a model's first parameter."""
+    place = next((value.device for value in model.parameters()), None)
+    return {
+        name: value.to(place) if place is not None and isinstance(value, Tensor) else value
+        for name, value in features.items()
+    }
+
+
+def check_token_ids(model: nn.Module, features: Mapping[str, Any], name: str = "model") -> None:
+    """Check that the token ids of a batch are within a model's input embedding.
 
     Raises:
         InputError: one is not.
@@ -265,4 +280,7 @@ def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
     if isinstance(ids, Tensor) and ids.numel() and type(embedding) is nn.Embedding:
         for id in (int(ids.min()), int(ids.max())):
             if not 0 <= id < embedding.num_embeddings:
-                raise InputError(f"input_ids hold {id}, outside the vocabulary 0..{embedding.num_embeddings - 1}")
+                whose = "" if name == "model" else f" of the {name}"
+                raise InputError(
+                    f"input_ids hold {id}, outside the vocabulary{whose} 0..{embedding.num_embeddings - 1}"
+                )

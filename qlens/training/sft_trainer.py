@@ -9,7 +9,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qlens.core.errors import InputError, brief
 from qlens.data.models import place_of
-from qlens.training.datasets.columns import ColumnCollator, cut_and_packed, whole_rows
+from qlens.training.datasets.columns import ColumnCollator, cut_and_packed, whole_rows, with_teacher_prompts
 from qlens.training.datasets.pairs import PairCollator, check_takes_pairs, encoded_pairs, is_pairs
 from qlens.training.datasets.rows import as_dataset, keys_of
 from qlens.training.loss_mixin import QLossMixin
@@ -98,6 +98,7 @@ class QSFTTrainer(QLossMixin, SFTTrainer):
         else:
             plain = whole_rows(args)
             whole = super()._prepare_dataset(dataset, processing_class, plain, False, formatting_func, dataset_name)
+            whole = with_teacher_prompts(whole, self._teacher_template, processing_class, self.chat_template)
             prepared = cut_and_packed(whole, args, packing, dataset_name)
         if not getattr(prepared, "num_rows", 1):
             raise InputError(

@@ -70,7 +70,7 @@ class QTrainer(QLossMixin, Trainer):
         if not (self._collates or isinstance(self.data_collator, PairCollator)):
             return rows
         if not is_pairs(rows):
-            return encoded_rows(rows, lambda: self._tokenizer, name)
+            return encoded_rows(rows, lambda: self._tokenizer, name, self._teacher_template)
         check_takes_pairs(self.variant, name)
         return encoded_pairs(rows, self._tokenizer, name)
 

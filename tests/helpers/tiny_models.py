@@ -62,6 +62,8 @@ def trainer_in(
         "data_collator",
         "old_every",
         "processing_class",
+        "teacher_template",
+        "callbacks",
         "fused",
         "log_every",
     )

@@ -10,19 +10,22 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from trl.data_utils import get_dataset_column_names, pack_dataset
+from trl.data_utils import _tokenize, get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
-from qlens.data.collator import COLUMNS, exactly
+from qlens.data.collator import COLUMNS, TEACHER_PROMPT, exactly, ragged
+from qlens.training.datasets.privileged import PROMPT, check_template, with_teacher_prompt
 
 logger = logging.getLogger(__name__)
 
 
 def columns_of(dataset: Any) -> list[str]:
-    """The columns of a data set that hold values for a method."""
-    return [name for name in get_dataset_column_names(dataset) if name in COLUMNS]
+    """The columns of a data set that hold values for a method; text of the same name, such as a hint, is none."""
+    names = [name for name in get_dataset_column_names(dataset) if name in COLUMNS]
+    first = next(iter(dataset), {}) if names else {}
+    return [name for name in names if not isinstance(first.get(name), str)]
 
 
 def whole_rows(args: Any) -> Any:
@@ -51,11 +54,17 @@ def cut_and_packed(dataset: Any, args: Any, packing: bool, name: str) -> Any:
         raise InputError(
             "packing=True may part the two texts of a pair, which must be in one micro-batch: set SFTConfig(packing=False)"
         )
+    if (packing or args.padding_free) and TEACHER_PROMPT in get_dataset_column_names(dataset):
+        raise InputError(
+            f"{PROMPT} is one per row, and packing and padding_free join rows: set SFTConfig(packing=False, padding_free=False)"
+        )
     if packing and most is None:
         raise InputError("packing=True needs a length to pack to: set SFTConfig(max_length=...)")
     parallel = {"num_proc": args.dataset_num_proc} if counted else {}
     if names:
         dataset = dataset.map(partial(_per_token, names=names, name=name), with_indices=True, **parallel)
+    text = [name for name in get_dataset_column_names(dataset) if name in COLUMNS and name not in names]
+    dataset = dataset.remove_columns(text) if text else dataset
     per_token, whole = ["input_ids", "labels", *names], dataset
     if packing:
         dataset = dataset.select_columns(per_token)
@@ -68,6 +77,27 @@ def cut_and_packed(dataset: Any, args: Any, packing: bool, name: str) -> Any:
     if counted and most is not None and (not packing or args.packing_strategy == "bfd"):
         _log_cut(whole, 0 if packing else len(whole) - len(dataset), most, name)
     return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def with_teacher_prompts(dataset: Any, template: str | None, processing_class: Any, chat_template: Any) -> Any:
+    """Encoded rows with ``teacher_prompt_ids``, where they have a ``teacher_prompt`` or a template writes it."""
+    names = get_dataset_column_names(dataset)
+    if template is None and PROMPT not in names:
+        return dataset
+    if template is not None:
+        check_template(template, names)
+    options = dict(template=template, processing_class=processing_class, chat_template=chat_template)
+    return dataset.map(partial(_teacher_prompt_ids, **options))
+
+
+def _teacher_prompt_ids(row: Mapping[str, Any], template: str | None, **options: Any) -> dict[str, list[int]]:
+    return with_teacher_prompt(row, row, template, partial(_prompt_ids, **options))
+
+
+def _prompt_ids(prompt: Any, processing_class: Any, chat_template: Any) -> list[int]:
+    """The tokens of a prompt, text or turns, as TRL has them before an answer."""
+    turns = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
+    return _tokenize(processing_class, prompt, chat_template=chat_template, **turns)["input_ids"]
 
 
 def _per_token(row: Mapping[str, Any], number: int, names: Sequence[str], name: str) -> dict[str, list]:
@@ -123,4 +153,6 @@ class ColumnCollator(DataCollatorForLanguageModeling):
             batch[name] = torch.zeros(batch["input_ids"].shape, dtype=dtype)
             for at, row in enumerate(rows):
                 batch[name][at, : len(row)] = row
+        if TEACHER_PROMPT in examples[0]:
+            batch[TEACHER_PROMPT] = ragged(TEACHER_PROMPT, [example.get(TEACHER_PROMPT) for example in examples])
         return batch

@@ -1,12 +1,16 @@
 """Rows of text as encoded examples, for trainers that take examples."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qlens.core.errors import InputError, brief
+from qlens.core.supervised import IGNORE
+from qlens.data.collator import COLUMNS, TEACHER_PROMPT
 from qlens.data.examples import Encoded, encode
+from qlens.training.datasets.privileged import PROMPT, check_template, with_teacher_prompt
 
 
 def keys_of(rows: Any) -> tuple[str, ...]:
@@ -19,13 +23,14 @@ def keys_of(rows: Any) -> tuple[str, ...]:
     return ()
 
 
-def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str) -> Any:
+def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str, template: str | None = None) -> Any:
     """The examples of a data set whose rows are text; encoded data as they are.
 
     Args:
         rows: a ``datasets.Dataset``, a list of rows or examples, an ``Encoded``, or anything that the Trainer takes.
         tokenizer: returns that of the model, None where there is none; called where it is needed.
         name: of the argument, for messages.
+        template: of the teacher's prompt, see ``qlens.training.datasets.privileged``.
 
     Raises:
         InputError: rows of text without a tokenizer, or that ``qlens.data.encode`` refuses.
@@ -34,13 +39,35 @@ def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str) -> Any:
         return rows.examples
     keys = keys_of(rows)
     if not keys or "input_ids" in keys or not hasattr(rows, "__len__"):
+        if template is not None and keys and TEACHER_PROMPT not in keys:
+            raise InputError(
+                f"teacher_template is written from the text of rows, and {name} is encoded: give rows of text"
+            )
         return rows
-    pieces = tokenizer()
+    pieces, rows = tokenizer(), list(rows)
     check_tokenizer(pieces, name, keys)
     try:
-        return encode(list(rows), pieces).examples
+        if template is not None:
+            check_template(template, keys)
+        texts = [{key: v for key, v in row.items() if key not in COLUMNS or not isinstance(v, str)} for row in rows]
+        examples = encode(texts, pieces).examples
+        if template is not None or PROMPT in keys:
+            prompt_ids = partial(_prompt_ids, tokenizer=pieces)
+            for row, example in zip(rows, examples, strict=True):
+                example |= with_teacher_prompt(row, example, template, prompt_ids)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+    return examples
+
+
+def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a prompt, text or turns, up to where an answer begins."""
+    row = {"prompt": prompt, "completion": "?"}
+    if isinstance(prompt, list):
+        row = {"messages": [*prompt, {"role": "assistant", "content": "?"}]}
+    example = encode([row], tokenizer).examples[0]
+    before = [at for at, label in enumerate(example["labels"]) if label != IGNORE][0]
+    return example["input_ids"][:before]
 
 
 def check_tokenizer(tokenizer: Any, name: str, keys: Sequence[str]) -> None:

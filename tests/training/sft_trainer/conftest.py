@@ -25,7 +25,17 @@ def train(tmp_path):
     """Build a trainer of either kind and train it; with steps=0 it is only built."""
 
     def call(kind, rows, steps=2, model=None, template=None, batch=2, accumulate=1, **options):
-        names = ("variant", "teacher", "reference", "fused", "peft_config", "eval_dataset", "old_every", "callbacks")
+        names = (
+            "variant",
+            "teacher",
+            "reference",
+            "teacher_template",
+            "fused",
+            "peft_config",
+            "eval_dataset",
+            "old_every",
+            "callbacks",
+        )
         given = {name: options.pop(name) for name in names if name in options}
         config = dict(
             per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=max(steps, 1), optim="sgd",
