@@ -11,11 +11,12 @@ from typing import Any
 import cloudpickle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlens.analysis.compare.environments import LabSource, Source, UserSource, digest
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.learning_rates import RULE, SEEDS, Choice, settle
 from qlens.analysis.compare.recipes import Recipe
 from qlens.analysis.compare.run_folder import code, versions
 from qlens.analysis.compare.stored_models import stored
+from qlens.analysis.compare.user_source import Source, UserSource, digest
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.data.collator import COLUMNS
 from qlens.lab import SETTINGS, Setting

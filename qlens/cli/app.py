@@ -105,15 +105,39 @@ def compare(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="One for all methods.", show_default="the recorded ones; own model: 5e-5, 1e-3 under 10 M parameters"
+            help="One for all methods.",
+            show_default="the recorded ones; own model: 5e-5, LoRA 5e-4, 1e-3 under 10 M parameters",
         ),
     ] = None,
     lr_grid: Annotated[
         bool,
         typer.Option("--lr-grid", help="Search learning rates that are not recorded, on validation problems."),
     ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of an optimizer step on your own model.", show_default="16")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a forward pass, a divisor.", show_default="the batch size")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Drop longer rows, in tokens.", show_default="what the models take")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train LoRA adapters of this rank only.", show_default="all weights")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer of them.")
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A chat template (jinja).", show_default="the tokenizer's")
+    ] = None,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="float32")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of products: float32, bfloat16, float16. Trained weights are float32.", show_default="float32"
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
     as_json: Json = False,
 ) -> None:
@@ -137,6 +161,12 @@ def compare(
         save=save,
         learning_rate=learning_rate,
         lr_grid=lr_grid,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        lora_rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+        chat_template=chat_template,
         device="cpu" if device is None else device,
         dtype="float32" if dtype is None else dtype,
         jobs=jobs,

@@ -1,17 +1,36 @@
-"""Other predictions of one model: as it is, and with its adapters (peft) switched off."""
+"""Base models: a model with adapters (peft), and other predictions of one model, as it is and without its adapters."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from qlens.data.models import quiet
 from qlens.engine.models.forward import evaluating
 
 
 def has_adapters(model: Any) -> bool:
     """Whether a model has adapters that can be switched off, such as peft's."""
     return callable(getattr(model, "disable_adapter", None)) and callable(getattr(model, "get_base_model", None))
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> Any:
+    """A model with LoRA adapters on all linear layers but the head, which alone are trained; they begin at zero.
+
+    Args:
+        model: the base model, changed in place.
+        rank: of the adapters; their scale is alpha / rank = 2.
+
+    Returns:
+        A ``peft.PeftModel``.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    with quiet():
+        return get_peft_model(model, config)
 
 
 class SameModel(nn.Module):
@@ -40,6 +59,11 @@ class SameModel(nn.Module):
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
+
+    @property
+    def device(self) -> Any:
+        """The model's device."""
+        return self.model.device
 
     def get_base_model(self) -> Any:
         """The model beneath the adapters."""
@@ -71,7 +95,9 @@ class WithoutAdapters(SameModel):
     def active(self) -> Iterator[None]:
         """Context without adapters."""
         trained = {id(value) for value in self.model.parameters() if value.requires_grad}
-        with self.model.disable_adapter():
-            yield
-        for value in self.model.parameters():  # switching adapters on and off sets what is trained
-            value.requires_grad_(id(value) in trained)
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for value in self.model.parameters():  # switching adapters on and off sets what is trained
+                value.requires_grad_(id(value) in trained)

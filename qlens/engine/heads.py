@@ -100,6 +100,11 @@ class Head:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, hidden=self.hidden.to(device), weight=self.weight.to(device), bias=bias)
 
+    def products(self, rows: slice, buffer: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """h W^T of some rows in their own dtype, without bias, scale and cap, in the buffer's first rows."""
+        hidden = self.hidden[rows]
+        return torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
+
     def logits(self, rows: slice | Tensor, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)

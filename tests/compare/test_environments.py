@@ -6,8 +6,9 @@ from mini_lab import MINI
 from tiny_models import letters, llama
 
 import qlens
-from qlens.analysis.compare.environments import LabSource, UserSource, open_environment
+from qlens.analysis.compare.environments import LabSource, open_environment
 from qlens.analysis.compare.evaluation import held_out_tokens
+from qlens.analysis.compare.user_source import UserSource
 from qlens.lab import Setting
 from qlens.lab.setting import Annotator
 
