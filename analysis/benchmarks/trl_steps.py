@@ -49,7 +49,7 @@ def trainer_of(method: str, model: Any, folder: str, out: str, teacher: Any = No
     from qlens.training.sft_trainer import QSFTTrainer
 
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(100, model.config.vocab_size, (BATCH * STEPS, LENGTH), generator=draw).tolist()
+    ids = torch.randint(0, model.config.vocab_size, (BATCH * STEPS, LENGTH), generator=draw).tolist()
     args = SFTConfig(
         out, per_device_train_batch_size=BATCH, max_steps=STEPS, optim="sgd", report_to=[], disable_tqdm=True, use_cpu=True,
         save_strategy="no", bf16=False, dataloader_pin_memory=False, learning_rate=1e-6,
@@ -100,6 +100,8 @@ def _seconds(
     with tempfile.TemporaryDirectory() as out, _quiet():
         trainers = {name: trainer_of(name, model, folder, out, teacher) for name in methods}
         batches = {name: next(iter(trainer.get_train_dataloader())) for name, trainer in trainers.items()}
+        for trainer in trainers.values():
+            trainer.current_gradient_accumulation_steps = 1  # as in a run
         model.activation_checkpointing_enable()
         for turn in track(range(repeats + 1), repeats + 1, f"{tuning}, seconds"):
             for name in methods if turn % 2 else reversed(methods):
