@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from qlens.core.errors import InputError
 from qlens.core.supervised import IGNORE
 from qlens.registry import Variant
-from qlens.training.datasets.rows import check_tokenizer, keys_of
+from qlens.training.datasets.rows import as_dataset, check_tokenizer, keys_of
 
 logger = logging.getLogger(__name__)
 TEXTS, IDS = ("chosen", "rejected"), ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -54,11 +54,10 @@ def encoded_pairs(
     Raises:
         InputError: no tokenizer.
     """
-    from datasets import Dataset
     from trl.trainer.dpo_trainer import DPOTrainer
 
     keys = keys_of(rows)
-    rows = Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
+    rows = as_dataset(rows)
     if set(IDS) <= set(keys):
         return rows
     check_tokenizer(tokenizer, name, keys)

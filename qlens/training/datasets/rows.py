@@ -51,13 +51,13 @@ def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str, template: s
             check_template(template, keys)
         texts = [{key: v for key, v in row.items() if key not in COLUMNS or not isinstance(v, str)} for row in rows]
         examples = encode(texts, pieces).examples
-        if template is not None or PROMPT in keys:
-            prompt_ids = partial(_prompt_ids, tokenizer=pieces)
-            for row, example in zip(rows, examples, strict=True):
-                example |= with_teacher_prompt(row, example, template, prompt_ids)
+        if template is None and PROMPT not in keys:
+            return examples
+        prompt_ids = partial(_prompt_ids, tokenizer=pieces)
+        pairs = zip(rows, examples, strict=True)
+        return [{**example, **with_teacher_prompt(row, example, template, prompt_ids)} for row, example in pairs]
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
-    return examples
 
 
 def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -85,8 +85,10 @@ def check_tokenizer(tokenizer: Any, name: str, keys: Sequence[str]) -> None:
 
 
 def as_dataset(rows: Any) -> Any:
-    """A list of rows or an ``Encoded`` as a ``datasets.Dataset``; anything else as it is."""
+    """A sequence of rows or an ``Encoded`` as a ``datasets.Dataset``; anything else as it is."""
     from datasets import Dataset
 
     rows = rows.examples if isinstance(rows, Encoded) else rows
-    return Dataset.from_list(list(rows)) if isinstance(rows, list | tuple) else rows
+    if hasattr(rows, "column_names") or not isinstance(rows, Sequence) or isinstance(rows, str):
+        return rows
+    return Dataset.from_list(list(rows))
