@@ -19,7 +19,7 @@ from qlens.data import compatibility
 from qlens.data import models as loading
 from qlens.data.collator import COLUMNS
 from qlens.data.examples import encode
-from qlens.data.rows import ignored_keys, read_rows, split
+from qlens.data.rows import ignored_keys, load_rows, split
 from qlens.data.vocabularies import match_vocabulary
 from qlens.engine.models.causality import check_causal
 from qlens.lab import Problem, Setting, world
@@ -240,7 +240,7 @@ class UserSource:
             InputError: unreadable files, models that do not fit together, or fewer than two rows.
         """
         with from_here(self.folder):
-            rows, tokenizer = read_rows(self.data), loading.load_tokenizer(self.model)
+            rows, tokenizer = load_rows(self.data), loading.load_tokenizer(self.model)
             teacher_tokenizer = None if self.teacher is None else loading.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""
         if self.teacher is not None and teacher_tokenizer is not None:

@@ -72,9 +72,9 @@ def own_models(
     if data is not None and text is not None:
         raise InputError("--text and --data: give one of them")
     from qlens.data import models
-    from qlens.data.rows import read_rows
+    from qlens.data.rows import load_rows
 
-    rows = text if data is None else read_rows(data)
+    rows = text if data is None else load_rows(data)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_to_read(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference), ("after", after)):
