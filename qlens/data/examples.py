@@ -13,7 +13,7 @@ from qlens.data.encoding.encoder import encoder_of
 from qlens.data.encoding.lengths import check_lengths
 from qlens.data.encoding.preview import Preview, preview
 from qlens.data.encoding.report import DROPPED, Report
-from qlens.data.encoding.rows_encoding import CHUNK, RowsEncoding, check_on_bad
+from qlens.data.encoding.rows_encoding import RowsEncoding, check_on_bad
 from qlens.data.rows import BadRow, Columns, load_rows, read_row, row_of
 
 if TYPE_CHECKING:
@@ -135,10 +135,7 @@ def encode(
         raise InputError("rows is empty: nothing to encode")
     encoding = RowsEncoding(loaded, encoder, max_length, on_long, on_bad)
     with bar(len(loaded), "Encode rows", "rows", progress=progress and len(loaded) >= SHOWN) as advance:
-        for start in range(0, len(loaded), CHUNK):
-            stop = min(start + CHUNK, len(loaded))
-            encoding.add(start, stop)
-            advance(stop - start)
+        encoding.run(advance)
     return Encoded(encoding.examples(), encoding.report, tokenizer)
 
 

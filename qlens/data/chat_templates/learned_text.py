@@ -60,14 +60,16 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer)
-        self.tokens = tuple(token for token in {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens} if token)
+        added: Any = tokenizer.get_added_vocab()
+        self.tokens = tuple(token for token in {*added, *tokenizer.all_special_tokens} if token)
+        self._eos = str(tokenizer.eos_token or "")
         self.probes = Probes(self.renderer, self.tokens)
         self._training: Renderer | None = None
         self._asked = False  # whether TRL was asked for a training template
 
     def texts(self, samples: Sequence[Sample]) -> list[LearnedText | BadRow]:
         """The text of every conversation with what is learned of it, or why there is none."""
-        if not self._asked and any(len(sample.learned) > 1 for sample in samples) and self.probes.rewrites:
+        if not self._asked and any(map(self._needs_training, samples)):
             self._ask()
         texts = limited(self.learned, samples)
         rewritten = [at for at, text in enumerate(texts) if isinstance(text, BadRow) and text.reason == REWRITTEN]
@@ -76,6 +78,10 @@ class ChatTemplate:
             for at, text in zip(rewritten, limited(self.learned, [samples[at] for at in rewritten]), strict=True):
                 texts[at] = text
         return texts
+
+    def _needs_training(self, sample: Sample) -> bool:
+        """Whether the template writes no end token, or the sample's turns differently once the conversation goes on."""
+        return not self.probes.end or self.probes.rewrites and len(sample.learned) > 1
 
     def _ask(self) -> None:
         self._asked, self._training = True, training_template(self.tokenizer, self.renderer)
@@ -93,7 +99,7 @@ class ChatTemplate:
             self._marked(self.renderer, turns, sample) if _MARK.search(self.renderer.template(sample.tools)) else None
         )
         way = MARKS
-        if text is None and self._training is not None and len(sample.learned) > 1 and self.probes.rewrites:
+        if text is None and self._training is not None and self._needs_training(sample):
             text, way = self._marked(self._training, turns, sample), TRAINING
         if text is None:
             text, way = self._by_prefixes(turns, sample)
@@ -103,7 +109,7 @@ class ChatTemplate:
     def _marked(self, renderer: Renderer, turns: Turns, sample: Sample) -> LearnedText | None:
         """By generation marks; None where they are not one for every assistant turn."""
         text, spans = renderer.marked(turns, sample.tools)
-        spans = [span for span in spans if span[0] < span[1]]
+        spans = [span for span in spans if self._without_tokens(text[slice(*span)])]
         assistant = [at for at, turn in enumerate(turns) if turn["role"] == "assistant"]
         if len(spans) != len(assistant):
             if len(spans) < len(assistant) or len(assistant) != len(sample.learned):
@@ -157,7 +163,7 @@ class ChatTemplate:
                 start += len(prompt) - cut
                 break
         if not text[start:end].rstrip().endswith(self.tokens):
-            for token in (self.probes.end, self.tokenizer.eos_token):
+            for token in (self.probes.end, self._eos):
                 if token and text.startswith(token, end):
                     return start, end + len(token)
         return start, end
@@ -166,9 +172,18 @@ class ChatTemplate:
         """A span without an empty think block before it and without what follows its end token."""
         if self.probes.no_thinking and text.startswith(self.probes.no_thinking, start, end):
             start += len(self.probes.no_thinking)
-        turn, eos = text[start:end], self.tokenizer.eos_token
+        turn, eos, own = text[start:end], self._eos, self.probes.end
+        if own and (at := turn.rfind(own)) >= 0 and not self._without_tokens(turn[at + len(own) :]):
+            return start, start + at + len(own)
         if (stripped := turn.rstrip()).endswith(self.tokens):
             return start, start + len(stripped)
         if eos and eos in turn:
             return start, start + turn.rindex(eos) + len(eos)
         return start, end
+
+    def _without_tokens(self, text: str) -> str:
+        """A text without the white space and the added tokens that it begins with."""
+        text = text.lstrip()
+        while text.startswith(self.tokens):
+            text = text[max(len(token) for token in self.tokens if text.startswith(token)) :].lstrip()
+        return text

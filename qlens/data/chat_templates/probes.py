@@ -23,14 +23,18 @@ class Probes:
         prompt: the generation prompt, such as "<|im_start|>assistant\\n".
         no_thinking: what follows it where the template is asked for an answer without thinking, such as an empty think block.
         end: the token that the template writes right after an assistant's content, "" if none.
+        parts: whether the template takes content as a list of parts alone.
         rewrites: whether an answer is written differently once the conversation goes on.
     """
 
     def __init__(self, renderer: Renderer | None, tokens: tuple[str, ...]):
         self.renderer = renderer
         self._writes: dict[str, bool] = {}
+        self.parts = False
         try:
             with limits.time_limit(limits.SECONDS):
+                self.parts = MARK not in self._text([USER, ANSWER])
+                self.parts = self.parts and MARK in self._text([USER, ANSWER])
                 before = self._text([USER])
                 prompt = self._text([USER], prompt=True)
                 without = self._text([USER], prompt=True, enable_thinking=False)
@@ -73,16 +77,21 @@ class Probes:
         if any("tool_calls" in turn for turn in turns) and not self.writes("tool_calls"):
             notes.append("tool calls are written as <tool_call> ... </tool_call>: the template does not write them")
             turns = [_with_calls(turn) for turn in turns]
-        return turns, notes
+        return (_in_parts(turns) if self.parts else turns), notes
 
     def _text(self, turns: Turns, tools: Any = None, **options: Any) -> str:
         """What the template writes, "" where it refuses."""
         if self.renderer is None:
             return ""
         try:
-            return self.renderer.text(turns, tools, **options)
+            return self.renderer.text(_in_parts(turns) if self.parts else turns, tools, **options)
         except BadRow:
             return ""
+
+
+def _in_parts(turns: Turns) -> Turns:
+    """Turns whose content is a list of one text part, as templates of models with images want it."""
+    return [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
 
 
 def _with_thinking(turn: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rendering: chat templates run on conversations, with a limit on time and length."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -13,7 +13,6 @@ from qlens.data.rows.bad_rows import BadRow, check_text
 
 Turns = list[dict[str, Any]]
 Spans = list[tuple[int, int]]
-S, T = TypeVar("S"), TypeVar("T")
 
 
 class Renderer:
@@ -81,13 +80,13 @@ class Renderer:
         return check_text(text, "what the chat template writes"), spans[0] if spans else []
 
 
-def limited(function: Callable[[S], T], items: Sequence[S]) -> list[T | BadRow]:
-    """The results of a function that runs chat templates, or why there is none, for every item.
+def limited(function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """The results of a function that runs chat templates, or the BadRow that it raised, for every item.
 
     The limit is one of all items together as long as they are quick, and then of one at a time: a timer for each would take
     longer than most templates.
     """
-    results: list[T | BadRow] = []
+    results: list[Any] = []
     alone = False
     while len(results) < len(items):
         try:

@@ -34,7 +34,7 @@ CONVERSATIONS: tuple[tuple[Turns, Any], ...] = (
     ([_ASK, {**_ANSWER, "reasoning_content": "h"}, _ASK, {**_ANSWER, "reasoning_content": "i"}], None),
     ([_ASK, _CALL, {"role": "tool", "name": "f", "content": "j"}, _ANSWER], [_TOOL]),
 )
-"""Conversations by which a family is told; the first must be written alike by the training template."""
+"""Conversations by which a family is told; what the training template writes of the first begins alike."""
 
 
 def training_template(tokenizer: PreTrainedTokenizerBase, own: Renderer) -> Renderer | None:
@@ -45,7 +45,7 @@ def training_template(tokenizer: PreTrainedTokenizerBase, own: Renderer) -> Rend
             for original, training in _families():
                 if original.read_text(encoding="utf-8") == own.template() or _alike(tokenizer, original, written):
                     renderer = Renderer(tokenizer, training.read_text(encoding="utf-8"))
-                    return renderer if _written(renderer)[0] == written[0] else None
+                    return renderer if (_written(renderer)[0] or "").startswith(written[0] or "") else None
     except limits.TimeUp:
         return None
     return None

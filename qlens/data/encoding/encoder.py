@@ -53,6 +53,10 @@ class Encoder:
 
     def __call__(self, samples: Sequence[Sample]) -> list[EncodedSample | BadRow]:
         """Every sample as tokens, or why it is none."""
+        return self.tokenized(samples, self.texts(samples))
+
+    def texts(self, samples: Sequence[Sample]) -> list[list[LearnedText] | BadRow]:
+        """The texts of every sample, or why there are none; runs the chat template."""
         results: list[list[LearnedText] | BadRow] = [[] for _ in samples]
         chats = [at for at, sample in enumerate(samples) if sample.turns and self.template]
         if self.template is not None:
@@ -61,6 +65,12 @@ class Encoder:
         for at, sample in enumerate(samples):
             if not (sample.turns and self.template):
                 results[at] = joined(sample) if sample.turns else whole(sample)
+        return results
+
+    def tokenized(
+        self, samples: Sequence[Sample], results: Sequence[list[LearnedText] | BadRow]
+    ) -> list[EncodedSample | BadRow]:
+        """The samples of these texts as tokens; may run in another thread than ``texts``."""
         tokenized = iter(self.tokens([text for texts in results if isinstance(texts, list) for text in texts]))
         encoded: list[EncodedSample | BadRow] = []
         for texts, sample in zip(results, samples, strict=True):

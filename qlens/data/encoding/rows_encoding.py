@@ -2,7 +2,8 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from qlens.data.rows import BadRow, Reading, Rows, read_row, row_of, unused_keys
 
 CHUNK = 512  # rows that are encoded together
 ON_BAD = ("error", "drop")
+Readings = dict[int, tuple[Reading, str]]
 OTHER_SHAPE, OTHER_COLUMNS = "another shape than most rows", "other columns than most rows"
 
 
@@ -48,15 +50,37 @@ class RowsEncoding:
         self._shortest: int | None = None
         self._first_bad: InputError | None = None
 
-    def add(self, start: int, stop: int) -> None:
-        """Encode the rows from start to stop.
+    def run(self, advance: Callable[[int], None]) -> None:
+        """Encode all rows; templates are run while the chunk before is tokenized on the other cores.
+
+        Args:
+            advance: is called with the number of rows of every chunk.
 
         Raises:
-            InputError: one of them cannot be used, and bad rows are errors.
+            InputError: a row cannot be used, and bad rows are errors.
         """
-        readings = {at: reading for at in range(start, stop) if (reading := self._read(at)) is not None}
-        encoded = iter(self.encoder([sample for reading in readings.values() for sample in reading[0].samples]))
-        samples: list[EncodedSample] = []
+        with ThreadPoolExecutor(1) as thread:
+            running: tuple[range, Readings, Future] | None = None
+            for start in range(0, len(self.rows), CHUNK):
+                chunk = range(start, min(start + CHUNK, len(self.rows)))
+                readings = {at: reading for at in chunk if (reading := self._read(at)) is not None}
+                samples = [sample for reading, _ in readings.values() for sample in reading.samples]
+                texts = self.encoder.texts(samples)
+                if running is not None:
+                    self._add(running[1], running[2].result())
+                    advance(len(running[0]))
+                if self._first_bad is not None:
+                    self._refuse(chunk.stop)
+                running = chunk, readings, thread.submit(self.encoder.tokenized, samples, texts)
+            if running is not None:
+                self._add(running[1], running[2].result())
+                advance(len(running[0]))
+            if self._first_bad is not None:
+                self._refuse(len(self.rows))
+
+    def _add(self, readings: Readings, results: Sequence[EncodedSample | BadRow]) -> None:
+        """Keep the samples of a chunk."""
+        encoded, samples = iter(results), list[EncodedSample]()
         for at, (reading, shape) in readings.items():
             own = [next(encoded) for _ in reading.samples]
             try:
@@ -70,8 +94,6 @@ class RowsEncoding:
                         sample.columns.setdefault("pair", at)
                     samples.append(sample)
                 self._keep(at, reading, shape, fitting)
-        if self._first_bad is not None:
-            self._refuse(stop)
         self._chunks.append(_with_all_columns(samples))
 
     def _read(self, at: int) -> tuple[Reading, str] | None:

@@ -27,7 +27,8 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self.added = frozenset(tokenizer.get_added_vocab().values())
+        vocabulary: Any = tokenizer.get_added_vocab()
+        self.added = frozenset(vocabulary.values())
         self._tails: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[LearnedText]) -> list[Tokenized | BadRow]:
@@ -85,10 +86,11 @@ class TextTokenizer:
         """The last added token that ends at a border or before it; 0 if there is none."""
         if encoding is None:
             return 0
-        at = border - 1
-        while at >= 0 and (token := encoding.char_to_token(at)) is None:  # white space that counts to no token
+        at, token = border - 1, None
+        while at >= 0 and token is None:  # white space that counts to no token
+            token = encoding.char_to_token(at)
             at -= 1
-        if at < 0:
+        if token is None:
             return 0
         while token > 0 and (ids[token] not in self.added or encoding.token_to_chars(token)[1] > border):
             token -= 1

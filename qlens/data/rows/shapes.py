@@ -106,7 +106,7 @@ class Columns:
             prompt = self.prompt or "prompt"
             also = (*(() if self.prompt else ("prompt",)), *OPTIONAL)
             return Shape(keys, lambda row: samples.preference(row, chosen, rejected, prompt), also)
-        (completion,) = learned
+        completion = learned[0]
         if self.prompt is not None:
             prompt = self.prompt
             return Shape(keys, lambda row: samples.continuation(row, prompt, completion))

@@ -16,6 +16,8 @@ from qlens.data.rows.shapes import Columns
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz")
 METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 SPLITS = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./0-9]|$)")
+COUNTED = range(1, 2**62)
+"""Numbers of rows that are numbered from 1 on."""
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -82,16 +84,6 @@ class Rows(Sequence):
         return f"<Rows: {len(self)} of {names or 'a list'}>"
 
 
-class _Places(Sequence):
-    """Numbers that count from 1."""
-
-    def __len__(self) -> int:
-        return 2**62
-
-    def __getitem__(self, index: Any) -> int:
-        return index + 1
-
-
 def load_rows(
     source: Any,
     split: str | None = None,
@@ -144,11 +136,11 @@ def _rows(source: Any, split: str | None) -> Rows:
     if not isinstance(source, Iterable):
         raise InputError(f"data must be a path, a data set or a list of rows, got {brief(source)}")
     rows = source if isinstance(source, Sequence) else list(source)
-    return Rows([(rows, _Places(), ("", "row"))])
+    return Rows([(rows, COUNTED, ("", "row"))])
 
 
 def _of_dataset(dataset: Any, name: str) -> Rows:
-    return Rows([(tables.of_dataset(dataset), _Places(), (name, "row"))])
+    return Rows([(tables.of_dataset(dataset), COUNTED, (name, "row"))])
 
 
 def _of_path(source: str | Path, split: str | None) -> Rows:
@@ -193,9 +185,9 @@ def _of_file(path: Path) -> tuple[Sequence[Any], Sequence[int], tuple[str, str]]
     """Rows, numbers and description of a file."""
     name, ending = str(shown_path(path)), path.name.lower().removesuffix(".gz")
     if ending.endswith(".parquet"):
-        return tables.parquet(path), _Places(), (name, "row")
+        return tables.parquet(path), COUNTED, (name, "row")
     if ending.endswith((".csv", ".tsv")):
-        return tables.csv(path), _Places(), (name, "row")
+        return tables.csv(path), COUNTED, (name, "row")
     read = json_files.json_file if ending.endswith(".json") else json_files.json_lines
     rows, numbers, unit = read(path)
     return rows, numbers, (name, unit)
