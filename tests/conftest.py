@@ -6,6 +6,7 @@ import json
 import os
 import sys
 
+import interpreted_triton  # noqa: F401  before whatever imports Triton
 import pytest
 import torch
 from tiny_models import letters, llama, trainer_in

@@ -24,30 +24,37 @@ from qlens.registry import get
 METHODS = {
     "sft": "", "dft": "", "label_smoothing": "", "asft_anchored": "reference", "kd": "teacher", "target_sft": "teacher"
 }  # fmt: skip
+"""The other model of every method of the engine benchmark, "" where it has none."""
+OTHER = METHODS | {"eaft": "", "jsd": "teacher"}
+"""The same, with the methods of the GPU benchmark."""
 CHUNK = 256  # rows, of the per-chunk checkpoint
 
 
 class Inputs:
     """Hidden states, head and labels with preallocated gradients, and another model's hidden states and head."""
 
-    def __init__(self, n: int, h: int, v: int, other: bool):
-        draw = torch.Generator().manual_seed(0)
-        self.hidden = torch.randn(n, h, generator=draw).requires_grad_()
-        self.head = (0.05 * torch.randn(v, h, generator=draw)).requires_grad_()
-        self.labels = torch.randint(v, (n,), generator=draw)
-        self.other = (torch.randn(n, h, generator=draw), 0.05 * torch.randn(v, h, generator=draw)) if other else None
+    def __init__(self, n: int, h: int, v: int, other: bool, dtype: torch.dtype = torch.float32, device: str = "cpu"):
+        place: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
+
+        def model() -> tuple[Tensor, Tensor]:
+            return torch.randn(n, h, dtype=dtype, **place), 0.05 * torch.randn(v, h, dtype=dtype, **place)
+
+        self.hidden, self.head = (part.requires_grad_() for part in model())
+        self.labels = torch.randint(v, (n,), **place)
+        self.other = model() if other else None
         self.hidden.grad, self.head.grad = torch.zeros_like(self.hidden), torch.zeros_like(self.head)
 
 
 def products(x: Inputs, method: str) -> Callable[[], None]:
     """The matrix products alone, into preallocated buffers: a lower bound."""
-    z = torch.empty(len(x.labels), len(x.head))
+    z = torch.empty(len(x.labels), len(x.head), dtype=x.hidden.dtype, device=x.hidden.device)
+    d_hidden, d_head = x.hidden.grad, x.head.grad
 
     @torch.no_grad()
     def run() -> None:
         torch.mm(x.hidden, x.head.T, out=z)
-        torch.mm(z, x.head, out=x.hidden.grad)
-        torch.mm(z.T, x.hidden, out=x.head.grad)
+        torch.mm(z, x.head, out=d_hidden)
+        torch.mm(z.T, x.hidden, out=d_head)
         if x.other:
             torch.mm(x.other[0], x.other[1].T, out=z)
 
@@ -56,7 +63,7 @@ def products(x: Inputs, method: str) -> Callable[[], None]:
 
 def plain(x: Inputs, method: str) -> Callable[[], None]:
     """All logits at once, and autograd."""
-    variant, name = get(method), METHODS[method]
+    variant, name = get(method), OTHER[method]
 
     def run() -> None:
         other_logits = {name: x.other[0] @ x.other[1].T} if x.other else {}
@@ -66,19 +73,19 @@ def plain(x: Inputs, method: str) -> Callable[[], None]:
     return run
 
 
-def checkpointed(x: Inputs, method: str) -> Callable[[], None]:
+def checkpointed(x: Inputs, method: str, chunk: int = CHUNK) -> Callable[[], None]:
     """Chunks of rows with activation checkpointing."""
-    variant, name = get(method), METHODS[method]
+    variant, name = get(method), OTHER[method]
 
     def part(hidden: Tensor, head: Tensor, rows: slice) -> Tensor:
         other_logits = {name: x.other[0][rows] @ x.other[1].T} if x.other else {}
         return variant.loss(Tokens(logits=hidden @ head.T, labels=x.labels[rows], **other_logits)).sum()
 
     def run() -> None:
-        total = torch.zeros(())
+        total = torch.zeros((), device=x.hidden.device)
         with set_checkpoint_early_stop(False):  # it ends a recomputation by an exception within the loss
-            for start in range(0, len(x.labels), CHUNK):
-                rows = slice(start, start + CHUNK)
+            for start in range(0, len(x.labels), chunk):
+                rows = slice(start, start + chunk)
                 total = total + checkpoint(part, x.hidden[rows], x.head, rows, use_reentrant=False)
         (total / len(x.labels)).backward()
 
@@ -104,7 +111,7 @@ def liger_chunked(x: Inputs, method: str) -> Callable[[], None]:
 
 def qlens_fused(x: Inputs, method: str) -> Callable[[], None]:
     """The engine."""
-    other_model: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
+    other_model: dict[str, Any] = {OTHER[method]: x.other} if x.other else {}
     return lambda: fused_loss(method, x.hidden, x.head, x.labels, **other_model).backward()
 
 
@@ -112,7 +119,7 @@ def qlens_with_metrics(x: Inputs, method: str) -> Callable[[], None]:
     """The engine, with the metrics that a trainer logs."""
     from qlens.training.metrics import MetricSums
 
-    other_model: dict[str, Any] = {METHODS[method]: x.other} if x.other else {}
+    other_model: dict[str, Any] = {OTHER[method]: x.other} if x.other else {}
     return lambda: fused_loss(
         method, x.hidden, x.head, x.labels, observe=MetricSums().observe, **other_model
     ).backward()
@@ -141,8 +148,8 @@ def case(way: str, method: str, shape: tuple[int, int, int], threads: int) -> No
     A run on a small input comes first, so that code and threads are loaded.
     """
     torch.set_num_threads(threads)
-    WAYS[way](Inputs(8, 16, 64, other=bool(METHODS[method])), method)()
-    x = Inputs(*shape, other=bool(METHODS[method]))
+    WAYS[way](Inputs(8, 16, 64, other=bool(OTHER[method])), method)()
+    x = Inputs(*shape, other=bool(OTHER[method]))
     before = _resident()
     run = WAYS[way](x, method)
     for _ in sys.stdin:  # not torch's Timer: it would run two warm-ups before every single run

@@ -58,17 +58,20 @@ CASES = {
 
 
 class StepTimer(TrainerCallback):
-    """Seconds of every optimizer step, forward and backward passes included."""
+    """Seconds of every optimizer step, forward and backward passes included; ``wait`` waits for the device."""
 
-    def __init__(self):
+    def __init__(self, wait: Callable[[], None] = lambda: None):
         self.seconds: list[float] = []
+        self.wait = wait
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
+        self.wait()
         self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock."""
+        self.wait()
         self.seconds.append(time.perf_counter() - self.began)
 
 

@@ -21,13 +21,14 @@ from qlens.analysis.compare.config import (
     settle_all,
     user_source,
 )
-from qlens.analysis.compare.environments import LabSource, Source, UserSource
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.jobs import FAILED, Job, Task, slug
 from qlens.analysis.compare.learning_rates import Choice, chosen, gathered, trials
 from qlens.analysis.compare.live_table import LiveTable
 from qlens.analysis.compare.recipes import DEFAULT, Method, recipes
 from qlens.analysis.compare.run_folder import default_folder, locked
 from qlens.analysis.compare.schedule import in_turn, run_all
+from qlens.analysis.compare.user_source import Source, UserSource
 from qlens.core.errors import InputError, brief
 from qlens.core.files import from_here, make_folder, user_path
 from qlens.core.probes import probes
@@ -54,6 +55,14 @@ def compare(
     teacher: str | Path | PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | Path | None = None,
+    batch_size: int | None = None,
+    micro_batch_size: int | None = None,
+    max_length: int | None = None,
+    lora_rank: int | None = None,
+    gradient_checkpointing: bool = False,
+    chat_template: str | Path | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     out: str | Path | None = None,
@@ -77,15 +86,24 @@ def compare(
             default base and six methods.
         settings: settings of the lab, by name ("all": every one) or as ``Setting``; not used with ``model``.
         seeds: their number (0, 1, ...) or the seeds; they choose batches and the samples that are scored.
-        steps: training steps; by default the setting's, 100 on your own model (batches of 16).
-        learning_rate: one for all methods, instead of the chosen ones; on your own model by default 5e-5, or 1e-3 below
-            10 M parameters.
+        steps: training steps; by default the setting's, 100 on your own model.
+        learning_rate: one for all methods, instead of the chosen ones; on your own model by default 5e-5, 5e-4 with LoRA, or
+            1e-3 below 10 M parameters.
         lr_grid: search the learning rates that are not recorded: of your losses, other parameters, other settings.
         model, teacher: Hugging Face folders, or transformers models, which are saved once to the cache folder. Methods
             with a teacher need one.
         tokenizer: of models that are not folders.
-        data: a JSON Lines file.
-        device, dtype: of your own model; on a device other than the CPU, one job runs at a time.
+        data: a file, a folder, or NAME:SPLIT on the Hugging Face hub, as ``qlens.data.load_rows`` reads them.
+        batch_size: rows of an optimizer step on your own model, by default 16.
+        micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; by default all of them.
+        max_length: longer rows are dropped and counted; by default what the models take.
+        lora_rank: train adapters of this rank on all linear layers but the head, and no weights of the model; the reference is
+            then the model without them.
+        gradient_checkpointing: compute activations twice, to hold fewer of them.
+        chat_template: a file with a chat template (jinja) that replaces the tokenizer's.
+        prompt_column, completion_column: of your data, where their names do not say it (``qlens.encode``).
+        device: of your own models; on one other than the CPU, one job runs at a time.
+        dtype: of all products on your own model ("float32", "bfloat16", "float16"); trained weights are in float32.
         out: the run folder; by default one under ./runs, named by the configuration.
         save: whether to keep the trained models, in ``out/models``.
         jobs: parallel processes, one thread each; by default the number of cores.
@@ -105,7 +123,8 @@ def compare(
         >>> study = qlens.compare(["sft", "dft"], settings="strong-prior", seeds=3)        # doctest: +SKIP
         >>> print(study)                                                                   # doctest: +SKIP
     """
-    for name, value in (("steps", steps), ("jobs", jobs)):
+    numbers = {"steps": steps, "jobs": jobs, "batch_size": batch_size, "micro_batch_size": micro_batch_size}
+    for name, value in {**numbers, "max_length": max_length, "lora_rank": lora_rank}.items():
         whole = isinstance(value, Integral) and not isinstance(value, bool)
         if value is not None and not (whole and 1 <= value <= LARGEST):
             requirement = "at least 1" if whole and value < 1 else f"a whole number from 1 to {LARGEST}"
@@ -115,10 +134,23 @@ def compare(
         raise InputError(f"learning_rate must be positive and finite, got {brief(learning_rate)}")
     run_folder = None if out is None else user_path(out, "out")
     rows, runs = recipes(DEFAULT if variants is None else variants), seeds_of(seeds)
+    own = {
+        "batch_size": batch_size,
+        "micro_batch_size": micro_batch_size,
+        "max_length": max_length,
+        "lora_rank": lora_rank,
+        "gradient_checkpointing": gradient_checkpointing or None,
+        "chat_template": None if chat_template is None else str(chat_template),
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+    }
+    own = {name: value for name, value in own.items() if value is not None}
     if model is None and data is None and teacher is None:
+        if own:
+            raise InputError(f"{next(iter(own))} goes with model= and data=: the lab's settings have their own")
         sources = lab_sources(settings, steps)
     else:
-        sources = user_source(model, data, teacher, tokenizer, steps=steps, device=device, dtype=dtype)
+        sources = user_source(model, data, teacher, tokenizer, steps=steps, device=device, dtype=dtype, **own)
     check_needs(rows, sources)
     _refuse_exits(rows)
     pickle_by_value(rows)
@@ -186,11 +218,7 @@ def _prepare(sources: Sequence[Source], console: Console) -> None:
         metadata = source.metadata
         if matched := metadata.get("vocabulary"):
             console.print(f"{source.name}: {matched}")
-        if ignored := metadata.get("ignored keys"):
-            console.print(f"{source.name}: keys that are ignored: {ignored}")
-        if dropped := metadata.get("dropped"):
-            total = f"{metadata['rows']} rows exceed the context of {metadata['context']} tokens"
-            console.print(f"{source.name}: {dropped} of {total}: dropped")
+        console.print(f"{source.name}: {metadata['data']}")
 
 
 def _run(
@@ -199,7 +227,7 @@ def _run(
     """Run the jobs without a record, building environments on the way; returns the new records."""
     unfinished = [job for job in in_turn(jobs) if job not in records]
     settings = {job.source.name: job.source.setting for job in unfinished if isinstance(job.source, LabSource)}
-    found: dict[Job, Any] = {}
+    new: dict[Job, Any] = {}
     with tempfile.TemporaryDirectory() as counts:
         unbuilt = constructions(settings.values(), Path(counts))
         table = LiveTable(jobs, unbuilt, metric, processes or joblib.cpu_count(), console)
@@ -209,14 +237,14 @@ def _run(
             with table.shown():
                 for job in run_all(unfinished, processes, unbuilt):
                     if record := job.finished():
-                        found[job] = record
+                        new[job] = record
                     table.add(job, record)
         except KeyboardInterrupt:
             console.print(str(table))
             folder = jobs[0].folder
             console.print(f"Stopped. Finished jobs are kept in {folder}: the same call continues from there.")
             raise
-    return found
+    return new
 
 
 def _search(

@@ -11,11 +11,12 @@ from typing import Any
 import cloudpickle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qlens.analysis.compare.environments import LabSource, Source, UserSource, digest
+from qlens.analysis.compare.environments import LabSource
 from qlens.analysis.compare.learning_rates import RULE, SEEDS, Choice, settle
 from qlens.analysis.compare.recipes import Recipe
 from qlens.analysis.compare.run_folder import code, versions
 from qlens.analysis.compare.stored_models import stored
+from qlens.analysis.compare.user_source import Source, UserSource, digest
 from qlens.core.errors import InputError, UnknownName, brief
 from qlens.data.collator import COLUMNS
 from qlens.lab import SETTINGS, Setting
@@ -82,7 +83,7 @@ def user_source(
         InputError: model or data is missing, or a module has no tokenizer.
     """
     if model is None or data is None:
-        raise InputError("a comparison on your own model needs both model and data (a folder and a JSON Lines file)")
+        raise InputError("a comparison on your own model needs both model and data (a folder and a data file)")
     folders = [each if each is None else stored(each, name, tokenizer) for name, each in
                (("model", model), ("teacher", teacher))]  # fmt: skip
     return [UserSource.of(str(folders[0]), str(data), folders[1], **options)]

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedModel
 
-from qlens.analysis.compare.environments import Environment, Source, open_environment
+from qlens.analysis.compare.environments import Environment, open_environment
 from qlens.analysis.compare.evaluation import diagnostics, reading, separation
 from qlens.analysis.compare.recipes import Recipe
 from qlens.analysis.compare.stored_models import save
+from qlens.analysis.compare.user_source import Source
 from qlens.analysis.study.frames import record_fault
 from qlens.core.errors import InputError
 from qlens.core.files import make_folder, read_json, write_text
@@ -105,7 +106,7 @@ class Task(ABC):
             nonlocal step
             step += 1
             if step in marks:
-                curve.append([step, round(float(environment.validate(model, self.seed).mean()), 6)])
+                curve.append([step, round(float(environment.monitor(model, self.seed).mean()), 6)])
 
         step, curve = 0, []
         if marks:
@@ -120,7 +121,8 @@ class Task(ABC):
                 seed=self.seed,
                 variant=self.recipe.variant,
                 tick=tick,
-                **environment.models(self.recipe, self.recipe.variant.needs),
+                **environment.options,
+                **environment.models(self.recipe, self.recipe.variant.needs, model),
             )
         return curve
 
@@ -171,7 +173,7 @@ class Job(Task):
             curve = self.train(environment, model, [round(mark * steps) for mark in MARKS])
             if self.keep is not None:
                 save(model, environment.tokenizer, self.keep)
-            models = environment.models(self.recipe, ("teacher", "reference"))
+            models = environment.models(self.recipe, ("teacher", "reference"), model)
             scores = environment.score(model, self.seed)
             if not np.isfinite(scores).all():
                 raise FloatingPointError(f"{int((~np.isfinite(scores)).sum())} of {len(scores)} scores are not finite")
@@ -189,7 +191,7 @@ class Job(Task):
             if variant is not None and correct is not None:
                 record["truth"] += separation(model, variant, held_out, correct, "end", **models)
             if self.reads and variant is not None:
-                start, teacher = environment.reference(), environment.teacher() if environment.teacher else None
+                start, teacher = models["reference"], environment.teacher() if environment.teacher else None
                 record["reading"] = reading(start, variant, held_out, correct, environment.tokenizer, teacher, models)
                 if correct is not None:
                     record["truth"] += separation(start, variant, held_out, correct, "start", **models)

@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 import qlens.lab
-from qlens.analysis.compare.environments import LabSource, Source, open_environment
+from qlens.analysis.compare.environments import LabSource, open_environment
 from qlens.analysis.compare.jobs import Task, slug
 from qlens.analysis.compare.recipes import BASE, GROUPS, Recipe, recipes
 from qlens.analysis.compare.run_folder import code, locked, versions
 from qlens.analysis.compare.schedule import run_all
+from qlens.analysis.compare.user_source import Source
 from qlens.core.errors import InputError
 from qlens.core.files import write_json
 from qlens.core.progress import track

@@ -25,8 +25,8 @@ CAPTIONS = {
     "below .05 after Holm's correction over all methods and settings.",
     "frontier": "Score against KL(start || trained) per held-out token, in nats: the distance from the start that a "
     "result costs.",
-    "curves": "Scores during training on the validation problems (on user data: the held-out rows); bands: 95 % "
-    "intervals over seeds.",
+    "curves": "Scores during training on the validation problems, from half of the samples per problem (on user data: the "
+    "held-out rows); bands: 95 % intervals over seeds.",
     "calibration": "Reliability of trust at the starting model, on tokens whose label is known to be correct or wrong: the "
     "share of correct labels in bins of trust. On the diagonal, trust is the probability that a label is correct. "
     "AUROC: the probability that a correct label has more trust than a wrong one.",

@@ -10,7 +10,7 @@ import typer
 import qlens
 from qlens.cli import console, methods, view  # noqa: F401  methods registers list and show, view registers view
 from qlens.cli.inputs import figure_path, own_tokens, slug
-from qlens.cli.options import Data, Device, Dtype, Folder, Json, Loss, Rows, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
 from qlens.registry import params
@@ -25,6 +25,8 @@ def explain(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
     rows: Rows = None,
     figure: Annotated[
         str | None,
@@ -51,7 +53,17 @@ def explain(
         path = default if figure is None else figure
         path = None if path is None else figure_path(path)
         thin = variant.scope == "token"
-        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
+        where = own_tokens(
+            model,
+            teacher,
+            reference,
+            (data, prompt_column, completion_column),
+            rows,
+            device,
+            dtype,
+            variant.needs,
+            thin,
+        )
         result = qlens.explain(variant, **where)
         answer = (
             result.to_latex() if latex else json.dumps(result.to_dict(), indent=2) if as_json else result.text(full)
@@ -98,6 +110,8 @@ def compare(
     model: Folder = None,
     teacher: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<configuration>")
     ] = None,
@@ -105,15 +119,39 @@ def compare(
     learning_rate: Annotated[
         float | None,
         typer.Option(
-            help="One for all methods.", show_default="the recorded ones; own model: 5e-5, 1e-3 under 10 M parameters"
+            help="One for all methods.",
+            show_default="the recorded ones; own model: 5e-5, LoRA 5e-4, 1e-3 under 10 M parameters",
         ),
     ] = None,
     lr_grid: Annotated[
         bool,
         typer.Option("--lr-grid", help="Search learning rates that are not recorded, on validation problems."),
     ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of an optimizer step on your own model.", show_default="16")
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Rows of a forward pass, a divisor.", show_default="the batch size")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Drop longer rows, in tokens.", show_default="what the models take")
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(min=1, help="Train LoRA adapters of this rank only.", show_default="all weights")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice, to hold fewer of them.")
+    ] = False,
+    chat_template: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A chat template (jinja).", show_default="the tokenizer's")
+    ] = None,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, ...", show_default="float32")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of products: float32, bfloat16, float16. Trained weights are float32.", show_default="float32"
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Parallel processes.", show_default="all cores")] = None,
     as_json: Json = False,
 ) -> None:
@@ -137,6 +175,14 @@ def compare(
         save=save,
         learning_rate=learning_rate,
         lr_grid=lr_grid,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        max_length=max_length,
+        lora_rank=lora_rank,
+        gradient_checkpointing=gradient_checkpointing,
+        chat_template=chat_template,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
         device="cpu" if device is None else device,
         dtype="float32" if dtype is None else dtype,
         jobs=jobs,

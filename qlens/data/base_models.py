@@ -1,15 +1,34 @@
-"""Base models: a model with adapters (peft) run without them."""
+"""Base models: a model with adapters (peft), and run without them."""
 
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
+from qlens.data.models import quiet
 from qlens.engine.models.forward import evaluating
 
 
 def has_adapters(model: Any) -> bool:
     """Whether a model has adapters that can be switched off, such as peft's."""
     return callable(getattr(model, "disable_adapter", None)) and callable(getattr(model, "get_base_model", None))
+
+
+def with_adapters(model: PreTrainedModel, rank: int) -> Any:
+    """A model with LoRA adapters on all linear layers but the head, which alone are trained; they begin at zero.
+
+    Args:
+        model: the base model, changed in place.
+        rank: of the adapters; their scale is alpha / rank = 2.
+
+    Returns:
+        A ``peft.PeftModel``.
+    """
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    with quiet():
+        return get_peft_model(model, config)
 
 
 class WithoutAdapters(nn.Module):
@@ -29,6 +48,11 @@ class WithoutAdapters(nn.Module):
     def config(self) -> Any:
         """The model's configuration."""
         return self._model[0].config
+
+    @property
+    def device(self) -> Any:
+        """The model's device."""
+        return self._model[0].device
 
     def get_base_model(self) -> Any:
         """The model beneath the adapters."""

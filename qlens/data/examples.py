@@ -160,3 +160,12 @@ def example(
     except BadRow as error:
         raise error.at(where) from error.__cause__
     return Examples.of([sample])[0]
+
+
+def singles(rows: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Rows as they are, or encoded where each holds two answers, chosen and rejected."""
+    try:
+        pairs = len(rows) and len(read_row(row_of(rows[0]), getattr(rows, "columns", Columns())).samples) > 1
+    except BadRow:  # whoever reads the rows says so
+        pairs = False
+    return encode(rows, tokenizer).examples if pairs else rows

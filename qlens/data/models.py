@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from qlens.core.errors import InputError, brief
-from qlens.core.files import user_path
+from qlens.core.files import read_json, user_path
 from qlens.core.numerics import dtype_name
 from qlens.data.model_sizes import check_parameters, check_sizes
 
 logger = logging.getLogger(__name__)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
+ADAPTERS, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # files of a folder of adapters
 SPARE = 0.8  # share of the free memory that weights in float32 may take
 
 
@@ -30,7 +32,8 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a causal language model from a Hugging Face folder or the hub, in evaluation mode.
 
-    Weights are read from safetensors only, and code in the folder is never run.
+    Weights are read from safetensors only, and code in the folder is never run. Of a folder of adapters (peft), the model is
+    its base model with them merged.
 
     Args:
         path: the folder, or a name on the hub.
@@ -48,6 +51,8 @@ def load_model(
     """
     torch_dtype, place = _dtype(dtype), _device(device)
     folder = user_path(path, "model folder")
+    if (folder / ADAPTERS).is_file() and not (folder / "config.json").is_file():
+        return _merged(folder, path, device, dtype)
     if folder.is_dir() and (stored := check_sizes(folder)) is not None:
         config = _load(AutoConfig, path, "model")
         with _readable("model", path, local=True), quiet(), torch.device("meta"):  # allocates nothing
@@ -69,6 +74,26 @@ def load_model(
         return model.to(place).eval()
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {str(device)!r} cannot be used: {_short(error)}") from None
+
+
+def _merged(
+    folder: Path, path: str | Path, device: str | torch.device, dtype: str | torch.dtype | None
+) -> PreTrainedModel:
+    """The base model that a folder of adapters names, with the adapters merged."""
+    from peft import PeftModel
+
+    base = read_json(folder / ADAPTERS).get("base_model_name_or_path")
+    if not base or not (folder / ADAPTER_WEIGHTS).is_file():
+        problem = f"have no {ADAPTER_WEIGHTS}" if base else f"do not name their base model in {ADAPTERS}"
+        raise InputError(f"the adapters in model folder {brief(str(path))} {problem}")
+    try:
+        model = load_model(base, device, dtype)
+    except InputError as error:
+        raise InputError(
+            f"model folder {brief(str(path))} holds adapters of a model that is not read: {error}"
+        ) from error
+    with _readable("adapters", path, local=True), quiet():
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()  # type: ignore[operator]
 
 
 def load_to_read(
@@ -227,7 +252,9 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 reads it
+            yield
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qlens.core.numerics import precision
 from qlens.engine.heads import Head
-from qlens.engine.kernels import RowConstants
+from qlens.engine.kernels.plain import RowConstants
 
 
 class NeedsGradient(NamedTuple):
@@ -39,15 +39,19 @@ class GradientSums:
         needs_gradient: which gradients are computed.
         factor: what the gradient of every row is multiplied by.
         uniform: whether ``add`` is given numbers to subtract from all entries of a row.
+        chunks: whether there is more than one; the head's gradient of a single one needs no sum in float32.
     """
 
-    def __init__(self, head: Head, rows: int, needs_gradient: NeedsGradient, factor: float, uniform: bool):
+    def __init__(
+        self, head: Head, rows: int, needs_gradient: NeedsGradient, factor: float, uniform: bool, chunks: bool = True
+    ):
         wide, device = precision(head.hidden.dtype), head.weight.device
         half = head.hidden.dtype == torch.float16
         self.head, self.factor = head, 1.0 if half else factor
         self.d_hidden = torch.empty_like(head.hidden, dtype=wide if half else None) if needs_gradient.hidden else None
         allocate = torch.empty if rows else torch.zeros  # the first chunk fills it
-        self.d_head = allocate(head.weight.shape, dtype=wide, device=device) if needs_gradient.head else None
+        summed = wide if chunks or half else head.hidden.dtype
+        self.d_head = allocate(head.weight.shape, dtype=summed, device=device) if needs_gradient.head else None
         self.d_bias = torch.zeros(len(head.weight), dtype=wide, device=device) if needs_gradient.bias else None
         # Behind a cap, and where g is rounded to the inputs' dtype, the constants are subtracted entry by entry.
         separate_constants = uniform and head.softcap is None and wide == head.hidden.dtype
@@ -72,7 +76,7 @@ class GradientSums:
         a = self.factor * head.logit_scale * scale[:, None]
         g, h = z.to(head.hidden.dtype), head.hidden[rows]
         if self.d_bias is not None:
-            self.d_bias += (z.T @ a)[:, 0]
+            self.d_bias += _column_sums(z, a)
         d_hidden = None if self.d_hidden is None else self.d_hidden[rows]
         if d_hidden is not None and d_hidden.dtype != g.dtype:
             torch.mul(g @ head.weight, a, out=d_hidden)
@@ -92,30 +96,37 @@ class GradientSums:
             sums = self.d_hidden.sum(-1, dtype=precision(self.head.hidden.dtype))
             return sums.isnan() if self.head.hidden.dtype == torch.float16 else ~sums.isfinite()
         if self.d_head is not None:
-            return ~self.d_head.sum().isfinite()
+            return ~self.d_head.sum(dtype=precision(self.d_head.dtype)).isfinite()
         return torch.zeros((), dtype=torch.bool, device=self.head.weight.device)
 
     def result(self) -> Gradients:
-        """The gradients, in the dtype of the head; float16's in float32."""
+        """The gradients; those of head and bias may still be in float32, and float16's are."""
         if self.constants is not None and self.d_head is not None:
             self.d_head += self.constants.head
         if self.constants is not None and self.d_bias is not None:
             self.d_bias += self.constants.bias
-        if self.head.hidden.dtype == torch.float16:
-            return Gradients(self.d_hidden, self.d_head, self.d_bias)
-        dtype = self.head.weight.dtype
-        return Gradients(
-            self.d_hidden,
-            None if self.d_head is None else self.d_head.to(dtype),
-            None if self.d_bias is None else self.d_bias.to(dtype),
-        )
+        return Gradients(self.d_hidden, self.d_head, self.d_bias)
 
 
 def _add_product(total: Float[Tensor, "V H"], g: Float[Tensor, "n V"], h: Float[Tensor, "n H"], first: bool) -> None:
     """total += g^T h, summed in the dtype of the total; ``first``: the total holds nothing yet."""
     if total.dtype == g.dtype:
         torch.addmm(total, g.T, h, beta=0 if first else 1, out=total)
+    elif total.is_cuda:  # not rounded before it is added
+        if first:
+            torch.mm(g.T, h, out_dtype=total.dtype, out=total)
+        else:
+            torch.addmm(total, g.T, h, out_dtype=total.dtype, out=total)
     elif first:
         total.copy_(g.T @ h)
     else:
         total.add_(g.T @ h)
+
+
+def _column_sums(g: Float[Tensor, "n V"], a: Float[Tensor, "n 1"]) -> Float[Tensor, " V"]:
+    """sum_i a_i g_i, summed in float32 at least."""
+    if g.dtype == a.dtype:
+        return (g.T @ a)[:, 0]
+    if g.is_cuda:
+        return torch.mm(a.T.to(g.dtype), g, out_dtype=a.dtype)[0]
+    return (a.T @ g.to(a.dtype))[0]

@@ -6,7 +6,7 @@ from torch import Tensor
 from qlens.core.autograd import slope_of
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
-from qlens.engine.kernels import CachedTokens, target_gradient_
+from qlens.engine.kernels.plain import CachedTokens, target_gradient_
 from qlens.engine.row_inputs import RowGradients, RowInputs, joined, slices
 from qlens.losses.leaves import refuse_learned
 from qlens.losses.reduction.unreduced import value_alone

@@ -1,6 +1,5 @@
 """Fused loss: a method's loss and its gradients from hidden states and a head, a chunk of logits at a time."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -11,8 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qlens.core.errors import InputError
-from qlens.core.supervised import IGNORE
-from qlens.core.tokens.fields import check_ids
 from qlens.engine.accumulation import Gradients, NeedsGradient
 from qlens.engine.chunked import Observer, chunked_pass
 from qlens.engine.fused_inputs import (
@@ -20,18 +17,18 @@ from qlens.engine.fused_inputs import (
     check_arguments,
     check_needs,
     check_width,
+    rows_at,
     sample_tokens,
     supervised_field,
     supervised_model,
+    supervised_rows,
 )
 from qlens.engine.heads import Head
-from qlens.engine.row_inputs import RowInputs, shown_inputs, tile_rows
+from qlens.engine.row_inputs import RowInputs, chunk_rows, shown_inputs, tile_rows
 from qlens.engine.structures import effective_structure
 from qlens.engine.verification.declarations import why_declared_whole, why_whole
 from qlens.losses.leaves import Once
 from qlens.registry import Variant, resolve
-
-CHUNK_ENTRIES = 22 * 2**20  # logits of a chunk by default: at most 88 MiB in float32
 
 ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 1e-2}
 """How far gradients may be from the float64 path on the same logits, as a share of max(1, the largest), by the inputs' dtype.
@@ -81,7 +78,8 @@ def fused_loss(
             ``TopK``. ``softcap`` and ``logit_scale`` hold for the heads of tuples too; a ``Head`` has its own.
         softcap, logit_scale: c and s of the student's logits, see ``Head``.
         denominator: what the sum of the losses is divided by; by default the supervised rows (pairs, for losses of pairs).
-        chunk: rows of logits at a time; by default as many as have 22 million entries, in nearly even parts.
+        chunk: rows of logits at a time; by default as many as have 22 million entries on a CPU, or 512 MiB or the bytes
+            of the head on another device, in nearly even parts.
         observe: called as ``observe(tokens, target, losses)`` for a few rows at a time, detached, in the order of the rows;
             for statistics of the targets out of the same pass.
         per_token_fields: weight, sequence, advantage, ... (N,), as in ``Tokens``.
@@ -139,15 +137,15 @@ def fused_pass(
             selected rows, those with a trust other than 0.
     """
     check_arguments(hidden, head, bias, labels, denominator, chunk)
-    index, vocabulary = (labels != IGNORE).nonzero()[:, 0], len(head)
-    check_ids(labels[index], vocabulary)
+    vocabulary = len(head)
+    index = supervised_rows(labels, vocabulary)
     supervised: dict = {name: supervised_model(name, m, index, len(labels), shape) for name, m in models.items()}
     fields = {name: supervised_field(name, v, index, len(labels), vocabulary) for name, v in fields.items()}
     check_needs(variant, {**supervised, **fields})
     supervised, fields = shown_inputs(variant, supervised), shown_inputs(variant, fields)
     for name, model in supervised.items():
         check_width(name, model, vocabulary)
-    hidden = hidden if len(index) == len(labels) else hidden[index]
+    hidden = rows_at(hidden, index)
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         hidden, head, bias = hidden.to(dtype), head.to(dtype), None if bias is None else bias.to(dtype)
@@ -162,11 +160,11 @@ def fused_pass(
         labels=labels[index].long(),
         models=supervised,
         fields=fields,
-        tile=tile_rows(vocabulary),
+        tile=tile_rows(vocabulary, hidden.device),
         gradients=any(needs_gradient),
         refuse_parameters=any(needs_gradient),
     )
-    chunk = min(int(chunk or 0) or _even_chunk(rows, max(1, CHUNK_ENTRIES // vocabulary)), max(rows, 1))
+    chunk = min(int(chunk or 0) or chunk_rows(inputs, student), max(rows, 1))
     tile, sample = min(chunk, inputs.tile), partial(sample_tokens, inputs, student)
     if why_whole(variant, sample, rows, tile, fields, torch.is_grad_enabled()):
         chunk, inputs = rows, replace(inputs, tile=rows)
@@ -184,7 +182,10 @@ def fused_pass(
 
 
 class _WithGradients(torch.autograd.Function):
-    """A loss whose gradients by hidden states, head and bias are known; ``factor`` is still missing in them, if given."""
+    """A loss whose gradients by hidden states, head and bias are known; ``factor`` is still missing in them, if given.
+
+    They are rounded to the inputs' dtype in the backward pass, together with the upstream factor.
+    """
 
     @staticmethod
     def forward(
@@ -207,22 +208,27 @@ class _WithGradients(torch.autograd.Function):
             raise InputError("fused_loss: its gradients were used up by the first backward; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():
-            if ctx.factor is not None:
-                gradients = tuple(g if g is None else g.mul_(upstream * ctx.factor).half() for g in gradients)
-            elif upstream.device.type != "cpu" or float(upstream) != 1:  # saves a pass over the head
-                gradients = tuple(g if g is None else g.mul_(upstream.to(g.dtype)) for g in gradients)
+            factor = upstream if ctx.factor is None else upstream * ctx.factor
+            if factor.device.type == "cpu" and float(factor) == 1:
+                factor = None  # saves a pass over the head
+            dtype = ctx.saved_tensors[0].dtype
+            gradients = tuple(g if g is None else _scaled(g, factor, dtype) for g in gradients)
         if torch.is_grad_enabled():  # create_graph=True
             gradients = tuple(g if g is None else Once.apply(g, upstream, *ctx.saved_tensors) for g in gradients)
         return *gradients, None, None, None
 
 
+def _scaled(g: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """factor g in another dtype, rounded once; g is used up."""
+    if factor is None:
+        return g.to(dtype)
+    if g.dtype == dtype:
+        return g.mul_(factor.to(dtype))
+    return torch.mul(g, factor, out=torch.empty_like(g, dtype=dtype))
+
+
 def _wants_gradient(value: Tensor | None) -> bool:
     return value is not None and value.requires_grad and torch.is_grad_enabled()
-
-
-def _even_chunk(rows: int, most: int) -> int:
-    """Rows of a chunk, at most ``most``, so that all chunks have nearly one size: small products cost more per row."""
-    return math.ceil(rows / math.ceil(rows / most)) if rows else 1
 
 
 def fusible(variant: Variant) -> bool:

@@ -8,9 +8,16 @@ from torch import Tensor
 
 from qlens.core.errors import InputError, brief
 from qlens.core.numerics import precision
-from qlens.core.supervised import signed
+from qlens.core.supervised import IGNORE, signed
 from qlens.core.tokens import PER_TOKEN, Tokens
-from qlens.core.tokens.fields import check_floats, check_vocabulary, checked_field, number
+from qlens.core.tokens.fields import (
+    check_floats,
+    check_id_range,
+    check_ids,
+    check_vocabulary,
+    checked_field,
+    number,
+)
 from qlens.engine.heads import Head, TopK
 from qlens.engine.row_inputs import RowInputs
 from qlens.registry import Variant
@@ -54,6 +61,24 @@ def check_arguments(hidden: Any, head: Any, bias: Any, labels: Any, denominator:
         raise InputError(f"denominator must be {DENOMINATOR}, got {brief(denominator)}")
 
 
+def supervised_rows(labels: Tensor, vocabulary: int) -> Tensor:
+    """Numbers of the rows whose label is not -100, in order; with one wait for a device other than the CPU.
+
+    Raises:
+        InputError: a label that is no id of the vocabulary.
+    """
+    if labels.device.type == "cpu":
+        index = (labels != IGNORE).nonzero()[:, 0]
+        check_ids(labels[index], vocabulary)
+        return index
+    ids = labels.long()
+    supervised = ids != IGNORE
+    first = torch.where(supervised, ids, 0)
+    low, high, count = torch.stack([*first.aminmax(), supervised.sum()]).tolist() if len(labels) else (0, 0, 0)
+    check_id_range(low, high, vocabulary)
+    return torch.nonzero_static(supervised, size=count)[:, 0]
+
+
 def check_needs(variant: Variant, inputs: dict[str, Any]) -> None:
     """Check that every model and field that a method needs is there.
 
@@ -82,14 +107,14 @@ def supervised_model(name: str, model: Model, index: Tensor, rows: int, shape: d
     if isinstance(model, TopK):
         size, selected = len(model.ids), lambda: TopK(model.ids[index], model.log_probs[index], model.tail)
     elif isinstance(model, Head):
-        size, selected = len(model.hidden), lambda: replace(model, hidden=model.hidden.detach()[index])
+        size, selected = len(model.hidden), lambda: replace(model, hidden=rows_at(model.hidden.detach(), index))
     elif isinstance(model, tuple):
         if len(model) != 2 or not all(isinstance(each, Tensor) and each.ndim == 2 for each in model):
             raise InputError(f"{name} must be {MODEL}, got {brief(model)}")
         hidden, head = model
         check_floats(f"the hidden states of {name}", hidden, "(N, H)", index.device)
         check_floats(f"the head of {name}", head, "(V, H)", index.device)
-        size, selected = len(hidden), lambda: Head(hidden.detach()[index], head.detach(), **shape)
+        size, selected = len(hidden), lambda: Head(rows_at(hidden.detach(), index), head.detach(), **shape)
     elif not isinstance(model, Tensor):
         raise InputError(f"{name} must be {MODEL}, got {brief(model)}")
     else:
@@ -98,6 +123,11 @@ def supervised_model(name: str, model: Model, index: Tensor, rows: int, shape: d
     if size != rows:
         raise InputError(f"{name} has {size} rows, but labels have {rows}")
     return selected()
+
+
+def rows_at(values: Tensor, index: Tensor) -> Tensor:
+    """Some rows, in order; the values themselves where these are all of them."""
+    return values if len(index) == len(values) else values[index]
 
 
 def check_width(name: str, model: Tensor | Head | TopK, vocabulary: int) -> None:

@@ -62,6 +62,11 @@ class Head:
         options += "" if self.logit_scale == 1 else f", logit_scale {self.logit_scale:g}"
         return f"<Head: {rows} rows of width {width}, vocabulary {len(self.weight)}, {self.hidden.dtype}{options}>"
 
+    def products(self, rows: slice, buffer: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
+        """h W^T of some rows in their own dtype, without bias, scale and cap, in the buffer's first rows."""
+        hidden = self.hidden[rows]
+        return torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
+
     def logits(self, rows: slice | Tensor, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)

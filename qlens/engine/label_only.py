@@ -11,11 +11,14 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head
-from qlens.engine.kernels import label_gradient_
+from qlens.engine.kernels.plain import label_gradient_
+from qlens.engine.kernels.raw import raw_label_log_probs
+from qlens.engine.kernels.raw_logits import RawLogits
 from qlens.engine.row_inputs import RowGradients, RowInputs
 
 SUREST = -700.0  # of log(1 - p_y) where a label weight is read: float64 holds its inverse
 IMPOSSIBLE = -1e29  # log(1 - p_y) below this means that no other token is possible
+Logits = Tensor | RawLogits
 LogProbs = tuple[Tensor, Tensor]  # log p_y and log(1 - p_y), (n,) each
 
 
@@ -29,13 +32,13 @@ class TwoEntryResult(NamedTuple):
     not_finite: Bool[Tensor, " n"] | None
 
 
-def label_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
+def label_gradients(inputs: RowInputs, rows: slice, z: Logits, other_logits: dict[str, Logits]) -> RowGradients:
     """Overwrite a chunk's logits with g' = p_{-y} - d, where p_{-y} is p without the label, renormalised.
 
     Args:
         inputs: the batch.
         rows: which of its rows the chunk holds.
-        z: their logits, (n, V).
+        z: their logits, (n, V); of raw logits their values are overwritten.
         other_logits: the other models' logits at these rows.
     """
     other_log_probs = {name: label_log_probs(inputs, name, rows, logits) for name, logits in other_logits.items()}
@@ -43,11 +46,11 @@ def label_gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dic
     result = evaluate(inputs, rows, (log_p, log_rest), other_log_probs)
     return RowGradients(
         scale=_row_scale(result.label_weight, log_rest),
-        losses=result.losses.to(z),
+        losses=result.losses.to(log_rest),
         selected=result.selected,
         invalid=result.invalid,
         not_finite=result.not_finite,
-        label_weight=_as_field(result.label_weight, z),
+        label_weight=_as_field(result.label_weight, log_rest),
     )
 
 
@@ -55,23 +58,25 @@ def collected_label_gradients(collected: TwoEntryResult) -> Callable[..., RowGra
     """``label_gradients`` for a method whose rows depend on each other, from the label weights of all rows."""
     none = torch.zeros_like(collected.selected)
 
-    def gradients(inputs: RowInputs, rows: slice, z: Tensor, other_logits: dict[str, Tensor]) -> RowGradients:
+    def gradients(inputs: RowInputs, rows: slice, z: Logits, other_logits: dict[str, Logits]) -> RowGradients:
         _, log_rest = label_gradient_(z, inputs.labels[rows, None])
         first = rows.start == 0  # the counts are of all rows
         return RowGradients(
             scale=_row_scale(collected.label_weight[rows], log_rest),
-            losses=collected.losses[rows].to(z),
+            losses=collected.losses[rows].to(log_rest),
             selected=collected.selected if first else none,
             invalid=collected.invalid if first else none,
             not_finite=None if collected.not_finite is None else collected.not_finite[rows],
-            label_weight=_as_field(collected.label_weight[rows], z),
+            label_weight=_as_field(collected.label_weight[rows], log_rest),
         )
 
     return gradients
 
 
-def label_log_probs(inputs: RowInputs, name: str, rows: slice, logits: Tensor) -> LogProbs:
+def label_log_probs(inputs: RowInputs, name: str, rows: slice, logits: Logits) -> LogProbs:
     """log q_y and log(1 - q_y) of another model at some rows, (n,) each."""
+    if isinstance(logits, RawLogits):
+        return raw_label_log_probs(logits, inputs.labels[rows])
     writable = isinstance(inputs.models[name], Head)  # computed into a buffer; logits that were passed in are not
     return label_gradient_(logits if writable else logits.clone(), inputs.labels[rows, None])
 

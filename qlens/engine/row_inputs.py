@@ -1,6 +1,8 @@
-"""Inputs and results of the structure functions: supervised rows of a batch, and the gradients of one chunk of them."""
+"""Inputs and results of the structure functions: supervised rows of a batch, sizes of a chunk, and the gradients of one."""
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -10,12 +12,23 @@ from torch import Tensor
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head, TopK
+from qlens.engine.kernels.raw_logits import uses_triton
 from qlens.losses.leaves import refuse_learned
 from qlens.registry import Variant
 from qlens.registry.structure import GeometricMixture, Structure
 from qlens.registry.variant import ALONE
 
-TILE_ENTRIES = 2**20  # logits worked on at a time, so that the passes over them stay in the cache
+TILE_ENTRIES = 2**20  # logits worked on at a time, so that the passes over them stay in a CPU's cache
+DEVICE_TILE_ENTRIES = 2**24  # on other devices, where a pass over fewer entries is shorter than its launch
+
+
+CHUNK_ENTRIES = 22 * 2**20  # logits of a chunk on a CPU: at most 88 MiB in float32
+DEVICE_BYTES = 2**29
+"""Bytes of a chunk's logits of all models on another device: few large products, whose launches cost nothing beside them.
+
+As many bytes as the head has are allowed too. Without them the gradient of the head, which is summed in float32 and then
+rounded, has the greater peak, so that they cost no memory.
+"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -114,9 +127,31 @@ def joined(tiles: list[RowGradients]) -> RowGradients:
     )
 
 
-def tile_rows(vocabulary: int) -> int:
+def tile_rows(vocabulary: int, device: torch.device) -> int:
     """Rows of logits that are worked on at a time."""
-    return max(1, TILE_ENTRIES // vocabulary)
+    return max(1, (TILE_ENTRIES if device.type == "cpu" else DEVICE_TILE_ENTRIES) // vocabulary)
+
+
+def chunk_rows(inputs: RowInputs, head: Head) -> int:
+    """Rows of a chunk by default, in nearly even parts: small products cost more per row."""
+    rows, device, vocabulary = len(inputs.labels), head.weight.device, len(head.weight)
+    if device.type == "cpu":
+        most = CHUNK_ENTRIES // vocabulary
+    else:
+        raw = uses_triton(inputs.structure, head.hidden)
+        buffers = 1 + sum(isinstance(model, Head) for model in inputs.models.values())
+        buffers += not raw and head.softcap is not None
+        row = buffers * vocabulary * (head.hidden.element_size() if raw else max(4, head.hidden.element_size()))
+        most = max(_device_bytes(device), head.weight.nbytes) // row
+    return math.ceil(rows / math.ceil(rows / max(1, most))) if rows else 1
+
+
+@cache
+def _device_bytes(device: torch.device) -> int:
+    """``DEVICE_BYTES``, less on a device of little memory."""
+    if device.type != "cuda":
+        return DEVICE_BYTES
+    return min(DEVICE_BYTES, torch.cuda.get_device_properties(device).total_memory // 64)
 
 
 def slices(rows: int, size: int) -> list[slice]:

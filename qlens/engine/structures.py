@@ -10,7 +10,7 @@ from torch import Tensor
 from qlens.core.numerics import precision
 from qlens.core.tokens import MODELS, Tokens
 from qlens.engine.dense import dense_gradients
-from qlens.engine.kernels import label_gradient_
+from qlens.engine.kernels.plain import label_gradient_
 from qlens.engine.label_only import (
     collected_label_gradients,
     evaluate,

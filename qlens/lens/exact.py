@@ -156,11 +156,11 @@ def _in_float64(variant: Variant, reading: Reading) -> tuple[Variant, Reading, O
     """The reading in float64; None where the loss computes in float64 itself, or has another gradient there."""
     if reading.own == torch.float64 or not reading.finite or not bool(reading.grad.any()):
         return None
-    if reading.given.logits.numel() > MOST:
+    if reading.inputs.logits.numel() > MOST:
         return None
     exact = Exact.of(variant)
     try:
-        exact_reading = Reading.of(exact, reading.given.with_precision(torch.float64))
+        exact_reading = Reading.of(exact, reading.inputs.with_precision(torch.float64))
     except InputError:  # it requires its own dtype
         return None
     if not exact_reading.finite:

@@ -100,12 +100,12 @@ def _analysed(
     variant, shown, own_precision = read_exactly(original, None if tokens is None else ordinary(tokens))
     e = Explanation(
         variant,
-        shown.given,
-        Target.from_grad(shown.given, shown.grad),
+        shown.inputs,
+        Target.from_grad(shown.inputs, shown.grad),
         shown.losses,
         [],
         token_text,
-        modified_inputs=calling.modified_arguments(variant.method.fn, variant.params, shown.given),
+        modified_inputs=calling.modified_arguments(variant.method.fn, variant.params, shown.inputs),
         on_probes=tokens is None,
         precision=shown.precision,
         own_precision=own_precision,
@@ -115,7 +115,7 @@ def _analysed(
     )
     if not shown.finite:
         return e, None
-    if nothing_but_rounding(variant.loss, shown.given, shown.grad, shown.precision):
+    if nothing_but_rounding(variant.loss, shown.inputs, shown.grad, shown.precision):
         near = matching.nearest(shown.grad, shown.tokens, own_spec(variant), shown.noise)
         zero = replace(e, nearest=[match for match in near if match.relation == "identical"], zero_gradient=True)
         return zero if tokens is not None else _on_trial_tokens(zero, original), None
@@ -143,12 +143,12 @@ def _text_of(token_text: Any) -> Callable[[int], str] | None:
 def _on_trial_tokens(e: Explanation, original: Variant) -> Explanation:
     """The explanation of a loss without a gradient on the probes, read on the trial tokens; as it is without one there too."""
     trial = on_trials(e.variant, Reading.of(e.variant, e.tokens))
-    if isinstance(trial, str) or nothing_but_rounding(e.variant.loss, trial.given, trial.grad, trial.precision):
+    if isinstance(trial, str) or nothing_but_rounding(e.variant.loss, trial.inputs, trial.grad, trial.precision):
         return e
     read = replace(
         e,
-        tokens=trial.given,
-        target=Target.from_grad(trial.given, trial.grad),
+        tokens=trial.inputs,
+        target=Target.from_grad(trial.inputs, trial.grad),
         losses=trial.losses,
         nearest=[],
         precision=trial.precision,

@@ -66,8 +66,8 @@ class GradientAnalysis(MethodSearch):
         """The explanation with everything that was found."""
         unused = unused_inputs(self.variant, self.base)
         if "weight" in unused:  # then no method is weighted either
-            self.shown = self.shown.with_gradient(self.shown.grad, self.shown.given.unweighted())
-            self.trial = self.trial and self.trial.with_gradient(self.trial.grad, self.trial.given.unweighted())
+            self.shown = self.shown.with_gradient(self.shown.grad, self.shown.inputs.unweighted())
+            self.trial = self.trial and self.trial.with_gradient(self.trial.grad, self.trial.inputs.unweighted())
         classes = self.class_weights()
         reach = self.scope(classes)
         if self.e.whole_batch and reach.of == "token":  # the reduction depends on the batch in a way that was not seen
@@ -75,7 +75,7 @@ class GradientAnalysis(MethodSearch):
         self.drop_non_finite_trials(reach)
         offset = 0
         if reach.of == "sequence" and reach.through == ("labels",):
-            offset = label_offset(self.variant.loss, self.shown.given, self.shown.grad, self.shown.noise.rows)
+            offset = label_offset(self.variant.loss, self.shown.inputs, self.shown.grad, self.shown.noise.rows)
         if classes is not None and reach.of != "token":
             classes = self.divided(classes, reach)
         if reach.of == "token" and not (classes or self.own_spec or self.e.whole_batch) and self.trial is not None:
@@ -91,7 +91,7 @@ class GradientAnalysis(MethodSearch):
         trial_cause = None if trial is None else self.cause(trial)
         seen, trial = _without_cause(shown, cause), trial and _without_cause(trial, trial_cause)
         changed = not (cause is None and trial_cause is None and classes is None and positions is None)
-        changed = changed or holds_rows(self.variant.method.fn, self.shown.given)  # then no rows can be read anew
+        changed = changed or holds_rows(self.variant.method.fn, self.shown.inputs)  # then no rows can be read anew
         unknown = cause is not None and (bool(cause.uncoupled) or not cause.cause)
         unknown = unknown or (classes is not None and not classes.equal)
         common = dict(
@@ -101,30 +101,30 @@ class GradientAnalysis(MethodSearch):
             trial_tokens=None if self.trial is None else self.trial.tokens,
             non_finite_trials=self.non_finite,
         )
-        if not len(seen.given):  # every label shown is clamped
-            found = (
+        if not len(seen.inputs):  # every label shown is clamped
+            identification = (
                 self.identify(trial, None, changed, per_token, unknown)
-                if trial is not None and len(trial.given)
+                if trial is not None and len(trial.inputs)
                 else None
             )
-            return replace(self.e, nearest=found.nearest if found else [], **common)
-        found = self.identify(seen, trial, changed, per_token, unknown)
-        gate, moments = self.batch_weights(found, reach, per_token, changed)
-        if (factor := found.batch_factor) is not None:
+            return replace(self.e, nearest=identification.nearest if identification else [], **common)
+        identification = self.identify(seen, trial, changed, per_token, unknown)
+        gate, moments = self.batch_weights(identification, reach, per_token, changed)
+        if (factor := identification.batch_factor) is not None:
             seen = self.without_batch_factor(seen, factor, factor.here)
             trial = trial and self.without_batch_factor(trial, factor, factor.wide or factor.here)
         here, there = self.with_models_taken(seen), trial and self.with_models_taken(trial)
         self.further = there
         mixture = decompose(here.grad, here.tokens, self.residuals, here.noise)
         laws, elsewhere = self.laws(mixture, here, there, reach)
-        if reach.of == "batch" and not per_token and found.batch_factor is None:
+        if reach.of == "batch" and not per_token and identification.batch_factor is None:
             laws, elsewhere = _without_clips(laws, elsewhere)
         if cause is not None:
             mixture = replace(mixture, index=cause.rows[mixture.index])
         if rows is not None:
             mixture = replace(mixture, index=rows[mixture.index])
-        same = bool(found.nearest) and found.nearest[0].same
-        near = found.near_match
+        same = bool(identification.nearest) and identification.nearest[0].same
+        near = identification.near_match
         if per_token and not same and self.two_terms is None:
             near = self.gated(seen, trial, mixture, laws, near)
         if near is not None and near.left and mixture.explains and laws and None not in laws.values():
@@ -132,7 +132,7 @@ class GradientAnalysis(MethodSearch):
         factors = min(self.vocabulary_factors, key=VocabularyFactor.order, default=None)
         return replace(
             self.e,
-            nearest=found.nearest,
+            nearest=identification.nearest,
             mixture=mixture,
             laws=laws,
             class_weights=classes,
@@ -142,7 +142,7 @@ class GradientAnalysis(MethodSearch):
             near_match=near,
             by_vocabulary=None if same else factors,
             other_vocabularies=elsewhere,
-            batch_factor=found.batch_factor,
+            batch_factor=identification.batch_factor,
             position_weights=positions,
             batch_gate=gate,
             batch_moments=moments,
@@ -153,7 +153,7 @@ class GradientAnalysis(MethodSearch):
     @cached_property
     def in_place(self) -> str:
         """Why the loss has inputs of its own that stay in place as tokens move; "" where it has none."""
-        fn, params, tokens = self.variant.method.fn, self.variant.params, self.shown.given
+        fn, params, tokens = self.variant.method.fn, self.variant.params, self.shown.inputs
         if self.variant.derived and runs_another_model(fn, params, tokens):
             return "runs another model, whose inputs are made up"
         return "holds values of its own for these tokens" if holds_rows(fn, tokens) else ""
@@ -169,7 +169,7 @@ class GradientAnalysis(MethodSearch):
             return
         finite = self.trial.grad.isfinite().all(-1)
         if self.original is not self.variant:
-            finite &= read(self.original, self.trial.given, self.original.loss).isfinite().all(-1)
+            finite &= read(self.original, self.trial.inputs, self.original.loss).isfinite().all(-1)
         if not bool(finite.all()):
             self.non_finite = int((~finite).sum())
             self.trial = self.trial[finite] if reach.of == "token" else None
@@ -180,13 +180,13 @@ class GradientAnalysis(MethodSearch):
 
     def with_models_taken(self, at: Reading) -> Reading:
         """The reading without the other models that the loss does not take."""
-        return at.with_gradient(at.grad, models_taken(self.variant, at.given))
+        return at.with_gradient(at.grad, models_taken(self.variant, at.inputs))
 
     def scope(self, classes: ClassWeights | None = None) -> Scope:
         """What a token's gradient depends on, tested on the probes or trial tokens, else on some of those shown."""
         at = self.shown if self.e.on_probes else self.base
-        most = max(48, COMPARED // at.given.logits.shape[1])
-        some = at.given if len(at.given) <= most else at.given[:most]
+        most = max(48, COMPARED // at.inputs.logits.shape[1])
+        some = at.inputs if len(at.inputs) <= most else at.inputs[:most]
         return scope(
             self.variant.loss,
             some,
@@ -212,10 +212,10 @@ class GradientAnalysis(MethodSearch):
         """The loss's weights by label id: of every id of the trial tokens, else of the ids among a user's own labels."""
         if self.variant.compares_pairs or self.in_place:
             return None
-        found = self._class_weights(self.base, list(range(min(self.base.given.logits.shape[1], TRIAL_IDS))))
-        if found is None and not (self.e.on_probes or self.own_spec) and self.trial is not None:
-            found = self._class_weights(self.shown, self.shown.given.labels.unique().tolist()[:IDS])
-        return found
+        weights = self._class_weights(self.base, list(range(min(self.base.inputs.logits.shape[1], TRIAL_IDS))))
+        if weights is None and not (self.e.on_probes or self.own_spec) and self.trial is not None:
+            weights = self._class_weights(self.shown, self.shown.inputs.labels.unique().tolist()[:IDS])
+        return weights
 
     def _class_weights(self, at: Reading, ids: list[int]) -> ClassWeights | None:
         try:
@@ -230,22 +230,29 @@ class GradientAnalysis(MethodSearch):
         if "position" not in reach.through or others or self.variant.compares_pairs:
             return None
         readings = [self.shown, *([self.trial] if self.trial is not None else [])]
-        found, self.unweighted = unweighted(self.variant, readings)
-        return found
+        weights, self.unweighted = unweighted(self.variant, readings)
+        return weights
 
     def divided(self, classes: ClassWeights, reach: Scope) -> ClassWeights | None:
         """Class weights of a loss that depends on its batch, as divided by the batch's mean weight; else None."""
         if not classes.equal or "labels" not in reach.through:
             return None
-        return divided_by_mean(classes, self.variant.loss, self.base.given, self.base.arithmetic)
+        return divided_by_mean(classes, self.variant.loss, self.base.inputs, self.base.arithmetic)
 
-    def batch_weights(self, found: Identification, reach: Scope, per_token: bool, changed: bool) -> tuple:
+    def batch_weights(self, identification: Identification, reach: Scope, per_token: bool, changed: bool) -> tuple:
         """The batch gate, or else the batch moments, of a loss that depends on its batch and is no known method."""
-        same = bool(found.nearest) and found.nearest[0].same
+        same = bool(identification.nearest) and identification.nearest[0].same
         named = self.own_spec or self.two_terms is not None or same
-        if reach.of != "batch" or per_token or changed or found.batch_factor or named or self.variant.compares_pairs:
+        if (
+            reach.of != "batch"
+            or per_token
+            or changed
+            or identification.batch_factor
+            or named
+            or self.variant.compares_pairs
+        ):
             return None, None
-        gate = batch_gate(self.shown, self.other_batches, found.nearest)
+        gate = batch_gate(self.shown, self.other_batches, identification.nearest)
         return gate, None if gate is not None else batch_moments(self.shown, self.other_batches)
 
     def without_batch_factor(self, at: Reading, factor: BatchFactor, value: float) -> Reading:
@@ -270,17 +277,17 @@ class GradientAnalysis(MethodSearch):
         return compare_laws(mixture, seen, wide, trial, reach.of)
 
 
-def _without_cause(at: Reading, found: ShiftVariance | None) -> Reading:
+def _without_cause(at: Reading, variance: ShiftVariance | None) -> Reading:
     """A reading with the cause of its shift-variance removed, if that is known."""
-    if found is None or not found.cause:
+    if variance is None or not variance.cause:
         return at
-    return at[found.rows.to(at.given.logits.device)].with_gradient(found.grad, found.tokens)
+    return at[variance.rows.to(at.inputs.logits.device)].with_gradient(variance.grad, variance.tokens)
 
 
-def _clearer(found: ShiftVariance | None, wide: ShiftVariance | None) -> ShiftVariance | None:
+def _clearer(variance: ShiftVariance | None, wide: ShiftVariance | None) -> ShiftVariance | None:
     """The cause on the tokens shown; of clamped logits that on the trial tokens, whose logits reach further."""
-    both = found is not None and wide is not None and all(one.cause.startswith(CLAMPED) for one in (found, wide))
-    return wide if both else found or wide
+    both = variance is not None and wide is not None and all(one.cause.startswith(CLAMPED) for one in (variance, wide))
+    return wide if both else variance or wide
 
 
 def _without_clips(laws: Laws, elsewhere: str) -> tuple[Laws, str]:

@@ -41,7 +41,7 @@ class Reading:
     """The gradient of an unreduced loss on tokens.
 
     Args:
-        given: the tokens as given to the loss.
+        inputs: the tokens as the loss receives them.
         grad: its gradient, (N, V), in float64.
         noise: its rounding error.
         precision: of the gradient, the coarser of the loss's operations and of its digits.
@@ -50,7 +50,7 @@ class Reading:
         losses: values in nats, (N,).
     """
 
-    given: Tokens
+    inputs: Tokens
     grad: Float[Tensor, "N V"]
     noise: Noise
     precision: torch.dtype
@@ -91,7 +91,7 @@ class Reading:
     @cached_property
     def tokens(self) -> Tokens:
         """The tokens in float64, from which everything but the loss is computed."""
-        return self.given.with_precision(torch.float64)
+        return self.inputs.with_precision(torch.float64)
 
     @property
     def finite(self) -> bool:
@@ -105,13 +105,13 @@ class Reading:
 
     def __getitem__(self, rows: Any) -> "Reading":
         """The reading of some rows."""
-        some = {name: getattr(self, name)[rows] for name in ("given", "grad", "noise", "losses")}
+        some = {name: getattr(self, name)[rows] for name in ("inputs", "grad", "noise", "losses")}
         return replace(self, **some)
 
     def reread(self, variant: Variant, rows: Any) -> "Reading":
         """The reading of some rows as a batch of their own, with the outputs that a teacher of the loss has for that batch."""
-        few = prepared(variant, self.given[rows])
-        return replace(self[rows], given=few, grad=gradient(variant.loss, few).double())
+        few = prepared(variant, self.inputs[rows])
+        return replace(self[rows], inputs=few, grad=gradient(variant.loss, few).double())
 
     def weighted(self, weights: Float[Tensor, " N"]) -> "Reading":
         """The reading times a weight per row."""
@@ -121,7 +121,7 @@ class Reading:
 
     def with_gradient(self, grad: Float[Tensor, "N V"], tokens: Tokens | None = None) -> "Reading":
         """The same reading with another gradient, and other tokens if given."""
-        return replace(self, grad=grad, given=self.given if tokens is None else tokens)
+        return replace(self, grad=grad, inputs=self.inputs if tokens is None else tokens)
 
 
 def prepared(variant: Variant, tokens: Tokens) -> Tokens:
@@ -199,8 +199,8 @@ def on_trials(variant: Variant, shown: Reading, sizes: tuple[int, ...] = ()) -> 
 
     Vocabularies are those of ``sizes``, else the trial tokens' own and that of the tokens shown.
     """
-    size = shown.given.logits.shape[1]
-    dtype = torch.float64 if shown.given.logits.dtype == torch.float64 else torch.float32
+    size = shown.inputs.logits.shape[1]
+    dtype = torch.float64 if shown.inputs.logits.dtype == torch.float64 else torch.float32
     failed = ""
     for vocabulary in sizes or dict.fromkeys((WIDE, size) if size <= 2**12 else (WIDE,)):
         try:
@@ -271,7 +271,7 @@ def rounded_to_precision(variant: Variant, reading: Reading) -> Reading:
     """A reading on tokens whose logits are exact in the loss's precision."""
     if reading.precision == torch.float64 or not reading.finite:
         return reading
-    exact = reading.given.with_precision(reading.precision).with_precision(torch.float32)
+    exact = reading.inputs.with_precision(reading.precision).with_precision(torch.float32)
     return Reading.of(variant, exact)
 
 

@@ -17,6 +17,10 @@ from qlens.data.models import loaded
 from qlens.registry import Variant
 from qlens.training.trainer import QTrainer
 
+FIELDS = TrainingArguments.__dataclass_fields__
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in FIELDS else "gradient_checkpointing"
+"""Name of an argument that transformers 5.23 renamed."""
+
 
 def fit(
     model: PreTrainedModel | str | Path,
@@ -29,6 +33,9 @@ def fit(
     variant: Variant | str | Callable = "sft",
     teacher: PreTrainedModel | str | Path | None = None,
     reference: PreTrainedModel | str | Path | None = None,
+    micro_batch_size: int | None = None,
+    gradient_checkpointing: bool = False,
+    dtype: str = "float32",
     tick: Callable[[], None] = lambda: None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> PreTrainedModel:
@@ -46,6 +53,9 @@ def fit(
         seed: of data order, dropout and draws of the method.
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
         teacher, reference: other models or their paths, for methods that need them.
+        micro_batch_size: rows per forward pass, a divisor of ``batch_size``; None: all of them.
+        gradient_checkpointing: whether activations are computed twice, to hold fewer of them.
+        dtype: of the products: "float32", or "bfloat16" or "float16" by autocast, the weights as they are.
         tick: called after every step.
         callbacks: of the Trainer.
 
@@ -60,12 +70,17 @@ def fit(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"steps must be a whole number, at least 1, got {brief(steps)}")
-    model = loaded(model, "model")
+    model, micro = loaded(model, "model"), micro_batch_size or batch_size
+    if batch_size % micro:
+        raise InputError(f"micro_batch_size must divide batch_size={batch_size}, got {micro}")
     with tempfile.TemporaryDirectory() as folder, isolated(seed):
         arguments = TrainingArguments(
             output_dir=folder,
             max_steps=steps,
-            per_device_train_batch_size=batch_size,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=batch_size // micro,
+            bf16=dtype == "bfloat16",
+            fp16=dtype == "float16",
             learning_rate=learning_rate,
             warmup_steps=max(1, steps // 20),
             adam_beta2=0.98,
@@ -75,6 +90,7 @@ def fit(
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
+            **{CHECKPOINTING: gradient_checkpointing},
         )
         trainer, frozen = None, gc.get_freeze_count() == 0
         if frozen:  # not where the caller has frozen objects, which unfreeze() would release

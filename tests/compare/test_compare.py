@@ -10,9 +10,10 @@ from numpy.testing import assert_allclose
 from tiny_models import VOCAB, letters
 
 from qlens import InputError
-from qlens.analysis.compare.environments import UserSource, open_environment
+from qlens.analysis.compare.environments import open_environment
 from qlens.analysis.compare.evaluation import held_out_tokens
 from qlens.analysis.compare.jobs import Job, slug
+from qlens.analysis.compare.user_source import UserSource
 from qlens.analysis.study.study import FILES, Study
 from qlens.data.models import load_model, load_tokenizer
 

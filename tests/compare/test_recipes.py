@@ -56,7 +56,7 @@ def environment(student, teacher):
     return Environment(
         train=[], held_out=HeldOut([]), start=lambda: student, reference=lambda: student,
         teacher=None if teacher is None else lambda: teacher, score=lambda m, s: None, validate=lambda m, s: None,
-        tokenizer=letters(), steps=150, batch_size=1, learning_rate=1e-3, correct=None, metadata={},
+        monitor=lambda m, s: None, tokenizer=letters(), steps=150, batch_size=1, learning_rate=1e-3, correct=None, metadata={},
     )  # fmt: skip
 
 

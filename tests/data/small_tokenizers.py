@@ -50,7 +50,9 @@ THINKING = (
 """A template with thinking, which leaves empty think blocks out of earlier turns, as Qwen3's does."""
 
 
-def small_tokenizer(template=None, added=(), merges=(), metaspace=False, rstrip=(), **special) -> PreTrainedTokenizerFast:
+def small_tokenizer(
+    template=None, added=(), merges=(), metaspace=False, rstrip=(), **special
+) -> PreTrainedTokenizerFast:
     """A tokenizer of bytes, with merges of two tokens each; ``metaspace``: of characters after sentencepiece's prefix space."""
     if metaspace:
         letters = ["▁", *map(chr, range(32, 127)), *(f"<0x{byte:02X}>" for byte in range(256))]

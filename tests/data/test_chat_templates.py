@@ -13,7 +13,8 @@ USER, ANSWER = {"role": "user", "content": "2+2?"}, {"role": "assistant", "conte
 AGAIN, LAST = {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "\n Yes, é!"}
 CHATML = ["<|im_start|>", "<|im_end|>"]
 MARKED = (
-    LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    LOOP
+    + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
     "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -94,7 +95,8 @@ def test_thinking_is_learned_where_the_row_has_it_and_an_empty_block_is_not():
 
 def test_a_prompt_that_opens_a_think_block_wants_thinking():
     template = (
-        LOOP + "<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}</think>{% endif %}"
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}</think>{% endif %}"
         "{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     tokenizer = small_tokenizer(template, CHATML, eos_token="<|im_end|>")
@@ -104,7 +106,11 @@ def test_a_prompt_that_opens_a_think_block_wants_thinking():
 
 
 def test_what_a_template_leaves_out_is_written_and_noted():
-    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}]}
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 2}'}}],
+    }
     row = {"messages": [USER, {**ANSWER, "reasoning_content": "sum"}, AGAIN, call], "tools": [{"name": "add"}]}
     encoded = encode([row], family("chatml"))
     assert learned(family("chatml"), encoded.examples[0]) == [
@@ -140,7 +146,9 @@ def test_a_template_without_an_end_token_is_noted():
 
 def test_templates_in_several_versions_and_with_named_variants():
     default, tools = FAMILIES["chatml"][0], "{{ tools | tojson }}" + FAMILIES["chatml"][0]
-    tokenizer = small_tokenizer({"default": default, "tool_use": tools}, FAMILIES["chatml"][1], eos_token="<|endoftext|>")
+    tokenizer = small_tokenizer(
+        {"default": default, "tool_use": tools}, FAMILIES["chatml"][1], eos_token="<|endoftext|>"
+    )
     examples = encode(
         [{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "tools": [{"name": "f"}]}], tokenizer
     ).examples
@@ -151,14 +159,23 @@ def test_templates_in_several_versions_and_with_named_variants():
 def test_trls_templates_of_many_families_learn_the_same_by_prefixes_and_by_marks():
     """The original and the training template of every family whose tokens are spelled out in its template."""
     pairs = {original.name: (original, training) for original, training in _families()}
-    names = {"qwen2_5.jinja", "qwen3.jinja", "gemma3.jinja", "phi3.jinja", "gptoss.jinja", "glm4moe.jinja", "lfm2.jinja"}
+    names = {
+        "qwen2_5.jinja",
+        "qwen3.jinja",
+        "gemma3.jinja",
+        "phi3.jinja",
+        "gptoss.jinja",
+        "glm4moe.jinja",
+        "lfm2.jinja",
+    }
     names &= set(pairs)
     assert names, "TRL has no training templates where they are looked for"
     added = ["<|im_start|>", "<|im_end|>", "<end_of_turn>", "<start_of_turn>", "<|user|>", "<|assistant|>", "<|end|>"]
     added += ["<|start|>", "<|message|>", "<|channel|>", "<|return|>", "[gMASK]", "<sop>", "<|endoftext|>", "<bos>"]
     for name in sorted(names):
         own, marked = (
-            small_tokenizer(path.read_text(), added, eos_token="<|endoftext|>", bos_token="<bos>") for path in pairs[name]
+            small_tokenizer(path.read_text(), added, eos_token="<|endoftext|>", bos_token="<bos>")
+            for path in pairs[name]
         )
         for turns in ([USER, ANSWER], [USER, ANSWER, AGAIN, LAST]):
             with case(name, len(turns)):

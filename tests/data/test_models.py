@@ -8,7 +8,7 @@ import torch
 from tiny_models import CHARACTERS, letters, llama
 
 import qlens
-from qlens.analysis.compare.environments import UserSource
+from qlens.analysis.compare.user_source import UserSource
 from qlens.cli.inputs import own_tokens
 from qlens.core.errors import InputError
 from qlens.core.numerics import dtype_name

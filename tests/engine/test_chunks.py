@@ -16,8 +16,8 @@ import qlens
 from qlens.analysis.token_view.summary import summary_of
 from qlens.cli import inputs
 from qlens.data.from_text import token_batches, tokens_from_examples
-from qlens.engine import kernels
 from qlens.engine.heads import Head
+from qlens.engine.kernels import plain
 from qlens.engine.models import backbone
 from qlens.lens import implied
 from qlens.registry.structure import GeometricMixture
@@ -151,7 +151,7 @@ def test_chunked_views_equal_whole_ones(monkeypatch):
 
 def test_the_label_kernel_with_impossible_tokens():
     z = torch.tensor([[2.0, -torch.inf, -torch.inf], [1.0, 1.0, -torch.inf]], dtype=torch.float64)
-    log_p, rest = kernels.label_gradient_(z, torch.tensor([[0], [0]]))
+    log_p, rest = plain.label_gradient_(z, torch.tensor([[0], [0]]))
     assert_close(log_p.exp(), torch.tensor([1.0, 0.5]).double())
     assert_close(rest.exp(), torch.tensor([0.0, 0.5]).double())
     assert_close(z, torch.tensor([[-1.0, 0.0, 0.0], [-1.0, 1.0, 0.0]]).double())
@@ -187,12 +187,12 @@ def test_in_place_mixtures_equal_explicit_ones(own, other, kl, trust, scale, imp
     value = scale * (-trust * p.gather(1, tokens.labels[:, None])[:, 0].log() + (1 - trust) * far)
     labels, structure_value = tokens.labels[:, None], "kl" if kl else "cross_entropy"
     if own == other == 0:
-        terms = kernels.uniform_terms_(z, labels)
+        terms = plain.uniform_terms_(z, labels)
         mixture = GeometricMixture(None, own, other, structure_value)
-        losses = kernels.uniform_gradient_(z, labels, terms, t, mixture)
+        losses = plain.uniform_gradient_(z, labels, terms, t, mixture)
         z -= (1 - t)[:, None] / 7
     else:
-        terms = kernels.mixture_terms_(z, y, labels, GeometricMixture("teacher", own, other, structure_value))
-        losses = kernels.mixture_gradient_(z, labels, terms, t)
+        terms = plain.mixture_terms_(z, y, labels, GeometricMixture("teacher", own, other, structure_value))
+        losses = plain.mixture_gradient_(z, labels, terms, t)
     assert_close(scale * z, scale * expected, rtol=1e-11, atol=1e-11)
     assert_close(scale * losses, value, rtol=1e-11, atol=1e-11)

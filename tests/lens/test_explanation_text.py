@@ -17,7 +17,7 @@ def test_the_usual_class_lies_within_the_vocabulary():
     loss = resolve(lambda logits, labels: F.cross_entropy(logits, labels, reduction="none"))
     variant, reading, _ = read_exactly(loss, None)
     same = with_usual_class(variant, reading, ClassWeights({0: 2.0, 5: 4.0, 74: 1.0}, 1.0))
-    assert set(same.given.labels.tolist()) == {0}
+    assert set(same.inputs.labels.tolist()) == {0}
     torch.testing.assert_close(same.grad.norm(dim=-1), reading.grad.norm(dim=-1) / 2)
 
 

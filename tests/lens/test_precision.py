@@ -117,8 +117,8 @@ def test_a_loss_that_needs_its_batch_is_read_whole_in_float64():
     exact, reading, own = read_exactly(variant, None)
     assert "reduction could not be found" in why and isinstance(exact, Exact)
     assert own is not None and own.dtype == torch.bfloat16 and reading.precision == torch.float64
-    z = reading.given.logits.clone().requires_grad_()
-    hardest(z, reading.given.labels, torch.float64).mul(len(z)).backward()
+    z = reading.inputs.logits.clone().requires_grad_()
+    hardest(z, reading.inputs.labels, torch.float64).mul(len(z)).backward()
     assert_close(reading.grad, z.grad, rtol=1e-9, atol=1e-12)
 
 

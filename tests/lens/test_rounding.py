@@ -122,7 +122,7 @@ def test_logits_of_a_model_are_read_in_float64():
     tokens = random_tokens(20, 5000, spread=3.0).with_precision(torch.bfloat16)
     for name in ("dft", "sft", "label_smoothing", "target_sft", "eaft"):
         reading = on_own_tokens(qlens.get(name), tokens)
-        assert reading.precision == torch.float64 and reading.given.logits.dtype == torch.float64
+        assert reading.precision == torch.float64 and reading.inputs.logits.dtype == torch.float64
         assert shift_variance(reading.grad, reading.tokens, reading.noise) is None, name
 
 

@@ -83,5 +83,5 @@ def test_models_that_some_tokens_lack_are_no_terms():
 
     few = Reading.of(resolve(away_from_reference), probes())
     assert "the reference" in str(two_terms(few, [few]))
-    without = few.with_gradient(few.grad, few.given.replace(reference=None))
+    without = few.with_gradient(few.grad, few.inputs.replace(reference=None))
     assert two_terms(few, [few, without]) is None

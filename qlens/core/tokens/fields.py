@@ -62,9 +62,18 @@ def check_ids(labels: Tensor, vocabulary: int) -> None:
     Raises:
         InputError: -100, or an id outside; it is named.
     """
-    if not len(labels):
-        return
-    low, high = torch.stack(labels.long().aminmax()).tolist()  # there is no such function for uint16
+    if len(labels):
+        check_id_range(
+            *torch.stack(labels.long().aminmax()).tolist(), vocabulary
+        )  # there is no such function for uint16
+
+
+def check_id_range(low: int, high: int, vocabulary: int) -> None:
+    """Check the least and the greatest label.
+
+    Raises:
+        InputError: -100, or an id outside; it is named.
+    """
     if low == -100:
         raise InputError(
             "labels hold -100: Tokens takes supervised positions only (qlens.core.supervised.Supervised removes it)"

@@ -8,10 +8,10 @@ Read ``sources`` (files, folders, data sets: ``json_files`` and ``tables``), the
 from qlens.data.rows.bad_rows import BadRow
 from qlens.data.rows.samples import Sample
 from qlens.data.rows.shapes import SHAPES, Columns, Reading, Row, ignored_keys, read_row, row_of, unused_keys
-from qlens.data.rows.sources import Rows, load_rows
+from qlens.data.rows.sources import Rows, load_rows, local_files
 from qlens.data.rows.splitting import split
 
 __all__ = [
-    "SHAPES", "BadRow", "Columns", "Reading", "Row", "Rows", "Sample", "ignored_keys", "load_rows", "read_row", "row_of",
+    "SHAPES", "BadRow", "Columns", "Reading", "Row", "Rows", "Sample", "ignored_keys", "load_rows", "local_files", "read_row", "row_of",
     "split", "unused_keys",
 ]  # fmt: skip

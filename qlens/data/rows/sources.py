@@ -139,6 +139,21 @@ def _rows(source: Any, split: str | None) -> Rows:
     return Rows([(rows, COUNTED, ("", "row"))])
 
 
+def local_files(source: str | Path) -> list[Path]:
+    """The files that ``load_rows`` may read of a path, with or without a split; none of a name on the hub.
+
+    Raises:
+        InputError: no path.
+    """
+    path = user_path(source, "data file")
+    if not path.exists():
+        path = user_path(str(source).rpartition(":")[0] or ".", "data file")
+        path = path if str(source).count(":") and path.exists() else None
+    if path is None or path.is_file():
+        return [] if path is None else [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+
+
 def _of_dataset(dataset: Any, name: str) -> Rows:
     return Rows([(tables.of_dataset(dataset), COUNTED, (name, "row"))])
 

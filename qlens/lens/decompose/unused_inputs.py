@@ -18,11 +18,11 @@ def unused_inputs(variant: Variant, at: Reading) -> tuple[str, ...]:
     """
     names = []
     for name in requested_fields(variant):
-        value = getattr(at.given, name)
+        value = getattr(at.inputs, name)
         if name in STRUCTURE or value is None:
             continue
         other = ~value if value.dtype == torch.bool else value.flip(0) * 1.3 + 0.2
-        after = Reading.of(variant, at.given.replace(**{name: other}))
+        after = Reading.of(variant, at.inputs.replace(**{name: other}))
         distance = (after.grad - at.grad).norm(dim=-1)
         same_grad = bool((distance <= TOLERANCE * after.grad.norm(dim=-1) + 2 * at.noise.rows).all())
         if same_grad and bool(torch.allclose(after.losses, at.losses, rtol=1e-6, equal_nan=True)):

@@ -31,7 +31,7 @@ class _Decomposed:
 
     @property
     def size(self) -> int:
-        return self.at.given.logits.shape[1]
+        return self.at.inputs.logits.shape[1]
 
     @property
     def constant(self) -> float:

@@ -190,8 +190,8 @@ def _coefficient(e: Any) -> list[str]:
 
 def uncoupled(e: Any) -> bool:
     """Whether the loss has no softmax and is no known method: then neither label weight nor decomposition means anything."""
-    found = e.shift_variance
-    return found is not None and bool(found.uncoupled) and not (e.registered or (e.nearest and e.nearest[0].same))
+    variance = e.shift_variance
+    return variance is not None and bool(variance.uncoupled) and not (e.registered or (e.nearest and e.nearest[0].same))
 
 
 def wrong_shift(e: Any) -> str:
@@ -234,13 +234,15 @@ def _simplex(e: Any) -> list[str]:
     table, text = e.table, []
     n = len(table)
     off = (table["total"] - 1).abs()
-    found = e.shift_variance
-    unequal = int((off > 100 * torch.finfo(e.precision).eps).sum()) if found is not None else 0
-    if found is not None and unequal:
-        cause = found.cause or "the loss sees raw logits, not only their softmax"
+    variance = e.shift_variance
+    unequal = int((off > 100 * torch.finfo(e.precision).eps).sum()) if variance is not None else 0
+    if variance is not None and unequal:
+        cause = variance.cause or "the loss sees raw logits, not only their softmax"
         text.append(f"WARNING: sum(Q) is not 1 on {unequal} of {n} tokens (off by up to {off.max():.3g}): {cause}.")
-    elif found is not None:
-        text.append(f"WARNING: sum(Q) is not 1 on further trial tokens: {found.cause or 'the loss sees raw logits'}.")
+    elif variance is not None:
+        text.append(
+            f"WARNING: sum(Q) is not 1 on further trial tokens: {variance.cause or 'the loss sees raw logits'}."
+        )
     signed = table["negative_mass"] > negative_floor(e)
     if signed.any():
         at = table["p_y"][signed]

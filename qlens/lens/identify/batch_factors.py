@@ -103,18 +103,18 @@ def on_other_batches(
             confirmed.append(match)
         else:
             confirmed.append(replace(match, relation=matching.RELATIONS[2]))
-            batch_tokens = [shown.given, *(one.tokens for one in batches)]
+            batch_tokens = [shown.inputs, *(one.tokens for one in batches)]
             scaled.append(_batch_factor(variant, match.spec, factors, batch_tokens, trial is not None))
     ranked = matching.ranked(confirmed)
     if any(match.same for match in confirmed):
         return ranked, None
     if not scaled:
-        every = torch.arange(len(shown.given), device=shown.grad.device)
+        every = torch.arange(len(shown.inputs), device=shown.grad.device)
         return ranked, _weights([BatchReading(shown.tokens, shown.grad, shown.noise, every), *readings])
     simplest = min(one.simplicity() for one in scaled)
     alike = [one for one in scaled if one.simplicity() == simplest]
-    detached = is_detached(variant.loss, shown.given) if len(alike) > 1 else False
-    same = (one for one in alike if is_detached(get(one.spec).loss, shown.given) == detached)
+    detached = is_detached(variant.loss, shown.inputs) if len(alike) > 1 else False
+    same = (one for one in alike if is_detached(get(one.spec).loss, shown.inputs) == detached)
     return ranked, next(same, alike[0])
 
 

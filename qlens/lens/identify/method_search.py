@@ -160,7 +160,9 @@ class MethodSearch:
 
     def few(self, some: Reading, changed: bool) -> Reading:
         """A few dozen tokens on which parameters are fitted, without extreme p_y where tokens are independent."""
-        order = torch.randperm(len(some.given), generator=torch.Generator().manual_seed(0)).to(some.given.logits.device)
+        order = torch.randperm(len(some.inputs), generator=torch.Generator().manual_seed(0)).to(
+            some.inputs.logits.device
+        )
         middle = _moderate(some)
         if changed and int(middle.sum()) >= FITTED:
             return some[order[middle[order]][:FITTED].sort().values]
@@ -180,7 +182,7 @@ class MethodSearch:
         """Fewer tokens where their logits have more than ``most`` entries; read again unless logits or weights were removed."""
         if at.grad.numel() <= most:
             return at
-        rows = spread(len(at.given), max(8, most // at.grad.shape[1])).to(at.given.logits.device)
+        rows = spread(len(at.inputs), max(8, most // at.grad.shape[1])).to(at.inputs.logits.device)
         return at[rows] if changed else at.reread(self.variant, rows)
 
     def confirmed(
@@ -208,7 +210,7 @@ class MethodSearch:
     def vocabulary_factor(self, here: matching.Match, wide: float) -> VocabularyFactor | None:
         """A method's factors on the tokens shown and on the trial tokens, where their vocabularies explain them; else None."""
         assert self.trial is not None
-        sizes = [at.given.logits.shape[1] for at in (self.shown, self.trial)]
+        sizes = [at.inputs.logits.shape[1] for at in (self.shown, self.trial)]
         if sizes[0] == sizes[1]:
             return None
         if self._same_size is None:

@@ -181,7 +181,7 @@ def _constant_value(reading: Reading, loss: Callable[[Tokens], Tensor], apart: t
     if float(values.max() - values.min()) <= 1e-9 * float(values.abs().max()):  # only the mean is known
         rows = apart.nonzero()[:SAMPLED, 0].tolist()
         with torch.no_grad():
-            values = torch.stack([loss(reading.given[[row]]).sum().double() for row in rows])
+            values = torch.stack([loss(reading.inputs[[row]]).sum().double() for row in rows])
     else:
         values = values[apart]
     if float(values.max() - values.min()) > 1e-6 * max(1.0, float(values.abs().max())):

@@ -58,8 +58,8 @@ def read_other_batches(variant: Variant, shown: Reading, trial: Reading | None) 
 def _batches(variant: Variant, shown: Reading, trial: Reading | None) -> Iterator[tuple[Tokens, Tensor | None]]:
     """The batches, and the places of their tokens among those shown."""
     if trial is not None:
-        yield trial.given, None
-    tokens, p = shown.given, shown.tokens.label_probs
+        yield trial.inputs, None
+    tokens, p = shown.inputs, shown.tokens.label_probs
     ids = tokens.pair if tokens.pair is not None else tokens.sequence
     some = torch.arange(len(p), device=p.device) % 3 > 0 if ids is None else ids < (ids.min() + ids.max() + 1) // 2
     if 1 < int(some.sum()) < len(p):

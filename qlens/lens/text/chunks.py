@@ -38,11 +38,11 @@ def read_chunk(variant: Variant, tokens: Tokens, shown: Reading) -> Reading:
         tokens: the rows.
         shown: the earlier reading.
     """
-    given = prepared(variant, tokens.with_precision(shown.given.logits.dtype))
-    losses, grad = value_and_gradient(variant.loss, given)
-    moved = [gradient(variant.loss, other) for other in moves(given, shown.arithmetic, 1)]
-    noise = rounding(grad, given, shown.arithmetic, moved, shown.own)
-    return replace(shown, given=given, grad=grad.double(), noise=noise, losses=losses)
+    inputs = prepared(variant, tokens.with_precision(shown.inputs.logits.dtype))
+    losses, grad = value_and_gradient(variant.loss, inputs)
+    moved = [gradient(variant.loss, other) for other in moves(inputs, shown.arithmetic, 1)]
+    noise = rounding(grad, inputs, shown.arithmetic, moved, shown.own)
+    return replace(shown, inputs=inputs, grad=grad.double(), noise=noise, losses=losses)
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Comparison:
             with quiet():
                 at = read_chunk(self.variant, self.tokens[rows], self.shown)
                 self.grad[rows] = at.grad.to(self.grad)
-                figures.append(token_figures(Target.from_grad(at.given, at.grad), at.given, at.losses))
+                figures.append(token_figures(Target.from_grad(at.inputs, at.grad), at.inputs, at.losses))
                 noise.append(at.noise.rows)
                 off = ~at.grad.isfinite().all(-1)
                 without = torch.zeros_like(off)
@@ -149,7 +149,7 @@ class Comparison:
                 if self.near is not None:
                     self.near_rows += int(self.near.agrees(at).sum())
                 if self.mixture is not None:
-                    known = at.with_gradient(at.grad, models_taken(self.variant, at.given))
+                    known = at.with_gradient(at.grad, models_taken(self.variant, at.inputs))
                     own = {name: probs[rows] for name, probs in self.residuals.items()}
                     part = weights_of_parts(self.mixture, known.grad, known.tokens, own, known.noise)
                     weights.append(replace(part, unique=part.unique & ~without.cpu()))
@@ -180,7 +180,7 @@ class Comparison:
 
 def _with_usual_class(at: Reading, classes: ClassWeights) -> tuple[Reading, Bool[Tensor, " n"]]:
     """The reading as if all labels had the usual weight; and the rows whose weight is 0, which stay as they are."""
-    weights = classes.of(at.given.labels)
+    weights = classes.of(at.inputs.labels)
     without = weights == 0
     return at.weighted(torch.where(without, 1.0, classes.usual / torch.where(without, 1.0, weights))), without
 
@@ -189,5 +189,5 @@ class TextRows:
     """The rows of a text as weight functions are fitted on them: their features, and the rounding error of their gradient."""
 
     def __init__(self, tokens: Tokens, noise: Float[Tensor, " N"]):
-        self.given, self.tokens = tokens, TokenFeatures.of(tokens)
+        self.inputs, self.tokens = tokens, TokenFeatures.of(tokens)
         self.noise = Noise(noise, torch.zeros_like(noise))

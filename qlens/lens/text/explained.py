@@ -108,7 +108,7 @@ def _completed(e: Explanation, analysis: GradientAnalysis, comparison: Compariso
     )
     compared = ("the sum of two terms",) if comparison.terms is not None else ()
     coverage = TextCoverage(
-        rows.cpu(), len(tokens), figures, analysis.shown.given.logits.dtype, compared, comparison.exceptions,
+        rows.cpu(), len(tokens), figures, analysis.shown.inputs.logits.dtype, compared, comparison.exceptions,
         near=None if comparison.near is None else comparison.near_rows,
     )  # fmt: skip
     mixture = comparison.whole_mixture()

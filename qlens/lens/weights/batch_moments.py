@@ -57,7 +57,7 @@ def batch_moments(shown: Reading, others: Sequence[BatchReading]) -> BatchMoment
         shown: the gradient on the tokens shown.
         others: the gradient on other batches.
     """
-    batches: list[tuple[Tokens, Tensor]] = [(shown.given, shown.grad)]
+    batches: list[tuple[Tokens, Tensor]] = [(shown.inputs, shown.grad)]
     batches += [(batch.tokens, batch.grad.double()) for batch in others]
     fits = [_line(*batch) for batch in batches if _informative(batch[0])]
     lines = [line for line in fits if line is not None]

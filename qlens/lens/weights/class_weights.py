@@ -106,7 +106,7 @@ def find_class_weights(variant: Variant, at: Reading, ids: Sequence[int]) -> Cla
     if len(ids) < 2 or not bool(significant.any()):
         return None
     distance = torch.where(significant, (at.tokens.label_probs - USUAL_P).abs(), torch.inf)
-    return class_weights(variant.loss, at.given, int(distance.argmin()), ids, at.arithmetic)
+    return class_weights(variant.loss, at.inputs, int(distance.argmin()), ids, at.arithmetic)
 
 
 def class_weights(
@@ -190,16 +190,16 @@ def with_usual_class(variant: Variant, at: Reading, classes: ClassWeights | None
     """
     if classes is None or not classes.equal:
         return at
-    size = at.given.logits.shape[1]
+    size = at.inputs.logits.shape[1]
     weights = {i: weight for i, weight in classes.weights.items() if i < size and weight}
     if not weights:
         return at
     label = min(weights, key=lambda i: (weights[i] != classes.usual, i))
-    same = Reading.of(variant, relabelled(at.given, label))
+    same = Reading.of(variant, relabelled(at.inputs, label))
     if weights[label] == classes.usual:
         return same
     factor = classes.usual / weights[label]
-    return same.weighted(torch.full((len(same.given),), factor, dtype=torch.float64, device=same.grad.device))
+    return same.weighted(torch.full((len(same.inputs),), factor, dtype=torch.float64, device=same.grad.device))
 
 
 def relabelled(tokens: Tokens, label: int) -> Tokens:

@@ -112,13 +112,13 @@ def unweighted(
         p = at.tokens.label_probs
         rows = [int(torch.where(significant, (p - target).abs(), torch.inf).argmin()) for target in PLACED]
         try:
-            weights = weights_at(variant.loss, at.given, rows, at.arithmetic)
+            weights = weights_at(variant.loss, at.inputs, rows, at.arithmetic)
         except InputError:  # a loss may refuse such a batch
             return None, []
         if weights is None:
             return None, []
         nonzero = weights.nonzero()[:, 0]
-        weighed.append((weights, at.given))
+        weighed.append((weights, at.inputs))
         without.append((at[nonzero].weighted(1 / weights[nonzero]), nonzero.cpu()))
     return describe_weights(weighed), without
 

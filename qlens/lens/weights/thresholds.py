@@ -87,15 +87,15 @@ def edges(loss: Callable[[Tokens], Tensor], tokens: Tokens) -> Edges | None:
 
 def with_edges(variant: Variant, at: Reading) -> tuple[Reading, tuple[float, ...]]:
     """A reading in float64 with tokens at the steps of the loss added, and possible thresholds; else the reading itself."""
-    if {at.arithmetic, at.given.logits.dtype} != {torch.float64}:
+    if {at.arithmetic, at.inputs.logits.dtype} != {torch.float64}:
         return at, ()
     try:
-        steps = edges(variant.loss, at.given)
+        steps = edges(variant.loss, at.inputs)
         if steps is None:
             return at, ()
-        index = torch.cat([torch.arange(len(at.given), device=steps.rows.device), steps.rows])
-        logits = torch.cat([at.given.logits, steps.logits])
-        wider = Reading.of(variant, at.given[index].replace(logits=logits))
+        index = torch.cat([torch.arange(len(at.inputs), device=steps.rows.device), steps.rows])
+        logits = torch.cat([at.inputs.logits, steps.logits])
+        wider = Reading.of(variant, at.inputs[index].replace(logits=logits))
     except InputError:  # the loss refuses such tokens
         return at, ()
     return (wider, steps.numbers) if wider.finite else (at, ())

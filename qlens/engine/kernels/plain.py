@@ -13,13 +13,15 @@ from qlens.core.numerics import expectation, log_softmax, precision
 from qlens.core.target import Target
 from qlens.core.tokens import Tokens
 from qlens.engine.heads import Head
-from qlens.engine.row_inputs import TILE_ENTRIES
+from qlens.engine.kernels.raw import raw_label_log_probs
+from qlens.engine.kernels.raw_logits import RawLogits
+from qlens.engine.row_inputs import tile_rows
 from qlens.registry.structure import GeometricMixture
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Matching tiles of rows of every tensor, small enough to stay in the cache."""
-    size = max(1, TILE_ENTRIES // tensors[0].shape[1])
+    """Matching tiles of rows of every tensor, small enough to stay in a CPU's cache."""
+    size = tile_rows(tensors[0].shape[1], tensors[0].device)
     return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
 
@@ -31,11 +33,13 @@ def normalise_(z: Float[Tensor, "n V"], out: Float[Tensor, "n V"] | None = None)
     return top - out.amax(-1, keepdim=True).log()  # the top's p is at least 1 / V
 
 
-def label_gradient_(z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
+def label_gradient_(z: Float[Tensor, "n V"] | RawLogits, labels: Int[Tensor, "n 1"]) -> tuple[Tensor, Tensor]:
     """p_{-y} - d in place of the logits; returns log p_y and log(1 - p_y), (n,), which keep their digits at both ends.
 
     p - d = (1 - p_y)(p_{-y} - d); the factor of a whole row is left to the caller, who folds it into smaller operands.
     """
+    if isinstance(z, RawLogits):
+        return raw_label_log_probs(z, labels[:, 0], write=True)
     tiles = []
     for rows, label in blocks(z, labels):  # all of it while the rows are cached
         at_label = rows.gather(1, label)
@@ -85,7 +89,7 @@ def mixture_gradient_(
     z: Float[Tensor, "n V"], labels: Int[Tensor, "n 1"], terms: MixtureTerms, trust: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """p - t d - (1 - t) r in place of what ``mixture_terms_`` left; returns the losses without the scale."""
-    losses = _mixed_loss(trust, terms.log_p, terms.residual_loss)
+    losses = mixed_loss(trust, terms.log_p, terms.residual_loss)
     t = trust[:, None]
     z.addcmul_(terms.r, t - 1)
     z.scatter_(1, labels, (1 - t) * (terms.p_y - terms.r_y) - t * terms.rest)  # p_y - t - (1 - t) r_y, uncancelled
@@ -128,7 +132,7 @@ def uniform_gradient_(
     z.scatter_(1, labels, label_entry[:, None])
     residual_loss = at_label - log_p - mean - (math.log(z.shape[1]) if mixture.value != "cross_entropy" else 0.0)
     residual_loss = residual_loss.masked_fill(mean == -torch.inf, torch.inf)  # of an impossible token: no inf - inf
-    return _mixed_loss(trust, log_p, residual_loss)
+    return mixed_loss(trust, log_p, residual_loss)
 
 
 class RowConstants:
@@ -150,7 +154,7 @@ class RowConstants:
             d_hidden.addcmul_(c, self.column, value=-1)
 
 
-def _mixed_loss(
+def mixed_loss(
     t: Float[Tensor, " n"], log_p: Float[Tensor, " n"], residual_loss: Float[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
     """t NLL + (1 - t) times the loss toward the residual; a factor of 0 ignores even an infinite loss."""
