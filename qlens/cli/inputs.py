@@ -50,9 +50,8 @@ def own_tokens(
     selected = encoded.examples[:rows]
     most = max(MOST // compatibility.vocabulary_size(loaded["model"]), 1) if thin else None
     tokens = tokens_from_examples(examples=selected, needs=needs, most=most, **loaded)
-    first = f"; the first {len(selected)} are read (--rows {rows})" if len(selected) < len(encoded) else ""
-    part = f" (of {len(data_rows)})" if len(read) < len(data_rows) else ""
-    typer.echo(f"{data}{part}: {encoded.report.line()}{first}", err=True)
+    counted = f"{len(selected)} of {len(data_rows)} rows read (--rows {rows})"
+    typer.echo(f"{data}: {counted}; of the first {len(read)}: {encoded.report.line()}", err=True)
     if len(tokens) == most:
         typer.echo(f"{most} of these tokens are read, evenly spread: their logits alone are {MOST} numbers", err=True)
     return {"tokens": tokens, "token_text": tokenizer}

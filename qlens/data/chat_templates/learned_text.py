@@ -60,8 +60,9 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer)
-        added: Any = tokenizer.get_added_vocab()
-        self.tokens = tuple(token for token in {*added, *tokenizer.all_special_tokens} if token)
+        self.tokens = tuple(
+            token for token in {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens} if token
+        )
         self._eos = str(tokenizer.eos_token or "")
         self.probes = Probes(self.renderer, self.tokens)
         self._training: Renderer | None = None

@@ -27,8 +27,7 @@ class TextTokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        vocabulary: Any = tokenizer.get_added_vocab()
-        self.added = frozenset(vocabulary.values())
+        self.added = frozenset(tokenizer.added_tokens_encoder.values())
         self._tails: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[LearnedText]) -> list[Tokenized | BadRow]:

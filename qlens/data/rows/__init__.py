@@ -12,6 +12,6 @@ from qlens.data.rows.sources import Rows, load_rows, local_files
 from qlens.data.rows.splitting import split
 
 __all__ = [
-    "SHAPES", "BadRow", "Columns", "Reading", "Row", "Rows", "Sample", "ignored_keys", "load_rows", "local_files", "read_row", "row_of",
-    "split", "unused_keys",
+    "SHAPES", "BadRow", "Columns", "Reading", "Row", "Rows", "Sample", "ignored_keys", "load_rows", "local_files", "read_row",
+    "row_of", "split", "unused_keys",
 ]  # fmt: skip

@@ -31,7 +31,7 @@ class JsonLines(Sequence):
             end = content.find(b"\n", start)
             end = length if end < 0 else end
             number += 1
-            if content[start:end].strip():
+            if content[start:end].strip() not in (b"", BOM):
                 self._starts.append((start, end))
                 self.numbers.append(number)
             start = end + 1

@@ -44,9 +44,10 @@ def read_turns(value: Any, name: str) -> list[Turn]:
 
 def _turn(turn: Any, number: int, name: str) -> Turn:
     where = f"{name}, turn {number}"
-    if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is str and turn.get("role") in _PLAIN:
-        check_text(turn["content"], where)
-        return turn
+    if type(turn) is dict and len(turn) == 2 and type(turn.get("content")) is type(turn.get("role")) is str:
+        if turn["role"] in _PLAIN:
+            check_text(turn["content"], where)
+            return turn
     if not isinstance(turn, Mapping):
         raise BadRow("wrong types", f"{where} must have role and content, got {brief(turn, 60)}")
     turn = {key: each for key, each in turn.items() if each is not None}
