@@ -63,6 +63,7 @@ def compare(
     chat_template: str | Path | None = None,
     prompt_column: str | None = None,
     completion_column: str | None = None,
+    on_bad: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     out: str | Path | None = None,
@@ -102,6 +103,7 @@ def compare(
         gradient_checkpointing: compute activations twice, to hold fewer of them.
         chat_template: a file with a chat template (jinja) that replaces the tokenizer's.
         prompt_column, completion_column: of your data, where their names do not say it (``qlens.encode``).
+        on_bad: "drop" leaves out rows of your data that cannot be used, which are an error otherwise.
         device: of your own models; on one other than the CPU, one job runs at a time.
         dtype: of all products on your own model ("float32", "bfloat16", "float16"); trained weights are in float32.
         out: the run folder; by default one under ./runs, named by the configuration.
@@ -143,6 +145,7 @@ def compare(
         "chat_template": None if chat_template is None else str(chat_template),
         "prompt_column": prompt_column,
         "completion_column": completion_column,
+        "on_bad": on_bad,
     }
     own = {name: value for name, value in own.items() if value is not None}
     if model is None and data is None and teacher is None:

@@ -40,7 +40,7 @@ class UserSource:
 
     Args:
         model, data, teacher: paths; data as ``qlens.data.load_rows`` reads them.
-        prompt_column, completion_column: as in ``qlens.data.encode``.
+        prompt_column, completion_column, on_bad: as in ``qlens.data.encode``.
         steps: of every training; None: ``STEPS``.
         batch_size: rows of an optimizer step.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; None: all of them.
@@ -66,6 +66,7 @@ class UserSource:
     chat_template: str | None = None
     prompt_column: str | None = None
     completion_column: str | tuple[str, str] | None = None
+    on_bad: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     files: tuple[tuple[str, str], ...] = ()
@@ -143,7 +144,7 @@ class UserSource:
             InputError: unreadable files, models that do not fit together, or fewer than two rows.
         """
         with from_here(self.folder):
-            rows = load_rows(self.data, None, self.prompt_column, self.completion_column)
+            rows = load_rows(self.data, None, self.prompt_column, self.completion_column, self.on_bad)
             tokenizer = self._tokenizer()
             teacher_tokenizer = None if self.teacher is None else loading.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""

@@ -14,7 +14,7 @@ from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_model, check_same_vocabulary
 from qlens.data.examples import example
 from qlens.data.models import load_to_read, load_tokenizer
-from qlens.data.rows import Columns, Rows, load_rows
+from qlens.data.rows import BadRow, Columns, Rows, load_rows
 from qlens.registry import Variant, resolve
 
 SHOWN = 1000  # rows from which on their encoding shows its progress
@@ -125,7 +125,13 @@ def encoded_rows(
     for number, row in track(enumerate(rows, 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
         encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
         where = rows.where(number - 1) if isinstance(rows, Rows) else f"row {number}"
-        encoded_row = row if encoded else example(row, tokenizer, where, getattr(rows, "columns", Columns()))
+        try:
+            encoded_row = row if encoded else example(row, tokenizer, where, getattr(rows, "columns", Columns()))
+        except BadRow as error:
+            if getattr(rows, "on_bad", "error") == "error":
+                raise
+            skipped[number] = error.reason
+            continue
         if limit is not None and len(encoded_row["input_ids"]) > limit:
             skipped[number] = f"longer than the context of {limit} tokens"
         elif not places_of(encoded_row):

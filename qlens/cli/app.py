@@ -10,7 +10,7 @@ import typer
 import qlens
 from qlens.cli import console, methods, view  # noqa: F401  methods registers list and show, view registers view
 from qlens.cli.inputs import figure_path, own_tokens, slug
-from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, PromptColumn, Rows, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, OnBad, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
 from qlens.registry import params
@@ -27,6 +27,7 @@ def explain(
     data: Data = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     rows: Rows = None,
     figure: Annotated[
         str | None,
@@ -57,7 +58,7 @@ def explain(
             model,
             teacher,
             reference,
-            (data, prompt_column, completion_column),
+            (data, prompt_column, completion_column, on_bad),
             rows,
             device,
             dtype,
@@ -112,6 +113,7 @@ def compare(
     data: Data = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<configuration>")
     ] = None,
@@ -183,6 +185,7 @@ def compare(
         chat_template=chat_template,
         prompt_column=prompt_column,
         completion_column=completion_column,
+        on_bad=on_bad,
         device="cpu" if device is None else device,
         dtype="float32" if dtype is None else dtype,
         jobs=jobs,

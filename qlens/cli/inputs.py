@@ -7,7 +7,8 @@ import typer
 
 from qlens.core.errors import InputError
 
-Source = tuple[str | None, str | None, str | None]  # of the data: place, prompt column, completion column
+Source = tuple[str | None, str | None, str | None, str | None]
+"""Of the data: place, prompt column, completion column, and what becomes of bad rows."""
 
 ROWS = 32  # rows of the data that are read by default
 LOOKED_AT = 512  # rows of the data that are encoded at least
@@ -29,10 +30,10 @@ def own_tokens(
 
     ``thin``: of more than ``MOST`` logits, read evenly spread tokens only; not for losses of whole texts.
     """
-    data, prompt, completion = source
+    data, prompt, completion, on_bad = source
     if all(each is None for each in (model, data, teacher, reference)):
         options = {"--rows": rows, "--device": device, "--dtype": dtype}
-        options |= {"--prompt-column": prompt, "--completion-column": completion}
+        options |= {"--prompt-column": prompt, "--completion-column": completion, "--on-bad": on_bad}
         if extra := [name for name, value in options.items() if value is not None]:
             raise InputError(f"{extra[0]} goes with --model DIR --data FILE: the built-in probes do not use it")
         return {}

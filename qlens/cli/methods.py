@@ -12,7 +12,7 @@ from rich.table import Table
 
 import qlens
 from qlens.cli.inputs import Source, figure_path, own_tokens
-from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, PromptColumn, Rows, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, OnBad, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
 from qlens.registry import cards
@@ -29,6 +29,7 @@ def list_methods(
     data: Data = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     rows: Rows = None,
     as_json: Json = False,
     device: Device = None,
@@ -41,7 +42,7 @@ def list_methods(
     ] = None,
 ) -> None:
     """List the registered methods: trust, residual, scale, needs, paper; or the distances between their gradients."""
-    source = (data, prompt_column, completion_column)
+    source = (data, prompt_column, completion_column, on_bad)
     if near:
         return _list_distances(model, teacher, reference, source, rows, as_json, device, dtype, figure)
     options = (model, teacher, reference, *source, rows, device, dtype, figure)

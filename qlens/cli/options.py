@@ -34,6 +34,12 @@ CompletionColumn = Annotated[
         metavar="NAME", help="The column to learn; CHOSEN,REJECTED for pairs.", show_default="by the columns there are"
     ),
 ]
+OnBad = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|drop", help="What becomes of rows of --data that cannot be used.", show_default="error"
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Where models run: cpu, cuda, ...", show_default="cpu")]
 Dtype = Annotated[
     str | None, typer.Option(help="float32, bfloat16, ...", show_default="float32 on a CPU, else as saved")

@@ -9,7 +9,7 @@ import typer
 
 import qlens
 from qlens.cli.inputs import figure_path, own_models
-from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, PromptColumn, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, OnBad, PromptColumn, app
 from qlens.cli.rank import output_path, rank_rows
 from qlens.cli.text import show_text
 from qlens.core.errors import InputError
@@ -26,6 +26,7 @@ def view(
     data: Data = None,
     prompt_column: PromptColumn = None,
     completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     text: Annotated[str | None, typer.Option(help="A text instead of a file.", show_default="none")] = None,
     variants: Annotated[
         str | None,
@@ -115,7 +116,7 @@ def view(
     dtype: Dtype = None,
 ) -> None:
     """Show the targets token by token as one HTML file; or rank tokens and rows by label weight; or show the text alone."""
-    source = (data, prompt_column, completion_column)
+    source = (data, prompt_column, completion_column, on_bad)
     alone = {"--after": after, "--columns": columns, "--segment": segment, "--top-k-teacher": top_k_teacher}
     alone |= {"--figure": figure, "--vocabulary": vocabulary or None}
     if text_only:

@@ -13,7 +13,7 @@ from qlens.data.encoding.encoder import encoder_of
 from qlens.data.encoding.lengths import check_lengths
 from qlens.data.encoding.preview import Preview, preview
 from qlens.data.encoding.report import DROPPED, Report
-from qlens.data.encoding.rows_encoding import RowsEncoding, check_on_bad
+from qlens.data.encoding.rows_encoding import RowsEncoding
 from qlens.data.rows import BadRow, Columns, load_rows, read_row, row_of
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def encode(
     prompt_column: str | None = None,
     completion_column: str | tuple[str, str] | None = None,
     on_long: str = "drop",
-    on_bad: str = "error",
+    on_bad: str | None = None,
     progress: bool = True,
 ) -> Encoded:
     """Token ids, labels and columns of rows; labels are -100 except on completions and assistant turns.
@@ -114,7 +114,7 @@ def encode(
             completion_column alone is a column of messages or text, and two names are the chosen and the rejected answer.
         on_long: what becomes of rows longer than ``max_length``: "drop", "truncate_left" (keeps the end), "truncate_right", or
             "error".
-        on_bad: what becomes of rows that cannot be used (malformed, empty, of another shape): "error", or "drop".
+        on_bad: what becomes of rows that cannot be used (malformed, empty, of another shape): "error", the default, or "drop".
         progress: whether progress is shown on standard error, from 2000 rows on.
 
     Returns:
@@ -128,12 +128,11 @@ def encode(
         >>> print(encoded.report, encoded.preview(1), sep="\\n")                      # doctest: +SKIP
     """
     check_lengths(max_length, on_long)
-    check_on_bad(on_bad)
     encoder = encoder_of(tokenizer)
-    loaded = load_rows(rows, split, prompt_column, completion_column)
+    loaded = load_rows(rows, split, prompt_column, completion_column, on_bad)
     if not len(loaded):
         raise InputError("rows is empty: nothing to encode")
-    encoding = RowsEncoding(loaded, encoder, max_length, on_long, on_bad)
+    encoding = RowsEncoding(loaded, encoder, max_length, on_long)
     with bar(len(loaded), "Encode rows", "rows", progress=progress and len(loaded) >= SHOWN) as advance:
         encoding.run(advance)
     return Encoded(encoding.examples(), encoding.report, tokenizer)

@@ -59,9 +59,10 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer, self.renderer = tokenizer, Renderer(tokenizer)
+        self.renderer = Renderer(tokenizer)
+        self.tokenizer: Any = tokenizer
         self.tokens = tuple(
-            token for token in {*tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens} if token
+            token for token in {*self.tokenizer.added_tokens_encoder, *tokenizer.all_special_tokens} if token
         )
         self._eos = str(tokenizer.eos_token or "")
         self.probes = Probes(self.renderer, self.tokens)
@@ -104,6 +105,8 @@ class ChatTemplate:
             text, way = self._marked(self._training, turns, sample), TRAINING
         if text is None:
             text, way = self._by_prefixes(turns, sample)
+        if "strftime_now" in self.renderer.template(sample.tools):
+            notes.append("the chat template writes today's date: the tokens of another day differ")
         text.way, text.notes = way, notes
         return text
 

@@ -94,8 +94,18 @@ class Examples(Sequence):
     def to_dataset(self) -> "datasets.Dataset":
         """A ``datasets.Dataset`` with the columns input_ids, labels and those of the data."""
         import datasets
+        import pyarrow as pa
 
-        return datasets.Dataset.from_generator(lambda: iter(self)) if len(self) else datasets.Dataset.from_list([])
+        rows = [self._row(row) for row in self._order]
+        ids = np.concatenate([np.zeros(0, np.int32), *(ids for ids, _ in rows)])
+        learned = np.concatenate([np.zeros(0, bool), *(learned for _, learned in rows)])
+        ends = np.cumsum([0, *(len(ids) for ids, _ in rows)])
+        lists = pa.ListArray if ends[-1] < 2**31 else pa.LargeListArray
+        ends = pa.array(ends, pa.int32() if lists is pa.ListArray else pa.int64())
+        table = {"input_ids": lists.from_arrays(ends, pa.array(ids))}
+        table["labels"] = lists.from_arrays(ends, pa.array(np.where(learned, ids, IGNORE)))
+        table |= {name: pa.array([values[row] for row in self._order]) for name, values in self._columns.items()}
+        return datasets.Dataset(pa.table(table))
 
     def __eq__(self, other: Any) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(dict.__eq__, self, other))

@@ -1,13 +1,13 @@
 """Rows as examples, a chunk at a time, with every row that is left out counted."""
 
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from qlens.core.errors import InputError, brief
+from qlens.core.errors import InputError
 from qlens.data.encoding.compact import Examples
 from qlens.data.encoding.encoder import EncodedSample, Encoder
 from qlens.data.encoding.lengths import LONG, shortened
@@ -15,19 +15,8 @@ from qlens.data.encoding.report import DROPPED, NOTED, TRUNCATED, Report
 from qlens.data.rows import BadRow, Reading, Rows, read_row, row_of, unused_keys
 
 CHUNK = 512  # rows that are encoded together
-ON_BAD = ("error", "drop")
 Readings = dict[int, tuple[Reading, str]]
 OTHER_SHAPE, OTHER_COLUMNS = "another shape than most rows", "other columns than most rows"
-
-
-def check_on_bad(on_bad: str) -> None:
-    """Check the choice of what becomes of rows that cannot be used.
-
-    Raises:
-        InputError: another one than ``ON_BAD``.
-    """
-    if on_bad not in ON_BAD:
-        raise InputError(f"on_bad must be 'error' or 'drop', got {brief(on_bad)}")
 
 
 class RowsEncoding:
@@ -36,19 +25,19 @@ class RowsEncoding:
     Args:
         rows: the data.
         encoder: of the tokenizer.
-        max_length, on_long, on_bad: as in ``qlens.data.encode``.
+        max_length, on_long: as in ``qlens.data.encode``.
     """
 
-    def __init__(self, rows: Rows, encoder: Encoder, max_length: int | None, on_long: str, on_bad: str):
+    def __init__(self, rows: Rows, encoder: Encoder, max_length: int | None, on_long: str):
         self.rows, self.encoder = rows, encoder
-        self.max_length, self.on_long, self.on_bad = max_length, on_long, on_bad
+        self.max_length, self.on_long, self.on_bad = max_length, on_long, rows.on_bad
         self.report, self._ignored = Report(), set[str]()
         self.report.rows = len(rows)
         self._chunks: list[Examples] = []
         self._layouts: list[tuple[str, frozenset[str]]] = []
         self._layout_of, self._row_of = array("q"), array("q")  # of every example
         self._shortest: int | None = None
-        self._first_bad: InputError | None = None
+        self._first_bad: tuple[int, BadRow] | None = None
 
     def run(self, advance: Callable[[int], None]) -> None:
         """Encode all rows; templates are run while the chunk before is tokenized on the other cores.
@@ -60,23 +49,26 @@ class RowsEncoding:
             InputError: a row cannot be used, and bad rows are errors.
         """
         with ThreadPoolExecutor(1) as thread:
-            running: tuple[range, Readings, Future] | None = None
+            running = deque[tuple[range, Readings, Future]]()
             for start in range(0, len(self.rows), CHUNK):
                 chunk = range(start, min(start + CHUNK, len(self.rows)))
                 readings = {at: reading for at in chunk if (reading := self._read(at)) is not None}
                 samples = [sample for reading, _ in readings.values() for sample in reading.samples]
                 texts = self.encoder.texts(samples)
-                if running is not None:
-                    self._add(running[1], running[2].result())
-                    advance(len(running[0]))
-                if self._first_bad is not None:
-                    self._refuse(chunk.stop)
-                running = chunk, readings, thread.submit(self.encoder.tokenized, samples, texts)
-            if running is not None:
-                self._add(running[1], running[2].result())
-                advance(len(running[0]))
+                self._finish(running, advance)
+                running.append((chunk, readings, thread.submit(self.encoder.tokenized, samples, texts)))
+            self._finish(running, advance)
+        if self._first_bad is not None:
+            self._refuse(len(self.rows))
+
+    def _finish(self, running: "deque[tuple[range, Readings, Future]]", advance: Callable[[int], None]) -> None:
+        """Keep the chunk that is being tokenized, if there is one."""
+        if running:
+            chunk, readings, future = running.popleft()
+            self._add(readings, future.result())
+            advance(len(chunk))
             if self._first_bad is not None:
-                self._refuse(len(self.rows))
+                self._refuse(min(chunk.stop + CHUNK, len(self.rows)))
 
     def _add(self, readings: Readings, results: Sequence[EncodedSample | BadRow]) -> None:
         """Keep the samples of a chunk."""
@@ -161,9 +153,8 @@ class RowsEncoding:
 
     def _bad(self, at: int, error: BadRow) -> None:
         self.report.add(DROPPED, error.reason, self.rows.where(at, short=True))
-        if self._first_bad is None and self.on_bad == "error":
-            self._first_bad = error.at(self.rows.where(at))
-            self._first_bad.__cause__ = error.__cause__
+        if self.on_bad == "error" and (self._first_bad is None or at < self._first_bad[0]):
+            self._first_bad = at, error
 
     def _refuse(self, start: int) -> None:
         """Raise the error of the first bad row, with the number of those that can be told by reading the rest."""
@@ -180,7 +171,8 @@ class RowsEncoding:
             advice = (
                 f"{total} of {len(self.rows)} rows cannot be used: {', '.join(reasons)}; on_bad='drop' leaves them out"
             )
-        raise InputError(f"{self._first_bad}; {advice}") from self._first_bad.__cause__
+        at, error = self._first_bad
+        raise InputError(f"{error.at(self.rows.where(at))}; {advice}") from error.__cause__
 
     def examples(self) -> Examples:
         """All examples; rows of another layout than most are dropped.

@@ -26,8 +26,8 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
-        self.added = frozenset(tokenizer.added_tokens_encoder.values())
+        self.tokenizer: Any = tokenizer
+        self.added = frozenset(self.tokenizer.added_tokens_encoder.values())
         self._tails: dict[str, list[int]] = {}
 
     def __call__(self, texts: Sequence[LearnedText]) -> list[Tokenized | BadRow]:

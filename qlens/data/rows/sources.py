@@ -16,6 +16,7 @@ from qlens.data.rows.shapes import Columns
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".jsonl.gz", ".json.gz")
 METADATA = ("dataset_info.json", "dataset_infos.json", "state.json", "dataset_dict.json")
 SPLITS = re.compile(r"(?:^|[-_./])(train|test|validation|valid|val|dev|eval)(?=[-_./0-9]|$)")
+ON_BAD = ("error", "drop")
 COUNTED = range(1, 2**62)
 """Numbers of rows that are numbered from 1 on."""
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -27,6 +28,7 @@ class Rows(Sequence):
     Args:
         parts: for every file the rows, the number of each, and its description, such as ("data.jsonl", "line").
         columns: that the user named for prompt and completion.
+        on_bad: what becomes of rows that cannot be used, "error" or "drop".
         order: the numbers of the rows that there are; by default all.
     """
 
@@ -34,9 +36,10 @@ class Rows(Sequence):
         self,
         parts: Sequence[tuple[Sequence[Any], Sequence[int], tuple[str, str]]],
         columns: Columns = Columns(),  # noqa: B008  immutable
+        on_bad: str = "error",
         order: Sequence[int] | None = None,
     ):
-        self._parts, self.columns = parts, columns
+        self._parts, self.columns, self.on_bad = parts, columns, on_bad
         self._ends = list(accumulate(len(rows) for rows, _, _ in parts))
         self._order = range(self._ends[-1] if self._ends else 0) if order is None else order
 
@@ -45,7 +48,7 @@ class Rows(Sequence):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return Rows(self._parts, self.columns, self._order[index])
+            return Rows(self._parts, self.columns, self.on_bad, self._order[index])
         part, at = self._find(index)
         try:
             return self._parts[part][0][at]
@@ -54,7 +57,7 @@ class Rows(Sequence):
 
     def select(self, indices: Iterable[int]) -> "Rows":
         """The rows of these numbers, in this order."""
-        return Rows(self._parts, self.columns, [self._order[at] for at in indices])
+        return Rows(self._parts, self.columns, self.on_bad, [self._order[at] for at in indices])
 
     def where(self, index: int, short: bool = False) -> str:
         """The place of a row, for messages: "data.jsonl, line 3"; ``short``: without the file where there is but one."""
@@ -89,6 +92,7 @@ def load_rows(
     split: str | None = None,
     prompt_column: str | None = None,
     completion_column: str | tuple[str, str] | None = None,
+    on_bad: str | None = None,
 ) -> Rows:
     """Rows of data from a file, a folder, a data set or a list, as they are; ``encode`` says which shapes it reads.
 
@@ -99,7 +103,7 @@ def load_rows(
         source: a file (.jsonl, .json, .csv, .tsv, .parquet; .gz of the first two), a folder of such files or of
             ``datasets.save_to_disk``, a name on the hub, a ``datasets.Dataset``, or an iterable of rows.
         split: of a folder, a ``DatasetDict`` or a name on the hub; "FOLDER:SPLIT" says the same.
-        prompt_column, completion_column: as in ``encode``; the rows remember them.
+        prompt_column, completion_column, on_bad: as in ``encode``; the rows remember them.
 
     Returns:
         The rows; ``rows.where(i)`` names the place of one.
@@ -113,12 +117,15 @@ def load_rows(
         >>> rows = load_rows("data.parquet")  # doctest: +SKIP
     """
     columns = Columns.of(prompt_column, completion_column)
+    if on_bad not in (None, *ON_BAD):
+        raise InputError(f"on_bad must be 'error' or 'drop', got {brief(on_bad)}")
     if isinstance(source, Rows):
         if split is not None:
             raise InputError(f"split={split!r} goes with a folder or a name: the rows are loaded")
-        return source if columns == Columns() else Rows(source._parts, columns, source._order)
+        own = source.columns if columns == Columns() else columns
+        return Rows(source._parts, own, on_bad or source.on_bad, source._order)
     rows = _rows(source, split)
-    rows.columns = columns
+    rows.columns, rows.on_bad = columns, on_bad or "error"
     return rows
 
 
