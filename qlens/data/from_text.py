@@ -1,9 +1,8 @@
 """Tokens of texts: the predictions of models at their supervised positions."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -56,9 +55,9 @@ def tokens_from_text(
     Example:
         >>> tokens_from_text("path/to/model", tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
     """
-    if isinstance(rows, str) or not len(rows):
+    if isinstance(rows, str) or (isinstance(rows, Sized) and not len(rows)):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
-    examples = encode([row_of(row) for row in rows], tokenizer).examples
+    examples = encode(rows, tokenizer).examples
     return tokens_from_examples(
         model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
     )
@@ -187,7 +186,7 @@ def _logits(
 
 
 def _fitted(
-    read: Callable[[slice | Tensor], Tensor], vocabulary: int, name: str, vocabularies: Vocabularies, rows: Any
+    read: Callable[[slice | Tensor], Tensor], vocabulary: int, name: str, vocabularies: Vocabularies, rows: slice | Tensor
 ) -> Tensor:
     """A model's logits at some supervised rows, over the vocabulary of the model that is read."""
     logits = read(rows)
@@ -200,15 +199,6 @@ def _there(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def row_of(row: Any) -> Any:
-    """A row of data from a text or a (prompt, completion) pair; a dict is returned as it is."""
-    if isinstance(row, str):
-        return {"text": row}
-    if isinstance(row, (tuple, list)) and len(row) == 2:
-        return {"prompt": row[0], "completion": row[1]}
-    return row
 
 
 def check_fits(examples: Sequence[Mapping[str, Sequence[int]]], models: Mapping[str, nn.Module]) -> None:
