@@ -59,7 +59,7 @@ def tokens_from_text(
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
     examples = encode(rows, tokenizer).examples
     return tokens_from_examples(
-        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
+        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs, tokenizer=tokenizer
     )
 
 
@@ -71,6 +71,7 @@ def tokens_from_examples(
     batch_size: int = 8,
     needs: Collection[str] = (),
     most: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tokens:
     """Tokens at every supervised position of encoded rows, without gradients.
 
@@ -82,6 +83,7 @@ def tokens_from_examples(
         needs: other inputs of a method (``variant.needs``): ``negatives`` are the tokens before a label in its own text,
             ``old`` and ``second`` the model's own pass, as right after a sync and without dropout.
         most: number of tokens at most, evenly spread over all; the logits of the others are never whole.
+        tokenizer: of the model, to compare with those of the others; by default the one beside it.
 
     Returns:
         The tokens.
@@ -97,7 +99,7 @@ def tokens_from_examples(
     }
     vocabularies = Vocabularies()
     for name, other in other_models.items():
-        vocabularies.check(model, other, name)
+        vocabularies.check(model, other, name, tokenizer)
     check_fits(examples, {"model": model, **other_models})
     chosen = None
     if most is not None and (total := supervised_tokens(examples)) > most:
@@ -186,7 +188,11 @@ def _logits(
 
 
 def _fitted(
-    read: Callable[[slice | Tensor], Tensor], vocabulary: int, name: str, vocabularies: Vocabularies, rows: slice | Tensor
+    read: Callable[[slice | Tensor], Tensor],
+    vocabulary: int,
+    name: str,
+    vocabularies: Vocabularies,
+    rows: slice | Tensor,
 ) -> Tensor:
     """A model's logits at some supervised rows, over the vocabulary of the model that is read."""
     logits = read(rows)
