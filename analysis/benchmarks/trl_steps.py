@@ -156,7 +156,10 @@ class _quiet(warnings.catch_warnings):
 
 def show_trl_steps(rows: list[dict[str, Any]]) -> None:
     """Print the benchmark as a table."""
-    caption = f"{BATCH} x {LENGTH} tokens; another model's forward pass is added to the limit of the ratio, its weights to that of memory"
+    caption = (
+        f"{BATCH} x {LENGTH} tokens; the forward pass of a teacher or reference is added to the limit of the ratio, "
+        "the weights of a teacher to that of memory"
+    )
     table = Table(title="training steps against those of trl.SFTTrainer", caption=caption)
     for column in ("", "s", "TRL", "ratio", "limit", "GiB", "limit GiB", "verdict"):
         table.add_column(column, justify="left" if column in ("", "verdict") else "right", no_wrap=True)
