@@ -31,7 +31,7 @@ TIME, MEMORY = 1.05, 1.0
 """Limits: seconds of a step and peak memory, against TRL's own; with a teacher its forward pass is added to both."""
 BATCH, LENGTH, STEPS, RANK = 4, 256, 3, 16
 METHODS = {"full": ("sft", "dft", "eaft", "target_sft"), "LoRA": ("sft", "dft", "eaft", "target_sft", "asft_anchored")}
-TEACHER, TRL = "target_sft", "trl"
+TEACHER, ADAPTERS_OFF, TRL = "target_sft", "asft_anchored", "trl"
 
 
 def opened(folder: str, tuning: str) -> Any:
@@ -79,7 +79,10 @@ def trl_steps(folder: str, repeats: int) -> list[dict[str, Any]]:
         for name in methods:
             ratios = [mine / other for mine, other in zip(seconds[name], seconds[TRL], strict=True)]
             own, trl = statistics.median(seconds[name]), statistics.median(seconds[TRL])
-            extra = forward if name == TEACHER else {"seconds": 0.0, "GiB": 0.0}
+            extra = {
+                "seconds": forward["seconds"] if name in (TEACHER, ADAPTERS_OFF) else 0.0,
+                "GiB": forward["GiB"] if name == TEACHER else 0.0,  # a reference without adapters holds no weights
+            }
             rows.append(
                 {
                     "case": f"{tuning}, {name}", "seconds": own, "trl": trl, "ratio": statistics.median(ratios),
@@ -154,7 +157,8 @@ class _quiet(warnings.catch_warnings):
 def show_trl_steps(rows: list[dict[str, Any]]) -> None:
     """Print the benchmark as a table."""
     caption = (
-        f"{BATCH} x {LENGTH} tokens; limits of ratio and GiB: with a teacher, its forward pass and weights are added"
+        f"{BATCH} x {LENGTH} tokens; the forward pass of a teacher or reference is added to the limit of the ratio, "
+        "the weights of a teacher to that of memory"
     )
     table = Table(title="training steps against those of trl.SFTTrainer", caption=caption)
     for column in ("", "s", "TRL", "ratio", "limit", "GiB", "limit GiB", "verdict"):

@@ -15,7 +15,7 @@ from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, context_length, vocabulary_size
 from qlens.data.examples import encode
-from qlens.data.models import check_token_ids, load_to_read, loaded
+from qlens.data.models import check_token_ids, load_to_read, loaded, loaded_once
 from qlens.data.rows import Row
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.data.vocabularies import Vocabularies
@@ -93,10 +93,7 @@ def tokens_from_examples(
     """
     model = loaded(model, "model", load=load_to_read)
     check_model(model, "model")
-    paths = {"teacher": teacher, "reference": reference}
-    other_models = {
-        name: loaded(other, name, model.device, load_to_read) for name, other in paths.items() if other is not None
-    }
+    other_models = loaded_once({"teacher": teacher, "reference": reference}, model.device, load_to_read)
     vocabularies = Vocabularies()
     for name, other in other_models.items():
         vocabularies.check(model, other, name, tokenizer)
@@ -149,14 +146,17 @@ def token_batches(
         index = None if chosen is None else chosen[(chosen >= first) & (chosen < numbered)] - first
         if index is not None and not len(index):
             continue
-        batch, logits = supervised.model_inputs(), {}
+        batch, logits, passes = supervised.model_inputs(), {}, {}
         for name, each in models.items():
+            if id(each) in passes:
+                logits[name] = passes[id(each)]
+                continue
             if vocabulary_size(each) < vocabulary:
                 check_token_ids(each, batch, name)
             with evaluating(each):
                 check_causal(each, _on(each.device, batch), name)
                 read = _logits(each, _on(each.device, batch), supervised, entries and backbones, name)
-                logits[name] = partial(_fitted, read, vocabulary, name, vocabularies)
+                logits[name] = passes[id(each)] = partial(_fitted, read, vocabulary, name, vocabularies)
         number = max(len(supervised) if index is None else len(index), 1)
         for block in row_blocks(number, vocabulary, entries or vocabulary * number):
             rows = block if index is None else index[block].to(model.device)

@@ -160,6 +160,28 @@ def loaded(
         raise InputError(f"{name}: {error}") from error
 
 
+def loaded_once(
+    models: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    load: Callable[[str | Path, str | torch.device], Any] = load_model,
+) -> dict[str, Any]:
+    """Models by the names of their arguments, each path loaded once; None is left out.
+
+    Args:
+        models: modules, or paths, by name.
+        device, load: as for ``loaded``.
+    """
+    opened: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    for name, model in models.items():
+        if isinstance(model, str | Path):
+            opened.setdefault(str(model), None)
+            model = opened[str(model)] = opened[str(model)] or loaded(model, name, device, load)
+        if model is not None:
+            result[name] = model
+    return result
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder or the hub; code in the folder is never run.
 

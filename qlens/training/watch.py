@@ -21,7 +21,7 @@ from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
 from qlens.data.examples import encode
 from qlens.data.from_text import ENTRIES, supervised_tokens, token_batches
-from qlens.data.models import loaded
+from qlens.data.models import loaded_once
 from qlens.data.vocabularies import Vocabularies
 from qlens.registry import Variant, resolve
 from qlens.training.fitting import isolated
@@ -90,8 +90,7 @@ class Watch(TrainerCallback):
         self.variants = {variant.spec: variant for variant in resolved}
         if len(self.variants) < len(resolved):
             raise InputError(f"variants has a name twice: {', '.join(variant.spec for variant in resolved)}")
-        other_models = {"teacher": teacher, "reference": reference}
-        self.other_models = {name: loaded(model, name) for name, model in other_models.items() if model is not None}
+        self.other_models = loaded_once({"teacher": teacher, "reference": reference})
         _check_needs(resolved, self.other_models)
         self.examples = _encoded(examples, tokenizer)
         if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):

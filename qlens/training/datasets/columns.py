@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from trl.data_utils import _tokenize, get_dataset_column_names, pack_dataset
+from trl.data_utils import get_dataset_column_names, pack_dataset
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlens.core.errors import InputError
@@ -96,8 +96,10 @@ def _teacher_prompt_ids(row: Mapping[str, Any], template: str | None, **options:
 
 def _prompt_ids(prompt: Any, processing_class: Any, chat_template: Any) -> list[int]:
     """The tokens of a prompt, text or turns, as TRL has them before an answer."""
-    turns = {"add_generation_prompt": True} if isinstance(prompt, list) else {}
-    return _tokenize(processing_class, prompt, chat_template=chat_template, **turns)["input_ids"]
+    if isinstance(prompt, str):
+        return processing_class(text=prompt)["input_ids"]
+    options = dict(tokenize=True, return_dict=True, add_generation_prompt=True, chat_template=chat_template)
+    return processing_class.apply_chat_template(prompt, **options)["input_ids"]
 
 
 def _per_token(row: Mapping[str, Any], number: int, names: Sequence[str], name: str) -> dict[str, list]:

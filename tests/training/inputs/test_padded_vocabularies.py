@@ -12,6 +12,7 @@ import qlens
 from qlens.core.errors import InputError
 from qlens.core.tokens import Tokens
 from qlens.data.from_text import tokens_from_text
+from qlens.data.models import loaded_once
 from qlens.data.vocabularies import Vocabularies
 from qlens.engine.heads import Head, fitted
 
@@ -100,6 +101,22 @@ def test_the_lens_reads_padded_teachers(caplog):
     assert narrow.teacher.shape == narrow.logits.shape and float(narrow.teacher.softmax(-1)[:, 32:].sum()) == 0
     view = qlens.view(llama(), letters(), [{"text": text} for text in texts], ["kd"], teacher=padded(40))
     assert "kd" in view._repr_html_()
+
+
+def test_one_model_as_teacher_and_reference_is_read_once(tmp_path):
+    teacher, calls = llama(1), []
+    teacher.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    tokens_from_text(llama(), letters(), ["what is it"], teacher=teacher)  # which also looks whether it is causal
+    counts = []
+    for reference in (None, teacher):
+        calls.clear()
+        both = tokens_from_text(llama(), letters(), ["what is it"], teacher=teacher, reference=reference)
+        counts.append(len(calls))
+    assert counts == [1, 1]
+    assert_close(both.reference, both.teacher)
+    teacher.save_pretrained(tmp_path)
+    opened = loaded_once({"teacher": tmp_path, "reference": str(tmp_path), "none": None})
+    assert opened["teacher"] is opened["reference"] and set(opened) == {"teacher", "reference"}
 
 
 def test_watch_reads_padded_teachers(make, caplog):
