@@ -15,7 +15,6 @@ from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, check_same_vocabulary, context_length, vocabulary_size
 from qlens.data.examples import encode
 from qlens.data.models import load_to_read, loaded
-from qlens.data.rows import Row
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.engine.models.backbones import Backbones
 from qlens.engine.models.causality import check_causal
@@ -27,7 +26,7 @@ ENTRIES = 2**22  # logits of one model at a time, where little of them is kept
 def tokens_from_text(
     model: nn.Module | str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[str | tuple[str, str] | Row],
+    rows: Any,
     teacher: nn.Module | str | Path | None = None,
     reference: nn.Module | str | Path | None = None,
     batch_size: int = 8,
@@ -39,7 +38,7 @@ def tokens_from_text(
         model: a causal language model, or the path of one, which is read as ``load_to_read`` says; a loaded one runs on its own
             device.
         tokenizer: of the model.
-        rows: texts, pairs, or dicts.
+        rows: texts, pairs, or dicts; or a path or a ``datasets.Dataset``.
         teacher, reference: other models over the same vocabulary, or their paths.
         batch_size: rows per forward pass.
         needs: as in ``tokens_from_examples``.
@@ -53,7 +52,7 @@ def tokens_from_text(
     Example:
         >>> tokens_from_text("path/to/model", tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
     """
-    if isinstance(rows, str) or (isinstance(rows, Sized) and not len(rows)):
+    if isinstance(rows, Sized) and not len(rows):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
     examples = encode(rows, tokenizer).examples
     return tokens_from_examples(

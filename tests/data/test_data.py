@@ -217,7 +217,7 @@ def test_text_that_does_not_fit_is_refused():
         (["ab" * 5], {"teacher": llama(context=8)}, "row 1 has 11 tokens, but the teacher's context is 8"),
         (["ab"], {"reference": llama(vocab=9)}, "reference has a vocabulary of 9, but the model's has"),
         (["ab"], {"model": llama(vocab=4)}, "row 1 has a token 6, but the model's vocabulary is 4"),
-        ("ab", {}, "rows must be a non-empty list"),
+        ("ab", {}, "data file .ab. is not there"),
         ([], {}, "rows must be a non-empty list"),
         ([3], {}, "row 1: a row must be an object, got int"),
     ]:
