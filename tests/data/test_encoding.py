@@ -86,7 +86,7 @@ def test_bad_rows_are_refused_together_or_dropped_and_counted(bad_file):
     with pytest.raises(InputError) as refused:
         encode(bad_file, letters(), 100)
     text = str(refused.value)
-    assert text.startswith(f"{bad_file}, line 3: not JSON") and "on_bad='drop' leaves them out" in text
+    assert text.startswith(f"{bad_file}, line 3: not JSON") and "on_bad='drop' (--on-bad drop) leaves them out" in text
     assert "rows cannot be used: 1 malformed JSON (line 3), 1 invalid UTF-8 (line 5)" in text
     encoded = encode(bad_file, letters(), 100, on_bad="drop")
     assert encoded.examples == encode([PAIR] * 3, letters()).examples
