@@ -18,7 +18,7 @@ from qlens.data import models as loading
 from qlens.data.base_models import with_adapters
 from qlens.data.collator import COLUMNS
 from qlens.data.examples import encode
-from qlens.data.rows import ignored_keys, read_rows, split
+from qlens.data.rows import load_rows, local_files, split
 from qlens.data.vocabularies import match_vocabulary
 from qlens.engine.models.causality import check_causal
 
@@ -39,7 +39,8 @@ class UserSource:
     Relative paths begin at ``folder``, in every process.
 
     Args:
-        model, data, teacher: paths.
+        model, data, teacher: paths; data as ``qlens.data.load_rows`` reads them.
+        prompt_column, completion_column, on_bad: as in ``qlens.data.encode``.
         steps: of every training; None: ``STEPS``.
         batch_size: rows of an optimizer step.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; None: all of them.
@@ -63,6 +64,9 @@ class UserSource:
     lora_rank: int | None = None
     gradient_checkpointing: bool = False
     chat_template: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | tuple[str, str] | None = None
+    on_bad: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     files: tuple[tuple[str, str], ...] = ()
@@ -84,8 +88,9 @@ class UserSource:
         dtypes = [each for each in DTYPES if each != "float16" or not own.device.startswith("cpu")]
         if own.dtype not in dtypes:
             raise InputError(f"dtype must be one of {', '.join(dtypes)} on {own.device}, got {own.dtype!r}")
-        paths = (model, data, teacher, own.chat_template)
-        files = {file: digest(file) for path in paths if path for file in _files(path)}
+        paths = (model, teacher, own.chat_template)
+        own_files = [*local_files(data), *(file for path in paths if path for file in _files(path))]
+        files = {file: digest(file) for file in own_files}
         digests = tuple((str(shown_path(file)), value) for file, value in files.items())
         return replace(own, files=digests)
 
@@ -139,7 +144,8 @@ class UserSource:
             InputError: unreadable files, models that do not fit together, or fewer than two rows.
         """
         with from_here(self.folder):
-            rows, tokenizer = read_rows(self.data), self._tokenizer()
+            rows = load_rows(self.data, None, self.prompt_column, self.completion_column, self.on_bad)
+            tokenizer = self._tokenizer()
             teacher_tokenizer = None if self.teacher is None else loading.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""
         if self.teacher is not None and teacher_tokenizer is not None:
@@ -161,10 +167,10 @@ class UserSource:
             check_causal(
                 model, {"input_ids": torch.tensor([encoded.examples[0]["input_ids"]], device=model.device)}, name
             )
-        ignored = ignored_keys(rows)
         train, held_out = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
         parameters = models["model"].num_parameters()
         metadata = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
+        metadata["data"] = encoded.report.line()
         rate = SMALL_RATE if parameters < SMALL else RATE if self.lora_rank is None else LORA_RATE
         return Environment(
             train=train,
@@ -190,7 +196,6 @@ class UserSource:
             metadata=metadata
             | {"held out": len(held_out), "parameters": parameters}
             | ({} if self.lora_rank is None else {"adapters": f"LoRA of rank {self.lora_rank}"})
-            | ({"ignored keys": ", ".join(ignored)} if ignored else {})
             | ({"vocabulary": matched} if matched else {}),
         )
 

@@ -13,8 +13,8 @@ from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS
 from qlens.data.compatibility import check_model, vocabulary_size
 from qlens.data.examples import example
-from qlens.data.from_text import row_of
 from qlens.data.models import load_to_read, load_tokenizer
+from qlens.data.rows import BadRow, Columns, Rows, load_rows
 from qlens.data.vocabularies import Vocabularies
 from qlens.registry import Variant, resolve
 
@@ -74,6 +74,7 @@ def rows_of(text: Any) -> Sequence[Any]:
         InputError: no rows.
     """
     rows = [text] if isinstance(text, (str, Mapping)) else text
+    rows = load_rows(rows) if hasattr(rows, "with_format") else rows
     if not isinstance(rows, Sequence) or not len(rows):
         raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
     return rows
@@ -129,7 +130,14 @@ def encoded_rows(
     rows, examples, skipped = rows_of(text), {}, {}
     for number, row in track(enumerate(rows, 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
         encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
-        encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
+        where = rows.where(number - 1) if isinstance(rows, Rows) else f"row {number}"
+        try:
+            encoded_row = row if encoded else example(row, tokenizer, where, getattr(rows, "columns", Columns()))
+        except BadRow as error:
+            if getattr(rows, "on_bad", "error") == "error":
+                raise
+            skipped[number] = error.reason
+            continue
         if limit is not None and len(encoded_row["input_ids"]) > limit:
             skipped[number] = f"longer than the context of {limit} tokens"
         elif not places_of(encoded_row):

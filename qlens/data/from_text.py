@@ -1,9 +1,8 @@
 """Tokens of texts: the predictions of models at their supervised positions."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -56,11 +55,11 @@ def tokens_from_text(
     Example:
         >>> tokens_from_text("path/to/model", tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
     """
-    if isinstance(rows, str) or not len(rows):
+    if isinstance(rows, str) or (isinstance(rows, Sized) and not len(rows)):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
-    examples = encode([row_of(row) for row in rows], tokenizer).examples
+    examples = encode(rows, tokenizer).examples
     return tokens_from_examples(
-        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
+        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs, tokenizer=tokenizer
     )
 
 
@@ -72,6 +71,7 @@ def tokens_from_examples(
     batch_size: int = 8,
     needs: Collection[str] = (),
     most: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tokens:
     """Tokens at every supervised position of encoded rows, without gradients.
 
@@ -83,6 +83,7 @@ def tokens_from_examples(
         needs: other inputs of a method (``variant.needs``): ``negatives`` are the tokens before a label in its own text,
             ``old`` and ``second`` the model's own pass, as right after a sync and without dropout.
         most: number of tokens at most, evenly spread over all; the logits of the others are never whole.
+        tokenizer: of the model, to compare with those of the others; by default the one beside it.
 
     Returns:
         The tokens.
@@ -95,7 +96,7 @@ def tokens_from_examples(
     other_models = loaded_once({"teacher": teacher, "reference": reference}, model.device, load_to_read)
     vocabularies = Vocabularies()
     for name, other in other_models.items():
-        vocabularies.check(model, other, name)
+        vocabularies.check(model, other, name, tokenizer)
     check_fits(examples, {"model": model, **other_models})
     chosen = None
     if most is not None and (total := supervised_tokens(examples)) > most:
@@ -187,7 +188,11 @@ def _logits(
 
 
 def _fitted(
-    read: Callable[[slice | Tensor], Tensor], vocabulary: int, name: str, vocabularies: Vocabularies, rows: Any
+    read: Callable[[slice | Tensor], Tensor],
+    vocabulary: int,
+    name: str,
+    vocabularies: Vocabularies,
+    rows: slice | Tensor,
 ) -> Tensor:
     """A model's logits at some supervised rows, over the vocabulary of the model that is read."""
     logits = read(rows)
@@ -200,15 +205,6 @@ def _there(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def row_of(row: Any) -> Any:
-    """A row of data from a text or a (prompt, completion) pair; a dict is returned as it is."""
-    if isinstance(row, str):
-        return {"text": row}
-    if isinstance(row, (tuple, list)) and len(row) == 2:
-        return {"prompt": row[0], "completion": row[1]}
-    return row
 
 
 def check_fits(examples: Sequence[Mapping[str, Sequence[int]]], models: Mapping[str, nn.Module]) -> None:

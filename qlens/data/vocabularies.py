@@ -22,6 +22,7 @@ from qlens.engine.heads import Head, fitted
 logger = logging.getLogger(__name__)
 SAMPLE = 64  # tokens on which the mass beyond the common entries is measured
 PADDING = -100.0  # the logit of a padding entry
+MOST_PADDING = 1024  # entries by which vocabularies over one tokenizer may differ where no tokenizer is at hand
 
 
 class Vocabularies:
@@ -64,6 +65,11 @@ class Vocabularies:
                     f"{name} has a vocabulary of {other_width}, the model of {width}, and their tokenizer has a token {top}: "
                     "they differ by more than padding"
                 )
+        elif abs(width - other_width) > MOST_PADDING:
+            raise InputError(
+                f"{name} has a vocabulary of {other_width}, the model of {width}: more than padding, and no tokenizer is at hand "
+                "to say that both share it; save it beside the models by tokenizer.save_pretrained(FOLDER)"
+            )
 
     def fitted(self, predictions: Any, vocabulary: int, name: str) -> Any:
         """Another model's logits, (N, W), or ``Head``, over the first ``vocabulary`` entries.

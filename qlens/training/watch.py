@@ -263,5 +263,4 @@ def _encoded(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None)
         return [{name: list(each[name]) for name in ("input_ids", "labels")} for each in examples]
     if tokenizer is None:
         raise InputError("examples are rows of text: give Watch(tokenizer=...), or encode them")
-    rows = [{"text": each} if isinstance(each, str) else each for each in examples]
-    return encode(rows, tokenizer, None).examples
+    return encode(examples, tokenizer).examples

@@ -29,7 +29,7 @@ def work(tmp_path_factory):
 def refused(work, monkeypatch, capfd):
     """Run a command in the folder: what is wrong with how it was refused; nothing where all is right."""
     monkeypatch.chdir(work)
-    monkeypatch.setattr("qlens.data.chat_templates.SECONDS", 0.3)
+    monkeypatch.setattr("qlens.data.chat_templates.limits.SECONDS", 0.3)
     for started in ("run_all", "_prepare"):  # what is accepted by mistake must not train for minutes
         monkeypatch.setattr(f"qlens.analysis.compare.comparison.{started}", None)
 

@@ -143,6 +143,9 @@ def test_other_tokenizers_are_refused_with_the_difference(make, tmp_path):
             make("kd", teacher=teacher, processing_class=letters())
     with pytest.raises(InputError, match="their tokenizer has a token 31: they differ by more than padding"):
         make("kd", teacher=llama(1, vocab=30), processing_class=letters())
+    with pytest.raises(InputError, match="more than padding, and no tokenizer is at hand"):
+        make("kd", teacher=llama(1, vocab=32 + 1025))
+    make("kd", teacher=llama(1, vocab=32 + 1024))
 
 
 def test_the_engine_names_the_way_to_fit_a_head():
