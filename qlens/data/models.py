@@ -175,8 +175,10 @@ def loaded_once(
     result: dict[str, Any] = {}
     for name, model in models.items():
         if isinstance(model, str | Path):
-            opened.setdefault(str(model), None)
-            model = opened[str(model)] = opened[str(model)] or loaded(model, name, device, load)
+            key = str(model)
+            if key not in opened:
+                opened[key] = loaded(model, name, device, load)
+            model = opened[key]
         if model is not None:
             result[name] = model
     return result

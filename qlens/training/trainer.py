@@ -10,7 +10,7 @@ from qlens.data.collator import COLUMNS, collate
 from qlens.data.models import has_tokenizer, load_tokenizer
 from qlens.engine.models.packing import forward_parameters
 from qlens.training.datasets.pairs import PairCollator, check_takes_pairs, encoded_pairs, is_pairs
-from qlens.training.datasets.rows import encoded_rows
+from qlens.training.datasets.rows import encoded_rows, read_file
 from qlens.training.loss_mixin import QLossMixin
 
 COLLATED = ("input_ids", "labels", "attention_mask", *COLUMNS)  # that ``collate`` always knows
@@ -19,9 +19,10 @@ COLLATED = ("input_ids", "labels", "attention_mask", *COLUMNS)  # that ``collate
 class QTrainer(QLossMixin, Trainer):
     """transformers.Trainer with a qlens loss; see ``QLossMixin`` for the loss, the logs and the other arguments.
 
-    Data are examples of ``input_ids`` and ``labels`` as ``qlens.data.encode`` returns them; or rows of text (messages,
-    prompt and completion, ...), which are encoded with ``processing_class``, the tokenizer; or, for a method of pairs, rows
-    of prompt, chosen and rejected, encoded and padded as by trl.DPOTrainer, whose batch sizes count pairs.
+    A data set is a ``datasets.Dataset``, a list, or the path of a file. Its rows are examples of ``input_ids`` and
+    ``labels`` as ``qlens.data.encode`` returns them; or text (messages, prompt and completion, ...), which is encoded with
+    ``processing_class``, the tokenizer (by default the one beside a model given by its path); or, for a method of pairs,
+    prompt, chosen and rejected, encoded and padded as by trl.DPOTrainer: batch sizes then count pairs.
 
     Batches are made by ``qlens.data.collator.collate`` unless ``data_collator`` says otherwise.
 
@@ -41,11 +42,17 @@ class QTrainer(QLossMixin, Trainer):
         processing_class: Any = None,
         **options: Any,
     ):
+        if data_collator is None:  # a user's takes the rows as they are
+            train_dataset = read_file(train_dataset, "train_dataset")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {key: read_file(rows, "eval_dataset") for key, rows in eval_dataset.items()}
+            else:
+                eval_dataset = read_file(eval_dataset, "eval_dataset")
         super().__init__(
             model=model, args=args, data_collator=data_collator or collate, train_dataset=train_dataset,
             eval_dataset=eval_dataset, processing_class=processing_class, **options,
         )  # fmt: skip
-        if data_collator is not None:  # which takes the rows as they are
+        if data_collator is not None:
             return
         self._tokenizer_place = model if isinstance(model, str | Path) else None
         named = eval_dataset if isinstance(eval_dataset, dict) else {"": eval_dataset}

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +11,7 @@ from qlens.core.errors import InputError, brief
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS, TEACHER_PROMPT
 from qlens.data.examples import Encoded, encode
+from qlens.data.rows import load_rows
 from qlens.training.datasets.privileged import PROMPT, check_template, with_teacher_prompt
 
 
@@ -21,6 +23,20 @@ def keys_of(rows: Any) -> tuple[str, ...]:
     if isinstance(rows, Sequence) and len(rows) and isinstance(rows[0], Mapping):
         return tuple(rows[0])
     return ()
+
+
+def read_file(rows: Any, name: str) -> Any:
+    """The rows of a data file (``qlens.data.load_rows``) where its path is given; anything else as it is.
+
+    Raises:
+        InputError: no such file, or one that cannot be read; ``name`` begins the message.
+    """
+    if not isinstance(rows, str | Path):
+        return rows
+    try:
+        return load_rows(rows)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
 
 
 def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str, template: str | None = None) -> Any:
@@ -44,20 +60,26 @@ def encoded_rows(rows: Any, tokenizer: Callable[[], Any], name: str, template: s
                 f"teacher_template is written from the text of rows, and {name} is encoded: give rows of text"
             )
         return rows
-    pieces, rows = tokenizer(), list(rows)
+    pieces = tokenizer()
     check_tokenizer(pieces, name, keys)
     try:
-        if template is not None:
-            check_template(template, keys)
-        texts = [{key: v for key, v in row.items() if key not in COLUMNS or not isinstance(v, str)} for row in rows]
-        examples = encode(texts, pieces).examples
         if template is None and PROMPT not in keys:
-            return examples
-        prompt_ids = partial(_prompt_ids, tokenizer=pieces)
-        pairs = zip(rows, examples, strict=True)
-        return [{**example, **with_teacher_prompt(row, example, template, prompt_ids)} for row, example in pairs]
+            return encode(rows, pieces).examples
+        return _with_teacher_prompts(list(rows), pieces, template)
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+def _with_teacher_prompts(
+    rows: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> list[dict[str, Any]]:
+    """Examples with what their teacher sees."""
+    if template is not None:
+        check_template(template, tuple(rows[0]))
+    texts = [{key: v for key, v in row.items() if key not in COLUMNS or not isinstance(v, str)} for row in rows]
+    prompt_ids = partial(_prompt_ids, tokenizer=tokenizer)
+    pairs = zip(rows, encode(texts, tokenizer).examples, strict=True)
+    return [{**example, **with_teacher_prompt(row, example, template, prompt_ids)} for row, example in pairs]
 
 
 def _prompt_ids(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -88,7 +110,12 @@ def as_dataset(rows: Any) -> Any:
     """A sequence of rows or an ``Encoded`` as a ``datasets.Dataset``; anything else as it is."""
     from datasets import Dataset
 
+    if isinstance(rows, str | Path):
+        raise InputError(
+            f"train_dataset is the path {brief(str(rows))}: give datasets.load_dataset('json', data_files={brief(str(rows))}, "
+            "split='train'), or a list of rows"
+        )
     rows = rows.examples if isinstance(rows, Encoded) else rows
-    if hasattr(rows, "column_names") or not isinstance(rows, Sequence) or isinstance(rows, str):
+    if hasattr(rows, "column_names") or not isinstance(rows, Sequence):
         return rows
     return Dataset.from_list(list(rows))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import case
 from datasets import Dataset
+from peft import LoraConfig
 from tiny_models import MARKED, letters, llama, parameters, steps_of
 from torch.testing import assert_close
 from trl import DPOConfig, DPOTrainer
@@ -23,16 +24,16 @@ def in_turns(pairs):
     ]
 
 
-def by_trl(folder, pairs, template, max_length, loss="sigmoid", accumulate=1, batch=2):
+def by_trl(folder, pairs, template, max_length, accumulate=1, batch=2, peft=None):
     args = DPOConfig(
         str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2, optim="sgd",
         learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
         report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, bf16=False, seed=7,
-        activation_checkpointing=False, max_length=max_length, loss_type=[loss],
+        activation_checkpointing=False, max_length=max_length,
     )  # fmt: skip
     trainer = DPOTrainer(
-        llama(context=256), ref_model=llama(2, context=256), args=args, train_dataset=Dataset.from_list(pairs),
-        processing_class=letters(template),
+        llama(context=256), ref_model=None if peft else llama(2, context=256), args=args, peft_config=peft,
+        train_dataset=Dataset.from_list(pairs), processing_class=letters(template),
     )  # fmt: skip
     trainer.train()
     return trainer
@@ -60,6 +61,17 @@ def test_dpo_equals_that_of_trl(train, tmp_path):
                     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
                 assert_close(parameters(mine.model), parameters(other.model), rtol=1e-4, atol=1e-5)
                 assert float((parameters(mine.model) - parameters(llama(context=256))).norm()) > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of TRL and peft with newer transformers
+def test_dpo_under_lora_equals_that_of_trl(train, tmp_path):
+    shape = dict(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    other = by_trl(tmp_path, PAIRS, None, 1024, peft=LoraConfig(**shape))
+    for fused in (True, False):
+        mine = train("qlens", PAIRS, variant="dpo", peft_config=LoraConfig(**shape), fused=fused)
+        for ours, theirs in zip(steps_of(mine), steps_of(other), strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert_close(parameters(mine.model), parameters(other.model), rtol=1e-4, atol=1e-5)
 
 
 def test_qtrainer_takes_the_same_pairs(train, make, tmp_path):
