@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
