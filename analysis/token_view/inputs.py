@@ -11,10 +11,11 @@ from qlens.core.errors import InputError
 from qlens.core.progress import track
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_model, check_same_vocabulary
+from qlens.data.compatibility import check_model, vocabulary_size
 from qlens.data.examples import example
 from qlens.data.models import load_to_read, load_tokenizer
 from qlens.data.rows import BadRow, Columns, Rows, load_rows
+from qlens.data.vocabularies import Vocabularies
 from qlens.registry import Variant, resolve
 
 SHOWN = 1000  # rows from which on their encoding shows its progress
@@ -40,7 +41,12 @@ def loaded_models(
     student, own_tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
     models = {name: loaded_model(each, name) for name, each in others.items() if each is not None}
     for name, other in models.items():
-        check_same_vocabulary(student, other, name)
+        Vocabularies().check(student, other, name, own_tokenizer)
+        sizes = vocabulary_size(other), vocabulary_size(student)
+        if name == "after" and sizes[0] != sizes[1]:
+            raise InputError(
+                f"after has a vocabulary of {sizes[0]}, the model of {sizes[1]}: give a later checkpoint of the model"
+            )
     return student, own_tokenizer, models
 
 

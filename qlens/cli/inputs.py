@@ -50,7 +50,7 @@ def own_tokens(
     encoded = examples.encode(read, tokenizer, compatibility.shortest_context(*loaded.values()))
     selected = encoded.examples[:rows]
     most = max(MOST // compatibility.vocabulary_size(loaded["model"]), 1) if thin else None
-    tokens = tokens_from_examples(examples=selected, needs=needs, most=most, **loaded)
+    tokens = tokens_from_examples(examples=selected, needs=needs, most=most, tokenizer=tokenizer, **loaded)
     counted = f"{len(selected)} of {len(data_rows)} rows read (--rows {rows})"
     typer.echo(f"{data}: {counted}; of the first {len(read)}: {encoded.report.line()}", err=True)
     if len(tokens) == most:

@@ -10,7 +10,7 @@ One training step, from the top; ``qlens.training`` holds the first half of this
 6. ``fused.py`` fused_pass: checks (``fused_inputs.py``), and verification of a user's method (``verification/``).
 7. ``chunked.py`` chunked_pass: the loop over chunks of logits.
 8. ``structures.py`` gradient_function: ``label_only.py``, ``mixtures.py`` or ``dense.py``, by the declared structure.
-9. ``kernels/``: softmax and gradient in place of the logits, in plain torch or, on a GPU, by Triton.
+9. ``kernels/``: softmax and gradient in place of the logits.
 10. ``accumulation.py`` GradientSums.add: the products that give the gradients of hidden states and head.
 
 ``heads.py`` holds other models as logits, heads or top-k; ``row_inputs.py`` the types of steps 6 to 9; ``finite_values.py``

@@ -215,7 +215,11 @@ def test_text_that_does_not_fit_is_refused():
     for rows, options, message in [
         (["ab", "a" * 32], {}, "row 2 has 33 tokens, but the model's context is 32"),
         (["ab" * 5], {"teacher": llama(context=8)}, "row 1 has 11 tokens, but the teacher's context is 8"),
-        (["ab"], {"reference": llama(vocab=9)}, "reference has a vocabulary of 9, but the model's has"),
+        (
+            ["ab"],
+            {"reference": llama(vocab=9)},
+            "reference has a vocabulary of 9, the model of 32, and their tokenizer has a token",
+        ),
         (["ab"], {"model": llama(vocab=4)}, "row 1 has a token 6, but the model's vocabulary is 4"),
         ("ab", {}, "data file .ab. is not there"),
         ([], {}, "rows must be a non-empty list"),

@@ -183,7 +183,7 @@ def test_python_refuses_what_the_command_line_refuses(work, monkeypatch):
         "no rows": lambda: qlens.Tokens.from_text(model, tokenizer, []),
         "rows of numbers": lambda: qlens.Tokens.from_text(model, tokenizer, [1, 2]),
         "a teacher that is missing": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher="nowhere"),
-        "a teacher of other width": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher=llama(vocab=40)),
+        "a teacher without a token": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher=llama(vocab=7)),
         "view without a tokenizer": lambda: qlens.view(model, None, [row]),
         "view of nothing": lambda: qlens.view(model, tokenizer, []),
         "a folder that is missing": lambda: qlens.Tokens.from_text("nowhere", tokenizer, [row]),

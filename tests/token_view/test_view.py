@@ -102,7 +102,7 @@ def test_mistakes_are_named(models):
         ({"text": ["abc"], "teacher": 3}, "teacher must be a loaded model"),
         ({"text": ["abc"], "teacher": "./nowhere"}, "nowhere"),
         ({"text": ["abc"], "tokenizer": None}, "give tokenizer"),
-        ({"text": ["abc"], "teacher": llama(1, vocab=40)}, "teacher has a vocabulary of 40"),
+        ({"text": ["abc"], "after": llama(1, vocab=40)}, "after has a vocabulary of 40"),
     ):
         with pytest.raises(InputError) as error_info:
             qlens.view(**({"model": models["model"], "tokenizer": models["tokenizer"]} | arguments))

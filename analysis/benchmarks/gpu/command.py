@@ -16,6 +16,7 @@ import torch
 
 from qlens.analysis.benchmarks.gpu import report
 from qlens.core.files import written
+from qlens.engine.kernels import raw_logits
 
 LIMITS = {"correctness": 80.0, "elementwise": 30.0, "kernels": 220.0, "trace": 30.0, "steps": 80.0}
 """Seconds after which a part starts no further case."""
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"environment": environment(options.device), **{part: [] for part in parts}}
     print(json.dumps(results["environment"]), flush=True)
+    raw_logits.DEVICES.add("cuda")
     for part in parts:
         run_part(part, options, methods, results)
     report.show(results)

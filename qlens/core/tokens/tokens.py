@@ -79,8 +79,8 @@ class Tokens(Display):
         Args:
             model: a causal language model, or its path.
             tokenizer: its tokenizer.
-            rows: texts, (prompt, completion) pairs, whose completions are supervised, or data as ``qlens.encode`` takes them:
-                dicts, a ``datasets.Dataset``, a path.
+            rows: texts, (prompt, completion) pairs, whose completions are supervised, or data as ``qlens.encode`` takes them
+                (dicts, a ``datasets.Dataset``, a path).
             teacher, reference: other models, or their paths.
 
         See ``qlens.data.from_text.tokens_from_text`` for the options.

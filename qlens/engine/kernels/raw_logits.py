@@ -13,8 +13,9 @@ from qlens.engine.heads import Head, capped_
 from qlens.registry.structure import Structure
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEVICES = {"cuda"}
-"""Device types on which the Triton kernels run; a test of the interpreter adds "cpu"."""
+DEVICES: set[str] = set()
+"""Device types on which the Triton kernels run: none until they have been measured on a device. The GPU benchmark adds
+"cuda", a test by Triton's interpreter "cpu"."""
 
 
 @cache
