@@ -60,6 +60,8 @@ def test_columns_per_token_are_truncated_too():
     left = encode([row], letters(), 4, on_long="truncate_left").examples[0]
     assert left["weight"] == [0, 4, 5, 6] and left["labels"][0] == IGNORE
     assert encode([row], letters(), 4, on_long="truncate_right").examples[0]["weight"] == [0, 1, 2, 3]
+    cut = encode(["abcdef"], letters(special=False), 3, on_long="truncate_left").examples[0]
+    assert cut["labels"] == [IGNORE, *cut["input_ids"][1:]]  # nothing that is left predicts the first
 
 
 def test_a_pair_is_dropped_as_a_whole():
