@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from qlens.core.errors import InputError, brief
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS, TEACHER_PROMPT
+from qlens.data.encoding.compact import Examples
 from qlens.data.examples import Encoded, encode
 from qlens.training.datasets.privileged import PROMPT, check_template, with_teacher_prompt
 
@@ -89,6 +90,8 @@ def as_dataset(rows: Any) -> Any:
     from datasets import Dataset
 
     rows = rows.examples if isinstance(rows, Encoded) else rows
+    if isinstance(rows, Examples):
+        return rows.to_dataset()
     if hasattr(rows, "column_names") or not isinstance(rows, Sequence) or isinstance(rows, str):
         return rows
     return Dataset.from_list(list(rows))
