@@ -102,8 +102,8 @@ class Examples(Sequence):
         ends = np.cumsum([0, *(len(ids) for ids, _ in rows)])
         lists = pa.ListArray if ends[-1] < 2**31 else pa.LargeListArray
         ends = pa.array(ends, pa.int32() if lists is pa.ListArray else pa.int64())
-        table = {"input_ids": lists.from_arrays(ends, pa.array(ids))}
-        table["labels"] = lists.from_arrays(ends, pa.array(np.where(learned, ids, IGNORE)))
+        table = {"input_ids": lists.from_arrays(ends, pa.array(ids, pa.int64()))}
+        table["labels"] = lists.from_arrays(ends, pa.array(np.where(learned, ids, IGNORE), pa.int64()))
         table |= {name: pa.array([values[row] for row in self._order]) for name, values in self._columns.items()}
         return datasets.Dataset(pa.table(table))
 

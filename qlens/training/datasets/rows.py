@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from qlens.core.errors import InputError, brief
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS, TEACHER_PROMPT
+from qlens.data.encoding.compact import Examples
 from qlens.data.examples import Encoded, encode
 from qlens.data.rows import load_rows
 from qlens.training.datasets.privileged import PROMPT, check_template, with_teacher_prompt
@@ -116,6 +117,8 @@ def as_dataset(rows: Any) -> Any:
             "split='train'), or a list of rows"
         )
     rows = rows.examples if isinstance(rows, Encoded) else rows
+    if isinstance(rows, Examples):
+        return rows.to_dataset()
     if hasattr(rows, "column_names") or not isinstance(rows, Sequence):
         return rows
     return Dataset.from_list(list(rows))
