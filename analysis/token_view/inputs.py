@@ -82,14 +82,19 @@ def rows_of(text: Any) -> Sequence[Any]:
 
 def columns_of(text: Any) -> list[str]:
     """Per-token columns that all rows have."""
-    rows = (
-        [text]
-        if isinstance(text, Mapping)
-        else text
-        if isinstance(text, Sequence) and not isinstance(text, str)
-        else []
-    )
-    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
+    rows = [text] if isinstance(text, Mapping) else text
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not len(rows):
+        return []
+    return [name for name in COLUMNS if all(_has(rows, at, name) for at in range(len(rows)))]
+
+
+def _has(rows: Sequence[Any], at: int, name: str) -> bool:
+    """Whether a row has a column; a row that cannot be read has all, for it is left out."""
+    try:
+        row = rows[at]
+    except BadRow:
+        return True
+    return isinstance(row, Mapping) and name in row
 
 
 def variants_of(variants: Any, teacher: Any, reference: Any, fields: Collection[str]) -> list[Variant]:
@@ -128,11 +133,9 @@ def encoded_rows(
 ) -> tuple[dict[int, dict], dict[int, str]]:
     """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
     rows, examples, skipped = rows_of(text), {}, {}
-    for number, row in track(enumerate(rows, 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
-        encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
-        where = rows.where(number - 1) if isinstance(rows, Rows) else f"row {number}"
+    for number in track(range(1, len(rows) + 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
         try:
-            encoded_row = row if encoded else example(row, tokenizer, where, getattr(rows, "columns", Columns()))
+            encoded_row = _encoded(rows, number, tokenizer)
         except BadRow as error:
             if getattr(rows, "on_bad", "error") == "error":
                 raise
@@ -150,6 +153,15 @@ def encoded_rows(
         reasons = "; ".join(f"row {row}: {reason}" for row, reason in list(skipped.items())[:3])
         raise InputError(f"text: none of its {len(rows)} rows can be shown ({reasons})")
     return examples, skipped
+
+
+def _encoded(rows: Sequence[Any], number: int, tokenizer: Any) -> Mapping[str, Any]:
+    """A row, encoded if it is not."""
+    row = rows[number - 1]
+    if isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row):
+        return row
+    where = rows.where(number - 1) if isinstance(rows, Rows) else f"row {number}"
+    return example(row, tokenizer, where, getattr(rows, "columns", Columns()))
 
 
 def left_out(skipped: Mapping[int, str]) -> list[str]:

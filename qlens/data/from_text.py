@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,7 +17,6 @@ from qlens.data.collator import collate
 from qlens.data.compatibility import check_model, context_length, vocabulary_size
 from qlens.data.examples import encode
 from qlens.data.models import check_token_ids, load_to_read, loaded, loaded_once
-from qlens.data.rows import Row
 from qlens.data.supervised_batch import SupervisedBatch
 from qlens.data.vocabularies import Vocabularies
 from qlens.engine.models.backbones import Backbones
@@ -29,7 +29,7 @@ ENTRIES = 2**22  # logits of one model at a time, where little of them is kept
 def tokens_from_text(
     model: nn.Module | str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[str | tuple[str, str] | Row],
+    rows: Any,
     teacher: nn.Module | str | Path | None = None,
     reference: nn.Module | str | Path | None = None,
     batch_size: int = 8,
@@ -55,7 +55,7 @@ def tokens_from_text(
     Example:
         >>> tokens_from_text("path/to/model", tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
     """
-    if isinstance(rows, str) or (isinstance(rows, Sized) and not len(rows)):
+    if isinstance(rows, Sized) and not len(rows):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
     examples = encode(rows, tokenizer).examples
     return tokens_from_examples(

@@ -289,14 +289,21 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 reads it
+        with without_peft_warning():
             yield
     finally:
         transformers_logging.set_verbosity(level)
         hub_logging.set_verbosity(hub_level)
         if progress_bar:
             transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Context without the warning of a name that peft 0.21 reads and transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
 
 
 def freeze(model: nn.Module) -> nn.Module:

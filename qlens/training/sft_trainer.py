@@ -8,7 +8,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qlens.core.errors import InputError, brief
-from qlens.data.models import place_of
+from qlens.data.models import place_of, without_peft_warning
 from qlens.training.datasets.columns import ColumnCollator, cut_and_packed, whole_rows, with_teacher_prompts
 from qlens.training.datasets.pairs import PairCollator, check_takes_pairs, encoded_pairs, is_pairs
 from qlens.training.datasets.rows import as_dataset, keys_of
@@ -67,10 +67,11 @@ class QSFTTrainer(QLossMixin, SFTTrainer):
             else as_dataset(eval_dataset)
         )
         try:
-            super().__init__(
-                model=model, args=args, data_collator=data_collator, train_dataset=train_dataset, eval_dataset=eval_dataset,
-                **options,
-            )  # fmt: skip
+            with without_peft_warning():
+                super().__init__(
+                    model=model, args=args, data_collator=data_collator, train_dataset=train_dataset,
+                    eval_dataset=eval_dataset, **options,
+                )  # fmt: skip
         except OSError as error:
             raise InputError(f"model {brief(model)} cannot be read: {brief(str(error), 300)}") from error
         if is_pairs(self.train_dataset) and data_collator is None:

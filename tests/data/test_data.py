@@ -221,7 +221,7 @@ def test_text_that_does_not_fit_is_refused():
             "reference has a vocabulary of 9, the model of 32, and their tokenizer has a token",
         ),
         (["ab"], {"model": llama(vocab=4)}, "row 1 has a token 6, but the model's vocabulary is 4"),
-        ("ab", {}, "rows must be a non-empty list"),
+        ("ab", {}, "data file .ab. is not there"),
         ([], {}, "rows must be a non-empty list"),
         ([3], {}, "row 1: a row must be an object, got int"),
     ]:

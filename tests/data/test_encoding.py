@@ -60,6 +60,8 @@ def test_columns_per_token_are_truncated_too():
     left = encode([row], letters(), 4, on_long="truncate_left").examples[0]
     assert left["weight"] == [0, 4, 5, 6] and left["labels"][0] == IGNORE
     assert encode([row], letters(), 4, on_long="truncate_right").examples[0]["weight"] == [0, 1, 2, 3]
+    cut = encode(["abcdef"], letters(special=False), 3, on_long="truncate_left").examples[0]
+    assert cut["labels"] == [IGNORE, *cut["input_ids"][1:]]  # nothing that is left predicts the first
 
 
 def test_a_pair_is_dropped_as_a_whole():
@@ -86,7 +88,7 @@ def test_bad_rows_are_refused_together_or_dropped_and_counted(bad_file):
     with pytest.raises(InputError) as refused:
         encode(bad_file, letters(), 100)
     text = str(refused.value)
-    assert text.startswith(f"{bad_file}, line 3: not JSON") and "on_bad='drop' leaves them out" in text
+    assert text.startswith(f"{bad_file}, line 3: not JSON") and "on_bad='drop' (--on-bad drop) leaves them out" in text
     assert "rows cannot be used: 1 malformed JSON (line 3), 1 invalid UTF-8 (line 5)" in text
     encoded = encode(bad_file, letters(), 100, on_bad="drop")
     assert encoded.examples == encode([PAIR] * 3, letters()).examples

@@ -53,6 +53,8 @@ def test_qwen3_in_two_turns_and_with_tools(qwen3):
     assert text.count("<think>\n\n</think>\n\n") == 2
     texts, text, report = of(qwen3, [USER, THOUGHT, AGAIN, THOUGHT])
     assert texts == ["<think>\ntwo and two\n</think>\n\nIt is 4.<|im_end|>"] * 2
+    _, text, _ = of(load_tokenizer(SHARED / "tokenizers/qwen3"), [ANSWER, USER, LAST])
+    assert text.count("<think>") == 2  # as it is after other rows
     texts, text, report = of(qwen3, TOOL_TURNS, tools=TOOLS)
     assert texts == [f"{CALLED}<|im_end|>", "It is 4.<|im_end|>"] and not report.count("noted")
     assert '{"name": "add", "description": "a sum"' in text and "<tool_response>\n4\n</tool_response>" in text

@@ -48,10 +48,11 @@ class Report(Result):
         parts = [f"{self.examples} examples of {self.rows} rows of {', '.join(self.shapes) or 'no shape'}"]
         if self.ignored:
             parts.append(f"ignored: {', '.join(self.ignored)}")
-        parts += [f"{what} {count}: {self._reason(what, reason)}" for (what, reason), count in self._counted()]
+        parts += [f"{what} {count}: {self.reason(what, reason)}" for (what, reason), count in self._counted()]
         return "; ".join(parts)
 
-    def _reason(self, what: str, reason: str) -> str:
+    def reason(self, what: str, reason: str) -> str:
+        """A reason with its first places."""
         places, count = self.places[what, reason], self.counts[what, reason]
         first = ", ".join(places[:3]) + (", ..." if count > min(len(places), 3) else "")
         return f"{reason} ({first})"
@@ -66,7 +67,7 @@ class Report(Result):
         lines += [f"  learned part by: {way} ({count})" for way, count in self.ways.most_common()]
         if self.ignored:
             lines.append(f"  ignored columns: {', '.join(self.ignored)}")
-        lines += [f"  {what}, {count} rows: {self._reason(what, reason)}" for (what, reason), count in self._counted()]
+        lines += [f"  {what}, {count} rows: {self.reason(what, reason)}" for (what, reason), count in self._counted()]
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -164,13 +164,10 @@ class RowsEncoding:
         counts = {
             reason: n for (what, reason), n in self.report.counts.items() if what == DROPPED and LONG not in reason
         }
-        if (total := sum(counts.values())) == 1:
-            advice = "on_bad='drop' leaves the row out"
-        else:
-            reasons = (f"{count} {self.report._reason(DROPPED, reason)}" for reason, count in counts.items())
-            advice = (
-                f"{total} of {len(self.rows)} rows cannot be used: {', '.join(reasons)}; on_bad='drop' leaves them out"
-            )
+        total, drop = sum(counts.values()), "on_bad='drop' (--on-bad drop) leaves"
+        reasons = ", ".join(f"{count} {self.report.reason(DROPPED, reason)}" for reason, count in counts.items())
+        advice = f"{total} of {len(self.rows)} rows cannot be used: {reasons}; {drop} them out"
+        advice = f"{drop} the row out" if total == 1 else advice
         at, error = self._first_bad
         raise InputError(f"{error.at(self.rows.where(at))}; {advice}") from error.__cause__
 

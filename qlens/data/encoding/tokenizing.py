@@ -29,11 +29,13 @@ class TextTokenizer:
         self.tokenizer: Any = tokenizer
         self.added = frozenset(self.tokenizer.added_tokens_encoder.values())
         self._tails: dict[str, list[int]] = {}
+        self._direct: bool | None = None
 
     def __call__(self, texts: Sequence[LearnedText]) -> list[Tokenized | BadRow]:
         """Token ids and learned spans of tokens, or why a text cannot be cut into them."""
         if not texts:
             return []
+        self._direct = None  # somebody may have changed the tokenizer
         batch, encodings = self._batch([text.text for text in texts])
         borders = [[at for span in text.spans for at in span] for text in texts]
         places = [
@@ -57,17 +59,40 @@ class TextTokenizer:
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts, as they stand."""
-        return self._batch(texts)[0] if texts else []
+        if not texts:
+            return []
+        if self._is_direct(texts[:2]):
+            return [
+                each.ids for each in self.tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            ]
+        return self._called(texts)["input_ids"]
 
     def _batch(self, texts: Sequence[str]) -> tuple[list[list[int]], Sequence[Any]]:
-        batch = self.tokenizer(
+        """Token ids of texts, and their encodings; None from tokenizers in Python."""
+        if self._is_direct(texts[:2]):
+            encodings = self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in encodings], encodings
+        batch = self._called(texts)
+        return batch["input_ids"], batch.encodings or [None] * len(texts)
+
+    def _called(self, texts: Sequence[str]) -> Any:
+        return self.tokenizer(
             list(texts),
             add_special_tokens=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )
-        return batch["input_ids"], batch.encodings or [None] * len(texts)
+
+    def _is_direct(self, texts: Sequence[str]) -> bool:
+        """Whether the tokenizer does no more than its backend, seen at the first texts; the call also takes truncation off."""
+        if self._direct is None:
+            called = self._called(texts)["input_ids"]
+            backend = getattr(self.tokenizer, "backend_tokenizer", None) if self.tokenizer.is_fast else None
+            self._direct = backend is not None and called == [
+                each.ids for each in backend.encode_batch(list(texts), add_special_tokens=False)
+            ]
+        return self._direct
 
     def _places(self, text: str, ids: list[int], encoding: Any, borders: Sequence[int]) -> list[tuple[int, str]]:
         """For every border the token of the last added token before it, and the text from there on; "" where there is none."""
