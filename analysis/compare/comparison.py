@@ -58,6 +58,7 @@ def compare(
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
     max_length: int | None = None,
+    on_long: str | None = None,
     lora_rank: int | None = None,
     gradient_checkpointing: bool = False,
     chat_template: str | Path | None = None,
@@ -97,7 +98,9 @@ def compare(
         data: a file, a folder, or NAME:SPLIT on the Hugging Face hub, as ``qlens.data.load_rows`` reads them.
         batch_size: rows of an optimizer step on your own model, by default 16.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; by default all of them.
-        max_length: longer rows are dropped and counted; by default what the models take.
+        max_length: of a row, in tokens; by default what the models take.
+        on_long: what becomes of longer rows: "drop" (the default), "truncate_left", "truncate_right" or "error"; they are
+            counted.
         lora_rank: train adapters of this rank on all linear layers but the head, and no weights of the model; the reference is
             then the model without them.
         gradient_checkpointing: compute activations twice, to hold fewer of them.
@@ -140,6 +143,7 @@ def compare(
         "batch_size": batch_size,
         "micro_batch_size": micro_batch_size,
         "max_length": max_length,
+        "on_long": on_long,
         "lora_rank": lora_rank,
         "gradient_checkpointing": gradient_checkpointing or None,
         "chat_template": None if chat_template is None else str(chat_template),

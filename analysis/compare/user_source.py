@@ -44,7 +44,7 @@ class UserSource:
         steps: of every training; None: ``STEPS``.
         batch_size: rows of an optimizer step.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; None: all of them.
-        max_length: the most tokens of a row; None: what the models take.
+        max_length, on_long: the most tokens of a row (None: what the models take), and what becomes of longer ones.
         lora_rank: the rank of LoRA adapters on all linear layers but the head, which alone are trained; None: all weights are.
         gradient_checkpointing: compute activations twice to hold fewer of them.
         chat_template: a file that replaces the tokenizer's.
@@ -61,6 +61,7 @@ class UserSource:
     batch_size: int = BATCH
     micro_batch_size: int | None = None
     max_length: int | None = None
+    on_long: str = "drop"
     lora_rank: int | None = None
     gradient_checkpointing: bool = False
     chat_template: str | None = None
@@ -155,7 +156,7 @@ class UserSource:
             matched = match_vocabulary(width, models["teacher"], "teacher", tokenizer, teacher_tokenizer)
         contexts = (compatibility.shortest_context(*models.values()), self.max_length)
         limit = min((each for each in contexts if each is not None), default=None)
-        encoded = encode(rows, tokenizer, limit)
+        encoded = encode(rows, tokenizer, limit, on_long=self.on_long)
         size = compatibility.vocabulary_size(models["model"])
         if (top := max(max(example["input_ids"]) for example in encoded.examples)) >= size:
             raise InputError(f"{self.data} has a token {top}, but the vocabulary of {self.model} is {size}")

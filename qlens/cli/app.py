@@ -136,7 +136,13 @@ def compare(
         int | None, typer.Option(min=1, help="Rows of a forward pass, a divisor.", show_default="the batch size")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Drop longer rows, in tokens.", show_default="what the models take")
+        int | None, typer.Option(min=2, help="The most tokens of a row.", show_default="what the models take")
+    ] = None,
+    on_long: Annotated[
+        str | None,
+        typer.Option(
+            metavar="drop|truncate_left|truncate_right|error", help="What becomes of longer rows.", show_default="drop"
+        ),
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train LoRA adapters of this rank only.", show_default="all weights")
@@ -180,6 +186,7 @@ def compare(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         max_length=max_length,
+        on_long=on_long,
         lora_rank=lora_rank,
         gradient_checkpointing=gradient_checkpointing,
         chat_template=chat_template,
