@@ -63,7 +63,7 @@ class Material:
         pairs = [
             {"prompt": each.prompt, "completion": each.completion} for each in world.demonstrations[: ROWS + HELD_OUT]
         ]
-        examples = encode(pairs, world.tokenizer, None).examples
+        examples = encode(pairs, world.tokenizer, progress=False).examples
         return cls(world.base(), world.teacher(), world.tokenizer, examples, world.setting.learning_rate)
 
     @classmethod
