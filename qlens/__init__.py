@@ -29,10 +29,15 @@ if TYPE_CHECKING:
     from qlens.lens.gradient_flow import Destination, destination
     from qlens.testing import check_variant
     from qlens.training import QLossMixin, QTrainer
+    from qlens.training.sft_trainer import QSFTTrainer
+    from qlens.training.sources import EMA, AdaptersOff, CurrentModel
     from qlens.training.watch import Watch
 
 __all__ = [
+    "EMA",
+    "AdaptersOff",
     "CheckReport",
+    "CurrentModel",
     "Destination",
     "Explanation",
     "GeometricMixture",
@@ -40,6 +45,7 @@ __all__ = [
     "InputError",
     "ParameterError",
     "QLossMixin",
+    "QSFTTrainer",
     "QTrainer",
     "Study",
     "Target",
@@ -71,10 +77,14 @@ __all__ = [
 
 # imported on first use: with them pandas, scipy, transformers and matplotlib
 _LAZY = {
+    "EMA": "qlens.training.sources",
+    "AdaptersOff": "qlens.training.sources",
     "CheckReport": "qlens.conformance.report",
+    "CurrentModel": "qlens.training.sources",
     "Destination": "qlens.lens.gradient_flow",
     "Explanation": "qlens.lens.explanation",
     "QLossMixin": "qlens.training",
+    "QSFTTrainer": "qlens.training.sft_trainer",
     "QTrainer": "qlens.training",
     "Study": "qlens.analysis.study",
     "Watch": "qlens.training.watch",

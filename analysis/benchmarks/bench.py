@@ -183,7 +183,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--out", type=Path, help="a folder for the engine's JSON and figure")
-    parser.add_argument("--model", help="with lens: a Hugging Face folder, to measure on a text too")
+    parser.add_argument(
+        "--model", help="a Hugging Face folder; with lens: measured on a text too; with step: against TRL"
+    )
     parser.add_argument("--data", help="with --model: JSON Lines")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
@@ -191,8 +193,14 @@ def main(argv: list[str] | None = None) -> None:
     measure, show, usual = BENCHMARKS[options.benchmark]
     if options.out is not None and options.benchmark != "engine":
         parser.error("--out goes with engine, the only benchmark that has a figure")
+    if options.model is not None and options.benchmark == "step":
+        from qlens.analysis.benchmarks.trl_steps import show_trl_steps, trl_steps
+
+        rows = trl_steps(options.model, repeats=options.repeats or 3)
+        print(json.dumps(rows, indent=2)) if options.json else show_trl_steps(rows)
+        return
     if (options.model is None) != (options.data is None) or (options.model and options.benchmark != "lens"):
-        parser.error("--model and --data go together, with lens")
+        parser.error("--model and --data go together with lens; --model alone goes with step")
     rows = measure(repeats=options.repeats or usual)
     if options.model is not None:
         rows += real_text(options.model, options.data)

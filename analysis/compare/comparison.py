@@ -58,9 +58,13 @@ def compare(
     batch_size: int | None = None,
     micro_batch_size: int | None = None,
     max_length: int | None = None,
+    on_long: str | None = None,
     lora_rank: int | None = None,
     gradient_checkpointing: bool = False,
     chat_template: str | Path | None = None,
+    prompt_column: str | None = None,
+    completion_column: str | None = None,
+    on_bad: str | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     out: str | Path | None = None,
@@ -91,14 +95,18 @@ def compare(
         model, teacher: Hugging Face folders, or transformers models, which are saved once to the cache folder. Methods
             with a teacher need one.
         tokenizer: of models that are not folders.
-        data: a JSON Lines file.
+        data: a file, a folder, or NAME:SPLIT on the Hugging Face hub, as ``qlens.data.load_rows`` reads them.
         batch_size: rows of an optimizer step on your own model, by default 16.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; by default all of them.
-        max_length: longer rows are dropped and counted; by default what the models take.
+        max_length: of a row, in tokens; by default what the models take.
+        on_long: what becomes of longer rows: "drop" (the default), "truncate_left", "truncate_right" or "error"; they are
+            counted.
         lora_rank: train adapters of this rank on all linear layers but the head, and no weights of the model; the reference is
             then the model without them.
         gradient_checkpointing: compute activations twice, to hold fewer of them.
         chat_template: a file with a chat template (jinja) that replaces the tokenizer's.
+        prompt_column, completion_column: of your data, where their names do not say it (``qlens.encode``).
+        on_bad: "drop" leaves out rows of your data that cannot be used, which are an error otherwise.
         device: of your own models; on one other than the CPU, one job runs at a time.
         dtype: of all products on your own model ("float32", "bfloat16", "float16"); trained weights are in float32.
         out: the run folder; by default one under ./runs, named by the configuration.
@@ -135,9 +143,13 @@ def compare(
         "batch_size": batch_size,
         "micro_batch_size": micro_batch_size,
         "max_length": max_length,
+        "on_long": on_long,
         "lora_rank": lora_rank,
         "gradient_checkpointing": gradient_checkpointing or None,
         "chat_template": None if chat_template is None else str(chat_template),
+        "prompt_column": prompt_column,
+        "completion_column": completion_column,
+        "on_bad": on_bad,
     }
     own = {name: value for name, value in own.items() if value is not None}
     if model is None and data is None and teacher is None:
@@ -213,11 +225,7 @@ def _prepare(sources: Sequence[Source], console: Console) -> None:
         metadata = source.metadata
         if matched := metadata.get("vocabulary"):
             console.print(f"{source.name}: {matched}")
-        if ignored := metadata.get("ignored keys"):
-            console.print(f"{source.name}: keys that are ignored: {ignored}")
-        if dropped := metadata.get("dropped"):
-            total = f"{metadata['rows']} rows exceed the context of {metadata['context']} tokens"
-            console.print(f"{source.name}: {dropped} of {total}: dropped")
+        console.print(f"{source.name}: {metadata['data']}")
 
 
 def _run(

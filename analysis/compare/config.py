@@ -83,7 +83,7 @@ def user_source(
         InputError: model or data is missing, or a module has no tokenizer.
     """
     if model is None or data is None:
-        raise InputError("a comparison on your own model needs both model and data (a folder and a JSON Lines file)")
+        raise InputError("a comparison on your own model needs both model and data (a folder and a data file)")
     folders = [each if each is None else stored(each, name, tokenizer) for name, each in
                (("model", model), ("teacher", teacher))]  # fmt: skip
     return [UserSource.of(str(folders[0]), str(data), folders[1], **options)]

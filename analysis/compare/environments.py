@@ -135,7 +135,7 @@ class LabSource:
         lab, setting = world(self.setting, progress), self.setting
         rows = [{"prompt": d.prompt, "completion": d.completion} for d in lab.demonstrations]
         held_out = min(LAB_HELD_OUT, len(rows) // 5)
-        examples = encode(rows, lab.tokenizer, None).examples
+        examples = encode(rows, lab.tokenizer, progress=False).examples
 
         judgements = [each.correct for each in lab.demonstrations[len(rows) - held_out :]]
         end = None  # the end token of every row

@@ -18,7 +18,7 @@ from qlens.data import models as loading
 from qlens.data.base_models import with_adapters
 from qlens.data.collator import COLUMNS
 from qlens.data.examples import encode
-from qlens.data.rows import ignored_keys, read_rows, split
+from qlens.data.rows import load_rows, local_files, split
 from qlens.data.vocabularies import match_vocabulary
 from qlens.engine.models.causality import check_causal
 
@@ -39,11 +39,12 @@ class UserSource:
     Relative paths begin at ``folder``, in every process.
 
     Args:
-        model, data, teacher: paths.
+        model, data, teacher: paths; data as ``qlens.data.load_rows`` reads them.
+        prompt_column, completion_column, on_bad: as in ``qlens.data.encode``.
         steps: of every training; None: ``STEPS``.
         batch_size: rows of an optimizer step.
         micro_batch_size: rows of a forward pass, a divisor of ``batch_size``; None: all of them.
-        max_length: the most tokens of a row; None: what the models take.
+        max_length, on_long: the most tokens of a row (None: what the models take), and what becomes of longer ones.
         lora_rank: the rank of LoRA adapters on all linear layers but the head, which alone are trained; None: all weights are.
         gradient_checkpointing: compute activations twice to hold fewer of them.
         chat_template: a file that replaces the tokenizer's.
@@ -60,9 +61,13 @@ class UserSource:
     batch_size: int = BATCH
     micro_batch_size: int | None = None
     max_length: int | None = None
+    on_long: str = "drop"
     lora_rank: int | None = None
     gradient_checkpointing: bool = False
     chat_template: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | tuple[str, str] | None = None
+    on_bad: str | None = None
     device: str = "cpu"
     dtype: str = "float32"
     files: tuple[tuple[str, str], ...] = ()
@@ -84,8 +89,9 @@ class UserSource:
         dtypes = [each for each in DTYPES if each != "float16" or not own.device.startswith("cpu")]
         if own.dtype not in dtypes:
             raise InputError(f"dtype must be one of {', '.join(dtypes)} on {own.device}, got {own.dtype!r}")
-        paths = (model, data, teacher, own.chat_template)
-        files = {file: digest(file) for path in paths if path for file in _files(path)}
+        paths = (model, teacher, own.chat_template)
+        own_files = [*local_files(data), *(file for path in paths if path for file in _files(path))]
+        files = {file: digest(file) for file in own_files}
         digests = tuple((str(shown_path(file)), value) for file, value in files.items())
         return replace(own, files=digests)
 
@@ -139,7 +145,8 @@ class UserSource:
             InputError: unreadable files, models that do not fit together, or fewer than two rows.
         """
         with from_here(self.folder):
-            rows, tokenizer = read_rows(self.data), self._tokenizer()
+            rows = load_rows(self.data, None, self.prompt_column, self.completion_column, self.on_bad)
+            tokenizer = self._tokenizer()
             teacher_tokenizer = None if self.teacher is None else loading.load_tokenizer(self.teacher)
         models, matched = {"model": self._load(self.model)}, ""
         if self.teacher is not None and teacher_tokenizer is not None:
@@ -149,7 +156,7 @@ class UserSource:
             matched = match_vocabulary(width, models["teacher"], "teacher", tokenizer, teacher_tokenizer)
         contexts = (compatibility.shortest_context(*models.values()), self.max_length)
         limit = min((each for each in contexts if each is not None), default=None)
-        encoded = encode(rows, tokenizer, limit)
+        encoded = encode(rows, tokenizer, limit, on_long=self.on_long)
         size = compatibility.vocabulary_size(models["model"])
         if (top := max(max(example["input_ids"]) for example in encoded.examples)) >= size:
             raise InputError(f"{self.data} has a token {top}, but the vocabulary of {self.model} is {size}")
@@ -161,10 +168,10 @@ class UserSource:
             check_causal(
                 model, {"input_ids": torch.tensor([encoded.examples[0]["input_ids"]], device=model.device)}, name
             )
-        ignored = ignored_keys(rows)
         train, held_out = split(encoded.examples, max(1, min(HELD_OUT, len(encoded.examples) // 5)), seed=0)
         parameters = models["model"].num_parameters()
         metadata = {"rows": len(rows), "context": limit, "dropped": encoded.dropped, "trained on": len(train)}
+        metadata["data"] = encoded.report.line()
         rate = SMALL_RATE if parameters < SMALL else RATE if self.lora_rank is None else LORA_RATE
         return Environment(
             train=train,
@@ -190,7 +197,6 @@ class UserSource:
             metadata=metadata
             | {"held out": len(held_out), "parameters": parameters}
             | ({} if self.lora_rank is None else {"adapters": f"LoRA of rank {self.lora_rank}"})
-            | ({"ignored keys": ", ".join(ignored)} if ignored else {})
             | ({"vocabulary": matched} if matched else {}),
         )
 

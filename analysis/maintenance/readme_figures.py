@@ -28,7 +28,7 @@ from qlens.data.compatibility import check_same_tokenizer, shortest_context
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_examples
 from qlens.data.models import load_model, load_tokenizer
-from qlens.data.rows import read_rows
+from qlens.data.rows import load_rows
 from qlens.lab import SETTINGS
 from qlens.lab import world as lab_world
 from qlens.lens.equivalences import distances
@@ -63,7 +63,7 @@ class Material:
         pairs = [
             {"prompt": each.prompt, "completion": each.completion} for each in world.demonstrations[: ROWS + HELD_OUT]
         ]
-        examples = encode(pairs, world.tokenizer, None).examples
+        examples = encode(pairs, world.tokenizer, progress=False).examples
         return cls(world.base(), world.teacher(), world.tokenizer, examples, world.setting.learning_rate)
 
     @classmethod
@@ -76,7 +76,7 @@ class Material:
         tokenizer = load_tokenizer(model)
         check_same_tokenizer(tokenizer, load_tokenizer(teacher))
         student, other = load_model(model), load_model(teacher)
-        examples = encode(read_rows(data), tokenizer, shortest_context(student, other)).examples[: ROWS + HELD_OUT]
+        examples = encode(load_rows(data), tokenizer, shortest_context(student, other)).examples[: ROWS + HELD_OUT]
         if len(examples) < 2:
             raise InputError(
                 f"data {data}: 2 rows or more are needed, one to read and one to train on, got {len(examples)}"

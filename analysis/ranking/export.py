@@ -13,7 +13,7 @@ import pandas as pd
 from qlens.analysis.ranking.orders import NEGATIVE_MARGIN
 from qlens.core.errors import InputError, brief
 from qlens.core.files import output_file, shown_path, write_text
-from qlens.data.from_text import row_of
+from qlens.data.rows import row_of
 
 if TYPE_CHECKING:
     from qlens.analysis.ranking.ranking import Ranking

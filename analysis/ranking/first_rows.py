@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from qlens.analysis.ranking.export import rows_of
 from qlens.analysis.ranking.ranking import Ranking
 from qlens.analysis.token_view.token_view import TokenView, view
 from qlens.registry import Variant
@@ -27,6 +28,6 @@ def view_first(
         options: further arguments of ``qlens.view``, such as teacher and candidates.
     """
     numbers = sorted(ranking.first(top))
-    shown = view(model, tokenizer, [ranking.row(number) for number in numbers], variants, **options)
+    shown = view(model, tokenizer, rows_of(ranking).select([number - 1 for number in numbers]), variants, **options)
     texts = tuple(replace(text, row=numbers[text.row - 1]) for text in shown.texts)
     return replace(shown, texts=texts, skipped=ranking.skipped, ranked=ranking)

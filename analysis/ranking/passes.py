@@ -21,7 +21,7 @@ from qlens.core.files import shown_path, user_path
 from qlens.core.progress import bar, duration, stderr
 from qlens.data.compatibility import shortest_context
 from qlens.data.from_text import ENTRIES, check_fits, token_batches
-from qlens.data.rows import read_rows
+from qlens.data.rows import load_rows
 from qlens.engine.models.backbones import Backbones
 from qlens.registry import Variant
 from qlens.registry.variant import ALONE
@@ -54,8 +54,8 @@ def rank(
     Args:
         model: a causal language model, or its folder.
         tokenizer: of the model, or its folder; None with a folder as ``model``.
-        rows: a JSON Lines file (``qlens.data.read_rows``), or a list of texts, (prompt, completion) pairs, rows of data, or
-            ``{"input_ids", "labels"}``.
+        rows: a path or a ``datasets.Dataset`` (``qlens.data.load_rows``), or a list of texts, (prompt, completion) pairs,
+            rows of data, or ``{"input_ids", "labels"}``.
         variants: Variants, specs or loss functions; by default sft and dft, and with a teacher target_sft and kd.
         teacher, reference: other models over the same vocabulary, or their folders, for methods that need one.
         max_rows: stop after this many rows that can be ranked; by default all.
@@ -75,11 +75,9 @@ def rank(
         >>> ranking = qlens.rank("path/to/model", None, "data.jsonl", ["dft"])  # doctest: +SKIP
         >>> print(ranking.export("weighted.jsonl"))  # doctest: +SKIP
     """
-    data = read_rows(rows) if isinstance(rows, str | Path) else [rows] if isinstance(rows, Mapping) else rows
-    if not isinstance(data, Sequence) or not len(data):
-        raise InputError(
-            f"rows must be a JSON Lines file, or a non-empty list of texts, pairs or rows, got {brief(rows)}"
-        )
+    data = load_rows(rows)
+    if not len(data):
+        raise InputError(f"rows must be a data file or a non-empty list of texts, pairs or rows, got {brief(rows)}")
     chosen = inputs.variants_of(variants, teacher, reference, (*inputs.FIELDS, *inputs.columns_of(data)))
     inputs.check_number("max_rows", 1 if max_rows is None else max_rows)
     student, tokenizer, others = inputs.loaded_models(model, tokenizer, teacher=teacher, reference=reference)

@@ -11,10 +11,11 @@ from qlens.core.errors import InputError
 from qlens.core.progress import track
 from qlens.core.supervised import IGNORE
 from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_model, check_same_vocabulary
+from qlens.data.compatibility import check_model, vocabulary_size
 from qlens.data.examples import example
-from qlens.data.from_text import row_of
 from qlens.data.models import load_to_read, load_tokenizer
+from qlens.data.rows import BadRow, Columns, Rows, load_rows
+from qlens.data.vocabularies import Vocabularies
 from qlens.registry import Variant, resolve
 
 SHOWN = 1000  # rows from which on their encoding shows its progress
@@ -40,7 +41,12 @@ def loaded_models(
     student, own_tokenizer = loaded_model(model, "model"), tokenizer_of(model, tokenizer)
     models = {name: loaded_model(each, name) for name, each in others.items() if each is not None}
     for name, other in models.items():
-        check_same_vocabulary(student, other, name)
+        Vocabularies().check(student, other, name, own_tokenizer)
+        sizes = vocabulary_size(other), vocabulary_size(student)
+        if name == "after" and sizes[0] != sizes[1]:
+            raise InputError(
+                f"after has a vocabulary of {sizes[0]}, the model of {sizes[1]}: give a later checkpoint of the model"
+            )
     return student, own_tokenizer, models
 
 
@@ -68,6 +74,7 @@ def rows_of(text: Any) -> Sequence[Any]:
         InputError: no rows.
     """
     rows = [text] if isinstance(text, (str, Mapping)) else text
+    rows = load_rows(rows) if hasattr(rows, "with_format") else rows
     if not isinstance(rows, Sequence) or not len(rows):
         raise InputError("text must be a text, or a non-empty list of texts, pairs or rows of data")
     return rows
@@ -75,14 +82,19 @@ def rows_of(text: Any) -> Sequence[Any]:
 
 def columns_of(text: Any) -> list[str]:
     """Per-token columns that all rows have."""
-    rows = (
-        [text]
-        if isinstance(text, Mapping)
-        else text
-        if isinstance(text, Sequence) and not isinstance(text, str)
-        else []
-    )
-    return [name for name in COLUMNS if rows and all(isinstance(row, Mapping) and name in row for row in rows)]
+    rows = [text] if isinstance(text, Mapping) else text
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not len(rows):
+        return []
+    return [name for name in COLUMNS if all(_has(rows, at, name) for at in range(len(rows)))]
+
+
+def _has(rows: Sequence[Any], at: int, name: str) -> bool:
+    """Whether a row has a column; a row that cannot be read has all, for it is left out."""
+    try:
+        row = rows[at]
+    except BadRow:
+        return True
+    return isinstance(row, Mapping) and name in row
 
 
 def variants_of(variants: Any, teacher: Any, reference: Any, fields: Collection[str]) -> list[Variant]:
@@ -121,9 +133,14 @@ def encoded_rows(
 ) -> tuple[dict[int, dict], dict[int, str]]:
     """Encoded rows, and the reasons why others cannot be shown; both by number, from 1."""
     rows, examples, skipped = rows_of(text), {}, {}
-    for number, row in track(enumerate(rows, 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
-        encoded = isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row)
-        encoded_row = row if encoded else example(row_of(row), tokenizer, f"row {number}")
+    for number in track(range(1, len(rows) + 1), len(rows), "Encode rows", progress and len(rows) > SHOWN):
+        try:
+            encoded_row = _encoded(rows, number, tokenizer)
+        except BadRow as error:
+            if getattr(rows, "on_bad", "error") == "error":
+                raise
+            skipped[number] = error.reason
+            continue
         if limit is not None and len(encoded_row["input_ids"]) > limit:
             skipped[number] = f"longer than the context of {limit} tokens"
         elif not places_of(encoded_row):
@@ -136,6 +153,15 @@ def encoded_rows(
         reasons = "; ".join(f"row {row}: {reason}" for row, reason in list(skipped.items())[:3])
         raise InputError(f"text: none of its {len(rows)} rows can be shown ({reasons})")
     return examples, skipped
+
+
+def _encoded(rows: Sequence[Any], number: int, tokenizer: Any) -> Mapping[str, Any]:
+    """A row, encoded if it is not."""
+    row = rows[number - 1]
+    if isinstance(row, Mapping) and {"input_ids", "labels"} <= set(row):
+        return row
+    where = rows.where(number - 1) if isinstance(rows, Rows) else f"row {number}"
+    return example(row, tokenizer, where, getattr(rows, "columns", Columns()))
 
 
 def left_out(skipped: Mapping[int, str]) -> list[str]:

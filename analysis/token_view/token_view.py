@@ -345,9 +345,9 @@ def view(
         for text in texts
         for name in segments_of([token_text[token] for token in text.ids], text.places, compiled, rest)
     ]
-    numbered = dict(enumerate(rows_of(text), 1))
+    given = rows_of(text)
     values = user_columns(
-        {each.row: numbered[each.row] for each in texts},
+        {each.row: given[each.row - 1] for each in texts},
         {each.row: each.places for each in texts},
         {each.row: len(each.ids) for each in texts},
         columns,

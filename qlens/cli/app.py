@@ -10,7 +10,7 @@ import typer
 import qlens
 from qlens.cli import console, methods, view  # noqa: F401  methods registers list and show, view registers view
 from qlens.cli.inputs import figure_path, own_tokens, slug
-from qlens.cli.options import Data, Device, Dtype, Folder, Json, Loss, Rows, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, OnBad, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
 from qlens.registry import params
@@ -25,6 +25,9 @@ def explain(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     rows: Rows = None,
     figure: Annotated[
         str | None,
@@ -51,7 +54,17 @@ def explain(
         path = default if figure is None else figure
         path = None if path is None else figure_path(path)
         thin = variant.scope == "token"
-        where = own_tokens(model, teacher, reference, data, rows, device, dtype, variant.needs, thin=thin)
+        where = own_tokens(
+            model,
+            teacher,
+            reference,
+            (data, prompt_column, completion_column, on_bad),
+            rows,
+            device,
+            dtype,
+            variant.needs,
+            thin,
+        )
         result = qlens.explain(variant, **where)
         answer = (
             result.to_latex() if latex else json.dumps(result.to_dict(), indent=2) if as_json else result.text(full)
@@ -98,6 +111,9 @@ def compare(
     model: Folder = None,
     teacher: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     out: Annotated[
         str | None, typer.Option(metavar="DIR", help="The run folder.", show_default="runs/<configuration>")
     ] = None,
@@ -120,7 +136,13 @@ def compare(
         int | None, typer.Option(min=1, help="Rows of a forward pass, a divisor.", show_default="the batch size")
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Drop longer rows, in tokens.", show_default="what the models take")
+        int | None, typer.Option(min=2, help="The most tokens of a row.", show_default="what the models take")
+    ] = None,
+    on_long: Annotated[
+        str | None,
+        typer.Option(
+            metavar="drop|truncate_left|truncate_right|error", help="What becomes of longer rows.", show_default="drop"
+        ),
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(min=1, help="Train LoRA adapters of this rank only.", show_default="all weights")
@@ -164,9 +186,13 @@ def compare(
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
         max_length=max_length,
+        on_long=on_long,
         lora_rank=lora_rank,
         gradient_checkpointing=gradient_checkpointing,
         chat_template=chat_template,
+        prompt_column=prompt_column,
+        completion_column=completion_column,
+        on_bad=on_bad,
         device="cpu" if device is None else device,
         dtype="float32" if dtype is None else dtype,
         jobs=jobs,

@@ -7,7 +7,11 @@ import typer
 
 from qlens.core.errors import InputError
 
+Source = tuple[str | None, str | None, str | None, str | None]
+"""Of the data: place, prompt column, completion column, and what becomes of bad rows."""
+
 ROWS = 32  # rows of the data that are read by default
+LOOKED_AT = 512  # rows of the data that are encoded at least
 MOST = 2**26  # logits of one model that are read as a whole
 
 
@@ -15,7 +19,7 @@ def own_tokens(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: str | None,
+    source: Source,
     rows: int | None,
     device: str | None,
     dtype: str | None,
@@ -26,31 +30,29 @@ def own_tokens(
 
     ``thin``: of more than ``MOST`` logits, read evenly spread tokens only; not for losses of whole texts.
     """
+    data, prompt, completion, on_bad = source
     if all(each is None for each in (model, data, teacher, reference)):
         options = {"--rows": rows, "--device": device, "--dtype": dtype}
+        options |= {"--prompt-column": prompt, "--completion-column": completion, "--on-bad": on_bad}
         if extra := [name for name, value in options.items() if value is not None]:
             raise InputError(f"{extra[0]} goes with --model DIR --data FILE: the built-in probes do not use it")
         return {}
     rows = rows or ROWS
     from qlens.data import compatibility, examples
     from qlens.data.from_text import tokens_from_examples
-    from qlens.data.rows import ignored_keys
 
     for name, folder in (("teacher", teacher), ("reference", reference)):
         if name in needs and folder is None:
             raise InputError(f"the method needs a {name}: give --{name} DIR")
-    loaded, data_rows = own_models(model, teacher, reference, data, "cpu" if device is None else device, dtype)
+    loaded, data_rows = own_models(model, teacher, reference, source, "cpu" if device is None else device, dtype)
     tokenizer = loaded.pop("tokenizer")
-    encoded = examples.encode(data_rows, tokenizer, compatibility.shortest_context(*loaded.values()))
+    read = data_rows[: max(4 * rows, LOOKED_AT)]  # enough of them, even where some are too long
+    encoded = examples.encode(read, tokenizer, compatibility.shortest_context(*loaded.values()))
     selected = encoded.examples[:rows]
     most = max(MOST // compatibility.vocabulary_size(loaded["model"]), 1) if thin else None
-    tokens = tokens_from_examples(examples=selected, needs=needs, most=most, **loaded)
-    typer.echo(
-        f"{data}: {len(selected)} of {len(data_rows)} rows read (--rows {rows}); {encoded.dropped} exceed the context",
-        err=True,
-    )
-    if ignored := ignored_keys(data_rows):
-        typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
+    tokens = tokens_from_examples(examples=selected, needs=needs, most=most, tokenizer=tokenizer, **loaded)
+    counted = f"{len(selected)} of {len(data_rows)} rows read (--rows {rows})"
+    typer.echo(f"{data}: {counted}; of the first {len(read)}: {encoded.report.line()}", err=True)
     if len(tokens) == most:
         typer.echo(f"{most} of these tokens are read, evenly spread: their logits alone are {MOST} numbers", err=True)
     return {"tokens": tokens, "token_text": tokenizer}
@@ -60,21 +62,22 @@ def own_models(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: str | None,
+    source: Source,
     device: str,
     dtype: str | None,
     text: str | None = None,
     after: str | None = None,
 ) -> tuple[dict[str, Any], Any]:
     """The models and the tokenizer by name, and the rows of the data, or the text given instead."""
+    data, *columns = source
     if model is None or (data is None and text is None):
-        raise InputError("--model and --data go together: a model folder and a JSON Lines file")
+        raise InputError("--model and --data go together: a model folder and a data file")
     if data is not None and text is not None:
         raise InputError("--text and --data: give one of them")
     from qlens.data import models
-    from qlens.data.rows import read_rows
+    from qlens.data.rows import load_rows
 
-    rows = text if data is None else read_rows(data)
+    rows = text if data is None else load_rows(data, None, *columns)
     tokenizer = models.load_tokenizer(model)
     loaded = {"model": models.load_to_read(model, device, dtype), "tokenizer": tokenizer}
     for name, folder in (("teacher", teacher), ("reference", reference), ("after", after)):

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import qlens
-from qlens.cli.inputs import figure_path, own_tokens
-from qlens.cli.options import Data, Device, Dtype, Folder, Json, Loss, Rows, app
+from qlens.cli.inputs import Source, figure_path, own_tokens
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, OnBad, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
 from qlens.registry import cards
@@ -27,6 +27,9 @@ def list_methods(
     teacher: Folder = None,
     reference: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     rows: Rows = None,
     as_json: Json = False,
     device: Device = None,
@@ -39,9 +42,10 @@ def list_methods(
     ] = None,
 ) -> None:
     """List the registered methods: trust, residual, scale, needs, paper; or the distances between their gradients."""
+    source = (data, prompt_column, completion_column, on_bad)
     if near:
-        return _list_distances(model, teacher, reference, data, rows, as_json, device, dtype, figure)
-    options = (model, teacher, reference, data, rows, device, dtype, figure)
+        return _list_distances(model, teacher, reference, source, rows, as_json, device, dtype, figure)
+    options = (model, teacher, reference, *source, rows, device, dtype, figure)
     if any(value is not None for value in options):
         raise InputError(
             "--model, --teacher, --reference, --data, --rows, --device, --dtype and --figure go with --distances"
@@ -61,7 +65,7 @@ def _list_distances(
     model: str | None,
     teacher: str | None,
     reference: str | None,
-    data: str | None,
+    source: Source,
     rows: int | None,
     as_json: bool,
     device: str | None,
@@ -72,7 +76,7 @@ def _list_distances(
 
     path = None if figure is None else figure_path(figure)
     needs = ("old", "second", "negatives")
-    where = own_tokens(model, teacher, reference, data, rows, device, dtype, needs)
+    where = own_tokens(model, teacher, reference, source, rows, device, dtype, needs)
     result = distances(where.get("tokens"))
     if path is not None:
         from qlens.analysis.plots.save import save_figure

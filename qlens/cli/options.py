@@ -18,7 +18,26 @@ Folder = Annotated[str | None, typer.Option(metavar="DIR", help="A Hugging Face 
 Data = Annotated[
     str | None,
     typer.Option(
-        metavar="FILE", help="JSON Lines: question/answer, prompt/completion, messages or text.", show_default="none"
+        metavar="PLACE",
+        help="JSON Lines, JSON, CSV or Parquet: messages, prompt/completion, question/answer, ShareGPT, Alpaca, chosen/rejected, "
+        "text; a folder of such files; or NAME:SPLIT on the Hugging Face hub.",
+        show_default="none",
+    ),
+]
+PromptColumn = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="The prompt's column in --data.", show_default="by the columns there are"),
+]
+CompletionColumn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="The column to learn; CHOSEN,REJECTED for pairs.", show_default="by the columns there are"
+    ),
+]
+OnBad = Annotated[
+    str | None,
+    typer.Option(
+        metavar="error|drop", help="What becomes of rows of --data that cannot be used.", show_default="error"
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Where models run: cpu, cuda, ...", show_default="cpu")]

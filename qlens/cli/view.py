@@ -9,8 +9,9 @@ import typer
 
 import qlens
 from qlens.cli.inputs import figure_path, own_models
-from qlens.cli.options import Data, Device, Dtype, Folder, app
+from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, OnBad, PromptColumn, app
 from qlens.cli.rank import output_path, rank_rows
+from qlens.cli.text import show_text
 from qlens.core.errors import InputError
 from qlens.core.files import output_file, shown_path
 from qlens.registry import params
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 def view(
     model: Folder = None,
     data: Data = None,
+    prompt_column: PromptColumn = None,
+    completion_column: CompletionColumn = None,
+    on_bad: OnBad = None,
     text: Annotated[str | None, typer.Option(help="A text instead of a file.", show_default="none")] = None,
     variants: Annotated[
         str | None,
@@ -45,6 +49,12 @@ def view(
             min=1, help="How many rows of the data to read.", show_default="8; all with --rank or --vocabulary"
         ),
     ] = None,
+    text_only: Annotated[
+        bool,
+        typer.Option(
+            "--text-only", help="Print rows as text, what is learned between ⟦ and ⟧, and a report on the data."
+        ),
+    ] = False,
     rank: Annotated[
         bool, typer.Option("--rank", help="Order tokens and rows by label weight, the lowest first.")
     ] = False,
@@ -105,9 +115,15 @@ def view(
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
-    """Show the targets token by token as one HTML file; or rank tokens and rows by label weight."""
+    """Show the targets token by token as one HTML file; or rank tokens and rows by label weight; or show the text alone."""
+    source = (data, prompt_column, completion_column, on_bad)
     alone = {"--after": after, "--columns": columns, "--segment": segment, "--top-k-teacher": top_k_teacher}
     alone |= {"--figure": figure, "--vocabulary": vocabulary or None}
+    if text_only:
+        others = {**alone, "--rank": rank or None, "--variants": variants, "--teacher": teacher, "--out": out}
+        if extra := [name for name, value in others.items() if value is not None]:
+            raise InputError(f"{extra[0]} is about the models' predictions: leave it or --text-only out")
+        return show_text(model, source, text, rows, as_json)
     if rank:
         path = output_path(out, by, drop_least)
         if extra := [name for name, value in alone.items() if value is not None]:
@@ -123,15 +139,19 @@ def view(
     picture = None if figure is None else figure_path(figure)
     keys = [] if columns is None else [name.strip() for name in columns.split(",")]
     patterns = None if segment is None else dict(map(_named_pattern, segment))
+    most = rows or (None if rank or vocabulary else max(8, row or 0))
+    from qlens.data.examples import singles
     from qlens.data.rows import ignored_keys
 
     with redirect_stdout(sys.stderr):
         loaded, rows_read = own_models(
-            model, teacher, reference, data, "cpu" if device is None else device, dtype, text, after
+            model, teacher, reference, source, "cpu" if device is None else device, dtype, text, after
         )
         specs = None if variants is None else params.split_specs(variants)
-        if data is not None and (ignored := [key for key in ignored_keys(rows_read) if key not in keys]):
-            typer.echo(f"{data}: keys that are ignored: {', '.join(ignored)}", err=True)
+        if data is not None:
+            if ignored := [key for key in ignored_keys(rows_read[:most]) if key not in keys]:
+                typer.echo(f"{data}: columns that are ignored: {', '.join(ignored)}", err=True)
+            rows_read = singles(rows_read, loaded["tokenizer"])
     if rank:
         rank_rows(loaded, rows_read, specs, rows, top, path, candidates, by, drop_least, as_json)
         return
@@ -141,7 +161,7 @@ def view(
             text=rows_read,
             variants=specs,
             candidates=1 if path is None else candidates,
-            max_rows=rows or (None if vocabulary else max(8, row or 0)),
+            max_rows=most,
             columns=keys,
             segments=patterns,
             top_k_teacher=top_k_teacher,

@@ -1,5 +1,7 @@
-"""Base models: a model with adapters (peft), and run without them."""
+"""Base models: a model with adapters (peft), and other predictions of one model, as it is and without its adapters."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -31,43 +33,71 @@ def with_adapters(model: PreTrainedModel, rank: int) -> Any:
         return get_peft_model(model, config)
 
 
-class WithoutAdapters(nn.Module):
-    """A model whose adapters are switched off in every pass, in evaluation mode and without gradients.
+class SameModel(nn.Module):
+    """A model as a source of predictions: in evaluation mode and without gradients, whatever the model's mode.
 
     It has no parameters of its own, so that freezing or moving it leaves the model alone.
 
     Args:
-        model: the model with adapters, such as a ``peft.PeftModel``.
+        model: the model itself, or with adapters.
     """
 
     def __init__(self, model: Any):
         super().__init__()
+        self.bind(model)
+
+    def bind(self, model: Any) -> None:
+        """Predict by another model from now on."""
         self._model = (model,)  # in a tuple, so that its parameters are not this module's
+
+    @property
+    def model(self) -> Any:
+        """The model."""
+        return self._model[0]
 
     @property
     def config(self) -> Any:
         """The model's configuration."""
-        return self._model[0].config
+        return self.model.config
 
     @property
     def device(self) -> Any:
         """The model's device."""
-        return self._model[0].device
+        return self.model.device
 
     def get_base_model(self) -> Any:
         """The model beneath the adapters."""
-        return self._model[0].get_base_model()
+        return self.model.get_base_model() if callable(getattr(self.model, "get_base_model", None)) else self.model
 
     def get_output_embeddings(self) -> Any:
         """The model's head."""
-        return self._model[0].get_output_embeddings()
+        return self.model.get_output_embeddings()
+
+    def get_input_embeddings(self) -> Any:
+        """The model's input embedding."""
+        return self.model.get_input_embeddings()
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context in which the model's weights, its head's too, are those of this source."""
+        yield
 
     def forward(self, **features: Any) -> Any:
-        """The outputs of the model without its adapters."""
-        model = self._model[0]
-        trained = {id(value) for value in model.parameters() if value.requires_grad}
-        with evaluating(model), model.disable_adapter():
-            outputs = model(**features)
-        for value in model.parameters():  # switching adapters on and off sets what is trained
-            value.requires_grad_(id(value) in trained)
-        return outputs
+        """The outputs of the model."""
+        with evaluating(self.model), self.active():
+            return self.model(**features)
+
+
+class WithoutAdapters(SameModel):
+    """A model whose adapters are switched off in every pass."""
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Context without adapters."""
+        trained = {id(value) for value in self.model.parameters() if value.requires_grad}
+        try:
+            with self.model.disable_adapter():
+                yield
+        finally:
+            for value in self.model.parameters():  # switching adapters on and off sets what is trained
+                value.requires_grad_(id(value) in trained)

@@ -19,6 +19,8 @@ COLUMNS = {
     "weight": torch.float32,
 }
 """Fields of Tokens that data may have as columns: one value per token, or one per example."""
+TEACHER_PROMPT = "teacher_prompt_ids"
+"""A column of token ids, of any number per row: what a teacher sees instead of the row's prompt."""
 INPUTS = ("position_ids", "token_type_ids")
 """Model inputs with one integer per token."""
 
@@ -60,7 +62,7 @@ def collate(
     def padded(name: str, rows: list, fill: int, dtype: torch.dtype = torch.long) -> Tensor:
         if dtype == torch.long and (batch := _whole_numbers(rows, fill)) is not None:
             return batch
-        tensors = [_exactly(name, row, dtype) for row in rows]
+        tensors = [exactly(name, row, dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=fill)
 
     examples = [_with_positions(example) for example in examples]
@@ -78,10 +80,23 @@ def collate(
     for name, dtype in COLUMNS.items():
         if any(name in example for example in examples):
             batch[name] = padded(name, [_column(example, name) for example in examples], 0, dtype)
+    if any(TEACHER_PROMPT in example for example in examples):
+        batch[TEACHER_PROMPT] = ragged(TEACHER_PROMPT, [example.get(TEACHER_PROMPT) for example in examples])
     if "position_ids" in batch and (positions := packed(batch["position_ids"], batch["attention_mask"])) is not None:
         batch["position_ids"] = positions
         del batch["attention_mask"]
     return batch
+
+
+def ragged(name: str, rows: Sequence[Any]) -> Tensor:
+    """Lists of token ids of any length, padded with -1.
+
+    Raises:
+        InputError: a row has none.
+    """
+    if any(row is None for row in rows):
+        raise InputError(f"column {name!r} must be in every example of the batch, or in none")
+    return pad_sequence([exactly(name, row, torch.long) for row in rows], batch_first=True, padding_value=-1)
 
 
 def _whole_numbers(rows: Sequence[Any], fill: int) -> Tensor | None:
@@ -96,7 +111,7 @@ def _whole_numbers(rows: Sequence[Any], fill: int) -> Tensor | None:
     return batch if batch.dtype == torch.long and batch.ndim == 2 else None
 
 
-def _exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
+def exactly(name: str, row: Any, dtype: torch.dtype) -> Tensor:
     """An example's values as a tensor of a dtype, exactly.
 
     Raises:
@@ -118,7 +133,7 @@ def _with_positions(example: Mapping[str, Any]) -> Mapping[str, Any]:
     """An example with position_ids where it has ``seq_lengths``."""
     if "seq_lengths" not in example or "position_ids" in example:
         return example
-    lengths, size = _exactly("seq_lengths", example["seq_lengths"], torch.long).tolist(), len(example["input_ids"])
+    lengths, size = exactly("seq_lengths", example["seq_lengths"], torch.long).tolist(), len(example["input_ids"])
     if sum(lengths) != size or min(lengths, default=0) < 1:
         raise InputError(f"seq_lengths must be lengths of texts that add up to {size} tokens, got {lengths}")
     return {**example, "position_ids": [at for length in lengths for at in range(length)]}

@@ -45,22 +45,6 @@ def check_model(model: Any, name: str) -> None:
         )
 
 
-def check_same_vocabulary(model: PreTrainedModel, other: PreTrainedModel, name: str) -> None:
-    """Check that two models have logits of one width.
-
-    Raises:
-        InputError: they do not, with both widths; or the other is not a loaded model.
-    """
-    check_model(other, name)
-    width, other_width = vocabulary_size(model), vocabulary_size(other)
-    if width != other_width:
-        raise InputError(
-            f"{name} has a vocabulary of {other_width}, but the model's has {width}: they must share one tokenizer; where only "
-            f"the padding differs, qlens.data.vocabularies.match_vocabulary({width}, {name}, {name!r}, tokenizer, "
-            f"{name}_tokenizer) makes one"
-        )
-
-
 def check_same_tokenizer(a: PreTrainedTokenizerBase, b: PreTrainedTokenizerBase) -> None:
     """Check that two tokenizers have the same pieces at the same ids.
 

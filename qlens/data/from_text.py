@@ -1,6 +1,7 @@
 """Tokens of texts: the predictions of models at their supervised positions."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ from qlens.core.errors import InputError
 from qlens.core.numerics import row_blocks, spread
 from qlens.core.tokens import Tokens
 from qlens.data.collator import collate
-from qlens.data.compatibility import check_model, check_same_vocabulary, context_length, vocabulary_size
+from qlens.data.compatibility import check_model, context_length, vocabulary_size
 from qlens.data.examples import encode
-from qlens.data.models import load_to_read, loaded
-from qlens.data.rows import Row
+from qlens.data.models import check_token_ids, load_to_read, loaded, loaded_once
 from qlens.data.supervised_batch import SupervisedBatch
+from qlens.data.vocabularies import Vocabularies
 from qlens.engine.models.backbones import Backbones
 from qlens.engine.models.causality import check_causal
 from qlens.engine.models.forward import evaluating, model_logits
@@ -28,7 +29,7 @@ ENTRIES = 2**22  # logits of one model at a time, where little of them is kept
 def tokens_from_text(
     model: nn.Module | str | Path,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[str | tuple[str, str] | Row],
+    rows: Any,
     teacher: nn.Module | str | Path | None = None,
     reference: nn.Module | str | Path | None = None,
     batch_size: int = 8,
@@ -41,7 +42,7 @@ def tokens_from_text(
             device.
         tokenizer: of the model.
         rows: texts, pairs, or dicts.
-        teacher, reference: other models over the same vocabulary, or their paths.
+        teacher, reference: other models over the same tokenizer, or their paths; see ``Vocabularies`` for padding.
         batch_size: rows per forward pass.
         needs: as in ``tokens_from_examples``.
 
@@ -54,11 +55,11 @@ def tokens_from_text(
     Example:
         >>> tokens_from_text("path/to/model", tokenizer, [("2 + 2 =", "4")])  # doctest: +SKIP
     """
-    if isinstance(rows, str) or not len(rows):
+    if isinstance(rows, Sized) and not len(rows):
         raise InputError("rows must be a non-empty list of texts, (prompt, completion) pairs or rows of data")
-    examples = encode([row_of(row) for row in rows], tokenizer).examples
+    examples = encode(rows, tokenizer).examples
     return tokens_from_examples(
-        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs
+        model, examples, teacher=teacher, reference=reference, batch_size=batch_size, needs=needs, tokenizer=tokenizer
     )
 
 
@@ -70,17 +71,19 @@ def tokens_from_examples(
     batch_size: int = 8,
     needs: Collection[str] = (),
     most: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Tokens:
     """Tokens at every supervised position of encoded rows, without gradients.
 
     Args:
         model: a causal language model, or the path of one; it runs in evaluation mode, on its own device.
         examples: as ``encode`` returns them.
-        teacher, reference: other models over the same vocabulary, or their paths.
+        teacher, reference: other models over the same tokenizer, or their paths; see ``Vocabularies`` for padding.
         batch_size: rows per forward pass.
         needs: other inputs of a method (``variant.needs``): ``negatives`` are the tokens before a label in its own text,
             ``old`` and ``second`` the model's own pass, as right after a sync and without dropout.
         most: number of tokens at most, evenly spread over all; the logits of the others are never whole.
+        tokenizer: of the model, to compare with those of the others; by default the one beside it.
 
     Returns:
         The tokens.
@@ -90,18 +93,18 @@ def tokens_from_examples(
     """
     model = loaded(model, "model", load=load_to_read)
     check_model(model, "model")
-    paths = {"teacher": teacher, "reference": reference}
-    other_models = {
-        name: loaded(other, name, model.device, load_to_read) for name, other in paths.items() if other is not None
-    }
+    other_models = loaded_once({"teacher": teacher, "reference": reference}, model.device, load_to_read)
+    vocabularies = Vocabularies()
     for name, other in other_models.items():
-        check_same_vocabulary(model, other, name)
+        vocabularies.check(model, other, name, tokenizer)
     check_fits(examples, {"model": model, **other_models})
     chosen = None
     if most is not None and (total := supervised_tokens(examples)) > most:
         chosen = spread(total, most)
     entries = None if chosen is None else ENTRIES
-    batches = token_batches(model, examples, batch_size, needs, entries, chosen=chosen, **other_models)
+    batches = token_batches(
+        model, examples, batch_size, needs, entries, chosen=chosen, vocabularies=vocabularies, **other_models
+    )
     parts = [tokens.fields() for tokens in batches]
     return Tokens(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
@@ -119,6 +122,7 @@ def token_batches(
     entries: int | None = None,
     backbones: Backbones | None = None,
     chosen: Int[Tensor, " n"] | None = None,
+    vocabularies: Vocabularies | None = None,
     **other_models: nn.Module,
 ) -> Iterator[Tokens]:
     """``tokens_from_examples`` batch by batch; ``sequence`` counts on from batch to batch.
@@ -129,9 +133,11 @@ def token_batches(
         backbones: those of the models in earlier calls, which are not verified again.
         chosen: the supervised tokens that are read, by their number over all examples; None: all of them. Batches without one
             are not run.
+        vocabularies: those of the other models in earlier calls, which are not logged again.
         other_models: teacher and reference.
     """
     backbones, numbered = Backbones(None) if backbones is None else backbones, 0
+    vocabularies = vocabularies or Vocabularies()
     models, vocabulary = {"model": model, **other_models}, vocabulary_size(model)
     for start in range(0, len(examples), batch_size):
         batch = _on(model.device, collate(examples[start : start + batch_size]))
@@ -140,11 +146,17 @@ def token_batches(
         index = None if chosen is None else chosen[(chosen >= first) & (chosen < numbered)] - first
         if index is not None and not len(index):
             continue
-        batch, logits = supervised.model_inputs(), {}
+        batch, logits, passes = supervised.model_inputs(), {}, {}
         for name, each in models.items():
+            if id(each) in passes:
+                logits[name] = passes[id(each)]
+                continue
+            if vocabulary_size(each) < vocabulary:
+                check_token_ids(each, batch, name)
             with evaluating(each):
                 check_causal(each, _on(each.device, batch), name)
-                logits[name] = _logits(each, _on(each.device, batch), supervised, entries and backbones, name)
+                read = _logits(each, _on(each.device, batch), supervised, entries and backbones, name)
+                logits[name] = passes[id(each)] = partial(_fitted, read, vocabulary, name, vocabularies)
         number = max(len(supervised) if index is None else len(index), 1)
         for block in row_blocks(number, vocabulary, entries or vocabulary * number):
             rows = block if index is None else index[block].to(model.device)
@@ -175,21 +187,24 @@ def _logits(
     return lambda rows: head.logits(_there(rows, hidden.device))
 
 
+def _fitted(
+    read: Callable[[slice | Tensor], Tensor],
+    vocabulary: int,
+    name: str,
+    vocabularies: Vocabularies,
+    rows: slice | Tensor,
+) -> Tensor:
+    """A model's logits at some supervised rows, over the vocabulary of the model that is read."""
+    logits = read(rows)
+    return logits if name == "model" else vocabularies.fitted(logits, vocabulary, name)
+
+
 def _there(rows: slice | Tensor, device: torch.device) -> slice | Tensor:
     return rows if isinstance(rows, slice) else rows.to(device)
 
 
 def _on(device: torch.device, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def row_of(row: Any) -> Any:
-    """A row of data from a text or a (prompt, completion) pair; a dict is returned as it is."""
-    if isinstance(row, str):
-        return {"text": row}
-    if isinstance(row, (tuple, list)) and len(row) == 2:
-        return {"prompt": row[0], "completion": row[1]}
-    return row
 
 
 def check_fits(examples: Sequence[Mapping[str, Sequence[int]]], models: Mapping[str, nn.Module]) -> None:

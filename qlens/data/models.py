@@ -160,6 +160,30 @@ def loaded(
         raise InputError(f"{name}: {error}") from error
 
 
+def loaded_once(
+    models: Mapping[str, Any],
+    device: str | torch.device = "cpu",
+    load: Callable[[str | Path, str | torch.device], Any] = load_model,
+) -> dict[str, Any]:
+    """Models by the names of their arguments, each path loaded once; None is left out.
+
+    Args:
+        models: modules, or paths, by name.
+        device, load: as for ``loaded``.
+    """
+    opened: dict[str, Any] = {}
+    result: dict[str, Any] = {}
+    for name, model in models.items():
+        if isinstance(model, str | Path):
+            key = str(model)
+            if key not in opened:
+                opened[key] = loaded(model, name, device, load)
+            model = opened[key]
+        if model is not None:
+            result[name] = model
+    return result
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a Hugging Face folder or the hub; code in the folder is never run.
 
@@ -188,6 +212,21 @@ PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.
 
 
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
+    place, local = place_of(path, kind)
+    with _readable(kind, path, local), quiet():
+        return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
+
+
+def place_of(path: str | Path, kind: str) -> tuple[str, bool]:
+    """Where a model or tokenizer is read from, and whether that is a folder; a name on the hub as it is.
+
+    Args:
+        path: a folder, or a name on the hub.
+        kind: "model" or "tokenizer".
+
+    Raises:
+        InputError: a folder that is not there, or that holds nothing of the kind.
+    """
     folder, description = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
     local = folder.is_dir()
     if local and not any(file for pattern in PATTERNS[kind] for file in folder.glob(pattern)):
@@ -195,9 +234,7 @@ def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
         raise InputError(f"{description} {problem}: it needs a Hugging Face {kind}")
     if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
         raise InputError(f"{description} is not there, or is no folder (a name on the hub is owner/name)")
-    with _readable(kind, path, local), quiet():
-        place = str(folder) if local else str(path)
-        return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
+    return str(folder) if local else str(path), local
 
 
 @contextmanager
@@ -252,8 +289,7 @@ def quiet() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     hub_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft 0.21 reads it
+        with without_peft_warning():
             yield
     finally:
         transformers_logging.set_verbosity(level)
@@ -262,13 +298,36 @@ def quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextmanager
+def without_peft_warning() -> Iterator[None]:
+    """Context without the warning of a name that peft 0.21 reads and transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        yield
+
+
 def freeze(model: nn.Module) -> nn.Module:
     """Switch a model to evaluation mode and its gradients off; returns the same model."""
     return model.eval().requires_grad_(False)
 
 
-def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
-    """Check that the token ids of a batch are within the model's input embedding.
+def placed(model: nn.Module, device: str | torch.device) -> nn.Module:
+    """A model on a device; one that is quantised or dispatched to several devices stays where it is."""
+    stays = getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None)
+    return model if stays else model.to(device)
+
+
+def moved(features: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch's inputs on the device of a model's first parameter."""
+    place = next((value.device for value in model.parameters()), None)
+    return {
+        name: value.to(place) if place is not None and isinstance(value, Tensor) else value
+        for name, value in features.items()
+    }
+
+
+def check_token_ids(model: nn.Module, features: Mapping[str, Any], name: str = "model") -> None:
+    """Check that the token ids of a batch are within a model's input embedding.
 
     Raises:
         InputError: one is not.
@@ -279,4 +338,7 @@ def check_token_ids(model: nn.Module, features: Mapping[str, Any]) -> None:
     if isinstance(ids, Tensor) and ids.numel() and type(embedding) is nn.Embedding:
         for id in (int(ids.min()), int(ids.max())):
             if not 0 <= id < embedding.num_embeddings:
-                raise InputError(f"input_ids hold {id}, outside the vocabulary 0..{embedding.num_embeddings - 1}")
+                whose = "" if name == "model" else f" of the {name}"
+                raise InputError(
+                    f"input_ids hold {id}, outside the vocabulary{whose} 0..{embedding.num_embeddings - 1}"
+                )

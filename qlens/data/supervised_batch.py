@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qlens.core.errors import InputError
 from qlens.core.supervised import LAYOUT, Supervised
-from qlens.data.collator import COLUMNS
+from qlens.data.collator import COLUMNS, TEACHER_PROMPT
 
 
 class SupervisedBatch(Supervised):
@@ -42,7 +42,7 @@ class SupervisedBatch(Supervised):
 
     def model_inputs(self) -> dict[str, Any]:
         """The inputs without labels and columns."""
-        return {name: value for name, value in self.inputs.items() if name not in ("labels", *COLUMNS)}
+        return {name: value for name, value in self.inputs.items() if name not in ("labels", TEACHER_PROMPT, *COLUMNS)}
 
     def items(self, method: str, pairs: bool) -> int:
         """The number of items that the losses are averaged over: supervised tokens, or pairs.

@@ -141,10 +141,13 @@ def check_width(name: str, model: Tensor | Head | TopK, vocabulary: int) -> None
             raise InputError(f"{name} names ids outside the vocabulary 0..{vocabulary - 1}")
         model.check_values(name)
         return
-    width = len(model.weight) if isinstance(model, Head) else model.shape[1] if model.ndim == 2 else None
+    width = model.width if isinstance(model, Head) else model.shape[1] if model.ndim == 2 else None
     if width != vocabulary:
         size = f"a vocabulary of {width}" if width else f"shape {tuple(model.shape)}"
-        raise InputError(f"{name} has {size}, but the head's vocabulary is {vocabulary}: they must be one")
+        raise InputError(
+            f"{name} has {size}, but the head's vocabulary is {vocabulary}: they must be one; where only "
+            f"the padding of one tokenizer's differs, give {name}=Head(hidden, weight).fitted({vocabulary})"
+        )
 
 
 def supervised_field(name: str, value: Tensor, index: Tensor, rows: int, vocabulary: int) -> Tensor:

@@ -1,6 +1,6 @@
 """Heads: logits computed from hidden states, some rows at a time; and models known by their top-k probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -10,6 +10,25 @@ from torch import Tensor
 from qlens.core.errors import InputError, brief
 from qlens.core.numerics import log_softmax, precision
 from qlens.core.tokens.fields import number
+
+FLOOR = 110.0
+"""Nats below a row's largest logit at which an entry has probability 0 in float32, and a finite logarithm."""
+
+
+def fitted(logits: Float[Tensor, "n W"], vocabulary: int) -> Float[Tensor, "n V"]:
+    """Logits over the first V entries: further ones are cut off, missing ones lie ``FLOOR`` below the row's largest.
+
+    Their softmax is p over the common entries, renormalised, and 0 at the missing ones.
+
+    Example:
+        >>> fitted(torch.tensor([[0.0, 1.0, 2.0]]), 2), fitted(torch.tensor([[0.0, 1.0]]), 3)
+        (tensor([[0., 1.]]), tensor([[   0.,    1., -109.]]))
+    """
+    missing = vocabulary - logits.shape[-1]
+    if missing <= 0:
+        return logits[..., :vocabulary]
+    floor = logits.amax(-1, keepdim=True) - FLOOR
+    return torch.cat([logits, floor.expand(*floor.shape[:-1], missing)], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,6 +41,7 @@ class Head:
         bias: b, (V,), or None.
         softcap: c, or None for no cap (Gemma).
         logit_scale: s (Cohere; Granite divides: 1 / its scaling).
+        vocabulary: the number of logits, where W has fewer rows: see ``fitted``.
 
     Raises:
         InputError: shapes or dtypes that do not fit, or a cap or scale that is not finite, is 0, or, for a cap, below 0.
@@ -36,6 +56,7 @@ class Head:
     bias: Float[Tensor, " V"] | None = None
     softcap: float | None = None
     logit_scale: float = 1.0
+    vocabulary: int | None = None
 
     def __post_init__(self):
         h, w, b = self.hidden, self.weight, self.bias
@@ -60,7 +81,24 @@ class Head:
         (rows, width), options = self.hidden.shape, ""
         options += "" if self.softcap is None else f", softcap {self.softcap:g}"
         options += "" if self.logit_scale == 1 else f", logit_scale {self.logit_scale:g}"
-        return f"<Head: {rows} rows of width {width}, vocabulary {len(self.weight)}, {self.hidden.dtype}{options}>"
+        return f"<Head: {rows} rows of width {width}, vocabulary {self.width}, {self.hidden.dtype}{options}>"
+
+    @property
+    def width(self) -> int:
+        """V, the number of logits."""
+        return len(self.weight) if self.vocabulary is None else self.vocabulary
+
+    def fitted(self, vocabulary: int) -> "Head":
+        """This head over another number of entries, as ``qlens.engine.heads.fitted`` has its logits."""
+        if vocabulary >= len(self.weight):
+            return replace(self, vocabulary=vocabulary)
+        bias = None if self.bias is None else self.bias[:vocabulary]
+        return replace(self, weight=self.weight[:vocabulary], bias=bias, vocabulary=None)
+
+    def to(self, device: torch.device) -> "Head":
+        """This head on a device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, hidden=self.hidden.to(device), weight=self.weight.to(device), bias=bias)
 
     def products(self, rows: slice, buffer: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """h W^T of some rows in their own dtype, without bias, scale and cap, in the buffer's first rows."""
@@ -70,13 +108,13 @@ class Head:
     def logits(self, rows: slice | Tensor, buffer: Tensor | None = None) -> Float[Tensor, "n V"]:
         """The logits of some rows in float32 at least, in the buffer's first rows if one is given."""
         hidden, wide = self.hidden[rows], precision(self.hidden.dtype)
-        if buffer is not None and buffer.dtype == self.hidden.dtype:
+        if buffer is not None and buffer.dtype == self.hidden.dtype and self.width == len(self.weight):
             z = torch.mm(hidden, self.weight.T, out=buffer[: len(hidden)])
         else:
             z = (hidden @ self.weight.T).to(wide)
         if self.bias is not None:
             z += self.bias
-        return capped_(z, self.softcap, self.logit_scale)
+        return fitted(capped_(z, self.softcap, self.logit_scale), self.width)
 
     def slope_(self, z: Float[Tensor, "n V"]) -> Float[Tensor, "n V"]:
         """The slope of the soft-cap at given logits, 1 - (z / c)^2; in their place."""

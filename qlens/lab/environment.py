@@ -159,7 +159,7 @@ class World:
         tick()
 
     def _fit(self, model: LlamaForCausalLM, role: str, tick: Callable[[], None], **budget: Any) -> LlamaForCausalLM:
-        examples = encode(self._rows(role), self.tokenizer, None).examples
+        examples = encode(self._rows(role), self.tokenizer, progress=False).examples
         return fit(model, examples, batch_size=self.setting.pretrain_batch, tick=tick, **budget)
 
     def _save(self, model: LlamaForCausalLM, folder: Path) -> None:

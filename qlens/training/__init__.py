@@ -1,4 +1,4 @@
-"""Training: QTrainer, Watch and fit.
+"""Training: QTrainer, QSFTTrainer, Watch and fit.
 
 One training step, from the top (the second half of the list is in ``qlens.engine``):
 
@@ -10,7 +10,8 @@ One training step, from the top (the second half of the list is in ``qlens.engin
 
 Losses of other forms leave the list early: ``step/batch_losses.py`` after 4, ``step/model_losses.py`` after 2.
 
-``trainer`` is QTrainer; ``metrics``, ``metrics_logging`` and ``update_norm`` are what is logged; ``checkpoints`` resumes a
+``trainer`` is QTrainer and ``sft_trainer`` QSFTTrainer (TRL); ``datasets`` makes examples of their rows; ``sources`` names what
+a teacher or reference may be; ``metrics``, ``metrics_logging`` and ``update_norm`` are what is logged; ``checkpoints`` resumes a
 run; ``evaluation_data`` checks evaluation sets; ``fitting`` runs a few steps; ``watch`` records targets in any run.
 """
 

@@ -20,15 +20,15 @@ from qlens.training.step.inputs import MethodInputs
 
 logger = logging.getLogger(__name__)
 NAME = "qlens_state.safetensors"
-OLD, START = "old.", "start."  # how the names of their tensors begin
+START = "start."  # how the names of the tensors of a penalty begin
 
 
 class RunState(TrainerCallback):
-    """Starts, saves and restores the old policy and the start of a penalty, so that a resumed run equals the uninterrupted one.
+    """Starts, saves and restores old policy, averages and the start of a penalty: a resumed run equals the uninterrupted one.
 
     Args:
         variant: the method that is trained.
-        inputs: hold the old policy.
+        inputs: hold the old policy and averages of the weights.
         every: optimizer steps between syncs of the old policy.
 
     Attributes:
@@ -53,11 +53,12 @@ class RunState(TrainerCallback):
             self.start = self.variant.start(model)
         elif self._needs_file():
             saved = self._read(self.checkpoint / NAME)
-            self.inputs.restore(_part(saved, OLD))
+            self.inputs.restore(saved)
             self.start = self.variant.start(model, _part(saved, START))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Sync the old policy every ``every`` steps."""
+        """Move averages on; sync the old policy every ``every`` steps."""
+        self.inputs.average()
         if state.global_step % self.every == 0:
             self.inputs.sync()
 
@@ -65,7 +66,7 @@ class RunState(TrainerCallback):
         """Write the state into the checkpoint folder of a step, atomically; it names the method, also where there is no state."""
         folder = Path(run) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {OLD + name: value for name, value in self.inputs.state().items()}
+        tensors = self.inputs.state()
         tensors |= {START + name: value for name, value in self.start.items()}
         if not self.keeps_values and self._method_state() != self.state_at_start:
             self.keeps_values = True
@@ -93,7 +94,7 @@ class RunState(TrainerCallback):
 
     def _needs_file(self) -> bool:
         """Whether a checkpoint of the method needs the file."""
-        return "old" in self.variant.needs or self.variant.method.on_start is not None
+        return bool(self.inputs.kept) or self.variant.method.on_start is not None
 
     def _compare(self, path: Path) -> None:
         """Warn where a checkpoint is of another method or parameters, or lacks values that the method keeps itself."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qlens.core.errors import InputError, brief
 from qlens.core.random_draws import draws_of
-from qlens.data.collator import COLUMNS, collate
+from qlens.data.collator import COLUMNS, TEACHER_PROMPT, collate
 from qlens.data.compatibility import check_model
 from qlens.data.models import check_token_ids, loaded
 from qlens.data.supervised_batch import SupervisedBatch
@@ -21,7 +21,9 @@ from qlens.engine.verification.batch_layout import is_model_loss
 from qlens.losses.leaves import LearnedParameter
 from qlens.registry import Variant, resolve
 from qlens.training.checkpoints import RunState
+from qlens.training.datasets.pairs import IDS
 from qlens.training.metrics_logging import SHARDED, MetricsLogging
+from qlens.training.sources import Source
 from qlens.training.step.inputs import MethodInputs
 from qlens.training.step.loss_parameters import LearnedParameters
 from qlens.training.step.model_losses import ModelLoss, count_model_loss, graph_from_head, logits_of
@@ -51,15 +53,19 @@ class QLossMixin(MetricsLogging):
     computed for logged steps only. Evaluation returns ``eval_loss``, the mean over all supervised tokens (pairs) of the set
     whatever the batch size (no penalty, no router loss), and the same metrics as ``eval_*``.
 
-    Checkpoints hold the old policy and the start of a penalty, so that a resumed run equals the uninterrupted one.
+    Checkpoints hold the old policy, averages and the start of a penalty, so that a resumed run equals the uninterrupted one.
 
     Args:
         variant: a Variant, a spec like "kd(temperature=2.0)", or a loss function.
         model: the model to train, or the path of one (``qlens.data.models.load_model``).
-        teacher, reference: other causal language models or their paths, frozen here and moved to the device; run only if
-            needed. They share no trained parameter with the model. A model with adapters (peft) needs no reference: it is the
-            model without them.
-        old_every: optimizer steps between syncs of the old policy, a copy of the model, for methods that need one.
+        teacher, reference: other causal language models or their paths, frozen here and moved to the device unless they are
+            quantised; run only if needed. They share no trained parameter with the model, and one that is both is loaded and
+            run once. Or a source made of the model itself (``qlens.training.sources``): ``EMA(decay)``, ``AdaptersOff()``,
+            ``CurrentModel()``. A model with adapters (peft) needs no reference: it is the model without them. Where their
+            vocabulary is padded to another size it is cut or filled up, see ``qlens.data.vocabularies.Vocabularies``.
+        teacher_template: text with columns as fields, from which the prompt is written that the teacher sees instead of the
+            student's; rows may have it as ``teacher_prompt``. See ``qlens.training.datasets.privileged``.
+        old_every: optimizer steps between syncs of the old policy, a copy of the trained weights, for methods that need one.
         fused: whether the loss is computed from hidden states and head, so that no model's logits are ever whole: None,
             wherever model, method and machine allow, with a log line where they do not; True, insist; False, never.
         log_every: log the metrics at every n-th log; 0, never.
@@ -87,14 +93,15 @@ class QLossMixin(MetricsLogging):
         self,
         *args: Any,
         variant: Variant | str | Callable,
-        teacher: nn.Module | str | Path | None = None,
-        reference: nn.Module | str | Path | None = None,
+        teacher: nn.Module | Source | str | Path | None = None,
+        reference: nn.Module | Source | str | Path | None = None,
+        teacher_template: str | None = None,
         old_every: int = 8,
         fused: bool | None = None,
         log_every: int = 1,
         **kwargs: Any,
     ):
-        self._variant = resolve(variant)
+        self._variant, self._teacher_template = resolve(variant), teacher_template
         self._method_inputs = MethodInputs(self.variant, {"teacher": teacher, "reference": reference})
         for name, value, least in (("old_every", old_every, 1), ("log_every", log_every, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -103,8 +110,7 @@ class QLossMixin(MetricsLogging):
             raise InputError(f"fused must be None, True or False, got {brief(fused)}")
         model = kwargs.get("model", args[0] if args else None)
         if model is not None or kwargs.get("model_init") is None:
-            model = loaded(model, "model")
-            check_model(getattr(model, "module", model), "model")
+            model = self._opened(model)
             args, kwargs = ((model, *args[1:]), kwargs) if args else (args, {**kwargs, "model": model})
         if kwargs.get("compute_loss_func") is not None:
             raise InputError("compute_loss_func and variant both define the loss: give QTrainer(variant=...) only")
@@ -115,7 +121,7 @@ class QLossMixin(MetricsLogging):
         self.model_accepts_loss_kwargs = True
         self.label_names = list(dict.fromkeys(["labels", *(self.args.label_names or ())]))  # whatever the model takes
         check_decoder(self.model, "model")
-        self._method_inputs.set_up(self.model, self.args.device)
+        self._method_inputs.set_up(self.model, self.args.device, self.processing_class)
         self._run = RunState(self.variant, self._method_inputs, old_every)
         self.add_callback(self._run)
         self._model_loss = (
@@ -125,6 +131,12 @@ class QLossMixin(MetricsLogging):
         self._learned = LearnedParameters(self.variant.spec, lambda: self.optimizer)
         self.add_callback(self._learned)
         self._start_metrics(log_every)
+
+    def _opened(self, model: Any) -> Any:
+        """The model to train, loaded where it is a path."""
+        model = loaded(model, "model")
+        check_model(getattr(model, "module", model), "model")
+        return model
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's training; see QLossMixin for what a resumed run restores, and ``check_evaluation_data``."""
@@ -266,7 +278,13 @@ class QLossMixin(MetricsLogging):
     def _set_signature_columns_if_needed(self) -> None:
         """Keep the columns of the data, which the Trainer would drop with all that is not an input of the model."""
         super()._set_signature_columns_if_needed()
-        columns = ("labels", *COLUMNS, *(("position_ids", "seq_lengths") if self._collates else ()))
+        columns = (
+            "labels",
+            TEACHER_PROMPT,
+            *COLUMNS,
+            *IDS,
+            *(("position_ids", "seq_lengths") if self._collates else ()),
+        )
         self._signature_columns = list(dict.fromkeys([*(self._signature_columns or []), *columns]))
 
     @property

@@ -19,6 +19,8 @@ SUMS = (
     "label_gradient",
     "rest",
     "signed_share",
+    "entropy",
+    "mean_token_accuracy",
     "target_entropy",
     "kl_target",
     "trust",
@@ -66,6 +68,7 @@ class MetricSums:
         target = target.at("unit")
         signed = (~target.in_simplex).to(target.room)
         values = [losses.detach(), -target.label_log_probs, target.negative_mass, target.pull, target.room, signed]
+        values += [target.student_entropy, target.correct]
         values += [target.entropy, target.kl, target.trust]
         table = torch.stack([value.to(target.room.dtype) for value in values]).cpu().double()
         table = torch.cat([table, table[-1:].square()])
@@ -79,8 +82,9 @@ class MetricSums:
         ``loss``: the variant's own. ``nll``: -log p_y. ``negative_mass``: sum_k max(0, -Q_k). ``label_weight`` (also under
         its old key ``trust``): the label gradients as a share of SFT's, sum(-g_y) / sum(1 - p_y). ``ess``: the effective
         sample size of the tokens' trusts t, (sum t)^2 / sum t^2 as a share of their number; 1 when all count alike, absent
-        when all are 0. ``signed_share``: the share of tokens whose Q has negative entries. ``target_entropy``: H(Q) and
-        ``kl_target``: KL(Q || p), over all the other tokens; NaN if there are none.
+        when all are 0. ``entropy``: H(p). ``mean_token_accuracy``: the share of tokens whose label is the most probable.
+        ``signed_share``: the share of tokens whose Q has negative entries. ``target_entropy``: H(Q) and ``kl_target``:
+        KL(Q || p), over all the other tokens; NaN if there are none.
         """
         sums = self.sums
         if accelerator.num_processes > 1:

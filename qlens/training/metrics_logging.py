@@ -47,7 +47,7 @@ class MetricsLogging(Trainer):
     def _start_metrics(self, log_every: int) -> None:
         """Set up the metrics; every ``log_every``-th log holds them, none for 0."""
         self.log_every = log_every
-        self._metrics, self._evaluating = MetricSums(), False
+        self._sums, self._evaluating = MetricSums(), False
         self._evaluated = (0, 0, 0)  # batches, tokens, and items that the evaluation's loss is a mean of
         self._router: list[Tensor] = []
         self._warned: set[str] = {""}
@@ -73,7 +73,7 @@ class MetricsLogging(Trainer):
 
     def _wanted_metrics(self) -> MetricSums | None:
         """The sums that this batch is counted in; None where its metrics are not logged."""
-        return self._metrics if self._logs_metrics() else None
+        return self._sums if self._logs_metrics() else None
 
     def _logs_metrics(self) -> bool:
         """Whether the metrics of this batch are logged."""
@@ -99,7 +99,7 @@ class MetricsLogging(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The Trainer's log, with the metrics of the step beside its loss."""
         if "loss" in logs:
-            means, self._metrics = self._metrics.means(self.accelerator), MetricSums()
+            means, self._sums = self._sums.means(self.accelerator), MetricSums()
             logs |= {name: value for name, value in means.items() if name != "loss"} | self._update.take()
             logs |= self._router_mean()
         super().log(logs, *args, **kwargs)
@@ -136,14 +136,14 @@ class MetricsLogging(Trainer):
             InputError: no token is supervised, so that a mean of 0 would look perfect; or an evaluation (not a prediction)
                 has no loss at all.
         """
-        training = self._metrics, self._router, self._place
-        self._metrics, self._evaluating, self._router, self._evaluated = MetricSums(), True, [], (0, 0, 0)
+        training = self._sums, self._router, self._place
+        self._sums, self._evaluating, self._router, self._evaluated = MetricSums(), True, [], (0, 0, 0)
         self._place = (EVALUATION, -1)  # every evaluation of a set draws the same
         try:
             output = super().evaluation_loop(
                 dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs
             )
-            means = self._metrics.means(self.accelerator)
+            means = self._sums.means(self.accelerator)
             counts = torch.tensor(self._evaluated, dtype=torch.float64, device=self.args.device)
             batches, tokens, items = self.accelerator.gather(counts[None]).sum(0).tolist()
             if batches and not tokens:
@@ -157,7 +157,7 @@ class MetricsLogging(Trainer):
                 means["loss"] *= tokens / items
             means |= self._router_mean()
         finally:
-            (self._metrics, self._router, self._place), self._evaluating = training, False
+            (self._sums, self._router, self._place), self._evaluating = training, False
         named = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         return output._replace(metrics={**(output.metrics or {}), **named})
 

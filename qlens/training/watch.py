@@ -19,10 +19,10 @@ from qlens.core.files import write_text, written
 from qlens.core.numerics import row_blocks, spread
 from qlens.core.supervised import IGNORE
 from qlens.core.target import Target
-from qlens.data.compatibility import check_same_vocabulary
 from qlens.data.examples import encode
 from qlens.data.from_text import ENTRIES, supervised_tokens, token_batches
-from qlens.data.models import loaded
+from qlens.data.models import loaded_once
+from qlens.data.vocabularies import Vocabularies
 from qlens.registry import Variant, resolve
 from qlens.training.fitting import isolated
 from qlens.training.step.inputs import ARGUMENTS, DERIVED
@@ -48,7 +48,7 @@ class Watch(TrainerCallback):
         variants: specs, Variants or loss functions; the trainer's own loss need not be among them.
         examples: rows of text as ``qlens.data.encode`` takes them (with ``tokenizer``), or encoded ones.
         tokenizer: of the model.
-        teacher, reference: other models over the same vocabulary, or their paths, for variants that need them.
+        teacher, reference: other models over the same tokenizer, or their paths, for variants that need them.
         every: optimizer steps between records.
         tokens: number of supervised tokens that are recorded, evenly spread; logits and Q are computed at them alone where
             every variant is declared to be per-token, else at whole rows.
@@ -90,8 +90,7 @@ class Watch(TrainerCallback):
         self.variants = {variant.spec: variant for variant in resolved}
         if len(self.variants) < len(resolved):
             raise InputError(f"variants has a name twice: {', '.join(variant.spec for variant in resolved)}")
-        other_models = {"teacher": teacher, "reference": reference}
-        self.other_models = {name: loaded(model, name) for name, model in other_models.items() if model is not None}
+        self.other_models = loaded_once({"teacher": teacher, "reference": reference})
         _check_needs(resolved, self.other_models)
         self.examples = _encoded(examples, tokenizer)
         if not any(label != IGNORE for example in self.examples for label in example["labels"][1:]):
@@ -99,6 +98,7 @@ class Watch(TrainerCallback):
                 "examples have no supervised token: give rows with labels other than -100 after their first"
             )
         self.tokenizer, self.every, self.tokens, self.batch_size, self.name = tokenizer, every, tokens, batch_size, name
+        self.vocabularies = Vocabularies()
         self._records: list[pd.DataFrame] = []
         self._first: dict[str, Float[Tensor, "N V"]] = {}
         self._first_inside: dict[str, Bool[Tensor, " N"]] = {}
@@ -121,7 +121,7 @@ class Watch(TrainerCallback):
         for name, other in self.other_models.items():
             if other is model:
                 raise InputError(f"{name} is the model being trained: give a copy of it")
-            check_same_vocabulary(model, other, name)
+            self.vocabularies.check(model, other, name, self.tokenizer)
         self._records, self._first, self._first_inside = [], {}, {}
         if state.global_step:
             self._load(Path(args.output_dir), state.global_step)
@@ -166,7 +166,7 @@ class Watch(TrainerCallback):
         parts: dict[str, list[Target]] = {name: [] for name in self.variants}
         batches = token_batches(
             model, self.examples, self.batch_size, needs, ENTRIES if alone else None,
-            chosen=index if alone else None, **self.other_models,
+            chosen=index if alone else None, vocabularies=self.vocabularies, **self.other_models,
         )  # fmt: skip
         with closing(batches):
             for tokens in batches:
@@ -263,5 +263,4 @@ def _encoded(examples: Sequence[Any], tokenizer: PreTrainedTokenizerBase | None)
         return [{name: list(each[name]) for name in ("input_ids", "labels")} for each in examples]
     if tokenizer is None:
         raise InputError("examples are rows of text: give Watch(tokenizer=...), or encode them")
-    rows = [{"text": each} if isinstance(each, str) else each for each in examples]
-    return encode(rows, tokenizer, None).examples
+    return encode(examples, tokenizer).examples

@@ -78,6 +78,8 @@ def test_a_comparison_in_bfloat16_ends_near_that_in_float32(compare, tmp_path):
 def test_longer_rows_are_dropped_and_a_template_replaces_the_tokenizers(source, tmp_path):
     rows = open_environment(source(max_length=18)).metadata
     assert rows["context"] == 18 and 1 < rows["dropped"] < 41
+    cut = open_environment(source(max_length=18, on_long="truncate_left"))
+    assert cut.metadata["dropped"] == 0 and max(len(each["input_ids"]) for each in cut.train) == 18
     template = tmp_path / "chat.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}", encoding="utf-8")
     plain, chat = open_environment(source()), open_environment(source(chat_template=str(template)))
@@ -93,6 +95,8 @@ def test_options_that_do_not_fit_are_refused_with_the_argument(compare, source):
         compare(dtype="float16")
     with pytest.raises(InputError, match="lora_rank must be at least 1, got 0"):
         compare(lora_rank=0)
+    with pytest.raises(InputError, match="on_long must be one of"):
+        compare(on_long="cut")
     with pytest.raises(InputError, match="max_length goes with model= and data="):
         qlens.compare("sft", max_length=20)
     with pytest.raises(InputError, match="chat_template '.*missing.jinja' cannot be read"):

@@ -18,7 +18,7 @@ from qlens.data.compatibility import check_same_tokenizer
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_examples, tokens_from_text
 from qlens.data.models import load_model, load_tokenizer
-from qlens.data.rows import ignored_keys, read_rows, split
+from qlens.data.rows import ignored_keys, load_rows, split
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data"
 PAIR = {"prompt": "ab", "completion": "cd"}
@@ -54,7 +54,7 @@ TURNS = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd
 def test_rows_are_read_unchanged(write):
     for row in [{"question": "1?", "answer": "2"}, PAIR, {"messages": TURNS}, {"text": "héllo"}]:
         with case(row):
-            assert read_rows(write(row, b"", row, b"  ")) == [row, row]
+            assert load_rows(write(row, b"", row, b"  ")) == [row, row]
 
 
 def test_a_bad_line_is_named(write):
@@ -63,26 +63,31 @@ def test_a_bad_line_is_named(write):
         (b"\xff", "not JSON"),
         (b"[" * 100_000, "not JSON"),
         ([1], "must be an object, got list"),
-        ({"prompt": "a", "complete": "b"}, r"keys \['complete', 'prompt'\] are of no known kind"),
-        ({"prompt": "ab", "chosen": "cd", "id": 3}, "no known kind"),
+        ({"prompt": "a", "complete": "b"}, r"columns \['complete', 'prompt'\] are of no known shape"),
+        ({"prompt": "ab", "chosen": "cd", "id": 3}, "no known shape"),
         ({"prompt": "a", "completion": 3}, "completion must be a string, got int"),
+        ({"prompt": "a", "completion": " "}, "completion is empty: nothing to learn"),
         ({"text": "a"}, "a row of text, but the rows before are of prompt/completion"),
+        (
+            {"prompt": "a", "completion": "b", "question": "a", "answer": "b"},
+            "two shapes.*--completion-column completion or",
+        ),
         ({"messages": []}, "messages must be a list of turns"),
-        ({"messages": [{"role": "user"}]}, "turn 1 must have exactly role and content"),
-        ({"messages": [{"role": "asistant", "content": "a"}]}, "turn 1 needs a role of"),
-        ({"messages": [{"role": "user", "content": 1}]}, "and a content string"),
+        ({"messages": [{"role": "user"}]}, "turn 1 of role 'user' has no content"),
+        ({"messages": [{"role": "asistant", "content": "a"}]}, "turn 1 needs a role"),
+        ({"messages": [{"role": "user", "content": 1}]}, "needs content that is a string"),
         ({"messages": TURNS[:1]}, "no assistant turn"),
     ]:
         with case(line, message):
             with pytest.raises(InputError, match=rf"data.jsonl, line 3: .*{message}"):
-                read_rows(write(PAIR, b"", line))
+                encode(write(PAIR, b"", line), letters())
 
 
 def test_files_without_rows_are_refused(write, tmp_path):
     with pytest.raises(InputError, match="is empty"):
-        read_rows(write(b"\n"))
+        load_rows(write(b"\n"))
     with pytest.raises(InputError, match="is not there, or is no file"):
-        read_rows(tmp_path / "nope.jsonl")
+        load_rows(tmp_path / "nope.jsonl")
 
 
 def test_labels_without_a_chat_template():
@@ -103,7 +108,7 @@ def test_a_tokenizer_without_special_tokens():
     assert spelled(tokenizer, encode([PAIR], tokenizer, None).examples[0]) == ("ab\ncd", "...cd")
     assert spelled(tokenizer, encode([{"text": "abc"}], tokenizer, None).examples[0]) == ("abc", ".bc")
     with pytest.raises(InputError, match="row 2: no token of it would be supervised"):
-        encode([PAIR, {"prompt": "ab", "completion": ""}], tokenizer, None)
+        encode(["abc", "a"], tokenizer, None)
 
 
 def test_prompt_tokens_do_not_merge_with_the_completion():
@@ -146,16 +151,16 @@ def test_tokens_from_text_take_paths(tmp_path):
 
 
 def test_the_repr_of_encoded_rows():
-    encoded = encode([PAIR, {"text": "abc", "weight": 2.0}], letters())
+    encoded = encode([PAIR, "abc"], letters())
     assert encode([PAIR], letters()) == encode([PAIR], letters(), None)
     assert (
         repr(encoded)
         == "<Encoded: 2 examples, 11 tokens, 6 of them supervised; use .examples, dicts of input_ids and labels>"
     )
     assert encoded.to_frame().to_dict("list") == {"tokens": [7, 4], "supervised": [3, 3]}
-    assert encoded.to_dict() == {"examples": encoded.examples, "dropped": 0} and len(encoded) == 2
+    assert encoded.to_dict() == {"examples": list(encoded.examples), "dropped": 0} and len(encoded) == 2
     assert "<th>supervised</th><td>6</td>" in encoded._repr_html_()
-    assert "2 rows dropped" in repr(encode([PAIR, PAIR, {"text": "a"}], letters(), 4))
+    assert "2 rows dropped" in repr(encode([PAIR, PAIR, "a"], letters(), 4))
 
 
 def test_long_rows_are_dropped_and_counted():
@@ -210,9 +215,13 @@ def test_text_that_does_not_fit_is_refused():
     for rows, options, message in [
         (["ab", "a" * 32], {}, "row 2 has 33 tokens, but the model's context is 32"),
         (["ab" * 5], {"teacher": llama(context=8)}, "row 1 has 11 tokens, but the teacher's context is 8"),
-        (["ab"], {"reference": llama(vocab=9)}, "reference has a vocabulary of 9, but the model's has"),
+        (
+            ["ab"],
+            {"reference": llama(vocab=9)},
+            "reference has a vocabulary of 9, the model of 32, and their tokenizer has a token",
+        ),
         (["ab"], {"model": llama(vocab=4)}, "row 1 has a token 6, but the model's vocabulary is 4"),
-        ("ab", {}, "rows must be a non-empty list"),
+        ("ab", {}, "data file .ab. is not there"),
         ([], {}, "rows must be a non-empty list"),
         ([3], {}, "row 1: a row must be an object, got int"),
     ]:
@@ -225,7 +234,7 @@ def test_real_tokenizer_keeps_a_prompts_tokens_and_counts_what_is_too_long():
     if not SHARED.is_dir():
         pytest.skip("the real data is not there (shared/data beside the repository)")
     tokenizer = load_tokenizer(SHARED / "models/stories260k")
-    rows = read_rows(SHARED / "gsm8k/train.jsonl")[:300]
+    rows = load_rows(SHARED / "gsm8k/train.jsonl")[:300]
     encoded = encode(rows, tokenizer, 256)
     assert encoded.dropped + len(encoded.examples) == 300 and 0.5 < encoded.dropped / 300 < 0.9
     remaining = iter(encoded.examples)
@@ -258,7 +267,7 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
         {"text": "ab", "id": 7, "weight": 0.5, "critical": [True, False, True], "pair": 3},
         {"text": "c", "id": 8, "weight": 2, "critical": [1, 1], "pair": 4},
     ]
-    rows_read = read_rows(write(*rows))
+    rows_read = load_rows(write(*rows))
     assert rows_read == rows and ignored_keys(rows_read) == ["id"]
     examples = encode(rows_read, letters(), None).examples
     tokens = tokens_from_examples(llama(), examples)
@@ -268,7 +277,7 @@ def test_columns_of_the_data_become_fields_of_tokens(write):
     with pytest.raises(InputError, match="row 1: critical has 2 values, but the row has 3 tokens"):
         encode([rows[0] | {"critical": [True, False]}], letters(), None)
     with pytest.raises(InputError, match="line 2: column 'weight' must be in every row or in none"):
-        read_rows(write({"text": "a", "weight": 1}, {"text": "b"}))
+        encode(write({"text": "a", "weight": 1}, {"text": "b"}), letters())
 
 
 def test_chat_templates_run_in_bounded_time_and_length(monkeypatch):
@@ -281,8 +290,8 @@ def test_chat_templates_run_in_bounded_time_and_length(monkeypatch):
         ("{{ '\ud800' }}", "half of a surrogate pair"),
     ]:
         with case(template, message):
-            monkeypatch.setattr("qlens.data.chat_templates.SECONDS", 0.2)
-            monkeypatch.setattr("qlens.data.chat_templates.CHARACTERS", 1000)
+            monkeypatch.setattr("qlens.data.chat_templates.limits.SECONDS", 0.2)
+            monkeypatch.setattr("qlens.data.chat_templates.limits.CHARACTERS", 1000)
             with pytest.raises(InputError, match=message):
                 encode([PAIR], letters(template=template), None)
 
@@ -296,4 +305,4 @@ def test_duplicate_keys_and_empty_files_are_refused(tmp_path):
     ):
         file.write_text(text)
         with pytest.raises(InputError, match=says):
-            read_rows(file)
+            encode(file, letters())

@@ -29,7 +29,7 @@ def work(tmp_path_factory):
 def refused(work, monkeypatch, capfd):
     """Run a command in the folder: what is wrong with how it was refused; nothing where all is right."""
     monkeypatch.chdir(work)
-    monkeypatch.setattr("qlens.data.chat_templates.SECONDS", 0.3)
+    monkeypatch.setattr("qlens.data.chat_templates.limits.SECONDS", 0.3)
     for started in ("run_all", "_prepare"):  # what is accepted by mistake must not train for minutes
         monkeypatch.setattr(f"qlens.analysis.compare.comparison.{started}", None)
 
@@ -183,7 +183,7 @@ def test_python_refuses_what_the_command_line_refuses(work, monkeypatch):
         "no rows": lambda: qlens.Tokens.from_text(model, tokenizer, []),
         "rows of numbers": lambda: qlens.Tokens.from_text(model, tokenizer, [1, 2]),
         "a teacher that is missing": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher="nowhere"),
-        "a teacher of other width": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher=llama(vocab=40)),
+        "a teacher without a token": lambda: qlens.Tokens.from_text(model, tokenizer, [row], teacher=llama(vocab=7)),
         "view without a tokenizer": lambda: qlens.view(model, None, [row]),
         "view of nothing": lambda: qlens.view(model, tokenizer, []),
         "a folder that is missing": lambda: qlens.Tokens.from_text("nowhere", tokenizer, [row]),

@@ -96,7 +96,7 @@ def test_explain_on_a_real_model_and_text(run, tmp_path):
         "--data", DATA / "gsm8k" / "train.jsonl", "--rows", 4,
     )  # fmt: skip
     assert code == 0, err
-    assert "4 of 7473 rows read" in err and "exceed the context" in err
+    assert "4 of 7473 rows read" in err and "dropped 390: too long" in err
     assert "V = 512" in out and "Nearest methods" in out
 
 

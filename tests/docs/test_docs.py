@@ -8,9 +8,12 @@ import pkgutil
 import pytest
 
 import qlens
+from qlens.engine.kernels.raw_logits import has_triton
 from qlens.registry import Method
 
 MODULES = [module.name for module in pkgutil.walk_packages(qlens.__path__, "qlens.") if "__main__" not in module.name]
+if not has_triton():
+    MODULES = [name for name in MODULES if not name.endswith("triton_kernels")]
 PACKAGES = sorted({".".join(name.split(".")[:3]) if "variants" in name else name.split(".")[1] for name in MODULES})
 
 

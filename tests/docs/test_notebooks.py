@@ -103,6 +103,15 @@ def test_the_view_notebook_takes_user_models_and_text(user_files, tmp_path, cach
     assert "<TokenView of 18 tokens in 4 rows: sft, dft, target_sft>" in shown_text(executed)
 
 
+def test_the_training_notebook_takes_user_models_and_rows(user_files, tmp_path, cache, kernel, monkeypatch):
+    for name, path in user_files.items():
+        monkeypatch.setenv(f"QLENS_{name.upper()}", str(path))
+    executed = run_notebooks.run(read(FILES[4]), tmp_path, cache, "small", kernel)
+    assert troubles(executed) == []
+    assert "41 examples of 41 rows" in shown_text(executed) and "⟦" in shown_text(executed)
+    assert "asft_anchored" in shown_text(executed)
+
+
 def test_stored_outputs_are_up_to_date():
     for path in FILES:
         notebook = read(path)

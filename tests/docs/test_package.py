@@ -138,7 +138,7 @@ def test_a_package_of_analysis_can_be_the_first_import(name, fresh):
 
 
 def test_importing_and_explaining_are_light():
-    heavy = ("transformers", "matplotlib", "joblib", "pandas", "scipy")
+    heavy = ("transformers", "matplotlib", "joblib", "pandas", "scipy", "trl", "peft", "datasets")
     code = f"""
 import sys, qlens, qlens.cli
 print([m for m in {heavy} if m in sys.modules])

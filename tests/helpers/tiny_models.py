@@ -13,6 +13,11 @@ from qlens.training.trainer import QTrainer
 
 CHARACTERS = ["<s>", "</s>", "|", *"\n abcdefghijklmnopqrstuvwxyz:"]
 VOCAB = len(CHARACTERS)
+MARKED = (
+    "{% for m in messages %}{{ m.role[0] }}:{% if m.role == 'assistant' %}{% generation %}{{ m.content }}</s>"
+    "{% endgeneration %}{% else %}{{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+"""A chat template that marks what the assistant generates."""
 
 
 def llama(seed: int = 0, vocab: int = VOCAB, context: int = 32) -> LlamaForCausalLM:
@@ -56,6 +61,9 @@ def trainer_in(
         "compute_loss_func",
         "data_collator",
         "old_every",
+        "processing_class",
+        "teacher_template",
+        "callbacks",
         "fused",
         "log_every",
     )

@@ -10,7 +10,7 @@ from tiny_models import letters, llama, parameters
 import qlens
 from qlens import InputError
 from qlens.data import encode
-from qlens.data.rows import read_rows
+from qlens.data.rows import load_rows
 
 ROWS = [
     {"question": f"what is {word}", "answer": word[::-1], "id": at} for at, word in enumerate(["ban", "gell", "dim"])
@@ -27,7 +27,7 @@ def ranking(tmp_path_factory):
 
 def test_rows_get_their_label_weight(ranking, tmp_path):
     written = ranking.export(tmp_path / "weighted.jsonl")
-    rows = read_rows(tmp_path / "weighted.jsonl")
+    rows = load_rows(tmp_path / "weighted.jsonl")
     assert [{key: row[key] for key in ROWS[0]} for row in rows] == ROWS, "every key is kept, in the order of the data"
     weights = ranking.rows[ranking.rows["by"] == "dft"].set_index("row")["label_weight"]
     for number in (1, 2, 3, 5):
@@ -64,7 +64,7 @@ def test_negative_weights_are_zero_and_counted(tmp_path):
     ranking = qlens.rank(llama(), letters(), ["aaaa", "abcdef"], [away])
     written = ranking.export(tmp_path / "w.jsonl")
     assert "1 rows have a negative label weight, written as 0" in str(written)
-    assert [row["weight"] for row in read_rows(tmp_path / "w.jsonl")][0] == 0
+    assert [row["weight"] for row in load_rows(tmp_path / "w.jsonl")][0] == 0
 
 
 def test_the_least_trusted_rows_are_left_out(ranking, tmp_path):
@@ -78,7 +78,7 @@ def test_the_least_trusted_rows_are_left_out(ranking, tmp_path):
 
 def test_qtrainer_uses_the_weights(ranking, tmp_path, make):
     ranking.export(tmp_path / "weighted.jsonl")
-    rows = [row for row in read_rows(tmp_path / "weighted.jsonl") if row["id"] != 3]
+    rows = [row for row in load_rows(tmp_path / "weighted.jsonl") if row["id"] != 3]
 
     def moved(rows):
         trainer = make("sft", examples=encode(rows, letters()).examples, batch=len(rows), steps=1)
@@ -120,7 +120,7 @@ def test_the_command_writes_the_data(run, user_files, tmp_path):
     command = ["view", "--rank", "--model", user_files["model"], "--data", user_files["data"], "--top", 1]
     code, _, err = run(*command, "--out", "weighted.jsonl")
     assert code == 0 and "Data: weighted.jsonl: 41 rows; weight is the row's label weight by dft" in err
-    assert len(read_rows(tmp_path / "weighted.jsonl")) == 41
+    assert len(load_rows(tmp_path / "weighted.jsonl")) == 41
     code, _, err = run(*command, "--out", "kept.jsonl", "--by", "negative_margin", "--drop-least", 0.1)
     assert code == 0 and "37 of 41 rows; the first 4 by negative_margin are left out" in err
     (tmp_path / "weighted.jsonl").unlink()

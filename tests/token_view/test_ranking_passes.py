@@ -130,8 +130,8 @@ def test_a_file_of_rows_is_read(user_files):
 def test_mistakes_are_named(models, tmp_path):
     (tmp_path / "file").touch()
     for options, message in (
-        ({"rows": []}, "rows must be a JSON Lines file, or a non-empty list"),
-        ({"rows": 3}, "rows must be .* got 3"),
+        ({"rows": []}, "rows must be a data file or a non-empty list"),
+        ({"rows": 3}, "must be a path, a data set or a list of rows, got 3"),
         ({"rows": "./nowhere.jsonl"}, "nowhere.jsonl' is not there"),
         ({"max_rows": 0}, "max_rows must be a whole number of at least 1"),
         ({"variants": ["cft"]}, "cft needs 'critical'"),

@@ -98,11 +98,11 @@ def test_mistakes_are_named(models):
         ({"text": ["abc"], "candidates": 0}, "candidates must be a whole number of at least 1, got 0"),
         ({"text": ["abc"], "max_rows": 0}, "max_rows must be a whole number of at least 1, got 0"),
         ({"text": [""]}, "none of its 1 rows can be shown (row 1: no supervised token)"),
-        ({"text": [{"prompt": "a"}]}, "row 1: keys"),
+        ({"text": [{"prompt": "a"}]}, "row 1: columns"),
         ({"text": ["abc"], "teacher": 3}, "teacher must be a loaded model"),
         ({"text": ["abc"], "teacher": "./nowhere"}, "nowhere"),
         ({"text": ["abc"], "tokenizer": None}, "give tokenizer"),
-        ({"text": ["abc"], "teacher": llama(1, vocab=40)}, "teacher has a vocabulary of 40"),
+        ({"text": ["abc"], "after": llama(1, vocab=40)}, "after has a vocabulary of 40"),
     ):
         with pytest.raises(InputError) as error_info:
             qlens.view(**({"model": models["model"], "tokenizer": models["tokenizer"]} | arguments))

@@ -246,7 +246,7 @@ def test_the_command_shows_what_is_asked(run, user_files, tmp_path):
     command = ["view", "--model", user_files["model"], "--data", data, "--variants", "dft"]
     code, out, err = run(*command, "--vocabulary", "--top", 2)
     assert code == 0 and "dft promotes most:" in out and "dft demotes most:" in out and "move_other" in out
-    assert "keys that are ignored: hardness, reward" in err
+    assert "columns that are ignored: hardness, reward" in err
     code, out, _ = run(*command, "--vocabulary", "--top", 2, "--json")
     assert code == 0 and [json.loads(line)["move"] > 0 for line in out.splitlines()] == [True, True, False, False]
     code, out, err = run(

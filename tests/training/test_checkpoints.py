@@ -135,7 +135,6 @@ def test_a_checkpoint_without_the_state_of_the_run_is_not_resumed_from(make, tmp
     shutil.rmtree(folder)
     make("psft", save_strategy="steps", save_steps=2, steps=2).train()
     narrow = make("psft", steps=4)
-    narrow._method_inputs.other_models["old"].model.embed_tokens.requires_grad_(False)
     narrow.model.model.embed_tokens.requires_grad_(False)
     with pytest.raises(InputError, match="old policy does not fit the model: model.embed_tokens.weight has shape"):
         narrow._run.checkpoint = folder

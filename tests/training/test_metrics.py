@@ -140,7 +140,7 @@ def test_evaluation_during_training_leaves_the_training_log_alone(make):
     assert all(a == pytest.approx(b) for a, b in zip(steps_of(evaluated), steps_of(quiet), strict=True))
     assert [e["step"] for e in evaluated.state.log_history if "eval_kl_target" in e] == [1, 2]
     evaluated.compute_loss(evaluated.model, collate(rows(2)))
-    assert evaluated._metrics.means(evaluated.accelerator) == {}  # a call by hand is in no log
+    assert evaluated._sums.means(evaluated.accelerator) == {}  # a call by hand is in no log
 
 
 def test_evaluation_of_several_sets_and_of_none_supervised(make):

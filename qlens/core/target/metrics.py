@@ -159,6 +159,16 @@ class Metrics:
         return torch.where(direct > -0.5, (-self.rest.clamp(max=0.5)).log1p(), direct)
 
     @property
+    def student_entropy(self) -> Float[Tensor, " N"]:
+        """H(p) in nats."""
+        return self._spread - self.label_probs * self.label_log_probs
+
+    @property
+    def correct(self) -> Bool[Tensor, " N"]:
+        """Whether no entry of p is above the label's."""
+        return self.log_probs.gather(1, self._index)[:, 0] >= self.log_probs.amax(-1)
+
+    @property
     def label_probs(self) -> Float[Tensor, " N"]:
         """p_y."""
         return self.label_log_probs.exp()

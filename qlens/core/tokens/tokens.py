@@ -96,12 +96,13 @@ class Tokens(Display):
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, rows: Any, teacher: Any = None, reference: Any = None) -> "Tokens":
-        """Tokens at every supervised position of texts, or of prompt/completion pairs.
+        """Tokens at every supervised position of texts, of prompt/completion pairs, or of rows of data.
 
         Args:
             model: a causal language model, or its path.
             tokenizer: its tokenizer.
-            rows: texts, or (prompt, completion) pairs, whose completions are supervised.
+            rows: texts, (prompt, completion) pairs, whose completions are supervised, or data as ``qlens.encode`` takes them
+                (dicts, a ``datasets.Dataset``, a path).
             teacher, reference: other models, or their paths.
 
         See ``qlens.data.from_text.tokens_from_text`` for the options.

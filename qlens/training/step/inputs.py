@@ -1,7 +1,9 @@
 """The inputs of a method beside logits and labels, while it trains."""
 
-import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,19 +12,23 @@ from torch import Tensor, nn
 from qlens.core.errors import InputError
 from qlens.core.numerics import precision
 from qlens.core.probes import widened
-from qlens.data.base_models import WithoutAdapters, has_adapters
+from qlens.data.base_models import SameModel, has_adapters
 from qlens.data.collator import COLUMNS
-from qlens.data.compatibility import check_same_vocabulary, vocabulary_size
-from qlens.data.models import freeze, loaded
+from qlens.data.compatibility import check_model, vocabulary_size
+from qlens.data.models import check_token_ids, freeze, loaded, moved, placed
 from qlens.data.supervised_batch import SupervisedBatch
+from qlens.data.vocabularies import Vocabularies
 from qlens.engine.heads import Head
 from qlens.engine.models.backbones import Backbones
 from qlens.engine.models.forward import model_logits
 from qlens.registry import Variant
+from qlens.training.datasets.privileged import privileged
+from qlens.training.sources import EMA, AdaptersOff, KeptWeights, Source, of_student
 
 ARGUMENTS = ("teacher", "reference")  # models that the user gives
 DERIVED = ("sequence", "old", "second", "negatives")  # inputs that come from the student and the text
 COPY = "{name}=copy.deepcopy(...) of it before training, or load it anew"
+KEPT = {"old": "old policy", "teacher": "teacher, an average,", "reference": "reference, an average,"}
 
 
 class MethodInputs:
@@ -30,7 +36,7 @@ class MethodInputs:
 
     Args:
         variant: the method.
-        models: ``teacher`` and ``reference``, None where not given.
+        models: ``teacher`` and ``reference``, models, their paths or ``qlens.training.sources``; None where not given.
 
     Raises:
         InputError: a teacher that the method needs is missing, or it needs what there is no source for.
@@ -43,73 +49,85 @@ class MethodInputs:
             if need not in (*ARGUMENTS, *DERIVED, *COLUMNS):
                 raise InputError(f"{variant.name} needs {need!r}, which QTrainer has no source for")
         self.variant = variant
-        self.other_models: dict[str, Any] = {name: models[name] for name in variant.needs if name in ARGUMENTS}
+        self.sources: dict[str, Any] = {name: models[name] for name in variant.needs if name in ARGUMENTS}
+        self.other_models: dict[str, Any] = {}
+        self.vocabularies = Vocabularies()
 
-    def set_up(self, model: Any, device: torch.device) -> None:
-        """Check, freeze and move the other models, and copy the student as the first old policy.
+    def set_up(self, model: Any, device: torch.device, tokenizer: Any = None) -> None:
+        """Open, check, freeze and move the other models, and keep the student's weights as the first old policy.
 
         Without a reference, that of a model with adapters is the model without them.
 
+        Args:
+            model: the trained model.
+            device: where other models go, unless they are quantised or dispatched to devices.
+            tokenizer: of the trained model; None where there is none at hand.
+
         Raises:
-            InputError: another model is missing, has another vocabulary, or shares parameters that are trained.
+            InputError: another model is missing, has another tokenizer, or shares parameters that are trained.
         """
-        for name, other in self.other_models.items():
-            if other is None and has_adapters(model):
-                self.other_models[name] = WithoutAdapters(model)
-                continue
-            if other is None:
+        opened: dict[Any, Any] = {}
+        for name, source in self.sources.items():
+            if source is None and has_adapters(model):
+                source = AdaptersOff()
+            if source is None:
                 raise InputError(f"{self.variant.name} needs a {name}: give QTrainer({name}=...)")
-            other = loaded(other, name)
-            check_same_vocabulary(model, other, name)
-            _check_apart(model, other, name)
-            self.other_models[name] = freeze(other).to(device)
+            key = str(source) if isinstance(source, str | Path) else id(source)
+            if key not in opened:
+                opened[key] = self._opened(name, source, model, device, tokenizer)
+            self.other_models[name] = opened[key]
         self.student = model
         if self.variant.may_return_target:
             dtype = next((value.dtype for value in model.parameters() if value.is_floating_point()), torch.float32)
             self.variant.is_loss_alone(widened(vocabulary_size(model), precision(dtype), device))
         if "old" in self.variant.needs:
-            self.other_models["old"] = freeze(copy.deepcopy(model)).to(device)
+            self.other_models["old"] = KeptWeights(model)
+
+    def _opened(self, name: str, source: Any, model: Any, device: torch.device, tokenizer: Any) -> Any:
+        """The model of a source, ready to run."""
+        if isinstance(source, Source):
+            return of_student(source, model, name)
+        other = loaded(source, name)
+        check_model(other, name)
+        self.vocabularies.check(model, other, name, tokenizer)
+        _check_apart(model, other, name)
+        return placed(freeze(other), device)
 
     def begin(self, model: Any) -> None:
-        """Begin a run with ``model`` as the student, and its weights in the old policy."""
+        """Begin a run with ``model`` as the student, and its weights in the old policy and in averages."""
         self.student = model
-        for name, other in self.other_models.items():
-            if isinstance(other, WithoutAdapters):
-                self.other_models[name] = WithoutAdapters(model)
-        self.sync()
+        for other in self.other_models.values():
+            if isinstance(other, SameModel):
+                other.bind(model)
 
     def sync(self) -> None:
         """Copy the student's weights into the old policy."""
         if "old" in self.other_models:
-            self.other_models["old"].load_state_dict(self.student.state_dict())
+            self.other_models["old"].sync()
+
+    def average(self) -> None:
+        """Move averages of the student's weights on by one step."""
+        for other, source in {self.other_models[n]: s for n, s in self.sources.items() if isinstance(s, EMA)}.items():
+            other.average(source.decay)
+
+    @property
+    def kept(self) -> dict[str, KeptWeights]:
+        """The other models whose weights were the student's, by name."""
+        return {name: model for name, model in self.other_models.items() if isinstance(model, KeptWeights)}
 
     def state(self) -> dict[str, Tensor]:
-        """The old policy's weights that training changes, by name; a weight shared by several layers once."""
-        if "old" not in self.other_models:
-            return {}
-        trained = {id(p) for p in self.student.parameters() if p.requires_grad}
-        buffers = {id(b) for b in self.student.buffers()}
-        names = {id(value): name for name, value in self.student.state_dict(keep_vars=True).items()}
-        old = self.other_models["old"].state_dict()
-        return {name: old[name].contiguous() for at, name in names.items() if at in trained or at in buffers}
+        """The weights of the old policy and of averages, by names that begin with "old.", "teacher." or "reference."."""
+        return {f"{name}.{key}": value for name, model in self.kept.items() for key, value in model.state().items()}
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Load into the old policy the weights that ``state`` returned.
+        """Load the weights that ``state`` returned.
 
         Raises:
             InputError: they are of another model.
         """
-        if "old" not in self.other_models:
-            return
-        own = {name: tuple(value.shape) for name, value in self.state().items()}
-        stored = {name: tuple(value.shape) for name, value in saved.items()}
-        if own != stored:
-            name = sorted(own.items() ^ stored.items())[0][0]
-            raise InputError(
-                f"the checkpoint's old policy does not fit the model: {name} has shape {stored.get(name)} there and "
-                f"{own.get(name)} here; resume with the model that it was saved with"
-            )
-        self.other_models["old"].load_state_dict(dict(saved), strict=False)
+        for name, model in self.kept.items():
+            own = {key.removeprefix(f"{name}."): value for key, value in saved.items() if key.startswith(f"{name}.")}
+            model.restore(own, KEPT[name])
 
     def gather(
         self, batch: SupervisedBatch, features: Mapping[str, Any], vocabulary: int, backbones: Backbones | None
@@ -125,12 +143,18 @@ class MethodInputs:
         Raises:
             InputError: the data lack a column that the method needs.
         """
-        fields = {
-            name: _predictions(name, model, batch, features, backbones) for name, model in self.other_models.items()
-        }
+        fields: dict[str, Any] = {}
+        longer = privileged(batch, features) if "teacher" in self.other_models else None
+        passes: dict[tuple, Any] = {}
+        for name, model in self.other_models.items():
+            own = longer if name == "teacher" and longer is not None else (batch, features)
+            key = id(model), id(own[0])
+            if key not in passes:
+                passes[key] = self._predictions(name, model, *own, vocabulary, backbones)
+            fields[name] = passes[key]
         fields["sequence"] = batch.sequence
         if "second" in self.variant.needs:
-            fields["second"] = _predictions("second", self.student, batch, features, backbones)
+            fields["second"] = self._predictions("second", self.student, batch, features, vocabulary, backbones)
         if "negatives" in self.variant.needs:
             fields["negatives"] = batch.context(features["input_ids"], vocabulary)
         for name in COLUMNS:
@@ -140,17 +164,28 @@ class MethodInputs:
                 raise InputError(f"{self.variant.name} needs {name!r}: give the data a column of that name")
         return fields
 
-
-def _predictions(
-    name: str, model: nn.Module, batch: SupervisedBatch, features: Mapping[str, Any], backbones: Backbones | None
-) -> Tensor | Head:
-    """Another model's predictions at the supervised rows, as a ``Head`` where backbones are in use and it has one."""
-    with torch.no_grad():
-        states = None if backbones is None else backbones.states(model, features, name)
-        if states is None:
-            return batch.take(model_logits(model, features))
-        backbone, hidden = states
-        return backbone.at(batch.take(hidden))
+    def _predictions(
+        self,
+        name: str,
+        model: Any,
+        batch: SupervisedBatch,
+        features: Mapping[str, Any],
+        vocabulary: int,
+        backbones: Backbones | None,
+    ) -> Tensor | Head:
+        """Another model's predictions at the supervised rows, as a ``Head`` where backbones are in use and it has one."""
+        features = moved(features, model)
+        if vocabulary_size(model) < vocabulary:
+            check_token_ids(model, features, name)
+        with torch.no_grad(), model.active() if isinstance(model, SameModel) else nullcontext():
+            states = None if backbones is None else backbones.states(model, features, name)
+            if states is None:
+                rows = batch.take(model_logits(model, features).to(batch.labels.device))
+                return self.vocabularies.fitted(rows, vocabulary, name)
+            backbone, hidden = states
+            head = backbone.at(hidden[:0].flatten(0, -2)).to(batch.labels.device)
+            head = replace(head, hidden=batch.take(hidden.to(batch.labels.device)))
+            return self.vocabularies.fitted(head, vocabulary, name)
 
 
 def _check_apart(model: nn.Module, other: nn.Module, name: str) -> None:
