@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from qlens.core.errors import InputError
@@ -98,7 +99,7 @@ class GradientAnalysis(MethodSearch):
             scope=reach,
             shift_variance=_clearer(cause, trial_cause),
             unused_inputs=unused,
-            trial_tokens=None if self.trial is None else self.trial.tokens,
+            trial_tokens=None if self.trial is None else self.trial.inputs.with_precision(torch.float64),
             non_finite_trials=self.non_finite,
         )
         if not len(seen.inputs):  # every label shown is clamped

@@ -90,8 +90,8 @@ class Reading:
 
     @cached_property
     def tokens(self) -> Tokens:
-        """The tokens in float64, from which everything but the loss is computed."""
-        return self.inputs.with_precision(torch.float64)
+        """The tokens in float64, from which everything but the loss is computed; of a few tokens all is computed once."""
+        return self.inputs.in_float64()
 
     @property
     def finite(self) -> bool:

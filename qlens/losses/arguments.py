@@ -1,5 +1,6 @@
 """The arguments of a loss: the value of every input that it takes, from the supervised rows in its layout."""
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def _value(role: str, view: View, roles: Mapping[str, str]) -> Any:
     if roles and "head" in roles.values():
         return _kernel_value(role, view)
     if role in ("logits", "outputs"):
-        return boxed(view.logits) if view.style.boxed else view.logits
+        return boxed(view.logits, trial=role == "logits") if view.style.boxed else view.logits
     if role in ("tokens", "labels"):
         return getattr(view, role)
     if role == "model":
@@ -172,8 +173,27 @@ def model_inputs(view: View) -> Columns:
     return Columns({name: arranged(value, view.style, role_of(name) in WIDE, False) for name, value in columns.items()})
 
 
-def boxed(logits: Tensor) -> Any:
-    """Logits as the outputs of a model."""
-    from transformers.modeling_outputs import CausalLMOutput
+def boxed(logits: Tensor, trial: bool = False) -> Any:
+    """Logits as the outputs of a model; in a trial without the second that it takes to import transformers."""
+    if trial and "transformers" not in sys.modules:
+        return CausalLMOutput(logits)
+    from transformers import modeling_outputs
 
-    return CausalLMOutput(logits=logits)  # pyright: ignore[reportArgumentType]
+    return modeling_outputs.CausalLMOutput(logits=logits)  # pyright: ignore[reportArgumentType]
+
+
+class CausalLMOutput(dict):
+    """A model's outputs, read by attribute, key or place as those of transformers."""
+
+    loss = hidden_states = attentions = None
+
+    def __init__(self, logits: Tensor):
+        super().__init__(logits=logits)
+        self.logits = logits
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else self.to_tuple()[key]
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """The values in their order."""
+        return tuple(self.values())

@@ -137,11 +137,19 @@ def test_a_package_of_analysis_can_be_the_first_import(name, fresh):
     assert code == 0, errors
 
 
-def test_importing_qlens_is_light():
+def test_importing_and_explaining_are_light():
     heavy = ("transformers", "matplotlib", "joblib", "pandas", "scipy", "trl", "peft", "datasets")
-    code = f"import sys, qlens, qlens.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"""
+import sys, qlens, qlens.cli
+print([m for m in {heavy} if m in sys.modules])
+def loss(logits, labels):
+    log_p = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    return -(log_p.exp().detach() ** 0.7 * log_p).mean()
+print(str(qlens.explain(loss)).count("it grows with p_y"), qlens.check(loss).ok)
+print([m for m in ("transformers", "matplotlib", "scipy.stats") if m in sys.modules])
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    assert done.stdout.split("\n")[:3] == ["[]", "1 True", "[]"], done.stdout + done.stderr
 
 
 def readme():

@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
+from transformers import modeling_outputs
 
 import qlens
+from qlens.losses.arguments import CausalLMOutput
 from qlens.testing import random_tokens
 
 V = 11
@@ -105,3 +107,10 @@ def test_rows_react_to_their_labels_by_the_scale_of_their_own_gradient():
     tokens = tokens.with_logits(8 * tokens.logits)  # label probabilities from 1 to far below 1e-3
     reference = qlens.implied_target("dft", tokens)
     assert_close(qlens.implied_target(dft, tokens).grad, reference.grad, rtol=1e-5, atol=1e-9)
+
+
+def test_outputs_in_a_trial_read_as_those_of_transformers():
+    logits = torch.ones(2, 3)
+    for outputs in (CausalLMOutput(logits), modeling_outputs.CausalLMOutput(logits=logits)):
+        assert outputs.logits is outputs["logits"] is outputs[0] is logits
+        assert outputs.loss is None and "loss" not in outputs and len(outputs) == 1 and outputs.to_tuple() == (logits,)

@@ -52,7 +52,9 @@ def test_a_loss_that_skips_all_rows_has_a_gradient_of_zero(skip):
     grad = qlens.implied_target(loss, one).grad
     expected = (one.probs - one.one_hot) * 12 * (torch.arange(12) == 5)[:, None]
     assert_close(grad, expected)
-    assert qlens.explain(loss).nearest and "teaches nothing" in qlens.explain(loss, easy).text(full=True)
+    assert "teaches nothing" in qlens.explain(loss, easy).text(full=True)
+    if skip in ("number", "dict"):
+        assert qlens.explain(loss).nearest
 
 
 def test_reductions_are_not_guessed_from_skipped_rows():

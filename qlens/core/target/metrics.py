@@ -208,7 +208,9 @@ class Metrics:
         for rows in self._blocks():
             others[rows] = r[rows].scatter(1, index[rows], 0.0).sum(-1)
             positive[rows] = (r[rows] >= 0).all(-1)
-        fits = positive & ((at_label + others - 1).abs() <= tolerance(self._carried))
+        off = (at_label + others - 1).abs()
+        exact = positive & (off <= tolerance(self.log_probs))
+        fits = exact if bool(exact.all()) else positive & (off <= tolerance(self._carried))
         return Residual(at_label, others, positive, fits)
 
     @cached_property

@@ -280,6 +280,14 @@ class Target(Metrics, Display):
                 joined[name] = next((value for value in values if not isinstance(value, Tensor)), None)
         return cls(**joined)
 
+    def at_cached(self, tokens: Tokens) -> "Target":
+        """This target of cached tokens, with their log p and sums over the vocabulary."""
+        if self.dense_grad is None:
+            self.__dict__.update(log_probs=tokens.log_probs, rest=tokens.rest)
+            if self.label_only:
+                self.__dict__["grad"] = tokens.label_grad * self._total_push[:, None]
+        return self
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Target":
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return Target(**{name: change(v) if isinstance(v, Tensor) else v for name, v in values.items()})

@@ -1,7 +1,9 @@
 """Tokens: the inputs of a loss at N supervised positions."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,6 +16,25 @@ from qlens.core.tokens.fields import check_labels, check_logits, check_shape, ch
 
 MODELS = ("reference", "teacher", "old", "second")
 PER_TOKEN = ("sequence", "weight", "critical", "advantage", "hint", "chosen", "pair")
+KEPT = 2**22  # logits up to which probabilities are kept
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def kept(compute: Callable[P, R]) -> Callable[P, R]:
+    """A method of ``Tokens`` that ``Tokens.cached`` computes once."""
+
+    @functools.wraps(compute)
+    def get(*args: P.args, **kwargs: P.kwargs) -> R:
+        cache = args[0].cache  # pyright: ignore[reportAttributeAccessIssue]
+        if cache is None:
+            return compute(*args, **kwargs)
+        key = (compute.__name__, *args[1:])
+        if key not in cache:
+            cache[key] = compute(*args, **kwargs)
+        return cache[key]
+
+    return get
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,6 +79,7 @@ class Tokens(Display):
     negatives: Bool[Tensor, "N V"] | None = None
 
     checked = False  # whether the values were checked when the tokens were made
+    cache = None  # results of ``cached`` tokens by name
 
     def __post_init__(self):
         object.__setattr__(self, "checked", True)
@@ -129,9 +151,24 @@ class Tokens(Display):
         """A copy with the same logits in another dtype or with a graph, unchecked."""
         return Tokens.unchecked(**{**self.fields(), "logits": logits})
 
+    @kept
     def unweighted(self) -> "Tokens":
         """The same tokens without weights."""
-        return self if self.weight is None else Tokens.unchecked(**{**self.fields(), "weight": None})
+        if self.weight is None:
+            return self
+        tokens = Tokens.unchecked(**{**self.fields(), "weight": None})
+        return tokens if self.cache is None else tokens.cached()
+
+    def cached(self) -> "Tokens":
+        """The same tokens without gradient, whose probabilities are computed once for many methods, in place of anew."""
+        tokens = Tokens.unchecked(**{**self.fields(), "logits": self.logits.detach()})
+        tokens.__dict__["cache"] = {}
+        return tokens
+
+    def in_float64(self) -> "Tokens":
+        """The same tokens in float64, ``cached`` unless they are many."""
+        tokens = self.with_precision(torch.float64)
+        return tokens if tokens.cache is not None or tokens.logits.numel() > KEPT else tokens.cached()
 
     def copied(self) -> "Tokens":
         """A deep copy, differentiable, for user methods that may write to their inputs."""
@@ -184,26 +221,31 @@ class Tokens(Display):
                 object.__setattr__(self, name, checked_field(name, value, shape))
 
     @property
+    @kept
     def log_probs(self) -> Float[Tensor, "N V"]:
         """log p, differentiable, in float32 at least."""
         return log_softmax(self.logits)
 
     @property
+    @kept
     def probs(self) -> Float[Tensor, "N V"]:
         """p = softmax(z), differentiable."""
         return self.log_probs.exp()
 
     @property
+    @kept
     def label_log_probs(self) -> Float[Tensor, " N"]:
         """log p_y, differentiable."""
         return self.gather(self.log_probs)
 
     @property
+    @kept
     def label_probs(self) -> Float[Tensor, " N"]:
         """p_y, differentiable."""
         return self.label_log_probs.exp()
 
     @property
+    @kept
     def rest_log_probs(self) -> Float[Tensor, " N"]:
         """log(1 - p_y), differentiable, summed over the other tokens so that it keeps its digits as p_y -> 1.
 
@@ -212,12 +254,26 @@ class Tokens(Display):
         return self.rest_of(self.log_probs)
 
     @property
+    @kept
+    def rest(self) -> Float[Tensor, " N"]:
+        """1 - p_y, summed over the other tokens, differentiable."""
+        return self.log_probs.exp().scatter(-1, self.labels[:, None].long(), 0.0).sum(-1)
+
+    @property
+    @kept
+    def label_grad(self) -> Float[Tensor, "N V"]:
+        """p - d, the gradient of -log p_y, without gradient; -(1 - p_y) at the label, summed over the other tokens."""
+        return self.probs.detach().scatter(-1, self.labels[:, None].long(), -self.rest.detach()[:, None])
+
+    @property
+    @kept
     def others(self) -> Float[Tensor, "N V"]:
         """p_{-y}: p without the label, renormalised; 0 at the label and in rows where p_y = 1; without gradient."""
         rest = self.log_probs.detach().scatter(-1, self.labels[:, None].long(), -torch.inf)
         return torch.where(rest.amax(-1, keepdim=True) > -torch.inf, log_softmax(rest).exp(), 0.0)
 
     @property
+    @kept
     def one_hot(self) -> Float[Tensor, "N V"]:
         """d, the one-hot of the label."""
         return one_hot(self.labels, self.logits.shape[-1], precision(self.logits.dtype))
@@ -230,6 +286,7 @@ class Tokens(Display):
         """``rest_log_probs`` of log-probabilities that are already there."""
         return log_probs.scatter(-1, self.labels[:, None].long(), -torch.inf).clamp(min=-1e30).logsumexp(-1)
 
+    @kept
     def log_probs_of(self, model: str) -> Float[Tensor, "N V"]:
         """Another model's log-probabilities (``reference``, ``teacher``, ``old``, ``second``), without gradient."""
         return log_softmax(self.require(model).detach()).to(precision(self.logits.dtype))

@@ -1,7 +1,7 @@
 """Mixture search: the fewest named distributions with g = sum_j w_j (p - R_j), their parameters and weights."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 import torch
@@ -23,6 +23,7 @@ MOST_TOKENS = 128  # evenly spread tokens on which a mixture must hold
 REFINED = 8  # sets of residuals of each size whose parameter is fitted to the last digit
 REMEMBERED = 2**25  # entries of the columns that are remembered
 TOGETHER = 2**22  # entries of the columns solved at once
+ALL, FITTED, HELD_OUT = "all tokens", "every other token", "the others"
 
 
 def decompose(
@@ -90,6 +91,16 @@ def decompose_again(mixture: Mixture, grad: Float[Tensor, "N V"], tokens: Tokens
     return replace(decomposition, index=few.cpu()[decomposition.index])
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """Some of the tokens, their gradient, (n, V), and its sizes, (n,)."""
+
+    where: Tensor
+    tokens: Tokens
+    g: Tensor
+    size: Tensor
+
+
 class _Search:
     """The search for the decomposition of one gradient.
 
@@ -101,15 +112,19 @@ class _Search:
     """
 
     def __init__(self, g: Tensor, tokens: Tokens, own: Mapping[str, Tensor], noise: Noise):
-        self.g, self.tokens, self.tolerance = g, tokens, TOLERANCE
-        self.p = tokens.probs.detach().double()
+        self.g, self.tolerance = g, TOLERANCE
         self.rounding = noise.rows
         sizes = g.norm(dim=-1)
         share = (noise.rows / sizes)[sizes > noise.rows]  # tokens without a gradient have no digits
         self.digits = float(share.median()) if len(share) else 1.0
         self.size = sizes + noise.rows / TOLERANCE  # rounding counts as the tolerance
-        self.fitted = torch.arange(len(g), device=g.device) % 2 == 0
-        self.column_cache: dict[tuple[str, float | None], Tensor] = {}
+        fitted = torch.arange(len(g), device=g.device) % 2 == 0
+        self.rows = {
+            name: _Rows(where, tokens[where].cached(), g[where], self.size[where])
+            for name, where in ((ALL, fitted | True), (FITTED, fitted), (HELD_OUT, ~fitted))
+        }
+        self.p = self.rows[ALL].tokens.probs
+        self.column_cache: dict[tuple[str, float | None, str], Tensor] = {}
         self.entries, self.alike = self._distinct(dictionary(tokens, own))
         if not bool((g.sum(-1).abs() <= TOLERANCE * g.norm(dim=-1) + noise.sums).all()):
             self.entries.insert(0, Residual(RAW, lambda t: torch.zeros_like(t.probs)))
@@ -120,7 +135,7 @@ class _Search:
         for entry in entries:
             twin = None if entry.parameter else next((k for k in distinct if self._same(k, entry)), None)
             itself = twin is None and not entry.parameter
-            if itself and float((entry.at(self.tokens, None) - self.p).abs().max()) < 1e-12:
+            if itself and float((entry.at(self.rows[ALL].tokens, None) - self.p).abs().max()) < 1e-12:
                 alike.append(("the student", entry.name))
             elif twin is not None:
                 alike.append((twin.name, entry.name))
@@ -131,46 +146,51 @@ class _Search:
     def _same(self, a: Residual, b: Residual) -> bool:
         if a.parameter:
             return False
-        return float((a.at(self.tokens, None) - b.at(self.tokens, None)).abs().max()) < 1e-12
+        return float((a.at(self.rows[ALL].tokens, None) - b.at(self.rows[ALL].tokens, None)).abs().max()) < 1e-12
 
-    def column(self, entry: Residual, value: float | None, rows: Tensor | None = None) -> Tensor:
-        """p - R at every token, or at some, at unit length; those of the grid are remembered."""
-        key = (entry.name, value if entry.parameter else None)
+    def column(self, entry: Residual, value: float | None, rows: str = ALL) -> Tensor:
+        """p - R at unit length on some tokens, (N, V); those of the grid are remembered."""
+        key = (entry.name, value if entry.parameter else None, rows)
         if key in self.column_cache:
-            column = self.column_cache[key]
-            return column if rows is None else column[rows]
-        known = key[1] is None or value in entry.grid
-        at = rows if rows is not None and not known else slice(None)  # a fitted value is seldom needed again
-        column = self.p[at] - entry.at(self.tokens[at], key[1])
-        column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
-        room = (len(self.column_cache) + 1) * column.numel() <= REMEMBERED
-        if key[1] is None or (known and room):
+            return self.column_cache[key]
+        if rows != ALL and key[1] is None:  # a user's own distributions are those of all tokens
+            column = self.column(entry, None)[self.rows[rows].where]
+        else:
+            tokens = self.rows[rows].tokens
+            column = tokens.probs - entry.at(tokens, key[1])
+            column = column / column.norm(dim=-1, keepdim=True).clamp(min=1e-300)
+        room = (len(self.column_cache) + 1) * self.g.numel() <= REMEMBERED
+        if key[1] is None or (value in entry.grid and room):  # a fitted value is seldom needed again
             self.column_cache[key] = column
-        return column if rows is None or not known else column[rows]
+        return column
 
-    def columns(
-        self, chosen: tuple[Residual, ...], values: Sequence[float | None], rows: Tensor | None = None
-    ) -> Tensor:
+    def columns(self, chosen: tuple[Residual, ...], values: Sequence[float | None], rows: str = ALL) -> Tensor:
         """The columns of a set at some values of its parameter, (values, N, V, J)."""
-        return torch.stack([torch.stack([self.column(entry, value, rows) for value in values]) for entry in chosen], -1)
+        every = [
+            torch.stack([self.column(entry, value, rows) for value in values])
+            if entry.parameter
+            else self.column(entry, None, rows).expand(len(values), -1, -1)
+            for entry in chosen
+        ]
+        return torch.stack(every, -1)
 
     def solve(self, chosen: tuple[Residual, ...], value: float | None) -> Tensor:
         """Coefficients of the unit columns, (N, J)."""
         r, on = (part[0] for part in _projected(self.columns(chosen, [value]), self.g)[:2])
         return solved(r, on)
 
-    def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], where: Tensor) -> list[float]:
+    def misses(self, chosen: tuple[Residual, ...], values: Sequence[float | None], rows: str) -> list[float]:
         """The root mean square misfit over some tokens, at every value."""
-        g, size = self.g[where], self.size[where]
+        g, size = self.rows[rows].g, self.rows[rows].size
         misfits, few = [], max(1, TOGETHER // (g.numel() * len(chosen)))
         for at in range(0, len(values), few):
-            distance = _projected(self.columns(chosen, values[at : at + few], where), g)[2]
+            distance = _projected(self.columns(chosen, values[at : at + few], rows), g)[2]
             misfits += (distance / size).square().mean(-1).sqrt().tolist()
         return misfits
 
-    def miss(self, chosen: tuple[Residual, ...], value: float | None, where: Tensor) -> float:
+    def miss(self, chosen: tuple[Residual, ...], value: float | None, rows: str) -> float:
         """The root mean square misfit over some tokens."""
-        return self.misses(chosen, [value], where)[0]
+        return self.misses(chosen, [value], rows)[0]
 
     def run(self, picked: Tensor) -> Mixture:
         """The simplest exact decomposition; else the best of the largest size."""
@@ -182,7 +202,7 @@ class _Search:
             good = [one for one in candidates if self._explains(*one)]
             if good:
                 return self.mixture(*min(good, key=self._order), picked)
-            best = min([*candidates, *([best] if best else [])], key=lambda one: self.miss(*one, self.fitted))
+            best = min([*candidates, *([best] if best else [])], key=lambda one: self.miss(*one, FITTED))
         return self.mixture(*best, picked) if best else self.mixture((), None, picked)
 
     def _of_size(self, size: int) -> list[tuple[tuple[Residual, ...], float | None]]:
@@ -195,7 +215,7 @@ class _Search:
             elif len(parameters) == 1 and size <= 3:
                 grid = next(entry.grid for entry in chosen if entry.parameter)
                 if grid:
-                    miss, value = min(zip(self.misses(chosen, grid, self.fitted), grid, strict=True))
+                    miss, value = min(zip(self.misses(chosen, grid, FITTED), grid, strict=True))
                     free.append((miss, chosen, value))
         free.sort(key=lambda one: one[0])
         return plain + [self._refined(*one[1:]) for one in free[:REFINED]]
@@ -208,7 +228,7 @@ class _Search:
         low, high = grid[max(at - 1, 0)], grid[min(at + 1, len(grid) - 1)]
         if entry.parameter == "k":
             wholes = range(int(low), int(high) + 1)
-            return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), self.fitted)))
+            return chosen, float(min(wholes, key=lambda k: self.miss(chosen, float(k), FITTED)))
         low, high = (low / 2, high) if at == 0 else (low, high * 4 if at == len(grid) - 1 else high)
         if value > 1:
             low = max(low, 1.05)
@@ -216,12 +236,12 @@ class _Search:
             high = min(high, 0.95)
         optimum = minimize_scalar(_cost(self, chosen), bounds=(low, high), method="bounded", options={"xatol": 1e-11})
         near = float(f"{optimum.x:.6g}")  # a short number, if it fits as well
-        as_well = self.miss(chosen, near, self.fitted) <= max(self.tolerance, float(optimum.fun))
+        as_well = self.miss(chosen, near, FITTED) <= max(self.tolerance, float(optimum.fun))
         return chosen, near if as_well else optimum.x
 
     def _explains(self, chosen: tuple[Residual, ...], value: float | None) -> bool:
-        halves = [where for where in (self.fitted, ~self.fitted) if where.any()]
-        return all(self.miss(chosen, value, where) <= self.tolerance for where in halves)
+        halves = [rows for rows in (FITTED, HELD_OUT) if len(self.rows[rows].g)]
+        return all(self.miss(chosen, value, rows) <= self.tolerance for rows in halves)
 
     def _order(self, one: tuple[tuple[Residual, ...], float | None]) -> tuple:
         mixture = self.mixture(*one, torch.arange(len(self.g)))
@@ -233,18 +253,18 @@ class _Search:
         if not chosen:
             return Mixture({}, picked, 0.0, 0.0, not bool(self.g.any()), torch.ones(len(self.g)) > 0, alike=self.alike)
         unit = self.solve(chosen, value)
-        lengths = torch.stack([(self.p - e.at(self.tokens, value)).norm(dim=-1) for e in chosen], -1)
+        lengths = torch.stack([(self.p - e.at(self.rows[ALL].tokens, value)).norm(dim=-1) for e in chosen], -1)
         a = torch.stack([self.column(entry, value) for entry in chosen], -1)
         apart = distance_apart(a)
         unique = identifiable(apart, lengths)
         c = torch.where(lengths > 0, unit / lengths.clamp(min=1e-300), 0.0)
         explains = self._explains(chosen, value)
-        held_out_misfit = self.miss(chosen, value, ~self.fitted) if (~self.fitted).any() else 0.0
+        held_out_misfit = self.miss(chosen, value, HELD_OUT) if len(self.rows[HELD_OUT].g) else 0.0
         entry = next((entry for entry in chosen if entry.parameter), None)
         return Mixture(
             {e.name_at(value): c[:, j].cpu() + 0.0 for j, e in enumerate(chosen)},
             picked,
-            self.miss(chosen, value, self.fitted),
+            self.miss(chosen, value, FITTED),
             held_out_misfit,
             explains,
             unique.cpu(),
@@ -270,4 +290,4 @@ def _projected(columns: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cost(search: _Search, chosen: tuple[Residual, ...]) -> Callable[[float], float]:
-    return lambda value: search.miss(chosen, float(value), search.fitted)
+    return lambda value: search.miss(chosen, float(value), FITTED)

@@ -167,7 +167,7 @@ def _label(e: Any) -> str:
         where = f"{len(down)} of {n} tokens, {p_y_range(e.table.loc[down, 'p_y'], '.2g')}"
         return _in_batch(e, f"{name} is negative on some tokens, whose labels are pushed down ({where}){by}{others}.")
     p_y = e.table.loc[values.index, "p_y"]
-    order = values.corr(p_y, method="spearman")
+    order = values.rank().corr(p_y.rank())  # method="spearman" imports scipy.stats, which takes most of a second
     span = "" if formula else f", from {low + 0.0:.3g} to {high + 0.0:.3g}"
     equals = f" = {formula}" if formula else ""
     if order > 0.95:

@@ -1,8 +1,9 @@
 """Matching: a gradient compared with that of a registered method: equal, equal up to a factor, or the angle between them."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from qlens.registry.variant import Variant
 
 RELATIONS = ("identical", "up to a factor", "same targets at another scale", "near")
 WORSE = 2.0  # methods within rounding rank last where their distance is more than this many times the smallest
+TOGETHER = 2**16  # entries of the gradients that are compared at once, few enough for the cache
 SHORT = 3  # significant digits of a short factor
 
 
@@ -91,17 +93,16 @@ def nearest(
         >>> nearest(2.5 * qlens.get("kd").target(tokens).grad, tokens)[0].relation
         'up to a factor'
     """
-    tokens = tokens.with_precision(torch.float64)
+    tokens = tokens.in_float64()
     noise = noise or rounding(grad, tokens)
-    all_matches = []
-    for method in methods().values():
-        matches = [
-            match for point in points(method) if point.spec != skip and (match := at(point, grad, tokens, noise))
-        ]
-        if method.name == params.parse(skip)[0]:  # the method itself, with a parameter that has no effect
-            matches = [match for match in matches if match.relation != "identical"]
-        all_matches += matches if every else simplest(matches)
-    return ranked(all_matches)
+    own = params.parse(skip)[0]
+    every_point = [point for method in methods().values() for point in points(method) if point.spec != skip]
+    grads = ((point.spec, other) for point in every_point if (other := method_gradient(point, tokens)) is not None)
+    matches = [  # without the method itself, with a parameter that has no effect
+        match for match in compare(grads, grad, noise)
+        if match.relation != "identical" or params.parse(match.spec)[0] != own
+    ]  # fmt: skip
+    return ranked(matches if every else simplest(matches))
 
 
 def simplest(matches: list[Match]) -> list[Match]:
@@ -128,18 +129,24 @@ def ranked(matches: list[Match]) -> list[Match]:
 def at(variant: Variant, grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None) -> Match | None:
     """The match of a gradient with one variant; None where the tokens lack a field that it needs."""
     other = method_gradient(variant, tokens)
-    return None if other is None else _compare(variant.spec, grad, other, noise or rounding(grad, tokens))
+    return None if other is None else compare([(variant.spec, other)], grad, noise or rounding(grad, tokens))[0]
 
 
 def method_gradient(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
     """The gradient of a variant; None where the tokens lack a field that it needs, or it is not finite."""
+    grad = raw_gradient(variant, tokens)
+    return grad if grad is not None and bool(grad.isfinite().all()) else None
+
+
+def raw_gradient(variant: Variant, tokens: Tokens) -> Float[Tensor, "N V"] | None:
+    """The gradient of a variant, finite or not; None where the tokens lack a field that it needs."""
     if any(getattr(tokens, field) is None for field in variant.needs):
         return None
     try:
-        grad = variant.target(tokens).grad
+        target = variant.target(tokens)
     except InputError:  # the parameters exclude each other, or a user's method takes other tokens only
         return None
-    return grad if bool(grad.isfinite().all()) else None
+    return (target if tokens.cache is None else target.at_cached(tokens)).grad
 
 
 def order(match: Match) -> tuple:
@@ -161,30 +168,50 @@ def agreement(
     grad: Float[Tensor, "N V"], other: Float[Tensor, "N V"], noise: Noise, tolerance: float = TOLERANCE
 ) -> tuple[float, Bool[Tensor, " N"], Float[Tensor, " N"]]:
     """The factor c of most tokens, whether |g - c g_m| is rounding on every token, and its ratio to the rounding error."""
-    g, m = grad.double(), other.double()
-    sizes = g.norm(dim=-1), m.norm(dim=-1)
-    ratio = (g * m).sum(-1) / sizes[1].square().clamp(min=1e-300)
-    usable = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
-    factor = float(ratio[usable].median()) if bool(usable.any()) else 1.0
-    for within in dict.fromkeys((TOLERANCE, tolerance)):  # to the last digit, from the tokens that agree best
-        allowed = within * sizes[0].maximum(abs(factor) * sizes[1]) + noise.rows
-        near = usable & ((g - factor * m).norm(dim=-1) <= allowed * 3)
-        if int(near.sum()) >= max(1, len(g) // 10):
-            weight = 1 / allowed[near, None]
-            factor = float((g[near] * m[near] * weight**2).sum() / (m[near] * weight).square().sum())
-            spread = within + 0.5 * float((noise.rows / sizes[0].clamp(min=1e-300))[near].median())
-            factor = written(factor, spread / int(near.sum()) ** 0.5)
-            break
-    distance = distance_at(g, m, factor, noise, tolerance)
+    (factor,), (distance,) = _agreements(grad.double(), other.double()[None], noise, tolerance)
     return factor, distance <= 1, distance
 
 
+def _agreements(
+    g: Float[Tensor, "N V"], m: Float[Tensor, "P N V"], noise: Noise, tolerance: float = TOLERANCE
+) -> tuple[list[float], Float[Tensor, "P N"]]:
+    """The factors of ``agreement`` and the ratios to the rounding error, for several methods at once."""
+    sizes = g.norm(dim=-1), m.norm(dim=-1)
+    dots = (g * m).sum(-1)
+    usable = (sizes[0] > 10 * noise.rows) & (sizes[1] > 0)
+    ratio = torch.where(usable, dots / sizes[1].square().clamp(min=1e-300), torch.nan)
+    factors = ratio.nanmedian(-1).values.nan_to_num(1.0)
+    relative = noise.rows / sizes[0].clamp(min=1e-300)
+    least, found = max(1, len(g) // 10), torch.zeros(len(m), dtype=torch.bool, device=m.device)
+    for within in dict.fromkeys((TOLERANCE, tolerance)):  # to the last digit, from the tokens that agree best
+        allowed = within * sizes[0].maximum(factors.abs()[:, None] * sizes[1]) + noise.rows
+        near = usable & ((g - factors[:, None, None] * m).norm(dim=-1) <= allowed * 3)
+        number = near.sum(-1)
+        enough = (number >= least) & ~found
+        if not bool(enough.any()):
+            continue
+        weight = torch.where(near, 1 / allowed, 0.0)
+        exact = (dots * weight**2).sum(-1) / (sizes[1] * weight).square().sum(-1)
+        rough = within + 0.5 * torch.where(near, relative, torch.nan).nanmedian(-1).values
+        spread = (rough / number.sqrt()).tolist()
+        short = [
+            written(v, by) if yes else v for v, by, yes in zip(exact.tolist(), spread, enough.tolist(), strict=True)
+        ]
+        factors, found = torch.where(enough, exact.new_tensor(short), factors), found | enough
+    return factors.tolist(), distance_at(g, m, factors[:, None], noise, tolerance)
+
+
 def distance_at(
-    grad: Float[Tensor, "N V"], other: Float[Tensor, "N V"], factor: float, noise: Noise, tolerance: float = TOLERANCE
-) -> Float[Tensor, " N"]:
+    grad: Float[Tensor, "N V"],
+    other: Float[Tensor, "*P N V"],
+    factor: float | Float[Tensor, "*P 1"],
+    noise: Noise,
+    tolerance: float = TOLERANCE,
+) -> Float[Tensor, "*P N"]:
     """|g - c g_m| relative to what rounding and the tolerance allow, at a known factor c."""
+    times = factor[..., None] if isinstance(factor, Tensor) else factor
     allowed = tolerance * grad.norm(dim=-1).maximum(abs(factor) * other.norm(dim=-1)) + noise.rows
-    return (grad - factor * other).norm(dim=-1) / allowed.clamp(min=1e-300)
+    return (grad - times * other).norm(dim=-1) / allowed.clamp(min=1e-300)
 
 
 def angle_of(cosine: float) -> float:
@@ -198,32 +225,56 @@ def written(value: float, spread: float) -> float:
     return next((near for near in candidates if abs(near - value) <= spread * abs(value)), value)
 
 
-def _compare(spec: str, grad: Tensor, other: Tensor, noise: Noise) -> Match:
-    g, m = grad.double(), other.double()
-    size, other_size = float(g.norm()), float(m.norm())
-    if size == 0 or other_size == 0:
-        same = size == other_size
-        return Match(spec, 0.0 if same else 90.0, 1.0, float(not same), "identical" if same else "near", float(same))
-    dot = float((g * m).sum())
-    angle = angle_of(dot / (size * other_size))
-    factor, agree, distance = agreement(g, m, noise)
-    share, chi = float(agree.double().mean()), float(distance.square().mean().sqrt())
-    if bool(agree.all()) and factor != 0:  # a negative factor is a sign error
-        misfit = float((g - factor * m).norm()) / size
-        return Match(spec, angle, factor, misfit, "identical" if factor == 1 else "up to a factor", share, chi)
-    least = dot / other_size**2
-    misfit = float((g - least * m).norm()) / size
-    relation = "same targets at another scale" if _parallel(g, m, noise) else "near"
-    return Match(spec, angle, least, misfit, relation, share, chi)
+def compare(
+    others: Iterable[tuple[str, Float[Tensor, "N V"]]], grad: Float[Tensor, "N V"], noise: Noise
+) -> list[Match]:
+    """The match of a gradient with each of some variants, given by spec and gradient; many at once where N V is small."""
+    together, remaining, matches = max(1, TOGETHER // max(1, grad.numel())), iter(others), []
+    while some := list(islice(remaining, together)):
+        matches += _compare(
+            [spec for spec, _ in some], grad.double(), torch.stack([m.double() for _, m in some]), noise
+        )
+    return matches
 
 
-def _parallel(g: Tensor, m: Tensor, noise: Noise) -> bool:
-    """Whether the gradients are parallel on every token on which neither is zero."""
+def _compare(specs: Sequence[str], g: Float[Tensor, "N V"], m: Float[Tensor, "P N V"], noise: Noise) -> list[Match]:
+    size, other_sizes = float(g.norm()), m.flatten(1).norm(dim=-1)
+    factors, distance = _agreements(g, m, noise)
+    dots = (g * m).flatten(1).sum(-1)
+    least = dots / other_sizes.square().clamp(min=1e-300)
+    multiples = torch.stack([least, least.new_tensor(factors)])
+    misfits = [(g - by[:, None, None] * m).flatten(1).norm(dim=-1).tolist() for by in multiples]
+    columns = [other_sizes, dots, least, (distance <= 1).double().mean(-1), distance.square().mean(-1).sqrt()]
+    per_method = zip(
+        specs, *(column.tolist() for column in columns), factors, *misfits, _parallel(g, m, noise), strict=True
+    )
+    matches = []
+    for spec, other_size, dot, by, share, chi, factor, misfit, misfit_at_factor, parallel in per_method:
+        if size == 0 or other_size == 0:
+            same = size == other_size
+            relation = "identical" if same else "near"
+            matches.append(Match(spec, 0.0 if same else 90.0, 1.0, float(not same), relation, float(same)))
+            continue
+        angle = angle_of(dot / (size * other_size))
+        if share == 1 and factor != 0:  # a negative factor is a sign error
+            relation = "identical" if factor == 1 else "up to a factor"
+            matches.append(Match(spec, angle, factor, misfit_at_factor / size, relation, share, chi))
+        else:
+            relation = "same targets at another scale" if parallel else "near"
+            matches.append(Match(spec, angle, by, misfit / size, relation, share, chi))
+    return matches
+
+
+def _parallel(g: Float[Tensor, "N V"], m: Float[Tensor, "P N V"], noise: Noise) -> list[bool]:
+    """Whether the gradients are parallel on every token on which neither is zero, for several methods at once."""
     sizes = g.norm(dim=-1), m.norm(dim=-1)
-    nonzero = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (sizes[1] > 1e-12 * sizes[1].max())
-    unit_g, unit_m = (x[nonzero] / s[nonzero, None] for x, s in zip((g, m), sizes, strict=True))
-    allowed = 10 * TOLERANCE + noise.rows[nonzero] / sizes[0][nonzero]
-    return bool(nonzero.any()) and bool(((unit_g - unit_m).norm(dim=-1) <= allowed).all())
+    nonzero = (sizes[0] > (1e-12 * sizes[0].max()).maximum(10 * noise.rows)) & (
+        sizes[1] > 1e-12 * sizes[1].amax(-1, keepdim=True)
+    )
+    unit_g, unit_m = (x / s.clamp(min=1e-300)[..., None] for x, s in zip((g, m), sizes, strict=True))
+    allowed = 10 * TOLERANCE + noise.rows / sizes[0].clamp(min=1e-300)
+    along = (unit_g - unit_m).norm(dim=-1) <= allowed
+    return (nonzero.any(-1) & (along | ~nonzero).all(-1)).tolist()
 
 
 def _changed(spec: str) -> list[tuple[str, Any]]:

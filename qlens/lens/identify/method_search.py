@@ -155,8 +155,10 @@ class MethodSearch:
         """Matches on a few tokens, compared on all tokens: the simplest of every method, and those that agree on some."""
         simplest = {match.spec for match in matching.simplest(near)}
         likely = [match.spec for match in near if match.share > HALF / 2 or match.spec in simplest]
-        again = [matching.at(get(spec), some.grad, some.tokens, some.noise) for spec in likely]
-        return matching.simplest([match for match in again if match is not None])
+        grads = (
+            (spec, other) for spec in likely if (other := matching.method_gradient(get(spec), some.tokens)) is not None
+        )
+        return matching.simplest(matching.compare(grads, some.grad, some.noise))
 
     def few(self, some: Reading, changed: bool) -> Reading:
         """A few dozen tokens on which parameters are fitted, without extreme p_y where tokens are independent."""

@@ -1,11 +1,11 @@
 """Parameter fits: the parameters at which a method has a gradient, by grid scans and least squares."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from scipy.optimize import least_squares
 from torch import Tensor
@@ -38,7 +38,7 @@ def pushes_only(
     grad: Float[Tensor, "N V"], tokens: Tokens, noise: Noise | None = None, tolerance: float = TOLERANCE
 ) -> bool:
     """Whether every token's gradient is a multiple of p - d, so that the ratios of the other entries stay as they are."""
-    tokens, noise, grad = tokens.with_precision(torch.float64), noise or rounding(grad, tokens), grad.double()
+    tokens, noise, grad = tokens.in_float64(), noise or rounding(grad, tokens), grad.double()
     log_probs = tokens.log_probs.detach()
     along = log_probs.exp() - tokens.one_hot
     push = (grad * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp(min=1e-300)
@@ -54,8 +54,10 @@ class Fit:
         self.numbers: Sequence[float] = ()  # further values of thresholds
         self.g, self.goal = self.grad, 0.1 * TOLERANCE
         self._costs: dict[tuple, float] = {}
+        self._minima: dict[tuple, dict[str, Any]] = {}  # where least squares ended, by start and free numbers
         rows = self.g.norm(dim=-1) + noise.rows / TOLERANCE
         self.weight = 1 / rows.clamp(min=1e-300)[:, None]  # a token counts as much as any other
+        self.weighted = self.g * self.weight
         grads = [(matching.method_gradient(variant, tokens), variant.params) for variant in matching.points(method)]
         self.kinds = {pushes_only(method_grad, tokens) for method_grad, _ in grads if method_grad is not None}
         starts = [(self.size(method_grad), parameters) for method_grad, parameters in grads]
@@ -64,32 +66,37 @@ class Fit:
 
     def residuals(self, parameters: dict[str, Any]) -> np.ndarray | None:
         """The residuals of the gradient at these parameters and the best factor, (N V,); None for invalid parameters."""
-        try:
-            variant = self.method.variant(**parameters)
-        except InputError:  # out of its range
-            return None
-        method_grad = matching.method_gradient(variant, self.tokens)
-        return None if method_grad is None else self.residuals_of(method_grad)
-
-    def residuals_of(self, method_grad: Tensor) -> np.ndarray:
-        """The residuals of the gradient after the best multiple of a method's gradient, (N V,)."""
-        a, b = method_grad.double() * self.weight, self.g * self.weight
-        factor = (a * b).sum() / (a * a).sum().clamp(min=1e-300)
-        return ((b - factor * a) / len(b) ** 0.5).flatten().cpu().numpy()
+        residuals = self._residuals_of(self._gradient(parameters))
+        return None if residuals is None else residuals.flatten().cpu().numpy()
 
     def cost(self, parameters: dict[str, Any]) -> float:
         """The root mean square of the residuals, relative to the gradient."""
         key = tuple(parameters.values())
         if key not in self._costs:
-            try:
-                self._costs[key] = self.size(matching.method_gradient(self.method.variant(**parameters), self.tokens))
-            except InputError:  # out of its range
-                self._costs[key] = float("inf")
+            self._costs[key] = self.size(self._gradient(parameters))
         return self._costs[key]
+
+    def _gradient(self, parameters: dict[str, Any]) -> Tensor | None:
+        """The method's gradient at these parameters, finite or not; None where they are out of their range."""
+        try:
+            return matching.raw_gradient(self.method.variant(**parameters), self.tokens)
+        except InputError:
+            return None
+
+    def _residuals_of(self, method_grad: Tensor | None) -> Tensor | None:
+        """The residuals of the gradient after the best multiple of a method's gradient, (N, V); None if that is not finite."""
+        if method_grad is None:
+            return None
+        a = method_grad.double() * self.weight
+        factor = float((a * self.weighted).sum() / (a * a).sum().clamp(min=1e-300))
+        if not math.isfinite(factor):
+            return None
+        return (self.weighted - a * factor) / len(a) ** 0.5
 
     def size(self, method_grad: Tensor | None) -> float:
         """The root mean square of the residuals of a method's gradient."""
-        return float("inf") if method_grad is None else float(np.sqrt((self.residuals_of(method_grad) ** 2).sum()))
+        residuals = self._residuals_of(method_grad)
+        return math.inf if residuals is None else float(residuals.norm())
 
     def glance(self) -> None:
         """Fit all numbers from the default and the nearest choice of the other parameters, whole numbers at every choice."""
@@ -163,6 +170,10 @@ class Fit:
     def descend(self, free: list[tuple[str, int | None]]) -> None:
         """Least squares over some numbers from the current parameters."""
         start, invalid = dict(self.params), np.full(self.g.numel(), 1e3)
+        key = (*start.values(), *free)
+        if key in self._minima:
+            self.take(self._minima[key])
+            return
         x0 = np.array([_part(start[name], i) for name, i in free])
 
         def objective(x: np.ndarray) -> np.ndarray:
@@ -170,7 +181,8 @@ class Fit:
             return invalid if residuals is None else residuals
 
         size, options = np.maximum(np.abs(x0), 0.1), dict(xtol=1e-13, ftol=1e-13, gtol=1e-15, max_nfev=STEPS)
-        self.take(_filled(start, free, least_squares(objective, x0, x_scale=size, **options).x))
+        self._minima[key] = _filled(start, free, least_squares(objective, x0, x_scale=size, **options).x)
+        self.take(self._minima[key])
 
     def simpler(self) -> dict[str, Any]:
         """Parameters with defaults and short numbers where these fit about as well."""
@@ -246,8 +258,8 @@ class ThresholdFit(Fit):
 
     def size(self, method_grad: Tensor | None) -> float:
         """The root mean square over tokens of the relative distance at the factor of most tokens, each at most 1."""
-        if method_grad is None:
-            return float("inf")
+        if method_grad is None or not bool(method_grad.isfinite().all()):
+            return math.inf
         method_grad = method_grad.double()
         factor, _, _ = matching.agreement(self.g, method_grad, self.noise)
         larger = self.g.norm(dim=-1).maximum(abs(factor) * method_grad.norm(dim=-1)) + self.noise.rows / TOLERANCE

@@ -3,7 +3,6 @@
 from collections.abc import Collection, Sequence
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -59,7 +58,7 @@ def search_with_near(
         noise: rounding error of the gradient.
         fields: fields of Tokens that the loss takes; methods that need another are left out. None: unknown.
     """
-    tokens, noise = tokens.with_precision(torch.float64), noise or rounding(grad, tokens)
+    tokens, noise = tokens.in_float64(), noise or rounding(grad, tokens)
     possible = [
         m for m in methods().values() if m.name != skip and (fields is None or set(m.variant().needs) <= set(fields))
     ]
@@ -95,7 +94,7 @@ def refined(
     variant = get(spec)
     if not variant.params or not all(getattr(tokens, field) is not None for field in variant.needs):
         return None
-    fit = ThresholdFit(variant.method, grad, tokens.with_precision(torch.float64), noise)
+    fit = ThresholdFit(variant.method, grad, tokens.in_float64(), noise)
     fit.params, fit.numbers = dict(variant.params), numbers
     fit.best = fit.cost(fit.params)
     for _ in range(ROUNDS):

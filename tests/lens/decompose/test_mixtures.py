@@ -29,7 +29,7 @@ def pulled(tokens, parts):
     return sum(c[:, None] * (p - by_name[name].of(tokens)) for name, c in parts.items())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.lists(st.sampled_from(NAMES), min_size=2, max_size=3, unique=True), st.integers(0, 10**6), st.booleans())
 def test_random_mixtures_are_recovered(names, seed, signed):
     draw = torch.Generator().manual_seed(seed)
@@ -45,7 +45,7 @@ def test_random_mixtures_are_recovered(names, seed, signed):
 
 def test_random_gradients_are_no_mixture():
     held_out_misfits = []
-    for seed in range(20):
+    for seed in range(8):
         noise = torch.randn(60, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         mixture = decompose(noise - noise.mean(-1, keepdim=True), TOKENS)
         held_out_misfits.append(mixture.held)
