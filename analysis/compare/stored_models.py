@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import make_folder
-from qlens.data.models import quiet
+from qlens.data.model_folders import quiet
 from qlens.lab import cache
 
 

@@ -94,10 +94,11 @@ def own_models(
 def _add(loaded: dict[str, Any], name: str, folder: str, device: str, dtype: str | None) -> str:
     """Load another model with the vocabulary of ``loaded["model"]`` into ``loaded``; returns a sentence on its padding."""
     from qlens.data import compatibility, models
+    from qlens.data.model_folders import has_tokenizer
     from qlens.data.vocabularies import match_vocabulary
 
     tokenizer = loaded["tokenizer"]
-    own = name != "after" or models.has_tokenizer(folder)  # checkpoints of a training may come without one
+    own = name != "after" or has_tokenizer(folder)  # checkpoints of a training may come without one
     other = models.load_tokenizer(folder) if own else tokenizer
     compatibility.check_same_tokenizer(tokenizer, other)
     loaded[name] = models.load_to_read(folder, device, dtype)

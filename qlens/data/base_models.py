@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from qlens.data.models import quiet
+from qlens.data.model_folders import quiet
 from qlens.engine.models.forward import evaluating
 
 

@@ -2,22 +2,19 @@
 
 import contextlib
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
 
 from qlens.core.errors import InputError, brief
 from qlens.core.files import read_json, user_path
 from qlens.core.numerics import dtype_name
+from qlens.data.model_folders import place_of, quiet, readable, short_error
 from qlens.data.model_sizes import check_parameters, check_sizes
 
 logger = logging.getLogger(__name__)
@@ -55,7 +52,7 @@ def load_model(
         return _merged(folder, path, device, dtype)
     if folder.is_dir() and (stored := check_sizes(folder)) is not None:
         config = _load(AutoConfig, path, "model")
-        with _readable("model", path, local=True), quiet(), torch.device("meta"):  # allocates nothing
+        with readable("model", path, local=True), quiet(), torch.device("meta"):  # allocates nothing
             count = AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
         check_parameters(folder, count, stored)
     options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
@@ -73,7 +70,7 @@ def load_model(
     try:
         return model.to(place).eval()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {str(device)!r} cannot be used: {_short(error)}") from None
+        raise InputError(f"device {str(device)!r} cannot be used: {short_error(error)}") from None
 
 
 def _merged(
@@ -92,7 +89,7 @@ def _merged(
         raise InputError(
             f"model folder {brief(str(path))} holds adapters of a model that is not read: {error}"
         ) from error
-    with _readable("adapters", path, local=True), quiet():
+    with readable("adapters", path, local=True), quiet():
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()  # type: ignore[operator]
 
 
@@ -202,57 +199,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     return _load(AutoTokenizer, path, "tokenizer")
 
 
-def has_tokenizer(path: str | Path) -> bool:
-    """Whether a folder holds a tokenizer; a name on the hub is taken to have one."""
-    folder = user_path(path, "tokenizer folder")
-    return not folder.is_dir() or any(file for pattern in PATTERNS["tokenizer"] for file in folder.glob(pattern))
-
-
-PATTERNS = {"model": ("config.json",), "tokenizer": ("tokenizer*", "vocab*", "*.model")}
-
-
 def _load(loader: Any, path: str | Path, kind: str, **options: Any) -> Any:
     place, local = place_of(path, kind)
-    with _readable(kind, path, local), quiet():
+    with readable(kind, path, local), quiet():
         return loader.from_pretrained(place, local_files_only=local, trust_remote_code=False, **options)
-
-
-def place_of(path: str | Path, kind: str) -> tuple[str, bool]:
-    """Where a model or tokenizer is read from, and whether that is a folder; a name on the hub as it is.
-
-    Args:
-        path: a folder, or a name on the hub.
-        kind: "model" or "tokenizer".
-
-    Raises:
-        InputError: a folder that is not there, or that holds nothing of the kind.
-    """
-    folder, description = user_path(path, f"{kind} folder"), f"{kind} folder {brief(str(path))}"
-    local = folder.is_dir()
-    if local and not any(file for pattern in PATTERNS[kind] for file in folder.glob(pattern)):
-        problem = "is empty" if not any(folder.iterdir()) else f"has no {' or '.join(PATTERNS[kind])}"
-        raise InputError(f"{description} {problem}: it needs a Hugging Face {kind}")
-    if not local and (isinstance(path, Path) or folder.exists() or _is_a_path(str(path), folder)):
-        raise InputError(f"{description} is not there, or is no folder (a name on the hub is owner/name)")
-    return str(folder) if local else str(path), local
-
-
-@contextmanager
-def _readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
-    """Context that turns every error into an InputError: tokenizers raises bare exceptions, safetensors its own, Rust panics."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:
-        hint = "" if local else " (there is no such folder, so it was looked for on the hub)"
-        raise InputError(f"{kind} {brief(str(path))} cannot be read{hint}: {_short(error)}") from error
-
-
-def _is_a_path(text: str, folder: Path) -> bool:
-    """Whether a path is meant as a folder, not as a name on the hub, which is ``owner/name``."""
-    parent_exists = folder.parent.is_dir()  # that of a bare name does: a typo is never looked up on the network
-    return text.startswith((".", "~")) or Path(text).is_absolute() or len(Path(text).parts) != 2 or parent_exists
 
 
 def _dtype(dtype: str | torch.dtype | None) -> str | torch.dtype:
@@ -270,40 +220,10 @@ def _device(device: str | torch.device) -> torch.device:
         place = torch.device(device)
         torch.zeros(1, device=place)
     except (RuntimeError, AssertionError, TypeError, ValueError, ImportError, AttributeError) as error:
-        raise InputError(f"device {brief(device)} cannot be used: {_short(error)}") from error
+        raise InputError(f"device {brief(device)} cannot be used: {short_error(error)}") from error
     if place.type == "meta":
         raise InputError("device 'meta' holds no numbers: name one that does, like 'cpu' or 'cuda'")
     return place
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Context without the progress bars and warnings of transformers, which would garble those of qlens."""
-    progress_bar, level = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    hub_level = hub_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    try:
-        with without_peft_warning():
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        hub_logging.set_verbosity(hub_level)
-        if progress_bar:
-            transformers_logging.enable_progress_bar()
-
-
-@contextmanager
-def without_peft_warning() -> Iterator[None]:
-    """Context without the warning of a name that peft 0.21 reads and transformers 5.23 deprecates."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        yield
 
 
 def freeze(model: nn.Module) -> nn.Module:

@@ -16,7 +16,8 @@ from qlens.core.deprecation import renamed_arguments
 from qlens.core.errors import InputError
 from qlens.core.numerics import softmax
 from qlens.data.compatibility import check_model, check_same_tokenizer, vocabulary_size
-from qlens.data.models import has_tokenizer, load_tokenizer
+from qlens.data.model_folders import has_tokenizer
+from qlens.data.models import load_tokenizer
 from qlens.engine.heads import Head, fitted
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from qlens.core.numerics import expectation
 from qlens.data.examples import encode
 from qlens.data.from_text import tokens_from_text
-from qlens.data.models import load_model, quiet
+from qlens.data.model_folders import quiet
+from qlens.data.models import load_model
 from qlens.lab import cache
 from qlens.lab.language import Demonstration, Problem, Writer, make_tokenizer, problems, verify
 from qlens.lab.models import longest, new_model, sample

@@ -8,7 +8,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qlens.core.errors import InputError, brief
-from qlens.data.models import place_of, without_peft_warning
+from qlens.data.model_folders import place_of, without_peft_warning
 from qlens.training.datasets.columns import ColumnCollator, cut_and_packed, whole_rows, with_teacher_prompts
 from qlens.training.datasets.pairs import PairCollator, check_takes_pairs, encoded_pairs, is_pairs
 from qlens.training.datasets.rows import as_dataset, keys_of

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import Trainer, TrainingArguments
 
 from qlens.data.collator import COLUMNS, collate
-from qlens.data.models import has_tokenizer, load_tokenizer
+from qlens.data.model_folders import has_tokenizer
+from qlens.data.models import load_tokenizer
 from qlens.engine.models.packing import forward_parameters
 from qlens.training.datasets.pairs import PairCollator, check_takes_pairs, encoded_pairs, is_pairs
 from qlens.training.datasets.rows import encoded_rows, read_file
