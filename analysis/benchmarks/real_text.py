@@ -15,7 +15,7 @@ import torch
 import qlens
 from qlens.analysis.benchmarks.lens import unregistered
 from qlens.analysis.token_view.token_view import view
-from qlens.cli.inputs import own_models, own_tokens
+from qlens.cli.inputs import Source, own_models, own_tokens
 from qlens.core.progress import track
 from qlens.data.collator import collate
 from qlens.lens.equivalences import distances
@@ -69,7 +69,7 @@ def measure(name: str, model: str, data: str) -> None:
             row = (_view if name.startswith("view") else _watch)(model, data)
         else:
             needs = ("teacher",) if teacher else ("old", "second", "negatives") if not loss else ()
-            own = own_tokens(model, teacher, None, data, ROWS, None, "float32", needs)
+            own = own_tokens(model, teacher, None, Source(data), ROWS, None, "float32", needs)
             with Peak() as peak:
                 began = time.perf_counter()
                 str(qlens.explain(loss, **own)) if loss else str(distances(own["tokens"]))
@@ -81,7 +81,7 @@ def measure(name: str, model: str, data: str) -> None:
 
 def _view(model: str, data: str) -> dict[str, Any]:
     """Seconds of the view of some rows, against two forward passes over them."""
-    loaded, rows = own_models(model, None, None, data, "cpu", "float32")
+    loaded, rows = own_models(model, None, None, Source(data), "cpu", "float32")
     examples = qlens.encode(rows[:ROWS], loaded["tokenizer"]).examples
     passes = [torch.tensor([example["input_ids"]]) for example in examples]
     with torch.inference_mode():
@@ -99,7 +99,7 @@ def _view(model: str, data: str) -> dict[str, Any]:
 
 def _watch(model: str, data: str) -> dict[str, Any]:
     """Seconds of a record on some rows, against a training step on them."""
-    loaded, rows = own_models(model, None, None, data, "cpu", "float32")
+    loaded, rows = own_models(model, None, None, Source(data), "cpu", "float32")
     student, examples = loaded["model"], qlens.encode(rows[:ROWS], loaded["tokenizer"]).examples
     watch = qlens.Watch(["sft", "dft", "eaft"], examples, tokens=64)
     watch.record(student, 0)  # the first also verifies the head

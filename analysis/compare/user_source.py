@@ -86,7 +86,7 @@ class UserSource:
                 f"micro_batch_size={own.micro_batch_size} does not divide batch_size={own.batch_size}: an optimizer step "
                 "needs a whole number of forward passes"
             )
-        dtypes = [each for each in DTYPES if each != "float16" or not own.device.startswith("cpu")]
+        dtypes = [each for each in DTYPES if each != "float16" or not str(own.device).startswith("cpu")]
         if own.dtype not in dtypes:
             raise InputError(f"dtype must be one of {', '.join(dtypes)} on {own.device}, got {own.dtype!r}")
         paths = (model, teacher, own.chat_template)

@@ -9,7 +9,7 @@ import typer
 
 import qlens
 from qlens.cli import console, methods, view  # noqa: F401  methods registers list and show, view registers view
-from qlens.cli.inputs import figure_path, own_tokens, slug
+from qlens.cli.inputs import Source, figure_path, own_tokens, slug
 from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, Json, Loss, OnBad, PromptColumn, Rows, app
 from qlens.core.errors import InputError
 from qlens.core.files import shown_path
@@ -58,7 +58,7 @@ def explain(
             model,
             teacher,
             reference,
-            (data, prompt_column, completion_column, on_bad),
+            Source(data, prompt_column, completion_column, on_bad),
             rows,
             device,
             dtype,

@@ -1,13 +1,22 @@
 """Models and text of a command: folders and files, loaded."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import typer
 
 from qlens.core.errors import InputError
 
-Source = tuple[str | None, str | None, str | None, str | None]
+
+class Source(NamedTuple):
+    """The options that say which rows are read: the place of the data, columns of prompt and completion, and bad rows."""
+
+    data: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    on_bad: str | None = None
+
+
 """Of the data: place, prompt column, completion column, and what becomes of bad rows."""
 
 ROWS = 32  # rows of the data that are read by default

@@ -42,7 +42,7 @@ def list_methods(
     ] = None,
 ) -> None:
     """List the registered methods: trust, residual, scale, needs, paper; or the distances between their gradients."""
-    source = (data, prompt_column, completion_column, on_bad)
+    source = Source(data, prompt_column, completion_column, on_bad)
     if near:
         return _list_distances(model, teacher, reference, source, rows, as_json, device, dtype, figure)
     options = (model, teacher, reference, *source, rows, device, dtype, figure)

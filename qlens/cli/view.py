@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import qlens
-from qlens.cli.inputs import figure_path, own_models
+from qlens.cli.inputs import Source, figure_path, own_models
 from qlens.cli.options import CompletionColumn, Data, Device, Dtype, Folder, OnBad, PromptColumn, app
 from qlens.cli.rank import output_path, rank_rows
 from qlens.cli.text import show_text
@@ -116,7 +116,7 @@ def view(
     dtype: Dtype = None,
 ) -> None:
     """Show the targets token by token as one HTML file; or rank tokens and rows by label weight; or show the text alone."""
-    source = (data, prompt_column, completion_column, on_bad)
+    source = Source(data, prompt_column, completion_column, on_bad)
     alone = {"--after": after, "--columns": columns, "--segment": segment, "--top-k-teacher": top_k_teacher}
     alone |= {"--figure": figure, "--vocabulary": vocabulary or None}
     if text_only:

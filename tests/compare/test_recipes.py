@@ -64,9 +64,9 @@ def test_models_and_steps_of_a_recipe():
     student, teacher = llama(0), llama(1)
     here = environment(student, teacher)
     guided, alone = Recipe(qlens.get("target_sft")), Recipe(qlens.get("target_sft"), guide="base")
-    assert here.models(guided, ("teacher",)) == {"teacher": teacher}
-    assert here.models(alone, ("teacher", "reference")) == {"teacher": student, "reference": student}
-    assert here.models(guided, ()) == {}
+    assert here.models(guided, ("teacher",), student) == {"teacher": teacher}
+    assert here.models(alone, ("teacher", "reference"), student) == {"teacher": student, "reference": student}
+    assert here.models(guided, (), student) == {}
     longer = Recipe(qlens.get("sft"), equal_compute=True)
     assert (here.steps_of(guided), here.steps_of(longer), here.steps_of(Recipe(None))) == (150, 200, 0)
     with pytest.raises(InputError, match="sft_equal_compute needs a teacher"):

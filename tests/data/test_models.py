@@ -9,7 +9,7 @@ from tiny_models import CHARACTERS, letters, llama
 
 import qlens
 from qlens.analysis.compare.user_source import UserSource
-from qlens.cli.inputs import own_tokens
+from qlens.cli.inputs import Source, own_tokens
 from qlens.core.errors import InputError
 from qlens.core.numerics import dtype_name
 from qlens.data import compatibility, models
@@ -104,7 +104,7 @@ def test_padded_vocabularies_over_one_tokenizer_are_matched(tmp_path, capsys, st
         letters().save_pretrained(tmp_path / name)
     (tmp_path / "data.jsonl").write_text('{"text": "what is banana"}')
     folders = (str(tmp_path / "student"), str(tmp_path / "teacher"), None, str(tmp_path / "data.jsonl"))
-    tokens = own_tokens(*folders[:3], (folders[3], None, None, None), 1, "cpu", None, ("teacher",))["tokens"]
+    tokens = own_tokens(*folders[:3], Source(folders[3]), 1, "cpu", None, ("teacher",))["tokens"]
     assert f"teacher: a vocabulary of {teacher_size} over the model's own tokenizer" in capsys.readouterr().err
     assert tokens.logits.shape == tokens.teacher.shape == (len(tokens), student_size)
     ids = torch.tensor([encode([{"text": "what is banana"}], letters(), None).examples[0]["input_ids"]])
@@ -146,7 +146,7 @@ def test_weights_saved_in_half_precision_are_read_in_float32_on_a_cpu(tmp_path, 
     data.write_text('{"text": "what is banana"}')
     ids = encode([{"text": "what is banana"}], letters(), None).examples[0]["input_ids"]
     expected = llama().to(saved).double()(torch.tensor([ids])).logits[0, :-1].detach()
-    read = own_tokens(str(folder), None, None, (str(data), None, None, None), 1, None, None, ())["tokens"]
+    read = own_tokens(str(folder), None, None, Source(str(data)), 1, None, None, ())["tokens"]
     named = dtype_name(saved)
     assert f"is saved in {named} and read in float32 on the CPU; dtype='{named}'" in caplog.text
     passed = llama().to(saved)
@@ -156,7 +156,7 @@ def test_weights_saved_in_half_precision_are_read_in_float32_on_a_cpu(tmp_path, 
         torch.testing.assert_close(logits.double(), expected, rtol=1e-5, atol=1e-5)
     assert from_folder.reference.dtype == passed.dtype == saved  # a module stays as it is
     caplog.clear()
-    kept = own_tokens(str(folder), None, None, (str(data), None, None, None), 1, None, named, ())["tokens"]
+    kept = own_tokens(str(folder), None, None, Source(str(data)), 1, None, named, ())["tokens"]
     trained_with = qlens.Watch("kd", [{"text": "banana"}], tokenizer=letters(), teacher=folder).other_models["teacher"]
     assert kept.logits.dtype == trained_with.dtype == models.load_model(folder).dtype == saved and not caplog.text
     view = qlens.view(str(folder), letters(), ["what is banana"], ["sft"])

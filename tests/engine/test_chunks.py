@@ -111,7 +111,7 @@ def test_explain_reports_the_subset_of_a_long_text(tmp_path, capsys, monkeypatch
     model.save_pretrained(tmp_path / "model")
     letters().save_pretrained(tmp_path / "model")
     (tmp_path / "data.jsonl").write_text("".join(json.dumps({"text": "the cat sat"}) + "\n" for _ in range(4)))
-    options = (str(tmp_path / "model"), None, None, tmp_path / "data.jsonl", 4, "cpu", None, ())
+    options = (str(tmp_path / "model"), None, None, inputs.Source(str(tmp_path / "data.jsonl")), 4, "cpu", None, ())
     whole = inputs.own_tokens(*options)["tokens"]
     monkeypatch.setattr(inputs, "MOST", 7 * VOCAB)
     few = inputs.own_tokens(*options)["tokens"]
