@@ -17,8 +17,6 @@ class Source(NamedTuple):
     on_bad: str | None = None
 
 
-"""Of the data: place, prompt column, completion column, and what becomes of bad rows."""
-
 ROWS = 32  # rows of the data that are read by default
 LOOKED_AT = 512  # rows of the data that are encoded at least
 MOST = 2**26  # logits of one model that are read as a whole

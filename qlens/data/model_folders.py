@@ -59,6 +59,7 @@ def readable(kind: str, path: str | Path, local: bool) -> Iterator[None]:
 
 
 def short_error(error: BaseException) -> str:
+    """The type and the message of an error, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

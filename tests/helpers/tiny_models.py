@@ -49,6 +49,13 @@ def rows(count: int, seed: int = 0) -> list[dict]:
     return examples
 
 
+BY_SGD = dict(
+    optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
+    report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=7,
+)  # fmt: skip
+"""Arguments of quiet trainings by SGD at a constant rate on the CPU."""
+
+
 def trainer_in(
     folder, variant="sft", kind=QTrainer, model=None, examples=None, batch=4, accumulate=1, steps=2, **overrides
 ):
@@ -69,9 +76,7 @@ def trainer_in(
     )
     trainer_options = {name: overrides.pop(name) for name in names if name in overrides}
     options = dict(
-        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=steps, optim="sgd",
-        learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, seed=7,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=steps, **BY_SGD,
     ) | overrides  # fmt: skip
     trainer_options |= {"variant": variant} if kind is QTrainer else {"data_collator": collate}
     args = TrainingArguments(str(folder), **options)

@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from tiny_models import letters, llama
+from tiny_models import BY_SGD, letters, llama
 from transformers.utils import logging as transformers_logging
 from trl import SFTConfig, SFTTrainer
 
@@ -36,18 +36,16 @@ def train(tmp_path):
             "old_every",
             "callbacks",
         )
-        given = {name: options.pop(name) for name in names if name in options}
+        own = {name: options.pop(name) for name in names if name in options}
         config = dict(
-            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=max(steps, 1), optim="sgd",
-            learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-            report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, bf16=False, seed=7,
-            activation_checkpointing=False,
+            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=max(steps, 1),
+            bf16=False, activation_checkpointing=False, **BY_SGD,
         ) | options  # fmt: skip
         rows = datasets.Dataset.from_list(rows) if isinstance(rows, list) else rows
         transformers_logging.set_verbosity_error()
         trainer = {"trl": SFTTrainer, "qlens": QSFTTrainer}[kind](
             model=llama(context=256) if model is None else model, args=SFTConfig(str(tmp_path), **config),
-            train_dataset=rows, processing_class=letters(template), **given,
+            train_dataset=rows, processing_class=letters(template), **own,
         )  # fmt: skip
         if steps:
             trainer.train()

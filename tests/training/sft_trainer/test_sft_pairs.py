@@ -5,7 +5,7 @@ import torch
 from cases import case
 from datasets import Dataset
 from peft import LoraConfig
-from tiny_models import MARKED, letters, llama, parameters, steps_of
+from tiny_models import BY_SGD, MARKED, letters, llama, parameters, steps_of
 from torch.testing import assert_close
 from trl import DPOConfig, DPOTrainer
 
@@ -26,10 +26,8 @@ def in_turns(pairs):
 
 def by_trl(folder, pairs, template, max_length, accumulate=1, batch=2, peft=None):
     args = DPOConfig(
-        str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2, optim="sgd",
-        learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0, logging_steps=1, save_strategy="no",
-        report_to=[], disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, bf16=False, seed=7,
-        activation_checkpointing=False, max_length=max_length,
+        str(folder), per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate, max_steps=2,
+        bf16=False, activation_checkpointing=False, max_length=max_length, **BY_SGD,
     )  # fmt: skip
     trainer = DPOTrainer(
         llama(context=256), ref_model=None if peft else llama(2, context=256), args=args, peft_config=peft,
